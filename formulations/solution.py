@@ -1,0 +1,190 @@
+"""`BlockSolution` and the words that say how a solve ended; `Limits`, what stops one."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from formulations.errors import ArgumentError
+from formulations.problem import BlockProblem, BoolArray, FloatArray, IntArray
+
+
+class Termination(enum.Enum):
+    """Why a solve ended, as far as the answer is concerned."""
+
+    OPTIMAL = "optimal"
+    """The objective is proved optimal to the stated relative gap."""
+    FEASIBLE = "feasible"
+    """A set of the right size, not proved optimal."""
+    NO_SOLUTION = "no_solution"
+    """A limit came before any set was found."""
+    INFEASIBLE = "infeasible"
+    """No set satisfies the constraints."""
+    ERROR = "error"
+    """The backend failed; `SolveStats.message` says how."""
+
+
+class Limit(enum.Enum):
+    """The limit that ended a solve early."""
+
+    TIME = "time"
+    NODE = "node"
+    ITERATION = "iteration"
+    GAP = "gap"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What may stop a solve, and what makes it repeatable.
+
+    Parameters
+    ----------
+    time_limit : float, optional
+        Wall-clock seconds; 0 returns the warm start or the cheapest incumbent at once.
+    rel_gap : float, default 1e-6
+        Relative gap ``(objective - bound) / max(|objective|, 1e-12)`` at which an exact method
+        stops and calls the result optimal *to that gap*.
+    node_limit : int, optional
+        Branch-and-bound nodes.
+    iteration_limit : int, optional
+        Iterations of a local search or of an outer loop.
+    threads : int, default 1
+        Threads a solver may use.
+    seed : int, default 0
+        Seed of every random choice.
+    """
+
+    time_limit: float | None = None
+    rel_gap: float = 1e-6
+    node_limit: int | None = None
+    iteration_limit: int | None = None
+    threads: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_at_least("time_limit", self.time_limit, 0.0)
+        _require_at_least("rel_gap", self.rel_gap, 0.0)
+        _require_at_least("node_limit", self.node_limit, 0)
+        _require_at_least("iteration_limit", self.iteration_limit, 0)
+        _require_at_least("threads", self.threads, 1)
+        _require_at_least("seed", self.seed, 0)
+
+
+def _require_at_least(name: str, value: float | None, lowest: float) -> None:
+    if value is not None and not (math.isfinite(value) and value >= lowest):
+        raise ArgumentError(name, f"{value}", f"pass a finite number >= {lowest:g}")
+
+
+@runtime_checkable
+class Certificate(Protocol):
+    """Evidence for a lower bound that can be checked without the solver that found it."""
+
+    @property
+    def kind(self) -> str:
+        """The relaxation, e.g. "perspective" or "capped_simplex"."""
+        ...
+
+    def lower_bound(self, problem: BlockProblem) -> float:
+        """Recompute the bound from `problem` in float64, rounded down by the proven error."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveStats:
+    """Effort of a solve: seconds, nodes, iterations, and what the backend said."""
+
+    seconds: float = 0.0
+    nodes: int = 0
+    iterations: int = 0
+    message: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracePoint:
+    """State of an anytime solve at one moment: seconds, nodes, incumbent and bound so far."""
+
+    seconds: float
+    nodes: int
+    objective: float | None
+    bound: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockSolution:
+    """The answer to one program on one block.
+
+    Attributes
+    ----------
+    keep : (n,) bool array or None
+        True where the weight stays. None when there is no solution.
+    weights : (n,) float64 array or None
+        New weights: 0 where pruned; where kept, unchanged for "selection" and updated for "joint".
+    objective : float or None
+        Loss increase of the program, as `formulations.loss` evaluates it.
+    bound : float or None
+        Proved lower bound on the optimum; None unless proved.
+    termination : Termination
+    limit : Limit or None
+        The limit that ended the solve early, if one did.
+    program : str
+        "selection" or "joint".
+    method : str
+    rel_gap : float or None
+        Gap tolerance to which `Termination.OPTIMAL` is meant.
+    certificate : Certificate or None
+        Evidence for `bound`, or for a weaker root bound; `verify` says what it checked.
+    stats : SolveStats
+    trace : tuple of TracePoint
+    """
+
+    keep: BoolArray | None
+    weights: FloatArray | None
+    objective: float | None
+    bound: float | None = None
+    termination: Termination = Termination.FEASIBLE
+    limit: Limit | None = None
+    program: str
+    method: str
+    rel_gap: float | None = None
+    certificate: Certificate | None = None
+    stats: SolveStats = field(default_factory=SolveStats)
+    trace: tuple[TracePoint, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("keep", np.bool_), ("weights", np.float64)):
+            value = getattr(self, name)
+            if value is not None:
+                array = np.array(value, dtype=dtype)
+                array.flags.writeable = False
+                object.__setattr__(self, name, array)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for value in state.values():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+        self.__dict__.update(state)
+
+    @property
+    def gap(self) -> float:
+        """``(objective - bound) / max(|objective|, 1e-12)``; infinity without a bound."""
+        if self.objective is None or self.bound is None:
+            return math.inf
+        return (self.objective - self.bound) / max(abs(self.objective), 1e-12)
+
+    @property
+    def proved(self) -> bool:
+        """Whether the set is proved optimal to `rel_gap`."""
+        return self.termination is Termination.OPTIMAL
+
+    @property
+    def pruned(self) -> IntArray:
+        """Indices of the pruned weights, (n_prune,) int64."""
+        if self.keep is None:
+            raise ArgumentError("solution", f"no set: {self.termination.value}", "check `termination` first")
+        return np.flatnonzero(~self.keep)
