@@ -1,0 +1,219 @@
+"""Brute force over all sets of the right size: the oracle of the tests, for n up to about 24."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from formulations.compiled import compiled
+from formulations.dense_forms import DenseForm, dense_form
+from formulations.errors import UnsupportedProblemError
+from formulations.incumbents import IncumbentPool
+from formulations.problem import BlockProblem, FloatArray, IntArray, check_program
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
+
+CHUNK = 2_000_000
+"""Elementary operations between two looks at the clock (a few milliseconds)."""
+
+
+def enumerate_optimum(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+    max_sets: float = 2e9,
+) -> BlockSolution:
+    """Solve a program by visiting every set of the right size.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : {"selection", "joint"}
+    limits : Limits, optional
+        Only `time_limit` and `rel_gap` are looked at.
+    incumbent : BlockSolution, optional
+        Warm start; the result is never worse.
+    max_sets : float, default 2e9
+        Refuse blocks with more sets than this.
+
+    Returns
+    -------
+    BlockSolution
+        OPTIMAL with a bound that is the objective less the rounding allowance. `rel_gap` is the
+        larger of the one asked for and the one that rounding leaves.
+
+    Raises
+    ------
+    UnsupportedProblemError
+        If there are more than `max_sets` sets.
+    NotPositiveDefiniteError
+        If the program is joint and ``H`` is singular.
+
+    Notes
+    -----
+    Depth-first over sets in lexicographic order; a prefix is extended from its parent and never
+    updated in place, so that no error builds up. Selection adds one column of ``A`` a prefix, O(n);
+    joint keeps one more weight by a Schur complement, O(n^2), and the last two levels of the
+    recursion cost O(n) and O(1) a set.
+    """
+    check_program(program)
+    limits = limits or Limits()
+    started = time.perf_counter()
+    sets = math.comb(problem.n, problem.n_prune)
+    if sets > max_sets:
+        found = f"{sets:.3g} sets (n = {problem.n}, n_prune = {problem.n_prune})"
+        raise UnsupportedProblemError(
+            "problem", found, f"enumerate at most {max_sets:.3g} or use branch_and_bound"
+        )
+    form = dense_form(problem, program)
+    pool = IncumbentPool(problem, program, incumbent)
+    chosen_are_kept = program == "joint"
+    size = problem.n_keep if chosen_are_kept else problem.n_prune
+    finished = True
+    if size > 0:
+        best, finished = _visit_all(form, size, chosen_are_kept, limits.time_limit, started)
+        if best is not None:
+            chosen = np.zeros(problem.n, dtype=np.bool_)
+            chosen[best] = True
+            pool.offer(chosen if chosen_are_kept else ~chosen)
+    else:
+        pool.offer(np.full(problem.n, not chosen_are_kept))
+    pool.offer_magnitude_if_empty()
+    bound: float | None = None
+    rel_gap: float | None = None
+    if finished and math.isfinite(form.allowance):
+        bound = pool.objective - form.allowance * form.scale
+        rel_gap = max(limits.rel_gap, (pool.objective - bound) / max(abs(pool.objective), 1e-12))
+    return pool.solution(
+        method="enumeration",
+        bound=bound,
+        termination=Termination.FEASIBLE if bound is None else Termination.OPTIMAL,
+        limit=None if finished else Limit.TIME,
+        rel_gap=rel_gap,
+        stats=SolveStats(seconds=time.perf_counter() - started, nodes=sets if finished else 0),
+    )
+
+
+def _visit_all(
+    form: DenseForm,
+    size: int,
+    joint: bool,
+    time_limit: float | None,
+    started: float,
+) -> tuple[IntArray | None, bool]:
+    """Run the kernel in chunks; the best set seen (None if none) and whether all were seen."""
+    n = form.linear.size
+    cursor = np.zeros(size, dtype=np.int64)
+    best = np.full(size, -1, dtype=np.int64)
+    # depth of the search, then value of the best set
+    depth = np.zeros(1, dtype=np.int64)
+    value = np.array([np.inf])
+    prefix_value = np.zeros(size)
+    gradient = np.zeros((size, n))
+    gradient[0] = form.linear
+    schur = np.zeros((size if joint else 0, n, n))
+    if joint:
+        schur[0] = form.matrix
+    while depth[0] >= 0:
+        if time_limit is not None and time.perf_counter() - started >= time_limit:
+            break
+        if joint:
+            _advance_joint(schur, gradient, prefix_value, cursor, best, depth, value, CHUNK)
+        else:
+            _advance_selection(form.matrix, gradient, prefix_value, cursor, best, depth, value, CHUNK)
+    return (best if best[0] >= 0 else None), bool(depth[0] < 0)
+
+
+@compiled
+def _advance_selection(
+    matrix: FloatArray,
+    gradient: FloatArray,
+    prefix_value: FloatArray,
+    cursor: IntArray,
+    best: IntArray,
+    depth: IntArray,
+    value: FloatArray,
+    budget: int,
+) -> None:
+    """Visit prefixes of the pruned set until `budget` operations are spent or all is seen.
+
+    ``cursor[d]`` is the next candidate at depth ``d``, so that ``cursor[d] - 1`` is the one chosen
+    there; ``gradient[d] = c + A y`` for the first ``d`` chosen.
+    """
+    n = matrix.shape[0]
+    size = cursor.size
+    d = depth[0]
+    while d >= 0 and budget > 0:
+        if d == size - 1:
+            for j in range(cursor[d], n):
+                candidate = prefix_value[d] + gradient[d, j] + 0.5 * matrix[j, j]
+                if candidate < value[0]:
+                    value[0] = candidate
+                    for q in range(d):
+                        best[q] = cursor[q] - 1
+                    best[d] = j
+            budget -= n
+            d -= 1
+            continue
+        j = cursor[d]
+        if j > n - (size - d):
+            d -= 1
+            continue
+        cursor[d] = j + 1
+        prefix_value[d + 1] = prefix_value[d] + gradient[d, j] + 0.5 * matrix[j, j]
+        for i in range(j + 1, n):
+            gradient[d + 1, i] = gradient[d, i] + matrix[j, i]
+        cursor[d + 1] = j + 1
+        budget -= n
+        d += 1
+    depth[0] = d
+
+
+@compiled
+def _advance_joint(
+    schur: FloatArray,
+    residual: FloatArray,
+    prefix_value: FloatArray,
+    cursor: IntArray,
+    best: IntArray,
+    depth: IntArray,
+    value: FloatArray,
+    budget: int,
+) -> None:
+    """Visit prefixes of the kept set; ``schur[d]`` is ``M`` with the first ``d`` kept eliminated."""
+    n = schur.shape[1]
+    size = cursor.size
+    d = depth[0]
+    while d >= 0 and budget > 0:
+        if d == size - 1:
+            for j in range(cursor[d], n):
+                candidate = prefix_value[d] - 0.5 * residual[d, j] ** 2 / schur[d, j, j]
+                if candidate < value[0]:
+                    value[0] = candidate
+                    for q in range(d):
+                        best[q] = cursor[q] - 1
+                    best[d] = j
+            budget -= n
+            d -= 1
+            continue
+        j = cursor[d]
+        if j > n - (size - d):
+            d -= 1
+            continue
+        cursor[d] = j + 1
+        pivot = schur[d, j, j]
+        prefix_value[d + 1] = prefix_value[d] - 0.5 * residual[d, j] ** 2 / pivot
+        diagonal_only = d + 2 == size
+        for i in range(j + 1, n):
+            factor = schur[d, j, i] / pivot
+            residual[d + 1, i] = residual[d, i] - factor * residual[d, j]
+            stop = i + 1 if diagonal_only else n
+            for q in range(i, stop):
+                schur[d + 1, i, q] = schur[d, i, q] - factor * schur[d, j, q]
+        budget -= n if diagonal_only else n * n
+        cursor[d + 1] = j + 1
+        d += 1
+    depth[0] = d

@@ -1,0 +1,307 @@
+"""Good sets on one dense block: greedy elimination and 1-swap local search for both programs."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from formulations.dense_forms import DenseForm, dense_form
+from formulations.errors import ArgumentError, ShapeError
+from formulations.loss import objective, solved_weights
+from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
+from formulations.solution import (
+    BlockSolution,
+    Certificate,
+    Limit,
+    Limits,
+    SolveStats,
+    Termination,
+    TracePoint,
+)
+from formulations.swap_kernels import prune_joint, prune_selection, swap_joint, swap_selection, sweep
+
+SWAPS_PER_CALL = 16
+"""Swaps between two looks at the clock; the joint tableau is rebuilt as often against drift."""
+
+
+class IncumbentPool:
+    """The best set so far of one solve, every offer evaluated by `formulations.loss`.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : {"selection", "joint"}
+    incumbent : BlockSolution, optional
+        Warm start; the pool never gets worse than it.
+
+    Raises
+    ------
+    ShapeError
+        If the warm start belongs to a block of another size.
+    ArgumentError
+        If the warm start does not prune exactly `n_prune` weights.
+    """
+
+    def __init__(self, problem: BlockProblem, program: str, incumbent: BlockSolution | None = None) -> None:
+        self.problem = problem
+        self.program = check_program(program)
+        self.keep: BoolArray | None = None
+        self.objective = float("inf")
+        if incumbent is not None and incumbent.keep is not None:
+            self.offer(checked_incumbent(problem, incumbent))
+
+    def offer(self, keep: BoolArray) -> bool:
+        """Take `keep` if it is better than what is here; whether it was taken."""
+        value = objective(self.problem, keep, self.program)
+        if self.keep is not None and value >= self.objective:
+            return False
+        self.keep = keep.copy()
+        self.objective = value
+        return True
+
+    def offer_magnitude_if_empty(self) -> None:
+        """Have at least the set that removes the smallest weights."""
+        if self.keep is None:
+            self.offer(magnitude_keep(self.problem))
+
+    def solution(
+        self,
+        *,
+        method: str,
+        bound: float | None = None,
+        termination: Termination = Termination.FEASIBLE,
+        limit: Limit | None = None,
+        rel_gap: float | None = None,
+        certificate: Certificate | None = None,
+        stats: SolveStats | None = None,
+        trace: tuple[TracePoint, ...] = (),
+    ) -> BlockSolution:
+        """The pool's best set as a `BlockSolution`; a bound above the objective is lowered to it."""
+        assert self.keep is not None
+        return BlockSolution(
+            keep=self.keep,
+            weights=solved_weights(self.problem, self.keep, self.program),
+            objective=self.objective,
+            bound=None if bound is None else min(bound, self.objective),
+            termination=termination,
+            limit=limit,
+            program=self.program,
+            method=method,
+            rel_gap=rel_gap,
+            certificate=certificate,
+            stats=stats or SolveStats(),
+            trace=trace,
+        )
+
+
+def checked_incumbent(problem: BlockProblem, incumbent: BlockSolution) -> BoolArray:
+    """The kept set of a warm start, refused unless it fits the block."""
+    if incumbent.keep is None:
+        raise ArgumentError("incumbent", "it has no set", "pass a solution with one, or None")
+    if incumbent.keep.shape != (problem.n,):
+        raise ShapeError("incumbent", f"{incumbent.keep.size} weights", f"pass one of {problem.n}")
+    pruned = problem.n - int(incumbent.keep.sum())
+    if pruned != problem.n_prune:
+        raise ArgumentError("incumbent", f"prunes {pruned} weights", f"prune {problem.n_prune}")
+    return incumbent.keep
+
+
+def magnitude_keep(problem: BlockProblem) -> BoolArray:
+    """Keep the weights of largest magnitude; ties by index."""
+    keep = np.ones(problem.n, dtype=np.bool_)
+    keep[np.argsort(np.abs(problem.weights), kind="stable")[: problem.n_prune]] = False
+    return keep
+
+
+def greedy(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+) -> BlockSolution:
+    """Remove one weight after another, each time the one that costs least.
+
+    Joint is greedy OBS with exact downdates of the inverse; selection keeps ``A y`` up to date.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : {"selection", "joint"}
+    limits : Limits, optional
+        With a `time_limit` of 0 the warm start or the smallest weights come back at once.
+    incumbent : BlockSolution, optional
+        Warm start; the result is never worse.
+
+    Returns
+    -------
+    BlockSolution
+        FEASIBLE, without a bound.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If the program is joint and ``H`` is singular.
+
+    Notes
+    -----
+    O(n^3) joint, O(n k) selection after the dense form. Source: Hassibi & Stork (1993).
+    """
+    limits = limits or Limits()
+    started = time.perf_counter()
+    pool = IncumbentPool(problem, program, incumbent)
+    limit: Limit | None = Limit.TIME
+    if limits.time_limit is None or limits.time_limit > 0.0:
+        pool.offer(greedy_keep(dense_form(problem, program), problem.n_prune, program))
+        limit = None
+    pool.offer_magnitude_if_empty()
+    stats = SolveStats(seconds=time.perf_counter() - started)
+    return pool.solution(method="greedy_obs", limit=limit, stats=stats)
+
+
+def greedy_keep(form: DenseForm, n_prune: int, program: str) -> BoolArray:
+    """Kept set of the greedy elimination on a dense form."""
+    if program == "selection":
+        return np.asarray(~prune_selection(form.matrix, form.linear, n_prune))
+    if form.linear.size == 0:
+        return np.zeros(0, dtype=np.bool_)
+    inverse: FloatArray = np.linalg.inv(form.matrix).astype(np.float64)
+    inverse = 0.5 * (inverse + inverse.T)
+    return np.asarray(~prune_joint(inverse, inverse @ form.linear, n_prune))
+
+
+def swap_search(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+    restarts: int = 0,
+) -> BlockSolution:
+    """Best-improvement 1-swap local search from the warm start (or the greedy set).
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : {"selection", "joint"}
+    limits : Limits, optional
+        `time_limit`, `iteration_limit` (swaps in all) and `seed`.
+    incumbent : BlockSolution, optional
+        Start of the search; the greedy set without one.
+    restarts : int, default 0
+        Further descents, each from the best set with a few random swaps.
+
+    Returns
+    -------
+    BlockSolution
+        FEASIBLE, without a bound. Without a limit no swap of one kept for one pruned weight
+        improves it by more than rounding.
+
+    Raises
+    ------
+    ArgumentError
+        If `restarts` is negative.
+    NotPositiveDefiniteError
+        If the program is joint and ``H`` is singular.
+
+    Notes
+    -----
+    A step evaluates all ``k (n - k)`` swaps in O(1) each: selection from ``v = c + A y``, joint from
+    the swept tableau of ``H`` (Beale, Kendall & Mann 1967); then one O(n) or two O(n^2) updates.
+    """
+    if restarts < 0:
+        raise ArgumentError("restarts", f"{restarts}", "pass 0 or more")
+    limits = limits or Limits()
+    started = time.perf_counter()
+    pool = IncumbentPool(problem, program, incumbent)
+    swaps = 0
+    limit: Limit | None = Limit.TIME
+    if limits.time_limit is None or limits.time_limit > 0.0:
+        form = dense_form(problem, program)
+        start = pool.keep if pool.keep is not None else greedy_keep(form, problem.n_prune, program)
+        pool.offer(start)
+        generator = np.random.default_rng(limits.seed)
+        for attempt in range(restarts + 1):
+            best = pool.keep
+            assert best is not None
+            keep = start if attempt == 0 else kicked(best, generator)
+            keep, steps, limit = descend(form, keep, program, limits, started, swaps)
+            swaps += steps
+            pool.offer(keep)
+            if limit is not None:
+                break
+    pool.offer_magnitude_if_empty()
+    stats = SolveStats(seconds=time.perf_counter() - started, iterations=swaps)
+    return pool.solution(method="swap_search", limit=limit, stats=stats)
+
+
+def kicked(keep: BoolArray, generator: np.random.Generator, share: float = 0.05) -> BoolArray:
+    """A copy of `keep` with a few random kept and pruned weights exchanged."""
+    kept, pruned = np.flatnonzero(keep), np.flatnonzero(~keep)
+    count = min(kept.size, pruned.size, max(2, round(share * min(kept.size, pruned.size))))
+    changed = keep.copy()
+    changed[generator.choice(kept, count, replace=False)] = False
+    changed[generator.choice(pruned, count, replace=False)] = True
+    return changed
+
+
+def descend(
+    form: DenseForm,
+    keep: BoolArray,
+    program: str,
+    limits: Limits,
+    started: float,
+    swaps_done: int = 0,
+) -> tuple[BoolArray, int, Limit | None]:
+    """Swap until no swap improves or a limit comes: the set, the swaps made, the limit."""
+    keep = keep.copy()
+    swaps = 0
+    limit: Limit | None = None
+    pruned = ~keep
+    while True:
+        allowed = SWAPS_PER_CALL
+        if limits.iteration_limit is not None:
+            allowed = min(allowed, limits.iteration_limit - swaps_done - swaps)
+        if allowed <= 0:
+            limit = Limit.ITERATION
+            break
+        if limits.time_limit is not None and time.perf_counter() - started >= limits.time_limit:
+            limit = Limit.TIME
+            break
+        if program == "selection":
+            made = swap_selection(form.matrix, form.linear, pruned, allowed)
+            keep = ~pruned
+        else:
+            table, state = joint_tableau(form.matrix, form.linear, keep)
+            made = swap_joint(table, state, keep, allowed)
+        swaps += made
+        if made < allowed:
+            break
+    return keep, swaps, limit
+
+
+def joint_tableau(matrix: FloatArray, linear: FloatArray, keep: BoolArray) -> tuple[FloatArray, FloatArray]:
+    """The symmetric swept tableau of ``M`` over the kept set, and its state vector.
+
+    ``T_KK = -M_KK^-1``, ``T_KP = M_KK^-1 M_KP``, ``T_PP = M_PP - M_PK M_KK^-1 M_KP``; the state holds
+    the minimiser on kept entries and the residual ``l - M u`` on pruned ones.
+    """
+    kept, pruned = np.flatnonzero(keep), np.flatnonzero(~keep)
+    if 4 * kept.size < keep.size:
+        table, state = matrix.copy(), linear.copy()
+        for index in kept:
+            sweep(table, state, int(index), 1.0)
+        return table, state
+    table, state = np.empty_like(matrix), np.empty_like(linear)
+    inverse = np.linalg.inv(matrix[np.ix_(kept, kept)])
+    inverse = 0.5 * (inverse + inverse.T)
+    cross = matrix[np.ix_(kept, pruned)]
+    carried = inverse @ cross
+    table[np.ix_(kept, kept)] = -inverse
+    table[np.ix_(kept, pruned)] = carried
+    table[np.ix_(pruned, kept)] = carried.T
+    table[np.ix_(pruned, pruned)] = matrix[np.ix_(pruned, pruned)] - cross.T @ carried
+    state[kept] = inverse @ linear[kept]
+    state[pruned] = linear[pruned] - cross.T @ state[kept]
+    return table, state
