@@ -1,0 +1,359 @@
+"""Which weights may be pruned, their order in one flat vector, and the blocks it is cut into."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import reduce
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cbs_opt.errors import NoEligibleWeightsError, PartitionMismatchError, UnmatchedPatternError
+from formulations.errors import ArgumentError, NonFiniteError, ShapeError
+from formulations.problem import BlockProblem
+
+Globs = str | Sequence[str]
+BlockRule = str | int
+"""How a partition forms blocks: "global", "layer", "row", or a block size."""
+
+DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSpan:
+    """One parameter tensor and its range ``start:stop`` in the flat vector (row-major).
+
+    `aliases` are the further names of the same tensor where a network ties it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpan:
+    """One block: the contiguous range ``start:stop`` of the flat vector."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """The weights that may be pruned, as one flat vector cut into blocks.
+
+    The flat vector holds the parameters in `named_parameters` order, each row-major, so that every
+    block is a contiguous range. Build one with `from_model`.
+
+    Parameters
+    ----------
+    parameters : tuple of ParameterSpan
+        Tile ``0:n`` in order.
+    blocks : tuple of BlockSpan
+        Tile ``0:n`` in order.
+    """
+
+    parameters: tuple[ParameterSpan, ...]
+    blocks: tuple[BlockSpan, ...]
+
+    def __post_init__(self) -> None:
+        _check_tiling("parameters", self.parameters, self.n)
+        _check_tiling("blocks", self.blocks, self.n)
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, *, target: Globs | None = None, ignore: Globs = (), blocks: BlockRule = "layer"
+    ) -> Partition:
+        """Choose the weights of `model` that may be pruned and cut them into blocks.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network. Only trainable floating-point parameters are eligible.
+        target : str or sequence of str, optional
+            Globs on parameter names, such as ``"layer*.conv?.weight"``. By default the weights of
+            `nn.Linear` and `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: no biases, no norms.
+        ignore : str or sequence of str, default ()
+            Globs on parameter names to leave alone, applied after `target`.
+        blocks : {"global", "layer", "row"} or int, default "layer"
+            One block in all, one a parameter, one an output channel (first axis), or blocks of at
+            most that many weights cut within each parameter in flat order.
+
+        Returns
+        -------
+        Partition
+            A tied parameter appears once, under its first name; a glob may use any of its names.
+
+        Raises
+        ------
+        NoEligibleWeightsError
+            If nothing is left to prune.
+        UnmatchedPatternError
+            If a glob matches no parameter name.
+        ArgumentError
+            If `blocks` is none of the above.
+        """
+        rule = _checked_rule(blocks)
+        names = _names_by_parameter(model)
+        chosen = _choose(model, names, target, ignore)
+        spans: list[ParameterSpan] = []
+        start = 0
+        for parameter in chosen:
+            first, *aliases = names[parameter]
+            stop = start + parameter.numel()
+            shape = tuple(parameter.shape)
+            spans.append(
+                ParameterSpan(name=first, shape=shape, start=start, stop=stop, aliases=tuple(aliases))
+            )
+            start = stop
+        if rule == "global":
+            cut = [BlockSpan(name="global", start=0, stop=start)]
+        else:
+            cut = list(chain.from_iterable(_cut(span, rule) for span in spans))
+        return cls(parameters=tuple(spans), blocks=tuple(cut))
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.parameters[-1].stop if self.parameters else 0
+
+    def parameters_of(self, block: BlockSpan) -> tuple[ParameterSpan, ...]:
+        """The parameters in which `block` has weights, in order; O(log + answer)."""
+        starts = [span.start for span in self.parameters]
+        first = max(bisect_right(starts, block.start) - 1, 0)
+        overlapping = (span for span in self.parameters[first:] if span.start < block.stop)
+        return tuple(span for span in overlapping if span.stop > block.start)
+
+    def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of `model` by name; `PartitionMismatchError` if names or shapes differ."""
+        present = dict(model.named_parameters())
+        for span in self.parameters:
+            found = present.get(span.name)
+            if found is None or tuple(found.shape) != span.shape:
+                what = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {span.shape}"
+                remedy = "build the partition from this network"
+                raise PartitionMismatchError("model", f"parameter {span.name} {what}", remedy)
+        return {span.name: present[span.name] for span in self.parameters}
+
+    def flatten(self, model: nn.Module) -> Tensor:
+        """A detached copy of the weights as one vector.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network the partition was built from, or one of the same shape.
+
+        Returns
+        -------
+        (n,) Tensor
+            On the device of the first parameter, in the smallest dtype that holds them all
+            (`torch.promote_types`: float16 beside float32 becomes float32).
+
+        Raises
+        ------
+        PartitionMismatchError
+            If `model` lacks a parameter or has it in another shape.
+        NonFiniteError
+            If a weight is NaN or infinite.
+        """
+        tensors = self.tensors(model)
+        if not tensors:
+            return torch.zeros(0)
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+        device = next(iter(tensors.values())).device
+        flat = torch.empty(self.n, dtype=dtype, device=device)
+        for span in self.parameters:
+            weights = tensors[span.name].detach()
+            if not bool(torch.isfinite(weights).all()):
+                bad = int((~torch.isfinite(weights)).sum())
+                found = f"{bad} of {weights.numel()} weights of {span.name} are NaN or infinite"
+                raise NonFiniteError("model", found, "load an undamaged network")
+            flat[span.start : span.stop].copy_(weights.reshape(-1))
+        return flat
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a flat (n,) vector in the shapes of the parameters, by name."""
+        if tuple(vector.shape) != (self.n,):
+            raise ShapeError(
+                "vector", f"shape {tuple(vector.shape)} for {self.n} weights", f"pass ({self.n},)"
+            )
+        return {span.name: vector[span.start : span.stop].view(span.shape) for span in self.parameters}
+
+    def keep_by_parameter(self, keep: Tensor | NDArray[np.bool_]) -> dict[str, Tensor]:
+        """Split a flat boolean (n,) `keep` (True = kept) into masks by parameter name."""
+        flat = torch.as_tensor(keep)
+        if flat.dtype != torch.bool:
+            raise ArgumentError("keep", f"dtype {flat.dtype}", "pass booleans, True where a weight is kept")
+        return self.split(flat)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FisherBlock:
+    """One block of a network's weights and the curvature of the loss there.
+
+    Parameters
+    ----------
+    name : str
+        Name of the block in its partition.
+    start, stop : int
+        Range of the block in the flat vector.
+    weights : (n,) Tensor
+        Trained weights.
+    rows : (m, n) Tensor, optional
+        Scaled gradient rows, ``H = rows^T rows + damping I``; often a view of the rows of the
+        whole network. Exactly one of `rows` and `hessian` is given.
+    hessian : (n, n) Tensor, optional
+        Symmetric positive semidefinite matrix, without the damping.
+    gradient : (n,) Tensor, optional
+        Mean gradient of the loss; absent means zero.
+    damping : float, default 0
+        Added to the diagonal.
+
+    Raises
+    ------
+    ArgumentError
+        If neither or both of `rows` and `hessian` are given.
+    ShapeError
+        If a tensor does not fit the range.
+    """
+
+    name: str
+    start: int
+    stop: int
+    weights: Tensor
+    rows: Tensor | None = None
+    hessian: Tensor | None = None
+    gradient: Tensor | None = None
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.rows is None) == (self.hessian is None):
+            found = "neither" if self.rows is None else "both"
+            raise ArgumentError("rows, hessian", f"{found} given", "pass exactly one of them")
+        for label, tensor, ndim in (
+            ("weights", self.weights, 1),
+            ("rows", self.rows, 2),
+            ("hessian", self.hessian, 2),
+            ("gradient", self.gradient, 1),
+        ):
+            if tensor is not None and (tensor.ndim != ndim or tensor.shape[-1] != self.n):
+                found = f"shape {tuple(tensor.shape)} for the {self.n} weights of {self.name}"
+                raise ShapeError(label, found, f"pass {ndim} dimensions, the last of size {self.n}")
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.stop - self.start
+
+    def to_problem(self, n_prune: int) -> BlockProblem:
+        """The block as a `BlockProblem` that removes `n_prune` weights.
+
+        Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared,
+        not copied, so do not write to them while the problem is in use.
+        """
+        return BlockProblem(
+            weights=_read_only(self.weights),
+            n_prune=n_prune,
+            rows=None if self.rows is None else _read_only(self.rows),
+            hessian=None if self.hessian is None else _read_only(self.hessian),
+            gradient=None if self.gradient is None else _read_only(self.gradient),
+            damping=self.damping,
+            name=self.name,
+        )
+
+
+def _read_only(tensor: Tensor) -> NDArray[np.float64]:
+    array: NDArray[np.float64] = tensor.detach().to(device="cpu", dtype=torch.float64).contiguous().numpy()
+    array.flags.writeable = False
+    return array
+
+
+def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter object with all its names, in `named_parameters` order."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _choose(
+    model: nn.Module, names: dict[nn.Parameter, list[str]], target: Globs | None, ignore: Globs
+) -> list[nn.Parameter]:
+    if target is None:
+        layers = (module for module in model.modules() if isinstance(module, DEFAULT_LAYERS))
+        weights = {module._parameters.get("weight") for module in layers}
+        wanted = [parameter for parameter in names if parameter in weights]
+    else:
+        wanted = _matching("target", names, target)
+    ignored = set(_matching("ignore", names, ignore))
+    wanted = [parameter for parameter in wanted if parameter not in ignored]
+    if not wanted:
+        found = "no parameter is left to prune" if names else "the network has no parameters"
+        remedy = f"choose among {_listed(names)}" if names else "pass a network with weights"
+        raise NoEligibleWeightsError("target, ignore" if names else "model", found, remedy)
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in wanted):
+        raise NoEligibleWeightsError("model", "lazy parameters without a shape", "run one forward pass first")
+    chosen = [p for p in wanted if p.requires_grad and p.is_floating_point() and p.numel() > 0]
+    if not chosen:
+        found = f"none of {', '.join(names[p][0] for p in wanted)} is trainable"
+        raise NoEligibleWeightsError("model", found, "call requires_grad_(True) on what may be pruned")
+    return chosen
+
+
+def _matching(argument: str, names: dict[nn.Parameter, list[str]], globs: Globs) -> list[nn.Parameter]:
+    """Parameters of which any name matches any glob, in network order."""
+    patterns = [globs] if isinstance(globs, str) else list(globs)
+    matched: set[nn.Parameter] = set()
+    for pattern in patterns:
+        hits = {p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)}
+        if not hits:
+            remedy = f"choose among {_listed(names)}"
+            raise UnmatchedPatternError(argument, f"{pattern!r} matches no parameter", remedy)
+        matched |= hits
+    return [parameter for parameter in names if parameter in matched]
+
+
+def _listed(names: dict[nn.Parameter, list[str]]) -> str:
+    return ", ".join(chain.from_iterable(names.values()))
+
+
+def _checked_rule(blocks: BlockRule) -> BlockRule:
+    if isinstance(blocks, str) and blocks in ("global", "layer", "row"):
+        return blocks
+    if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 0:
+        return blocks
+    raise ArgumentError("blocks", f"{blocks!r}", 'use "global", "layer", "row" or a positive block size')
+
+
+def _cut(span: ParameterSpan, rule: BlockRule) -> Iterator[BlockSpan]:
+    n = span.stop - span.start
+    if rule == "layer":
+        yield BlockSpan(name=span.name, start=span.start, stop=span.stop)
+        return
+    size = math.prod(span.shape[1:]) if rule == "row" else int(rule)
+    for first in range(0, n, size):
+        last = min(first + size, n)
+        label = str(first // size) if rule == "row" else f"{first}:{last}"
+        yield BlockSpan(name=f"{span.name}[{label}]", start=span.start + first, stop=span.start + last)
+
+
+def _check_tiling(argument: str, spans: Sequence[ParameterSpan | BlockSpan], n: int) -> None:
+    position = 0
+    for span in spans:
+        if span.start != position or span.stop <= span.start:
+            found = f"{span.name} covers {span.start}:{span.stop} after {position}"
+            raise ArgumentError(argument, found, "make the ranges follow one another without gaps")
+        position = span.stop
+    if position != n:
+        raise ArgumentError(argument, f"cover {position} of {n} weights", "cover all of them")

@@ -1,0 +1,229 @@
+"""Gradient rows: the factor R of the Fisher model H = R^T R + damping I of a network's loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cbs_opt.batches import Data, LossFunction, device_of, iterate, regroup
+from cbs_opt.blocks import BlockRule, FisherBlock, Globs, Partition
+from cbs_opt.gradients import require_evaluation_mode
+from cbs_opt.row_builder import RowBuilder, RowOptions
+from formulations.errors import ArgumentError
+
+MEMORY_LIMIT = 1 << 28
+"""Default bytes for temporaries: 256 MiB."""
+READ_AHEAD = 1024
+"""Samples moved to the device of the network at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientRows:
+    """The factor of a Fisher model and the gradient of the loss.
+
+    Parameters
+    ----------
+    rows : (m, n) Tensor
+        Scaled so that the Fisher model is ``rows^T rows``.
+    gradient : (n,) Tensor
+        Mean gradient of the loss at the data's own labels over all samples used.
+    samples : int
+        Samples used; ``m`` rows may average several of them, or give each several rows.
+    seconds : float
+        Wall-clock time taken.
+    """
+
+    rows: Tensor
+    gradient: Tensor
+    samples: int
+    seconds: float
+
+
+def gradient_rows(
+    model: nn.Module,
+    data: Data,
+    loss_fn: LossFunction,
+    partition: Partition,
+    *,
+    curvature: str = "empirical_fisher",
+    samples: int = 1000,
+    samples_per_row: int = 1,
+    memory_limit: int = MEMORY_LIMIT,
+    seed: int = 0,
+    progress: bool = True,
+    rows_dtype: torch.dtype | None = None,
+    vectorize: bool = True,
+) -> GradientRows:
+    """Gradient rows of a network's loss in the weights of a partition.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode. Its parameters, their `.grad`, buffers and modes are not touched.
+    data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
+        A loader is read in its own order; of a pair of tensors `samples` are drawn without
+        replacement. If there are fewer, all are used and a warning is logged.
+    loss_fn : callable
+        ``loss_fn(output, y)``: the mean loss of a batch. Any loss for the empirical Fisher; the
+        others take the network's softmax as its distribution over classes, whose loss is
+        cross-entropy, and use `loss_fn` for the gradient alone.
+    partition : Partition
+        The weights, n of them.
+    curvature : {"empirical_fisher", "exact_fisher", "monte_carlo_fisher"}
+        Empirical: gradients at the data's labels. Exact: one row ``sqrt(p_c) grad log p_c`` a
+        sample and class, which is the Gauss-Newton matrix of cross-entropy. Monte-Carlo: gradients
+        at labels drawn from the network's own distribution.
+    samples : int, default 1000
+        Samples to use.
+    samples_per_row : int, default 1
+        Average that many samples into each row. A row is then the gradient of the mean loss of
+        `samples_per_row` samples, without a factor to make up for the smaller variance, as is
+        usual in the pruning literature. An incomplete last row is dropped unless it is the only
+        one. Not for the exact Fisher.
+    memory_limit : int
+        Bytes for temporaries besides the rows. The chunk size follows from an estimate (twice the
+        gradient and four times the activations a sample); one sample is the least.
+    seed : int, default 0
+        Draws the samples and the Monte-Carlo labels.
+    progress : bool, default True
+        Show a bar where standard error is a terminal.
+    rows_dtype : torch.dtype, optional
+        By default that of the weights, float32 at least.
+    vectorize : bool, default True
+        Differentiate many samples at once with `torch.func`. False takes one backward pass a row,
+        slower, for networks that `torch.func` cannot follow. Not for the exact Fisher.
+
+    Returns
+    -------
+    GradientRows
+        ``m = samples / samples_per_row`` rows, scaled by ``1 / sqrt(m)``; for the exact Fisher
+        ``m = samples * C`` rows, class by class within each sample, scaled by
+        ``1 / sqrt(samples)``. On the device of the network.
+
+    Raises
+    ------
+    TrainingModeError
+        If dropout or batch normalisation is in training mode.
+    NonFiniteGradientError
+        If a row holds NaN or infinity.
+    PerSampleGradientError
+        If `torch.func` cannot differentiate the network or the loss.
+    DataLoaderError, BatchFormatError, EmptyDataError, LabelRangeError
+        If the data cannot be read or does not fit the network.
+    UnsupportedProblemError
+        If the curvature needs a classifier and the network is none.
+    ArgumentError
+        If an option is out of its range.
+
+    Notes
+    -----
+    Peak memory is that of the rows, ``m n`` numbers, plus `memory_limit`. Cost: one forward and one
+    backward pass a sample (C backward passes for the exact Fisher).
+
+    Empirical and exact Fisher: Kunstner, Balles, Hennig, "Limitations of the empirical Fisher
+    approximation for natural gradient descent", NeurIPS 2019. Averaged rows: Singh, Alistarh,
+    "WoodFisher", NeurIPS 2020.
+    """
+    options = RowOptions(
+        curvature=curvature,
+        samples=samples,
+        samples_per_row=samples_per_row,
+        memory_limit=memory_limit,
+        rows_dtype=rows_dtype,
+        vectorize=vectorize,
+    )
+    require_evaluation_mode(model)
+    began = time.perf_counter()
+    builder = RowBuilder(model, loss_fn, partition, options, seed)
+    batch_size = min(samples, READ_AHEAD)
+    batches = iterate(data, batch_size=batch_size, max_samples=samples, seed=seed, device=device_of(model))
+    with tqdm(total=samples, desc="gradients", unit="sample", disable=None if progress else True) as bar:
+        for batch in batches if samples_per_row == 1 else regroup(batches, samples_per_row):
+            builder.consume(batch)
+            bar.update(batch.size)
+    rows, gradient = builder.finish()
+    seconds = time.perf_counter() - began
+    return GradientRows(rows=rows, gradient=gradient, samples=builder.samples, seconds=seconds)
+
+
+def fisher_blocks(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss_fn: LossFunction,
+    partition: BlockRule | Partition = "layer",
+    target: Globs | None = None,
+    ignore: Globs = (),
+    curvature: str = "empirical_fisher",
+    samples: int = 1000,
+    samples_per_row: int = 1,
+    damping: float = 1e-3,
+    memory_limit: int = MEMORY_LIMIT,
+    seed: int = 0,
+    progress: bool = True,
+    rows_dtype: torch.dtype | None = None,
+    vectorize: bool = True,
+) -> list[FisherBlock]:
+    """The weights of a network in blocks, each with its Fisher model and gradient.
+
+    Parameters
+    ----------
+    partition : {"global", "layer", "row"}, int or Partition, default "layer"
+        How the weights form blocks, see `Partition.from_model`, which also takes `target` and
+        `ignore`; they may not accompany a `Partition`.
+    damping : float, default 1e-3
+        Added to the diagonal of every block.
+    model, data, loss_fn, curvature, samples, samples_per_row, memory_limit, seed, progress, \
+rows_dtype, vectorize
+        See `gradient_rows`.
+
+    Returns
+    -------
+    list of FisherBlock
+        In the order of the partition. Rows, weights and gradients are views of one tensor each for
+        the whole network.
+
+    Raises
+    ------
+    ArgumentError
+        If `damping` is negative or not finite, or a glob accompanies a `Partition`; and all that
+        `Partition.from_model` and `gradient_rows` raise.
+    """
+    if isinstance(damping, bool) or not (math.isfinite(damping) and damping >= 0.0):
+        raise ArgumentError("damping", f"{damping!r}", "pass a finite number >= 0")
+    if not isinstance(partition, Partition):
+        partition = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
+    elif target is not None or ignore != ():
+        raise ArgumentError("target, ignore", "given beside a Partition", "choose the weights in one place")
+    weights = partition.flatten(model)
+    found = gradient_rows(
+        model,
+        data,
+        loss_fn,
+        partition,
+        curvature=curvature,
+        samples=samples,
+        samples_per_row=samples_per_row,
+        memory_limit=memory_limit,
+        seed=seed,
+        progress=progress,
+        rows_dtype=rows_dtype,
+        vectorize=vectorize,
+    )
+    return [
+        FisherBlock(
+            name=block.name,
+            start=block.start,
+            stop=block.stop,
+            weights=weights[block.start : block.stop],
+            rows=found.rows[:, block.start : block.stop],
+            gradient=found.gradient[block.start : block.stop],
+            damping=float(damping),
+        )
+        for block in partition.blocks
+    ]

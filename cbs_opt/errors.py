@@ -1,0 +1,57 @@
+"""Exceptions about networks, data and mask files; the base classes live in `formulations.errors`."""
+
+from __future__ import annotations
+
+from formulations.errors import ArgumentError, InstanceFormatError, NonFiniteError
+
+
+class NoEligibleWeightsError(ArgumentError):
+    """The network has no weight that may be pruned under the given choice."""
+
+
+class UnmatchedPatternError(ArgumentError):
+    """A glob matches no parameter of the network."""
+
+
+class PartitionMismatchError(ArgumentError):
+    """A partition or flat vector belongs to another network."""
+
+
+class TrainingModeError(ArgumentError):
+    """Dropout or batch normalisation is in training mode, so one sample has no gradient of its own."""
+
+
+class PerSampleGradientError(ArgumentError):
+    """`torch.func` cannot differentiate the network or the loss sample by sample."""
+
+
+class NonFiniteGradientError(NonFiniteError):
+    """A gradient row holds NaN or infinity."""
+
+
+class EmptyDataError(ArgumentError):
+    """The data holds no sample."""
+
+
+class DataLoaderError(ArgumentError):
+    """The caller's data raised while it was read; the original exception is the cause."""
+
+
+class BatchFormatError(ArgumentError):
+    """A batch is not a pair (x, y) of tensors with one entry a sample."""
+
+
+class LabelRangeError(ArgumentError):
+    """A class label lies outside the network's outputs."""
+
+
+class MaskFileError(InstanceFormatError):
+    """A file is not a mask file of ours, or is damaged."""
+
+
+class MaskMismatchError(ArgumentError):
+    """Kept masks do not fit the network: other names or other shapes."""
+
+
+class NoBatchNormError(ArgumentError):
+    """The network has no batch normalisation with running statistics."""

@@ -1,0 +1,180 @@
+"""The tensor of gradient rows, filled chunk by chunk."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cbs_opt.batches import Batch, LossFunction, check_labels, device_of, positive_integer
+from cbs_opt.blocks import Partition
+from cbs_opt.errors import NonFiniteGradientError
+from cbs_opt.gradients import Gradients, NetworkFunction, probe, require_classifier, sampled_labels
+from formulations.errors import ArgumentError
+
+CURVATURES = ("empirical_fisher", "exact_fisher", "monte_carlo_fisher")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Options of `gradient_rows`, checked; see there."""
+
+    curvature: str
+    samples: int
+    samples_per_row: int
+    memory_limit: int
+    rows_dtype: torch.dtype | None
+    vectorize: bool
+
+    def __post_init__(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise ArgumentError("curvature", f"{self.curvature!r}", f"use one of {', '.join(CURVATURES)}")
+        positive_integer("samples", self.samples)
+        positive_integer("samples_per_row", self.samples_per_row)
+        positive_integer("memory_limit", self.memory_limit)
+        if self.samples_per_row > self.samples:
+            found = f"{self.samples_per_row} of {self.samples} samples"
+            raise ArgumentError("samples_per_row", found, "average at most all samples into a row")
+        if self.rows_dtype is not None and not self.rows_dtype.is_floating_point:
+            raise ArgumentError("rows_dtype", f"{self.rows_dtype}", "use a floating-point dtype")
+        if self.exact and self.samples_per_row > 1:
+            found = f"{self.samples_per_row} with the exact Fisher"
+            raise ArgumentError("samples_per_row", found, "use 1: its rows are one a class, not averages")
+        if self.exact and not self.vectorize:
+            raise ArgumentError("vectorize", "False with the exact Fisher", "use another curvature")
+
+    @property
+    def exact(self) -> bool:
+        return self.curvature == "exact_fisher"
+
+    @property
+    def at_own_labels(self) -> bool:
+        """Whether the mean of the rows is the gradient of the loss."""
+        return self.curvature == "empirical_fisher"
+
+
+class RowBuilder:
+    """Fills one tensor of rows, batch by batch.
+
+    `samples` counts those used so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFunction, partition: Partition, options: RowOptions, seed: int
+    ) -> None:
+        self.samples = 0
+        self._model = model
+        self._function = NetworkFunction(model, partition, loss_fn)
+        self._partition = partition
+        self._options = options
+        generator = torch.Generator().manual_seed(seed)
+        # One number a sample, drawn at once, so that labels do not depend on the chunk size.
+        self._uniforms = torch.rand(options.samples, dtype=torch.float64, generator=generator)
+        self._filled = 0
+
+    def consume(self, batch: Batch) -> None:
+        """Append the rows of `batch`: one group of samples, or any number of single ones."""
+        options = self._options
+        if self.samples == 0:
+            self._prepare(batch)
+        elif batch.size < options.samples_per_row:
+            return
+        if self._classes is not None:
+            check_labels(batch.labels, self._classes)
+        if options.exact:
+            self._append_classes(batch)
+        elif options.samples_per_row > 1 or not options.vectorize:
+            for part in _parts(batch, options.samples_per_row):
+                average = self._rows_function.mean_gradient(self._at_row_labels(part), self._chunk)
+                self._write(average, 1)
+                self.samples += part.size
+        else:
+            for part in _parts(batch, self._chunk):
+                self._write(self._rows_function.sample_gradients(self._at_row_labels(part)), part.size)
+                self.samples += part.size
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The scaled rows, (m, n), and the mean gradient, (n,)."""
+        options = self._options
+        if self.samples < options.samples - options.samples % options.samples_per_row:
+            log.warning("data: %d samples used where %d were asked for", self.samples, options.samples)
+        rows = self._rows[: self._filled]
+        gradient = rows.mean(dim=0) if options.at_own_labels else self._gradient / self.samples
+        rows.mul_(1.0 / math.sqrt(self.samples if options.exact else self._filled))
+        return rows, gradient
+
+    def _prepare(self, batch: Batch) -> None:
+        """Learn from one sample how many rows there will be and how many fit in memory."""
+        options, n = self._options, self._partition.n
+        self._classes, activations = probe(self._function, self._model, batch.take(slice(1)))
+        self._rows_function = self._function
+        capacity = options.samples // options.samples_per_row
+        if not options.at_own_labels:
+            classes = require_classifier(self._classes, options.curvature)
+            capacity *= classes if options.exact else 1
+            self._rows_function = self._function.with_loss(cross_entropy)
+        tensors = self._function.parameters.values()
+        dtype = options.rows_dtype or reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+        self._rows = torch.empty(capacity, n, dtype=dtype, device=device_of(self._model))
+        self._gradient = torch.zeros(n, dtype=dtype, device=self._rows.device)
+        gradient_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._chunk = max(1, options.memory_limit // (2 * gradient_bytes + 4 * activations))
+
+    def _at_row_labels(self, batch: Batch) -> Batch:
+        if self._options.curvature != "monte_carlo_fisher":
+            return batch
+        self._add_gradient(batch)
+        uniforms = self._uniforms[self.samples : self.samples + batch.size]
+        pairs = zip(_parts(batch, self._chunk), torch.split(uniforms, self._chunk), strict=True)
+        labels = torch.cat([sampled_labels(self._function, part, draws) for part, draws in pairs])
+        return Batch(inputs=batch.inputs, labels=labels)
+
+    def _append_classes(self, batch: Batch) -> None:
+        """All classes of some samples at a time, or of one sample some classes at a time."""
+        classes = require_classifier(self._classes, self._options.curvature)
+        for part in _parts(batch, max(1, self._chunk // classes)):
+            for first in range(0, classes, max(1, self._chunk)):
+                chosen = range(first, min(first + self._chunk, classes))
+                gradients = self._function.class_gradients(part, slice(chosen.start, chosen.stop))
+                self._write(gradients, part.size * len(chosen))
+            self._add_gradient(part)
+            self.samples += part.size
+
+    def _add_gradient(self, batch: Batch) -> None:
+        found = self._function.mean_gradient(batch, self._chunk)
+        for name, total in self._partition.split(self._gradient).items():
+            total.add_(found[name], alpha=batch.size)
+
+    def _write(self, gradients: Gradients, count: int) -> None:
+        """Put `count` rows in place, each the gradients of all parameters side by side."""
+        rows = self._rows[self._filled : self._filled + count]
+        for span in self._partition.parameters:
+            rows[:, span.start : span.stop] = gradients[span.name].reshape(count, -1)
+        # A sum is finite only if every entry is; an overflow of the sum alone is told apart below.
+        if not bool(torch.isfinite(rows.sum())):
+            self._check_finite(rows)
+        self._filled += count
+
+    def _check_finite(self, rows: Tensor) -> None:
+        finite = torch.isfinite(rows)
+        bad = (~finite.all(dim=1)).nonzero().flatten().tolist()
+        if not bad:
+            return
+        names = [s.name for s in self._partition.parameters if not finite[:, s.start : s.stop].all()]
+        shown = ", ".join(str(self._filled + row) for row in bad[:5])
+        found = f"gradient rows {shown}{' ...' if len(bad) > 5 else ''} are NaN or infinite"
+        remedy = "check the loss and the data there (rows count samples in the order read, from 0)"
+        raise NonFiniteGradientError("data", f"{found} in {', '.join(names)}", remedy)
+
+
+def _parts(batch: Batch, size: int) -> Iterator[Batch]:
+    for start in range(0, batch.size, size):
+        yield batch.take(slice(start, start + size))
