@@ -99,7 +99,7 @@ class NetworkFunction:
         """
 
         def rows(parameters: Gradients, x: Inputs) -> Gradients:
-            logits, pull = vjp(lambda theta: self.output(theta, _alone(x)).squeeze(0), parameters)
+            logits, pull, *_ = vjp(lambda theta: self.output(theta, _alone(x)).squeeze(0), parameters)
             probability = torch.softmax(logits, dim=0)
             identity = torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device)
             seeds = probability.sqrt().unsqueeze(1) * (identity - probability)
