@@ -1,0 +1,361 @@
+"""What a pruning run did: counts, predicted and actual losses, times; as tables, text and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from cbs_opt import report_format
+from cbs_opt.atomic import write_bytes
+from cbs_opt.batches import Evaluation
+from cbs_opt.histogram import Histogram, shared_histograms
+from cbs_opt.masks import load_masks, save_masks
+from formulations.errors import ArgumentError
+
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
+LAYERS_CSV = "layers.csv"
+MASKS_FILE = "masks.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One parameter tensor before and after pruning.
+
+    Parameters
+    ----------
+    name : str
+        Name of the parameter.
+    shape : tuple of int
+        Its shape.
+    n, n_prune : int
+        Number of weights, and of those set to zero.
+    weight_histogram_before, weight_histogram_after : Histogram, optional
+        Both over the same bins; the second counts kept weights only.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    n: int
+    n_prune: int
+    weight_histogram_before: Histogram | None = None
+    weight_histogram_after: Histogram | None = None
+
+    @classmethod
+    def from_weights(cls, name: str, before: Tensor, after: Tensor, keep: Tensor) -> LayerSummary:
+        """Summarise a parameter from its values before and after and its boolean `keep`."""
+        histogram_before, histogram_after = shared_histograms(before, after[keep])
+        return cls(
+            name=name,
+            shape=tuple(before.shape),
+            n=before.numel(),
+            n_prune=before.numel() - int(keep.sum()),
+            weight_histogram_before=histogram_before,
+            weight_histogram_after=histogram_after,
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are pruned."""
+        return self.n_prune / self.n if self.n else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSummary:
+    """One block: its losses as the quadratic model predicts them, and how the search went.
+
+    Parameters
+    ----------
+    name : str
+        Name of the block in its partition.
+    n, n_prune : int
+        Number of weights, and of those removed.
+    selection_loss : float, optional
+        Predicted loss increase with the kept weights as they were.
+    updated_loss : float, optional
+        Predicted loss increase after the update of the kept weights.
+    initial_loss : float, optional
+        Selection loss of the set that the search started from.
+    iterations : int
+        Steps of the search; 0 for methods that do not search.
+    locally_optimal : bool, optional
+        True if no single swap improves the set, False if the search ended before it knew; None for
+        methods that do not search.
+    seconds : float
+        Time spent on this block; blocks solved as a batch share theirs evenly.
+    bound : float, optional
+        Proved lower bound on the objective of the program; None unless proved.
+    gap : float, optional
+        Relative distance of the objective above `bound`.
+    status : str, default ""
+        How the search ended.
+    """
+
+    name: str
+    n: int
+    n_prune: int
+    selection_loss: float | None
+    updated_loss: float | None
+    initial_loss: float | None
+    iterations: int
+    locally_optimal: bool | None
+    seconds: float
+    bound: float | None = None
+    gap: float | None = None
+    status: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruneReport:
+    """The record of one `prune` call.
+
+    Losses are mean losses a sample. Predicted increases come from the quadratic model of the loss
+    at the trained weights, summed over blocks.
+
+    Parameters
+    ----------
+    method, program : str
+        Name of the selection method, and the program it solved.
+    update : bool
+        True if the kept weights were updated.
+    curvature : str
+        Which Fisher matrix the rows sample.
+    partition : str or int
+        How the weights were cut into blocks.
+    budget : str or mapping
+        How the pruned count was spread over blocks.
+    requested_sparsity : float
+        What was asked for.
+    n, n_prune : int
+        Weights that might be pruned, and those that were.
+    layers : tuple of LayerSummary
+    blocks : tuple of BlockSummary
+    predicted_selection_loss : float, optional
+        Predicted loss increase before the update.
+    predicted_loss_increase : float, optional
+        Predicted loss increase of the network as written back.
+    train_before, train_after : Evaluation, optional
+        On the samples that the curvature was taken from.
+    before, after : Evaluation, optional
+        On the evaluation data, where given.
+    seconds : dict of str to float
+        Wall-clock time by phase.
+    peak_memory_bytes : int, optional
+        Peak resident memory of the process.
+    samples, rows : int
+        Samples read for the curvature, and gradient rows made of them.
+    damping : float
+        Added to the diagonal of the Fisher matrix.
+    update_scale : float, optional
+        Step length of the update; None without one.
+    seed : int
+    masks : dict of str to Tensor
+        Boolean `keep` (True = kept) by parameter name. Not part of the JSON.
+    settings : dict
+        Every argument of the call that describes it, as plain values.
+    versions : dict of str to str
+        Versions of Python and of the libraries that took part.
+    """
+
+    method: str
+    program: str
+    update: bool
+    curvature: str
+    partition: str | int
+    budget: str | Mapping[str, float]
+    requested_sparsity: float
+    n: int
+    n_prune: int
+    layers: tuple[LayerSummary, ...]
+    blocks: tuple[BlockSummary, ...]
+    predicted_selection_loss: float | None
+    predicted_loss_increase: float | None
+    train_before: Evaluation | None = None
+    train_after: Evaluation | None = None
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    samples: int = 0
+    rows: int = 0
+    damping: float = 0.0
+    update_scale: float | None = None
+    seed: int = 0
+    masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved share of zeros among the weights that might be pruned."""
+        return self.n_prune / self.n if self.n else 0.0
+
+    @property
+    def label(self) -> str:
+        """Short name of the run for legends: the method, and whether an update followed."""
+        return f"{self.method} + update" if self.update else self.method
+
+    @property
+    def actual_loss_increase(self) -> float | None:
+        """Measured increase on the curvature's own samples, to set against the prediction."""
+        if self.train_before is None or self.train_after is None:
+            return None
+        return self.train_after.loss - self.train_before.loss
+
+    @property
+    def total_seconds(self) -> float:
+        """Sum over phases."""
+        return float(sum(self.seconds.values()))
+
+    @property
+    def locally_optimal(self) -> bool | None:
+        """True if the search proved every block free of improving swaps; None if none searched."""
+        known = [block.locally_optimal for block in self.blocks if block.locally_optimal is not None]
+        return all(known) if known else None
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer, indexed by name; `attrs` holds the totals of the network."""
+        frame = pd.DataFrame(
+            {
+                "shape": ["x".join(map(str, layer.shape)) for layer in self.layers],
+                "n": [layer.n for layer in self.layers],
+                "n_prune": [layer.n_prune for layer in self.layers],
+                "n_keep": [layer.n - layer.n_prune for layer in self.layers],
+                "sparsity": [layer.sparsity for layer in self.layers],
+            },
+            index=pd.Index([layer.name for layer in self.layers], name="layer"),
+        )
+        frame.attrs.update(n=self.n, n_prune=self.n_prune, sparsity=self.sparsity)
+        return frame
+
+    def blocks_frame(self) -> pd.DataFrame:
+        """One row a block, indexed by name, with the fields of `BlockSummary`."""
+        columns = [name for name in BlockSummary.__dataclass_fields__ if name != "name"]
+        data = {name: [getattr(block, name) for block in self.blocks] for name in columns}
+        return pd.DataFrame(data, index=pd.Index([block.name for block in self.blocks], name="block"))
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        return "\n".join(_summary_lines(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `json` can write; everything but the masks."""
+        return report_format.encode(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, masks: Mapping[str, Tensor] | None = None) -> PruneReport:
+        """Inverse of `to_dict`.
+
+        Raises
+        ------
+        ReportFormatError
+            If `data` is not what `to_dict` gives.
+        """
+        return report_format.decode(cls, data, masks={} if masks is None else masks)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write report.json, layers.csv, report.html and (if any) masks.safetensors.
+
+        Parameters
+        ----------
+        directory : path
+            Made if missing. A report already there is replaced, each file at once; report.json
+            comes last, so that where it is present the rest is complete.
+
+        Returns
+        -------
+        Path
+            The directory.
+
+        Raises
+        ------
+        ArgumentError
+            If `directory` is a file.
+        OSError
+            If the disk refuses.
+        """
+        from cbs_opt.report_html import write_comparison  # matplotlib is slow to import
+
+        target = Path(directory)
+        if target.exists() and not target.is_dir():
+            raise ArgumentError(
+                "directory", f"{target} is a file", "pass a directory, or a name not yet used"
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        (target / REPORT_JSON).unlink(missing_ok=True)
+        if self.masks:
+            save_masks(target / MASKS_FILE, self.masks, metadata={"method": self.method})
+        else:
+            (target / MASKS_FILE).unlink(missing_ok=True)
+        write_bytes(target / LAYERS_CSV, _layers_csv(self).encode())
+        write_comparison([self], target / REPORT_HTML)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        write_bytes(target / REPORT_JSON, f"{text}\n".encode())
+        return target
+
+    @classmethod
+    def load(cls, directory: str | Path) -> PruneReport:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ReportFormatError
+            If there is no report, or it is damaged.
+        MaskFileError
+            If the mask file is damaged.
+        """
+        source = Path(directory)
+        data = report_format.read_json(source / REPORT_JSON)
+        masks = load_masks(source / MASKS_FILE) if (source / MASKS_FILE).exists() else {}
+        return cls.from_dict(data, masks=masks)
+
+
+def _layers_csv(report: PruneReport) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    frame = report.to_frame()
+    writer.writerow(["layer", *frame.columns])
+    writer.writerows(
+        [name, *row] for name, row in zip(frame.index, frame.itertuples(index=False), strict=True)
+    )
+    return text.getvalue()
+
+
+def _summary_lines(report: PruneReport) -> list[str]:
+    lines = [
+        f"{report.label}: {report.n_prune} of {report.n} weights pruned, sparsity {report.sparsity:.4f}",
+        f"  {report.curvature}, {report.rows} rows of {report.samples} samples, damping {report.damping:g}; "
+        f"partition {report.partition} ({len(report.blocks)} blocks)",
+    ]
+    if report.predicted_loss_increase is not None:
+        line = f"  loss increase: predicted {report.predicted_loss_increase:.4g}"
+        if report.update and report.predicted_selection_loss is not None:
+            line += f" ({report.predicted_selection_loss:.4g} before the update)"
+        if report.actual_loss_increase is not None:
+            line += f", actual {report.actual_loss_increase:.4g}"
+        lines.append(line)
+    for title, before, after in (
+        ("training", report.train_before, report.train_after),
+        ("evaluation", report.before, report.after),
+    ):
+        if before is not None and after is not None:
+            lines.append(f"  {title} data: {_change(before, after)}")
+    if report.seconds:
+        phases = ", ".join(f"{name} {value:.2f}" for name, value in report.seconds.items())
+        lines.append(f"  {report.total_seconds:.2f} s ({phases})")
+    return lines
+
+
+def _change(before: Evaluation, after: Evaluation) -> str:
+    text = f"loss {before.loss:.4f} -> {after.loss:.4f}"
+    if before.accuracy is not None and after.accuracy is not None:
+        text += f", accuracy {before.accuracy:.2%} -> {after.accuracy:.2%}"
+    return f"{text} ({after.samples} samples)"
