@@ -321,6 +321,6 @@ def _join(batches: list[Batch], argument: str) -> Batch:
         inputs = map_tensors(lambda *parts: torch.cat(parts), *(batch.inputs for batch in batches))
         labels = torch.cat([batch.labels for batch in batches])
     except RuntimeError as error:
-        remedy = "pad the samples to one shape, or use samples_per_row=1"
+        remedy = "pad all samples to one shape"
         raise BatchFormatError(argument, f"batches of different shapes ({error})", remedy) from error
     return Batch(inputs=inputs, labels=labels)

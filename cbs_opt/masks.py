@@ -1,0 +1,207 @@
+"""Kept masks: files, zeros in place, and torch's own pruning hooks. True means kept throughout."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from cbs_opt.errors import MaskFileError, MaskMismatchError
+from formulations.errors import ArgumentError
+
+FORMAT = "cbs-opt masks"
+VERSION = 1
+RESERVED = ("format", "version", "sense", "sparsity")
+SENSE = "true = kept"
+
+Masks = Mapping[str, Tensor]
+"""Boolean tensors in the shapes of the parameters, by parameter name; True where a weight is kept."""
+
+
+def save_masks(
+    path: str | os.PathLike[str], masks: Masks, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write kept masks to a safetensors file.
+
+    The file is written beside its destination and moved there in one step: a crash leaves either
+    the old file or the new one.
+
+    Parameters
+    ----------
+    path : path-like
+        Where to write; an existing file is replaced.
+    masks : mapping of str to Tensor
+        Boolean, True = kept, by parameter name.
+    metadata : mapping of str to str, optional
+        Stored beside ``format``, ``version``, ``sense`` and ``sparsity`` (share of False over all
+        masks), which are ours.
+
+    Raises
+    ------
+    ArgumentError
+        If a mask is not boolean, there is none, or `metadata` is not strings or uses our keys.
+    OSError
+        If the file cannot be written.
+    """
+    entries = dict(metadata or {})
+    for key, value in entries.items():
+        if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
+            remedy = f"map strings to strings, without {', '.join(RESERVED)}"
+            raise ArgumentError("metadata", f"{key!r}: {value!r}", remedy)
+    _check_boolean(masks)
+    # Copies: masks split from one flat vector share memory, which the format refuses.
+    tensors = {
+        name: keep.detach().cpu().clone(memory_format=torch.contiguous_format) for name, keep in masks.items()
+    }
+    pruned = sum(keep.numel() - int(keep.sum()) for keep in tensors.values())
+    size = sum(keep.numel() for keep in tensors.values())
+    entries |= {"format": FORMAT, "version": str(VERSION), "sense": SENSE, "sparsity": repr(pruned / size)}
+    _write_atomically(Path(path), save(tensors, metadata=entries))
+
+
+def load_masks(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Read kept masks.
+
+    Parameters
+    ----------
+    path : path-like
+        A file of `save_masks`.
+    model : nn.Module, optional
+        A network the masks must fit.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Boolean, True = kept, on the CPU, by parameter name.
+
+    Raises
+    ------
+    MaskFileError
+        If the file cannot be read, is damaged, or is not a mask file.
+    MaskMismatchError
+        If names or shapes do not fit `model`.
+    """
+    masks, _ = _read(Path(path))
+    if model is not None:
+        _fitting(model, masks)
+    return masks
+
+
+def load_mask_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings stored with masks, ours (``sparsity`` among them) and the caller's; see `load_masks`."""
+    return _read(Path(path))[1]
+
+
+def apply_masks(model: nn.Module, masks: Masks) -> None:
+    """Set pruned weights to exactly 0 in place, as after a step of fine-tuning.
+
+    All masks are checked before anything is written. Parameters keep their identity, kept weights
+    their bits.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to write to.
+    masks : mapping of str to Tensor
+        Boolean, True = kept, by parameter name, on any device.
+
+    Raises
+    ------
+    ArgumentError
+        If a mask is not boolean.
+    MaskMismatchError
+        If names or shapes do not fit `model`; nothing is written.
+    """
+    _check_boolean(masks)
+    pairs = _fitting(model, masks)
+    with torch.no_grad():
+        for parameter, keep in pairs:
+            parameter.masked_fill_(~keep.to(parameter.device), 0.0)
+
+
+def register_custom_from_mask(model: nn.Module, masks: Masks) -> None:
+    """Hand the masks to `torch.nn.utils.prune.custom_from_mask`.
+
+    Each parameter becomes ``<name>_orig`` with a buffer ``<name>_mask``, and a hook multiplies them
+    before every forward pass. A tied parameter is registered in every module that holds it. Note
+    that these hooks do not survive a state dict; `save_masks` does.
+
+    Raises
+    ------
+    ArgumentError
+        If a mask is not boolean.
+    MaskMismatchError
+        If names or shapes do not fit `model`; nothing is registered.
+    """
+    _check_boolean(masks)
+    pairs = _fitting(model, masks)
+    for parameter, keep in pairs:
+        for module in model.modules():
+            for attribute, own in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if own is parameter:
+                    prune.custom_from_mask(module, attribute, keep.to(parameter.device))  # type: ignore[no-untyped-call]
+
+
+def _check_boolean(masks: Masks) -> None:
+    if not masks:
+        raise ArgumentError("masks", "none", "pass at least one mask")
+    for name, keep in masks.items():
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+            found = f"{keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise ArgumentError(
+                f"masks[{name!r}]", found, "pass a boolean tensor, True where a weight is kept"
+            )
+
+
+def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each mask with its parameter; every misfit is listed in one `MaskMismatchError`."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    misfits: list[str] = []
+    for name, keep in masks.items():
+        if name not in parameters:
+            misfits.append(f"no parameter {name}")
+        elif parameters[name].shape != keep.shape:
+            misfits.append(f"{name} is {tuple(parameters[name].shape)}, its mask {tuple(keep.shape)}")
+    if misfits:
+        shown = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
+        remedy = "use the masks of this network"
+        raise MaskMismatchError("masks", f"{len(misfits)} of {len(masks)} do not fit: {shown}", remedy)
+    return [(parameters[name], keep) for name, keep in masks.items()]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    remedy = "pass a file written by save_masks"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MaskFileError("path", f"{path} cannot be read ({error})", remedy) from error
+    if metadata.get("format") != FORMAT:
+        raise MaskFileError("path", f"{path} is a safetensors file, but holds no masks of ours", remedy)
+    if metadata.get("version") != str(VERSION) or metadata.get("sense") != SENSE:
+        found = f"{path} has version {metadata.get('version')}, sense {metadata.get('sense')!r}"
+        raise MaskFileError("path", found, f"read version {VERSION}, or upgrade cbs-opt")
+    for name, keep in masks.items():
+        if keep.dtype != torch.bool:
+            raise MaskFileError("path", f"{path}: {name} is {keep.dtype}, not boolean", remedy)
+    return masks, metadata
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+"""Counts are met exactly, whatever the blocks and the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbs_opt.blocks import BlockSpan, ParameterSpan, Partition
+from cbs_opt.budget import allocate
+from cbs_opt.errors import UnmatchedPatternError
+from formulations.errors import ArgumentError, NonFiniteError, ShapeError
+
+shares = st.floats(0.0, 1.0, exclude_max=True)
+size_lists = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+
+
+def partition_of(sizes: list[int], block_size: int | None = None) -> Partition:
+    """One parameter a size, each one block or cut into blocks of `block_size`."""
+    parameters, blocks, start = [], [], 0
+    for index, size in enumerate(sizes):
+        stop = start + size
+        parameters.append(ParameterSpan(name=f"layer{index}", shape=(size,), start=start, stop=stop))
+        for first in range(start, stop, block_size or size):
+            last = min(first + (block_size or size), stop)
+            blocks.append(BlockSpan(name=f"b{first}", start=first, stop=last))
+        start = stop
+    return Partition(parameters=tuple(parameters), blocks=tuple(blocks))
+
+
+def sizes_of(partition: Partition) -> list[int]:
+    return [block.stop - block.start for block in partition.blocks]
+
+
+@given(size_lists, shares)
+def test_uniform_meets_the_total_and_every_quota(sizes, sparsity):
+    partition = partition_of(sizes)
+    counts = allocate(partition, sparsity, budget="uniform")
+    assert sum(counts) == round(sparsity * partition.n)
+    for count, size in zip(counts, sizes, strict=True):
+        assert 0 <= count <= size
+        assert abs(count - sparsity * size) < 1.0 + 1e-9
+
+
+@given(size_lists, shares, st.integers(0, 2**31), st.sampled_from([2, 1000]))
+def test_global_counts_are_those_of_the_lowest_scores(sizes, sparsity, seed, levels):
+    partition = partition_of(sizes)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (partition.n,), generator=generator).double()  # many ties
+    counts = allocate(partition, sparsity, scores=scores)
+    total = round(sparsity * partition.n)
+    lowest = sorted(range(partition.n), key=lambda i: (scores[i].item(), i))[:total]
+    expected = [sum(block.start <= i < block.stop for i in lowest) for block in partition.blocks]
+    assert counts == expected
+    assert allocate(partition, sparsity, scores=scores.clone()) == counts
+
+
+@settings(max_examples=50)
+@given(size_lists, shares, shares, st.booleans(), st.sampled_from([None, 7]))
+def test_a_mapping_meets_every_parameter(sizes, sparsity, special, scored, block_size):
+    partition = partition_of(sizes, block_size)
+    scores = torch.arange(partition.n, dtype=torch.float64) if scored else None
+    budget = {"layer0": special, "layer*": sparsity}  # the first match counts
+    counts = allocate(partition, 0.5, budget=budget, scores=scores)
+    assert all(0 <= count <= size for count, size in zip(counts, sizes_of(partition), strict=True))
+    for index, span in enumerate(partition.parameters):
+        inside = [
+            (count, block.stop - block.start)
+            for count, block in zip(counts, partition.blocks, strict=True)
+            if span.start <= block.start < span.stop
+        ]
+        assert sum(count for count, _ in inside) == round(
+            (special if index == 0 else sparsity) * sizes[index]
+        )
+        if scored:  # ascending scores: the first blocks fill up before the next begins
+            assert sum(0 < count < size for count, size in inside) <= 1
+
+
+def test_parameters_without_a_match_take_the_general_sparsity():
+    assert allocate(partition_of([10, 20]), 0.5, budget={"layer1": 0.9}) == [5, 18]
+
+
+def test_infinite_scores_come_last():
+    scores = torch.tensor([float("inf"), 1.0, 2.0, float("inf"), 0.0, 3.0])
+    assert allocate(partition_of([3, 3]), 2 / 3, scores=scores) == [2, 2]
+
+
+def test_one_block_needs_no_scores():
+    assert allocate(partition_of([40]), 0.9) == [36]
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, float("nan"), float("inf"), True, "0.5", None, 1 + 0j])
+def test_sparsity_out_of_range(sparsity):
+    for budget in ("uniform", "global", {"layer0": 0.5}):
+        with pytest.raises(ArgumentError, match=r"^sparsity: "):
+            allocate(partition_of([4]), sparsity, budget=budget)
+    with pytest.raises(ArgumentError, match=r"budget\['layer0'\]"):
+        allocate(partition_of([4]), 0.5, budget={"layer0": sparsity})
+
+
+def test_unusable_budgets_and_scores():
+    partition = partition_of([4, 4])
+    with pytest.raises(ArgumentError, match="scores: none for 2 blocks"):
+        allocate(partition, 0.5)
+    with pytest.raises(ArgumentError, match="budget: 'even'"):
+        allocate(partition, 0.5, budget="even")
+    with pytest.raises(UnmatchedPatternError, match="fc"):
+        allocate(partition, 0.5, budget={"fc*": 0.5})
+    with pytest.raises(ShapeError, match="scores"):
+        allocate(partition, 0.5, scores=torch.ones(7))
+    with pytest.raises(NonFiniteError, match="1 of 8"):
+        allocate(partition, 0.5, scores=torch.tensor([float("nan")] + [1.0] * 7))
+    whole = Partition(parameters=partition.parameters, blocks=(BlockSpan(name="global", start=0, stop=8),))
+    with pytest.raises(ArgumentError, match="span several"):
+        allocate(whole, 0.5, budget={"layer0": 0.5})
