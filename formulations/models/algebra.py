@@ -1,0 +1,79 @@
+"""Expressions and constraints that several models share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyomo.environ as pyo
+from pyomo.core.expr import LinearExpression
+
+from formulations.models.scaling import ScaledBlock
+from formulations.problem import FloatArray
+
+
+def linear(coefficients: FloatArray, variables: Any) -> Any:
+    """``sum_i coefficients_i variables_i`` over the nonzero coefficients."""
+    index = np.flatnonzero(coefficients)
+    if index.size == 0:
+        return 0.0
+    return LinearExpression(
+        linear_coefs=[float(coefficients[i]) for i in index], linear_vars=[variables[int(i)] for i in index]
+    )
+
+
+def quadratic(matrix: FloatArray, variables: Any) -> Any:
+    """``1/2 sum_ij matrix_ij variables_i variables_j`` for a symmetric matrix."""
+    rows, columns = np.nonzero(np.triu(matrix))
+    return pyo.quicksum(
+        float(matrix[i, j] * (0.5 if i == j else 1.0)) * variables[int(i)] * variables[int(j)]
+        for i, j in zip(rows, columns, strict=True)
+    )
+
+
+def half_squares(variables: Any) -> Any:
+    """``1/2 sum_a variables_a^2``."""
+    return pyo.quicksum(0.5 * variables[a] ** 2 for a in variables)
+
+
+def add_pruned_set(model: Any, block: ScaledBlock) -> None:
+    """Declare ``pruned`` (binary, 1 = pruned) with its cardinality, and the objective's scale."""
+    model.objective_scale = pyo.Param(initialize=block.objective_scale)
+    model.weights = pyo.RangeSet(0, block.n - 1)
+    model.pruned = pyo.Var(model.weights, domain=pyo.Binary)
+    # Exactly k weights are pruned.
+    model.count = pyo.Constraint(expr=linear(np.ones(block.n), model.pruned) == block.n_prune)
+
+
+def add_kept_set(model: Any, block: ScaledBlock) -> None:
+    """Declare ``kept`` (binary, 1 = kept) with its cardinality, and the objective's scale."""
+    model.objective_scale = pyo.Param(initialize=block.objective_scale)
+    model.weights = pyo.RangeSet(0, block.n - 1)
+    model.kept = pyo.Var(model.weights, domain=pyo.Binary)
+    # Exactly n - k weights are kept.
+    model.count = pyo.Constraint(expr=linear(np.ones(block.n), model.kept) == block.n - block.n_prune)
+
+
+def add_new_weights(model: Any, lower: FloatArray, upper: FloatArray) -> None:
+    """Declare ``new_weight`` and tie it to ``kept`` by the box ``[lower, upper]``."""
+    model.new_weight = pyo.Var(
+        model.weights, bounds=lambda _, i: (min(float(lower[i]), 0.0), max(float(upper[i]), 0.0))
+    )
+    # A pruned weight is 0; a kept one is below the upper end of its box.
+    model.below = pyo.Constraint(
+        model.weights, rule=lambda m, i: m.new_weight[i] <= float(upper[i]) * m.kept[i]
+    )
+    # A pruned weight is 0; a kept one is above the lower end of its box.
+    model.above = pyo.Constraint(
+        model.weights, rule=lambda m, i: m.new_weight[i] >= float(lower[i]) * m.kept[i]
+    )
+
+
+def add_factor(model: Any, rows: FloatArray, variables: Any, lower: FloatArray, upper: FloatArray) -> None:
+    """Declare ``image`` with ``image_a = sum_i rows_ai variables_i`` and its bounds."""
+    model.factors = pyo.RangeSet(0, rows.shape[0] - 1)
+    model.image = pyo.Var(model.factors, bounds=lambda _, a: (float(lower[a]), float(upper[a])))
+    # image = L y: the quadratic form is then a sum of squares in few variables.
+    model.product = pyo.Constraint(
+        model.factors, rule=lambda m, a: linear(rows[a], variables) - m.image[a] == 0.0
+    )

@@ -1,0 +1,49 @@
+"""Selection as a mixed-integer linear program: every product gets a variable.
+
+    min  sum_{i<j} A_ij p_ij + sum_i (A_ii / 2 - c_i) y_i
+    s.t. p_ij >= y_i + y_j - 1            where A_ij > 0
+         p_ij <= y_i,  p_ij <= y_j        where A_ij < 0
+         sum_i y_i = k,  y in {0, 1}^n,  0 <= p <= 1
+
+Valid: on binary points the side of McCormick's envelope that the objective presses on gives
+``p_ij = y_i y_j``; the other side is never active and is left out.
+Source: McCormick (1976); Glover and Woolsey (1974).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyomo.environ as pyo
+
+from formulations.models import algebra
+from formulations.models.scaling import scale_block
+from formulations.problem import BlockProblem
+
+
+def build(problem: BlockProblem) -> pyo.ConcreteModel:
+    """Return the Pyomo model; O(n^2) variables and constraints."""
+    block = scale_block(problem)
+    costs = block.pair_costs
+    model: Any = pyo.ConcreteModel(name="selection_mccormick")
+    algebra.add_pruned_set(model, block)
+    pairs = [(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(costs, 1)), strict=True)]
+    repelled = [pair for pair in pairs if costs[pair] > 0.0]
+    attracted = [pair for pair in pairs if costs[pair] < 0.0]
+    model.pairs = pyo.Set(initialize=pairs, dimen=2)
+    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
+    # A costly pair is counted as soon as both its weights are pruned.
+    model.count_pair = pyo.Constraint(
+        repelled, rule=lambda m, i, j: m.both[i, j] >= m.pruned[i] + m.pruned[j] - 1.0
+    )
+    # A helpful pair counts only if its first weight is pruned ...
+    model.first = pyo.Constraint(attracted, rule=lambda m, i, j: m.both[i, j] <= m.pruned[i])
+    # ... and its second one too.
+    model.second = pyo.Constraint(attracted, rule=lambda m, i, j: m.both[i, j] <= m.pruned[j])
+    # Loss increase with products replaced by the pair variables.
+    model.loss_increase = pyo.Objective(
+        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in pairs)
+        + algebra.linear(0.5 * np.diagonal(costs) - block.gains, model.pruned)
+    )
+    return model

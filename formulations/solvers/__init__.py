@@ -1,0 +1,79 @@
+"""Solver bridges: the models of `formulations.models` on HiGHS, OR-tools, SciPy, Pyomo, SCIP and Gurobi.
+
+One function a bridge, `solve` in its module; `solve_with` picks one by name and `available_solvers`
+lists them. No solver is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from formulations.errors import UnsupportedProblemError
+from formulations.models import MODELS
+from formulations.problem import BlockProblem
+from formulations.solution import BlockSolution, Limits
+from formulations.solvers.base import Solver, SolverInfo
+
+BRIDGES = ("highs", "mathopt", "cp_sat", "scipy_milp", "scip", "gurobi")
+PYOMO_BRIDGES = ("pyomo:highs", "pyomo:scip", "pyomo:gurobi")
+
+
+def solver_names() -> tuple[str, ...]:
+    """Names of all bridges, installed or not."""
+    return BRIDGES + PYOMO_BRIDGES
+
+
+def bridge(name: str) -> Solver:
+    """Return the bridge called `name`; `UnsupportedProblemError` if there is none."""
+    if name not in solver_names():
+        raise UnsupportedProblemError("solver", f"{name!r}", f"use one of: {', '.join(solver_names())}")
+    if name.startswith("pyomo:"):
+        solver = import_module("formulations.solvers.pyomo_bridge").pyomo_solver(name.removeprefix("pyomo:"))
+    else:
+        solver = import_module(f"formulations.solvers.{name}").SOLVER
+    assert isinstance(solver, Solver)
+    return solver
+
+
+def available_solvers() -> list[SolverInfo]:
+    """Return every bridge with its version, capabilities and limits, or why it cannot run."""
+    return [bridge(name).info() for name in solver_names()]
+
+
+def models_for(name: str, program: str) -> list[str]:
+    """Return the models of `program` that the solver called `name` can take."""
+    solver = bridge(name)
+    return [spec.name for spec in MODELS.values() if spec.program == program and solver.accepts(spec)]
+
+
+def solve_with(
+    name: str,
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+    model: str | None = None,
+    **options: Any,
+) -> BlockSolution:
+    """Solve `program` with the bridge called `name`; `model` None takes the bridge's default.
+
+    Raises
+    ------
+    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
+        As the bridge's own ``solve``.
+    """
+    bridge(name)
+    chosen = {} if model is None else {"model": model}
+    if name.startswith("pyomo:"):
+        module = import_module("formulations.solvers.pyomo_bridge")
+        chosen["solver"] = name.removeprefix("pyomo:")
+    else:
+        module = import_module(f"formulations.solvers.{name}")
+    solution = module.solve(problem, program, limits=limits, incumbent=incumbent, **chosen, **options)
+    assert isinstance(solution, BlockSolution)
+    return solution
+
+
+__all__ = ["SolverInfo", "available_solvers", "bridge", "models_for", "solve_with", "solver_names"]

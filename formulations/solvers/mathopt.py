@@ -1,0 +1,204 @@
+"""OR-tools MathOpt with GSCIP: quadratic objectives, quadratic constraints and indicators.
+
+Part of the base install, and the route to SCIP without PySCIPOpt. This build is slow on dense
+quadratics and quick on sums of squares: prefer the low-rank models. MathOpt reports a model that a
+backend cannot take as an internal error or an attribute error while it translates the status; both
+end as `Termination.ERROR` with the message.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import numpy as np
+
+from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
+from formulations.models.standard_form import Row, StandardForm
+from formulations.problem import BlockProblem
+from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solvers.base import DUAL_TOLERANCE, RawResult, Solver, Task, dual_error, probe_package
+from formulations.solvers.conclusion import solve_model
+
+DEFAULT_MODEL = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
+EMPHASES = ("presolve", "cuts", "heuristics", "scaling")
+
+
+def solve(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+    model: str | None = None,
+    **options: Any,
+) -> BlockSolution:
+    """Solve a model with GSCIP through MathOpt.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : str
+        "selection" or "joint".
+    limits : Limits, optional
+    incumbent : BlockSolution, optional
+        Warm start (passed as a hint); never lost.
+    model : str, optional
+        Any model of the program; by default the low-rank one, which is the fastest measured.
+    **options
+        ``presolve``, ``cuts``, ``heuristics``, ``scaling``: "off", "low", "medium", "high" or
+        "very_high".
+
+    Raises
+    ------
+    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
+        As `formulations.solvers.conclusion.solve_model`.
+    """
+    return solve_model(
+        SOLVER,
+        problem,
+        program,
+        model=model or DEFAULT_MODEL.get(program, program),
+        limits=limits or Limits(),
+        incumbent=incumbent,
+        options=options,
+    )
+
+
+def _run(task: Task) -> RawResult:
+    from ortools.math_opt.python import mathopt
+
+    translated, columns = _translate(mathopt, task.form)
+    parameters = _parameters(mathopt, task)
+    hint = mathopt.SolutionHint(
+        variable_values={
+            columns[j]: float(v) for j, v in zip(task.form.decision, task.start_values, strict=True)
+        }
+    )
+    try:
+        result = mathopt.solve(
+            translated,
+            mathopt.SolverType.GSCIP,
+            params=parameters,
+            model_params=mathopt.ModelSolveParameters(solution_hints=[hint]),
+        )
+    except (AttributeError, ValueError, RuntimeError, mathopt.InternalMathOptError) as error:
+        return RawResult(failure=f"MathOpt failed: {type(error).__name__}: {error}")
+    return _report(mathopt, task, result, columns)
+
+
+def _translate(mathopt: Any, form: StandardForm) -> tuple[Any, list[Any]]:
+    model = mathopt.Model(name=form.name)
+    columns = [
+        model.add_variable(lb=float(low), ub=float(high), is_integer=bool(whole), name=name)
+        for low, high, whole, name in zip(
+            form.lower, form.upper, form.integer, form.column_names, strict=True
+        )
+    ]
+    matrix = form.matrix
+    for r in range(matrix.shape[0]):
+        part = slice(matrix.indptr[r], matrix.indptr[r + 1])
+        model.add_linear_constraint(
+            lb=float(form.row_lower[r]),
+            ub=float(form.row_upper[r]),
+            expr=_linear(mathopt, matrix.indices[part], matrix.data[part], columns),
+        )
+    for row in form.quadratic_rows:
+        model.add_quadratic_constraint(
+            lb=row.lower, ub=row.upper, expr=_row(mathopt, row, columns), name=row.name
+        )
+    for indicator in form.indicators:
+        row = indicator.row
+        # GSCIP takes one side at a time.
+        for low, high in ((row.lower, np.inf), (-np.inf, row.upper)):
+            model.add_indicator_constraint(
+                indicator=columns[indicator.binary],
+                activate_on_zero=False,
+                implied_lb=low,
+                implied_ub=high,
+                implied_expr=_linear(mathopt, row.index, row.value, columns),
+            )
+    index = np.flatnonzero(form.linear)
+    objective = _linear(mathopt, index, form.linear[index], columns) + form.constant
+    products = _products(mathopt, form.terms, columns)
+    model.minimize(objective + products if len(form.terms) else objective)
+    return model, columns
+
+
+def _linear(mathopt: Any, index: Any, value: Any, columns: list[Any]) -> Any:
+    return mathopt.fast_sum(float(v) * columns[int(j)] for j, v in zip(index, value, strict=True))
+
+
+def _products(mathopt: Any, terms: Any, columns: list[Any]) -> Any:
+    return mathopt.fast_sum(
+        float(v) * columns[int(i)] * columns[int(j)]
+        for i, j, v in zip(terms.first, terms.second, terms.value, strict=True)
+    )
+
+
+def _row(mathopt: Any, row: Row, columns: list[Any]) -> Any:
+    products = _products(mathopt, row.terms, columns)
+    return products + _linear(mathopt, row.index, row.value, columns) if row.index.size else products
+
+
+def _parameters(mathopt: Any, task: Task) -> Any:
+    limits = task.limits
+    parameters = mathopt.SolveParameters(
+        relative_gap_tolerance=task.solver_gap,
+        absolute_gap_tolerance=0.0,
+        node_limit=limits.node_limit,
+        threads=limits.threads,
+        random_seed=limits.seed % (2**31 - 1),
+    )
+    if task.seconds_left is not None:
+        parameters.time_limit = datetime.timedelta(seconds=task.seconds_left)
+    parameters.gscip.real_params["numerics/dualfeastol"] = DUAL_TOLERANCE
+    parameters.gscip.real_params["numerics/feastol"] = task.feasibility_tolerance
+    for name, value in task.options.items():
+        setattr(parameters, name, mathopt.Emphasis[str(value).upper()])
+    return parameters
+
+
+def _report(mathopt: Any, task: Task, result: Any, columns: list[Any]) -> RawResult:
+    reasons = mathopt.TerminationReason
+    reason = result.termination.reason
+    usable = reason in (reasons.OPTIMAL, reasons.FEASIBLE, reasons.NO_SOLUTION_FOUND)
+    detail = result.termination.detail
+    if not usable:
+        return RawResult(failure=f"GSCIP stopped with {reason.value}: {detail}")
+    point = None
+    if result.has_primal_feasible_solution():
+        values = result.variable_values()
+        point = np.array([values[column] for column in columns])
+    bound = result.termination.objective_bounds.dual_bound
+    named = result.termination.limit
+    return RawResult(
+        finished=reason == reasons.OPTIMAL,
+        point=point,
+        bound=float(bound) if np.isfinite(bound) else None,
+        bound_error=dual_error(task.form),
+        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        limit=None if named is None else _limit(mathopt, named),
+        nodes=int(result.solve_stats.node_count),
+        iterations=int(result.solve_stats.simplex_iterations),
+        message=f"GSCIP: {reason.value}",
+    )
+
+
+def _limit(mathopt: Any, named: Any) -> Limit | None:
+    return {
+        mathopt.Limit.TIME: Limit.TIME,
+        mathopt.Limit.NODE: Limit.NODE,
+        mathopt.Limit.ITERATION: Limit.ITERATION,
+        mathopt.Limit.INTERRUPTED: Limit.INTERRUPTED,
+    }.get(named)
+
+
+SOLVER = Solver(
+    name="mathopt",
+    capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR}),
+    probe=lambda: probe_package("ortools"),
+    run=_run,
+    option_names=lambda: EMPHASES,
+    reserved={},
+)

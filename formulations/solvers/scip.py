@@ -1,0 +1,221 @@
+"""SCIP through PySCIPOpt (extra ``scip``): every model of the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
+from formulations.models.standard_form import StandardForm, Terms
+from formulations.problem import BlockProblem
+from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solvers.base import (
+    DUAL_TOLERANCE,
+    FIXED,
+    RawResult,
+    Solver,
+    Task,
+    dual_error,
+    probe_package,
+)
+from formulations.solvers.conclusion import solve_model
+
+DEFAULT_MODEL = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
+
+
+def solve(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+    model: str | None = None,
+    **options: Any,
+) -> BlockSolution:
+    """Solve a model with SCIP.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : str
+        "selection" or "joint".
+    limits : Limits, optional
+    incumbent : BlockSolution, optional
+        Warm start (a partial solution for SCIP to complete); never lost.
+    model : str, optional
+        Any model of the program; by default the low-rank one, which is the fastest measured.
+    **options
+        SCIP parameters by name, such as ``{"separating/maxrounds": 5}``.
+
+    Raises
+    ------
+    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
+        As `formulations.solvers.conclusion.solve_model`.
+    """
+    return solve_model(
+        SOLVER,
+        problem,
+        program,
+        model=model or DEFAULT_MODEL.get(program, program),
+        limits=limits or Limits(),
+        incumbent=incumbent,
+        options=options,
+    )
+
+
+def _run(task: Task) -> RawResult:
+    import pyscipopt
+
+    scip = pyscipopt.Model(task.form.name)
+    scip.hideOutput()
+    columns = _translate(pyscipopt, scip, task.form)
+    _suggest(scip, task, columns)
+    try:
+        _configure(scip, task)
+        scip.optimize()
+    except Exception as error:
+        # PySCIPOpt turns every return code of SCIP into a bare Exception.
+        return RawResult(failure=f"SCIP failed: {type(error).__name__}: {error}")
+    return _report(scip, task, columns)
+
+
+def _translate(pyscipopt: Any, scip: Any, form: StandardForm) -> list[Any]:
+    columns = [
+        scip.addVar(name=name, vtype="B" if whole else "C", lb=float(low), ub=float(high))
+        for low, high, whole, name in zip(
+            form.lower, form.upper, form.integer, form.column_names, strict=True
+        )
+    ]
+    matrix = form.matrix
+    for r in range(matrix.shape[0]):
+        part = slice(matrix.indptr[r], matrix.indptr[r + 1])
+        expression = _linear(pyscipopt, matrix.indices[part], matrix.data[part], columns)
+        _add_row(scip, expression, form.row_lower[r], form.row_upper[r], form.row_names[r])
+    for row in form.quadratic_rows:
+        expression = _products(pyscipopt, row.terms, columns)
+        expression += _linear(pyscipopt, row.index, row.value, columns)
+        _add_row(scip, expression, row.lower, row.upper, row.name)
+    for indicator in form.indicators:
+        row = indicator.row
+        expression = _linear(pyscipopt, row.index, row.value, columns)
+        scip.addConsIndicator(expression <= row.upper, columns[indicator.binary])
+        scip.addConsIndicator(-expression <= -row.lower, columns[indicator.binary])
+    index = np.flatnonzero(form.linear)
+    objective = _linear(pyscipopt, index, form.linear[index], columns) + form.constant
+    if len(form.terms):
+        # SCIP's objective is linear: the quadratic part becomes the epigraph of a new variable.
+        epigraph = scip.addVar(name="quadratic_part", lb=None, ub=None)
+        scip.addCons(_products(pyscipopt, form.terms, columns) <= epigraph, name="epigraph")
+        objective += epigraph
+    scip.setObjective(objective, "minimize")
+    return columns
+
+
+def _linear(pyscipopt: Any, index: Any, value: Any, columns: list[Any]) -> Any:
+    return pyscipopt.quicksum(float(v) * columns[int(j)] for j, v in zip(index, value, strict=True))
+
+
+def _products(pyscipopt: Any, terms: Terms, columns: list[Any]) -> Any:
+    return pyscipopt.quicksum(
+        float(v) * columns[int(i)] * columns[int(j)]
+        for i, j, v in zip(terms.first, terms.second, terms.value, strict=True)
+    )
+
+
+def _add_row(scip: Any, expression: Any, lower: float, upper: float, name: str) -> None:
+    if lower == upper:
+        scip.addCons(expression == float(upper), name=name)
+        return
+    if upper < np.inf:
+        scip.addCons(expression <= float(upper), name=name)
+    if lower > -np.inf:
+        scip.addCons(expression >= float(lower), name=f"{name}_lower" if upper < np.inf else name)
+
+
+def _suggest(scip: Any, task: Task, columns: list[Any]) -> None:
+    """Give SCIP the warm start's binaries; it completes the continuous part itself."""
+    partial = scip.createPartialSol()
+    for j, value in zip(task.form.decision, task.start_values, strict=True):
+        scip.setSolVal(partial, columns[int(j)], float(value))
+    scip.addSol(partial)
+
+
+def _configure(scip: Any, task: Task) -> None:
+    limits = task.limits
+    settings: dict[str, Any] = {
+        "limits/gap": task.solver_gap,
+        "randomization/randomseedshift": limits.seed % (2**31 - 1),
+        "parallel/maxnthreads": limits.threads,
+        "lp/threads": min(limits.threads, 64),
+        "numerics/feastol": task.feasibility_tolerance,
+        "numerics/dualfeastol": DUAL_TOLERANCE,
+        **task.options,
+    }
+    if task.seconds_left is not None:
+        settings["limits/time"] = task.seconds_left
+    if limits.node_limit is not None:
+        settings["limits/totalnodes"] = limits.node_limit
+    for name, value in settings.items():
+        scip.setParam(name, value)
+
+
+def _report(scip: Any, task: Task, columns: list[Any]) -> RawResult:
+    status = str(scip.getStatus())
+    finished = status in ("optimal", "gaplimit")
+    if not finished and status not in _LIMITS:
+        return RawResult(failure=f"SCIP stopped with status {status!r}")
+    point = None
+    if scip.getNSols() > 0:
+        best = scip.getBestSol()
+        point = np.array([scip.getSolVal(best, column) for column in columns])
+    bound = float(scip.getDualbound())
+    return RawResult(
+        finished=finished,
+        point=point,
+        bound=None if abs(bound) >= scip.infinity() else bound,
+        bound_error=dual_error(task.form),
+        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        limit=_LIMITS.get(status),
+        nodes=int(scip.getNTotalNodes()),
+        iterations=int(scip.getNLPIterations()),
+        message=f"SCIP: {status}",
+    )
+
+
+_LIMITS = {
+    "timelimit": Limit.TIME,
+    "nodelimit": Limit.NODE,
+    "totalnodelimit": Limit.NODE,
+    "stallnodelimit": Limit.NODE,
+    "memlimit": Limit.ITERATION,
+    "sollimit": Limit.ITERATION,
+    "bestsollimit": Limit.ITERATION,
+    "restartlimit": Limit.ITERATION,
+    "userinterrupt": Limit.INTERRUPTED,
+}
+
+
+def _option_names() -> list[str]:
+    import pyscipopt
+
+    return list(pyscipopt.Model().getParams())
+
+
+SOLVER = Solver(
+    name="scip",
+    capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR}),
+    probe=lambda: probe_package("PySCIPOpt", extra="scip"),
+    run=_run,
+    option_names=_option_names,
+    reserved={
+        "limits/time": "Limits.time_limit",
+        "limits/gap": "Limits.rel_gap",
+        "limits/totalnodes": "Limits.node_limit",
+        "randomization/randomseedshift": "Limits.seed",
+        "parallel/maxnthreads": "Limits.threads",
+        "lp/threads": "Limits.threads",
+        "numerics/dualfeastol": FIXED,
+        "numerics/feastol": FIXED,
+    },
+)

@@ -1,0 +1,103 @@
+"""SciPy's ``milp`` (its own build of HiGHS): mixed-integer linear models, no warm start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from formulations.models import INTEGER
+from formulations.problem import BlockProblem
+from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solvers.base import RawResult, Solver, Task, probe_package
+from formulations.solvers.conclusion import solve_model
+
+SCIPY_DUAL_TOLERANCE = 1e-7
+"""HiGHS's default, which SciPy gives no way to tighten."""
+
+
+def solve(
+    problem: BlockProblem,
+    program: str = "selection",
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+    model: str = "selection_mccormick",
+    **options: Any,
+) -> BlockSolution:
+    """Solve a mixed-integer linear model with ``scipy.optimize.milp``.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : str
+        "selection".
+    limits : Limits, optional
+        `threads` and `seed` have no switch in SciPy; that is reported in the statistics.
+    incumbent : BlockSolution, optional
+        Not passed to the solver, but never lost.
+    model : str
+        A linear model of `formulations.models`.
+    **options
+        ``presolve`` (bool) or ``disp`` (bool).
+
+    Raises
+    ------
+    UnsupportedProblemError, UnknownOptionError
+        As `formulations.solvers.conclusion.solve_model`.
+    """
+    return solve_model(
+        SOLVER,
+        problem,
+        program,
+        model=model,
+        limits=limits or Limits(),
+        incumbent=incumbent,
+        options=options,
+    )
+
+
+def _run(task: Task) -> RawResult:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    form = task.form
+    options: dict[str, Any] = {"mip_rel_gap": task.solver_gap, **task.options}
+    if task.seconds_left is not None:
+        options["time_limit"] = task.seconds_left
+    if task.limits.node_limit is not None:
+        options["node_limit"] = task.limits.node_limit
+    result = milp(
+        form.linear,
+        integrality=form.integer.astype(np.int64),
+        bounds=Bounds(form.lower, form.upper),
+        constraints=LinearConstraint(form.matrix, form.row_lower, form.row_upper),
+        options=options,  # type: ignore[arg-type]
+    )
+    if result.status not in (0, 1):
+        return RawResult(failure=f"SciPy milp stopped with status {result.status}: {result.message}")
+    bound = getattr(result, "mip_dual_bound", None)
+    return RawResult(
+        finished=result.status == 0,
+        point=None if result.x is None else np.asarray(result.x),
+        bound=None if bound is None or not np.isfinite(bound) else float(bound) + form.constant,
+        bound_error=SCIPY_DUAL_TOLERANCE * form.total_width,
+        limit=_limit(task, str(result.message)) if result.status == 1 else None,
+        nodes=int(getattr(result, "mip_node_count", None) or 0),
+        message=f"SciPy: {result.message}",
+    )
+
+
+def _limit(task: Task, message: str) -> Limit:
+    timed_out = "time" in message.lower() or task.limits.node_limit is None
+    return Limit.TIME if timed_out else Limit.NODE
+
+
+SOLVER = Solver(
+    name="scipy_milp",
+    capabilities=frozenset({INTEGER}),
+    probe=lambda: probe_package("scipy"),
+    run=_run,
+    option_names=lambda: ("disp", "presolve"),
+    reserved={},
+    ignores=("threads", "seed"),
+)
