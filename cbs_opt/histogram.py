@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-BINS = 60
+MOST_BINS = 60
+FEWEST_BINS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +25,18 @@ class Histogram:
         return sum(self.counts)
 
 
-def shared_histograms(first: Tensor, second: Tensor, bins: int = BINS) -> tuple[Histogram, Histogram]:
+def shared_histograms(first: Tensor, second: Tensor) -> tuple[Histogram, Histogram]:
     """Histograms of two tensors over the same equal bins that cover both.
 
-    Values that are not finite are left out. O(number of values).
+    Twice the square root of the number of values, within limits, gives the number of bins. Values
+    that are not finite are left out. O(number of values).
     """
     arrays = [_finite(first), _finite(second)]
     joined = np.concatenate(arrays)
     low, high = (float(joined.min()), float(joined.max())) if joined.size else (0.0, 0.0)
     if high <= low:
         low, high = low - 0.5, high + 0.5
+    bins = min(MOST_BINS, max(FEWEST_BINS, 2 * math.isqrt(arrays[0].size)))
     edges = np.linspace(low, high, bins + 1)
     made = [
         Histogram(edges=tuple(edges.tolist()), counts=tuple(np.histogram(array, edges)[0].tolist()))
