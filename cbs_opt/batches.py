@@ -277,7 +277,7 @@ def _subset(batch: Batch, samples: int | None, seed: int | None) -> Batch:
     if samples is None or seed is None:
         return batch
     order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(seed))
-    return batch.take(order[:samples].to(batch.labels.device))
+    return batch.take(order[:samples])
 
 
 def _guarded(data: Data, argument: str) -> Iterator[Any]:

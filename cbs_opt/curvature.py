@@ -86,8 +86,9 @@ def gradient_rows(
         usual in the pruning literature. An incomplete last row is dropped unless it is the only
         one. Not for the exact Fisher.
     memory_limit : int
-        Bytes for temporaries besides the rows. The chunk size follows from an estimate (twice the
-        gradient and four times the activations a sample); one sample is the least.
+        Bytes for temporaries besides the rows. The chunk size follows from an estimate: a sample
+        takes twice the gradient and five times what its backward pass saves (averaged rows: three
+        times that). One sample is the least.
     seed : int, default 0
         Draws the samples and the Monte-Carlo labels.
     progress : bool, default True

@@ -60,7 +60,15 @@ class NetworkFunction:
 
     def loss(self, parameters: Gradients, inputs: Inputs, labels: Tensor) -> Tensor:
         """The mean loss of a batch."""
-        return check_loss(self._loss_fn(self.output(parameters, inputs), labels))
+        return self.loss_of(self.output(parameters, inputs), labels)
+
+    def loss_of(self, output: Any, labels: Tensor) -> Tensor:
+        """The mean loss of a batch whose output is known."""
+        return check_loss(self._loss_fn(output, labels))
+
+    def own_tensors(self) -> list[Tensor]:
+        """Parameters and buffers of the network, detached."""
+        return [*self.parameters.values(), *self._fixed.values(), *self._model.buffers()]
 
     def with_loss(self, loss_fn: LossFunction) -> NetworkFunction:
         """The same network under another loss."""
@@ -124,30 +132,29 @@ def require_evaluation_mode(model: nn.Module) -> None:
             raise TrainingModeError("model", found, "train it with track_running_stats=True")
 
 
-def probe(function: NetworkFunction, model: nn.Module, sample: Batch) -> tuple[int | None, int]:
-    """Run one sample: the number of classes (None unless a classifier) and bytes of activations.
+def probe(function: NetworkFunction, sample: Batch) -> tuple[int | None, int]:
+    """Run one sample: the number of classes (None unless a classifier) and bytes saved for backward.
 
     Raises `LabelRangeError` for a label outside the outputs, `ArgumentError` for a loss that is no
     scalar.
     """
-    sizes: list[int] = []
+    held = {tensor.untyped_storage().data_ptr() for tensor in function.own_tensors()}
+    saved: dict[int, int] = {}
 
-    def record(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.numel() * output.element_size())
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-    hooks = [m.register_forward_hook(record) for m in model.modules() if next(m.children(), None) is None]
-    try:
-        with torch.no_grad():
-            output = function.output(function.parameters, sample.inputs)
-            classes = class_count(output, sample.labels)
-            if classes is not None:
-                check_labels(sample.labels, classes)
-            function.loss(function.parameters, sample.inputs, sample.labels)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return classes, sum(sizes)
+    leaves = {name: value.requires_grad_() for name, value in _detached(function.parameters).items()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        output = function.output(leaves, sample.inputs)
+        classes = class_count(output, sample.labels)
+        if classes is not None:
+            check_labels(sample.labels, classes)
+        function.loss_of(output, sample.labels)
+    return classes, sum(saved.values())
 
 
 def sampled_labels(function: NetworkFunction, batch: Batch, uniforms: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class RowBuilder:
             self._append_classes(batch)
         elif options.samples_per_row > 1 or not options.vectorize:
             for part in _parts(batch, options.samples_per_row):
-                average = self._rows_function.mean_gradient(self._at_row_labels(part), self._chunk)
+                average = self._rows_function.mean_gradient(self._at_row_labels(part), self._group)
                 self._write(average, 1)
                 self.samples += part.size
         else:
@@ -114,7 +114,7 @@ class RowBuilder:
     def _prepare(self, batch: Batch) -> None:
         """Learn from one sample how many rows there will be and how many fit in memory."""
         options, n = self._options, self._partition.n
-        self._classes, activations = probe(self._function, self._model, batch.take(slice(1)))
+        self._classes, saved = probe(self._function, batch.take(slice(1)))
         self._rows_function = self._function
         capacity = options.samples // options.samples_per_row
         if not options.at_own_labels:
@@ -126,14 +126,17 @@ class RowBuilder:
         self._rows = torch.empty(capacity, n, dtype=dtype, device=device_of(self._model))
         self._gradient = torch.zeros(n, dtype=dtype, device=self._rows.device)
         gradient_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self._chunk = max(1, options.memory_limit // (2 * gradient_bytes + 4 * activations))
+        # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the
+        # factors cover what was measured on convolutional networks.
+        self._chunk = max(1, options.memory_limit // (2 * gradient_bytes + 5 * saved))
+        self._group = max(1, options.memory_limit // (3 * max(saved, 1)))
 
     def _at_row_labels(self, batch: Batch) -> Batch:
         if self._options.curvature != "monte_carlo_fisher":
             return batch
         self._add_gradient(batch)
         uniforms = self._uniforms[self.samples : self.samples + batch.size]
-        pairs = zip(_parts(batch, self._chunk), torch.split(uniforms, self._chunk), strict=True)
+        pairs = zip(_parts(batch, self._group), torch.split(uniforms, self._group), strict=True)
         labels = torch.cat([sampled_labels(self._function, part, draws) for part, draws in pairs])
         return Batch(inputs=batch.inputs, labels=labels)
 
@@ -141,7 +144,7 @@ class RowBuilder:
         """All classes of some samples at a time, or of one sample some classes at a time."""
         classes = require_classifier(self._classes, self._options.curvature)
         for part in _parts(batch, max(1, self._chunk // classes)):
-            for first in range(0, classes, max(1, self._chunk)):
+            for first in range(0, classes, self._chunk):
                 chosen = range(first, min(first + self._chunk, classes))
                 gradients = self._function.class_gradients(part, slice(chosen.start, chosen.stop))
                 self._write(gradients, part.size * len(chosen))
@@ -149,9 +152,9 @@ class RowBuilder:
             self.samples += part.size
 
     def _add_gradient(self, batch: Batch) -> None:
-        found = self._function.mean_gradient(batch, self._chunk)
+        found = self._function.mean_gradient(batch, self._group)
         for name, total in self._partition.split(self._gradient).items():
-            total.add_(found[name], alpha=batch.size)
+            total.add_(found[name].to(total.device), alpha=batch.size)
 
     def _write(self, gradients: Gradients, count: int) -> None:
         """Put `count` rows in place, each the gradients of all parameters side by side."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from cbs_opt.blocks import Partition
@@ -136,6 +137,62 @@ def test_rows_do_not_depend_on_the_memory_limit(network, data, curvature):
     for other in others:
         torch.testing.assert_close(other.rows, first.rows)
         torch.testing.assert_close(other.gradient, first.gradient)
+
+
+@pytest.mark.parametrize("curvature", ["empirical_fisher", "monte_carlo_fisher"])
+def test_averaged_rows_do_not_depend_on_the_memory_limit(network, data, curvature):
+    partition = Partition.from_model(network)
+    tight, ample = (
+        gradient_rows(
+            network,
+            data,
+            cross_entropy,
+            partition,
+            samples=20,
+            samples_per_row=10,
+            curvature=curvature,
+            memory_limit=limit,
+        )
+        for limit in (1, 1 << 28)
+    )
+    torch.testing.assert_close(tight.rows, ample.rows)
+    torch.testing.assert_close(tight.gradient, ample.gradient)
+
+
+class LargestTemporary(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns, the rows apart."""
+
+    def __init__(self, rows_bytes: int) -> None:
+        super().__init__()
+        self.rows_bytes, self.found = rows_bytes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, Tensor) and item.untyped_storage().nbytes() != self.rows_bytes:
+                self.found = max(self.found, item.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("curvature", ["empirical_fisher", "exact_fisher"])
+def test_temporaries_stay_below_the_memory_limit(network, data, curvature):
+    partition = Partition.from_model(network)
+    rows_bytes = 8 * partition.n * SAMPLES * (CLASSES if curvature == "exact_fisher" else 1)
+    largest = []
+    for limit in (60_000, 1 << 28):
+        with LargestTemporary(rows_bytes) as seen:
+            gradient_rows(
+                network,
+                in_order(data),
+                cross_entropy,
+                partition,
+                samples=SAMPLES,
+                curvature=curvature,
+                memory_limit=limit,
+            )
+        largest.append(seen.found)
+    assert largest[0] <= 60_000 // 2
+    assert largest[1] > largest[0]
 
 
 def test_a_seed_draws_the_samples_and_a_loader_keeps_its_order(network, data):
