@@ -1,0 +1,78 @@
+"""Products and definiteness checks whose rounding errors are bounded: what certificates rest on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import LinAlgError, cholesky
+
+from formulations.dense_forms import error_factor
+from formulations.problem import BlockProblem, BoolArray, FloatArray
+
+CHUNK = 512
+"""Columns summed by one matrix product: shorter sums have smaller error bounds."""
+
+
+@dataclass(frozen=True)
+class BoundedVector:
+    """A computed vector and a bound on the absolute error of each entry."""
+
+    value: FloatArray
+    error: FloatArray
+
+
+def column_norms(problem: BlockProblem) -> FloatArray:
+    """``sqrt(H_ii)`` from above, (n,): ``|H_ij| <= d_i d_j`` bounds every rounding error of ``H``."""
+    return np.asarray(np.sqrt(problem.hessian_diagonal()) * (1.0 + 1e-6))
+
+
+def bounded_product(problem: BlockProblem, x: FloatArray, norms: FloatArray) -> BoundedVector:
+    """``H x`` with an entrywise error bound; O(m n) with rows, O(n^2) with a Hessian.
+
+    A sum of ``q`` products in any order has relative error ``gamma_q`` of the sum of magnitudes
+    (Higham 2002, section 3.1), and ``sum_j |H_ij| |x_j| <= d_i sum_j d_j |x_j|``, also when ``|R|``
+    stands for ``R`` (Cauchy-Schwarz).
+    """
+    if problem.rows is None:
+        value = problem.hessian_product(x)
+        length = problem.n + 4
+    else:
+        image = np.zeros(problem.rows.shape[0])
+        for start in range(0, problem.n, CHUNK):
+            image += problem.rows[:, start : start + CHUNK] @ x[start : start + CHUNK]
+        value = problem.rows.T @ image + problem.damping * x
+        length = CHUNK + -(-problem.n // CHUNK) + problem.rows.shape[0] + 8
+    reach = float(norms @ np.abs(x))
+    return BoundedVector(value, error_factor(length + problem.n.bit_length()) * reach * norms)
+
+
+def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, part: BoolArray) -> bool:
+    """Whether ``H - diag(split)`` restricted to the indices in `part` is proved semidefinite.
+
+    Free where rows are given and the split is at most the damping. Otherwise a Cholesky
+    factorisation of ``H - diag(split) - eta diag(H)`` must succeed, ``eta`` covering the rounding of
+    forming and factorising it; O(m n^2 + n^3).
+    """
+    index = np.flatnonzero(part)
+    if problem.rows is not None and bool((split[index] <= problem.damping).all()):
+        return True
+    n = index.size
+    height = problem.rows.shape[0] if problem.rows is not None else 1
+    margin = 4.0 * n * (error_factor(height + 4) + error_factor(n + 4))
+    shifted = problem.dense_hessian()[np.ix_(index, index)]
+    shifted[np.diag_indices(n)] -= split[index] + margin * norms[index] ** 2
+    try:
+        cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        return False
+    return True
+
+
+def largest_sum(values: FloatArray, count: int) -> float:
+    """Sum of the `count` largest entries."""
+    if count <= 0:
+        return 0.0
+    if count >= values.size:
+        return float(values.sum())
+    return float(np.partition(values, values.size - count)[values.size - count :].sum())

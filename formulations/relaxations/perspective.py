@@ -1,0 +1,155 @@
+"""The perspective relaxation of the joint program: certified lower bounds for one block.
+
+Source: Frangioni & Gentile (2006) for the reformulation; Argyriou, Foygel & Srebro (2012) for the
+s-support norm; the dual bound holds for every point ``u`` and costs one product with ``H``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from formulations.dense_forms import DenseForm, error_factor
+from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
+from formulations.relaxations.certified import bounded_product, column_norms, largest_sum, split_is_valid
+from formulations.relaxations.diagonal_split import barrier_step, interior_split
+from formulations.relaxations.perspective_kernels import solve_perspective, split_slopes
+
+SPLIT_MARGIN = 1e-9
+"""Relative shrinking of a split, so that ``H - D`` stays semidefinite under rounding."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PerspectiveCertificate:
+    """A point ``u`` and a split ``D`` that prove a lower bound on the joint program.
+
+    With ``H = Q + D``, ``Q`` positive semidefinite, ``b = H w - g`` and ``h = b - Q u``:
+    ``optimum >= 1/2 w.H w - g.w - 1/2 u.Q u - 1/2 (sum of the n_keep largest h_i^2 / D_i)``.
+
+    Attributes
+    ----------
+    point : (n,) float64 array
+        ``u``, in units of the weights.
+    split : (n,) float64 array
+        ``D``, positive, in units of ``H``.
+    """
+
+    point: FloatArray
+    split: FloatArray
+
+    def __post_init__(self) -> None:
+        for name in ("point", "split"):
+            object.__setattr__(self, name, frozen_array(name, getattr(self, name), 1))
+
+    @property
+    def kind(self) -> str:
+        """Name of the relaxation."""
+        return "perspective"
+
+    def lower_bound(self, problem: BlockProblem) -> float:
+        """Recompute the bound with one product with ``H``, less a proven bound on all rounding.
+
+        ``-inf`` if the certificate does not fit the block or ``H - D`` is not proved semidefinite;
+        that proof is free with rows and ``D <= damping``, a Cholesky factorisation otherwise.
+        """
+        fits = self.point.shape == self.split.shape == (problem.n,)
+        if not fits or not bool((self.split > 0.0).all()):
+            return -math.inf
+        norms = column_norms(problem)
+        if not split_is_valid(problem, self.split, norms, np.ones(problem.n, dtype=np.bool_)):
+            return -math.inf
+        u, w, d, g = self.point, problem.weights, self.split, problem.gradient_or_zero
+        # h = H (w - u) - g + D u and the constant share one product each.
+        change = bounded_product(problem, w - u, norms)
+        residual = change.value - g + d * u
+        sloppy = error_factor(8)
+        # w - u is rounded before the product.
+        moved = change.error + sloppy * norms * float(norms @ (np.abs(w) + np.abs(u)))
+        error = moved + sloppy * (np.abs(change.value) + np.abs(g) + d * np.abs(u))
+        square = residual**2 / d
+        slack = (2.0 * np.abs(residual) * error + error**2) / d + sloppy * square
+        # 1/2 w.Hw - 1/2 u.Hu = 1/2 (w + u).H(w - u)
+        both = w + u
+        terms = (
+            0.5 * float(both @ change.value),
+            -float(g @ w),
+            0.5 * float(d @ (u * u)),
+            -0.5 * largest_sum(square, problem.n_keep),
+        )
+        length = error_factor(problem.n + 16)
+        lost = (
+            0.5 * float(np.abs(both) @ moved)
+            + 0.5 * largest_sum(slack, problem.n_keep)
+            + length * float(np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + d @ (u * u))
+            + length * largest_sum(square, problem.n_keep)
+        )
+        return sum(terms) - 2.0 * lost
+
+
+def relax_joint(
+    form: DenseForm,
+    n_keep: int,
+    split: FloatArray,
+    *,
+    cutoff: float = math.inf,
+    split_rounds: int = 0,
+) -> tuple[float, FloatArray, FloatArray, FloatArray]:
+    """Solve the relaxation of a dense joint form, improving the split by barrier steps.
+
+    Parameters
+    ----------
+    form : DenseForm
+    n_keep : int
+        Between 1 and n - 1.
+    split : (n,) float64 array
+        A valid positive split of ``form.matrix``.
+    cutoff : float
+        Stop once the bound, in form units, reaches it.
+    split_rounds : int
+        Barrier steps at most.
+
+    Returns
+    -------
+    bound, point, residual, split
+        Of the best bound found, in form units and unscaled coordinates (``residual`` in scaled ones).
+    """
+    current = split.copy()
+    start = np.zeros(form.linear.size)
+    best: tuple[float, FloatArray, FloatArray, FloatArray] | None = None
+    stalled = 0
+    for attempt in range(split_rounds + 1):
+        root = np.sqrt(current)
+        smooth = form.matrix / root[:, None] / root[None, :]
+        smooth[np.diag_indices(root.size)] -= 1.0
+        value, point, residual, _ = solve_perspective(
+            smooth, form.linear / root, n_keep, start * root, cutoff - form.constant, 300, 1e-5
+        )
+        start = point / root
+        bound = value + form.constant
+        stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
+        if best is None or bound > best[0]:
+            best = bound, start, residual, current.copy()
+        if bound >= cutoff or stalled >= 8:
+            break
+        # The gap is unknown without a cutoff; the barrier weight then shrinks with the rounds.
+        gap = cutoff - bound if cutoff < math.inf else 0.2 * 0.8**attempt * abs(bound)
+        if attempt == 0:
+            current = interior_split(form.matrix, current, True)
+        barrier_step(
+            form.matrix,
+            current,
+            split_slopes(start, point, residual, n_keep),
+            0.1 * max(gap, 1e-12) / start.size,
+            True,
+        )
+    assert best is not None
+    return best
+
+
+def round_joint(residual: FloatArray, n_keep: int) -> BoolArray:
+    """Kept set of the `n_keep` largest residuals of the relaxation, the dual's own choice."""
+    keep = np.zeros(residual.size, dtype=np.bool_)
+    keep[np.argsort(-np.abs(residual), kind="stable")[:n_keep]] = True
+    return keep
