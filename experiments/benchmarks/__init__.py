@@ -1,0 +1,1 @@
+"""Timed comparisons, one command each."""

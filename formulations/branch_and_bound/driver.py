@@ -1,0 +1,190 @@
+"""`branch_and_bound`: incumbents, root, tree, and an honest account of what was proved."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from formulations.branch_and_bound.root import solve_from_root
+from formulations.branch_and_bound.subproblems import Subproblems
+from formulations.branch_and_bound.tree import Search
+from formulations.dense_forms import DenseForm, dense_form
+from formulations.errors import ArgumentError
+from formulations.incumbents import IncumbentPool, descend, greedy_keep, kicked
+from formulations.problem import BlockProblem, check_program
+from formulations.solution import BlockSolution, Certificate, Limit, Limits, SolveStats, Termination
+
+SEARCHES = ("best", "depth")
+KICKS = 30
+"""Perturbed descents before the root."""
+KICK_SHARE_OF_TIME = 0.1
+"""Share of the time limit that these may take."""
+
+
+def branch_and_bound(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+    search: str = "best",
+    fixing: bool = True,
+    reduction: bool = True,
+    diagonal_split: bool = True,
+    swaps: bool = True,
+) -> BlockSolution:
+    """Solve a program to proven optimality by branch and bound.
+
+    Each node drops its pruned weights and eliminates its kept ones by a Schur complement, bounds what
+    is left by the perspective relaxation (joint) or the capped simplex (selection) under a diagonal
+    split that barrier Newton steps improve, fixes every weight whose other value would lift the bound
+    to the incumbent, and branches where the relaxation is estimated to rise most in both children.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : {"selection", "joint"}
+    limits : Limits, optional
+        `time_limit` and `node_limit` are looked at between nodes, `rel_gap` closes nodes.
+    incumbent : BlockSolution, optional
+        Warm start; the result is never worse.
+    search : {"best", "depth"}, default "best"
+        Best bound first with diving, or depth first (least memory, poor bound when stopped).
+    fixing : bool, default True
+        Fix weights by the bound in every node.
+    reduction : bool, default True
+        After the root, continue on the block that its fixings leave.
+    diagonal_split : bool, default True
+        Improve the split of ``H``; else the damping is the split.
+    swaps : bool, default True
+        Swap descents before the root and inside nodes; else greedy and leaves only.
+
+    Returns
+    -------
+    BlockSolution
+        OPTIMAL with `rel_gap` the tolerance reached, or FEASIBLE with the limit that came and the
+        bound so far; `certificate` proves the root bound of the whole block, the rest of `bound`
+        rests on the search. Ctrl-C returns incumbent and bound with `Limit.INTERRUPTED`.
+
+    Raises
+    ------
+    ArgumentError
+        If `search` is unknown.
+    NotPositiveDefiniteError
+        If the program is joint and ``H`` is singular.
+
+    Notes
+    -----
+    Deterministic for a seed unless a time limit comes. O(n^3) a node at worst, usually far less
+    after fixing. Bounds are lowered by a proven allowance for all rounding, so that `rel_gap` below
+    about 1e-9 may end with a larger gap, which is then what the result states.
+    """
+    check_program(program)
+    if search not in SEARCHES:
+        raise ArgumentError("search", f"{search!r}", 'use "best" or "depth"')
+    limits = limits or Limits()
+    started = time.perf_counter()
+    pool = IncumbentPool(problem, program, incumbent)
+    if limits.time_limit == 0.0:
+        pool.offer_magnitude_if_empty()
+        return pool.solution(method="branch_and_bound", limit=Limit.TIME)
+    form = dense_form(problem, program)
+    if problem.n_prune in (0, problem.n):
+        pool.offer(np.full(problem.n, problem.n_prune == 0))
+        return pool.solution(
+            method="branch_and_bound",
+            bound=pool.objective,
+            termination=Termination.OPTIMAL,
+            rel_gap=limits.rel_gap,
+            stats=SolveStats(seconds=time.perf_counter() - started),
+        )
+    limit = _first_incumbents(form, pool, limits, started, swaps)
+    tree = Search(
+        subproblems=whole_block(problem, program, form, fixing=fixing, diagonal_split=diagonal_split),
+        pool=pool,
+        limits=limits,
+        scale=form.scale,
+        allowance=form.allowance,
+        started=started,
+        depth_first=search == "depth",
+        improve_period=25 if swaps else 0,
+    )
+    tree.record()
+    certificate: Certificate | None = None
+    if limit is None:
+        limit, certificate = solve_from_root(tree, problem, reduction=reduction, swaps=swaps)
+    tree.record()
+    return _account(tree, limit, certificate)
+
+
+def _first_incumbents(
+    form: DenseForm, pool: IncumbentPool, limits: Limits, started: float, swaps: bool
+) -> Limit | None:
+    """Greedy and, with `swaps`, descents from it, from the warm start and from perturbed sets."""
+    program = pool.program
+    try:
+        starts = [] if pool.keep is None else [pool.keep]
+        starts.append(greedy_keep(form, pool.problem.n_prune, program))
+        for start in starts:
+            pool.offer(start)
+        if not swaps:
+            return None
+        share = None if limits.time_limit is None else KICK_SHARE_OF_TIME * limits.time_limit
+        budget = Limits(time_limit=share)
+        for start in starts:
+            pool.offer(descend(form, start, program, budget, started)[0])
+        generator = np.random.default_rng(limits.seed)
+        for _ in range(KICKS):
+            assert pool.keep is not None
+            keep, _, stopped = descend(form, kicked(pool.keep, generator), program, budget, started)
+            pool.offer(keep)
+            if stopped is not None:
+                break
+    except KeyboardInterrupt:
+        pool.offer_magnitude_if_empty()
+        return Limit.INTERRUPTED
+    return None
+
+
+def whole_block(
+    problem: BlockProblem, program: str, form: DenseForm, *, fixing: bool, diagonal_split: bool
+) -> Subproblems:
+    """The subproblems of a block in which nothing is decided."""
+    return Subproblems(
+        program=program,
+        form=form,
+        matrix=form.matrix,
+        linear=form.linear,
+        constant=form.constant,
+        count=problem.n_keep if program == "joint" else problem.n_prune,
+        index=np.arange(problem.n),
+        decided_kept=np.zeros(problem.n, dtype=np.bool_),
+        fixing=fixing,
+        diagonal_split=diagonal_split,
+    )
+
+
+def _account(tree: Search, limit: Limit | None, certificate: Certificate | None) -> BlockSolution:
+    """The solution: OPTIMAL only if the search was completed or its bound meets the incumbent."""
+    pool, limits = tree.pool, tree.limits
+    bound: float | None = tree.bound * tree.scale
+    if bound is None or not math.isfinite(bound):
+        bound = None
+    gap = math.inf if bound is None else (pool.objective - bound) / max(abs(pool.objective), 1e-12)
+    complete = bound is not None and (limit is None or gap <= limits.rel_gap)
+    return pool.solution(
+        method="branch_and_bound",
+        bound=bound,
+        termination=Termination.OPTIMAL if complete else Termination.FEASIBLE,
+        limit=None if complete else limit,
+        rel_gap=max(limits.rel_gap, gap) if complete else None,
+        certificate=certificate,
+        stats=SolveStats(
+            seconds=time.perf_counter() - tree.started,
+            nodes=tree.nodes,
+            extra={"open_after_root": tree.open_after_root},
+        ),
+        trace=tuple(tree.trace),
+    )

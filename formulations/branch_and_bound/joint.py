@@ -1,0 +1,217 @@
+"""One node of the joint program: reduce, relax, fix, improve the split, choose a branch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, FAILED, LEAF
+from formulations.branch_and_bound.reduction import FREE, KEPT, PRUNED, reduce_joint
+from formulations.compiled import compiled
+from formulations.factorisation import cholesky_factor, inverse_from_factor
+from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.relaxations.diagonal_split import LAPACK_FROM, barrier_step
+from formulations.relaxations.perspective_kernels import prox_support_norm, solve_perspective, split_slopes
+from formulations.swap_kernels import swap_joint, sweep
+
+
+@compiled
+def evaluate_joint(
+    matrix: FloatArray,
+    linear: FloatArray,
+    n_keep: int,
+    status: IntArray,
+    split: FloatArray,
+    warm: FloatArray,
+    cutoff: float,
+    fixing: bool,
+    split_rounds: int,
+    patience: int,
+    barrier_share: float,
+) -> tuple[int, float, int, bool]:
+    """Bound one node of the joint form; `status`, `split` and `warm` are updated in place.
+
+    Returns
+    -------
+    outcome : int
+        BRANCH, CLOSED (bound reached the cutoff, or infeasible), LEAF (all decided) or FAILED.
+    bound : float
+        Lower bound of the node without the form's constant; infinity if infeasible.
+    index : int
+        Index to branch on.
+    keep_first : bool
+        Whether the relaxation prefers to keep it.
+    """
+    best = -np.inf
+    rounds = 0
+    while True:
+        kept = np.nonzero(status == KEPT)[0]
+        free = np.nonzero(status == FREE)[0]
+        size = n_keep - kept.size
+        m = free.size
+        if size < 0 or m < size:
+            return CLOSED, np.inf, -1, False
+        if size == 0 or m == size:
+            for i in free:
+                status[i] = KEPT if m == size else PRUNED
+            return LEAF, best, -1, False
+        definite, reduced, reduced_linear, constant = reduce_joint(matrix, linear, kept, free)
+        if not definite:
+            return FAILED, best, -1, False
+        local = split[free]
+        start = warm[free]
+        refresh = False
+        while not refresh:
+            root = np.sqrt(local)
+            smooth = np.empty((m, m))
+            for p in range(m):
+                for q in range(m):
+                    smooth[p, q] = reduced[p, q] / (root[p] * root[q])
+                smooth[p, p] -= 1.0
+            value, point, residual, _ = solve_perspective(
+                smooth, reduced_linear / root, size, start * root, cutoff - constant, 150, 1e-3
+            )
+            bound = value + constant
+            start = point / root
+            gained = bound - best
+            if gained > 0.0:
+                best = bound
+                for p in range(m):
+                    warm[free[p]] = start[p]
+                    split[free[p]] = local[p]
+            if best >= cutoff:
+                return CLOSED, best, -1, False
+            if fixing:
+                fixed = fix_joint(residual, size, bound, cutoff, free, status)
+                refresh = fixed >= max(1.0, 0.08 * m)
+            else:
+                fixed = 0
+            if refresh:
+                break
+            gap = cutoff - best
+            if rounds >= split_rounds or (rounds > patience and gained < 0.1 * gap):
+                if fixed > 0 and np.count_nonzero(status == FREE) < 2:
+                    refresh = True
+                    break
+                index, keep_first = branch_joint(smooth, point, residual, size, gap, free, status)
+                return BRANCH, best, index, keep_first
+            rounds += 1
+            slopes = split_slopes(start, point, residual, size)
+            barrier_step(reduced, local, slopes, barrier_share * gap / m, True)
+
+
+@compiled
+def fix_joint(
+    residual: FloatArray, size: int, bound: float, cutoff: float, free: IntArray, status: IntArray
+) -> int:
+    """Decide the free indices whose other value would lift the bound to the cutoff; how many.
+
+    The bound is ``c - 1/2 (sum of the `size` largest h_i^2)``; forcing ``i`` out of the largest (or
+    in) exchanges it with the next one.
+    """
+    m = free.size
+    value = 0.5 * residual * residual
+    order = np.argsort(-value)
+    last_in, first_out = value[order[size - 1]], value[order[size]]
+    fixed = 0
+    for q in range(m):
+        i = order[q]
+        if q < size:
+            if bound + value[i] - first_out >= cutoff:
+                status[free[i]] = KEPT
+                fixed += 1
+        elif bound + last_in - value[i] >= cutoff:
+            status[free[i]] = PRUNED
+            fixed += 1
+    return fixed
+
+
+@compiled
+def branch_joint(
+    smooth: FloatArray,
+    point: FloatArray,
+    residual: FloatArray,
+    size: int,
+    gap: float,
+    free: IntArray,
+    status: IntArray,
+) -> tuple[int, bool]:
+    """Index to branch on, and whether to keep it first.
+
+    For each fractional index the rise of the relaxation in both children is computed as if no other
+    index changed its active set: with ``N`` the inverse of the relaxation's system, pruning costs
+    ``1/2 x_i^2 / N_ii`` and keeping is a rank-one change of the system. The product of both, each
+    capped by the gap, is the score.
+    """
+    m = free.size
+    order = np.empty(m, dtype=np.int64)
+    image = np.empty(m)
+    left, right = prox_support_norm(point + residual, size, 1.0, order, image)
+    chosen, keep_first = -1, True
+    share = size - left
+    if right > left and share > 0:
+        system = np.empty((right, right))
+        sign = np.zeros(right)
+        x = np.empty(right)
+        for p in range(right):
+            x[p] = image[order[p]]
+            if p >= left:
+                sign[p] = 1.0 if image[order[p]] >= 0.0 else -1.0
+        for p in range(right):
+            for q in range(right):
+                system[p, q] = smooth[order[p], order[q]] + sign[p] * sign[q] / share
+            system[p, p] += 1.0 if p < left else 1e-12
+        factor = np.zeros((right, right))
+        if cholesky_factor(system, factor):
+            inverse = np.linalg.inv(system) if right >= LAPACK_FROM else inverse_from_factor(factor)
+            along = np.dot(inverse, sign)
+            total = np.dot(sign, along)
+            level = np.dot(sign, x) / share
+            best = -1.0
+            for p in range(left, right):
+                if status[free[order[p]]] != FREE:
+                    continue
+                down = 0.5 * x[p] * x[p] / inverse[p, p]
+                rest = level - abs(x[p])
+                bend = share * share * inverse[p, p] - 2.0 * share * sign[p] * along[p] + total
+                up = 0.5 * share * share * rest * rest / (share * (share - 1.0) + bend)
+                score = max(min(down, gap), 1e-4 * gap) * max(min(up, gap), 1e-4 * gap)
+                if score > best:
+                    best = score
+                    chosen = order[p]
+                    keep_first = down >= up
+    if chosen < 0:
+        # Nothing fractional: the free index nearest to the threshold.
+        magnitude = np.abs(residual)
+        threshold = np.partition(magnitude, m - size)[m - size]
+        nearest = np.inf
+        for i in range(m):
+            if status[free[i]] == FREE and abs(magnitude[i] - threshold) < nearest:
+                nearest = abs(magnitude[i] - threshold)
+                chosen = i
+        keep_first = magnitude[chosen] >= threshold
+    return free[chosen], keep_first
+
+
+@compiled
+def improve_joint(
+    matrix: FloatArray, linear: FloatArray, n_keep: int, status: IntArray, warm: FloatArray, max_swaps: int
+) -> BoolArray:
+    """Round a node's relaxation to its largest free entries and descend by swaps inside the node."""
+    kept = np.nonzero(status == KEPT)[0]
+    free = np.nonzero(status == FREE)[0]
+    keep: BoolArray = status == KEPT
+    size = n_keep - kept.size
+    if size < 0 or size > free.size:
+        return keep
+    definite, reduced, reduced_linear, _ = reduce_joint(matrix, linear, kept, free)
+    if not definite:
+        return keep
+    order = np.argsort(-np.abs(warm[free]))
+    rounded = np.zeros(free.size, dtype=np.bool_)
+    for q in range(size):
+        rounded[order[q]] = True
+        sweep(reduced, reduced_linear, order[q], 1.0)
+    swap_joint(reduced, reduced_linear, rounded, max_swaps)
+    for q in range(free.size):
+        keep[free[q]] = rounded[q]
+    return keep

@@ -1,0 +1,95 @@
+"""The root: relax, certify, fix, reduce, optimise the split, repeat; then hand over to the tree."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from formulations.branch_and_bound.outcomes import BRANCH
+from formulations.branch_and_bound.tree import Node, Search
+from formulations.problem import BlockProblem
+from formulations.relaxations.bounds import joint_certificate, joint_split, selection_shift
+from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection
+from formulations.relaxations.diagonal_split import interior_split
+from formulations.relaxations.perspective import relax_joint
+from formulations.solution import Certificate, Limit
+
+SPLIT_ROUNDS = 25
+"""Barrier steps at the root."""
+SPLIT_LARGEST = 600
+"""Largest reduced block in which the root optimises the split."""
+LARGEST_SHARE_LEFT = 0.9
+"""A pass at the root that leaves more than this share of the indices free is the last."""
+
+
+def solve_from_root(
+    tree: Search, problem: BlockProblem, *, reduction: bool, swaps: bool
+) -> tuple[Limit | None, Certificate | None]:
+    """Process the root and then the tree; the limit that came and the certificate of the root."""
+    status = np.zeros(problem.n, dtype=np.int64)
+    tree.current = Node(-math.inf, status, np.empty(0), np.empty(0))
+    certificate: Certificate | None = None
+    try:
+        certificate = _relax_whole_block(tree, tree.current, problem)
+        tree.rooted = True
+        while tree.current is not None:
+            limit = tree.reached()
+            if limit is not None:
+                return limit, certificate
+            size = tree.current.status.size
+            _evaluate(tree, tree.current, 0)
+            if tree.current is None or not reduction:
+                break
+            tree.subproblems, tree.current = tree.subproblems.compacted(tree.current)
+            if swaps:
+                tree.offer(tree.subproblems.improve(tree.current))
+            _optimise_split(tree, tree.current)
+            if tree.current is None:
+                break
+            tree.subproblems, tree.current = tree.subproblems.compacted(tree.current)
+            if swaps:
+                tree.offer(tree.subproblems.improve(tree.current))
+            if tree.current.status.size > LARGEST_SHARE_LEFT * size:
+                break
+    except KeyboardInterrupt:
+        return Limit.INTERRUPTED, certificate
+    tree.open_after_root = 0 if tree.current is None else tree.current.status.size
+    return tree.run(), certificate
+
+
+def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> Certificate:
+    """Relax before anything is decided; the point and split are the certificate."""
+    form = tree.subproblems.form
+    if tree.subproblems.program == "joint":
+        bound, point, _, split = relax_joint(
+            form, problem.n_keep, joint_split(problem, form), cutoff=tree.cutoff
+        )
+        node.bound, node.warm, node.split = bound, point, split
+        root = np.sqrt(problem.hessian_diagonal())
+        return joint_certificate(problem, form, point, split, root)
+    bound, point, shift = relax_selection(
+        form, problem.n_prune, selection_shift(problem, form), cutoff=tree.cutoff
+    )
+    node.bound, node.warm, node.split = bound, point, shift
+    return CappedSimplexCertificate(point=point, shift=shift * form.scale)
+
+
+def _evaluate(tree: Search, node: Node, rounds: int) -> None:
+    """Evaluate one node at the root; it stays current only if it must be branched on."""
+    outcome, _, _ = tree.subproblems.evaluate(node, tree.cutoff, rounds, rounds)
+    if outcome != BRANCH:
+        tree.finish(node, outcome)
+        tree.current = None
+
+
+def _optimise_split(tree: Search, node: Node) -> None:
+    """Many barrier steps from an interior split; `node` is replaced if that lifts its bound."""
+    subproblems = tree.subproblems
+    if not subproblems.diagonal_split or not 0 < node.status.size <= SPLIT_LARGEST:
+        return
+    positive = subproblems.program == "joint"
+    interior = interior_split(subproblems.matrix, node.split, positive)
+    trial = Node(node.bound, node.status.copy(), interior, node.warm.copy())
+    tree.current = trial
+    _evaluate(tree, trial, SPLIT_ROUNDS)

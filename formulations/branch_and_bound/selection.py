@@ -1,0 +1,196 @@
+"""One node of the selection program: reduce, relax, fix, improve the shift, choose a branch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, LEAF
+from formulations.branch_and_bound.reduction import FREE, KEPT, PRUNED, reduce_selection
+from formulations.compiled import compiled
+from formulations.factorisation import cholesky_factor, inverse_from_factor
+from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.relaxations.capped_simplex_kernels import (
+    METRIC_FLOOR,
+    METRIC_SHARE,
+    shift_slopes,
+    solve_capped_simplex,
+)
+from formulations.relaxations.diagonal_split import LAPACK_FROM, barrier_step
+from formulations.swap_kernels import swap_selection
+
+INSIDE = 1e-7
+"""An entry at least this far from 0 and 1 counts as fractional."""
+
+
+@compiled
+def evaluate_selection(
+    matrix: FloatArray,
+    linear: FloatArray,
+    n_prune: int,
+    status: IntArray,
+    split: FloatArray,
+    warm: FloatArray,
+    cutoff: float,
+    fixing: bool,
+    split_rounds: int,
+    patience: int,
+    barrier_share: float,
+) -> tuple[int, float, int, bool]:
+    """Bound one node of the selection form; `status`, `split` and `warm` are updated in place.
+
+    Returns
+    -------
+    outcome : int
+        BRANCH, CLOSED (bound reached the cutoff, or infeasible) or LEAF (all decided).
+    bound : float
+        Lower bound of the node; infinity if infeasible.
+    index : int
+        Index to branch on.
+    keep_first : bool
+        Whether the relaxation prefers to keep it.
+    """
+    best = -np.inf
+    rounds = 0
+    while True:
+        pruned = np.nonzero(status == PRUNED)[0]
+        free = np.nonzero(status == FREE)[0]
+        count = n_prune - pruned.size
+        m = free.size
+        if count < 0 or m < count:
+            return CLOSED, np.inf, -1, False
+        if count == 0 or m == count:
+            for i in free:
+                status[i] = PRUNED if m == count else KEPT
+            return LEAF, best, -1, False
+        reduced, reduced_linear, constant = reduce_selection(matrix, linear, pruned, free)
+        metric = np.empty(m)
+        for p in range(m):
+            metric[p] = METRIC_SHARE * (reduced[p, p] + METRIC_FLOOR)
+        local = split[free]
+        start = warm[free]
+        refresh = False
+        while not refresh:
+            smooth = reduced.copy()
+            for p in range(m):
+                smooth[p, p] -= local[p]
+            value, start, slope, _ = solve_capped_simplex(
+                smooth, reduced_linear + 0.5 * local, count, metric, start, cutoff - constant, 150, 1e-3
+            )
+            bound = value + constant
+            gained = bound - best
+            if gained > 0.0:
+                best = bound
+                for p in range(m):
+                    warm[free[p]] = start[p]
+                    split[free[p]] = local[p]
+            if best >= cutoff:
+                return CLOSED, best, -1, False
+            fixed = 0
+            if fixing:
+                fixed = fix_selection(slope, count, bound, cutoff, free, status)
+                refresh = fixed >= max(1.0, 0.08 * m)
+            if refresh:
+                break
+            gap = cutoff - best
+            if rounds >= split_rounds or (rounds > patience and gained < 0.1 * gap):
+                if fixed > 0 and np.count_nonzero(status == FREE) < 2:
+                    break
+                index, keep_first = branch_selection(smooth, start, gap, free, status)
+                return BRANCH, best, index, keep_first
+            rounds += 1
+            slopes = shift_slopes(start)
+            barrier_step(reduced, local, slopes, barrier_share * gap / m, False)
+
+
+@compiled
+def fix_selection(
+    slope: FloatArray, count: int, bound: float, cutoff: float, free: IntArray, status: IntArray
+) -> int:
+    """Decide the free indices whose other value would lift the bound to the cutoff; how many.
+
+    The bound is ``c + (sum of the `count` smallest slopes)``: forcing an index into the sum or out
+    of it exchanges it with the last one in or the first one out.
+    """
+    order = np.argsort(slope)
+    last_in, first_out = slope[order[count - 1]], slope[order[count]]
+    fixed = 0
+    for q in range(free.size):
+        i = order[q]
+        if q < count:
+            if bound + first_out - slope[i] >= cutoff:
+                status[free[i]] = PRUNED
+                fixed += 1
+        elif bound + slope[i] - last_in >= cutoff:
+            status[free[i]] = KEPT
+            fixed += 1
+    return fixed
+
+
+@compiled
+def branch_selection(
+    smooth: FloatArray, point: FloatArray, gap: float, free: IntArray, status: IntArray
+) -> tuple[int, bool]:
+    """Index to branch on, and whether to keep it first.
+
+    With ``N`` the inverse of the relaxation's matrix on the fractional indices, projected on a zero
+    sum, moving ``y_i`` by ``delta`` costs ``1/2 delta^2 / N_ii`` if no other index changes its
+    active set. The product of both children's costs, each capped by the gap, is the score.
+    """
+    m = free.size
+    inside = np.nonzero((point > INSIDE) & (point < 1.0 - INSIDE))[0]
+    size = inside.size
+    chosen, keep_first = -1, True
+    if size >= 2:
+        system = np.empty((size, size))
+        for p in range(size):
+            for q in range(size):
+                system[p, q] = smooth[inside[p], inside[q]]
+            system[p, p] += 1e-12 * (1.0 + system[p, p])
+        factor = np.zeros((size, size))
+        if cholesky_factor(system, factor):
+            inverse = np.linalg.inv(system) if size >= LAPACK_FROM else inverse_from_factor(factor)
+            along = np.dot(inverse, np.ones(size))
+            total = along.sum()
+            best = -1.0
+            for p in range(size):
+                i = inside[p]
+                if status[free[i]] != FREE:
+                    continue
+                spread = max(inverse[p, p] - along[p] * along[p] / total, 1e-300)
+                keep_cost = 0.5 * point[i] * point[i] / spread
+                prune_cost = 0.5 * (1.0 - point[i]) ** 2 / spread
+                score = max(min(keep_cost, gap), 1e-4 * gap) * max(min(prune_cost, gap), 1e-4 * gap)
+                if score > best:
+                    best = score
+                    chosen = i
+                    keep_first = keep_cost <= prune_cost
+    if chosen < 0:
+        nearest = np.inf
+        for i in range(m):
+            if status[free[i]] == FREE and abs(point[i] - 0.5) < nearest:
+                nearest = abs(point[i] - 0.5)
+                chosen = i
+        keep_first = point[chosen] <= 0.5
+    return free[chosen], keep_first
+
+
+@compiled
+def improve_selection(
+    matrix: FloatArray, linear: FloatArray, n_prune: int, status: IntArray, warm: FloatArray, max_swaps: int
+) -> BoolArray:
+    """Round a node's relaxation to its largest free entries and descend by swaps inside the node."""
+    pruned = np.nonzero(status == PRUNED)[0]
+    free = np.nonzero(status == FREE)[0]
+    keep: BoolArray = status != PRUNED
+    count = n_prune - pruned.size
+    if count < 0 or count > free.size:
+        return keep
+    reduced, reduced_linear, _ = reduce_selection(matrix, linear, pruned, free)
+    order = np.argsort(-warm[free])
+    chosen = np.zeros(free.size, dtype=np.bool_)
+    for q in range(count):
+        chosen[order[q]] = True
+    swap_selection(reduced, reduced_linear, chosen, max_swaps)
+    for q in range(free.size):
+        keep[free[q]] = not chosen[q]
+    return keep

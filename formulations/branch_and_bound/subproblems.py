@@ -1,0 +1,143 @@
+"""Subproblems of either program for the search: root, compaction, children, incumbents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from formulations.branch_and_bound.joint import evaluate_joint, improve_joint
+from formulations.branch_and_bound.outcomes import BRANCH, FAILED
+from formulations.branch_and_bound.reduction import FREE, KEPT, PRUNED, reduce_joint, reduce_selection
+from formulations.branch_and_bound.selection import evaluate_selection, improve_selection
+from formulations.branch_and_bound.tree import Node
+from formulations.dense_forms import DenseForm
+from formulations.errors import NotPositiveDefiniteError
+from formulations.problem import BoolArray, FloatArray, IntArray
+
+NODE_SPLIT_ROUNDS = 2
+"""Barrier steps on the diagonal split in a node of the tree."""
+BARRIER_SHARE = 0.1
+"""Barrier weight times order, as a share of the node's gap."""
+IMPROVING_SWAPS = 50
+"""Swaps of one descent inside a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subproblems:
+    """A dense form, possibly with some indices of the block already decided and eliminated.
+
+    Attributes
+    ----------
+    program : {"selection", "joint"}
+    form : DenseForm
+        Of the whole block; values of sets are computed from it.
+    matrix, linear, constant
+        The form on the indices still open.
+    count : int
+        How many of them to choose: to keep (joint) or to prune (selection).
+    index : (m,) int64 array
+        Place of the open indices in the block.
+    decided_kept : (n,) bool array
+        Indices of the block decided as kept.
+    fixing, diagonal_split : bool
+        Switches of the search.
+    """
+
+    program: str
+    form: DenseForm
+    matrix: FloatArray
+    linear: FloatArray
+    constant: float
+    count: int
+    index: IntArray
+    decided_kept: BoolArray
+    fixing: bool = True
+    diagonal_split: bool = True
+
+    def evaluate(self, node: Node, cutoff: float, rounds: int, patience: int) -> tuple[int, int, bool]:
+        """Raise ``node.bound``; the outcome, the index to branch on, whether to keep it first."""
+        kernel = evaluate_joint if self.program == "joint" else evaluate_selection
+        outcome, bound, index, keep_first = kernel(
+            self.matrix,
+            self.linear,
+            self.count,
+            node.status,
+            node.split,
+            node.warm,
+            cutoff - self.constant,
+            self.fixing,
+            rounds if self.diagonal_split else 0,
+            patience,
+            BARRIER_SHARE,
+        )
+        if outcome == FAILED:
+            raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use a larger damping")
+        node.bound = max(node.bound, bound + self.constant)
+        return outcome, index, keep_first
+
+    def expand(self, node: Node, cutoff: float) -> tuple[int, list[Node]]:
+        """Evaluate `node`; the outcome and its children, the one to dive into last."""
+        outcome, index, keep_first = self.evaluate(node, cutoff, NODE_SPLIT_ROUNDS, 0)
+        children = []
+        if outcome == BRANCH:
+            for value in (PRUNED, KEPT) if keep_first else (KEPT, PRUNED):
+                status = node.status.copy()
+                status[index] = value
+                children.append(Node(node.bound, status, node.split.copy(), node.warm.copy(), node.depth + 1))
+        return outcome, children
+
+    def compacted(self, node: Node) -> tuple[Subproblems, Node]:
+        """The same search on the indices that `node` leaves free, and its root."""
+        kept, pruned, free = (np.flatnonzero(node.status == value) for value in (KEPT, PRUNED, FREE))
+        if self.program == "joint":
+            definite, matrix, linear, constant = reduce_joint(self.matrix, self.linear, kept, free)
+            if not definite:
+                raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use more")
+            count = self.count - kept.size
+        else:
+            matrix, linear, constant = reduce_selection(self.matrix, self.linear, pruned, free)
+            count = self.count - pruned.size
+        decided = self.decided_kept.copy()
+        decided[self.index[kept]] = True
+        smaller = replace(
+            self,
+            matrix=matrix,
+            linear=linear,
+            constant=self.constant + constant,
+            count=count,
+            index=self.index[free],
+            decided_kept=decided,
+        )
+        status = np.zeros(free.size, dtype=np.int64)
+        return smaller, Node(node.bound, status, node.split[free], node.warm[free], node.depth)
+
+    def keep(self, node: Node) -> BoolArray:
+        """Kept set of a leaf."""
+        return self._lifted(node.status == KEPT)
+
+    def improve(self, node: Node) -> BoolArray:
+        """A kept set from rounding the node's relaxation and swaps."""
+        kernel = improve_joint if self.program == "joint" else improve_selection
+        return self._lifted(
+            kernel(self.matrix, self.linear, self.count, node.status, node.warm, IMPROVING_SWAPS)
+        )
+
+    def value(self, keep: BoolArray) -> float:
+        """Form value of a kept set of the block."""
+        if self.program == "joint":
+            kept = np.flatnonzero(keep)
+            linear = self.form.linear[kept]
+            if kept.size == 0:
+                return self.form.constant
+            factor = cho_factor(self.form.matrix[np.ix_(kept, kept)], check_finite=False)
+            return self.form.constant - 0.5 * float(linear @ cho_solve(factor, linear, check_finite=False))
+        pruned = np.flatnonzero(~keep)
+        quadratic = self.form.matrix[np.ix_(pruned, pruned)].sum()
+        return float(0.5 * quadratic + self.form.linear[pruned].sum())
+
+    def _lifted(self, keep: BoolArray) -> BoolArray:
+        full = self.decided_kept.copy()
+        full[self.index[keep]] = True
+        return full

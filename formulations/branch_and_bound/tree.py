@@ -1,0 +1,188 @@
+"""The search: best bound first with diving (or depth first), under limits, with an anytime trace."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from formulations.branch_and_bound.outcomes import CLOSED, LEAF
+from formulations.incumbents import IncumbentPool
+from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.solution import Limit, Limits, TracePoint
+
+if TYPE_CHECKING:
+    from formulations.branch_and_bound.subproblems import Subproblems
+
+TRACE_INTERVAL = 0.25
+"""Seconds between two trace points that only show a better bound."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One open subproblem.
+
+    Attributes
+    ----------
+    bound : float
+        Lower bound in form units.
+    status : (n,) int64 array
+        FREE, KEPT or PRUNED of each index of the reduced form.
+    split, warm : (n,) float64 arrays
+        Diagonal split and starting point of the relaxation.
+    depth : int
+    """
+
+    bound: float
+    status: IntArray
+    split: FloatArray
+    warm: FloatArray
+    depth: int = 0
+
+
+@dataclass
+class Search:
+    """State of one branch and bound; bounds and values in form units unless said otherwise.
+
+    Parameters
+    ----------
+    subproblems : Subproblems
+    pool : IncumbentPool
+    limits : Limits
+    scale : float
+        Loss units of one form unit.
+    allowance : float
+        Rounding allowance of a bound.
+    started : float
+        `time.perf_counter` at the start of the solve.
+    depth_first : bool
+    improve_period : int
+        Nodes between two roundings; 0 for none.
+    """
+
+    subproblems: Subproblems
+    pool: IncumbentPool
+    limits: Limits
+    scale: float
+    allowance: float
+    started: float
+    depth_first: bool = False
+    improve_period: int = 25
+    nodes: int = 0
+    closed_bound: float = float("inf")
+    trace: list[TracePoint] = field(default_factory=list)
+    rooted: bool = False
+    open_after_root: int = 0
+    current: Node | None = None
+    _heap: list[tuple[float, int, Node]] = field(default_factory=list)
+    _stack: list[Node] = field(default_factory=list)
+    _ticket: itertools.count[int] = field(default_factory=itertools.count)
+    _traced: float = 0.0
+
+    @property
+    def incumbent(self) -> float:
+        """Value of the best set."""
+        return self.pool.objective / self.scale
+
+    @property
+    def cutoff(self) -> float:
+        """Bound from which a node cannot hold a set better by more than the gap asked for."""
+        slack = self.limits.rel_gap * max(abs(self.incumbent), 1e-12 / self.scale)
+        return self.incumbent - max(slack - 2.0 * self.allowance, 2.0 * self.allowance)
+
+    @property
+    def bound(self) -> float:
+        """Lower bound on the optimum that the search has proved; -inf before the root."""
+        if not self.rooted:
+            return -math.inf
+        lowest = min(self.closed_bound, self.incumbent)
+        if self.current is not None:
+            lowest = min(lowest, self.current.bound)
+        if self._heap:
+            lowest = min(lowest, self._heap[0][0])
+        if self._stack:
+            lowest = min(lowest, min(node.bound for node in self._stack))
+        return lowest - self.allowance
+
+    def run(self) -> Limit | None:
+        """Search from the current node until the tree is closed or a limit comes."""
+        try:
+            while self.current is not None:
+                limit = self.reached()
+                if limit is not None:
+                    return limit
+                self._process(self.current)
+        except KeyboardInterrupt:
+            return Limit.INTERRUPTED
+        return None
+
+    def offer(self, keep: BoolArray) -> None:
+        """Take a set if its form value beats the incumbent."""
+        if self.subproblems.value(keep) < self.incumbent and self.pool.offer(keep):
+            self.record()
+
+    def record(self) -> None:
+        """Append a trace point with the incumbent and bound of now."""
+        self._traced = time.perf_counter()
+        bound = self.bound * self.scale
+        self.trace.append(
+            TracePoint(
+                seconds=self._traced - self.started,
+                nodes=self.nodes,
+                objective=self.pool.objective,
+                bound=bound if math.isfinite(bound) else None,
+            )
+        )
+
+    def reached(self) -> Limit | None:
+        """The limit that has been reached, if any; keeps the trace going."""
+        now = time.perf_counter()
+        if now - self._traced > TRACE_INTERVAL:
+            self.record()
+        if self.limits.time_limit is not None and now - self.started >= self.limits.time_limit:
+            return Limit.TIME
+        if self.limits.node_limit is not None and self.nodes >= self.limits.node_limit:
+            return Limit.NODE
+        return None
+
+    def _process(self, node: Node) -> None:
+        cutoff = self.cutoff
+        children: list[Node] = []
+        if node.bound >= cutoff:
+            self.finish(node, CLOSED)
+        else:
+            outcome, children = self.subproblems.expand(node, cutoff)
+            self.nodes += 1
+            if not children:
+                self.finish(node, outcome)
+            elif self.improve_period and (self.nodes < 20 or self.nodes % self.improve_period == 0):
+                self.offer(self.subproblems.improve(node))
+        following = children.pop() if children else None
+        for child in children:
+            self._push(child)
+        self.current = following if following is not None else self._pop()
+
+    def finish(self, node: Node, outcome: int) -> None:
+        """Account for a node that needs no children."""
+        bound = node.bound
+        if outcome == LEAF:
+            keep = self.subproblems.keep(node)
+            bound = max(bound, self.subproblems.value(keep))
+            self.offer(keep)
+        self.closed_bound = min(self.closed_bound, bound)
+
+    def _push(self, node: Node) -> None:
+        if self.depth_first:
+            self._stack.append(node)
+        else:
+            heapq.heappush(self._heap, (node.bound, next(self._ticket), node))
+
+    def _pop(self) -> Node | None:
+        if self._stack:
+            return self._stack.pop()
+        if self._heap:
+            return heapq.heappop(self._heap)[2]
+        return None
