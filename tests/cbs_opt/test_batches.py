@@ -35,6 +35,7 @@ def test_batches_keep_order_and_size(sizes, batch_size, group, limit):
         assert torch.equal(torch.cat([batch.labels for batch in batches]), wanted)
         groups = list(regroup(batches, group))
         assert [g.size for g in groups[:-1]] == [group] * (len(groups) - 1)
+        assert 0 < groups[-1].size <= group
         assert torch.equal(torch.cat([g.labels for g in groups]), wanted)
         assert torch.equal(torch.cat([g.inputs for g in groups]), x[: len(wanted)])
 

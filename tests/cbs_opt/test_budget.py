@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,6 +43,10 @@ def test_uniform_meets_the_total_and_every_quota(sizes, sparsity):
     for count, size in zip(counts, sizes, strict=True):
         assert 0 <= count <= size
         assert abs(count - sparsity * size) < 1.0 + 1e-9
+    remainders = [Fraction(sparsity) * size % 1 for size in sizes]
+    raised = [count > Fraction(sparsity) * size for count, size in zip(counts, sizes, strict=True)]
+    rest = [r for r, up in zip(remainders, raised, strict=True) if not up]
+    assert all(r >= max(rest, default=0) for r, up in zip(remainders, raised, strict=True) if up)
 
 
 @given(size_lists, shares, st.integers(0, 2**31), st.sampled_from([2, 1000]))
