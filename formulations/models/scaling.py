@@ -121,9 +121,9 @@ def diagonal_split(block: ScaledBlock) -> FloatArray:
 
 def _safe_lowest_eigenvalue(matrix: FloatArray) -> float:
     """Smallest eigenvalue less its rounding error, at least 0."""
-    eigenvalues: FloatArray = eigvalsh(matrix, check_finite=False)
+    eigenvalues = np.asarray(eigvalsh(matrix, check_finite=False), dtype=np.float64)
     error = 4.0 * EPSILON * matrix.shape[0] * float(eigenvalues[-1])
-    return max(float(eigenvalues[0]) - error, 0.0)
+    return float(max(eigenvalues[0] - error, 0.0))
 
 
 def factor(matrix: FloatArray) -> FloatArray:
@@ -184,7 +184,7 @@ def level_set(problem: BlockProblem, block: ScaledBlock, incumbent: BlockSolutio
         incumbent = greedy(problem, "joint")
     keep = checked_incumbent(problem, incumbent)
     known = joint_loss(problem, keep) / block.objective_scale
-    eigenvalues: FloatArray = eigvalsh(block.hessian, check_finite=False)
+    eigenvalues = np.asarray(eigvalsh(block.hessian, check_finite=False), dtype=np.float64)
     lowest = float(eigenvalues[0])
     condition = float(eigenvalues[-1]) / lowest if lowest > 0.0 else np.inf
     if condition > WORST_CONDITION:

@@ -18,7 +18,15 @@ from formulations.loss import objective, solved_weights
 from formulations.models import model_spec
 from formulations.models.standard_form import StandardForm, standard_form
 from formulations.problem import BlockProblem, BoolArray, check_program
-from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination, TracePoint
+from formulations.solution import (
+    BlockSolution,
+    Certificate,
+    Limit,
+    Limits,
+    SolveStats,
+    Termination,
+    TracePoint,
+)
 from formulations.solvers.base import (
     RawResult,
     Solver,
@@ -172,6 +180,7 @@ def conclude(
     failure: str = "",
     stats: Mapping[str, Any] | None = None,
     trace: tuple[TracePoint, ...] = (),
+    certificate: Certificate | None = None,
 ) -> BlockSolution:
     """Return the best of the known set and `candidates` with the status that the facts allow.
 
@@ -194,6 +203,8 @@ def conclude(
     limit : Limit, optional
     failure : str
         Message of a backend that failed.
+    certificate : Certificate, optional
+        Evidence for a root bound.
     """
     best = known
     for keep in candidates:
@@ -227,6 +238,7 @@ def conclude(
         program=known.program,
         method=known.method,
         rel_gap=gap,
+        certificate=certificate,
         stats=SolveStats(seconds=seconds, **details),
         trace=(*trace, point),
     )

@@ -1,0 +1,329 @@
+"""Outer approximation for both programs: cuts on a mixed-integer linear master that HiGHS solves.
+
+Both programs minimise a convex function of the binaries alone (`formulations.cut_planes`). The master
+``min t`` over planes below that function, ``sum x = count`` and ``x`` binary, is solved again after
+each round of planes (multi-tree): first as a linear program, at fractional points, then as a
+mixed-integer one, at the sets it proposes. Its dual bound is a bound on the program, and starts from
+the certified bound of the root relaxation. The diagonal split of the planes is the plain one: the split
+that makes the root bound best was measured to make the masters much harder.
+
+Sources: Duran and Grossmann (1986); Bertsimas and Van Parys (2020).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from formulations.cut_planes import Cut, CutSource, JointCuts, SelectionCuts
+from formulations.incumbents import swap_search
+from formulations.models.scaling import diagonal_split, scale_block
+from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
+from formulations.relaxations.bounds import lower_bound
+from formulations.solution import BlockSolution, Certificate, Limit, Limits, TracePoint
+from formulations.solvers.base import DUAL_TOLERANCE
+from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
+from formulations.solvers.highs import Milp, MilpControls, MilpResult, run_milp
+
+METHOD = "outer_approximation"
+LP_ROUNDS = 60
+"""Most rounds of cuts at fractional points."""
+LP_PRECISION = 0.01
+"""Share of the open gap to which the planes are to describe the relaxation at its optimum."""
+LOOSE_GAP = 0.2
+"""Share of the open gap at which an early master may stop: its cuts matter, not its proof."""
+
+
+@dataclass
+class _Search:
+    """State of one solve: the cuts, the best set and the proved bound (scaled units)."""
+
+    problem: BlockProblem
+    source: CutSource
+    scale: float
+    limits: Limits
+    began: float
+    best: BlockSolution
+    bound: float = -math.inf
+    cuts: list[Cut] = field(default_factory=list)
+    visited: set[bytes] = field(default_factory=set)
+    nodes: int = 0
+    rounds: int = 0
+    interrupted: bool = False
+    certificate: Certificate | None = None
+    trace: list[TracePoint] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        """Objective of the best set."""
+        assert self.best.objective is not None
+        return self.best.objective / self.scale
+
+    @property
+    def wanted_gap(self) -> float:
+        """Absolute gap at which the search is done."""
+        return self.limits.rel_gap * max(abs(self.value), 1e-12 / self.scale)
+
+    @property
+    def done(self) -> bool:
+        """Whether the bound has met the best set."""
+        return self.value - self.bound <= self.wanted_gap
+
+    @property
+    def error(self) -> float:
+        """How far tolerances and rounding may lift a bound of the master."""
+        largest = max((abs(cut.constant) for cut in self.cuts), default=1.0)
+        return DUAL_TOLERANCE * (self.best.keep.size + 1.0) + CONSTANT_ERROR * max(largest, 1.0)  # type: ignore[union-attr]
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the time limit, None without one."""
+        limit = self.limits.time_limit
+        return None if limit is None else limit - (time.perf_counter() - self.began)
+
+    def stopped(self) -> Limit | None:
+        """The limit that has been reached, if one has."""
+        left = self.seconds_left()
+        if self.interrupted:
+            return Limit.INTERRUPTED
+        if left is not None and left <= 0.0:
+            return Limit.TIME
+        if self.limits.node_limit is not None and self.nodes >= self.limits.node_limit:
+            return Limit.NODE
+        if self.limits.iteration_limit is not None and self.rounds >= self.limits.iteration_limit:
+            return Limit.ITERATION
+        return None
+
+    def add(self, cut: Cut) -> None:
+        """Add a cut and the bound that it proves on its own."""
+        self.cuts.append(cut)
+        cheapest = float(np.partition(cut.slopes, self.source.count - 1)[: self.source.count].sum())
+        self.raise_bound(cut.constant + cheapest - CONSTANT_ERROR * max(abs(cut.constant), 1.0))
+
+    def raise_bound(self, bound: float) -> None:
+        """Take over a proved bound and note the progress."""
+        if bound <= self.bound:
+            return
+        self.bound = bound
+        seconds = time.perf_counter() - self.began
+        self.trace.append(
+            TracePoint(
+                seconds=seconds,
+                nodes=self.nodes,
+                objective=self.best.objective,
+                bound=min(bound, self.value) * self.scale,
+            )
+        )
+
+    def visit(self, point: FloatArray) -> bool:
+        """Add the cut of the set that `point` proposes, and its objective; False if it is not new."""
+        keep = self.keep_of(point)
+        key = np.packbits(keep).tobytes()
+        if key in self.visited:
+            return False
+        self.visited.add(key)
+        proposed = conclude(self.problem, self.best, self.limits, self.began, candidates=[keep])
+        if proposed.objective < self.best.objective:  # type: ignore[operator]
+            self.best = proposed
+        ones = keep if self.source.one_means_kept else ~keep
+        self.add(self.source.cut(ones.astype(np.float64), self.bound))
+        return True
+
+    def keep_of(self, point: FloatArray) -> BoolArray:
+        """Kept set with the right size that is nearest to `point`."""
+        chosen = np.zeros(point.size, dtype=np.bool_)
+        chosen[np.argsort(-point, kind="stable")[: self.source.count]] = True
+        return chosen if self.source.one_means_kept else ~chosen
+
+
+def outer_approximation(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits | None = None,
+    incumbent: BlockSolution | None = None,
+) -> BlockSolution:
+    """Solve a program to proven optimality by outer approximation on HiGHS.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    program : {"selection", "joint"}
+    limits : Limits, optional
+        `iteration_limit` counts masters solved; `node_limit` their nodes together.
+    incumbent : BlockSolution, optional
+        Warm start, improved by swaps; the greedy set without one.
+
+    Returns
+    -------
+    BlockSolution
+        With the bound of the last master, lowered by HiGHS's tolerances.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If the program is joint and ``H`` is singular.
+    ArgumentError
+        If the incumbent does not fit the block.
+    """
+    began = time.perf_counter()
+    limits = limits or Limits()
+    check_program(program)
+    if program == "joint":
+        problem.require_definite()
+    known = known_set(problem, program, METHOD, limits, incumbent)
+    if problem.n_prune in (0, problem.n):
+        return only_set(problem, known, began)
+    if limits.time_limit == 0.0:
+        return conclude(problem, known, limits, began, limit=Limit.TIME)
+    search = _prepared(problem, known, limits, began)
+    failure = ""
+    try:
+        failure = _linear_phase(search) or _integer_phase(search)
+    except KeyboardInterrupt:
+        search.interrupted = True
+    limit = None if search.done or failure else search.stopped()
+    return conclude(
+        problem,
+        search.best,
+        limits,
+        began,
+        bound=search.bound * search.scale if math.isfinite(search.bound) else None,
+        slack=search.error * search.scale,
+        finished=not failure and limit is None,
+        limit=limit,
+        failure=failure,
+        stats={"nodes": search.nodes, "iterations": search.rounds, "extra": {"cuts": len(search.cuts)}},
+        trace=tuple(search.trace),
+        certificate=search.certificate,
+    )
+
+
+def _prepared(problem: BlockProblem, known: BlockSolution, limits: Limits, began: float) -> _Search:
+    """Improve the known set, bound it by the root relaxation and seed the cuts with both."""
+    program = known.program
+    improved = swap_search(problem, program, limits=limits, incumbent=known)
+    root = lower_bound(problem, program, limits=limits, incumbent=improved)
+    known = known_set(problem, program, METHOD, limits, root)
+    block = scale_block(problem)
+    split = diagonal_split(block)
+    source: CutSource
+    if program == "joint":
+        source = JointCuts(block, split)
+    else:
+        source = SelectionCuts(block, split * block.weights**2)
+    search = _Search(
+        problem=problem,
+        source=source,
+        scale=block.objective_scale,
+        limits=limits,
+        began=began,
+        best=known,
+        certificate=root.certificate,
+    )
+    if root.bound is not None:
+        search.raise_bound(root.bound / search.scale)
+    assert known.keep is not None
+    search.visit((known.keep if source.one_means_kept else ~known.keep).astype(np.float64))
+    return search
+
+
+def _linear_phase(search: _Search) -> str:
+    """Cut at fractional points until the planes describe the relaxation; return a failure, if any.
+
+    The points are drawn halfway towards the best point so far (in-out separation), which needs far
+    fewer rounds than Kelley's corners. The phase ends when the function at that point is within a
+    small share of the open gap of the master's value.
+    """
+    n = search.problem.n
+    centre = np.full(n, search.source.count / n)
+    for _ in range(LP_ROUNDS):
+        if search.done or search.stopped():
+            break
+        result = _solve_master(search, integer=False, rel_gap=0.0)
+        if result.bound is None or result.point is None:
+            return (
+                ""
+                if result.status == "Time limit reached"
+                else f"HiGHS stopped with status {result.status!r}"
+            )
+        search.raise_bound(result.bound - search.error)
+        centre = 0.5 * (centre + result.point[:n])
+        cut = search.source.cut(centre, search.bound)
+        search.add(cut)
+        if cut.constant + cut.slopes @ centre - result.bound < LP_PRECISION * (search.value - search.bound):
+            break
+    return ""
+
+
+def _integer_phase(search: _Search) -> str:
+    """Solve mixed-integer masters, loose at first, until the bound meets the best set."""
+    n = search.problem.n
+    share = LOOSE_GAP
+    while not search.done and search.stopped() is None:
+        proposals: list[FloatArray] = []
+        open_gap = search.value - search.bound
+        loose = share * open_gap / max(abs(search.value), 1e-12)
+        result = _solve_master(
+            search, integer=True, rel_gap=max(loose, 0.25 * search.limits.rel_gap), proposals=proposals
+        )
+        search.rounds += 1
+        search.nodes += result.nodes
+        search.interrupted = result.interrupted
+        if result.status == "Infeasible":
+            # No set beats the best one by more than the wanted gap, which the master excluded.
+            search.raise_bound(search.value - 0.5 * search.wanted_gap - search.error)
+            return ""
+        if result.bound is not None:
+            search.raise_bound(result.bound - search.error)
+        if result.point is not None:
+            proposals.append(result.point)
+        fresh = [search.visit(point[:n]) for point in proposals[-10:]]
+        if result.status not in (
+            "Optimal",
+            "Time limit reached",
+            "Solution limit reached",
+            "Interrupted by user",
+        ):
+            return f"HiGHS stopped with status {result.status!r}"
+        if not any(fresh):
+            if share == 0.0:
+                return ""
+            share = 0.0
+    return ""
+
+
+def _solve_master(
+    search: _Search, *, integer: bool, rel_gap: float, proposals: list[FloatArray] | None = None
+) -> MilpResult:
+    """Solve ``min t`` over the cuts and the cardinality, below the best set if `integer`."""
+    n = search.problem.n
+    slopes = np.array([cut.slopes for cut in search.cuts])
+    # Every set pays at least what each cut says: t - slopes.x >= constant.
+    cut_rows = np.hstack([-slopes, np.ones((len(search.cuts), 1))])
+    # The set has the right size.
+    size_row = np.append(np.ones(n), 0.0)
+    ceiling = search.value - 0.5 * search.wanted_gap if integer else search.value
+    milp = Milp(
+        cost=np.append(np.zeros(n), 1.0),
+        lower=np.append(np.zeros(n), search.bound),
+        upper=np.append(np.ones(n), max(ceiling, search.bound)),
+        integer=np.append(np.full(n, integer), False),
+        matrix=csr_matrix(np.vstack([size_row, cut_rows])),
+        row_lower=np.append(search.source.count, [cut.constant for cut in search.cuts]),
+        row_upper=np.append(search.source.count, np.full(len(search.cuts), np.inf)),
+    )
+    nodes = search.limits.node_limit
+    left = search.seconds_left()
+    controls = MilpControls(
+        seconds=None if left is None else max(left, 1e-3),
+        rel_gap=rel_gap,
+        node_limit=None if nodes is None else max(nodes - search.nodes, 1),
+        threads=search.limits.threads,
+        seed=search.limits.seed,
+        on_point=None if proposals is None else proposals.append,
+    )
+    return run_milp(milp, controls)
