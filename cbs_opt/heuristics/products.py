@@ -1,0 +1,78 @@
+"""Products with gradient rows that keep float64 accuracy without a float64 copy of the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cbs_opt.blocks import FisherBlock
+from formulations.errors import NotPositiveDefiniteError
+
+ROW_CHUNK = 16
+"""Rows converted to float64 at a time."""
+COLUMN_CHUNK = 8_192
+"""Columns converted to float64 at a time where they are gathered."""
+
+
+def image(data: Tensor, x: Tensor) -> Tensor:
+    """``data x`` in float64, (m,), for `data` (m, n) of any precision."""
+    parts = [part.double() @ x for part in torch.split(data, ROW_CHUNK)]
+    return torch.cat(parts) if parts else x.new_zeros(0)
+
+
+def column_squares(rows: Tensor) -> Tensor:
+    """Squared column norms accumulated in float64, (n,)."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in torch.split(rows, ROW_CHUNK):
+        total += part.square().sum(dim=0)
+    return total
+
+
+def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
+    """``R_I R_I^T`` over the columns `index` (all by default), (m, m) float64; O(m^2 |I|)."""
+    gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
+    pieces = torch.split(rows, COLUMN_CHUNK, dim=1) if index is None else torch.split(index, COLUMN_CHUNK)
+    for piece in pieces:
+        columns = (piece if index is None else rows.index_select(1, piece)).double()
+        gram.addmm_(columns, columns.T)
+    return gram
+
+
+def hessian_product(block: FisherBlock, x: Tensor) -> Tensor:
+    """``H x`` of a block for float64 `x`, (n,); the way back is in the precision of the rows."""
+    if block.rows is not None:
+        back = (block.rows.T @ image(block.rows, x).to(block.rows.dtype)).double()
+    else:
+        assert block.hessian is not None
+        back = image(block.hessian, x)
+    return back + block.damping * x
+
+
+def hessian_diagonal(block: FisherBlock) -> Tensor:
+    """``diag(H)`` of a block, (n,) float64."""
+    if block.rows is not None:
+        return column_squares(block.rows) + block.damping
+    assert block.hessian is not None
+    return torch.diagonal(block.hessian).double() + block.damping
+
+
+def step_loss(block: FisherBlock, step: Tensor) -> float:
+    """Loss increase ``g.d + 1/2 d.H d`` that the block's model predicts for a float64 step (n,)."""
+    if block.rows is not None:
+        quadratic = image(block.rows, step).square().sum()
+    else:
+        assert block.hessian is not None
+        quadratic = step @ image(block.hessian, step)
+    quadratic = quadratic + block.damping * step.square().sum()
+    linear = 0.0 if block.gradient is None else block.gradient.double() @ step
+    return float(linear + 0.5 * quadratic)
+
+
+def factorise(matrix: Tensor, block: FisherBlock) -> Tensor:
+    """Cholesky factor of a damped matrix of `block`, or `NotPositiveDefiniteError`."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+        found = f"{block.damping:g}: the Hessian of block {block.name!r} is singular to rounding"
+        raise NotPositiveDefiniteError("damping", found, "use a larger damping")
+    return factor

@@ -1,0 +1,211 @@
+"""Swap search on the selection program, from small dense blocks to whole networks.
+
+Small blocks are searched at once on their Gram matrix. A large block alternates between two moves
+until neither finds anything: best-improvement swaps within a pool of the most promising weights
+(their Gram matrix is small, and one product with the rows brings ``v = A y`` up to date for all),
+and a search over all pairs that discards most of them with proof (`pair_search`). When the second
+comes back empty the set is a proved 1-swap optimum of the whole block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cbs_opt.heuristics.dense_swaps import swap_dense
+from cbs_opt.heuristics.large_swap_search import (
+    MAX_SWAPS,
+    ROUNDING,
+    TINY,
+    LargeSwapSearch,
+    relative_tolerance,
+)
+from cbs_opt.heuristics.selection_program import SelectionProgram
+from formulations.solution import Limit
+
+DENSE_LIMIT = 2_048
+"""Largest block whose whole Gram matrix is formed."""
+BATCH_BYTES = 1 << 29
+"""Bytes of Gram matrices in one batch of small blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SwapResult:
+    """What a swap search found.
+
+    Attributes
+    ----------
+    pruned : (n,) bool tensor
+        The pruned set; its size is that of the start.
+    value, initial_value : float
+        Selection objective after and before, evaluated in float64.
+    swaps : int
+    locally_optimal : bool
+        No single swap lowers the objective by more than the tolerance, over all pairs.
+    limit : Limit or None
+        What stopped the search before that.
+    seconds : float
+    """
+
+    pruned: Tensor
+    value: float
+    initial_value: float
+    swaps: int
+    locally_optimal: bool
+    limit: Limit | None
+    seconds: float
+
+
+def swap_search(
+    program: SelectionProgram,
+    start: Tensor,
+    *,
+    tolerance: float | None = None,
+    max_swaps: int | None = None,
+    deadline: float | None = None,
+    seed: int = 0,
+) -> SwapResult:
+    """Improve a pruned set by best-improvement swaps until none helps.
+
+    Parameters
+    ----------
+    program : SelectionProgram
+    start : (n,) bool tensor
+        Weights pruned at the start.
+    tolerance : float, optional
+        Relative: a swap counts if it lowers the objective by more than ``tolerance * |objective|``.
+        Default 1e-10 for float64 rows and 1e-7 for lower precision.
+    max_swaps : int, optional
+    deadline : float, optional
+        Reading of `time.monotonic` at which to stop; looked at between pools.
+    seed : int, default 0
+        Seed of the column sample that the pair search fits its directions to.
+
+    Returns
+    -------
+    SwapResult
+        Never worse than the start.
+
+    Notes
+    -----
+    Memory beyond the rows: O(n + POOL^2). Source of the move: Yu et al. (ICML 2022), section 4.
+    """
+    if program.n <= DENSE_LIMIT:
+        return _search_dense([program], [start], tolerance, max_swaps, deadline)[0]
+    began = time.monotonic()
+    search = LargeSwapSearch(program, start, tolerance, max_swaps, deadline, seed)
+    initial = search.value
+    initial_pruned = start.clone()
+    if 0 < int(start.sum()) < program.n:
+        search.run()
+    value = search.exact_value()
+    worse = value > initial
+    return SwapResult(
+        pruned=initial_pruned if worse else search.pruned,
+        value=initial if worse else value,
+        initial_value=initial,
+        swaps=search.swaps,
+        locally_optimal=search.locally_optimal,
+        limit=search.limit,
+        seconds=time.monotonic() - began,
+    )
+
+
+def swap_search_batch(
+    programs: Sequence[SelectionProgram],
+    starts: Sequence[Tensor],
+    *,
+    tolerance: float | None = None,
+    max_swaps: int | None = None,
+    deadline: float | None = None,
+    seed: int = 0,
+) -> list[SwapResult]:
+    """`swap_search` on many blocks; small blocks of equal size are searched side by side.
+
+    Parameters
+    ----------
+    programs : sequence of SelectionProgram
+    starts : sequence of (n,) bool tensors
+    tolerance, max_swaps, deadline, seed
+        As in `swap_search`.
+
+    Returns
+    -------
+    list of SwapResult
+        In the order of `programs`; the seconds of a batch are spread evenly over it.
+    """
+    results: dict[int, SwapResult] = {}
+    groups: dict[tuple[int, torch.device], list[int]] = {}
+    for number, program in enumerate(programs):
+        if program.n <= DENSE_LIMIT:
+            groups.setdefault((program.n, program.data.device), []).append(number)
+        else:
+            results[number] = swap_search(
+                program,
+                starts[number],
+                tolerance=tolerance,
+                max_swaps=max_swaps,
+                deadline=deadline,
+                seed=seed,
+            )
+    for (n, _), members in groups.items():
+        size = max(1, BATCH_BYTES // (8 * max(1, n) ** 2))
+        for first in range(0, len(members), size):
+            batch = members[first : first + size]
+            found = _search_dense(
+                [programs[i] for i in batch], [starts[i] for i in batch], tolerance, max_swaps, deadline
+            )
+            results.update(zip(batch, found, strict=True))
+    return [results[number] for number in range(len(programs))]
+
+
+def _search_dense(
+    programs: Sequence[SelectionProgram],
+    starts: Sequence[Tensor],
+    tolerance: float | None,
+    max_swaps: int | None,
+    deadline: float | None,
+) -> list[SwapResult]:
+    """Blocks of one size at once, each on its whole Gram matrix."""
+    began = time.monotonic()
+    everything = torch.arange(programs[0].n, device=starts[0].device)
+    gram = torch.stack([program.gram(everything) for program in programs])
+    linear = torch.stack([program.linear() for program in programs])
+    pruned = torch.stack(list(starts))
+    product = torch.einsum("bij,bj->bi", gram, pruned.double())
+    relative = torch.tensor([relative_tolerance(program, tolerance) for program in programs])
+    expired = deadline is not None and time.monotonic() >= deadline
+    budget = 0 if expired else MAX_SWAPS if max_swaps is None else max_swaps
+    rounding = ROUNDING * torch.diagonal(gram, dim1=1, dim2=2).amax(1) + TINY
+    swaps = torch.zeros(len(programs), dtype=torch.int64)
+    while True:
+        # The threshold follows the objective down, so a pass that moves nothing ends it.
+        value = 0.5 * (product * pruned).sum(1) - (linear * pruned).sum(1)
+        threshold = torch.maximum(relative.to(value) * value.abs(), rounding)
+        counts = swap_dense(gram, product, linear, pruned, threshold, budget - int(swaps.max()))
+        swaps += counts.swaps.cpu()
+        if not bool((counts.locally_optimal & (counts.swaps > 0)).any()):
+            break
+    share = (time.monotonic() - began) / len(programs)
+    limit = Limit.TIME if expired else Limit.ITERATION
+    results = []
+    for b, program in enumerate(programs):
+        initial = program.objective(starts[b])
+        final = program.objective(pruned[b])
+        settled = bool(counts.locally_optimal[b])
+        results.append(
+            SwapResult(
+                pruned=pruned[b] if final <= initial else starts[b].clone(),
+                value=min(final, initial),
+                initial_value=initial,
+                swaps=int(swaps[b]),
+                locally_optimal=settled,
+                limit=None if settled else limit,
+                seconds=share,
+            )
+        )
+    return results

@@ -1,0 +1,105 @@
+"""New values for the weights that stay: the exact CBS-U, and OBS's independent updates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.products import COLUMN_CHUNK, factorise, image, inner_gram
+from formulations.errors import NotPositiveDefiniteError
+
+
+def cbs_update(block: FisherBlock, pruned: Tensor) -> Tensor:
+    """CBS-U: the best new weights for a pruned set, ``d_K = H_KK^-1 (H_KP w_P - g_K)``.
+
+    Parameters
+    ----------
+    block : FisherBlock
+    pruned : (n,) bool tensor
+
+    Returns
+    -------
+    (n,) float64 tensor
+        New weights, exactly 0 where pruned.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If the kept block of ``H`` is singular.
+
+    Notes
+    -----
+    Solved in float64 through the kept block where it is no larger than m, and through the m x m
+    Woodbury system otherwise: O(m s min(m, s)), and no array of the size of the rows is made.
+    Source: Yu et al. (ICML 2022), CBS-U.
+    """
+    weights = block.weights.double()
+    kept = (~pruned).nonzero().squeeze(1)
+    new_weights = torch.zeros_like(weights)
+    if kept.numel() == 0:
+        return new_weights
+    removed = torch.where(pruned, weights, 0.0)
+    if block.rows is not None:
+        right = _back(block.rows, kept, image(block.rows, removed))
+    else:
+        assert block.hessian is not None
+        right = block.hessian.index_select(0, kept).double() @ removed
+    if block.gradient is not None:
+        right = right - block.gradient[kept].double()
+    new_weights[kept] = weights[kept] + _solve_kept(block, kept, right)
+    return new_weights
+
+
+def independent_update(block: FisherBlock, pruned: Tensor) -> Tensor:
+    """The sum of the single-weight OBS updates, as WoodFisher applies them.
+
+    Every pruned weight moves the others by ``-w_p / [H^-1]_pp H^-1[:, p]`` as if it were alone; the
+    pruned entries are then set to 0. For comparison with `cbs_update`, which accounts for them
+    jointly.
+
+    Returns
+    -------
+    (n,) float64 tensor
+
+    Notes
+    -----
+    O(m^2 n). Source: Singh, Alistarh (WoodFisher, NeurIPS 2020).
+    """
+    from cbs_opt.heuristics.saliency import inverse_diagonal
+
+    weights = block.weights.double()
+    pull = torch.where(pruned, weights / inverse_diagonal(block), 0.0)
+    everything = torch.arange(block.n, device=weights.device)
+    moved = weights - _solve_kept(block, everything, pull)
+    return torch.where(pruned, 0.0, moved)
+
+
+def _solve_kept(block: FisherBlock, kept: Tensor, right: Tensor) -> Tensor:
+    """Solve ``H_KK x = right`` in float64."""
+    rows, damping = block.rows, block.damping
+    if rows is not None and kept.numel() > rows.shape[0]:
+        if damping == 0.0:
+            found = f"0 with {rows.shape[0]} rows for {kept.numel()} kept weights: H_KK is singular"
+            raise NotPositiveDefiniteError("damping", found, "use damping > 0")
+        # (damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping
+        gram = inner_gram(rows, kept)
+        gram.diagonal().add_(damping)
+        scattered = torch.zeros(block.n, dtype=torch.float64, device=rows.device)
+        scattered[kept] = right
+        inner = torch.cholesky_solve(image(rows, scattered)[:, None], factorise(gram, block))[:, 0]
+        return (right - _back(rows, kept, inner)) / damping
+    if rows is not None:
+        columns = rows.index_select(1, kept).double()
+        hessian = columns.T @ columns
+    else:
+        assert block.hessian is not None
+        hessian = block.hessian.index_select(0, kept).index_select(1, kept).double()
+    hessian.diagonal().add_(damping)
+    return torch.cholesky_solve(right[:, None], factorise(hessian, block))[:, 0]
+
+
+def _back(rows: Tensor, kept: Tensor, x: Tensor) -> Tensor:
+    """``R_K^T x`` in float64, in chunks of columns."""
+    parts = [rows.index_select(1, part).double().T @ x for part in torch.split(kept, COLUMN_CHUNK)]
+    return torch.cat(parts)

@@ -1,0 +1,136 @@
+"""The arguments of `prune` as one validated record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cbs_opt.blocks import BlockRule
+from cbs_opt.budget import Budget
+from cbs_opt.methods import Method, find_method
+from formulations.errors import ArgumentError, UnknownMethodError
+from formulations.solution import Limits
+
+UPDATES = {True: "cbs", False: None, "cbs": "cbs", "independent": "independent", None: None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """What `prune` was asked for; see there for the meaning of each field.
+
+    `update` is "cbs", "independent" or None; `damping`, `update_scale` and `method_options` are grids.
+    """
+
+    sparsity: float
+    program: str
+    method: str
+    update: str | None
+    update_scale: tuple[float, ...]
+    curvature: str
+    samples: int
+    samples_per_row: int
+    damping: tuple[float, ...]
+    relative_damping: bool
+    selection_damping: float | None
+    gradient_term: bool
+    partition: BlockRule
+    budget: Budget
+    budget_score: str | None
+    restarts: int
+    choice_samples: int | None
+    method_options: tuple[Mapping[str, Any], ...] = ({},)
+    time_limit: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, bool) or not (0.0 <= float(self.sparsity) < 1.0):
+            raise ArgumentError("sparsity", f"{self.sparsity!r}", "pass a number in [0, 1)")
+        for name in ("samples", "samples_per_row", "restarts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(name, f"{value!r}", "pass a whole number >= 1")
+        for alternative in self.method_options:
+            self.chosen_method.check_options(alternative, self.engine)
+        self.limits(0)
+        if self.restarts > 1 and not self.chosen_method.randomized:
+            raise ArgumentError(
+                "restarts", f"{self.restarts} for {self.method}", "it has no random choice: use 1"
+            )
+
+    @property
+    def chosen_method(self) -> Method:
+        """The registered method."""
+        return find_method(self.method, self.program)
+
+    @property
+    def engine(self) -> Any:
+        """The callable of the method that serves this program."""
+        method = self.chosen_method
+        return method.select if self.program in method.select_programs and method.select else method.solver
+
+    @property
+    def candidates(self) -> int:
+        """How many pruned networks are tried."""
+        tried = (self.method_options, self.damping, self.update_scale)
+        return self.restarts * math.prod(len(entries) for entries in tried)
+
+    @property
+    def scoring(self) -> Method:
+        """The method whose saliency spends a global budget."""
+        return (
+            self.chosen_method if self.budget_score is None else find_method(self.budget_score, "selection")
+        )
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether gradient rows are needed at all."""
+        return self.update is not None or self.chosen_method.needs_curvature or self.scoring.needs_curvature
+
+    def limits(self, restart: int) -> Limits:
+        """Limits and seed of one restart."""
+        return Limits(time_limit=self.time_limit, seed=self.seed + 7919 * restart)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def grid(name: str, value: float | Sequence[float], *, positive: bool) -> tuple[float, ...]:
+    """One number or several as a tuple of finite floats, none negative (or zero, if `positive`)."""
+    entries = (value,) if isinstance(value, int | float) else tuple(value)
+    for entry in entries:
+        bad = isinstance(entry, bool | str) or not math.isfinite(entry) or entry < 0.0
+        if bad or (positive and entry == 0.0):
+            wanted = "> 0" if positive else ">= 0"
+            raise ArgumentError(name, f"{entry!r}", f"pass finite numbers {wanted}")
+    if not entries:
+        raise ArgumentError(name, "empty", "pass at least one number")
+    return tuple(float(entry) for entry in entries)
+
+
+def alternatives(
+    value: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+) -> tuple[Mapping[str, Any], ...]:
+    """Method options as a grid of alternatives: none, one mapping or several."""
+    if value is None:
+        return ({},)
+    entries = (value,) if isinstance(value, Mapping) else tuple(value)
+    if not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ArgumentError("method_options", f"{value!r}", "pass a mapping, or several to choose from")
+    return tuple(dict(entry) for entry in entries)
+
+
+def update_kind(update: bool | str | None) -> str | None:
+    """ "cbs", "independent" or None for what the caller passed as `update`."""
+    if update not in UPDATES:
+        raise ArgumentError("update", f"{update!r}", 'use True, False or "independent"')
+    return UPDATES[update]
+
+
+def checked_score(name: str | None) -> str | None:
+    """`budget_score`, if it names a saliency."""
+    if name is not None and find_method(name, "selection").kind != "saliency":
+        raise UnknownMethodError("budget_score", f"{name!r}", "name a saliency such as magnitude or obd")
+    return name

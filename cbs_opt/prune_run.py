@@ -1,0 +1,302 @@
+"""One run of `prune`: its candidates, the choice among them, and the record of what was done."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cbs_opt.batches import Data, Evaluation, LossFunction, device_of, evaluate, iterate
+from cbs_opt.blocks import FisherBlock, Partition
+from cbs_opt.budget import allocate
+from cbs_opt.curvature import GradientRows, gradient_rows
+from cbs_opt.heuristics.products import column_squares, step_loss
+from cbs_opt.heuristics.updates import cbs_update, independent_update
+from cbs_opt.prune_options import PruneOptions
+from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
+from cbs_opt.selection import Choice
+from cbs_opt.write_back import TrialNetwork
+from formulations.errors import ArgumentError
+
+UPDATERS = {"cbs": cbs_update, "independent": independent_update}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """One pruned network: its sets, its flat weights in float64, and what it was made with."""
+
+    choices: list[Choice]
+    weights: Tensor
+    keep: Tensor
+    damping: float
+    scale: float
+    loss: float | None
+
+
+class PruneRun:
+    """One call of `prune` after its arguments were checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        options: PruneOptions,
+        loss_fn: LossFunction,
+        progress: bool,
+    ) -> None:
+        self.model = model
+        self.partition = partition
+        self.options = options
+        self.loss_fn = loss_fn
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.weights = partition.flatten(model)
+        self.curvature: GradientRows | None = None
+        self.sample: list[tuple[Any, Tensor]] | None = None
+
+    def read_training_data(self, data: Data | None, memory_limit: int) -> None:
+        """Take the gradient rows, and the samples on which networks are compared."""
+        options = self.options
+        if data is None:
+            if options.needs_curvature or options.candidates > 1:
+                remedy = "pass training data, or use magnitude with update=False"
+                raise ArgumentError("data", f"None, but {options.method} needs it", remedy)
+            return
+        if options.needs_curvature:
+            with self._phase("curvature"):
+                self.curvature = gradient_rows(
+                    self.model,
+                    data,
+                    self.loss_fn,
+                    self.partition,
+                    curvature=options.curvature,
+                    samples=options.samples,
+                    samples_per_row=options.samples_per_row,
+                    memory_limit=memory_limit,
+                    seed=options.seed,
+                    progress=self.progress,
+                )
+        batches = iterate(
+            data,
+            batch_size=512,
+            max_samples=options.choice_samples or options.samples,
+            seed=options.seed,
+            device=device_of(self.model),
+        )
+        self.sample = [(batch.inputs, batch.labels) for batch in batches]
+
+    def best_candidate(self) -> Candidate:
+        """Select and update for every restart, damping and step length; the lowest loss wins."""
+        options = self.options
+        unit = self._mean_diagonal() if options.relative_damping else 1.0
+        counts = self._counts(options.damping[0] * unit)
+        best: Candidate | None = None
+        silent = None if self.progress and options.candidates > 1 else True
+        with tqdm(total=options.candidates, desc="networks", unit="network", disable=silent) as bar:
+            for candidate in self._candidates(counts, unit):
+                if best is None or (candidate.loss or 0.0) < (best.loss or 0.0):
+                    best = candidate
+                bar.update()
+        assert best is not None
+        return best
+
+    def _candidates(self, counts: list[int], unit: float) -> Iterator[Candidate]:
+        options = self.options
+        for restart, alternative in itertools.product(range(options.restarts), options.method_options):
+            if options.selection_damping is not None:
+                choices = self._select(counts, options.selection_damping * unit, restart, alternative)
+                for damping in options.damping:
+                    yield from self._updated(choices, damping * unit)
+            else:
+                for damping in options.damping:
+                    choices = self._select(counts, damping * unit, restart, alternative)
+                    yield from self._updated(choices, damping * unit)
+
+    def report(self, best: Candidate, data: Data | None) -> PruneReport:
+        """Evaluate the chosen network without writing it, and put everything on record."""
+        options = self.options
+        after = TrialNetwork(self.model, self.partition, best.weights)
+        with self._phase("evaluation"):
+            train_before = self._loss(self.model)
+            train_after = self._loss(after)
+            measured = [
+                None if data is None else evaluate(network, data, self.loss_fn, argument="evaluate")
+                for network in (self.model, after)
+            ]
+        blocks = self._summaries(best)
+        keep = self.partition.keep_by_parameter(best.keep)
+        selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
+        updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
+        return PruneReport(
+            method=options.method,
+            program=options.program,
+            update=options.update is not None,
+            curvature=options.curvature,
+            partition=options.partition,
+            budget=options.budget,
+            requested_sparsity=options.sparsity,
+            n=self.partition.n,
+            n_prune=int((~best.keep).sum()),
+            layers=self._layers(best, keep),
+            blocks=blocks,
+            predicted_selection_loss=sum(selection) if selection else None,
+            predicted_loss_increase=sum(updated) if updated else None,
+            train_before=train_before,
+            train_after=train_after,
+            before=measured[0],
+            after=measured[1],
+            seconds=self.seconds,
+            peak_memory_bytes=_peak_memory(),
+            samples=0 if self.curvature is None else self.curvature.samples,
+            rows=0 if self.curvature is None else self.curvature.rows.shape[0],
+            damping=best.damping,
+            update_scale=best.scale if options.update is not None else None,
+            seed=options.seed,
+            masks={name: mask.cpu() for name, mask in keep.items()},
+            settings=options.settings(),
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "cbs-opt": version("cbs-opt"),
+            },
+        )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def _blocks(self, damping: float, *, gradient: bool) -> list[FisherBlock]:
+        rows = (
+            self.weights.new_zeros((0, self.partition.n)) if self.curvature is None else self.curvature.rows
+        )
+        slope = self.curvature.gradient if gradient and self.curvature is not None else None
+        return [
+            FisherBlock(
+                name=span.name,
+                start=span.start,
+                stop=span.stop,
+                weights=self.weights[span.start : span.stop],
+                rows=rows[:, span.start : span.stop],
+                gradient=None if slope is None else slope[span.start : span.stop],
+                damping=damping,
+            )
+            for span in self.partition.blocks
+        ]
+
+    def _mean_diagonal(self) -> float:
+        """Mean diagonal entry of the Fisher matrix, without damping."""
+        if self.curvature is None:
+            raise ArgumentError("relative_damping", "True without curvature", "use False")
+        return float(column_squares(self.curvature.rows).mean())
+
+    def _counts(self, damping: float) -> list[int]:
+        scores = None
+        if self.options.budget != "uniform" and len(self.partition.blocks) > 1:
+            blocks = self._blocks(damping, gradient=True)
+            scores = torch.cat([self.options.scoring.score(block) for block in blocks])
+        return allocate(self.partition, self.options.sparsity, budget=self.options.budget, scores=scores)
+
+    def _select(
+        self, counts: list[int], damping: float, restart: int, alternative: Mapping[str, Any]
+    ) -> list[Choice]:
+        options = self.options
+        needs_gradient = options.gradient_term or options.chosen_method.kind == "saliency"
+        with self._phase("selection"):
+            choices: list[Choice] = options.engine(
+                self._blocks(damping, gradient=needs_gradient),
+                counts,
+                limits=options.limits(restart),
+                **alternative,
+            )
+        return choices
+
+    def _updated(self, choices: list[Choice], damping: float) -> list[Candidate]:
+        """The networks that one selection gives: one a step length."""
+        options = self.options
+        pruned = torch.cat([choice.pruned for choice in choices])
+        before = self.weights.double()
+        target = before
+        if options.update is not None:
+            with self._phase("update"):
+                update = UPDATERS[options.update]
+                blocks = self._blocks(damping, gradient=options.gradient_term)
+                pairs = zip(blocks, choices, strict=True)
+                target = torch.cat([update(block, choice.pruned) for block, choice in pairs])
+        candidates = []
+        for scale in options.update_scale:
+            moved = torch.where(pruned, 0.0, before + scale * (target - before))
+            weights = torch.where(pruned, 0.0, self.weights) if options.update is None else moved
+            loss = None
+            if options.candidates > 1:
+                with self._phase("choice"):
+                    evaluation = self._loss(TrialNetwork(self.model, self.partition, weights))
+                    loss = None if evaluation is None else evaluation.loss
+            candidates.append(
+                Candidate(
+                    choices=choices, weights=weights, keep=~pruned, damping=damping, scale=scale, loss=loss
+                )
+            )
+        return candidates
+
+    def _loss(self, network: nn.Module) -> Evaluation | None:
+        return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
+
+    def _summaries(self, best: Candidate) -> tuple[BlockSummary, ...]:
+        summaries = []
+        blocks = self._blocks(best.damping, gradient=self.options.gradient_term)
+        for block, choice in zip(blocks, best.choices, strict=True):
+            before = block.weights.double()
+            selection = updated = None
+            if self.curvature is not None:
+                selection = step_loss(block, torch.where(choice.pruned, -before, 0.0))
+                updated = step_loss(block, best.weights[block.start : block.stop].double() - before)
+            summaries.append(
+                BlockSummary(
+                    name=block.name,
+                    n=block.n,
+                    n_prune=int(choice.pruned.sum()),
+                    selection_loss=selection,
+                    updated_loss=updated,
+                    initial_loss=choice.initial_value,
+                    iterations=choice.iterations,
+                    locally_optimal=choice.locally_optimal,
+                    seconds=choice.seconds,
+                    bound=choice.bound,
+                    status=choice.status,
+                )
+            )
+        return tuple(summaries)
+
+    def _layers(self, best: Candidate, keep: Mapping[str, Tensor]) -> tuple[LayerSummary, ...]:
+        before, after = self.partition.split(self.weights), self.partition.split(best.weights)
+        return tuple(
+            LayerSummary.from_weights(name, before[name].cpu(), after[name].cpu(), mask.cpu())
+            for name, mask in keep.items()
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cbs-opt": version("cbs-opt"),
+    }
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of the process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

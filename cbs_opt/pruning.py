@@ -1,0 +1,160 @@
+"""`prune`: curvature, budget, selection, update, and the pruned weights written back in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from cbs_opt.batches import Data, LossFunction
+from cbs_opt.blocks import BlockRule, Globs, Partition
+from cbs_opt.budget import Budget
+from cbs_opt.curvature import MEMORY_LIMIT
+from cbs_opt.prune_options import PruneOptions, alternatives, checked_score, grid, update_kind
+from cbs_opt.prune_run import PruneRun
+from cbs_opt.report import PruneReport
+from cbs_opt.write_back import write_back
+
+
+def prune(
+    model: nn.Module,
+    data: Data | None,
+    *,
+    sparsity: float,
+    loss_fn: LossFunction = nn.functional.cross_entropy,
+    program: str = "selection",
+    method: str = "swap_search",
+    update: bool | str = True,
+    update_scale: float | Sequence[float] = 1.0,
+    curvature: str = "empirical_fisher",
+    samples: int = 1000,
+    samples_per_row: int = 1,
+    damping: float | Sequence[float] = 1e-3,
+    relative_damping: bool = False,
+    selection_damping: float | None = None,
+    gradient_term: bool = False,
+    partition: BlockRule = "global",
+    budget: Budget = "global",
+    budget_score: str | None = None,
+    target: Globs | None = None,
+    ignore: Globs = (),
+    restarts: int = 1,
+    choice_samples: int | None = None,
+    evaluate: Data | None = None,
+    method_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    time_limit: float | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruneReport:
+    """Prune a network in place.
+
+    The loss around the trained weights is modelled by its gradient rows; `method` chooses which
+    weights go, and the others move to where the model puts its minimum (CBS-U). Where several
+    networks are tried (restarts, grids of damping and step length) the one with the lowest loss on
+    training samples is kept.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode. Written to only at the very end: if anything raises or is interrupted
+        it is as it was.
+    data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
+        Training data. None is allowed for methods that need no curvature, without update.
+    sparsity : float
+        Share of the eligible weights to remove, in [0, 1); met exactly,
+        ``n_prune = round(sparsity * n)``.
+    loss_fn : callable, default cross-entropy
+        ``loss_fn(output, y)``: the mean loss of a batch.
+    program : {"selection", "joint"}, default "selection"
+        The program that `method` solves. "joint" accounts for the update while selecting; so far
+        for blocks small enough for a dense Hessian.
+    method : str, default "swap_search"
+        See `available_methods`.
+    update : bool or "independent", default True
+        Move the kept weights by CBS-U; "independent" adds up single-weight OBS updates instead.
+    update_scale : float or sequence of float, default 1
+        Step length of the update, or a grid to choose from by training loss.
+    curvature : {"empirical_fisher", "exact_fisher", "monte_carlo_fisher"}
+    samples, samples_per_row : int, default 1000 and 1
+        Training samples, and how many are averaged into one gradient row.
+    damping : float or sequence of float, default 1e-3
+        Added to the diagonal of the Fisher matrix, or a grid to choose from by training loss.
+    relative_damping : bool, default False
+        Give `damping` (and `selection_damping`) in units of the mean diagonal of the Fisher matrix.
+    selection_damping : float, optional
+        Another damping while selecting; by default the same.
+    gradient_term : bool, default False
+        Keep the gradient in the model of the loss. At a trained minimum it is mostly sampling noise.
+    partition : {"global", "layer", "row"} or int, default "global"
+        How weights form blocks; weights of different blocks do not interact in the model.
+    budget : {"global", "uniform"} or mapping of parameter glob to sparsity, default "global"
+        How the pruned count is spread over blocks.
+    budget_score : str, optional
+        Saliency by which a global budget is spent; by default that of the method (magnitude for
+        methods that have none).
+    target, ignore : str or sequence of str
+        Globs on parameter names; by default the weights of linear and convolution layers.
+    restarts : int, default 1
+        Runs of a randomised method with different seeds.
+    choice_samples : int, optional
+        Training samples on which tried networks are compared; by default as many as `samples`.
+    evaluate : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
+        Held-out data to report loss and accuracy on, before and after. Never used for a choice.
+    method_options : mapping or sequence of mappings, optional
+        Further options of the method, or alternatives to choose from by training loss, such as
+        ``[{"max_swaps": 100}, {"max_swaps": 400}]``.
+    time_limit : float, optional
+        Seconds for each run of the method.
+    memory_limit : int
+        Bytes for temporaries of the curvature, besides the rows.
+    seed : int, default 0
+    progress : bool, default True
+        Show bars where standard error is a terminal.
+
+    Returns
+    -------
+    PruneReport
+
+    Raises
+    ------
+    CbsError
+        A subclass names the argument, what was found and what to do.
+
+    Examples
+    --------
+    >>> report = prune(model, (x, y), sparsity=0.9, evaluate=(x_test, y_test))  # doctest: +SKIP
+    >>> print(report.summary())  # doctest: +SKIP
+    """
+    options = PruneOptions(
+        sparsity=sparsity,
+        program=program,
+        method=method,
+        update=update_kind(update),
+        update_scale=grid("update_scale", update_scale, positive=True),
+        curvature=curvature,
+        samples=samples,
+        samples_per_row=samples_per_row,
+        damping=grid("damping", damping, positive=False),
+        relative_damping=relative_damping,
+        selection_damping=None
+        if selection_damping is None
+        else grid("selection_damping", selection_damping, positive=False)[0],
+        gradient_term=gradient_term,
+        partition=partition,
+        budget=budget,
+        budget_score=checked_score(budget_score),
+        restarts=restarts,
+        choice_samples=choice_samples,
+        method_options=alternatives(method_options),
+        time_limit=time_limit,
+        seed=seed,
+    )
+    parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
+    run = PruneRun(model, parts, options, loss_fn, progress)
+    run.read_training_data(data, memory_limit)
+    best = run.best_candidate()
+    report = run.report(best, evaluate)
+    write_back(model, parts, best.weights)
+    return report

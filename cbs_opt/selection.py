@@ -1,0 +1,159 @@
+"""Which weights go, block by block: every method of the package on a list of Fisher blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.randomized_magnitude import randomized_magnitude
+from cbs_opt.heuristics.saliency import SALIENCIES, lowest
+from cbs_opt.heuristics.selection_program import SelectionProgram
+from cbs_opt.heuristics.swap_search import SwapResult, swap_search_batch
+from formulations.errors import ArgumentError
+from formulations.solution import Limits
+
+STARTS = (*SALIENCIES, "randomized_magnitude")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """The pruned set of one block and how it was found.
+
+    Attributes
+    ----------
+    pruned : (n,) bool tensor
+        True where the weight goes.
+    initial_value : float or None
+        Selection objective that a search started from.
+    iterations : int
+        Swaps of a search.
+    locally_optimal : bool or None
+        Whether a search ended at a proved 1-swap optimum; None for methods that do not search.
+    seconds : float
+    bound : float or None
+        Proved lower bound on the objective of the program.
+    status : str
+        How the method ended.
+    """
+
+    pruned: Tensor
+    initial_value: float | None = None
+    iterations: int = 0
+    locally_optimal: bool | None = None
+    seconds: float = 0.0
+    bound: float | None = None
+    status: str = ""
+
+
+Selector = Callable[..., list[Choice]]
+"""``selector(blocks, counts, *, limits, **options)``: one choice a block, in order."""
+
+
+def by_saliency(name: str) -> Selector:
+    """The selector that removes the weights of lowest saliency `name`."""
+    score = SALIENCIES[name]
+
+    def select(blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits) -> list[Choice]:
+        choices = []
+        for block, count in zip(blocks, counts, strict=True):
+            began = time.perf_counter()
+            pruned = lowest(score(block), count)
+            choices.append(Choice(pruned=pruned, seconds=time.perf_counter() - began))
+        return choices
+
+    select.__name__ = f"select_by_{name}"
+    return select
+
+
+def by_randomized_magnitude(
+    blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, spread: float = 0.1
+) -> list[Choice]:
+    """Randomised magnitude pruning in every block; `spread` as in `randomized_magnitude`."""
+    return [
+        Choice(pruned=_start("randomized_magnitude", block, count, limits.seed + number, spread))
+        for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
+    ]
+
+
+def by_swap_search(
+    blocks: Sequence[FisherBlock],
+    counts: Sequence[int],
+    *,
+    limits: Limits,
+    start: str | Sequence[str] = "magnitude",
+    spread: float = 0.1,
+    max_swaps: int | None = None,
+    tolerance: float | None = None,
+) -> list[Choice]:
+    """Swap search on the selection program of every block.
+
+    Parameters
+    ----------
+    blocks : sequence of FisherBlock
+    counts : sequence of int
+        Weights to remove in each block.
+    limits : Limits
+        `time_limit` for all blocks and starts together.
+    start : str or sequence of str, default "magnitude"
+        Sets to start from: a saliency or "randomized_magnitude". Of several, the one that ends
+        lowest in each block is kept.
+    spread : float, default 0.1
+        Of "randomized_magnitude" starts.
+    max_swaps : int, optional
+        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
+    tolerance : float, optional
+        Of `swap_search`.
+
+    Returns
+    -------
+    list of Choice
+    """
+    names = [start] if isinstance(start, str) else list(start)
+    if not names or any(name not in STARTS for name in names):
+        raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(STARTS)}")
+    programs = [SelectionProgram.of(block) for block in blocks]
+    deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
+    best: list[SwapResult] | None = None
+    for name in names:
+        starts = [
+            _start(name, block, count, limits.seed + number, spread)
+            for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
+        ]
+        found = swap_search_batch(
+            programs,
+            starts,
+            tolerance=tolerance,
+            max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
+            deadline=deadline,
+            seed=limits.seed,
+        )
+        if best is None:
+            best = found
+        else:
+            best = [min(pair, key=lambda result: result.value) for pair in zip(best, found, strict=True)]
+    return [_choice(result) for result in best or []]
+
+
+def _start(name: str, block: FisherBlock, count: int, seed: int, spread: float) -> Tensor:
+    if name == "randomized_magnitude":
+        return randomized_magnitude(block.weights, count, spread=spread, seed=seed)
+    return lowest(SALIENCIES[name](block), count)
+
+
+def _choice(result: SwapResult) -> Choice:
+    return Choice(
+        pruned=result.pruned,
+        initial_value=result.initial_value,
+        iterations=result.swaps,
+        locally_optimal=result.locally_optimal,
+        seconds=result.seconds,
+        status="1-swap optimal" if result.locally_optimal else f"stopped: {_why(result)} limit",
+    )
+
+
+def _why(result: SwapResult) -> str:
+    return "unknown" if result.limit is None else result.limit.value
