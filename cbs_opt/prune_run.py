@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import platform
 import resource
 import sys
@@ -42,6 +43,11 @@ class Candidate:
     damping: float
     scale: float
     loss: float | None
+
+    @property
+    def rank(self) -> float:
+        """What the choice goes by: the training loss, where NaN is worse than anything."""
+        return math.inf if self.loss is None or math.isnan(self.loss) else self.loss
 
 
 class PruneRun:
@@ -105,7 +111,7 @@ class PruneRun:
         silent = None if self.progress and options.candidates > 1 else True
         with tqdm(total=options.candidates, desc="networks", unit="network", disable=silent) as bar:
             for candidate in self._candidates(counts, unit):
-                if best is None or (candidate.loss or 0.0) < (best.loss or 0.0):
+                if best is None or candidate.rank < best.rank:
                     best = candidate
                 bar.update()
         assert best is not None
