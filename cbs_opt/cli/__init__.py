@@ -1,0 +1,5 @@
+"""The command line: `cbs-opt`. Data on stdout, progress on stderr; see `failures` for exit codes."""
+
+from cbs_opt.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,73 @@
+"""How a command ends.
+
+==== ==================================================================================
+code meaning
+==== ==================================================================================
+0    done
+1    error: unusable model, data or weights, a full disk, a failure of our own
+2    usage: unknown command or option, missing or impossible value, directory in use
+130  interrupted
+==== ==================================================================================
+
+Errors are one line on stderr. ``--debug`` shows the traceback instead, with the same exit code for
+errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from formulations.errors import ArgumentError, CbsError
+
+ERROR = 1
+USAGE = 2
+INTERRUPTED = 130
+
+OPTIONS = {
+    "budget": "--budget",
+    "curvature": "--curvature",
+    "damping": "--damping",
+    "ignore": "--ignore",
+    "method": "--method",
+    "method_options": "--method-option",
+    "partition": "--partition",
+    "program": "--program",
+    "restarts": "--restarts",
+    "samples": "--samples",
+    "samples_per_row": "--samples-per-row",
+    "seed": "--seed",
+    "sparsity": "--sparsity",
+    "target": "--target",
+    "time_limit": "--time-limit",
+    "update_scale": "--update-scale",
+}
+"""Options of `cbs-opt prune` by the argument of `prune` that they set."""
+
+
+class UserCodeError(CbsError):
+    """A file named on the command line could not be run, or gave something else than it should."""
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turn exceptions into one line on stderr and an exit code; leave them alone under `debug`."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(INTERRUPTED) from stop
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, ArgumentError) and error.argument in OPTIONS:
+            message = f"{error.found}; {error.remedy}"
+            raise typer.BadParameter(message, param_hint=OPTIONS[error.argument]) from error
+        known = isinstance(error, CbsError | OSError)
+        text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
+        typer.echo(f"error: {' '.join(text.split())}", err=True)
+        raise typer.Exit(ERROR) from error

@@ -1,0 +1,40 @@
+"""`cbs-opt methods`: what can be named after --method."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from cbs_opt.cli.failures import reported
+from cbs_opt.cli.tables import text_table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def run(as_json: AsJson = False) -> None:
+    """List the methods, the programs they take and their options."""
+    with reported(debug=False):
+        from cbs_opt.methods import available_methods
+        from cbs_opt.report_format import plain
+
+        methods = available_methods()
+        if as_json:
+            listed = [
+                {
+                    "name": method.name,
+                    "kind": method.kind,
+                    "programs": method.programs,
+                    "options": method.options,
+                    "summary": method.summary,
+                }
+                for method in methods
+            ]
+            typer.echo(json.dumps(plain(listed), allow_nan=False))
+            return
+        rows = [
+            (m.name, m.kind, " ".join(m.programs), " ".join(m.options) or "-", m.summary) for m in methods
+        ]
+        headings = ("method", "kind", "programs", "options", "what it does")
+        typer.echo("\n".join(text_table(headings, rows, left=len(headings))))

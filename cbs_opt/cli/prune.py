@@ -1,0 +1,179 @@
+"""`cbs-opt prune`: the user's own network and data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+import typer
+
+from cbs_opt.cli.failures import reported
+from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
+
+WEIGHTS_FILE = "weights.safetensors"
+
+Model = Annotated[
+    str, typer.Option(help="FILE.py:factory; the factory takes no argument and returns a torch.nn.Module.")
+]
+Source = Annotated[
+    str,
+    typer.Option(
+        help="FILE.npz with arrays x and y, or FILE.py:factory that returns a DataLoader or (X, y). "
+        "Curvature and every choice come from these samples."
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Directory for the pruned weights, masks and report.")]
+Sparsity = Annotated[float, typer.Option(help="Share of the weights to set to zero, in [0, 1).")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors state dict to load into the network.")]
+Evaluate = Annotated[
+    str | None, typer.Option(help="Like --data: samples that loss and accuracy are reported on, and no more.")
+]
+Loss = Annotated[str, typer.Option(help="cross_entropy, mse_loss, or FILE.py:function of (output, y).")]
+Method = Annotated[str, typer.Option(help="How weights are selected; `cbs-opt methods` lists the names.")]
+MethodOption = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE for the method, VALUE as JSON. Repeatable.")
+]
+Program = Annotated[str, typer.Option(help="What is minimised: selection, or joint.")]
+Update = Annotated[bool, typer.Option(help="Adjust the kept weights after the selection.")]
+UpdateScale = Annotated[
+    list[float] | None,
+    typer.Option(help="Step length of the update, 1 by default. Repeatable: the best by training loss."),
+]
+Curvature = Annotated[str, typer.Option(help="empirical_fisher, exact_fisher or monte_carlo_fisher.")]
+Samples = Annotated[int, typer.Option(help="Samples that the curvature is taken from.")]
+SamplesPerRow = Annotated[int, typer.Option(help="Samples averaged in one gradient row.")]
+Damping = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Added to the diagonal of the Fisher matrix, 1e-3 by default. Repeatable: the best by "
+        "training loss."
+    ),
+]
+RelativeDamping = Annotated[
+    bool, typer.Option("--relative-damping", help="Damping in units of the mean Fisher diagonal.")
+]
+Restarts = Annotated[int, typer.Option(help="Runs of a randomised method; the best by training loss.")]
+TimeLimit = Annotated[float | None, typer.Option(help="Seconds for each run of the method.")]
+Partition = Annotated[str, typer.Option(help="Blocks: global, layer, row, or a number of weights.")]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(help="global, uniform, or GLOB=SPARSITY of parameter names (repeatable)."),
+]
+Target = Annotated[list[str] | None, typer.Option(help="Glob of parameter names to prune. Repeatable.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Glob of parameter names to leave. Repeatable.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="Where the network runs, such as cpu or cuda.")]
+Force = Annotated[bool, typer.Option("--force", help="Write into --out even if it is not empty.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def run(
+    model: Model,
+    data: Source,
+    sparsity: Sparsity,
+    out: Out,
+    weights: Weights = None,
+    evaluate: Evaluate = None,
+    loss: Loss = "cross_entropy",
+    method: Method = "swap_search",
+    method_option: MethodOption = None,
+    program: Program = "selection",
+    update: Update = True,
+    update_scale: UpdateScale = None,
+    curvature: Curvature = "empirical_fisher",
+    samples: Samples = 1000,
+    samples_per_row: SamplesPerRow = 1,
+    damping: Damping = None,
+    relative_damping: RelativeDamping = False,
+    partition: Partition = "global",
+    budget: Budget = None,
+    target: Target = None,
+    ignore: Ignore = None,
+    restarts: Restarts = 1,
+    time_limit: TimeLimit = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a network and write weights.safetensors, masks.safetensors and a report.
+
+    The network is put in evaluation mode. The files are code that runs: name only those you trust.
+    """
+    with reported(debug):
+        from cbs_opt.pruning import prune
+
+        _require_free(out, force)
+        network = load_network(model, weights, device)
+        dtype = dtype_of(network)
+        report = prune(
+            network,
+            load_data(data, "--data", dtype),
+            sparsity=sparsity,
+            loss_fn=load_loss(loss),
+            program=program,
+            method=method,
+            method_options=parse_options(method_option or []),
+            update=update,
+            update_scale=update_scale or 1.0,
+            curvature=curvature,
+            samples=samples,
+            samples_per_row=samples_per_row,
+            damping=damping or 1e-3,
+            relative_damping=relative_damping,
+            partition=int(partition) if partition.isdecimal() else partition,
+            budget=parse_budget(budget or ["global"]),
+            target=target or None,
+            ignore=tuple(ignore or ()),
+            evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
+            restarts=restarts,
+            time_limit=time_limit,
+            seed=seed,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_model(network, str(out / WEIGHTS_FILE))
+        report.save(out)
+        typer.echo(json.dumps(report.to_dict(), allow_nan=False) if as_json else report.summary())
+        typer.echo(f"written to {out}", err=True)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs as a dict; a value that is not JSON is a string."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise typer.BadParameter(f"{pair!r}; write NAME=VALUE", param_hint="--method-option")
+        try:
+            options[name] = json.loads(text)
+        except json.JSONDecodeError:
+            options[name] = text
+    return options
+
+
+def parse_budget(entries: list[str]) -> str | dict[str, float]:
+    """The name of a rule, or sparsities by glob."""
+    if len(entries) == 1 and "=" not in entries[0]:
+        return entries[0]
+    budget: dict[str, float] = {}
+    for entry in entries:
+        glob, _, text = entry.rpartition("=")
+        try:
+            budget[glob] = float(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{entry!r}; write GLOB=SPARSITY", param_hint="--budget") from error
+        if not glob:
+            raise typer.BadParameter(f"{entry!r}; write GLOB=SPARSITY", param_hint="--budget")
+    return budget
+
+
+def _require_free(directory: Path, force: bool) -> None:
+    if directory.is_file():
+        raise typer.BadParameter(f"{directory} is a file", param_hint="--out")
+    if directory.is_dir() and any(directory.iterdir()) and not force:
+        message = f"{directory} is not empty; choose another directory or pass --force"
+        raise typer.BadParameter(message, param_hint="--out")
