@@ -1,0 +1,73 @@
+"""An append-only file of results, one JSON object a line, that lets a long run resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """16 hex digits that change whenever a setting does."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """Results by the key of their settings.
+
+    Parameters
+    ----------
+    path : Path
+        Created with its directory at the first `add`. A line that cannot be read, such as one cut
+        short by a crash, is logged and counts as absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._results = dict(self._read())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._results[key]
+
+    def add(self, key: str, result: Mapping[str, Any]) -> None:
+        """Append a result and make sure it is on disk."""
+        record = {**result, "key": key}
+        line = json.dumps(record, sort_keys=True) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as stream:
+            if self._cut_short():
+                stream.write(b"\n")
+            stream.write(line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._results[key] = record
+
+    def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not self.path.is_file():
+            return
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                key = record["key"]
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s, line %d is not a result and is left out", self.path, number)
+                continue
+            yield key, record
+
+    def _cut_short(self) -> bool:
+        """Whether the last line lacks its end."""
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return False
+        with self.path.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            return stream.read(1) != b"\n"

@@ -1,0 +1,225 @@
+"""Test accuracy after one-shot pruning, beside what the literature reports.
+
+    python -m experiments.paper_tables --network mlpnet_mnist --sparsity .9 .95 --methods magnitude cbs
+
+Protocol
+--------
+- Weights: all of MLPNet; the 18 block convolutions of ResNet20. Nothing is retrained, biases and
+  batch-norm parameters and statistics are untouched. Counts are exact: ``n_prune = round(sparsity n)``.
+- One global block; one stage. Rows of the empirical Fisher matrix average several training samples,
+  chosen by the seed; no gradient term.
+- Every choice among candidates (number of swaps, damping, step length of the update) is made by the loss
+  on training samples, never on the test set. `experiments.protocols` has the grids.
+- The test set is read once a cell, whole, for the network that was chosen. Mean and sample standard
+  deviation are over seeds 0, 1, ...; magnitude pruning has no random choice and runs once.
+
+Results are appended to ``results.jsonl`` in the output directory as they come, keyed by their settings:
+the same command resumes where it stopped. ``<network>.md``, ``.csv`` and ``.json`` are written at the end.
+Exit codes: 0 done, 1 an error, 2 a usage error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import cbs_opt
+from experiments.accuracy_table import accuracy_frame, markdown_table
+from experiments.data_files import DATA_FILES
+from experiments.datasets import Dataset, load_dataset
+from experiments.ledger import Ledger, settings_key
+from experiments.networks import NETWORKS, load_network
+from experiments.protocols import DETERMINISTIC, METHODS, prune_arguments
+from experiments.published import ACCURACY, DENSE, SOURCES
+from formulations.errors import ArgumentError, CbsError
+
+DEFAULT_OUT = Path("runs/paper_tables")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One pruning run: a network, a method, a sparsity and a seed."""
+
+    network: str
+    method: str
+    sparsity: float
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain values."""
+        arguments = prune_arguments(self.network, self.method, self.sparsity, self.seed)
+        return {
+            "network": self.network,
+            "weights_sha256": DATA_FILES[f"{self.network}.safetensors"].sha256,
+            "target": NETWORKS[self.network].target,
+            "label": self.method,
+            "arguments": arguments,
+            "version": cbs_opt.__version__,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where the data is and how it is read."""
+
+    data_dir: Path | None
+    verify: bool
+    progress: bool
+
+    def dataset(self, network: str) -> Dataset:
+        """The data set of a network under its normalisation."""
+        spec = NETWORKS[network]
+        return load_dataset(spec.dataset, self.data_dir, mean=spec.mean, std=spec.std, verify=self.verify)
+
+    def measure(self, cell: Cell, data: Dataset) -> dict[str, Any]:
+        """Prune a fresh copy of the network and evaluate it on the test set."""
+        network = load_network(cell.network, self.data_dir, verify=self.verify)
+        began = time.perf_counter()
+        report = cbs_opt.prune(
+            network.model,
+            (data.train_x, data.train_y),
+            target=network.target,
+            evaluate=(data.test_x, data.test_y),
+            progress=self.progress,
+            **prune_arguments(cell.network, cell.method, cell.sparsity, cell.seed),
+        )
+        if report.before is None or report.after is None or report.after.accuracy is None:
+            raise ArgumentError("network", f"{cell.network} has no accuracy", "choose a classifier")
+        block = report.blocks[0]
+        return {
+            "network": cell.network,
+            "method": cell.method,
+            "sparsity": cell.sparsity,
+            "seed": cell.seed,
+            "accuracy": 100.0 * report.after.accuracy,
+            "test_loss": report.after.loss,
+            "dense_accuracy": 100.0 * (report.before.accuracy or 0.0),
+            "train_loss": None if report.train_after is None else report.train_after.loss,
+            "n": report.n,
+            "n_prune": report.n_prune,
+            "damping": report.damping,
+            "update_scale": report.update_scale,
+            "rows": report.rows,
+            "swaps": block.iterations,
+            "locally_optimal": block.locally_optimal,
+            "selection_loss": report.predicted_selection_loss,
+            "predicted_loss_increase": report.predicted_loss_increase,
+            "seconds": time.perf_counter() - began,
+            "phase_seconds": report.seconds,
+            "peak_memory_bytes": report.peak_memory_bytes,
+            "threads": torch.get_num_threads(),
+            "settings": cell.settings(),
+        }
+
+
+def cells(network: str, methods: Sequence[str], sparsities: Sequence[float], seeds: int) -> Iterator[Cell]:
+    """All cells of a table, seed by seed so that an interrupted run has whole tables of few seeds."""
+    for seed, sparsity, method in itertools.product(range(seeds), sparsities, methods):
+        if seed == 0 or method not in DETERMINISTIC:
+            yield Cell(network=network, method=method, sparsity=sparsity, seed=seed)
+
+
+def run(todo: Sequence[Cell], bench: Bench, ledger: Ledger) -> list[dict[str, Any]]:
+    """Measure the cells that the ledger lacks; the results of all of them, in order."""
+    keys = [settings_key(cell.settings()) for cell in todo]
+    missing = [(key, cell) for key, cell in zip(keys, todo, strict=True) if key not in ledger]
+    data = bench.dataset(missing[0][1].network) if missing else None
+    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="cells", disable=None) as bar:
+        for key, cell in missing:
+            assert data is not None
+            bar.set_postfix_str(f"{cell.method} {cell.sparsity:g} seed {cell.seed}")
+            result = bench.measure(cell, data)
+            ledger.add(key, result)
+            done = f"{cell.method} {cell.sparsity:g} seed {cell.seed}: {result['accuracy']:.2f} %"
+            tqdm.write(f"{done} in {result['seconds']:.0f} s", file=sys.stderr)
+            bar.update()
+    return [ledger[key] for key in keys]
+
+
+def document(network: str, frame: pd.DataFrame, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The table with every setting, ready for JSON."""
+    rows = json.loads(frame.to_json(orient="records", double_precision=6))
+    return {
+        "network": network,
+        "published_dense_accuracy": DENSE[network],
+        "sources": dict(SOURCES),
+        "rows": rows,
+        "cells": list(results),
+    }
+
+
+def write(
+    out: Path, network: str, methods: Sequence[str], results: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write ``<network>.md``, ``.csv`` and ``.json`` to `out`; returns what the last one holds."""
+    frame = accuracy_frame(results)
+    table = document(network, frame, results)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{network}.md").write_text(markdown_table(frame, network, methods), encoding="utf-8")
+    frame.to_csv(out / f"{network}.csv", index=False)
+    (out / f"{network}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return table
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="python -m experiments.paper_tables", description=__doc__)
+    root.formatter_class = argparse.RawDescriptionHelpFormatter
+    root.add_argument("--network", required=True, choices=list(NETWORKS))
+    root.add_argument("--sparsity", nargs="+", type=_sparsity, help="default: those of the published table")
+    root.add_argument("--methods", nargs="+", choices=METHODS, default=["magnitude", "cbs"])
+    root.add_argument("--seeds", type=_count, default=5, help="seeds 0 .. SEEDS-1 (default 5)")
+    root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
+    root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
+    root.add_argument("--json", action="store_true", help="print JSON rather than Markdown")
+    root.add_argument("--no-verify", action="store_true", help="accept data files with other checksums")
+    return root
+
+
+def _sparsity(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = parser().parse_args(arguments)
+    published = ACCURACY.get(given.network, ACCURACY["resnet20_cifar10"])
+    sparsities = given.sparsity or sorted(published)
+    bench = Bench(data_dir=given.data, verify=not given.no_verify, progress=sys.stderr.isatty())
+    todo = list(cells(given.network, given.methods, sparsities, given.seeds))
+    try:
+        results = run(todo, bench, Ledger(given.out / "results.jsonl"))
+    except CbsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    table = write(given.out, given.network, given.methods, results)
+    if given.json:
+        sys.stdout.write(json.dumps(table, indent=1) + "\n")
+    else:
+        sys.stdout.write((given.out / f"{given.network}.md").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

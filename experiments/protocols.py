@@ -1,0 +1,75 @@
+"""How each method of the tables is run: the arguments of `cbs_opt.prune`, by network and sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from formulations.errors import ArgumentError
+
+STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
+CURVATURE: Mapping[str, Mapping[str, Any]] = {
+    # Rows that average many samples serve both programs better than as many single samples.
+    "mlpnet": {"samples": 60_000, "samples_per_row": 60, "choice_samples": 20_000},
+    "resnet20": {"samples": 16_000, "samples_per_row": 16, "choice_samples": 1_000},
+}
+DAMPING: Mapping[str, tuple[float, ...]] = {
+    "mlpnet": (0.1, 0.3, 1.0, 3.0, 10.0),
+    "resnet20": (0.03, 0.3, 3.0),
+}
+"""Grids of the update's damping in units of the mean diagonal of the Fisher matrix."""
+SWAPS: Mapping[str, tuple[int | None, ...]] = {"mlpnet": (0, 100, 400, None), "resnet20": (0, 100, 400)}
+"""Grids of the number of swaps; None is a 1-swap optimum."""
+
+METHODS = ("magnitude", "obd", "woodfisher", "update_only", "cbs_selection", "cbs")
+DETERMINISTIC = ("magnitude",)
+"""Methods that use no training data and no random numbers: one seed says it all."""
+
+
+def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+    """Keyword arguments of `cbs_opt.prune` for one cell of a table.
+
+    Parameters
+    ----------
+    network : str
+        A name of `experiments.networks.NETWORKS`.
+    method : str
+        One of `METHODS`:
+
+        - "magnitude": smallest weights, no update.
+        - "obd": smallest 1/2 H_ii w_i^2, no update.
+        - "woodfisher": OBS saliency, independent single-weight updates added up.
+        - "update_only": magnitude, then CBS-U.
+        - "cbs_selection": swap search from magnitude, no update.
+        - "cbs": swap search from magnitude, then CBS-U.
+    sparsity : float
+    seed : int
+        Chooses the training samples of the rows and of the choice.
+
+    Raises
+    ------
+    ArgumentError
+        If the method is unknown.
+    """
+    family = "mlpnet" if network.startswith("mlpnet") else "resnet20"
+    common = {"sparsity": sparsity, "seed": seed, "program": "selection", "partition": "global"}
+    rows = {**CURVATURE[family], "curvature": "empirical_fisher", "relative_damping": True}
+    swaps = [{"start": "magnitude", "max_swaps": count} for count in SWAPS[family]]
+    update = {"update": True, "update_scale": STEP_LENGTHS, "damping": DAMPING[family]}
+    recipes: dict[str, dict[str, Any]] = {
+        "magnitude": {"method": "magnitude", "update": False},
+        "obd": {**rows, "method": "obd", "update": False, "damping": 0.0},
+        "woodfisher": {**rows, **update, "method": "obs", "update": "independent"},
+        "update_only": {**rows, **update, "method": "magnitude"},
+        "cbs_selection": {
+            **rows,
+            "method": "swap_search",
+            "update": False,
+            "damping": 0.0,
+            "method_options": swaps,
+        },
+        "cbs": {**rows, **update, "method": "swap_search", "selection_damping": 0.0, "method_options": swaps},
+    }
+    if method not in recipes:
+        raise ArgumentError("methods", f"{method!r}", f"choose among {', '.join(METHODS)}")
+    return {**common, **recipes[method]}
