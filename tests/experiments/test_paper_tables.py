@@ -1,0 +1,139 @@
+"""The table command: cells, resuming, figures, and what it writes; on tiny data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cbs_opt import prune
+from experiments import paper_tables, protocols
+from experiments.ledger import Ledger, settings_key
+from experiments.networks import NETWORKS, MLPNet
+from experiments.protocols import METHODS, prune_arguments
+from formulations.errors import ArgumentError
+from tests.experiments.tiny_data import needs_data, write_mnist, write_network
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    write_mnist(tmp_path, train=40, test=20)
+    write_network(tmp_path, "mlpnet_mnist", MLPNet())
+    return tmp_path
+
+
+def command(data_dir: Path, *more: str) -> list[str]:
+    out = data_dir / "out"
+    fixed = ["--network", "mlpnet_mnist", "--data", str(data_dir), "--out", str(out), "--no-verify"]
+    return [*fixed, *more]
+
+
+def test_writes_a_table_with_exact_counts_beside_the_published_figures(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = command(
+        data_dir, "--sparsity", ".9", "--methods", "magnitude", "update_only", "--seeds", "2", "--json"
+    )
+    assert paper_tables.main(wanted) == 0
+    table = json.loads(capsys.readouterr().out)
+    by_method = {row["method"]: row for row in table["rows"]}
+    assert by_method["magnitude"]["seeds"] == 1
+    assert by_method["update_only"]["seeds"] == 2
+    assert by_method["magnitude"]["published"] == 90.30
+    assert by_method["update_only"]["published"] is None
+    for cell in table["cells"]:
+        assert cell["n_prune"] == round(0.9 * 32_360)
+    accuracies = [cell["accuracy"] for cell in table["cells"] if cell["method"] == "update_only"]
+    assert by_method["update_only"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    markdown = (data_dir / "out" / "mlpnet_mnist.md").read_text()
+    assert "| 0.9 | 90.30 | 91.69 | 93.14 |" in markdown
+    assert (data_dir / "out" / "mlpnet_mnist.csv").read_text().count("\n") == 3
+
+
+def test_a_second_run_measures_only_what_is_missing(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+
+    def counting(*args: object, **kwargs: object) -> object:
+        calls.append(kwargs["sparsity"])
+        return prune(*args, **kwargs)
+
+    monkeypatch.setattr(paper_tables.cbs_opt, "prune", counting)
+    methods = ("--methods", "magnitude")
+    assert paper_tables.main(command(data_dir, *methods, "--sparsity", ".5")) == 0
+    assert paper_tables.main(command(data_dir, *methods, "--sparsity", ".5", ".6")) == 0
+    assert calls == [0.5, 0.6]
+
+
+def test_a_changed_setting_is_measured_again(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = command(data_dir, "--methods", "update_only", "--sparsity", ".5", "--seeds", "1")
+    assert paper_tables.main(wanted) == 0
+    monkeypatch.setattr(protocols, "STEP_LENGTHS", (0.5,))
+    assert paper_tables.main(wanted) == 0
+    lines = (data_dir / "out" / "results.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"samples": 20, "samples_per_row": 2, "choice_samples": 10}
+    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": few})
+    monkeypatch.setattr(protocols, "SWAPS", {"mlpnet": (0, 5)})
+    wanted = command(data_dir, "--methods", method, "--sparsity", ".8", "--seeds", "1")
+    assert paper_tables.main(wanted) == 0
+    (line,) = (data_dir / "out" / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["n_prune"] == round(0.8 * 32_360)
+
+
+def test_missing_data_is_an_error_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        paper_tables.main(["--network", "mlpnet_mnist", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
+    )
+    assert "mnist.npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--sparsity", "1.0"], ["--seeds", "0"], ["--methods", "cleverness"]])
+def test_usage_errors_exit_with_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        paper_tables.main(["--network", "mlpnet_mnist", *wrong])
+    assert stop.value.code == 2
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_unknown_method_has_no_protocol() -> None:
+    with pytest.raises(ArgumentError, match="magnitude"):
+        prune_arguments("mlpnet_mnist", "cleverness", 0.5, 0)
+
+
+def test_settings_are_plain_and_differ_between_cells() -> None:
+    keys = set()
+    for network in NETWORKS:
+        for cell in paper_tables.cells(network, METHODS, [0.5, 0.9], 2):
+            keys.add(settings_key(cell.settings()))
+    assert len(keys) == len(NETWORKS) * 2 * (1 + 2 * (len(METHODS) - 1))
+
+
+def test_ledger_survives_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Ledger(path).add("a", {"value": 1})
+    with path.open("a") as stream:
+        stream.write('{"key": "b", "val')
+    damaged = Ledger(path)
+    assert "a" in damaged
+    assert "b" not in damaged
+    damaged.add("c", {"value": 3})
+    again = Ledger(path)
+    assert again["c"]["value"] == 3
+    assert again["a"]["value"] == 1
+
+
+@needs_data
+@pytest.mark.slow
+def test_magnitude_reproduces_the_published_row(tmp_path: Path) -> None:
+    wanted = ["--network", "mlpnet_mnist", "--methods", "magnitude", "--sparsity", ".9", ".95", ".98"]
+    assert paper_tables.main([*wanted, "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    found = {cell["sparsity"]: cell["accuracy"] for cell in map(json.loads, lines)}
+    assert found == pytest.approx({0.9: 90.30, 0.95: 83.64, 0.98: 32.25}, abs=0.03)
