@@ -7,8 +7,11 @@ lowered bound says so.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,8 @@ import numpy as np
 from formulations.incumbents import checked_incumbent, greedy
 from formulations.loss import objective, solved_weights
 from formulations.models import model_spec
-from formulations.models.standard_form import StandardForm, standard_form
+from formulations.models.standard_form import StandardForm
+from formulations.models.translation import standard_form
 from formulations.problem import BlockProblem, BoolArray, check_program
 from formulations.solution import (
     BlockSolution,
@@ -82,7 +86,8 @@ def solve_model(
     deadline = None if limits.time_limit is None else began + limits.time_limit
     assert known.keep is not None
     task = Task(model=built, form=form, limits=limits, deadline=deadline, options=options, start=known.keep)
-    raw = solver.run(task)
+    with _interrupt_handler_kept():
+        raw = solver.run(task)
     ignored = {
         name: getattr(limits, name)
         for name in solver.ignores
@@ -106,6 +111,20 @@ def solve_model(
             "extra": {**raw.extra, **({"ignored_limits": ignored} if ignored else {})},
         },
     )
+
+
+@contextmanager
+def _interrupt_handler_kept() -> Iterator[None]:
+    """Put Python's Ctrl-C handler back: OR-tools leaves the default one, which kills the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _lowered(raw: RawResult, form: StandardForm) -> float | None:

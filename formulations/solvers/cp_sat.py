@@ -10,6 +10,7 @@ pairs are therefore taken off the bound.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from formulations.solvers.conclusion import solve_model
 
 MODELS = frozenset({"selection_mccormick", "selection_rlt"})
 DEFAULT_BITS = 30
+CLOCK_MARGIN = 0.1
+"""Seconds before the deadline from which a stop counts as the time limit's."""
 
 
 def solve(
@@ -105,11 +108,17 @@ def _run(task: Task) -> RawResult:
         point=np.array([float(solver.value(x)) for x in columns]) if feasible else None,
         bound=solver.best_objective_bound / scale + form.constant if has_bound else None,
         bound_error=error,
-        limit=None if status == cp_model.OPTIMAL else Limit.TIME,
+        limit=None if status == cp_model.OPTIMAL else _limit(task),
         nodes=int(solver.num_branches),
         message=f"CP-SAT: {solver.status_name(status)}",
         extra={"scaling_error": error * form.objective_scale},
     )
+
+
+def _limit(task: Task) -> Limit:
+    """CP-SAT does not say why it stopped: out of time, or else Ctrl-C."""
+    timed_out = task.deadline is not None and time.perf_counter() >= task.deadline - CLOCK_MARGIN
+    return Limit.TIME if timed_out else Limit.INTERRUPTED
 
 
 def _add_rows(model: Any, form: StandardForm, columns: list[Any]) -> None:

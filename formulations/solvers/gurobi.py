@@ -124,6 +124,8 @@ def _run(task: Task) -> RawResult:
             return _report(gurobipy, model, task, columns)
     except gurobipy.GurobiError as error:
         return RawResult(failure=f"Gurobi failed: {error} (error {error.errno})")
+    except (TypeError, ValueError) as refusal:
+        return RawResult(failure=f"Gurobi refuses an option: {refusal}")
 
 
 def _translate(gurobipy: Any, model: Any, form: StandardForm) -> Any:

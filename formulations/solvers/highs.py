@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 WATCHDOG_GRACE = 1.0
 """Seconds past the deadline at which the watchdog asks HiGHS to stop."""
+WATCHDOG_TICK = 0.2
+"""Seconds between two looks of the watchdog; the wait ends earlier when HiGHS does."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,7 +177,10 @@ def run_milp(milp: Milp, controls: MilpControls) -> MilpResult:
     """
     import highspy
 
-    highs = _configured(highspy, controls)
+    try:
+        highs = _configured(highspy, controls)
+    except ValueError as refusal:
+        return MilpResult(status=str(refusal))
     status = highs.passModel(_highs_model(highspy, milp))
     if status == highspy.HighsStatus.kError:
         return MilpResult(status="Model rejected")
@@ -221,7 +226,7 @@ def _configured(highspy: Any, controls: MilpControls) -> Any:
         settings["mip_max_nodes"] = controls.node_limit
     for name, value in settings.items():
         if highs.setOptionValue(name, value) == highspy.HighsStatus.kError:
-            raise ValueError(f"HiGHS refuses {name} = {value!r}")
+            raise ValueError(f"option {name} = {value!r} refused")
     return highs
 
 
@@ -257,13 +262,15 @@ def _run_watched(highs: Any, controls: MilpControls) -> bool:
     if controls.on_point is not None:
         report = controls.on_point
         highs.cbMipSolution += lambda event: report(np.array(event.data_out.mip_solution))
-    worker = threading.Thread(target=_run_in_thread, args=(highs,), daemon=True, name="highs")
+    finished = threading.Event()
+    worker = threading.Thread(target=_run_in_thread, args=(highs, finished), daemon=True, name="highs")
     deadline = None if controls.seconds is None else time.perf_counter() + controls.seconds + WATCHDOG_GRACE
     worker.start()
     interrupted = False
-    while worker.is_alive():
+    # Not Thread.join: interrupted by Ctrl-C, it takes a running thread for a finished one.
+    while not finished.is_set():
         try:
-            worker.join(None if deadline is None else max(deadline - time.perf_counter(), 0.05))
+            finished.wait(WATCHDOG_TICK)
         except KeyboardInterrupt:
             interrupted = True
             cancel.set()
@@ -272,10 +279,13 @@ def _run_watched(highs: Any, controls: MilpControls) -> bool:
     return interrupted
 
 
-def _run_in_thread(highs: Any) -> None:
+def _run_in_thread(highs: Any, finished: threading.Event) -> None:
     """Run HiGHS and drop the thread's own task scheduler, which would keep its thread count."""
-    highs.run()
-    highs.resetGlobalScheduler(False)
+    try:
+        highs.run()
+        highs.resetGlobalScheduler(False)
+    finally:
+        finished.set()
 
 
 def _option_names() -> Iterable[str]:

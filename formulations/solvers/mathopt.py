@@ -69,7 +69,10 @@ def _run(task: Task) -> RawResult:
     from ortools.math_opt.python import mathopt
 
     translated, columns = _translate(mathopt, task.form)
-    parameters = _parameters(mathopt, task)
+    try:
+        parameters = _parameters(mathopt, task)
+    except KeyError as refusal:
+        return RawResult(failure=f"MathOpt has no emphasis {refusal}: use off, low, medium, high, very_high")
     hint = mathopt.SolutionHint(
         variable_values={
             columns[j]: float(v) for j, v in zip(task.form.decision, task.start_values, strict=True)

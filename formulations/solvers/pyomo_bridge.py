@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
-from formulations.models.standard_form import StandardForm, standard_form
+from formulations.models.standard_form import StandardForm
+from formulations.models.translation import standard_form
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limit, Limits
 from formulations.solvers import gurobi, highs, scip

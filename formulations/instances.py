@@ -1,0 +1,299 @@
+"""Blocks and solutions on disk, models for other solvers, and the shipped library of real blocks.
+
+A block is one ``.npz`` file with a JSON header (`formulations.files`); it is the truth, and reading it
+checks the fingerprint of the data. MPS, LP and QPLIB files are exports of one model of the block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formulations.errors import CbsError, InstanceFormatError, UnsupportedProblemError
+from formulations.files import read_container, write_atomically, write_container
+from formulations.models import model_spec
+from formulations.models.translation import standard_form
+from formulations.problem import BlockProblem
+from formulations.relaxations.capped_simplex import CappedSimplexCertificate
+from formulations.relaxations.perspective import PerspectiveCertificate
+from formulations.solution import BlockSolution, Certificate, Limit, SolveStats, Termination
+
+BLOCK_FORMAT = "cbs-opt block"
+SOLUTION_FORMAT = "cbs-opt solution"
+VERSION = 1
+MAX_BYTES = 2**34
+"""Largest file content read by default, 16 GiB of arrays."""
+LIBRARY = resources.files("formulations") / "library"
+CERTIFICATES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+    "perspective": (PerspectiveCertificate, ("point", "split")),
+    "capped_simplex": (CappedSimplexCertificate, ("point", "shift")),
+}
+"""Certificates that a solution file can hold: class and array fields by kind."""
+
+
+def write_instance(
+    path: str | os.PathLike[str], problem: BlockProblem, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a block, atomically.
+
+    Parameters
+    ----------
+    path : path
+        Ends in ``.npz`` by custom.
+    problem : BlockProblem
+    metadata : mapping, optional
+        Anything JSON can hold, such as where the block comes from.
+
+    Raises
+    ------
+    InstanceFormatError
+        If `metadata` is not JSON.
+    """
+    header = {
+        "format": BLOCK_FORMAT,
+        "version": VERSION,
+        "name": problem.name,
+        "n_prune": problem.n_prune,
+        "damping": problem.damping,
+        "fingerprint": problem.fingerprint(),
+        "metadata": _plain_json(metadata or {}),
+    }
+    arrays = {
+        tag: np.asarray(array, dtype="<f8")
+        for tag in ("weights", "rows", "hessian", "gradient")
+        if (array := getattr(problem, tag)) is not None
+    }
+    write_container(path, header, arrays)
+
+
+def _plain_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InstanceFormatError(
+            "metadata", f"not JSON: {error}", "use plain numbers, text, lists"
+        ) from error
+    assert isinstance(plain, dict)
+    return plain
+
+
+def read_instance(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES
+) -> tuple[BlockProblem, dict[str, Any]]:
+    """Read a block and its metadata.
+
+    Raises
+    ------
+    InstanceFormatError
+        If the file is absent, damaged, foreign, too large, or its data do not make a valid block
+        with the fingerprint that was written.
+    """
+    header, arrays = read_container(path, BLOCK_FORMAT, VERSION, max_bytes)
+    unknown = set(arrays) - {"weights", "rows", "hessian", "gradient"}
+    if unknown or "weights" not in arrays:
+        raise InstanceFormatError("path", f"{path}: arrays {sorted(arrays)}", "write the file again")
+    for array in arrays.values():
+        array.flags.writeable = False
+    try:
+        problem = BlockProblem(
+            n_prune=header["n_prune"], damping=header["damping"], name=str(header["name"]), **arrays
+        )
+        expected, metadata = header["fingerprint"], dict(header["metadata"])
+    except (KeyError, TypeError, ValueError, CbsError) as error:
+        raise InstanceFormatError(
+            "path", f"{path}: no valid block ({error})", "write the file again"
+        ) from error
+    if problem.fingerprint() != expected:
+        raise InstanceFormatError("path", f"{path}: data do not match their fingerprint", "write it again")
+    return problem, metadata
+
+
+def write_solution(path: str | os.PathLike[str], problem: BlockProblem, solution: BlockSolution) -> None:
+    """Write a solution with the fingerprint of its block, atomically.
+
+    Perspective and capped-simplex certificates are stored; the trace and `SolveStats.extra` are not.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    if solution.keep is not None and solution.weights is not None:
+        arrays = {"keep": solution.keep, "weights": solution.weights}
+    kind = None if solution.certificate is None else solution.certificate.kind
+    if kind in CERTIFICATES:
+        for name in CERTIFICATES[kind][1]:
+            arrays[f"certificate_{name}"] = getattr(solution.certificate, name)
+    stats = asdict(replace(solution.stats, extra={}))
+    stats.pop("extra")
+    header = {
+        "format": SOLUTION_FORMAT,
+        "version": VERSION,
+        "fingerprint": problem.fingerprint(),
+        "objective": solution.objective,
+        "bound": solution.bound,
+        "termination": solution.termination.value,
+        "limit": None if solution.limit is None else solution.limit.value,
+        "program": solution.program,
+        "method": solution.method,
+        "rel_gap": solution.rel_gap,
+        "stats": stats,
+        "certificate": kind if kind in CERTIFICATES else None,
+    }
+    write_container(path, header, arrays)
+
+
+def read_solution(
+    path: str | os.PathLike[str], problem: BlockProblem | None = None, *, max_bytes: int = MAX_BYTES
+) -> BlockSolution:
+    """Read a solution.
+
+    Parameters
+    ----------
+    path : path
+    problem : BlockProblem, optional
+        The block it must belong to. Nothing in the file is trusted beyond its form: use
+        `formulations.verify` on the result.
+    max_bytes : int
+
+    Raises
+    ------
+    InstanceFormatError
+        If the file is absent, damaged, foreign, too large, or belongs to another block.
+    """
+    header, arrays = read_container(path, SOLUTION_FORMAT, VERSION, max_bytes)
+    if problem is not None and header.get("fingerprint") != problem.fingerprint():
+        raise InstanceFormatError(
+            "path", f"{path}: solves another block", "pass the block it was written for"
+        )
+    try:
+        stats = dict(header["stats"])
+        return BlockSolution(
+            keep=arrays.get("keep"),
+            weights=arrays.get("weights"),
+            objective=_optional_number(header["objective"]),
+            bound=_optional_number(header["bound"]),
+            termination=Termination(header["termination"]),
+            limit=None if header["limit"] is None else Limit(header["limit"]),
+            program=str(header["program"]),
+            method=str(header["method"]),
+            rel_gap=_optional_number(header["rel_gap"]),
+            certificate=_certificate(header["certificate"], arrays),
+            stats=SolveStats(**stats),
+        )
+    except (KeyError, TypeError, ValueError, CbsError) as error:
+        raise InstanceFormatError("path", f"{path}: no valid solution ({error})", "write it again") from error
+
+
+def _optional_number(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
+
+
+def _certificate(kind: str | None, arrays: Mapping[str, np.ndarray]) -> Certificate | None:
+    if kind is None:
+        return None
+    cls, names = CERTIFICATES[kind]
+    certificate: Certificate = cls(**{name: arrays[f"certificate_{name}"] for name in names})
+    return certificate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """What was written: loss increase = `objective_scale` times the file's objective."""
+
+    path: Path
+    model: str
+    format: str
+    objective_scale: float
+    columns: int
+    linear_rows: int
+    quadratic_rows: int
+
+
+def export_model(
+    problem: BlockProblem,
+    model_name: str,
+    path: str | os.PathLike[str],
+    format: str = "mps",
+    *,
+    incumbent: BlockSolution | None = None,
+) -> ExportedModel:
+    """Write one model of a block for another solver, atomically.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+    model_name : str
+        A formulation of `formulations.models`.
+    path : path
+    format : {"mps", "lp", "qplib"}
+    incumbent : BlockSolution, optional
+        Tightens the constants of joint models.
+
+    Raises
+    ------
+    UnsupportedProblemError
+        If the model or the format is unknown, or the model has indicator constraints, which none of
+        the formats states portably (`joint_big_m` is the same model with constants).
+    NotPositiveDefiniteError
+        If the model is joint and ``H`` is singular.
+    """
+    from formulations.model_files import lp_text, mps_text, qplib_text
+
+    writers = {"mps": mps_text, "lp": lp_text, "qplib": qplib_text}
+    if format not in writers:
+        raise UnsupportedProblemError("format", f"{format!r}", f"use one of: {', '.join(writers)}")
+    form = standard_form(model_spec(model_name).build(problem, incumbent=incumbent))
+    if form.indicators:
+        found = f"{model_name!r} has indicator constraints"
+        raise UnsupportedProblemError("model_name", found, "export joint_big_m instead")
+    write_atomically(path, writers[format](form).encode())
+    return ExportedModel(
+        path=Path(path),
+        model=model_name,
+        format=format,
+        objective_scale=form.objective_scale,
+        columns=form.n_columns,
+        linear_rows=int(form.matrix.shape[0]),
+        quadratic_rows=len(form.quadratic_rows),
+    )
+
+
+def library() -> list[str]:
+    """Return the names of the shipped blocks, in the order of the index; empty if none is shipped."""
+    return list(_library_index())
+
+
+def load_library(name: str) -> tuple[BlockProblem, dict[str, Any]]:
+    """Return a shipped block and its metadata (origin, proven optima or best bounds).
+
+    Raises
+    ------
+    InstanceFormatError
+        If no block of that name is shipped.
+    """
+    index = _library_index()
+    if name not in index:
+        raise InstanceFormatError("name", f"{name!r}", f"use one of: {', '.join(index) or 'none shipped'}")
+    entry = index[name]
+    with resources.as_file(LIBRARY / str(entry["file"])) as path:
+        problem, metadata = read_instance(path)
+    return problem, {**metadata, **{key: value for key, value in entry.items() if key != "file"}}
+
+
+def _library_index() -> dict[str, dict[str, Any]]:
+    try:
+        text = (LIBRARY / "index.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    index: dict[str, dict[str, Any]] = json.loads(text)
+    return index
