@@ -21,6 +21,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 CURVATURE = "exact_fisher"
 SAMPLES = 100
 TEST_SHARE = 0.25
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,9 @@ def digits_network(
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
     x, y = train
     for _ in range(epochs):
-        for index in torch.randperm(len(y), generator=generator).split(64):
+        order = torch.randperm(len(y), generator=generator)
+        for start in range(0, len(y), BATCH_SIZE):
+            index = order[start : start + BATCH_SIZE]
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -144,7 +147,8 @@ def _perceptron(widths: Sequence[int], generator: torch.Generator) -> nn.Sequent
     """Linear layers with ReLU between, initialised from `generator` alone (He et al. 2015)."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
-        layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+        # Made without values: the layer's own initialisation would draw from the global generator.
+        layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]

@@ -67,10 +67,11 @@ def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
         axes.axhline(100.0 * value, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.annotate(
             f"dense {100.0 * value:.1f} %",
-            (0.01, 100.0 * value),
+            (0.99, 100.0 * value),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
+            ha="right",
             fontsize=8,
             color=INK,
         )

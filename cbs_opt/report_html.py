@@ -143,7 +143,7 @@ def _results_note(reports: Sequence[PruneReport]) -> str:
 
 
 def _pictures(reports: Sequence[PruneReport]) -> tuple[Picture, ...]:
-    largest = figures.at_largest_sparsity(reports)[0]
+    largest = figures.at_largest_sparsity(reports)[-1]
     several = len(reports) > 1
     drawings: list[tuple[Figure | None, str]] = []
     if several:
@@ -162,8 +162,8 @@ def _pictures(reports: Sequence[PruneReport]) -> tuple[Picture, ...]:
     drawings.append(
         (figures.sparsity_by_layer(reports), f"Sparsity of each layer{which}. Dotted: the whole network.")
     )
-    if not several:
-        drawings.append((figures.weights_before_and_after(largest), HISTOGRAM_CAPTION))
+    whose = f" Run: {largest.label}{which}." if several else ""
+    drawings.append((figures.weights_before_and_after(largest), HISTOGRAM_CAPTION + whose))
     return tuple(_picture(figure, caption) for figure, caption in drawings if figure is not None)
 
 

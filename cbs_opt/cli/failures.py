@@ -27,6 +27,7 @@ USAGE = 2
 INTERRUPTED = 130
 
 OPTIONS = {
+    "blocks": "--partition",
     "budget": "--budget",
     "curvature": "--curvature",
     "damping": "--damping",
@@ -41,6 +42,7 @@ OPTIONS = {
     "seed": "--seed",
     "sparsity": "--sparsity",
     "target": "--target",
+    "target, ignore": "--target, --ignore",
     "time_limit": "--time-limit",
     "update_scale": "--update-scale",
 }

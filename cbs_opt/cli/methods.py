@@ -9,6 +9,8 @@ import typer
 
 from cbs_opt.cli.failures import reported
 from cbs_opt.cli.tables import text_table
+from cbs_opt.methods import Method, available_methods
+from cbs_opt.report_format import plain
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -16,9 +18,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 def run(as_json: AsJson = False) -> None:
     """List the methods, the programs they take and their options."""
     with reported(debug=False):
-        from cbs_opt.methods import available_methods
-        from cbs_opt.report_format import plain
-
         methods = available_methods()
         if as_json:
             listed = [
@@ -26,15 +25,19 @@ def run(as_json: AsJson = False) -> None:
                     "name": method.name,
                     "kind": method.kind,
                     "programs": method.programs,
-                    "options": method.options,
+                    "options": {program: method.options(program) for program in method.programs},
                     "summary": method.summary,
                 }
                 for method in methods
             ]
             typer.echo(json.dumps(plain(listed), allow_nan=False))
             return
-        rows = [
-            (m.name, m.kind, " ".join(m.programs), " ".join(m.options) or "-", m.summary) for m in methods
-        ]
+        rows = [(m.name, m.kind, " ".join(m.programs), _options(m), m.summary) for m in methods]
         headings = ("method", "kind", "programs", "options", "what it does")
         typer.echo("\n".join(text_table(headings, rows, left=len(headings))))
+
+
+def _options(method: Method) -> str:
+    """Names of the options for any program, each once."""
+    names = dict.fromkeys(name for program in method.programs for name in method.options(program))
+    return " ".join(names) or "-"
