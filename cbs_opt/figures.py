@@ -27,6 +27,7 @@ GRID = "#DDDDDD"
 WIDTH = 5.4
 MAX_LAYERS = 60
 MAX_PANELS = 9
+LONGEST_TITLE = 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
     chosen = at_largest_sparsity(reports)
     names = [layer.name for layer in chosen[0].layers][:MAX_LAYERS]
     rows = np.arange(len(names))
-    row_height = max(0.28, 0.14 * len(chosen) + 0.1)
+    row_height = min(0.45, max(0.28, 0.14 * len(chosen) + 0.1))
     figure, axes = _single(height=max(1.8, 1.0 + row_height * len(names)))
     palette = styles(reports)
     if len(chosen) == 1:
@@ -162,7 +163,8 @@ def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
     axes.set_yticks(rows, names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(_percent())
-    axes.set_xlabel("Sparsity (%)")
+    hidden = len(chosen[0].layers) - len(names)
+    axes.set_xlabel("Sparsity (%)" + (f"; {hidden} further layers not shown" if hidden else ""))
     axes.yaxis.grid(visible=False)
     low = min(layer.sparsity for report in chosen for layer in report.layers)
     axes.set_xlim(0.0 if len(chosen) == 1 else max(0.0, min(low, total - 0.1) - 0.02), 1.01)
@@ -179,7 +181,7 @@ def weights_before_and_after(report: PruneReport) -> Figure | None:
     shown = [layer for layer in layers if layer in largest]
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else 4.2, 0.55 + 1.75 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH if columns > 1 else 4.2, 0.55 + 1.85 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for number, axes in enumerate(grid.flat):
         if number < len(shown):
@@ -205,16 +207,18 @@ def at_largest_sparsity(reports: Sequence[PruneReport]) -> list[PruneReport]:
 
 def _histogram(axes: Axes, layer: LayerSummary) -> None:
     _dress(axes)
-    assert layer.weight_histogram_before is not None
+    highest = 10
     for histogram, label, drawing in (
-        (layer.weight_histogram_after, "kept, after", {"fill": True, "color": "#E69F00"}),
+        (layer.weight_histogram_after, "kept, after", {"fill": True, "color": OKABE_ITO[4]}),
         (layer.weight_histogram_before, "all, before", {"fill": False, "edgecolor": INK, "linewidth": 1.0}),
     ):
         if histogram is not None:
             axes.stairs(histogram.counts, histogram.edges, baseline=0.5, label=label, **drawing)
+            highest = max(highest, *histogram.counts)
     axes.set_yscale("log")
-    axes.set_ylim(0.7, 1.5 * max(10, *layer.weight_histogram_before.counts))
-    axes.set_title(f"{layer.name}  ({layer.sparsity:.1%} zero)", fontsize=8, color=INK)
+    axes.set_ylim(0.7, 1.5 * highest)
+    name = layer.name if len(layer.name) <= LONGEST_TITLE else f"…{layer.name[1 - LONGEST_TITLE :]}"
+    axes.set_title(f"{name}\n{layer.sparsity:.1%} of {layer.n} zero", fontsize=8, color=INK)
     axes.tick_params(labelsize=7)
 
 
