@@ -8,7 +8,10 @@ from cbs_opt.masks import apply_masks, load_masks, save_masks
 from cbs_opt.methods import available_methods
 from cbs_opt.pruning import prune
 from cbs_opt.report import PruneReport
+from cbs_opt.solving import compare, solve
 from formulations import BlockProblem, BlockSolution, CbsError, Termination, verify
+from formulations.relaxations import lower_bound
+from formulations.solvers import available_solvers
 
 __version__ = version("cbs-opt")
 
@@ -21,10 +24,14 @@ __all__ = [
     "__version__",
     "apply_masks",
     "available_methods",
+    "available_solvers",
+    "compare",
     "fisher_blocks",
     "load_masks",
+    "lower_bound",
     "prune",
     "recalibrate_batchnorm",
     "save_masks",
+    "solve",
     "verify",
 ]

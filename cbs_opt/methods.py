@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +13,20 @@ from torch import Tensor
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics.saliency import SALIENCIES, magnitude
 from cbs_opt.selection import Selector, by_randomized_magnitude, by_saliency, by_swap_search
+from formulations import incumbents
+from formulations.branch_and_bound import branch_and_bound
+from formulations.enumeration import enumerate_optimum
 from formulations.errors import UnknownMethodError, UnknownOptionError, UnsupportedProblemError
+from formulations.models import MODELS
+from formulations.outer_approximation import outer_approximation
 from formulations.problem import PROGRAMS, check_program
+from formulations.relaxations import lower_bound
 from formulations.solution import BlockSolution
+from formulations.solvers import solve_with, solver_names
 
 Solver = Callable[..., BlockSolution]
 """``solver(problem, program, *, limits, incumbent, **options)``."""
-COMMON = ("limits", "incumbent")
+COMMON = ("limits", "incumbent", "warm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,7 @@ class Method:
     ----------
     name : str
     kind : str
-        "saliency", "search" or "exact".
+        "saliency", "search", "exact", "bound" or "solver".
     summary : str
         One line for tables.
     programs : tuple of str
@@ -47,6 +55,8 @@ class Method:
         Whether another seed gives another set.
     needs_curvature : bool
         False for methods that look at the weights alone.
+    free_options : bool
+        The solver checks its options itself; they cannot be listed here.
     """
 
     name: str
@@ -59,27 +69,30 @@ class Method:
     score: Callable[[FisherBlock], Tensor] = magnitude
     randomized: bool = False
     needs_curvature: bool = True
+    free_options: bool = False
 
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Options by name with their defaults, those of `select` and of `solver` together."""
-        known: dict[str, Any] = {}
-        for function in (self.select, self.solver):
-            if function is not None:
-                for parameter in inspect.signature(function).parameters.values():
-                    if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in COMMON:
-                        known[parameter.name] = parameter.default
-        return known
+    def engine(self, program: str) -> Callable[..., Any]:
+        """The callable that serves `program`: `select` where it can, else `solver`."""
+        function = self.select if program in self.select_programs else self.solver
+        assert function is not None
+        return function
 
-    def check_options(self, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
-        """Raise `UnknownOptionError` for an option that `function` does not take."""
-        known = inspect.signature(function).parameters
+    def options(self, program: str) -> Mapping[str, Any]:
+        """Options by name with their defaults."""
+        return {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(self.engine(program)).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in COMMON
+        }
+
+    def check_options(self, options: Mapping[str, Any], program: str) -> None:
+        """Raise `UnknownOptionError` for an option that the method does not take."""
+        known = self.options(program)
         for name in options:
-            if name not in known or name in COMMON:
-                choices = ", ".join(self.options) or "none"
-                raise UnknownOptionError(
-                    "method_options", f"{name!r} for {self.name}", f"it takes: {choices}"
-                )
+            if name not in known and not self.free_options:
+                choices = ", ".join(known) or "none"
+                found = f"{name!r} for {self.name} on program {program!r}"
+                raise UnknownOptionError("method_options", found, f"it takes: {choices}")
 
 
 def _saliency(name: str, summary: str, *, needs_curvature: bool = True) -> Method:
@@ -114,8 +127,42 @@ def _built_in() -> tuple[Method, ...]:
             summary="best-improvement swaps to a proved 1-swap optimum",
             select=by_swap_search,
             select_programs=("selection",),
+            solver=incumbents.swap_search,
             randomized=True,
         ),
+        _dense(
+            "greedy_obs", "search", "one weight at a time, the rest updated in between", incumbents.greedy
+        ),
+        _dense("enumeration", "exact", "every set: the oracle, n up to about 24", enumerate_optimum),
+        _dense("branch_and_bound", "exact", "our branch and bound, with certified bounds", branch_and_bound),
+        _dense("outer_approximation", "exact", "cuts on a HiGHS integer program", outer_approximation),
+        _dense("lower_bound", "bound", "certified relaxation bound and its rounding", lower_bound),
+    )
+
+
+def _dense(name: str, kind: str, summary: str, solver: Solver) -> Method:
+    return Method(name=name, kind=kind, summary=summary, select_programs=(), solver=solver)
+
+
+def _on_solver(name: str) -> Method | None:
+    """``<solver>``, ``<solver>:<model>`` or ``pyomo:<model>:<solver>`` as a method, else None."""
+    head, _, rest = name.partition(":")
+    if head == "pyomo":
+        model, _, solver = rest.partition(":")
+        solver = f"pyomo:{solver}"
+    else:
+        solver, model = head, rest
+    if solver not in solver_names():
+        return None
+    run = partial(solve_with, solver, model=model or None)
+    return Method(
+        name=name,
+        kind="solver",
+        summary=f"{model or 'its default model'} on {solver}",
+        programs=(MODELS[model].program,) if model in MODELS else PROGRAMS,
+        select_programs=(),
+        solver=run,
+        free_options=True,
     )
 
 
@@ -141,10 +188,15 @@ def find_method(name: str, program: str) -> Method:
     """
     check_program(program)
     methods = {method.name: method for method in available_methods()}
-    if name not in methods:
-        raise UnknownMethodError("method", f"{name!r}", f"choose among {', '.join(methods)}")
-    method = methods[name]
+    method = methods.get(name) or _on_solver(name)
+    if method is None:
+        remedy = f"choose among {', '.join(methods)}, or <solver>:<model> with a solver of {_solvers()}"
+        raise UnknownMethodError("method", f"{name!r}", remedy)
     if program not in method.programs:
         remedy = f"it takes program {' or '.join(map(repr, method.programs))}"
         raise UnsupportedProblemError("program", f"{program!r} for {name}", remedy)
     return method
+
+
+def _solvers() -> str:
+    return ", ".join(solver_names())

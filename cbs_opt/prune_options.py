@@ -10,6 +10,7 @@ from typing import Any
 from cbs_opt.blocks import BlockRule
 from cbs_opt.budget import Budget
 from cbs_opt.methods import Method, find_method
+from cbs_opt.selection import Selector, by_solver
 from formulations.errors import ArgumentError, UnknownMethodError
 from formulations.solution import Limits
 
@@ -52,7 +53,7 @@ class PruneOptions:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(name, f"{value!r}", "pass a whole number >= 1")
         for alternative in self.method_options:
-            self.chosen_method.check_options(alternative, self.engine)
+            self.chosen_method.check_options(alternative, self.program)
         self.limits(0)
         if self.restarts > 1 and not self.chosen_method.randomized:
             raise ArgumentError(
@@ -65,10 +66,13 @@ class PruneOptions:
         return find_method(self.method, self.program)
 
     @property
-    def engine(self) -> Any:
-        """The callable of the method that serves this program."""
+    def engine(self) -> Selector:
+        """What chooses the sets: the method on all blocks at once, or its dense form block by block."""
         method = self.chosen_method
-        return method.select if self.program in method.select_programs and method.select else method.solver
+        if method.select is not None and self.program in method.select_programs:
+            return method.select
+        assert method.solver is not None
+        return by_solver(method.solver, method.name, self.program)
 
     @property
     def candidates(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
@@ -13,8 +15,8 @@ from cbs_opt.heuristics.randomized_magnitude import randomized_magnitude
 from cbs_opt.heuristics.saliency import SALIENCIES, lowest
 from cbs_opt.heuristics.selection_program import SelectionProgram
 from cbs_opt.heuristics.swap_search import SwapResult, swap_search_batch
-from formulations.errors import ArgumentError
-from formulations.solution import Limits
+from formulations.errors import ArgumentError, UnsupportedProblemError
+from formulations.solution import BlockSolution, Limits
 
 STARTS = (*SALIENCIES, "randomized_magnitude")
 
@@ -88,6 +90,7 @@ def by_swap_search(
     spread: float = 0.1,
     max_swaps: int | None = None,
     tolerance: float | None = None,
+    warm: Sequence[Tensor] | None = None,
 ) -> list[Choice]:
     """Swap search on the selection program of every block.
 
@@ -107,6 +110,8 @@ def by_swap_search(
         Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
     tolerance : float, optional
         Of `swap_search`.
+    warm : sequence of (n,) bool tensors, optional
+        A pruned set for each block to start from, instead of `start`.
 
     Returns
     -------
@@ -118,8 +123,8 @@ def by_swap_search(
     programs = [SelectionProgram.of(block) for block in blocks]
     deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     best: list[SwapResult] | None = None
-    for name in names:
-        starts = [
+    for name in names if warm is None else ["warm"]:
+        starts = warm or [
             _start(name, block, count, limits.seed + number, spread)
             for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
         ]
@@ -136,6 +141,45 @@ def by_swap_search(
         else:
             best = [min(pair, key=lambda result: result.value) for pair in zip(best, found, strict=True)]
     return [_choice(result) for result in best or []]
+
+
+DENSE_BLOCK = 4_096
+"""Largest block that is handed to a dense method."""
+
+
+def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> Selector:
+    """The selector that solves every block on its own with a dense method of `formulations`."""
+
+    def select(
+        blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, **options: Any
+    ) -> list[Choice]:
+        choices = []
+        for block, count in zip(blocks, counts, strict=True):
+            if block.n > DENSE_BLOCK:
+                found = f"block {block.name!r} of {block.n} weights for {name} on program {program!r}"
+                remedy = f'cut blocks of at most {DENSE_BLOCK}: partition="row" or a block size'
+                raise UnsupportedProblemError("partition", found, remedy)
+            solution = solver(block.to_problem(count), program, limits=limits, **options)
+            if solution.keep is None:
+                found = f"{name} on block {block.name!r}: {solution.termination.value}"
+                remedy = f"raise its limits or use another method ({solution.stats.message})"
+                raise ArgumentError("method", found, remedy)
+            choices.append(_of_solution(block, solution))
+        return choices
+
+    return select
+
+
+def _of_solution(block: FisherBlock, solution: BlockSolution) -> Choice:
+    keep = torch.tensor(solution.keep, device=block.weights.device)
+    limit = "" if solution.limit is None else f", {solution.limit.value} limit"
+    return Choice(
+        pruned=~keep,
+        iterations=solution.stats.iterations,
+        seconds=solution.stats.seconds,
+        bound=solution.bound,
+        status=f"{solution.termination.value}{limit}",
+    )
 
 
 def _start(name: str, block: FisherBlock, count: int, seed: int, spread: float) -> Tensor:
