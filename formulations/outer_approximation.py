@@ -34,6 +34,8 @@ LP_ROUNDS = 60
 """Most rounds of cuts at fractional points."""
 LP_PRECISION = 0.01
 """Share of the open gap to which the planes are to describe the relaxation at its optimum."""
+SMALLEST_UNIT = 1e-6
+"""Least unit of the master's objective, against cuts with huge slopes."""
 LOOSE_GAP = 0.2
 """Share of the open gap at which an early master may stop: its cuts matter, not its proof."""
 
@@ -64,6 +66,11 @@ class _Search:
         return self.best.objective / self.scale
 
     @property
+    def unit(self) -> float:
+        """Unit of ``t`` in the master, of the order of the optimum: tolerances are absolute."""
+        return max(abs(self.value), SMALLEST_UNIT)
+
+    @property
     def wanted_gap(self) -> float:
         """Absolute gap at which the search is done."""
         return self.limits.rel_gap * max(abs(self.value), 1e-12 / self.scale)
@@ -76,8 +83,12 @@ class _Search:
     @property
     def error(self) -> float:
         """How far tolerances and rounding may lift a bound of the master."""
-        largest = max((abs(cut.constant) for cut in self.cuts), default=1.0)
-        return DUAL_TOLERANCE * (self.best.keep.size + 1.0) + CONSTANT_ERROR * max(largest, 1.0)  # type: ignore[union-attr]
+        largest = max((self._size(cut) for cut in self.cuts), default=0.0)
+        return self.unit * DUAL_TOLERANCE * (self.best.keep.size + 1.0) + CONSTANT_ERROR * largest  # type: ignore[union-attr]
+
+    def _size(self, cut: Cut) -> float:
+        """Size of the terms that cancel in the value of a cut."""
+        return abs(cut.constant) + self.source.count * float(np.abs(cut.slopes).max(initial=0.0))
 
     def seconds_left(self) -> float | None:
         """Seconds until the time limit, None without one."""
@@ -101,7 +112,7 @@ class _Search:
         """Add a cut and the bound that it proves on its own."""
         self.cuts.append(cut)
         cheapest = float(np.partition(cut.slopes, self.source.count - 1)[: self.source.count].sum())
-        self.raise_bound(cut.constant + cheapest - CONSTANT_ERROR * max(abs(cut.constant), 1.0))
+        self.raise_bound(cut.constant + cheapest - CONSTANT_ERROR * self._size(cut))
 
     def raise_bound(self, bound: float) -> None:
         """Take over a proved bound and note the progress."""
@@ -250,11 +261,13 @@ def _linear_phase(search: _Search) -> str:
                 if result.status == "Time limit reached"
                 else f"HiGHS stopped with status {result.status!r}"
             )
-        search.raise_bound(result.bound - search.error)
+        search.raise_bound(result.bound * search.unit - search.error)
         centre = 0.5 * (centre + result.point[:n])
         cut = search.source.cut(centre, search.bound)
         search.add(cut)
-        if cut.constant + cut.slopes @ centre - result.bound < LP_PRECISION * (search.value - search.bound):
+        if cut.constant + cut.slopes @ centre - result.bound * search.unit < LP_PRECISION * (
+            search.value - search.bound
+        ):
             break
     return ""
 
@@ -278,7 +291,7 @@ def _integer_phase(search: _Search) -> str:
             search.raise_bound(search.value - 0.5 * search.wanted_gap - search.error)
             return ""
         if result.bound is not None:
-            search.raise_bound(result.bound - search.error)
+            search.raise_bound(result.bound * search.unit - search.error)
         if result.point is not None:
             proposals.append(result.point)
         fresh = [search.visit(point[:n]) for point in proposals[-10:]]
@@ -301,19 +314,21 @@ def _solve_master(
 ) -> MilpResult:
     """Solve ``min t`` over the cuts and the cardinality, below the best set if `integer`."""
     n = search.problem.n
-    slopes = np.array([cut.slopes for cut in search.cuts])
+    slopes = np.array([cut.slopes for cut in search.cuts]) / search.unit
     # Every set pays at least what each cut says: t - slopes.x >= constant.
     cut_rows = np.hstack([-slopes, np.ones((len(search.cuts), 1))])
     # The set has the right size.
+    least = np.array([cut.constant for cut in search.cuts]) / search.unit
     size_row = np.append(np.ones(n), 0.0)
-    ceiling = search.value - 0.5 * search.wanted_gap if integer else search.value
+    ceiling = (search.value - 0.5 * search.wanted_gap if integer else search.value) / search.unit
+    floor = search.bound / search.unit
     milp = Milp(
         cost=np.append(np.zeros(n), 1.0),
-        lower=np.append(np.zeros(n), search.bound),
-        upper=np.append(np.ones(n), max(ceiling, search.bound)),
+        lower=np.append(np.zeros(n), floor),
+        upper=np.append(np.ones(n), max(ceiling, floor)),
         integer=np.append(np.full(n, integer), False),
         matrix=csr_matrix(np.vstack([size_row, cut_rows])),
-        row_lower=np.append(search.source.count, [cut.constant for cut in search.cuts]),
+        row_lower=np.append(search.source.count, least),
         row_upper=np.append(search.source.count, np.full(len(search.cuts), np.inf)),
     )
     nodes = search.limits.node_limit

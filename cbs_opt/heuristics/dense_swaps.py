@@ -29,7 +29,7 @@ class SwapCounts:
 
 
 def swap_dense(
-    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, max_swaps: int
+    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, budget: Tensor
 ) -> SwapCounts:
     """Run best-improvement swaps in place on a batch of dense blocks until none helps.
 
@@ -45,8 +45,8 @@ def swap_dense(
         ``y``; updated in place, its row sums never change.
     tolerance : (B,) tensor
         A swap must lower the objective by more than this.
-    max_swaps : int
-        Limit for each block.
+    budget : (B,) int64 tensor
+        Most swaps to make in each block.
 
     Returns
     -------
@@ -58,12 +58,12 @@ def swap_dense(
     ties within rounding.
     """
     if gram.device.type == "cpu":
-        return _swap_compiled(gram, product, linear, pruned, tolerance, max_swaps)
-    return _swap_torch(gram, product, linear, pruned, tolerance, max_swaps)
+        return _swap_compiled(gram, product, linear, pruned, tolerance, budget)
+    return _swap_torch(gram, product, linear, pruned, tolerance, budget)
 
 
 def _swap_compiled(
-    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, max_swaps: int
+    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, budget: Tensor
 ) -> SwapCounts:
     swaps = np.zeros(gram.shape[0], dtype=np.int64)
     settled = np.zeros(gram.shape[0], dtype=np.bool_)
@@ -75,7 +75,7 @@ def _swap_compiled(
         linear.numpy().astype(np.float64),
         y,
         tolerance.numpy().astype(np.float64),
-        max_swaps,
+        budget.numpy(),
         swaps,
         settled,
     )
@@ -91,13 +91,13 @@ def _swap_blocks(
     linear: NDArray[np.float64],
     y: NDArray[np.bool_],
     tolerance: NDArray[np.float64],
-    max_swaps: int,
+    budget: NDArray[np.int64],
     swaps: NDArray[np.int64],
     settled: NDArray[np.bool_],
 ) -> None:
     for block in numba.prange(gram.shape[0]):
         swaps[block], settled[block] = _swap_one_block(
-            gram[block], v[block], linear[block], y[block], tolerance[block], max_swaps
+            gram[block], v[block], linear[block], y[block], tolerance[block], budget[block]
         )
 
 
@@ -188,7 +188,7 @@ def _best_pair(
 
 
 def _swap_torch(
-    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, max_swaps: int
+    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, budget: Tensor
 ) -> SwapCounts:
     blocks, n, _ = gram.shape
     swaps = torch.zeros(blocks, dtype=torch.int64, device=gram.device)
@@ -196,15 +196,14 @@ def _swap_torch(
     half_diagonal = 0.5 * torch.diagonal(gram, dim1=1, dim2=2)
     batch = torch.arange(blocks, device=gram.device)
     infinity = torch.tensor(torch.inf, dtype=gram.dtype, device=gram.device)
-    for _ in range(max_swaps):
+    while bool((open_blocks := ~settled & (swaps < budget)).any()):
         cost_out = torch.where(pruned, half_diagonal - product + linear, infinity)
         cost_in = torch.where(pruned, infinity, half_diagonal + product - linear)
         change = cost_out[:, :, None] + cost_in[:, None, :] - gram
         best, flat = change.reshape(blocks, -1).min(dim=1)
-        moves = best < -tolerance
-        settled |= ~moves
-        if not bool(moves.any()):
-            break
+        improves = best < -tolerance
+        settled |= open_blocks & ~improves
+        moves = open_blocks & improves
         out = torch.div(flat, n, rounding_mode="floor")
         into = flat - out * n
         step = torch.where(moves[:, None], gram[batch, into] - gram[batch, out], 0.0)

@@ -24,8 +24,10 @@ PARTNERS = 16
 """Pairs collected for one pruned weight, to begin with."""
 MAX_SWAPS = 2**31 - 1
 ROUNDING = 1e-15
-"""No change below this share of the largest ``A_ii`` can be told from rounding."""
+"""No change below this share of the terms that cancel in it can be told from rounding."""
 TINY = 1e-300
+COST_SLACK = 2e-6
+"""Rounding allowance of ``B_i.z`` in single precision, relative to ``|B_i| |z|``."""
 
 
 def relative_tolerance(program: SelectionProgram, tolerance: float | None) -> float:
@@ -57,7 +59,7 @@ class LargeSwapSearch:
         self.half_diagonal = 0.5 * program.diagonal()
         self.image = program.image(self.pruned.double())
         self.value = program.value(self.image, self.pruned.double())
-        self.rounding = ROUNDING * 2.0 * float(self.half_diagonal.max()) + TINY
+        self.noise = TINY
         self.reach = 0.0
         self.most_pairs, self.partners = MOST_PAIRS, PARTNERS
         self.swaps = 0
@@ -65,9 +67,12 @@ class LargeSwapSearch:
         self.limit: Limit | None = None
 
     def run(self) -> None:
+        """Search until no swap helps or a limit is reached."""
+        self._check_time()
+        if self.limit is not None:
+            return
         if self.program.rows is None:
-            self._improve_within(torch.arange(self.program.n, device=self.pruned.device))
-            self.locally_optimal = self.limit is None
+            self._improve_whole()
             return
         projection = project(self.program, self.seed)
         self._improve_by_pools()
@@ -82,12 +87,27 @@ class LargeSwapSearch:
         return self.program.objective(self.pruned)
 
     def _threshold(self) -> float:
-        return max(self.tolerance * abs(self.value), self.rounding)
+        # The terms of a change are at most A_ii, |c_i| and, by Cauchy-Schwarz, |v_i| as here.
+        largest = 2.0 * float(self.half_diagonal.max())
+        curvature = 2.0 * max(0.0, self.value + float(self.linear @ self.pruned.double()))
+        terms = largest + float(self.linear.abs().max()) + (largest * curvature) ** 0.5
+        return max(self.tolerance * abs(self.value), ROUNDING * terms, self.noise)
 
     def _costs(self) -> Tensor:
         """``p_i`` of pruned and ``q_j`` of kept weights, (n,)."""
         slope = self.program.product(self.image, self.pruned.double()) - self.linear
         return self.half_diagonal + torch.where(self.pruned, -slope, slope)
+
+    def _improve_whole(self) -> None:
+        """Swap on the whole Gram matrix; again while the threshold follows the objective down."""
+        everything = torch.arange(self.program.n, device=self.pruned.device)
+        while self.limit is None:
+            before = self.swaps
+            self._improve_within(everything)
+            if self.limit is None and self.swaps == before:
+                self.locally_optimal = True
+                return
+            self._check_time()
 
     def _improve_by_pools(self) -> None:
         """Swap within pools of the cheapest weights until a pool yields nothing."""
@@ -116,7 +136,7 @@ class LargeSwapSearch:
         out, into, change, complete = improving_pairs(
             self._change,
             projection,
-            self._costs(),
+            self._costs() - self._cost_error(projection),
             self.pruned,
             reach,
             self.most_pairs,
@@ -125,6 +145,7 @@ class LargeSwapSearch:
         if complete and not bool((change < -self._threshold()).any()):
             self.locally_optimal = True
             return False
+        at_first = self.swaps
         for start in range(0, out.numel(), POOL // 2):
             before = self.swaps
             part = slice(start, start + POOL // 2)
@@ -135,8 +156,16 @@ class LargeSwapSearch:
                 return False
             if self.swaps == before:
                 break
+        if self.swaps == at_first and bool((change < -self._threshold()).any()):
+            self.noise = 2.0 * -float(change[0])  # tried, and nothing came of it but rounding
         self._adapt_reach(reach, out.numel(), complete)
         return True
+
+    def _cost_error(self, projection: Projection) -> Tensor | float:
+        """What `_costs` may be too high by where the product with the rows is not in float64."""
+        if self.program.data.dtype == torch.float64:
+            return 0.0
+        return COST_SLACK * projection.norm * self.image.norm()
 
     def _adapt_reach(self, reach: float, found: int, complete: bool) -> None:
         """Ask for fewer pairs after an incomplete search, for more after a meagre one."""
@@ -150,7 +179,7 @@ class LargeSwapSearch:
 
     def _change(self, out: Tensor, into: Tensor) -> Tensor:
         """Change of the objective for each swap ``(out, into)``, (c,), in float64."""
-        left, right = self.program.columns(out).double(), self.program.columns(into).double()
+        left, right = self.program.columns(out), self.program.columns(into)
         y = self.pruned.double()
         slope_out = self.program.product_at(out, self.image, y) - self.linear[out]
         slope_into = self.program.product_at(into, self.image, y) - self.linear[into]
@@ -168,7 +197,7 @@ class LargeSwapSearch:
             self.linear[pool][None],
             after[None],
             torch.tensor([self._threshold()], dtype=torch.float64, device=pool.device),
-            self.budget - self.swaps,
+            torch.tensor([self.budget - self.swaps], device=pool.device),
         )
         if not bool(counts.locally_optimal):
             self.limit = Limit.ITERATION
@@ -176,7 +205,7 @@ class LargeSwapSearch:
         if moved.numel() == 0:
             return
         step = after[moved].double() - before[moved].double()
-        image = self.image + program.columns(pool[moved]).double() @ step
+        image = self.image + program.columns(pool[moved]) @ step
         pruned = self.pruned.clone()
         pruned[pool] = after
         value = program.value(image, pruned.double())

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cbs_opt.heuristics.products import COLUMN_CHUNK, column_squares
 from cbs_opt.heuristics.selection_program import SelectionProgram
 from formulations.compiled import compiled
 
@@ -43,7 +44,7 @@ EXACT_CHUNK = 2_048
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Projection:
-    """Coordinates of every column: norms (n,), (n, d) leading coordinates, (n, 2) remainders.
+    """Coordinates of every column: norms (n,), (n, d) leading ones in float32, (n, 2) remainders.
 
     ``remainder[:, 0]`` is what is left outside the first `COARSE` directions, ``[:, 1]`` outside
     all of them.
@@ -60,14 +61,20 @@ def project(program: SelectionProgram, seed: int) -> Projection:
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(program.n, generator=generator)[:SAMPLE].to(rows.device)
     columns = program.columns(sample)
-    _, vectors = torch.linalg.eigh((columns @ columns.T).double())
-    basis = vectors[:, -DIRECTIONS:].flip(1).to(rows.dtype)
-    coordinates = (rows.T @ basis) * program.weights[:, None].to(rows.dtype)
-    squares = (program.diagonal() - program.damping * program.weights.double() ** 2).clamp_min(0.0)
-    coarse = coordinates[:, :COARSE].double().square().sum(dim=1)
-    fine = coarse + coordinates[:, COARSE:].double().square().sum(dim=1)
-    remainder = torch.stack([squares - coarse, squares - fine], dim=1).clamp_min(0.0).sqrt()
-    return Projection(norm=squares.sqrt(), coordinates=coordinates, remainder=remainder)
+    _, vectors = torch.linalg.eigh(columns @ columns.T)
+    basis = vectors[:, -DIRECTIONS:].flip(1)
+    squares = column_squares(rows) * program.weights.double() ** 2
+    coordinates: list[Tensor] = []
+    remainders: list[Tensor] = []
+    for index in torch.arange(program.n, device=rows.device).split(COLUMN_CHUNK):
+        # In float64: the remainder is what is left of a difference, and must not come out too small.
+        part = program.columns(index).T @ basis
+        coarse = part[:, :COARSE].square().sum(dim=1)
+        fine = coarse + part[:, COARSE:].square().sum(dim=1)
+        remainders.append(torch.stack([squares[index] - coarse, squares[index] - fine], dim=1))
+        coordinates.append(part.float())
+    remainder = torch.cat(remainders).clamp_min(0.0).sqrt()
+    return Projection(norm=squares.sqrt(), coordinates=torch.cat(coordinates), remainder=remainder)
 
 
 def improving_pairs(
@@ -88,7 +95,7 @@ def improving_pairs(
     projection : Projection
         From `project`.
     cost : (n,) float64 tensor
-        ``p_i`` for pruned and ``q_j`` for kept weights, to `SLACK`.
+        ``p_i`` for pruned and ``q_j`` for kept weights, or less.
     pruned : (n,) bool tensor
     threshold : float
         Pairs below it are wanted.
@@ -130,7 +137,7 @@ def _candidates_compiled(
             cost[index].numpy(),
             projection.norm[index].numpy(),
             projection.remainder[index].numpy(),
-            projection.coordinates[index].float().numpy(),
+            projection.coordinates[index].numpy(),
         )
         for index in (inside, outside)
     )

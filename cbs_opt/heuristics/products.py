@@ -24,7 +24,7 @@ def column_squares(rows: Tensor) -> Tensor:
     """Squared column norms accumulated in float64, (n,)."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in torch.split(rows, ROW_CHUNK):
-        total += part.square().sum(dim=0)
+        total += part.double().square().sum(dim=0)
     return total
 
 

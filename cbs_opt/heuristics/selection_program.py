@@ -79,8 +79,8 @@ class SelectionProgram:
         return products.image(self.data, self.weights.double() * coefficients)
 
     def columns(self, index: Tensor) -> Tensor:
-        """``B_i = R_i w_i`` for `index`, (m, p) in the dtype of the rows."""
-        return self.data.index_select(1, index) * self.weights[index].to(self.data.dtype)
+        """``B_i = R_i w_i`` for `index`, (m, p) float64."""
+        return self.data.index_select(1, index).double() * self.weights[index].double()
 
     def product(self, image: Tensor, coefficients: Tensor) -> Tensor:
         """``A y`` from the image of ``y``, (n,) float64."""

@@ -108,8 +108,8 @@ def swap_search(
         pruned=initial_pruned if worse else search.pruned,
         value=initial if worse else value,
         initial_value=initial,
-        swaps=search.swaps,
-        locally_optimal=search.locally_optimal,
+        swaps=0 if worse else search.swaps,
+        locally_optimal=search.locally_optimal and not worse,
         limit=search.limit,
         seconds=time.monotonic() - began,
     )
@@ -179,15 +179,17 @@ def _search_dense(
     product = torch.einsum("bij,bj->bi", gram, pruned.double())
     relative = torch.tensor([relative_tolerance(program, tolerance) for program in programs])
     expired = deadline is not None and time.monotonic() >= deadline
-    budget = 0 if expired else MAX_SWAPS if max_swaps is None else max_swaps
-    rounding = ROUNDING * torch.diagonal(gram, dim1=1, dim2=2).amax(1) + TINY
-    swaps = torch.zeros(len(programs), dtype=torch.int64)
+    most = 0 if expired else MAX_SWAPS if max_swaps is None else max_swaps
+    budget = torch.full((len(programs),), most, dtype=torch.int64, device=gram.device)
+    terms = torch.diagonal(gram, dim1=1, dim2=2).amax(1) + linear.abs().amax(1)
+    swaps = torch.zeros_like(budget)
     while True:
         # The threshold follows the objective down, so a pass that moves nothing ends it.
         value = 0.5 * (product * pruned).sum(1) - (linear * pruned).sum(1)
+        rounding = ROUNDING * (terms + product.abs().amax(1)) + TINY
         threshold = torch.maximum(relative.to(value) * value.abs(), rounding)
-        counts = swap_dense(gram, product, linear, pruned, threshold, budget - int(swaps.max()))
-        swaps += counts.swaps.cpu()
+        counts = swap_dense(gram, product, linear, pruned, threshold, budget - swaps)
+        swaps += counts.swaps
         if not bool((counts.locally_optimal & (counts.swaps > 0)).any()):
             break
     share = (time.monotonic() - began) / len(programs)
@@ -196,13 +198,14 @@ def _search_dense(
     for b, program in enumerate(programs):
         initial = program.objective(starts[b])
         final = program.objective(pruned[b])
-        settled = bool(counts.locally_optimal[b])
+        worse = final > initial  # by rounding only
+        settled = bool(counts.locally_optimal[b]) and not worse
         results.append(
             SwapResult(
-                pruned=pruned[b] if final <= initial else starts[b].clone(),
+                pruned=starts[b].clone() if worse else pruned[b],
                 value=min(final, initial),
                 initial_value=initial,
-                swaps=int(swaps[b]),
+                swaps=0 if worse else int(swaps[b]),
                 locally_optimal=settled,
                 limit=None if settled else limit,
                 seconds=share,

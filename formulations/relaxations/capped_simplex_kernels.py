@@ -15,12 +15,17 @@ import numpy as np
 
 from formulations.compiled import compiled
 from formulations.factorisation import cholesky_factor, solve_factored
-from formulations.problem import FloatArray
+from formulations.problem import FloatArray, IntArray
 
-NEWTON_PERIOD = 4
-"""ADMM steps between two Newton steps on the active sets."""
-WARM_NEWTON_STEPS = 4
-"""Newton steps tried from the warm start before any ADMM step."""
+NEWTON_PERIOD = 6
+"""ADMM steps between two active-set climbs."""
+NEWTON_MISSES = 4
+"""Newton steps in a row that may fail to lift the bound before a climb is given up."""
+PATIENCE = 3
+"""Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
+AT_ZERO = 0
+AT_ONE = 1
+INSIDE = 2
 OVER_RELAXATION = 1.7
 """Over-relaxation of ADMM, in (1, 2)."""
 BISECTIONS = 60
@@ -72,21 +77,21 @@ def smallest_sum(values: FloatArray, count: int) -> float:
 
 @compiled
 def newton_simplex(
-    smooth: FloatArray, linear: FloatArray, count: int, guess: FloatArray, point: FloatArray
+    smooth: FloatArray, linear: FloatArray, count: int, place: IntArray, point: FloatArray
 ) -> tuple[bool, float]:
-    """Minimiser with the entries of `guess` at 0 or 1 held there and the sum held at `count`.
+    """Minimiser with the entries placed at 0 or 1 held there and the sum held at `count`.
 
-    Returns whether `point` was written, and the relaxation's value there if it is feasible, else
-    infinity. One linear system in the entries strictly inside.
+    Returns whether `point` was written, and the multiplier of the sum: the slope common to the
+    entries inside. One linear system in those.
     """
-    n = guess.size
-    inside = np.nonzero((guess > ON_BOUND) & (guess < 1.0 - ON_BOUND))[0]
+    n = place.size
+    inside = np.nonzero(place == INSIDE)[0]
     size = inside.size
-    if size < 2:
-        return False, np.inf
+    if size == 0:
+        return False, 0.0
     rest = float(count)
     for i in range(n):
-        point[i] = 1.0 if guess[i] >= 1.0 - ON_BOUND else 0.0
+        point[i] = 1.0 if place[i] == AT_ONE else 0.0
         rest -= point[i]
     slope = linear + np.dot(smooth, point)
     system = np.empty((size, size))
@@ -99,20 +104,82 @@ def newton_simplex(
         system[p, p] += 1e-13 * (1.0 + system[p, p])
     factor = np.empty((size, size))
     if not cholesky_factor(system, factor):
-        return False, np.inf
+        return False, 0.0
     particular = solve_factored(factor, target)
     along = solve_factored(factor, np.ones(size))
-    multiplier = (rest - particular.sum()) / along.sum()
-    feasible = True
+    weight = (rest - particular.sum()) / along.sum()
+    if not np.isfinite(weight):
+        return False, 0.0
     for p in range(size):
-        value = particular[p] + multiplier * along[p]
-        if not np.isfinite(value):
-            return False, np.inf
-        feasible = feasible and -1e-9 <= value <= 1.0 + 1e-9
-        point[inside[p]] = value
-    if not feasible:
-        return True, np.inf
-    return True, 0.5 * np.dot(point, np.dot(smooth, point)) + np.dot(linear, point)
+        point[inside[p]] = particular[p] + weight * along[p]
+    return True, weight
+
+
+@compiled
+def move_places(point: FloatArray, slope: FloatArray, multiplier: float, place: IntArray) -> int:
+    """Primal-dual active-set move: hold what left the box, free what wants to enter; how many."""
+    moved = 0
+    tolerance = 1e-10 * (1.0 + abs(multiplier))
+    for i in range(point.size):
+        if place[i] == INSIDE:
+            if point[i] < -ON_BOUND:
+                place[i] = AT_ZERO
+                moved += 1
+            elif point[i] > 1.0 + ON_BOUND:
+                place[i] = AT_ONE
+                moved += 1
+        elif (place[i] == AT_ZERO and slope[i] < multiplier - tolerance) or (
+            place[i] == AT_ONE and slope[i] > multiplier + tolerance
+        ):
+            place[i] = INSIDE
+            moved += 1
+    return moved
+
+
+@compiled
+def places_of(guess: FloatArray, place: IntArray) -> None:
+    """Name the entries of a point of the box that lie at 0, at 1 and inside."""
+    for i in range(guess.size):
+        place[i] = INSIDE
+        if guess[i] <= ON_BOUND:
+            place[i] = AT_ZERO
+        elif guess[i] >= 1.0 - ON_BOUND:
+            place[i] = AT_ONE
+
+
+@compiled
+def climb_simplex(
+    smooth: FloatArray,
+    linear: FloatArray,
+    count: int,
+    place: IntArray,
+    best: float,
+    best_point: FloatArray,
+    best_slope: FloatArray,
+    cutoff: float,
+) -> tuple[float, bool]:
+    """Newton steps on moving active sets while they lead on; the best bound, whether optimal.
+
+    `best_point` and `best_slope` are replaced when the bound rises.
+    """
+    newton = np.empty(linear.size)
+    misses = 0
+    while misses < NEWTON_MISSES:
+        solved, multiplier = newton_simplex(smooth, linear, count, place, newton)
+        if not solved:
+            return best, False
+        product = np.dot(smooth, newton)
+        slope = product + linear
+        value = -0.5 * np.dot(newton, product) + smallest_sum(slope, count)
+        misses += 1
+        if value > best:
+            misses = 0
+            best = value
+            best_point[:] = newton
+            best_slope[:] = slope
+        if best >= cutoff or move_places(newton, slope, multiplier, place) == 0:
+            return best, True
+    return best, False
 
 
 @compiled
@@ -128,9 +195,9 @@ def solve_capped_simplex(
 ) -> tuple[float, FloatArray, FloatArray, int]:
     """Maximise the linearisation bound over ``y``.
 
-    Newton steps on the active sets from the start; then over-relaxed ADMM in the norm of `metric`
-    with Newton steps between. Stops when the bound reaches `cutoff`, when primal and dual values
-    agree to `tolerance` times the distance to the cutoff, or after `max_steps`.
+    A primal-dual active-set method from the sets of the start; where it cycles, over-relaxed ADMM in
+    the norm of `metric` proposes other sets. Stops when the bound reaches `cutoff`, at the optimum,
+    when ADMM gains less than `tolerance` times the distance to the cutoff, or after `max_steps`.
 
     Returns
     -------
@@ -142,31 +209,19 @@ def solve_capped_simplex(
     steps : int
     """
     n = linear.size
-    product = np.dot(smooth, start)
     best_point = start.copy()
+    product = np.dot(smooth, start)
     best_slope = product + linear
     best = -0.5 * np.dot(start, product) + smallest_sum(best_slope, count)
+    if best >= cutoff:
+        return best, best_point, best_slope, 0
     guess = np.empty(n)
-    newton = start.copy()
-    for _ in range(WARM_NEWTON_STEPS):
-        if best >= cutoff:
-            return best, best_point, best_slope, 0
-        project_capped_simplex(newton - (product + linear) / metric, metric, count, guess)
-        solved_sets, primal = newton_simplex(smooth, linear, count, guess, newton)
-        if not solved_sets:
-            break
-        product = np.dot(smooth, newton)
-        value = -0.5 * np.dot(newton, product) + smallest_sum(product + linear, count)
-        improved = value > best
-        if improved:
-            best = value
-            best_point[:] = newton
-            best_slope = product + linear
-        scale = cutoff - best if cutoff < np.inf else abs(best)
-        if primal - best < tolerance * scale:
-            return best, best_point, best_slope, 0
-        if not improved:
-            break
+    place = np.empty(n, dtype=np.int64)
+    project_capped_simplex(best_point, metric, count, guess)
+    places_of(guess, place)
+    best, done = climb_simplex(smooth, linear, count, place, best, best_point, best_slope, cutoff)
+    if done:
+        return best, best_point, best_slope, 0
     shifted = smooth.copy()
     for i in range(n):
         shifted[i, i] += metric[i]
@@ -174,6 +229,7 @@ def solve_capped_simplex(
     project_capped_simplex(best_point, metric, count, guess)
     dual = -best_slope / metric
     steps = 0
+    stalled = 0
     while steps < max_steps and best < cutoff:
         steps += 1
         right_side = metric * (guess - dual) - linear
@@ -183,22 +239,17 @@ def solve_capped_simplex(
         if value > best:
             best = value
             best_point[:] = solved
-            best_slope = product + linear
+            best_slope[:] = product + linear
         relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * guess
         project_capped_simplex(relaxed + dual, metric, count, guess)
         dual += relaxed - guess
-        if steps % NEWTON_PERIOD == 2 or steps == max_steps:
-            solved_sets, primal = newton_simplex(smooth, linear, count, guess, newton)
-            if not solved_sets:
-                continue
-            product = np.dot(smooth, newton)
-            value = -0.5 * np.dot(newton, product) + smallest_sum(product + linear, count)
-            if value > best:
-                best = value
-                best_point[:] = newton
-                best_slope = product + linear
+        if steps % NEWTON_PERIOD == 0 or steps == max_steps:
+            before = best
+            places_of(guess, place)
+            best, done = climb_simplex(smooth, linear, count, place, best, best_point, best_slope, cutoff)
             scale = cutoff - best if cutoff < np.inf else abs(best)
-            if primal - best < tolerance * scale:
+            stalled = stalled + 1 if best - before < tolerance * scale else 0
+            if done or stalled >= PATIENCE:
                 break
     return best, best_point, best_slope, steps
 

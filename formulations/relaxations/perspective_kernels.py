@@ -18,10 +18,15 @@ from formulations.compiled import compiled
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
 
-NEWTON_PERIOD = 4
-"""ADMM steps between two Newton steps on the active sets."""
-WARM_NEWTON_STEPS = 4
-"""Newton steps tried from the warm start before any ADMM step."""
+NEWTON_PERIOD = 6
+"""ADMM steps between two active-set climbs."""
+NEWTON_MISSES = 4
+"""Newton steps in a row that may fail to lift the bound before a climb is given up."""
+PATIENCE = 3
+"""Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
+ZERO = 0
+SHARED = 1
+WHOLE = 2
 OVER_RELAXATION = 1.7
 """Over-relaxation of ADMM, in (1, 2)."""
 
@@ -102,55 +107,158 @@ def dual_value(u: FloatArray, product: FloatArray, linear: FloatArray, split: Fl
 
 
 @compiled
-def newton_point(
+def newton_support(
     smooth: FloatArray,
     linear: FloatArray,
-    direction: FloatArray,
-    order: IntArray,
-    left: int,
-    right: int,
     size: int,
+    place: IntArray,
+    sign: FloatArray,
     point: FloatArray,
 ) -> tuple[bool, float]:
-    """Minimiser for fixed active sets, all in scaled coordinates (``D = I``).
+    """Minimiser for fixed active sets, in scaled coordinates (``D = I``).
 
-    The first `left` of `order` are whole, those up to `right` share ``size - left`` units with the
-    signs of `direction`, the others are zero. One linear system of `right` unknowns.
-
-    Returns
-    -------
-    solved : bool
-        Whether `point` was written.
-    primal : float
-        Its value in the relaxation if the shares it implies are in [0, 1], else infinity.
+    WHOLE entries have ``z = 1``, SHARED ones split what is left of `size` and keep their `sign`, the
+    others are zero. Returns whether `point` was written, and the level: the magnitude of the residual
+    common to the shared entries. One linear system in the non-zeros.
     """
-    if right == 0 or size - left <= 0 < right - left:
-        return False, np.inf
+    whole = np.nonzero(place == WHOLE)[0]
+    shared = np.nonzero(place == SHARED)[0]
+    left, right = whole.size, whole.size + shared.size
+    units = size - left
+    if right == 0 or units < 0 or (units == 0) != (shared.size == 0):
+        return False, 0.0
+    order = np.concatenate((whole, shared))
     system = np.empty((right, right))
     target = np.empty(right)
-    sign = np.zeros(right)
-    share = 1.0 / (size - left) if right > left else 0.0
-    for p in range(left, right):
-        sign[p] = 1.0 if direction[order[p]] >= 0.0 else -1.0
+    share = 1.0 / units if units > 0 else 0.0
     for p in range(right):
         i = order[p]
+        source = smooth[i]
         target[p] = linear[i]
-        for q in range(p + 1):
-            system[p, q] = smooth[i, order[q]] + share * sign[p] * sign[q]
-        system[p, p] += 1.0 if p < left else 1e-13 * (1.0 + smooth[i, i])
+        if p < left:
+            for q in range(p + 1):
+                system[p, q] = source[order[q]]
+            system[p, p] += 1.0
+        else:
+            for q in range(left):
+                system[p, q] = source[order[q]]
+            for q in range(left, p + 1):
+                system[p, q] = source[order[q]] + share * sign[i] * sign[order[q]]
+            system[p, p] += 1e-13 * (1.0 + source[i])
     factor = np.empty((right, right))
     if not cholesky_factor(system, factor):
-        return False, np.inf
+        return False, 0.0
     solution = solve_factored(factor, target)
     point[:] = 0.0
+    level = 0.0
     for p in range(right):
         point[order[p]] = solution[p]
-    level = share * np.dot(sign, solution)
-    for p in range(left, right):
-        part = sign[p] * solution[p]
-        if part < -1e-9 * level or part > level * (1.0 + 1e-9):
-            return True, np.inf
-    return True, -0.5 * np.dot(target, solution)
+        if p >= left:
+            level += share * sign[order[p]] * solution[p]
+    return bool(np.isfinite(level)), level
+
+
+@compiled
+def move_support(
+    point: FloatArray, residual: FloatArray, level: float, size: int, place: IntArray, sign: FloatArray
+) -> int:
+    """Primal-dual active-set move between whole, shared and zero entries; how many moved."""
+    n = point.size
+    whole, shared = 0, 0
+    smallest = np.inf
+    for i in range(n):
+        if place[i] == WHOLE:
+            whole += 1
+            smallest = min(smallest, abs(residual[i]))
+        elif place[i] == SHARED:
+            shared += 1
+    if shared == 0:
+        # No level yet: between the smallest whole entry and the largest zero one.
+        largest = 0.0
+        for i in range(n):
+            if place[i] == ZERO:
+                largest = max(largest, abs(residual[i]))
+        if largest <= smallest * (1.0 + 1e-12):
+            return 0
+        level = 0.5 * (smallest + largest)
+    moved = 0
+    high, low = level * (1.0 + 1e-10), level * (1.0 - 1e-10)
+    for i in range(n):
+        if place[i] == SHARED:
+            part = sign[i] * point[i]
+            if part < -1e-10 * level:
+                place[i] = ZERO
+                moved += 1
+            elif part > high:
+                place[i] = WHOLE
+                whole += 1
+                moved += 1
+        elif (place[i] == ZERO and abs(residual[i]) > high) or (place[i] == WHOLE and abs(residual[i]) < low):
+            whole -= 1 if place[i] == WHOLE else 0
+            place[i] = SHARED
+            sign[i] = 1.0 if residual[i] >= 0.0 else -1.0
+            moved += 1
+    while whole >= size:
+        # Leave a unit to share: the smallest whole entries give theirs up.
+        weakest = -1
+        for i in range(n):
+            if place[i] == WHOLE and (weakest < 0 or abs(residual[i]) < abs(residual[weakest])):
+                weakest = i
+        place[weakest] = SHARED
+        sign[weakest] = 1.0 if residual[weakest] >= 0.0 else -1.0
+        whole -= 1
+        moved += 1
+    return moved
+
+
+@compiled
+def climb_support(
+    smooth: FloatArray,
+    linear: FloatArray,
+    size: int,
+    place: IntArray,
+    sign: FloatArray,
+    best: float,
+    best_point: FloatArray,
+    best_residual: FloatArray,
+    cutoff: float,
+) -> tuple[float, bool]:
+    """Newton steps on moving active sets while they lead on; the best bound, whether optimal.
+
+    `best_point` and `best_residual` are replaced when the bound rises.
+    """
+    newton = np.empty(linear.size)
+    ones = np.ones(linear.size)
+    misses = 0
+    while misses < NEWTON_MISSES:
+        solved, level = newton_support(smooth, linear, size, place, sign, newton)
+        if not solved:
+            return best, False
+        product = np.dot(smooth, newton)
+        residual = linear - product
+        value = dual_value(newton, product, linear, ones, size)
+        misses += 1
+        if value > best:
+            misses = 0
+            best = value
+            best_point[:] = newton
+            best_residual[:] = residual
+        if best >= cutoff or move_support(newton, residual, level, size, place, sign) == 0:
+            return best, True
+    return best, False
+
+
+@compiled
+def name_places(
+    point: FloatArray, size: int, order: IntArray, image: FloatArray, place: IntArray, sign: FloatArray
+) -> None:
+    """Active sets of the proximal map of ``1/2`` the squared support norm at `point`."""
+    left, right = prox_support_norm(point, size, 1.0, order, image)
+    place[:] = ZERO
+    for q in range(right):
+        i = order[q]
+        place[i] = WHOLE if q < left else SHARED
+        sign[i] = 1.0 if image[i] >= 0.0 else -1.0
 
 
 @compiled
@@ -165,11 +273,10 @@ def solve_perspective(
 ) -> tuple[float, FloatArray, FloatArray, int]:
     """Maximise the dual bound in scaled coordinates ``t = sqrt(D) u`` (so ``D = I``).
 
-    A few Newton steps on the active sets that the start suggests often end a warm solve. Otherwise
-    over-relaxed ADMM on the splitting quadratic / support norm names the sets, and Newton jumps to
-    the optimum once they are right. Stops when the bound reaches `cutoff`, when primal and dual
-    values agree to `tolerance` times the distance to the cutoff, or after `max_steps`.
-    At most one inverse, O(n^3), then O(n^2) a step.
+    A primal-dual active-set method from the sets of the start; where it cycles, over-relaxed ADMM on
+    the splitting quadratic / support norm proposes other sets. Stops when the bound reaches `cutoff`,
+    at the optimum, when ADMM gains less than `tolerance` times the distance to the cutoff, or after
+    `max_steps`.
 
     Returns
     -------
@@ -186,28 +293,16 @@ def solve_perspective(
     best_point = start.copy()
     best_residual = linear - product
     best = dual_value(start, product, linear, ones, size)
+    if best >= cutoff:
+        return best, best_point, best_residual, 0
     order = np.empty(n, dtype=np.int64)
     shrunk = np.empty(n)
-    newton = start.copy()
-    for _ in range(WARM_NEWTON_STEPS):
-        if best >= cutoff:
-            return best, best_point, best_residual, 0
-        left, right = prox_support_norm(newton + (linear - product), size, 1.0, order, shrunk)
-        solved_sets, primal = newton_point(smooth, linear, shrunk, order, left, right, size, newton)
-        if not solved_sets:
-            break
-        product = np.dot(smooth, newton)
-        value = dual_value(newton, product, linear, ones, size)
-        improved = value > best
-        if improved:
-            best = value
-            best_point[:] = newton
-            best_residual = linear - product
-        scale = cutoff - best if cutoff < np.inf else abs(best)
-        if primal - best < tolerance * scale:
-            return best, best_point, best_residual, 0
-        if not improved:
-            break
+    place = np.empty(n, dtype=np.int64)
+    sign = np.ones(n)
+    name_places(best_point + best_residual, size, order, shrunk, place, sign)
+    best, done = climb_support(smooth, linear, size, place, sign, best, best_point, best_residual, cutoff)
+    if done:
+        return best, best_point, best_residual, 0
     shifted = smooth.copy()
     for i in range(n):
         shifted[i, i] += 1.0
@@ -215,6 +310,7 @@ def solve_perspective(
     shrunk[:] = best_point
     dual = best_residual.copy()
     steps = 0
+    stalled = 0
     while steps < max_steps and best < cutoff:
         steps += 1
         right_side = linear + shrunk - dual
@@ -224,22 +320,19 @@ def solve_perspective(
         if value > best:
             best = value
             best_point[:] = solved
-            best_residual = linear - product
+            best_residual[:] = linear - product
         relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * shrunk
-        left, right = prox_support_norm(relaxed + dual, size, 1.0, order, shrunk)
+        target = relaxed + dual
+        name_places(target, size, order, shrunk, place, sign)
         dual += relaxed - shrunk
-        if steps % NEWTON_PERIOD == 2 or steps == max_steps:
-            solved_sets, primal = newton_point(smooth, linear, shrunk, order, left, right, size, newton)
-            if not solved_sets:
-                continue
-            product = np.dot(smooth, newton)
-            value = dual_value(newton, product, linear, ones, size)
-            if value > best:
-                best = value
-                best_point[:] = newton
-                best_residual = linear - product
+        if steps % NEWTON_PERIOD == 0 or steps == max_steps:
+            before = best
+            best, done = climb_support(
+                smooth, linear, size, place, sign, best, best_point, best_residual, cutoff
+            )
             scale = cutoff - best if cutoff < np.inf else abs(best)
-            if primal - best < tolerance * scale:
+            stalled = stalled + 1 if best - before < tolerance * scale else 0
+            if done or stalled >= PATIENCE:
                 break
     return best, best_point, best_residual, steps
 
