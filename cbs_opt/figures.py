@@ -208,9 +208,11 @@ def at_largest_sparsity(reports: Sequence[PruneReport]) -> list[PruneReport]:
 def _histogram(axes: Axes, layer: LayerSummary) -> None:
     _dress(axes)
     highest = 10
+    filled: dict[str, Any] = {"fill": True, "color": OKABE_ITO[4]}
+    outlined: dict[str, Any] = {"fill": False, "edgecolor": INK, "linewidth": 1.0}
     for histogram, label, drawing in (
-        (layer.weight_histogram_after, "kept, after", {"fill": True, "color": OKABE_ITO[4]}),
-        (layer.weight_histogram_before, "all, before", {"fill": False, "edgecolor": INK, "linewidth": 1.0}),
+        (layer.weight_histogram_after, "kept, after", filled),
+        (layer.weight_histogram_before, "all, before", outlined),
     ):
         if histogram is not None:
             axes.stairs(histogram.counts, histogram.edges, baseline=0.5, label=label, **drawing)
