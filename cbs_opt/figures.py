@@ -63,8 +63,8 @@ def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
         if own:
             x, y = zip(*own, strict=True)
             axes.plot(x, y, linestyle=style.line, linewidth=1.6, label=label, **_marker(style))
-    dense = {before.accuracy for r, _ in measured if (before := evaluations(r)[0])}
-    for value in dense - {None}:
+    before = [evaluations(report)[0] for report, _ in measured]
+    for value in {dense.accuracy for dense in before if dense and dense.accuracy is not None}:
         axes.axhline(100.0 * value, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.annotate(
             f"dense {100.0 * value:.1f} %",
