@@ -84,12 +84,12 @@ def _mps_columns(
     inside = False
     for j, name in enumerate(form.column_names):
         if bool(form.integer[j]) != inside:
-            yield f" MARKER MARKER 'MARKER' '{'INTEND' if inside else 'INTORG'}'"
+            yield f" MARKER 'MARKER' '{'INTEND' if inside else 'INTORG'}'"
             inside = not inside
         # A column without entries has to be named all the same.
         yield from (f" {name} {entry}" for entry in entries[j] or ["objective 0"])
     if inside:
-        yield " MARKER MARKER 'MARKER' 'INTEND'"
+        yield " MARKER 'MARKER' 'INTEND'"
 
 
 def _half_form(form: StandardForm, terms: Terms) -> Iterator[tuple[str, str, str]]:
