@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -90,7 +91,7 @@ class LargeSwapSearch:
         # The terms of a change are at most A_ii, |c_i| and, by Cauchy-Schwarz, |v_i| as here.
         largest = 2.0 * float(self.half_diagonal.max())
         curvature = 2.0 * max(0.0, self.value + float(self.linear @ self.pruned.double()))
-        terms = largest + float(self.linear.abs().max()) + (largest * curvature) ** 0.5
+        terms = largest + float(self.linear.abs().max()) + math.sqrt(largest * curvature)
         return max(self.tolerance * abs(self.value), ROUNDING * terms, self.noise)
 
     def _costs(self) -> Tensor:
@@ -165,7 +166,7 @@ class LargeSwapSearch:
         """What `_costs` may be too high by where the product with the rows is not in float64."""
         if self.program.data.dtype == torch.float64:
             return 0.0
-        return COST_SLACK * projection.norm * self.image.norm()
+        return COST_SLACK * float(self.image.norm()) * projection.norm
 
     def _adapt_reach(self, reach: float, found: int, complete: bool) -> None:
         """Ask for fewer pairs after an incomplete search, for more after a meagre one."""

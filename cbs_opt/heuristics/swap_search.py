@@ -207,7 +207,7 @@ def _search_dense(
                 initial_value=initial,
                 swaps=0 if worse else int(swaps[b]),
                 locally_optimal=settled,
-                limit=None if settled else limit,
+                limit=None if bool(counts.locally_optimal[b]) else limit,
                 seconds=share,
             )
         )
