@@ -66,7 +66,7 @@ def project(program: SelectionProgram, seed: int) -> Projection:
     squares = column_squares(rows) * program.weights.double() ** 2
     coordinates: list[Tensor] = []
     remainders: list[Tensor] = []
-    for index in torch.arange(program.n, device=rows.device).split(COLUMN_CHUNK):
+    for index in torch.split(torch.arange(program.n, device=rows.device), COLUMN_CHUNK):
         # In float64: the remainder is what is left of a difference, and must not come out too small.
         part = program.columns(index).T @ basis
         coarse = part[:, :COARSE].square().sum(dim=1)
