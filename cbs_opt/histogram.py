@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from formulations.problem import FloatArray
+
 MOST_BINS = 60
 FEWEST_BINS = 12
 
@@ -45,6 +47,6 @@ def shared_histograms(first: Tensor, second: Tensor) -> tuple[Histogram, Histogr
     return made[0], made[1]
 
 
-def _finite(values: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    array = values.detach().double().cpu().numpy().reshape(-1)
+def _finite(values: Tensor) -> FloatArray:
+    array: FloatArray = values.detach().double().cpu().numpy().reshape(-1)
     return array[np.isfinite(array)]

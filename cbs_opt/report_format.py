@@ -41,7 +41,7 @@ def decode(cls: type[PruneReport], data: Mapping[str, Any], *, masks: Mapping[st
         raise ReportFormatError("data", found, f"this release reads version {VERSION}")
     body = {name: value for name, value in data.items() if name not in ("format", "version")}
     try:
-        report = _build(cls, {**body, "masks": masks})
+        report: PruneReport = _build(cls, {**body, "masks": masks})
     except (TypeError, ValueError, AttributeError) as error:
         raise ReportFormatError("data", f"damaged report ({error})", "write the report again") from error
     return report
