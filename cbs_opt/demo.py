@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from cbs_opt.budget import checked_sparsity
 from cbs_opt.pruning import prune
 from cbs_opt.report import PruneReport
 
@@ -119,12 +120,18 @@ def compare_on_digits(
     -------
     list of PruneReport
         Contender by contender, in the given order; evaluated on the test images.
+
+    Raises
+    ------
+    ArgumentError
+        If a sparsity lies outside [0, 1); nothing is trained then.
     """
+    levels = [checked_sparsity("sparsity", sparsity) for sparsity in sparsities]
     model, train, test = digits_network(seed)
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     reports = []
     for contender in contenders:
-        for sparsity in sparsities:
+        for sparsity in levels:
             model.load_state_dict(trained)
             report = prune(
                 model,
