@@ -72,7 +72,9 @@ def factorise(matrix: Tensor, block: FisherBlock) -> Tensor:
     """Cholesky factor of a damped matrix of `block`, or `NotPositiveDefiniteError`."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+    pivots = factor.diagonal().square()
+    floor = torch.finfo(factor.dtype).eps * len(pivots) * max(pivots.tolist(), default=0.0)
+    if int(info) != 0 or not bool((pivots > floor).all()):  # NaN fails as well
         found = f"{block.damping:g}: the Hessian of block {block.name!r} is singular to rounding"
         raise NotPositiveDefiniteError("damping", found, "use a larger damping")
     return factor

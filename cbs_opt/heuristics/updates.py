@@ -40,14 +40,14 @@ def cbs_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     if kept.numel() == 0:
         return new_weights
     removed = torch.where(pruned, weights, 0.0)
+    right = torch.zeros_like(weights[kept]) if block.gradient is None else -block.gradient[kept].double()
+    pulled = None
     if block.rows is not None:
-        right = _back(block.rows, kept, image(block.rows, removed))
+        pulled = image(block.rows, removed)
     else:
         assert block.hessian is not None
-        right = block.hessian.index_select(0, kept).double() @ removed
-    if block.gradient is not None:
-        right = right - block.gradient[kept].double()
-    new_weights[kept] = weights[kept] + _solve_kept(block, kept, right)
+        right = right + block.hessian.index_select(0, kept).double() @ removed
+    new_weights[kept] = weights[kept] + _solve_kept(block, kept, right, pulled)
     return new_weights
 
 
@@ -75,23 +75,26 @@ def independent_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     return torch.where(pruned, 0.0, moved)
 
 
-def _solve_kept(block: FisherBlock, kept: Tensor, right: Tensor) -> Tensor:
-    """Solve ``H_KK x = right`` in float64."""
+def _solve_kept(block: FisherBlock, kept: Tensor, right: Tensor, pulled: Tensor | None = None) -> Tensor:
+    """Solve ``H_KK x = right + R_K^T pulled`` in float64, for `pulled` of shape (m,)."""
     rows, damping = block.rows, block.damping
     if rows is not None and kept.numel() > rows.shape[0]:
         if damping == 0.0:
             found = f"0 with {rows.shape[0]} rows for {kept.numel()} kept weights: H_KK is singular"
             raise NotPositiveDefiniteError("damping", found, "use damping > 0")
-        # (damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping
+        # (damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping, and applied to
+        # B^T z it is B^T (damping I + B B^T)^-1 z, where nothing cancels however small the damping.
         gram = inner_gram(rows, kept)
         gram.diagonal().add_(damping)
         scattered = torch.zeros(block.n, dtype=torch.float64, device=rows.device)
-        scattered[kept] = right
-        inner = torch.cholesky_solve(image(rows, scattered)[:, None], factorise(gram, block))[:, 0]
-        return (right - _back(rows, kept, inner)) / damping
+        scattered[kept] = right / damping
+        outer = (0.0 if pulled is None else pulled) - image(rows, scattered)
+        inner = torch.cholesky_solve(outer[:, None], factorise(gram, block))[:, 0]
+        return right / damping + _back(rows, kept, inner)
     if rows is not None:
         columns = rows.index_select(1, kept).double()
         hessian = columns.T @ columns
+        right = right if pulled is None else right + columns.T @ pulled
     else:
         assert block.hessian is not None
         hessian = block.hessian.index_select(0, kept).index_select(1, kept).double()
