@@ -10,16 +10,15 @@ from formulations.errors import ArgumentError
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 CURVATURE: Mapping[str, Mapping[str, Any]] = {
     # Rows that average many samples serve both programs better than as many single samples.
-    "mlpnet": {"samples": 60_000, "samples_per_row": 60, "choice_samples": 20_000},
+    "mlpnet": {"samples": 60_000, "samples_per_row": 30, "choice_samples": 20_000},
     "resnet20": {"samples": 16_000, "samples_per_row": 16, "choice_samples": 1_000},
 }
-DAMPING: Mapping[str, tuple[float, ...]] = {
-    "mlpnet": (0.1, 0.3, 1.0, 3.0, 10.0),
-    "resnet20": (0.03, 0.3, 3.0),
-}
+DAMPING: Mapping[str, tuple[float, ...]] = {"mlpnet": (0.3, 1.0, 3.0, 10.0), "resnet20": (0.1, 3.0)}
 """Grids of the update's damping in units of the mean diagonal of the Fisher matrix."""
-SWAPS: Mapping[str, tuple[int | None, ...]] = {"mlpnet": (0, 100, 400, None), "resnet20": (0, 100, 400)}
-"""Grids of the number of swaps; None is a 1-swap optimum."""
+SELECTION_DAMPING: Mapping[str, float] = {"mlpnet": 0.0, "resnet20": 30.0}
+"""Damping of the selection program, in the same units."""
+SWAPS: Mapping[str, tuple[int, ...]] = {"mlpnet": (100, 400, 1000), "resnet20": (0, 10, 30, 100)}
+"""Grids of the most swaps to make; the 1-swap optimum of a sample over-fits where rows are few."""
 
 METHODS = ("magnitude", "obd", "woodfisher", "update_only", "cbs_selection", "cbs")
 DETERMINISTIC = ("magnitude",)
@@ -65,10 +64,16 @@ def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> di
             **rows,
             "method": "swap_search",
             "update": False,
-            "damping": 0.0,
+            "damping": SELECTION_DAMPING[family],
             "method_options": swaps,
         },
-        "cbs": {**rows, **update, "method": "swap_search", "selection_damping": 0.0, "method_options": swaps},
+        "cbs": {
+            **rows,
+            **update,
+            "method": "swap_search",
+            "selection_damping": SELECTION_DAMPING[family],
+            "method_options": swaps,
+        },
     }
     if method not in recipes:
         raise ArgumentError("methods", f"{method!r}", f"choose among {', '.join(METHODS)}")
