@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from cbs_opt.batchnorm import recalibrate_batchnorm
-from cbs_opt.curvature import fisher_blocks
+from cbs_opt.blocks import Partition
+from cbs_opt.curvature import GradientRows, fisher_blocks, gradient_rows
 from cbs_opt.masks import apply_masks, load_masks, save_masks
 from cbs_opt.methods import available_methods
 from cbs_opt.pruning import prune
@@ -19,6 +20,8 @@ __all__ = [
     "BlockProblem",
     "BlockSolution",
     "CbsError",
+    "GradientRows",
+    "Partition",
     "PruneReport",
     "Termination",
     "__version__",
@@ -27,6 +30,7 @@ __all__ = [
     "available_solvers",
     "compare",
     "fisher_blocks",
+    "gradient_rows",
     "load_masks",
     "lower_bound",
     "prune",

@@ -36,12 +36,15 @@ class GradientRows:
         Samples used; ``m`` rows may average several of them, or give each several rows.
     seconds : float
         Wall-clock time taken.
+    curvature : str
+        Which Fisher matrix the rows sample.
     """
 
     rows: Tensor
     gradient: Tensor
     samples: int
     seconds: float
+    curvature: str = "empirical_fisher"
 
 
 def gradient_rows(
@@ -149,7 +152,9 @@ def gradient_rows(
             bar.update(batch.size)
     rows, gradient = builder.finish()
     seconds = time.perf_counter() - began
-    return GradientRows(rows=rows, gradient=gradient, samples=builder.samples, seconds=seconds)
+    return GradientRows(
+        rows=rows, gradient=gradient, samples=builder.samples, seconds=seconds, curvature=curvature
+    )
 
 
 def fisher_blocks(

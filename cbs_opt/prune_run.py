@@ -28,7 +28,7 @@ from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
 from cbs_opt.selection import Choice
 from cbs_opt.write_back import TrialNetwork
-from formulations.errors import ArgumentError
+from formulations.errors import ArgumentError, ShapeError
 
 UPDATERS = {"cbs": cbs_update, "independent": independent_update}
 
@@ -59,8 +59,12 @@ class PruneRun:
         partition: Partition,
         options: PruneOptions,
         loss_fn: LossFunction,
+        curvature: GradientRows | None,
         progress: bool,
     ) -> None:
+        if curvature is not None and curvature.rows.shape[1:] != (partition.n,):
+            found = f"rows of shape {tuple(curvature.rows.shape)} for {partition.n} weights"
+            raise ShapeError("curvature", found, "compute them with the same target and ignore")
         self.model = model
         self.partition = partition
         self.options = options
@@ -68,18 +72,18 @@ class PruneRun:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.weights = partition.flatten(model)
-        self.curvature: GradientRows | None = None
+        self.curvature = curvature
         self.sample: list[tuple[Any, Tensor]] | None = None
 
     def read_training_data(self, data: Data | None, memory_limit: int) -> None:
         """Take the gradient rows, and the samples on which networks are compared."""
         options = self.options
         if data is None:
-            if options.needs_curvature or options.candidates > 1:
+            if (options.needs_curvature and self.curvature is None) or options.candidates > 1:
                 remedy = "pass training data, or use magnitude with update=False"
                 raise ArgumentError("data", f"None, but {options.method} needs it", remedy)
             return
-        if options.needs_curvature:
+        if options.needs_curvature and self.curvature is None:
             with self._phase("curvature"):
                 self.curvature = gradient_rows(
                     self.model,

@@ -10,7 +10,7 @@ from torch import nn
 from cbs_opt.batches import Data, LossFunction
 from cbs_opt.blocks import BlockRule, Globs, Partition
 from cbs_opt.budget import Budget
-from cbs_opt.curvature import MEMORY_LIMIT
+from cbs_opt.curvature import MEMORY_LIMIT, GradientRows
 from cbs_opt.prune_options import PruneOptions, alternatives, checked_score, grid, update_kind
 from cbs_opt.prune_run import PruneRun
 from cbs_opt.report import PruneReport
@@ -27,7 +27,7 @@ def prune(
     method: str = "swap_search",
     update: bool | str = True,
     update_scale: float | Sequence[float] = 1.0,
-    curvature: str = "empirical_fisher",
+    curvature: str | GradientRows = "empirical_fisher",
     samples: int = 1000,
     samples_per_row: int = 1,
     damping: float | Sequence[float] = 1e-3,
@@ -76,7 +76,9 @@ def prune(
         Move the kept weights by CBS-U; "independent" adds up single-weight OBS updates instead.
     update_scale : float or sequence of float, default 1
         Step length of the update, or a grid to choose from by training loss.
-    curvature : {"empirical_fisher", "exact_fisher", "monte_carlo_fisher"}
+    curvature : {"empirical_fisher", "exact_fisher", "monte_carlo_fisher"} or GradientRows
+        What `gradient_rows` computes, or its result for these very weights: computed once, it
+        serves many sparsities and methods.
     samples, samples_per_row : int, default 1000 and 1
         Training samples, and how many are averaged into one gradient row.
     damping : float or sequence of float, default 1e-3
@@ -133,8 +135,8 @@ def prune(
         method=method,
         update=update_kind(update),
         update_scale=grid("update_scale", update_scale, positive=True),
-        curvature=curvature,
-        samples=samples,
+        curvature=curvature if isinstance(curvature, str) else curvature.curvature,
+        samples=samples if isinstance(curvature, str) else curvature.samples,
         samples_per_row=samples_per_row,
         damping=grid("damping", damping, positive=False),
         relative_damping=relative_damping,
@@ -152,7 +154,8 @@ def prune(
         seed=seed,
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
-    run = PruneRun(model, parts, options, loss_fn, progress)
+    given = None if isinstance(curvature, str) else curvature
+    run = PruneRun(model, parts, options, loss_fn, given, progress)
     run.read_training_data(data, memory_limit)
     best = run.best_candidate()
     report = run.report(best, evaluate)
