@@ -77,7 +77,9 @@ class PruneOptions:
     @property
     def candidates(self) -> int:
         """How many pruned networks are tried."""
-        tried = (self.method_options, self.damping, self.update_scale)
+        steps = (self.update_scale,) if self.update is not None else ()
+        same = self.update is None and self.selection_damping is not None
+        tried = (self.method_options, *steps, *(() if same else (self.damping,)))
         return self.restarts * math.prod(len(entries) for entries in tried)
 
     @property

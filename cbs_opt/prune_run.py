@@ -23,14 +23,14 @@ from cbs_opt.blocks import FisherBlock, Partition
 from cbs_opt.budget import allocate
 from cbs_opt.curvature import GradientRows, gradient_rows
 from cbs_opt.heuristics.products import column_squares, step_loss
-from cbs_opt.heuristics.updates import cbs_update, independent_update
+from cbs_opt.heuristics.updates import cbs_updates, independent_updates
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
 from cbs_opt.selection import Choice
 from cbs_opt.write_back import TrialNetwork
 from formulations.errors import ArgumentError, ShapeError
 
-UPDATERS = {"cbs": cbs_update, "independent": independent_update}
+UPDATERS = {"cbs": cbs_updates, "independent": independent_updates}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,12 +126,11 @@ class PruneRun:
         for restart, alternative in itertools.product(range(options.restarts), options.method_options):
             if options.selection_damping is not None:
                 choices = self._select(counts, options.selection_damping * unit, restart, alternative)
-                for damping in options.damping:
-                    yield from self._updated(choices, damping * unit)
+                yield from self._updated(choices, [damping * unit for damping in options.damping])
             else:
                 for damping in options.damping:
                     choices = self._select(counts, damping * unit, restart, alternative)
-                    yield from self._updated(choices, damping * unit)
+                    yield from self._updated(choices, [damping * unit])
 
     def report(self, best: Candidate, data: Data | None) -> PruneReport:
         """Evaluate the chosen network without writing it, and put everything on record."""
@@ -233,33 +232,36 @@ class PruneRun:
             )
         return choices
 
-    def _updated(self, choices: list[Choice], damping: float) -> list[Candidate]:
-        """The networks that one selection gives: one a step length."""
+    def _updated(self, choices: list[Choice], dampings: list[float]) -> Iterator[Candidate]:
+        """The networks that one selection gives: one a damping and step length."""
         options = self.options
         pruned = torch.cat([choice.pruned for choice in choices])
         before = self.weights.double()
-        target = before
-        if options.update is not None:
-            with self._phase("update"):
-                update = UPDATERS[options.update]
-                blocks = self._blocks(damping, gradient=options.gradient_term)
-                pairs = zip(blocks, choices, strict=True)
-                target = torch.cat([update(block, choice.pruned) for block, choice in pairs])
-        candidates = []
-        for scale in options.update_scale:
-            moved = torch.where(pruned, 0.0, before + scale * (target - before))
-            weights = torch.where(pruned, 0.0, self.weights) if options.update is None else moved
-            loss = None
-            if options.candidates > 1:
-                with self._phase("choice"):
-                    evaluation = self._loss(TrialNetwork(self.model, self.partition, weights))
-                    loss = None if evaluation is None else evaluation.loss
-            candidates.append(
-                Candidate(
-                    choices=choices, weights=weights, keep=~pruned, damping=damping, scale=scale, loss=loss
-                )
-            )
-        return candidates
+        if options.update is None:
+            removed = torch.where(pruned, 0.0, self.weights)
+            yield self._candidate(choices, removed, ~pruned, dampings[0], 1.0)
+            return
+        with self._phase("update"):
+            update = UPDATERS[options.update]
+            blocks = self._blocks(dampings[0], gradient=options.gradient_term)
+            found = [
+                update(block, choice.pruned, dampings) for block, choice in zip(blocks, choices, strict=True)
+            ]
+        for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
+            target = torch.cat(pieces)
+            for scale in options.update_scale:
+                moved = torch.where(pruned, 0.0, before + scale * (target - before))
+                yield self._candidate(choices, moved, ~pruned, damping, scale)
+
+    def _candidate(
+        self, choices: list[Choice], weights: Tensor, keep: Tensor, damping: float, scale: float
+    ) -> Candidate:
+        loss = None
+        if self.options.candidates > 1:
+            with self._phase("choice"):
+                evaluation = self._loss(TrialNetwork(self.model, self.partition, weights))
+                loss = None if evaluation is None else evaluation.loss
+        return Candidate(choices=choices, weights=weights, keep=keep, damping=damping, scale=scale, loss=loss)
 
     def _loss(self, network: nn.Module) -> Evaluation | None:
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)

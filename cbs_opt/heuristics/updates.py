@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -34,11 +37,15 @@ def cbs_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     Woodbury system otherwise: O(m s min(m, s)), and no array of the size of the rows is made.
     Source: Yu et al. (ICML 2022), CBS-U.
     """
+    return cbs_updates(block, pruned, [block.damping])[0]
+
+
+def cbs_updates(block: FisherBlock, pruned: Tensor, dampings: Sequence[float]) -> list[Tensor]:
+    """`cbs_update` for several dampings in place of the block's own, at little more than one's cost."""
     weights = block.weights.double()
     kept = (~pruned).nonzero().squeeze(1)
-    new_weights = torch.zeros_like(weights)
     if kept.numel() == 0:
-        return new_weights
+        return [torch.zeros_like(weights) for _ in dampings]
     removed = torch.where(pruned, weights, 0.0)
     right = torch.zeros_like(weights[kept]) if block.gradient is None else -block.gradient[kept].double()
     pulled = None
@@ -47,8 +54,12 @@ def cbs_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     else:
         assert block.hessian is not None
         right = right + block.hessian.index_select(0, kept).double() @ removed
-    new_weights[kept] = weights[kept] + _solve_kept(block, kept, right, pulled)
-    return new_weights
+    updates = []
+    for step in _solve_kept(block, kept, right, pulled, dampings):
+        new_weights = torch.zeros_like(weights)
+        new_weights[kept] = weights[kept] + step
+        updates.append(new_weights)
+    return updates
 
 
 def independent_update(block: FisherBlock, pruned: Tensor) -> Tensor:
@@ -71,26 +82,22 @@ def independent_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     weights = block.weights.double()
     pull = torch.where(pruned, weights / inverse_diagonal(block), 0.0)
     everything = torch.arange(block.n, device=weights.device)
-    moved = weights - _solve_kept(block, everything, pull)
+    moved = weights - _solve_kept(block, everything, pull, None, [block.damping])[0]
     return torch.where(pruned, 0.0, moved)
 
 
-def _solve_kept(block: FisherBlock, kept: Tensor, right: Tensor, pulled: Tensor | None = None) -> Tensor:
-    """Solve ``H_KK x = right + R_K^T pulled`` in float64, for `pulled` of shape (m,)."""
-    rows, damping = block.rows, block.damping
+def independent_updates(block: FisherBlock, pruned: Tensor, dampings: Sequence[float]) -> list[Tensor]:
+    """`independent_update` for several dampings in place of the block's own."""
+    return [independent_update(replace(block, damping=damping), pruned) for damping in dampings]
+
+
+def _solve_kept(
+    block: FisherBlock, kept: Tensor, right: Tensor, pulled: Tensor | None, dampings: Sequence[float]
+) -> list[Tensor]:
+    """Solve ``H_KK x = right + R_K^T pulled`` in float64 for each damping, `pulled` of shape (m,)."""
+    rows = block.rows
     if rows is not None and kept.numel() > rows.shape[0]:
-        if damping == 0.0:
-            found = f"0 with {rows.shape[0]} rows for {kept.numel()} kept weights: H_KK is singular"
-            raise NotPositiveDefiniteError("damping", found, "use damping > 0")
-        # (damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping, and applied to
-        # B^T z it is B^T (damping I + B B^T)^-1 z, where nothing cancels however small the damping.
-        gram = inner_gram(rows, kept)
-        gram.diagonal().add_(damping)
-        scattered = torch.zeros(block.n, dtype=torch.float64, device=rows.device)
-        scattered[kept] = right / damping
-        outer = (0.0 if pulled is None else pulled) - image(rows, scattered)
-        inner = torch.cholesky_solve(outer[:, None], factorise(gram, block))[:, 0]
-        return right / damping + _back(rows, kept, inner)
+        return _solve_woodbury(block, rows, kept, right, pulled, dampings)
     if rows is not None:
         columns = rows.index_select(1, kept).double()
         hessian = columns.T @ columns
@@ -98,8 +105,44 @@ def _solve_kept(block: FisherBlock, kept: Tensor, right: Tensor, pulled: Tensor 
     else:
         assert block.hessian is not None
         hessian = block.hessian.index_select(0, kept).index_select(1, kept).double()
-    hessian.diagonal().add_(damping)
-    return torch.cholesky_solve(right[:, None], factorise(hessian, block))[:, 0]
+    return [
+        torch.cholesky_solve(right[:, None], factorise(_damped(hessian, damping), block))[:, 0]
+        for damping in dampings
+    ]
+
+
+def _solve_woodbury(
+    block: FisherBlock,
+    rows: Tensor,
+    kept: Tensor,
+    right: Tensor,
+    pulled: Tensor | None,
+    dampings: Sequence[float],
+) -> list[Tensor]:
+    """`_solve_kept` through the m x m system.
+
+    ``(damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping``, and applied to
+    ``B^T z`` it is ``B^T (damping I + B B^T)^-1 z``, where nothing cancels however small the damping.
+    """
+    if min(dampings) == 0.0:
+        found = f"0 with {rows.shape[0]} rows for {kept.numel()} kept weights: H_KK is singular"
+        raise NotPositiveDefiniteError("damping", found, "use damping > 0")
+    gram = inner_gram(rows, kept)
+    scattered = torch.zeros(block.n, dtype=torch.float64, device=rows.device)
+    scattered[kept] = right
+    own = image(rows, scattered)
+    solutions = []
+    for damping in dampings:
+        outer = (0.0 if pulled is None else pulled) - own / damping
+        inner = torch.cholesky_solve(outer[:, None], factorise(_damped(gram, damping), block))[:, 0]
+        solutions.append(right / damping + _back(rows, kept, inner))
+    return solutions
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    return damped
 
 
 def _back(rows: Tensor, kept: Tensor, x: Tensor) -> Tensor:
