@@ -25,7 +25,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ from tqdm import tqdm
 import cbs_opt
 from experiments.accuracy_table import accuracy_frame, markdown_table
 from experiments.data_files import DATA_FILES
-from experiments.datasets import Dataset, load_dataset
+from experiments.datasets import load_dataset
 from experiments.ledger import Ledger, settings_key
-from experiments.networks import NETWORKS, load_network
+from experiments.networks import NETWORKS, Network, load_network
 from experiments.protocols import DETERMINISTIC, METHODS, prune_arguments
 from experiments.published import ACCURACY, DENSE, SOURCES
 from formulations.errors import ArgumentError, CbsError
@@ -69,30 +69,44 @@ class Cell:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where the data is and how it is read."""
+    """One network and its data; keeps the gradient rows of the last seed for the cells that share them.
 
-    data_dir: Path | None
-    verify: bool
-    progress: bool
+    Parameters
+    ----------
+    network : str
+    data_dir : Path, optional
+        See `experiments.data_files.data_directory`.
+    verify : bool
+        Check the files' SHA-256.
+    progress : bool
+        Show the bars of `prune`.
+    """
 
-    def dataset(self, network: str) -> Dataset:
-        """The data set of a network under its normalisation."""
+    def __init__(self, network: str, data_dir: Path | None, *, verify: bool, progress: bool) -> None:
+        self.network = network
+        self.data_dir = data_dir
+        self.verify = verify
+        self.progress = progress
         spec = NETWORKS[network]
-        return load_dataset(spec.dataset, self.data_dir, mean=spec.mean, std=spec.std, verify=self.verify)
+        self.data = load_dataset(spec.dataset, data_dir, mean=spec.mean, std=spec.std, verify=verify)
+        self._rows: tuple[dict[str, Any], cbs_opt.GradientRows] | None = None
 
-    def measure(self, cell: Cell, data: Dataset) -> dict[str, Any]:
+    def measure(self, cell: Cell) -> dict[str, Any]:
         """Prune a fresh copy of the network and evaluate it on the test set."""
-        network = load_network(cell.network, self.data_dir, verify=self.verify)
+        network = load_network(self.network, self.data_dir, verify=self.verify)
+        arguments = prune_arguments(self.network, cell.method, cell.sparsity, cell.seed)
+        rows = self._gradient_rows(network, arguments) if "curvature" in arguments else None
+        if rows is not None:
+            arguments["curvature"] = rows
         began = time.perf_counter()
         report = cbs_opt.prune(
             network.model,
-            (data.train_x, data.train_y),
+            (self.data.train_x, self.data.train_y),
             target=network.target,
-            evaluate=(data.test_x, data.test_y),
+            evaluate=(self.data.test_x, self.data.test_y),
             progress=self.progress,
-            **prune_arguments(cell.network, cell.method, cell.sparsity, cell.seed),
+            **arguments,
         )
         if report.before is None or report.after is None or report.after.accuracy is None:
             raise ArgumentError("network", f"{cell.network} has no accuracy", "choose a classifier")
@@ -116,11 +130,29 @@ class Bench:
             "selection_loss": report.predicted_selection_loss,
             "predicted_loss_increase": report.predicted_loss_increase,
             "seconds": time.perf_counter() - began,
+            "curvature_seconds": None if rows is None else rows.seconds,
             "phase_seconds": report.seconds,
             "peak_memory_bytes": report.peak_memory_bytes,
             "threads": torch.get_num_threads(),
             "settings": cell.settings(),
         }
+
+    def _gradient_rows(self, network: Network, arguments: dict[str, Any]) -> cbs_opt.GradientRows:
+        """The rows that `arguments` ask for: those of the cell before, or new ones."""
+        names = ("curvature", "samples", "samples_per_row", "seed")
+        wanted = {name: arguments[name] for name in names}
+        if self._rows is None or self._rows[0] != wanted:
+            self._rows = None  # two sets of rows need not be in memory at once
+            rows = cbs_opt.gradient_rows(
+                network.model,
+                (self.data.train_x, self.data.train_y),
+                torch.nn.functional.cross_entropy,
+                cbs_opt.Partition.from_model(network.model, target=network.target, blocks="global"),
+                progress=self.progress,
+                **wanted,
+            )
+            self._rows = (wanted, rows)
+        return self._rows[1]
 
 
 def cells(network: str, methods: Sequence[str], sparsities: Sequence[float], seeds: int) -> Iterator[Cell]:
@@ -130,16 +162,16 @@ def cells(network: str, methods: Sequence[str], sparsities: Sequence[float], see
             yield Cell(network=network, method=method, sparsity=sparsity, seed=seed)
 
 
-def run(todo: Sequence[Cell], bench: Bench, ledger: Ledger) -> list[dict[str, Any]]:
+def run(todo: Sequence[Cell], make_bench: Callable[[], Bench], ledger: Ledger) -> list[dict[str, Any]]:
     """Measure the cells that the ledger lacks; the results of all of them, in order."""
     keys = [settings_key(cell.settings()) for cell in todo]
     missing = [(key, cell) for key, cell in zip(keys, todo, strict=True) if key not in ledger]
-    data = bench.dataset(missing[0][1].network) if missing else None
+    bench = make_bench() if missing else None
     with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="cells", disable=None) as bar:
         for key, cell in missing:
-            assert data is not None
+            assert bench is not None
             bar.set_postfix_str(f"{cell.method} {cell.sparsity:g} seed {cell.seed}")
-            result = bench.measure(cell, data)
+            result = bench.measure(cell)
             ledger.add(key, result)
             done = f"{cell.method} {cell.sparsity:g} seed {cell.seed}: {result['accuracy']:.2f} %"
             tqdm.write(f"{done} in {result['seconds']:.0f} s", file=sys.stderr)
@@ -206,10 +238,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     published = ACCURACY.get(given.network, ACCURACY["resnet20_cifar10"])
     sparsities = given.sparsity or sorted(published)
-    bench = Bench(data_dir=given.data, verify=not given.no_verify, progress=sys.stderr.isatty())
     todo = list(cells(given.network, given.methods, sparsities, given.seeds))
+
+    def make_bench() -> Bench:
+        quiet = not sys.stderr.isatty()
+        return Bench(given.network, given.data, verify=not given.no_verify, progress=not quiet)
+
     try:
-        results = run(todo, bench, Ledger(given.out / "results.jsonl"))
+        results = run(todo, make_bench, Ledger(given.out / "results.jsonl"))
     except CbsError as error:
         sys.stderr.write(f"{error}\n")
         return 1
