@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cbs_opt.blocks import Partition
+from formulations.errors import NonFiniteError
 
 
 class TrialNetwork(nn.Module):
@@ -40,12 +41,22 @@ def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
     partition : Partition
     weights : (n,) tensor
 
+    Raises
+    ------
+    NonFiniteError
+        If a weight is NaN, infinite, or too large for its parameter's dtype; nothing is written.
+
     Notes
     -----
     If anything raises in between, an interruption included, every parameter gets its old values
     back before the exception goes on. Other tensors are not touched.
     """
     values = _as_parameters(model, partition, weights)
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            found = f"{bad} of {value.numel()} new weights of {name} do not fit {value.dtype} or are NaN"
+            raise NonFiniteError("damping", found, "use a larger damping or a shorter update_scale")
     tensors = partition.tensors(model)
     backup = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
