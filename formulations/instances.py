@@ -274,7 +274,9 @@ def library() -> list[str]:
 
 
 def load_library(name: str) -> tuple[BlockProblem, dict[str, Any]]:
-    """Return a shipped block and its metadata (origin, proven optima or best bounds).
+    """Return a shipped block and its metadata: origin, and for each program its optimum or best bound.
+
+    Blocks that differ in `n_prune` alone share a file; the index has the count of each.
 
     Raises
     ------
@@ -286,7 +288,8 @@ def load_library(name: str) -> tuple[BlockProblem, dict[str, Any]]:
         raise InstanceFormatError("name", f"{name!r}", f"use one of: {', '.join(index) or 'none shipped'}")
     entry = index[name]
     with resources.as_file(LIBRARY / str(entry["file"])) as path:
-        problem, metadata = read_instance(path)
+        data, metadata = read_instance(path)
+    problem = replace(data, n_prune=entry["n_prune"], name=name)
     return problem, {**metadata, **{key: value for key, value in entry.items() if key != "file"}}
 
 

@@ -76,11 +76,11 @@ def _mps_columns(
     form: StandardForm, rows: list[tuple[str, list[tuple[int, float]], float, float]]
 ) -> Iterator[str]:
     entries: list[list[str]] = [[] for _ in form.column_names]
-    for j in np.flatnonzero(form.linear):
-        entries[j].append(f"objective {_number(form.linear[j])}")
-    for name, row, _, _ in rows:
-        for j, value in row:
-            entries[j].append(f"{name} {_number(value)}")
+    for i in np.flatnonzero(form.linear):
+        entries[i].append(f"objective {_number(form.linear[i])}")
+    for row_name, row, _, _ in rows:
+        for column, value in row:
+            entries[column].append(f"{row_name} {_number(value)}")
     inside = False
     for j, name in enumerate(form.column_names):
         if bool(form.integer[j]) != inside:
