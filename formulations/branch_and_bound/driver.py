@@ -17,7 +17,7 @@ from formulations.problem import BlockProblem, check_program
 from formulations.solution import BlockSolution, Certificate, Limit, Limits, SolveStats, Termination
 
 SEARCHES = ("best", "depth")
-KICKS = 30
+KICKS = 10
 """Perturbed descents before the root."""
 KICK_SHARE_OF_TIME = 0.1
 """Share of the time limit that these may take."""

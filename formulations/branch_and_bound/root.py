@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import replace
 
 import numpy as np
 
 from formulations.branch_and_bound.outcomes import BRANCH
 from formulations.branch_and_bound.tree import Node, Search
+from formulations.incumbents import descend, kicked
 from formulations.problem import BlockProblem
 from formulations.relaxations.bounds import joint_certificate, joint_split, selection_shift
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection
 from formulations.relaxations.diagonal_split import interior_split
 from formulations.relaxations.perspective import relax_joint
-from formulations.solution import Certificate, Limit
+from formulations.solution import Certificate, Limit, Limits
 
 SPLIT_ROUNDS = 25
 """Barrier steps at the root."""
 SPLIT_LARGEST = 600
 """Largest reduced block in which the root optimises the split."""
+PERTURB_MISSES = 60
+"""Perturbed descents in a row without a better set that end the root's search for incumbents."""
+PERTURB_SHARE_OF_TIME = 0.1
+"""Share of the time limit that they may take."""
+KICK_SHARES = (0.02, 0.05, 0.1, 0.2)
+"""Sizes of the perturbations, as shares of the smaller side of the set."""
 LARGEST_SHARE_LEFT = 0.9
 """A pass at the root that leaves more than this share of the indices free is the last."""
 
@@ -44,6 +53,7 @@ def solve_from_root(
             tree.subproblems, tree.current = tree.subproblems.compacted(tree.current)
             if swaps:
                 tree.offer(tree.subproblems.improve(tree.current))
+                _perturb(tree, tree.current)
             _optimise_split(tree, tree.current)
             if tree.current is None:
                 break
@@ -56,6 +66,32 @@ def solve_from_root(
         return Limit.INTERRUPTED, certificate
     tree.open_after_root = 0 if tree.current is None else tree.current.status.size
     return tree.run(), certificate
+
+
+def _perturb(tree: Search, node: Node) -> None:
+    """Swap descents inside the reduced block from perturbed copies of the best set."""
+    subproblems = tree.subproblems
+    index = subproblems.index
+    generator = np.random.default_rng(tree.limits.seed)
+    form = replace(subproblems.form, matrix=subproblems.matrix, linear=subproblems.linear)
+    started = time.perf_counter()
+    share = None if tree.limits.time_limit is None else PERTURB_SHARE_OF_TIME * tree.limits.time_limit
+    misses = 0
+    while misses < PERTURB_MISSES:
+        best = tree.pool.keep
+        assert best is not None
+        inside = best[index]
+        wanted = subproblems.count if subproblems.program == "joint" else index.size - subproblems.count
+        if int(inside.sum()) != wanted or not 0 < wanted < index.size:
+            # The best set lies outside what the fixings left.
+            return
+        changed = kicked(inside, generator, share=float(generator.choice(KICK_SHARES)))
+        local, _, limit = descend(form, changed, subproblems.program, Limits(time_limit=share), started)
+        if limit is not None:
+            return
+        misses += 1
+        if tree.offer(subproblems.lifted(local)):
+            misses = 0
 
 
 def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> Certificate:

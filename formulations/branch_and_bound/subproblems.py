@@ -16,9 +16,9 @@ from formulations.dense_forms import DenseForm
 from formulations.errors import NotPositiveDefiniteError
 from formulations.problem import BoolArray, FloatArray, IntArray
 
-NODE_SPLIT_ROUNDS = 2
+NODE_SPLIT_ROUNDS = 1
 """Barrier steps on the diagonal split in a node of the tree."""
-BARRIER_SHARE = 0.1
+BARRIER_SHARE = 0.3
 """Barrier weight times order, as a share of the node's gap."""
 IMPROVING_SWAPS = 50
 """Swaps of one descent inside a node."""
@@ -115,12 +115,12 @@ class Subproblems:
 
     def keep(self, node: Node) -> BoolArray:
         """Kept set of a leaf."""
-        return self._lifted(node.status == KEPT)
+        return self.lifted(node.status == KEPT)
 
     def improve(self, node: Node) -> BoolArray:
         """A kept set from rounding the node's relaxation and swaps."""
         kernel = improve_joint if self.program == "joint" else improve_selection
-        return self._lifted(
+        return self.lifted(
             kernel(self.matrix, self.linear, self.count, node.status, node.warm, IMPROVING_SWAPS)
         )
 
@@ -137,7 +137,8 @@ class Subproblems:
         quadratic = self.form.matrix[np.ix_(pruned, pruned)].sum()
         return float(0.5 * quadratic + self.form.linear[pruned].sum())
 
-    def _lifted(self, keep: BoolArray) -> BoolArray:
+    def lifted(self, keep: BoolArray) -> BoolArray:
+        """Kept set of the block from one of the open indices."""
         full = self.decided_kept.copy()
         full[self.index[keep]] = True
         return full

@@ -119,10 +119,12 @@ class Search:
             return Limit.INTERRUPTED
         return None
 
-    def offer(self, keep: BoolArray) -> None:
-        """Take a set if its form value beats the incumbent."""
-        if self.subproblems.value(keep) < self.incumbent and self.pool.offer(keep):
+    def offer(self, keep: BoolArray) -> bool:
+        """Take a set if its form value beats the incumbent; whether it was taken."""
+        taken = self.subproblems.value(keep) < self.incumbent and self.pool.offer(keep)
+        if taken:
             self.record()
+        return taken
 
     def record(self) -> None:
         """Append a trace point with the incumbent and bound of now."""

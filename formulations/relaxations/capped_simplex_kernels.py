@@ -21,7 +21,7 @@ NEWTON_PERIOD = 6
 """ADMM steps between two active-set climbs."""
 NEWTON_MISSES = 4
 """Newton steps in a row that may fail to lift the bound before a climb is given up."""
-PATIENCE = 3
+PATIENCE = 8
 """Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
 AT_ZERO = 0
 AT_ONE = 1
@@ -230,6 +230,7 @@ def solve_capped_simplex(
     dual = -best_slope / metric
     steps = 0
     stalled = 0
+    previous = best
     while steps < max_steps and best < cutoff:
         steps += 1
         right_side = metric * (guess - dual) - linear
@@ -244,11 +245,11 @@ def solve_capped_simplex(
         project_capped_simplex(relaxed + dual, metric, count, guess)
         dual += relaxed - guess
         if steps % NEWTON_PERIOD == 0 or steps == max_steps:
-            before = best
             places_of(guess, place)
             best, done = climb_simplex(smooth, linear, count, place, best, best_point, best_slope, cutoff)
             scale = cutoff - best if cutoff < np.inf else abs(best)
-            stalled = stalled + 1 if best - before < tolerance * scale else 0
+            stalled = stalled + 1 if best - previous < tolerance * scale else 0
+            previous = best
             if done or stalled >= PATIENCE:
                 break
     return best, best_point, best_slope, steps

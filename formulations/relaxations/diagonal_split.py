@@ -50,9 +50,13 @@ def barrier_step(
     for i in range(n):
         slack[i, i] -= split[i]
     factor = np.zeros((n, n))
-    if not cholesky_factor(slack, factor):
+    # A large slack matrix is not tested first: what a singular one leads to fails the test below.
+    if n >= LAPACK_FROM:
+        inverse = np.linalg.inv(slack)
+    elif cholesky_factor(slack, factor):
+        inverse = inverse_from_factor(factor)
+    else:
         return False
-    inverse = np.linalg.inv(slack) if n >= LAPACK_FROM else inverse_from_factor(factor)
     gradient = np.empty(n)
     curvature = inverse * inverse
     for i in range(n):
@@ -61,7 +65,7 @@ def barrier_step(
             gradient[i] += 1.0 / split[i]
             curvature[i, i] += 1.0 / (split[i] * split[i])
         curvature[i, i] *= 1.0 + 1e-12
-    if not cholesky_factor(curvature, factor):
+    if not np.isfinite(gradient).all() or not cholesky_factor(curvature, factor):
         return False
     direction = solve_factored(factor, gradient)
     decrement = np.sqrt(max(np.dot(gradient, direction), 0.0))

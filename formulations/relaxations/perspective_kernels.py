@@ -7,7 +7,7 @@ With ``M = Q + D``, ``D`` diagonal and positive, ``Q`` positive semidefinite, th
 and the last term is half the squared s-support norm of ``t = sqrt(D) u`` (Argyriou, Foygel & Srebro
 2012). Every ``u`` gives a lower bound: with ``g = l - Q u``,
 
-    1/2 u.Q u - l.v <= ...  so that  optimum >= -1/2 u.Q u - 1/2 (sum of the s largest g_i^2 / D_i).
+    optimum >= -1/2 u.Q u - 1/2 (sum of the s largest g_i^2 / D_i).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEWTON_PERIOD = 6
 """ADMM steps between two active-set climbs."""
 NEWTON_MISSES = 4
 """Newton steps in a row that may fail to lift the bound before a climb is given up."""
-PATIENCE = 3
+PATIENCE = 8
 """Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
 ZERO = 0
 SHARED = 1
@@ -311,6 +311,7 @@ def solve_perspective(
     dual = best_residual.copy()
     steps = 0
     stalled = 0
+    previous = best
     while steps < max_steps and best < cutoff:
         steps += 1
         right_side = linear + shrunk - dual
@@ -326,12 +327,12 @@ def solve_perspective(
         name_places(target, size, order, shrunk, place, sign)
         dual += relaxed - shrunk
         if steps % NEWTON_PERIOD == 0 or steps == max_steps:
-            before = best
             best, done = climb_support(
                 smooth, linear, size, place, sign, best, best_point, best_residual, cutoff
             )
             scale = cutoff - best if cutoff < np.inf else abs(best)
-            stalled = stalled + 1 if best - before < tolerance * scale else 0
+            stalled = stalled + 1 if best - previous < tolerance * scale else 0
+            previous = best
             if done or stalled >= PATIENCE:
                 break
     return best, best_point, best_residual, steps
