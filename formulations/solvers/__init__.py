@@ -1,7 +1,8 @@
 """Solver bridges: the models of `formulations.models` on HiGHS, OR-tools, SciPy, Pyomo, SCIP and Gurobi.
 
 One function a bridge, `solve` in its module; `solve_with` picks one by name and `available_solvers`
-lists them. No solver is imported before it is used.
+lists them. No solver is imported before it is used. `formulations.solvers.isolation.solve_isolated`
+runs a bridge in its own process, where a crash or a hang does no harm.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from formulations import BlockProblem, BlockSolution, Limit, Limits, Termination, verify
+from formulations.enumeration import enumerate_optimum
 from formulations.errors import (
     ArgumentError,
     SolverUnavailableError,
@@ -24,6 +25,7 @@ from formulations.errors import (
 )
 from formulations.incumbents import greedy
 from formulations.models import MODELS, ModelSize
+from formulations.outer_approximation import outer_approximation
 from formulations.solvers import (
     available_solvers,
     bridge,
@@ -36,7 +38,7 @@ from formulations.solvers import (
 )
 from formulations.solvers.base import Probe, RawResult, Solver
 from formulations.solvers.conclusion import solve_model
-from tests.formulations.blocks import block, brute_force, slack
+from tests.formulations.blocks import KINDS, block, brute_force, slack
 
 AVAILABLE = {info.name: info for info in available_solvers()}
 PAIRS = [
@@ -422,3 +424,37 @@ def test_every_program_has_independent_routes_in_the_base_install():
     assert sum(bool(models_for(name, "selection")) for name in base) >= 3
     assert models_for("mathopt", "joint")
     assert {spec.program for spec in MODELS.values()} == {"selection", "joint"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_base_routes_agree_with_enumeration_on_many_blocks(kind):
+    routes = {
+        "selection": (
+            ("highs", "selection_rlt"),
+            ("cp_sat", None),
+            ("mathopt", None),
+            ("highs", "selection_glover"),
+        ),
+        "joint": (("mathopt", None),),
+    }
+    limits = Limits(rel_gap=1e-3, time_limit=60)
+    for seed in range(30):
+        n = 4 + seed % 7
+        problem = block(kind, n, seed % (n + 1), seed)
+        for program, bridges in routes.items():
+            oracle = enumerate_optimum(problem, program)
+            answers = [solve_with(name, problem, program, model=m, limits=limits) for name, m in bridges]
+            answers.append(outer_approximation(problem, program, limits=limits))
+            for answer in answers:
+                room = slack(problem)
+                assert answer.termination is not Termination.ERROR, (
+                    seed,
+                    answer.method,
+                    answer.stats.message,
+                )
+                assert answer.bound <= oracle.objective + room, (seed, answer.method)
+                assert answer.objective >= oracle.objective - room
+                if answer.proved:
+                    allowed = answer.rel_gap * abs(answer.objective) + room
+                    assert answer.objective <= oracle.objective + allowed, (seed, answer.method)
