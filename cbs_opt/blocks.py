@@ -104,7 +104,7 @@ class Partition:
         ArgumentError
             If `blocks` is none of the above.
         """
-        rule = _checked_rule(blocks)
+        rule = checked_rule("blocks", blocks)
         names = _names_by_parameter(model)
         chosen = _choose(model, names, target, ignore)
         spans: list[ParameterSpan] = []
@@ -328,12 +328,13 @@ def _listed(names: dict[nn.Parameter, list[str]]) -> str:
     return ", ".join(chain.from_iterable(names.values()))
 
 
-def _checked_rule(blocks: BlockRule) -> BlockRule:
+def checked_rule(argument: str, blocks: BlockRule) -> BlockRule:
+    """Return `blocks` if it is a rule that forms blocks, else raise `ArgumentError`."""
     if isinstance(blocks, str) and blocks in ("global", "layer", "row"):
         return blocks
     if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 0:
         return blocks
-    raise ArgumentError("blocks", f"{blocks!r}", 'use "global", "layer", "row" or a positive block size')
+    raise ArgumentError(argument, f"{blocks!r}", 'use "global", "layer", "row" or a positive block size')
 
 
 def _cut(span: ParameterSpan, rule: BlockRule) -> Iterator[BlockSpan]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
-from cbs_opt.blocks import BlockRule
-from cbs_opt.budget import Budget
-from cbs_opt.methods import Method, find_method
+from cbs_opt.blocks import BlockRule, checked_rule
+from cbs_opt.budget import Budget, checked_sparsity
+from cbs_opt.methods import Method, available_methods, find_method
 from cbs_opt.selection import Selector, by_solver
 from formulations.errors import ArgumentError, UnknownMethodError
 from formulations.solution import Limits
@@ -46,10 +47,12 @@ class PruneOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.sparsity, bool) or not (0.0 <= float(self.sparsity) < 1.0):
-            raise ArgumentError("sparsity", f"{self.sparsity!r}", "pass a number in [0, 1)")
-        for name in ("samples", "samples_per_row", "restarts"):
+        checked_sparsity("sparsity", self.sparsity)
+        checked_rule("partition", self.partition)
+        for name in ("samples", "samples_per_row", "restarts", "choice_samples"):
             value = getattr(self, name)
+            if name == "choice_samples" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(name, f"{value!r}", "pass a whole number >= 1")
         for alternative in self.method_options:
@@ -105,9 +108,11 @@ class PruneOptions:
 
 def grid(name: str, value: float | Sequence[float], *, positive: bool) -> tuple[float, ...]:
     """One number or several as a tuple of finite floats, none negative (or zero, if `positive`)."""
-    entries = (value,) if isinstance(value, int | float) else tuple(value)
+    entries = tuple(value) if isinstance(value, Iterable) else (value,)
     for entry in entries:
-        bad = isinstance(entry, bool | str) or not math.isfinite(entry) or entry < 0.0
+        bad = (
+            isinstance(entry, bool) or not isinstance(entry, Real) or not math.isfinite(entry) or entry < 0.0
+        )
         if bad or (positive and entry == 0.0):
             wanted = "> 0" if positive else ">= 0"
             raise ArgumentError(name, f"{entry!r}", f"pass finite numbers {wanted}")
@@ -137,6 +142,7 @@ def update_kind(update: bool | str | None) -> str | None:
 
 def checked_score(name: str | None) -> str | None:
     """`budget_score`, if it names a saliency."""
-    if name is not None and find_method(name, "selection").kind != "saliency":
-        raise UnknownMethodError("budget_score", f"{name!r}", "name a saliency such as magnitude or obd")
+    known = [method.name for method in available_methods() if method.kind == "saliency"]
+    if name is not None and name not in known:
+        raise UnknownMethodError("budget_score", f"{name!r}", f"choose among {', '.join(known)}")
     return name
