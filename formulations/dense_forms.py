@@ -4,7 +4,7 @@
   ``M`` has unit diagonal (the program does not change when a column is rescaled).
 - *selection*: minimise ``1/2 y.A y + c.y`` over ``y in {0, 1}^n`` with ``sum y = n_prune``.
 
-Each form carries a rounding allowance: a proven bound on how far values computed from it in float64
+Each form knows its rounding: a proven bound on how far values and bounds computed from it in float64
 can lie from the exact ones. Bounds are lowered by it before anyone sees them.
 """
 
@@ -21,6 +21,30 @@ UNIT_ROUNDOFF = float(np.finfo(np.float64).eps) / 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """Terms of the rounding allowance ``gamma (3 r^2 + slope r + fixed)``.
+
+    ``r = one_norm + growth sqrt(2 (value - minimum))`` bounds the 1-norm of every point that matters
+    to an optimum of at most `value`; see `joint_form`.
+    """
+
+    gamma: float
+    fixed: float
+    slope: float = 0.0
+    one_norm: float = 0.0
+    growth: float = 0.0
+    minimum: float = 0.0
+
+    def allowance(self, value: float) -> float:
+        """Allowance in form units once a set of value `value` is known."""
+        if not math.isfinite(self.growth):
+            return math.inf
+        above = max(value - self.minimum, 0.0) + self.gamma * (abs(value) + self.fixed)
+        reach = self.one_norm + self.growth * math.sqrt(2.0 * above)
+        return self.gamma * (3.0 * reach * reach + self.slope * reach + self.fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenseForm:
     """A scaled dense quadratic form of one program.
 
@@ -34,16 +58,15 @@ class DenseForm:
         Constant term, in form units.
     scale : float
         Loss units of one form unit: ``objective = scale * form value``.
-    allowance : float
-        Proven bound on the rounding error of a form value or of a bound on it, in form units;
-        infinity if the form is singular to working precision.
+    rounding : Rounding
+        Gives the allowance for rounding; infinite if the form is singular to working precision.
     """
 
     matrix: FloatArray
     linear: FloatArray
     constant: float
     scale: float
-    allowance: float
+    rounding: Rounding
 
 
 def error_factor(operations: int) -> float:
@@ -62,11 +85,21 @@ def joint_form(problem: BlockProblem) -> DenseForm:
     ------
     NotPositiveDefiniteError
         If ``H`` is singular.
+
+    Notes
+    -----
+    Forming ``M``, its Schur complements, Cholesky solves and definiteness tests are exact for data
+    with ``|dM_ij| <= gamma`` (unit diagonal) and ``|dl_i| <= gamma * slope`` (Higham 2002, chapters 3
+    and 10). They move the value at ``u`` by ``1/2 gamma |u|_1^2 + gamma slope |u|_1``, and a relaxation
+    that is indefinite by rounding by ``1/2 gamma (|u|_1 + |v|_1)^2``. Only points of value at most the
+    incumbent's matter, and those obey ``1/2 (u - u*).M (u - u*) <= value - minimum`` with ``u*`` the
+    unconstrained minimiser.
     """
     problem.require_definite()
     n = problem.n
     if n == 0:
-        return DenseForm(matrix=np.zeros((0, 0)), linear=np.zeros(0), constant=0.0, scale=1.0, allowance=0.0)
+        empty = Rounding(gamma=0.0, fixed=0.0)
+        return DenseForm(matrix=np.zeros((0, 0)), linear=np.zeros(0), constant=0.0, scale=1.0, rounding=empty)
     hessian = problem.dense_hessian()
     root = np.sqrt(np.diagonal(hessian))
     matrix = hessian / root[:, None] / root[None, :]
@@ -75,45 +108,57 @@ def joint_form(problem: BlockProblem) -> DenseForm:
     linear = problem.linear_term() / root
     scale = float(linear @ linear) / n or 1.0
     linear = linear / math.sqrt(scale)
+    constant = problem.constant_term() / scale
     return DenseForm(
         matrix=matrix,
         linear=linear,
-        constant=problem.constant_term() / scale,
+        constant=constant,
         scale=scale,
-        allowance=_joint_allowance(problem, matrix, linear, root, scale),
+        rounding=_joint_rounding(problem, matrix, linear, constant, root, scale),
     )
 
 
-def _joint_allowance(
-    problem: BlockProblem, matrix: FloatArray, linear: FloatArray, root: FloatArray, scale: float
-) -> float:
-    """Rounding allowance of the joint form.
-
-    The form, its Schur complements and Cholesky solves are exact for data with
-    ``|dM_ij| <= gamma`` (unit diagonal) and ``|dl_i| <= gamma * (sum_j d_j |w_j| + |g_i| / d_i)``.
-    A minimiser over any support has ``u.M u <= l.M^-1 l = 2 E``, so ``|u|^2 <= 2 E / lambda_min`` and
-    the value moves by at most ``1/2 gamma |u|_1^2 + |dl|.|u| + |dconstant|``.
-    """
+def _joint_rounding(
+    problem: BlockProblem,
+    matrix: FloatArray,
+    linear: FloatArray,
+    constant: float,
+    root: FloatArray,
+    scale: float,
+) -> Rounding:
     n = problem.n
+    gradient = np.abs(problem.gradient_or_zero)
+    # Sums over samples, then over weights, then the eliminations.
+    gamma = error_factor(2 * _height(problem) + 12 * n + 64)
+    reach = float(root @ np.abs(problem.weights))
+    fixed = (reach * reach + float(gradient @ np.abs(problem.weights))) / scale
     eigenvalues, vectors = np.linalg.eigh(matrix)
     lowest = float(eigenvalues[0] - 4.0 * n * UNIT_ROUNDOFF * eigenvalues[-1])
     if lowest <= 0.0:
-        return math.inf
-    projected = vectors.T @ linear
-    energy = float(0.5 * (projected * projected / np.maximum(eigenvalues, lowest)).sum())
-    height = problem.rows.shape[0] if problem.rows is not None else 1
-    gamma = error_factor(2 * height + 12 * n + 64)
-    reach = float(root @ np.abs(problem.weights))
-    spread = (reach + np.abs(problem.gradient_or_zero) / root) / math.sqrt(scale)
-    constant = (reach * reach + float(np.abs(problem.gradient_or_zero) @ np.abs(problem.weights))) / scale
-    norm_squared = 2.0 * energy / lowest
-    return gamma * (
-        0.5 * n * norm_squared + math.sqrt(norm_squared) * float(np.linalg.norm(spread)) + constant
+        return Rounding(gamma=gamma, fixed=fixed, growth=math.inf)
+    minimiser = vectors @ ((vectors.T @ linear) / np.maximum(eigenvalues, lowest))
+    return Rounding(
+        gamma=gamma,
+        fixed=fixed,
+        slope=float((reach + gradient / root).max()) / math.sqrt(scale),
+        one_norm=float(np.abs(minimiser).sum()) * (1.0 + 1e-6),
+        growth=math.sqrt(n / lowest),
+        minimum=constant - 0.5 * float(linear @ minimiser),
     )
 
 
+def _height(problem: BlockProblem) -> int:
+    return problem.rows.shape[0] if problem.rows is not None else 1
+
+
 def selection_form(problem: BlockProblem) -> DenseForm:
-    """The selection program with ``A = diag(w) H diag(w)`` and ``c = -g w``; O(m n^2)."""
+    """The selection program with ``A = diag(w) H diag(w)`` and ``c = -g w``; O(m n^2).
+
+    Notes
+    -----
+    ``|dA_ij| <= gamma a_i a_j`` with ``a_i = sqrt(A_ii)``, and ``y`` picks `n_prune` entries, so a value
+    moves by at most ``gamma ((sum of the n_prune largest a_i)^2 + sum |c_i|)``.
+    """
     n = problem.n
     weights = problem.weights
     matrix = problem.dense_hessian() * weights[:, None] * weights[None, :]
@@ -124,16 +169,15 @@ def selection_form(problem: BlockProblem) -> DenseForm:
         scale = float(np.trace(matrix)) / n or float(np.abs(linear).mean()) or 1.0
     matrix = np.ascontiguousarray(matrix / scale)
     linear = linear / scale
-    # |dA_ij| <= gamma a_i a_j with a_i = sqrt(A_ii), and y picks at most n_prune entries.
     reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - problem.n_prune :].sum()
-    height = problem.rows.shape[0] if problem.rows is not None else 1
-    gamma = error_factor(2 * height + 12 * n + 64)
+    gamma = error_factor(2 * _height(problem) + 12 * n + 64)
+    fixed = 2.0 * float(reach * reach + np.abs(linear).sum())
     return DenseForm(
         matrix=matrix,
         linear=linear,
         constant=0.0,
         scale=scale,
-        allowance=gamma * float(reach * reach + np.abs(linear).sum()),
+        rounding=Rounding(gamma=gamma, fixed=fixed),
     )
 
 

@@ -84,8 +84,9 @@ def enumerate_optimum(
     pool.offer_magnitude_if_empty()
     bound: float | None = None
     rel_gap: float | None = None
-    if finished and math.isfinite(form.allowance):
-        bound = pool.objective - form.allowance * form.scale
+    allowance = form.rounding.allowance(pool.objective / form.scale)
+    if finished and math.isfinite(allowance):
+        bound = pool.objective - allowance * form.scale
         rel_gap = max(limits.rel_gap, (pool.objective - bound) / max(abs(pool.objective), 1e-12))
     return pool.solution(
         method="enumeration",

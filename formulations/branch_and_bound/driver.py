@@ -106,7 +106,7 @@ def branch_and_bound(
         pool=pool,
         limits=limits,
         scale=form.scale,
-        allowance=form.allowance,
+        rounding=form.rounding,
         started=started,
         depth_first=search == "depth",
         improve_period=25 if swaps else 0,
@@ -184,6 +184,7 @@ def _account(tree: Search, limit: Limit | None, certificate: Certificate | None)
         stats=SolveStats(
             seconds=time.perf_counter() - tree.started,
             nodes=tree.nodes,
+            message="" if math.isfinite(tree.allowance) else "H is singular to rounding: no bound",
             extra={"open_after_root": tree.open_after_root},
         ),
         trace=tuple(tree.trace),

@@ -10,7 +10,12 @@ from formulations.compiled import compiled
 from formulations.factorisation import cholesky_factor, inverse_from_factor
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.relaxations.diagonal_split import LAPACK_FROM, barrier_step
-from formulations.relaxations.perspective_kernels import prox_support_norm, solve_perspective, split_slopes
+from formulations.relaxations.perspective_kernels import (
+    dual_rounding,
+    prox_support_norm,
+    solve_perspective,
+    split_slopes,
+)
 from formulations.swap_kernels import swap_joint, sweep
 
 
@@ -70,7 +75,7 @@ def evaluate_joint(
             value, point, residual, _ = solve_perspective(
                 smooth, reduced_linear / root, size, start * root, cutoff - constant, 150, 1e-3
             )
-            bound = value + constant
+            bound = value + constant - dual_rounding(smooth, reduced_linear / root, point, residual, size)
             start = point / root
             gained = bound - best
             if gained > 0.0:
@@ -78,7 +83,7 @@ def evaluate_joint(
                 for p in range(m):
                     warm[free[p]] = start[p]
                     split[free[p]] = local[p]
-            if best >= cutoff:
+            if best >= cutoff or value + constant >= cutoff:
                 return CLOSED, best, -1, False
             if fixing:
                 fixed = fix_joint(residual, size, bound, cutoff, free, status)
@@ -162,7 +167,7 @@ def branch_joint(
             system[p, p] += 1.0 if p < left else 1e-12
         factor = np.zeros((right, right))
         if cholesky_factor(system, factor):
-            inverse = np.linalg.inv(system) if right >= LAPACK_FROM else inverse_from_factor(factor)
+            inverse = np.linalg.inv(system).T if right >= LAPACK_FROM else inverse_from_factor(factor)
             along = np.dot(inverse, sign)
             total = np.dot(sign, along)
             level = np.dot(sign, x) / share

@@ -12,6 +12,7 @@ from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.relaxations.capped_simplex_kernels import (
     METRIC_FLOOR,
     METRIC_SHARE,
+    linearisation_rounding,
     shift_slopes,
     solve_capped_simplex,
 )
@@ -73,17 +74,18 @@ def evaluate_selection(
             smooth = reduced.copy()
             for p in range(m):
                 smooth[p, p] -= local[p]
+            shifted = reduced_linear + 0.5 * local
             value, start, slope, _ = solve_capped_simplex(
-                smooth, reduced_linear + 0.5 * local, count, metric, start, cutoff - constant, 150, 1e-3
+                smooth, shifted, count, metric, start, cutoff - constant, 150, 1e-3
             )
-            bound = value + constant
+            bound = value + constant - linearisation_rounding(smooth, shifted, start, slope, count)
             gained = bound - best
             if gained > 0.0:
                 best = bound
                 for p in range(m):
                     warm[free[p]] = start[p]
                     split[free[p]] = local[p]
-            if best >= cutoff:
+            if best >= cutoff or value + constant >= cutoff:
                 return CLOSED, best, -1, False
             fixed = 0
             if fixing:
@@ -148,7 +150,7 @@ def branch_selection(
             system[p, p] += 1e-12 * (1.0 + system[p, p])
         factor = np.zeros((size, size))
         if cholesky_factor(system, factor):
-            inverse = np.linalg.inv(system) if size >= LAPACK_FROM else inverse_from_factor(factor)
+            inverse = np.linalg.inv(system).T if size >= LAPACK_FROM else inverse_from_factor(factor)
             along = np.dot(inverse, np.ones(size))
             total = along.sum()
             best = -1.0

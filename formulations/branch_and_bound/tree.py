@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from formulations.branch_and_bound.outcomes import CLOSED, LEAF
+from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.solution import Limit, Limits, TracePoint
@@ -54,8 +55,8 @@ class Search:
     limits : Limits
     scale : float
         Loss units of one form unit.
-    allowance : float
-        Rounding allowance of a bound.
+    rounding : Rounding
+        Gives the rounding allowance of a bound.
     started : float
         `time.perf_counter` at the start of the solve.
     depth_first : bool
@@ -67,7 +68,7 @@ class Search:
     pool: IncumbentPool
     limits: Limits
     scale: float
-    allowance: float
+    rounding: Rounding
     started: float
     depth_first: bool = False
     improve_period: int = 25
@@ -88,17 +89,24 @@ class Search:
         return self.pool.objective / self.scale
 
     @property
+    def allowance(self) -> float:
+        """Proven bound on all rounding in a bound that matters to the incumbent."""
+        return self.rounding.allowance(self.incumbent)
+
+    @property
     def cutoff(self) -> float:
         """Bound from which a node cannot hold a set better by more than the gap asked for."""
         slack = self.limits.rel_gap * max(abs(self.incumbent), 1e-12 / self.scale)
-        return self.incumbent - max(slack - 2.0 * self.allowance, 2.0 * self.allowance)
+        allowance = self.allowance
+        return self.incumbent - max(slack - 2.0 * allowance, 2.0 * allowance)
 
     @property
     def bound(self) -> float:
         """Lower bound on the optimum that the search has proved; -inf before the root."""
         if not self.rooted:
             return -math.inf
-        lowest = min(self.closed_bound, self.incumbent)
+        # Fixing drops subtrees whose bound is only known to reach the cutoff.
+        lowest = min(self.closed_bound, self.cutoff)
         if self.current is not None:
             lowest = min(lowest, self.current.bound)
         if self._heap:

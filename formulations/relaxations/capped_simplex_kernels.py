@@ -16,6 +16,7 @@ import numpy as np
 from formulations.compiled import compiled
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
+from formulations.relaxations.perspective_kernels import ROUNDOFF, largest_sum
 
 NEWTON_PERIOD = 6
 """ADMM steps between two active-set climbs."""
@@ -67,12 +68,28 @@ def project_capped_simplex(point: FloatArray, metric: FloatArray, count: int, im
 @compiled
 def smallest_sum(values: FloatArray, count: int) -> float:
     """Sum of the `count` smallest of `values`."""
-    n = values.size
-    if count <= 0:
-        return 0.0
-    if count >= n:
-        return float(values.sum())
-    return float(np.partition(values, count - 1)[:count].sum())
+    return -largest_sum(-values, count)
+
+
+@compiled
+def linearisation_rounding(
+    smooth: FloatArray, linear: FloatArray, point: FloatArray, slope: FloatArray, count: int
+) -> float:
+    """Bound on the rounding error of the linearisation bound, and on an indefinite rounded ``B``; O(n).
+
+    ``|B_ij| <= a_i a_j`` with ``a_i = sqrt(B_ii)``; a ``B`` that is semidefinite up to rounding costs
+    ``1/2 gamma (sum_i a_i |y_i - v_i|)^2`` at the binary points ``v``.
+    """
+    n = linear.size
+    gamma = ROUNDOFF * (n + 16.0)
+    root = np.empty(n)
+    reach = 0.0
+    for i in range(n):
+        root[i] = np.sqrt(max(smooth[i, i], 0.0))
+        reach += root[i] * abs(point[i])
+    terms = root * reach + np.abs(linear) + np.abs(slope)
+    both = reach + largest_sum(root, count)
+    return 1.01 * gamma * (reach * reach + largest_sum(terms, count) + both * both)
 
 
 @compiled

@@ -24,6 +24,8 @@ NEWTON_MISSES = 4
 """Newton steps in a row that may fail to lift the bound before a climb is given up."""
 PATIENCE = 8
 """Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
+ROUNDOFF = 1.2e-16
+"""A little above the unit roundoff of float64."""
 ZERO = 0
 SHARED = 1
 WHOLE = 2
@@ -104,6 +106,27 @@ def dual_value(u: FloatArray, product: FloatArray, linear: FloatArray, split: Fl
     """The lower bound that `u` proves; `product` = ``Q u``."""
     residual = linear - product
     return -0.5 * float(np.dot(u, product)) - 0.5 * largest_sum(residual * residual / split, size)
+
+
+@compiled
+def dual_rounding(
+    smooth: FloatArray, linear: FloatArray, point: FloatArray, residual: FloatArray, size: int
+) -> float:
+    """Bound on the rounding error of `dual_value` in scaled coordinates; O(n).
+
+    ``|Q_ij| <= a_i a_j`` with ``a_i = sqrt(Q_ii)``, so an inner product of ``Q`` with ``t`` errs by at most
+    ``gamma a_i sum_j a_j |t_j|``.
+    """
+    n = linear.size
+    gamma = ROUNDOFF * (n + 16.0)
+    reach = 0.0
+    for i in range(n):
+        reach += np.sqrt(max(smooth[i, i], 0.0)) * abs(point[i])
+    terms = np.empty(n)
+    for i in range(n):
+        error = np.sqrt(max(smooth[i, i], 0.0)) * reach + abs(linear[i]) + abs(residual[i])
+        terms[i] = error * (abs(residual[i]) + gamma * error)
+    return 1.01 * gamma * (reach * reach + largest_sum(terms, size))
 
 
 @compiled

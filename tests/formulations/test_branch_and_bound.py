@@ -81,6 +81,18 @@ def test_node_limit_leaves_a_valid_bound(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_a_loose_gap_never_overstates_the_bound(program):
+    for seed in range(12):
+        problem = block("random", 12, 6, seed=seed)
+        optimum = enumerate_optimum(problem, program).objective
+        solution = branch_and_bound(problem, program, limits=Limits(rel_gap=0.3), swaps=False)
+        assert solution.proved
+        assert solution.bound <= optimum + slack(problem)
+        assert solution.objective - optimum <= 0.3 * abs(solution.objective)
+        assert solution.gap <= solution.rel_gap == 0.3
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_time_limit_zero_returns_the_warm_start(program):
     problem = block("random", 20, 9, seed=2)
     start = greedy(problem, program)
@@ -170,6 +182,15 @@ def test_scale_of_the_data_does_not_matter(program):
     assert second.proved
     assert second.objective == pytest.approx(first.objective * 1e-14, rel=1e-5)
     assert objective(problem, second.keep, program) == pytest.approx(first.objective, rel=1e-5)
+
+
+def test_a_block_singular_to_rounding_gets_no_bound():
+    rng = np.random.default_rng(0)
+    problem = BlockProblem(weights=rng.normal(size=8), rows=np.ones((3, 8)), damping=3e-14, n_prune=4)
+    solution = branch_and_bound(problem, "joint")
+    assert solution.bound is None
+    assert solution.termination is Termination.FEASIBLE
+    assert "singular" in solution.stats.message
 
 
 def test_refuses_what_it_cannot_solve():
