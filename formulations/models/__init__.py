@@ -19,11 +19,22 @@ INDICATOR = "indicator constraint"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """How large a model will be, known before it is built (indicator rows count as linear)."""
+    """How large a model will be, known before it is built, or what a licence allows.
+
+    Attributes
+    ----------
+    variables : int
+    linear_rows : int
+        Indicator rows included.
+    quadratic_rows : int
+    quadratic_variables : int
+        The variables again if the model has products anywhere, 0 if it is linear.
+    """
 
     variables: int
     linear_rows: int
     quadratic_rows: int
+    quadratic_variables: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +70,12 @@ class ModelSpec:
     def size(self, problem: BlockProblem) -> ModelSize:
         """Upper bound on the size of the model, without building it; O(1)."""
         variables, linear_rows, quadratic_rows = self._size(problem.n)
-        return ModelSize(variables=variables, linear_rows=linear_rows, quadratic_rows=quadratic_rows)
+        return ModelSize(
+            variables=variables,
+            linear_rows=linear_rows,
+            quadratic_rows=quadratic_rows,
+            quadratic_variables=0 if self.kind == "MILP" else variables,
+        )
 
 
 def _pairs(n: int) -> int:

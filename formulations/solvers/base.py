@@ -213,7 +213,7 @@ def check_availability(solver: Solver, spec: ModelSpec, problem: BlockProblem) -
     if found.limits is None:
         return
     size = spec.size(problem)
-    for word in ("variables", "linear_rows", "quadratic_rows"):
+    for word in ("variables", "linear_rows", "quadratic_rows", "quadratic_variables"):
         have, allowed = getattr(size, word), getattr(found.limits, word)
         if have > allowed:
             what = f"{spec.name} has up to {have} {word.replace('_', ' ')}, the licence allows {allowed}"

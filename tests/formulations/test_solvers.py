@@ -311,7 +311,7 @@ def test_worse_point_of_a_solver_is_dropped():
 
 def test_licence_limit_is_checked_before_building():
     problem = block("random", 30, 15, seed=1)
-    limits = ModelSize(variables=100, linear_rows=2000, quadratic_rows=0)
+    limits = ModelSize(variables=100, linear_rows=2000, quadratic_rows=0, quadratic_variables=0)
 
     def never(task):
         raise AssertionError("must not run")
@@ -328,6 +328,15 @@ def test_restricted_gurobi_licence_is_reported_as_such():
     assert "licence" in info.reason
     with pytest.raises(SolverUnavailableError, match="licence allows 2000"):
         solve_with("gurobi", block("random", 80, 40, seed=1), "selection", model="selection_rlt")
+    # The figures in the code are those of the licence: just inside runs, just outside is refused.
+    for n, model in ((200, "selection_shifted_qp"), (66, "joint_perspective")):
+        program = MODELS[model].program
+        inside = solve_with(
+            "gurobi", block("random", n, n // 2, 1), program, model=model, limits=Limits(time_limit=1)
+        )
+        assert inside.termination is not Termination.ERROR, inside.stats.message
+        with pytest.raises(SolverUnavailableError, match="licence allows 200"):
+            solve_with("gurobi", block("random", n + 1, n // 2, seed=1), program, model=model)
 
 
 def test_absent_package_is_a_reason_not_a_crash(monkeypatch):
