@@ -11,6 +11,7 @@ from formulations.dense_forms import DenseForm, joint_form, selection_form
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
+from formulations.relaxations.matrix_free import relax_joint_rows, relax_selection_rows
 from formulations.relaxations.perspective import (
     SPLIT_MARGIN,
     PerspectiveCertificate,
@@ -22,6 +23,8 @@ from formulations.solution import BlockSolution, Certificate, Limits, SolveStats
 SPLIT_LARGEST = 600
 """Largest block whose diagonal split is optimised by default: a barrier step costs O(n^3)."""
 SPLIT_ROUNDS = 40
+DENSE_LARGEST = 2000
+"""Largest block for which ``H`` is formed although rows are given."""
 
 
 def lower_bound(
@@ -35,14 +38,16 @@ def lower_bound(
     """Bound a program from below by its continuous relaxation.
 
     Joint: perspective relaxation. Selection: capped simplex after a diagonal shift. The bound in the
-    result is what its certificate recomputes, never the solver's own figure.
+    result is what its certificate recomputes, never the solver's own figure. Blocks with rows and more
+    than 2000 weights are solved without forming ``H``.
 
     Parameters
     ----------
     problem : BlockProblem
     program : {"selection", "joint"}
     limits : Limits, optional
-        `rel_gap` decides when the bound proves the incumbent optimal.
+        `rel_gap` decides when the bound proves the incumbent optimal; `time_limit` and
+        `iteration_limit` (ADMM steps) stop the matrix-free solver, whose bound is valid at any step.
     incumbent : BlockSolution, optional
         The result is never worse; its value also tells the relaxation when to stop.
     diagonal_split : bool, optional
@@ -70,8 +75,11 @@ def lower_bound(
         if diagonal_split is None:
             diagonal_split = problem.n <= SPLIT_LARGEST
         rounds = SPLIT_ROUNDS if diagonal_split else 0
-        relaxed = _joint if program == "joint" else _selection
-        certificate = relaxed(problem, pool, rounds)
+        if problem.rows is not None and problem.damping > 0.0 and not rounds and problem.n > DENSE_LARGEST:
+            certificate = _from_rows(problem, pool, limits, started)
+        else:
+            relaxed = _joint if program == "joint" else _selection
+            certificate = relaxed(problem, pool, rounds)
         bound = certificate.lower_bound(problem)
     else:
         # One set only: its value is the optimum.
@@ -89,6 +97,20 @@ def lower_bound(
         certificate=certificate,
         stats=SolveStats(seconds=time.perf_counter() - started),
     )
+
+
+def _from_rows(
+    problem: BlockProblem, pool: IncumbentPool, limits: Limits, started: float
+) -> PerspectiveCertificate | CappedSimplexCertificate:
+    if pool.program == "joint":
+        point, residual = relax_joint_rows(problem, limits, started, pool.objective)
+        pool.offer(round_joint(residual, problem.n_keep))
+        split = np.full(problem.n, problem.damping * (1.0 - SPLIT_MARGIN))
+        return PerspectiveCertificate(point=point, split=split)
+    point = relax_selection_rows(problem, limits, started, pool.objective)
+    pool.offer(round_selection(point, problem.n_prune))
+    shift = problem.damping * problem.weights**2 * (1.0 - SPLIT_MARGIN)
+    return CappedSimplexCertificate(point=point, shift=shift)
 
 
 def _joint(problem: BlockProblem, pool: IncumbentPool, rounds: int) -> PerspectiveCertificate:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.optimize import LinearConstraint, minimize
 
-from formulations import BlockProblem, Termination, verify
+from formulations import BlockProblem, Limits, Termination, objective, verify
 from formulations.dense_forms import joint_form, selection_form
 from formulations.enumeration import enumerate_optimum
 from formulations.incumbents import swap_search
@@ -187,3 +187,34 @@ def test_incumbent_and_bound_can_prove_optimality(program):
     assert solution.objective <= best.objective
     assert solution.termination in (Termination.OPTIMAL, Termination.FEASIBLE)
     assert (solution.termination is Termination.OPTIMAL) == (solution.gap <= 1e-6)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_matrix_free_bound_agrees_with_the_dense_one(program, monkeypatch):
+    problem = dataclasses.replace(block("wide", 60, 40, seed=2), damping=0.3)
+    dense = lower_bound(problem, program, diagonal_split=False)
+    monkeypatch.setattr("formulations.relaxations.bounds.DENSE_LARGEST", 0)
+    free = lower_bound(problem, program, diagonal_split=False)
+    assert free.bound == pytest.approx(dense.bound, rel=1e-3)
+    assert free.bound <= dense.bound * (1.0 + 1e-4)
+    assert verify(problem, free).ok
+    early = lower_bound(problem, program, diagonal_split=False, limits=Limits(iteration_limit=3))
+    assert early.bound <= dense.bound * (1.0 + 1e-4)
+    assert verify(problem, early).bound_checked
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_large_block_is_bounded_without_forming_its_hessian(program, monkeypatch):
+    rng = np.random.default_rng(3)
+    problem = BlockProblem(
+        weights=rng.normal(size=5000), rows=rng.normal(size=(50, 5000)) / 7.0, damping=0.1, n_prune=4000
+    )
+    monkeypatch.setattr(BlockProblem, "dense_hessian", lambda self: pytest.fail("formed H"))
+    start = np.sort(np.argsort(np.abs(problem.weights))[4000:])
+    solution = lower_bound(problem, program, limits=Limits(time_limit=20.0))
+    keep = np.zeros(5000, dtype=bool)
+    keep[start] = True
+    assert solution.bound <= solution.objective
+    assert solution.bound <= objective(problem, keep, program)
+    assert solution.gap < 0.5
+    assert verify(problem, solution).bound_checked
