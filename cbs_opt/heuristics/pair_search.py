@@ -30,6 +30,8 @@ DIRECTIONS = 64
 """Directions in all."""
 SAMPLE = 4_096
 """Columns that U is fitted to. Any U gives valid bounds; a good one gives tight bounds."""
+POWER_ITERATIONS = 2
+"""Subspace iterations towards the leading directions."""
 SLACK = 1e-5
 """Rounding allowance of the float32 bound, relative to ``|B_i| |B_j|``."""
 GROUP = 32
@@ -60,9 +62,7 @@ def project(program: SelectionProgram, seed: int) -> Projection:
     rows = program.data
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(program.n, generator=generator)[:SAMPLE].to(rows.device)
-    columns = program.columns(sample)
-    _, vectors = torch.linalg.eigh(columns @ columns.T)
-    basis = vectors[:, -DIRECTIONS:].flip(1)
+    basis = _leading_directions(program.columns(sample), generator)
     squares = column_squares(rows) * program.weights.double() ** 2
     coordinates: list[Tensor] = []
     remainders: list[Tensor] = []
@@ -75,6 +75,19 @@ def project(program: SelectionProgram, seed: int) -> Projection:
         coordinates.append(part.float())
     remainder = torch.cat(remainders).clamp_min(0.0).sqrt()
     return Projection(norm=squares.sqrt(), coordinates=torch.cat(coordinates), remainder=remainder)
+
+
+def _leading_directions(columns: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal leading left singular vectors, (m, d), most energy first, by subspace iteration."""
+    width = min(DIRECTIONS, *columns.shape)
+    probe = torch.randn(columns.shape[1], width, generator=generator, dtype=torch.float64)
+    span = columns @ probe.to(columns)
+    for _ in range(POWER_ITERATIONS):
+        span = columns @ (columns.T @ torch.linalg.qr(span).Q)
+    basis = torch.linalg.qr(span).Q
+    rotation = torch.linalg.svd(basis.T @ columns, full_matrices=False).U
+    directions: Tensor = torch.linalg.qr(basis @ rotation).Q
+    return directions
 
 
 def improving_pairs(
