@@ -17,7 +17,7 @@ DAMPING: Mapping[str, tuple[float, ...]] = {"mlpnet": (0.3, 1.0, 3.0, 10.0), "re
 """Grids of the update's damping in units of the mean diagonal of the Fisher matrix."""
 SELECTION_DAMPING: Mapping[str, float] = {"mlpnet": 0.0, "resnet20": 30.0}
 """Damping of the selection program, in the same units."""
-SWAPS: Mapping[str, tuple[int, ...]] = {"mlpnet": (100, 400, 1000), "resnet20": (0, 10, 30, 100)}
+SWAPS: Mapping[str, tuple[int, ...]] = {"mlpnet": (100, 400, 1000), "resnet20": (0, 10, 100, 400)}
 """Grids of the most swaps to make; the 1-swap optimum of a sample over-fits where rows are few."""
 
 METHODS = ("magnitude", "obd", "woodfisher", "update_only", "cbs_selection", "cbs")
