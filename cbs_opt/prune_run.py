@@ -22,7 +22,7 @@ from cbs_opt.batches import Data, Evaluation, LossFunction, device_of, evaluate,
 from cbs_opt.blocks import FisherBlock, Partition
 from cbs_opt.budget import allocate
 from cbs_opt.curvature import GradientRows, gradient_rows
-from cbs_opt.heuristics.products import column_squares, step_loss
+from cbs_opt.heuristics.products import KeptGram, column_squares, step_loss
 from cbs_opt.heuristics.updates import cbs_updates, independent_updates
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
@@ -30,6 +30,8 @@ from cbs_opt.selection import Choice
 from cbs_opt.write_back import TrialNetwork
 from formulations.errors import ArgumentError, ShapeError
 
+SHARED_GRAM_SIZE = 1 << 26
+"""Numbers in the Gram matrices that are kept from one tried network to the next: 512 MiB."""
 UPDATERS = {"cbs": cbs_updates, "independent": independent_updates}
 
 
@@ -73,6 +75,7 @@ class PruneRun:
         self.seconds: dict[str, float] = {}
         self.weights = partition.flatten(model)
         self.curvature = curvature
+        self.grams: dict[str, KeptGram] = {}
         self.sample: list[tuple[Any, Tensor]] | None = None
 
     def read_training_data(self, data: Data | None, memory_limit: int) -> None:
@@ -245,13 +248,22 @@ class PruneRun:
             update = UPDATERS[options.update]
             blocks = self._blocks(dampings[0], gradient=options.gradient_term)
             found = [
-                update(block, choice.pruned, dampings) for block, choice in zip(blocks, choices, strict=True)
+                update(block, choice.pruned, dampings, self._gram(block))
+                for block, choice in zip(blocks, choices, strict=True)
             ]
         for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
             target = torch.cat(pieces)
             for scale in options.update_scale:
                 moved = torch.where(pruned, 0.0, before + scale * (target - before))
                 yield self._candidate(choices, moved, ~pruned, damping, scale)
+
+    def _gram(self, block: FisherBlock) -> KeptGram | None:
+        """The Gram matrix that tried networks share, where there are few enough blocks to keep them."""
+        if block.rows is None or len(self.partition.blocks) * block.rows.shape[0] ** 2 > SHARED_GRAM_SIZE:
+            return None
+        if block.name not in self.grams:
+            self.grams[block.name] = KeptGram(block.rows)
+        return self.grams[block.name]
 
     def _candidate(
         self, choices: list[Choice], weights: Tensor, keep: Tensor, damping: float, scale: float

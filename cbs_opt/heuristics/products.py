@@ -38,6 +38,35 @@ def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
     return gram
 
 
+class KeptGram:
+    """``R_K R_K^T`` of a kept set that changes little from one call to the next.
+
+    Parameters
+    ----------
+    rows : (m, n) tensor
+
+    Notes
+    -----
+    Only columns that enter or leave K are multiplied: O(m^2 |change|), from the empty set at first.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.members = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
+        self.gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
+
+    def of(self, keep: Tensor) -> Tensor:
+        """The Gram matrix of the columns where `keep` (n,) is True, (m, m) float64; do not write to it."""
+        changes = keep != self.members
+        if int(changes.sum()) > int(keep.sum()):
+            self.members, self.gram, changes = torch.zeros_like(keep), torch.zeros_like(self.gram), keep
+        entering = (changes & keep).nonzero().squeeze(1)
+        leaving = (changes & ~keep).nonzero().squeeze(1)
+        self.gram = self.gram + inner_gram(self.rows, entering) - inner_gram(self.rows, leaving)
+        self.members = keep.clone()
+        return self.gram
+
+
 def hessian_product(block: FisherBlock, x: Tensor) -> Tensor:
     """``H x`` of a block for float64 `x`, (n,); the way back is in the precision of the rows."""
     if block.rows is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics.products import COLUMN_CHUNK, factorise, image, inner_gram
+from cbs_opt.heuristics.products import COLUMN_CHUNK, KeptGram, factorise, image
 from formulations.errors import NotPositiveDefiniteError
 
 
@@ -40,8 +40,13 @@ def cbs_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     return cbs_updates(block, pruned, [block.damping])[0]
 
 
-def cbs_updates(block: FisherBlock, pruned: Tensor, dampings: Sequence[float]) -> list[Tensor]:
-    """`cbs_update` for several dampings in place of the block's own, at little more than one's cost."""
+def cbs_updates(
+    block: FisherBlock, pruned: Tensor, dampings: Sequence[float], gram: KeptGram | None = None
+) -> list[Tensor]:
+    """`cbs_update` for several dampings in place of the block's own, at little more than one's cost.
+
+    A `gram` of the block's rows that is passed again spares what the sets have in common.
+    """
     weights = block.weights.double()
     kept = (~pruned).nonzero().squeeze(1)
     if kept.numel() == 0:
@@ -55,7 +60,7 @@ def cbs_updates(block: FisherBlock, pruned: Tensor, dampings: Sequence[float]) -
         assert block.hessian is not None
         right = right + block.hessian.index_select(0, kept).double() @ removed
     updates = []
-    for step in _solve_kept(block, kept, right, pulled, dampings):
+    for step in _solve_kept(block, kept, right, pulled, dampings, gram):
         new_weights = torch.zeros_like(weights)
         new_weights[kept] = weights[kept] + step
         updates.append(new_weights)
@@ -86,18 +91,25 @@ def independent_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     return torch.where(pruned, 0.0, moved)
 
 
-def independent_updates(block: FisherBlock, pruned: Tensor, dampings: Sequence[float]) -> list[Tensor]:
-    """`independent_update` for several dampings in place of the block's own."""
+def independent_updates(
+    block: FisherBlock, pruned: Tensor, dampings: Sequence[float], gram: KeptGram | None = None
+) -> list[Tensor]:
+    """`independent_update` for several dampings in place of the block's own; `gram` is of no use."""
     return [independent_update(replace(block, damping=damping), pruned) for damping in dampings]
 
 
 def _solve_kept(
-    block: FisherBlock, kept: Tensor, right: Tensor, pulled: Tensor | None, dampings: Sequence[float]
+    block: FisherBlock,
+    kept: Tensor,
+    right: Tensor,
+    pulled: Tensor | None,
+    dampings: Sequence[float],
+    gram: KeptGram | None = None,
 ) -> list[Tensor]:
     """Solve ``H_KK x = right + R_K^T pulled`` in float64 for each damping, `pulled` of shape (m,)."""
     rows = block.rows
     if rows is not None and kept.numel() > rows.shape[0]:
-        return _solve_woodbury(block, rows, kept, right, pulled, dampings)
+        return _solve_woodbury(block, gram or KeptGram(rows), kept, right, pulled, dampings)
     if rows is not None:
         columns = rows.index_select(1, kept).double()
         hessian = columns.T @ columns
@@ -113,7 +125,7 @@ def _solve_kept(
 
 def _solve_woodbury(
     block: FisherBlock,
-    rows: Tensor,
+    gram: KeptGram,
     kept: Tensor,
     right: Tensor,
     pulled: Tensor | None,
@@ -124,17 +136,20 @@ def _solve_woodbury(
     ``(damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping``, and applied to
     ``B^T z`` it is ``B^T (damping I + B B^T)^-1 z``, where nothing cancels however small the damping.
     """
+    rows = gram.rows
     if min(dampings) == 0.0:
         found = f"0 with {rows.shape[0]} rows for {kept.numel()} kept weights: H_KK is singular"
         raise NotPositiveDefiniteError("damping", found, "use damping > 0")
-    gram = inner_gram(rows, kept)
+    keep = torch.zeros(block.n, dtype=torch.bool, device=rows.device)
+    keep[kept] = True
+    inner_matrix = gram.of(keep)
     scattered = torch.zeros(block.n, dtype=torch.float64, device=rows.device)
     scattered[kept] = right
     own = image(rows, scattered)
     solutions = []
     for damping in dampings:
         outer = (0.0 if pulled is None else pulled) - own / damping
-        inner = torch.cholesky_solve(outer[:, None], factorise(_damped(gram, damping), block))[:, 0]
+        inner = torch.cholesky_solve(outer[:, None], factorise(_damped(inner_matrix, damping), block))[:, 0]
         solutions.append(right / damping + _back(rows, kept, inner))
     return solutions
 
