@@ -187,7 +187,7 @@ def branch_joint(
     if chosen < 0:
         # Nothing fractional: the free index nearest to the threshold.
         magnitude = np.abs(residual)
-        threshold = np.partition(magnitude, m - size)[m - size]
+        threshold = magnitude[np.argsort(-magnitude)[size - 1]]
         nearest = np.inf
         for i in range(m):
             if status[free[i]] == FREE and abs(magnitude[i] - threshold) < nearest:

@@ -36,7 +36,7 @@ def solve_from_root(
     tree: Search, problem: BlockProblem, *, reduction: bool, swaps: bool
 ) -> tuple[Limit | None, Certificate | None]:
     """Process the root and then the tree; the limit that came and the certificate of the root."""
-    status = np.zeros(problem.n, dtype=np.int64)
+    status = np.zeros(problem.n, dtype=np.int8)
     tree.current = Node(-math.inf, status, np.empty(0), np.empty(0))
     certificate: Certificate | None = None
     try:

@@ -59,11 +59,13 @@ class Subproblems:
     def evaluate(self, node: Node, cutoff: float, rounds: int, patience: int) -> tuple[int, int, bool]:
         """Raise ``node.bound``; the outcome, the index to branch on, whether to keep it first."""
         kernel = evaluate_joint if self.program == "joint" else evaluate_selection
+        status = node.status.astype(np.int64)
+        node.split, node.warm = node.split.copy(), node.warm.copy()
         outcome, bound, index, keep_first = kernel(
             self.matrix,
             self.linear,
             self.count,
-            node.status,
+            status,
             node.split,
             node.warm,
             cutoff - self.constant,
@@ -74,6 +76,7 @@ class Subproblems:
         )
         if outcome == FAILED:
             raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use a larger damping")
+        node.status = status.astype(np.int8)
         node.bound = max(node.bound, bound + self.constant)
         return outcome, index, keep_first
 
@@ -85,7 +88,7 @@ class Subproblems:
             for value in (PRUNED, KEPT) if keep_first else (KEPT, PRUNED):
                 status = node.status.copy()
                 status[index] = value
-                children.append(Node(node.bound, status, node.split.copy(), node.warm.copy(), node.depth + 1))
+                children.append(Node(node.bound, status, node.split, node.warm, node.depth + 1))
         return outcome, children
 
     def compacted(self, node: Node) -> tuple[Subproblems, Node]:
@@ -110,7 +113,7 @@ class Subproblems:
             index=self.index[free],
             decided_kept=decided,
         )
-        status = np.zeros(free.size, dtype=np.int64)
+        status = np.zeros(free.size, dtype=np.int8)
         return smaller, Node(node.bound, status, node.split[free], node.warm[free], node.depth)
 
     def keep(self, node: Node) -> BoolArray:
@@ -121,7 +124,14 @@ class Subproblems:
         """A kept set from rounding the node's relaxation and swaps."""
         kernel = improve_joint if self.program == "joint" else improve_selection
         return self.lifted(
-            kernel(self.matrix, self.linear, self.count, node.status, node.warm, IMPROVING_SWAPS)
+            kernel(
+                self.matrix,
+                self.linear,
+                self.count,
+                node.status.astype(np.int64),
+                node.warm,
+                IMPROVING_SWAPS,
+            )
         )
 
     def value(self, keep: BoolArray) -> float:

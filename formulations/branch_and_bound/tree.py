@@ -9,10 +9,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from formulations.branch_and_bound.outcomes import CLOSED, LEAF
 from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
-from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.problem import BoolArray, FloatArray
 from formulations.solution import Limit, Limits, TracePoint
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 TRACE_INTERVAL = 0.25
 """Seconds between two trace points that only show a better bound."""
+MOST_OPEN = 200_000
+"""Open nodes from which the search prefers closing nodes to raising the bound."""
 
 
 @dataclass(slots=True)
@@ -30,15 +35,16 @@ class Node:
     ----------
     bound : float
         Lower bound in form units.
-    status : (n,) int64 array
+    status : (n,) int8 array
         FREE, KEPT or PRUNED of each index of the reduced form.
     split, warm : (n,) float64 arrays
-        Diagonal split and starting point of the relaxation.
+        Diagonal split and starting point of the relaxation; shared with the sibling, so never written
+        to in place.
     depth : int
     """
 
     bound: float
-    status: IntArray
+    status: NDArray[np.int8]
     split: FloatArray
     warm: FloatArray
     depth: int = 0
@@ -193,6 +199,9 @@ class Search:
     def _pop(self) -> Node | None:
         if self._stack:
             return self._stack.pop()
+        if len(self._heap) > MOST_OPEN:
+            # The end of a heap holds nodes of high bound: they close soonest and free memory.
+            return self._heap.pop()[2]
         if self._heap:
             return heapq.heappop(self._heap)[2]
         return None
