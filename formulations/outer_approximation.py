@@ -4,8 +4,9 @@ Both programs minimise a convex function of the binaries alone (`formulations.cu
 ``min t`` over planes below that function, ``sum x = count`` and ``x`` binary, is solved again after
 each round of planes (multi-tree): first as a linear program, at fractional points, then as a
 mixed-integer one, at the sets it proposes. Its dual bound is a bound on the program, and starts from
-the certified bound of the root relaxation. The diagonal split of the planes is the plain one: the split
-that makes the root bound best was measured to make the masters much harder.
+the certified bound of the root relaxation. Planes at fractional points use the plain diagonal split; the
+split that makes the root bound best was measured to make those masters harder. A set gets two planes,
+one from either split: together they need far fewer rounds where the damping is small.
 
 Sources: Duran and Grossmann (1986); Bertsimas and Van Parys (2020).
 """
@@ -24,6 +25,8 @@ from formulations.incumbents import swap_search
 from formulations.models.scaling import diagonal_split, scale_block
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.relaxations.bounds import lower_bound
+from formulations.relaxations.capped_simplex import CappedSimplexCertificate
+from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.solution import BlockSolution, Certificate, Limit, Limits, TracePoint
 from formulations.solvers.base import DUAL_TOLERANCE
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
@@ -46,6 +49,7 @@ class _Search:
 
     problem: BlockProblem
     source: CutSource
+    root_source: CutSource | None
     scale: float
     limits: Limits
     began: float
@@ -140,7 +144,9 @@ class _Search:
         if proposed.objective < self.best.objective:  # type: ignore[operator]
             self.best = proposed
         ones = keep if self.source.one_means_kept else ~keep
-        self.add(self.source.cut(ones.astype(np.float64), self.bound))
+        for source in (self.source, self.root_source):
+            if source is not None:
+                self.add(source.cut(ones.astype(np.float64), self.bound))
         return True
 
     def keep_of(self, point: FloatArray) -> BoolArray:
@@ -221,19 +227,27 @@ def _prepared(problem: BlockProblem, known: BlockSolution, limits: Limits, began
     known = known_set(problem, program, METHOD, limits, root)
     block = scale_block(problem)
     split = diagonal_split(block)
+    certificate = root.certificate
     source: CutSource
+    root_source: CutSource | None = None
     if program == "joint":
         source = JointCuts(block, split)
+        if isinstance(certificate, PerspectiveCertificate):
+            hessian_scale = block.objective_scale / block.weight_scale**2
+            root_source = JointCuts(block, certificate.split / hessian_scale)
     else:
         source = SelectionCuts(block, split * block.weights**2)
+        if isinstance(certificate, CappedSimplexCertificate):
+            root_source = SelectionCuts(block, certificate.shift / block.objective_scale)
     search = _Search(
         problem=problem,
         source=source,
+        root_source=root_source,
         scale=block.objective_scale,
         limits=limits,
         began=began,
         best=known,
-        certificate=root.certificate,
+        certificate=certificate,
     )
     if root.bound is not None:
         search.raise_bound(root.bound / search.scale)

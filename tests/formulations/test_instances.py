@@ -325,7 +325,7 @@ def test_library_blocks_load_and_their_records_hold():
         for program in ("selection", "joint"):
             record = metadata[program]
             assert record["bound"] <= record["objective"] + slack(problem)
-            if problem.n <= 24 and record["proved"]:
+            if problem.n <= 16 and record["proved"]:
                 solution = outer_approximation(problem, program, limits=Limits(rel_gap=1e-4))
                 assert solution.proved
                 assert solution.objective == pytest.approx(record["objective"], rel=2e-4)

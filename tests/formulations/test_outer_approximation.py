@@ -15,12 +15,19 @@ from formulations.incumbents import greedy
 from formulations.models.scaling import diagonal_split, scale_block
 from formulations.outer_approximation import outer_approximation
 from formulations.problem import BlockProblem
+from formulations.relaxations.bounds import lower_bound
 from tests.formulations.blocks import KINDS, block, brute_force, slack
 
 
-def source_of(problem, program):
+def source_of(problem, program, optimised=False):
+    """Cuts of a block in the plain split or in that of the root certificate, and the loss unit."""
     scaled = scale_block(problem)
     split = diagonal_split(scaled)
+    certificate = lower_bound(problem, program).certificate if optimised else None
+    if certificate is not None and program == "joint":
+        split = certificate.split * scaled.weight_scale**2 / scaled.objective_scale
+    if certificate is not None and program == "selection":
+        return SelectionCuts(scaled, certificate.shift / scaled.objective_scale), scaled.objective_scale
     if program == "joint":
         return JointCuts(scaled, split), scaled.objective_scale
     return SelectionCuts(scaled, split * scaled.weights**2), scaled.objective_scale
@@ -28,9 +35,10 @@ def source_of(problem, program):
 
 @pytest.mark.parametrize("program", ["selection", "joint"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuts_are_valid_at_every_set_and_tight_at_their_own(kind, program):
+@pytest.mark.parametrize("optimised", [False, True])
+def test_cuts_are_valid_at_every_set_and_tight_at_their_own(kind, program, optimised):
     problem = block(kind, 7, 3, seed=2)
-    source, scale = source_of(problem, program)
+    source, scale = source_of(problem, program, optimised)
     sets = [np.isin(np.arange(7), chosen) for chosen in itertools.combinations(range(7), source.count)]
     values = [objective(problem, ones if source.one_means_kept else ~ones, program) / scale for ones in sets]
     bound = min(values) - 0.1 * abs(min(values))
