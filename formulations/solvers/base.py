@@ -194,6 +194,14 @@ def dual_error(form: StandardForm, tolerance: float = DUAL_TOLERANCE) -> float:
     return tolerance * form.total_width
 
 
+def check_poses(solver: Solver, program: str) -> None:
+    """Raise `UnsupportedProblemError` if `solver` takes no model of `program` at all."""
+    if any(spec.program == program and solver.accepts(spec) for spec in MODELS.values()):
+        return
+    found = f"{program!r}: {solver.name} can take no model of it"
+    raise UnsupportedProblemError("program", found, "use branch_and_bound, outer_approximation or mathopt")
+
+
 def check_capabilities(solver: Solver, spec: ModelSpec) -> None:
     """Raise `UnsupportedProblemError`, naming the models that fit, unless `solver` takes `spec`."""
     if solver.accepts(spec):
@@ -201,7 +209,7 @@ def check_capabilities(solver: Solver, spec: ModelSpec) -> None:
     fitting = [s.name for s in MODELS.values() if s.program == spec.program and solver.accepts(s)]
     missing = sorted(spec.needs - solver.capabilities)
     lacks = f"lacks {', '.join(missing)}" if missing else "takes only other models"
-    remedy = f"use one of: {', '.join(fitting)}" if fitting else f"{solver.name} has no {spec.program} model"
+    remedy = f"use one of: {', '.join(fitting)}"
     raise UnsupportedProblemError("model", f"{spec.name!r} needs more than {solver.name}: it {lacks}", remedy)
 
 

@@ -38,6 +38,7 @@ from formulations.solvers.base import (
     check_availability,
     check_capabilities,
     check_options,
+    check_poses,
 )
 
 INCONSISTENCY = 1e-6
@@ -70,7 +71,8 @@ def solve_model(
         If the program is joint and ``H`` is singular.
     """
     began = time.perf_counter()
-    spec = model_spec(model, check_program(program))
+    check_poses(solver, check_program(program))
+    spec = model_spec(model, program)
     check_capabilities(solver, spec)
     check_availability(solver, spec, problem)
     check_options(solver, options)

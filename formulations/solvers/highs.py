@@ -7,7 +7,6 @@ model status has been looked at; after an error HiGHS reports 0 for objective an
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -31,8 +30,6 @@ from formulations.solvers.base import (
     probe_package,
 )
 from formulations.solvers.conclusion import solve_model
-
-logger = logging.getLogger(__name__)
 
 WATCHDOG_GRACE = 1.0
 """Seconds past the deadline at which the watchdog asks HiGHS to stop."""

@@ -168,7 +168,7 @@ def _report(mathopt: Any, task: Task, result: Any, columns: list[Any]) -> RawRes
     usable = reason in (reasons.OPTIMAL, reasons.FEASIBLE, reasons.NO_SOLUTION_FOUND)
     detail = result.termination.detail
     if not usable:
-        return RawResult(failure=f"GSCIP stopped with {reason.value}: {detail}")
+        return RawResult(failure=f"GSCIP stopped with {reason.name.lower()}: {detail}")
     point = None
     if result.has_primal_feasible_solution():
         values = result.variable_values()
@@ -184,7 +184,7 @@ def _report(mathopt: Any, task: Task, result: Any, columns: list[Any]) -> RawRes
         limit=None if named is None else _limit(mathopt, named),
         nodes=int(result.solve_stats.node_count),
         iterations=int(result.solve_stats.simplex_iterations),
-        message=f"GSCIP: {reason.value}",
+        message=f"GSCIP: {reason.name.lower()}",
     )
 
 

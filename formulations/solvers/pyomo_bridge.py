@@ -7,7 +7,7 @@ an incumbent unless told otherwise; it is told otherwise, and nothing is read be
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -23,9 +23,11 @@ from formulations.solvers import gurobi, highs, scip
 from formulations.solvers.base import DUAL_TOLERANCE, FIXED, Probe, RawResult, Solver, Task, dual_error
 from formulations.solvers.conclusion import solve_model
 
-logger = logging.getLogger(__name__)
-
 FACTORY = "pyomo.contrib.solver.common.factory"
+THREADS_REFUSED = (
+    "Pyomo swaps the process's standard output while it solves, so it runs in the main thread only: "
+    "use processes, solve_isolated or another bridge"
+)
 DEFAULT_MODEL = {
     ("highs", "selection"): "selection_mccormick",
     ("scip", "selection"): "selection_low_rank",
@@ -91,6 +93,8 @@ def _run(task: Task, factory_name: str, native: dict[str, Any]) -> RawResult:
     from pyomo.common.errors import PyomoException
     from pyomo.environ import TransformationFactory
 
+    if threading.current_thread() is not threading.main_thread():
+        return RawResult(failure=THREADS_REFUSED)
     form = task.form
     if form.indicators:
         TransformationFactory("gdp.bigm").apply_to(task.model)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import numpy as np
@@ -141,6 +142,22 @@ def test_time_limit_is_kept_and_the_warm_start_too(solver):
     assert solution.bound <= solution.objective
 
 
+def test_bridges_work_side_by_side_in_threads():
+    problem = block("real", 8, 4, seed=2)
+    names = [
+        name for name in solver_names() if AVAILABLE[name].available and not name.startswith("pyomo")
+    ] * 2
+    limits = Limits(rel_gap=1e-3, time_limit=60)
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(solve_with, name, problem, "selection", limits=limits) for name in names]
+        answers = [future.result() for future in running]
+        refused = pool.submit(solve_with, "pyomo:highs", problem, "selection", limits=limits).result()
+    assert all(answer.proved for answer in answers)
+    assert np.ptp([answer.objective for answer in answers]) < 1e-3 * abs(answers[0].objective)
+    assert refused.termination is Termination.ERROR
+    assert "main thread" in refused.stats.message
+
+
 def test_node_limit_is_reported():
     solution = highs.solve(
         hard_block(30), model="selection_glover", limits=Limits(node_limit=1, time_limit=30)
@@ -217,8 +234,10 @@ def test_bad_option_value_is_an_honest_error():
 
 def test_capability_message_names_alternatives():
     problem = block("random", 6, 3, seed=1)
-    with pytest.raises(UnsupportedProblemError, match=r"lacks quadratic objective.*no joint model"):
+    with pytest.raises(UnsupportedProblemError, match=r"highs can take no model.*outer_approximation"):
         highs.solve(problem, "joint", model="joint_big_m")
+    with pytest.raises(UnsupportedProblemError, match=r"lacks quadratic objective.*selection_glover"):
+        highs.solve(problem, model="selection_qp")
     with pytest.raises(UnsupportedProblemError, match="selection_mccormick, selection_rlt"):
         cp_sat.solve(problem, model="selection_glover")
     with pytest.raises(UnsupportedProblemError, match="mathopt"):
