@@ -210,7 +210,7 @@ def _report(gurobipy: Any, model: Any, task: Task, columns: Any) -> RawResult:
         limit=named.get(status),
         nodes=int(model.NodeCount),
         iterations=int(model.IterCount),
-        message=f"Gurobi: status {status}",
+        message=f"Gurobi: {'optimal' if status == codes.OPTIMAL else named[status].value}",
     )
 
 
