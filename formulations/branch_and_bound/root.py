@@ -18,8 +18,11 @@ from formulations.relaxations.diagonal_split import interior_split
 from formulations.relaxations.perspective import relax_joint
 from formulations.solution import Certificate, Limit, Limits
 
-SPLIT_ROUNDS = 25
-"""Barrier steps at the root."""
+SPLIT_CALLS = 5
+SPLIT_ROUNDS = 6
+"""At the root the split takes up to SPLIT_CALLS times SPLIT_ROUNDS barrier steps."""
+LEAST_SHARE_GAINED = 0.01
+"""They end with a call that gains less than this share of the gap."""
 SPLIT_LARGEST = 600
 """Largest reduced block in which the root optimises the split."""
 PERTURB_MISSES = 60
@@ -29,7 +32,8 @@ PERTURB_SHARE_OF_TIME = 0.1
 KICK_SHARES = (0.02, 0.05, 0.1, 0.2)
 """Sizes of the perturbations, as shares of the smaller side of the set."""
 LARGEST_SHARE_LEFT = 0.9
-"""A pass at the root that leaves more than this share of the indices free is the last."""
+"""A pass at the root is the last if it leaves more than this share of the indices free and brings no
+better set."""
 
 
 def solve_from_root(
@@ -46,7 +50,7 @@ def solve_from_root(
             limit = tree.reached()
             if limit is not None:
                 return limit, certificate
-            size = tree.current.status.size
+            size, value = tree.current.status.size, tree.incumbent
             _evaluate(tree, tree.current, 0)
             if tree.current is None or not reduction:
                 break
@@ -60,7 +64,8 @@ def solve_from_root(
             tree.subproblems, tree.current = tree.subproblems.compacted(tree.current)
             if swaps:
                 tree.offer(tree.subproblems.improve(tree.current))
-            if tree.current.status.size > LARGEST_SHARE_LEFT * size:
+            shrunk = tree.current.status.size <= LARGEST_SHARE_LEFT * size
+            if not shrunk and tree.incumbent >= value:
                 break
     except KeyboardInterrupt:
         return Limit.INTERRUPTED, certificate
@@ -120,7 +125,7 @@ def _evaluate(tree: Search, node: Node, rounds: int) -> None:
 
 
 def _optimise_split(tree: Search, node: Node) -> None:
-    """Many barrier steps from an interior split; `node` is replaced if that lifts its bound."""
+    """Many barrier steps from a split inside the cone; the node that holds it becomes current."""
     subproblems = tree.subproblems
     if not subproblems.diagonal_split or not 0 < node.status.size <= SPLIT_LARGEST:
         return
@@ -128,4 +133,11 @@ def _optimise_split(tree: Search, node: Node) -> None:
     interior = interior_split(subproblems.matrix, node.split, positive)
     trial = Node(node.bound, node.status.copy(), interior, node.warm.copy())
     tree.current = trial
-    _evaluate(tree, trial, SPLIT_ROUNDS)
+    for call in range(SPLIT_CALLS):
+        before = trial.bound
+        _evaluate(tree, trial, SPLIT_ROUNDS)
+        if tree.current is None or tree.reached() is not None:
+            return
+        # The first steps only make up for the start inside the cone.
+        if call > 1 and trial.bound - before < LEAST_SHARE_GAINED * (tree.cutoff - trial.bound):
+            return

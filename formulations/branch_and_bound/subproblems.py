@@ -20,7 +20,7 @@ NODE_SPLIT_ROUNDS = 1
 """Barrier steps on the diagonal split in a node of the tree."""
 BARRIER_SHARE = 0.3
 """Barrier weight times order, as a share of the node's gap."""
-IMPROVING_SWAPS = 50
+IMPROVING_SWAPS = 300
 """Swaps of one descent inside a node."""
 
 
