@@ -90,7 +90,11 @@ def branch_and_bound(
     if limits.time_limit == 0.0:
         pool.offer_magnitude_if_empty()
         return pool.solution(method="branch_and_bound", limit=Limit.TIME)
-    form = dense_form(problem, program)
+    try:
+        form = dense_form(problem, program)
+    except KeyboardInterrupt:
+        pool.offer_magnitude_if_empty()
+        return pool.solution(method="branch_and_bound", limit=Limit.INTERRUPTED)
     if problem.n_prune in (0, problem.n):
         pool.offer(np.full(problem.n, problem.n_prune == 0))
         return pool.solution(

@@ -133,6 +133,18 @@ def test_interrupt_returns_incumbent_and_bound(program, monkeypatch):
     assert stopped.bound <= optimum <= stopped.objective + slack(problem)
 
 
+def test_interrupt_before_the_form_exists(monkeypatch):
+    def interrupted(problem, program):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("formulations.branch_and_bound.driver.dense_form", interrupted)
+    problem = block("random", 12, 6, seed=2)
+    stopped = branch_and_bound(problem, "joint")
+    assert stopped.limit is Limit.INTERRUPTED
+    assert stopped.bound is None
+    assert verify(problem, stopped).feasible
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_trace_is_monotone_and_ends_at_the_result(program):
     problem = block("random", 24, 12, seed=7)
