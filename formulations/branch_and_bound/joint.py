@@ -12,10 +12,10 @@ from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.relaxations.diagonal_split import LAPACK_FROM, barrier_step
 from formulations.relaxations.perspective_kernels import (
     dual_rounding,
-    prox_support_norm,
     solve_perspective,
     split_slopes,
 )
+from formulations.relaxations.support_norm import prox_support_norm
 from formulations.swap_kernels import swap_joint, sweep
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from formulations.compiled import compiled
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
-from formulations.relaxations.perspective_kernels import ROUNDOFF, largest_sum
+from formulations.relaxations.perspective_kernels import ROUNDOFF
+from formulations.relaxations.support_norm import largest_sum
 
 NEWTON_PERIOD = 6
 """ADMM steps between two active-set climbs."""

@@ -20,7 +20,8 @@ from formulations.relaxations.capped_simplex_kernels import (
     project_capped_simplex,
     smallest_sum,
 )
-from formulations.relaxations.perspective_kernels import OVER_RELAXATION, largest_sum, prox_support_norm
+from formulations.relaxations.perspective_kernels import OVER_RELAXATION
+from formulations.relaxations.support_norm import largest_sum, prox_support_norm
 from formulations.solution import Limits
 
 MAX_STEPS = 300

@@ -15,7 +15,7 @@ from formulations.relaxations.capped_simplex import relax_selection
 from formulations.relaxations.capped_simplex_kernels import project_capped_simplex
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
 from formulations.relaxations.perspective import relax_joint
-from formulations.relaxations.perspective_kernels import prox_support_norm
+from formulations.relaxations.support_norm import prox_support_norm
 from tests.formulations.blocks import KINDS, block, slack
 
 PROGRAMS = ("selection", "joint")
