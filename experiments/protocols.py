@@ -13,9 +13,9 @@ CURVATURE: Mapping[str, Mapping[str, Any]] = {
     "mlpnet": {"samples": 60_000, "samples_per_row": 30, "choice_samples": 20_000},
     "resnet20": {"samples": 16_000, "samples_per_row": 16, "choice_samples": 1_000},
 }
-DAMPING: Mapping[str, tuple[float, ...]] = {"mlpnet": (0.3, 1.0, 3.0, 10.0), "resnet20": (0.1, 3.0)}
+DAMPING: Mapping[str, tuple[float, ...]] = {"mlpnet": (0.3, 1.0, 3.0, 10.0), "resnet20": (0.1,)}
 """Grids of the update's damping in units of the mean diagonal of the Fisher matrix."""
-SELECTION_DAMPING: Mapping[str, float] = {"mlpnet": 0.0, "resnet20": 30.0}
+SELECTION_DAMPING: Mapping[str, float] = {"mlpnet": 0.0, "resnet20": 0.0}
 """Damping of the selection program, in the same units."""
 SWAPS: Mapping[str, tuple[int, ...]] = {"mlpnet": (100, 400, 1000), "resnet20": (0, 10, 100, 400)}
 """Grids of the most swaps to make; the 1-swap optimum of a sample over-fits where rows are few."""

@@ -70,18 +70,21 @@ class LargeSwapSearch:
     def run(self) -> None:
         """Search until no swap helps or a limit is reached."""
         self._check_time()
+        if self.limit is None and self.budget == 0:
+            self.limit = Limit.ITERATION
         if self.limit is not None:
             return
         if self.program.rows is None:
             self._improve_whole()
             return
-        projection = project(self.program, self.seed)
         self._improve_by_pools()
         self.reach = NEARLY * abs(self.value)
+        projection: Projection | None = None
         while self.limit is None:
-            self._improve_by_pools()
-            if self.limit is None and not self._improve_by_pairs(projection):
+            projection = projection or project(self.program, self.seed)
+            if not self._improve_by_pairs(projection):
                 break
+            self._improve_by_pools()
 
     def exact_value(self) -> float:
         """The objective from a fresh image, free of what the updates have accumulated."""

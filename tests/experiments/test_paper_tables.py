@@ -110,7 +110,7 @@ def test_unknown_method_has_no_protocol() -> None:
 def test_settings_are_plain_and_differ_between_cells() -> None:
     keys = set()
     for network in NETWORKS:
-        for cell in paper_tables.cells(network, METHODS, [0.5, 0.9], 2):
+        for cell in paper_tables.cells(network, METHODS, [0.5, 0.9], range(2)):
             keys.add(settings_key(cell.settings()))
     assert len(keys) == len(NETWORKS) * 2 * (1 + 2 * (len(METHODS) - 1))
 
