@@ -147,7 +147,9 @@ def _dense(name: str, kind: str, summary: str, solver: Solver) -> Method:
 def _on_solver(name: str) -> Method | None:
     """``<solver>``, ``<solver>:<model>`` or ``pyomo:<model>:<solver>`` as a method, else None."""
     head, _, rest = name.partition(":")
-    if head == "pyomo":
+    if name in solver_names():
+        solver, model = name, ""
+    elif head == "pyomo":
         model, _, solver = rest.partition(":")
         solver = f"pyomo:{solver}"
     else:

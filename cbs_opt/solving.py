@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,13 +12,18 @@ import torch
 
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.methods import Method, available_methods, find_method
-from formulations.errors import CbsError
+from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
-from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limits, SolveStats, Termination
+from formulations.problem import BlockProblem, check_program
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 from formulations.solvers import available_solvers, models_for
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("method", "status", "objective", "bound", "gap", "excess", "seconds", "nodes", "note")
+NUMBERS = ("objective", "bound", "gap", "excess", "seconds", "nodes")
+INTERRUPTED = "interrupted"
+"""How the status ends in the last row of a comparison that was interrupted."""
 
 
 def solve(
@@ -103,6 +109,7 @@ def compare(
     rel_gap: float = 1e-4,
     threads: int = 1,
     seed: int = 0,
+    on_row: Callable[[str], object] | None = None,
 ) -> pd.DataFrame:
     """Run many methods on one block and judge them by the same evaluator.
 
@@ -111,18 +118,31 @@ def compare(
     problem : BlockProblem
     program : {"selection", "joint"}
     methods : sequence of str, optional
-        By default every registered method, and every solver with every model it can take.
+        By default `default_methods`: every registered method, and every solver with its own choice
+        of model.
     time_limit : float, default 60
         Seconds for each method.
     rel_gap : float, default 1e-4
     threads, seed : int
+    on_row : callable, optional
+        Called with the name of each method when it has ended.
 
     Returns
     -------
     pandas.DataFrame
         One row a method: status, objective, bound, gap, excess over the best objective (relative),
-        seconds, nodes, note. A method that cannot run has its reason in the note.
+        seconds, nodes, note. A method that cannot run, or fails in an unforeseen way, has its reason
+        in the note. An interrupt ends the table with the method that it stopped.
+
+    Raises
+    ------
+    ArgumentError
+        If `program` is unknown or a limit is impossible.
+    UnknownMethodError
+        If a name in `methods` is no method's, before any runs.
     """
+    check_program(program)
+    Limits(time_limit=time_limit, rel_gap=rel_gap, threads=threads, seed=seed)
     limits: dict[str, Any] = {
         "time_limit": time_limit,
         "rel_gap": rel_gap,
@@ -130,38 +150,74 @@ def compare(
         "seed": seed,
     }
     names = list(methods) if methods is not None else default_methods(program)
+    for name in names:
+        try:
+            find_method(name, program)
+        except UnsupportedProblemError:
+            # Known, but not for this program: a row with the reason.
+            continue
     rows: list[Mapping[str, Any]] = []
     for name in names:
-        began = time.perf_counter()
-        try:
-            solution = solve(problem, name, program=program, **limits)
-        except CbsError as error:
-            rows.append({"method": name, "status": "unavailable", "note": str(error)})
-            continue
-        rows.append(_row(name, solution, time.perf_counter() - began))
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+        rows.append(_attempt(problem, name, program, limits))
+        if on_row is not None:
+            on_row(name)
+        if rows[-1]["status"].endswith(INTERRUPTED):
+            break
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
     best = table["objective"].min()
     table["excess"] = (table["objective"] - best) / max(abs(best), 1e-12)
     return table
 
 
-def default_methods(program: str) -> list[str]:
-    """Every method for `program`: our own, then each installed solver with each of its models."""
+def default_methods(program: str, *, all_models: bool = False) -> list[str]:
+    """Every method for `program`: our own, then each solver that can pose it, installed or not.
+
+    Parameters
+    ----------
+    program : {"selection", "joint"}
+    all_models : bool, default False
+        Each solver with each of its models, instead of the one it takes by default.
+    """
     names = [method.name for method in available_methods() if program in method.programs]
     for info in available_solvers():
-        for model in models_for(info.name, program):
-            if info.name.startswith("pyomo:"):
-                names.append(f"pyomo:{model}:{info.name.removeprefix('pyomo:')}")
-            else:
-                names.append(f"{info.name}:{model}")
+        models = models_for(info.name, program)
+        if not all_models:
+            names.extend([info.name] if models else [])
+        elif info.name.startswith("pyomo:"):
+            names.extend(f"pyomo:{model}:{info.name.removeprefix('pyomo:')}" for model in models)
+        else:
+            names.extend(f"{info.name}:{model}" for model in models)
     return names
 
 
+def _attempt(problem: BlockProblem, name: str, program: str, limits: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of one method, whatever becomes of it."""
+    began = time.perf_counter()
+    try:
+        solution = solve(problem, name, program=program, **limits)
+    except CbsError as error:
+        return {"method": name, "status": "unavailable", "note": str(error)}
+    except KeyboardInterrupt:
+        return {"method": name, "status": INTERRUPTED, "seconds": time.perf_counter() - began}
+    except Exception as error:
+        # A defect of one method or backend is no reason to lose the rows of the others.
+        logger.exception("%s failed", name)
+        return {"method": name, "status": "error", "note": f"{type(error).__name__}: {error}"}
+    return _row(name, solution, time.perf_counter() - began)
+
+
+def status_words(solution: BlockSolution) -> str:
+    """How a solve ended, in a few words: the termination and what stopped it early."""
+    words = solution.termination.value
+    if solution.limit is Limit.INTERRUPTED:
+        return f"{words}, {INTERRUPTED}"
+    return words if solution.limit is None else f"{words}, {solution.limit.value} limit"
+
+
 def _row(name: str, solution: BlockSolution, seconds: float) -> Mapping[str, Any]:
-    limit = "" if solution.limit is None else f" ({solution.limit.value} limit)"
     return {
         "method": name,
-        "status": f"{solution.termination.value}{limit}",
+        "status": status_words(solution),
         "objective": solution.objective,
         "bound": solution.bound,
         "gap": solution.gap if solution.bound is not None else None,

@@ -15,7 +15,7 @@ errors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import typer
@@ -48,14 +48,34 @@ OPTIONS = {
 }
 """Options of `cbs-opt prune` by the argument of `prune` that they set."""
 
+BLOCK_OPTIONS = {
+    "format": "--format",
+    "iteration_limit": "--iteration-limit",
+    "method": "--method",
+    "method_options": "--option",
+    "model": "--model",
+    "model_name": "--model",
+    "node_limit": "--node-limit",
+    "options": "--option",
+    "program": "--program",
+    "rel_gap": "--rel-gap",
+    "seed": "--seed",
+    "threads": "--threads",
+    "time_limit": "--time-limit",
+}
+"""Options of the commands on one block, by the argument of `solve` or `export_model` that they set."""
+
 
 class UserCodeError(CbsError):
     """A file named on the command line could not be run, or gave something else than it should."""
 
 
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Turn exceptions into one line on stderr and an exit code; leave them alone under `debug`."""
+def reported(debug: bool, options: Mapping[str, str] = OPTIONS) -> Iterator[None]:
+    """Turn exceptions into one line on stderr and an exit code; leave them alone under `debug`.
+
+    An `ArgumentError` about a key of `options` is wrong usage of the option it maps to.
+    """
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -66,9 +86,9 @@ def reported(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, ArgumentError) and error.argument in OPTIONS:
+        if isinstance(error, ArgumentError) and error.argument in options:
             message = f"{error.found}; {error.remedy}"
-            raise typer.BadParameter(message, param_hint=OPTIONS[error.argument]) from error
+            raise typer.BadParameter(message, param_hint=options[error.argument]) from error
         known = isinstance(error, CbsError | OSError)
         text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
         typer.echo(f"error: {' '.join(text.split())}", err=True)

@@ -141,13 +141,13 @@ def run(
         typer.echo(f"written to {out}", err=True)
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
+def parse_options(pairs: list[str], hint: str = "--method-option") -> dict[str, Any]:
     """``NAME=VALUE`` pairs as a dict; a value that is not JSON is a string."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, separator, text = pair.partition("=")
         if not separator or not name:
-            raise typer.BadParameter(f"{pair!r}; write NAME=VALUE", param_hint="--method-option")
+            raise typer.BadParameter(f"{pair!r}; write NAME=VALUE", param_hint=hint)
         try:
             options[name] = json.loads(text)
         except json.JSONDecodeError:
