@@ -1,51 +1,31 @@
-"""Time exact methods on the marks' blocks: one row a block and method, one thread, no compilation.
+"""Time exact methods on the marks' blocks, or against other solvers: one thread, no compilation.
 
 OMP_NUM_THREADS=1 python -m experiments.benchmarks.exact_solvers --gap 1e-4 --time-limit 60
+OMP_NUM_THREADS=1 python -m experiments.benchmarks.exact_solvers --rivals --time-limit 20 \\
+    --markdown docs/benchmarks/exact_solvers.md
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from experiments.benchmarks.digits_blocks import digits_block, synthetic_block
-from formulations import BlockProblem, BlockSolution, Limits, verify
+from experiments.benchmarks.race_page import race_page
+from experiments.benchmarks.rivals import CONTENDERS, OURS, Absent, race
+from experiments.benchmarks.timing import HEADER, Case, ExactMethod, Row, formatted, timed
+from formulations import Limits
 from formulations.branch_and_bound import branch_and_bound
+from formulations.problem import PROGRAMS
 
 SHARES = (0.5, 0.8, 0.9)
 """Shares of the weights to prune."""
+SIZES = (32, 64, 128, 256, 512)
+"""Weights of the blocks on which other solvers are raced."""
 
-ExactMethod = Callable[..., BlockSolution]
-METHODS: dict[str, ExactMethod] = {"branch_and_bound": branch_and_bound}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A program on a block, and the seconds within which its optimum is to be proved."""
-
-    program: str
-    problem: BlockProblem
-    mark: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What one method did on one case."""
-
-    case: Case
-    method: str
-    solution: BlockSolution
-    wall: float
-    cpu: float
-    verified: bool
-
-    @property
-    def met(self) -> bool:
-        """Whether the optimum was proved within the mark, by processor time of the one thread."""
-        return self.solution.proved and self.verified and self.cpu <= self.case.mark
+METHODS: dict[str, ExactMethod] = {OURS: branch_and_bound}
 
 
 def mark_cases() -> Iterator[Case]:
@@ -68,15 +48,6 @@ def compile_kernels(methods: Mapping[str, ExactMethod]) -> None:
             method(synthetic_block(40, 0.1, 20), program, limits=Limits(time_limit=60.0))
 
 
-def timed(case: Case, name: str, method: ExactMethod, limits: Limits) -> Row:
-    """Solve one case and check the solution independently of the method."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    solution = method(case.problem, case.program, limits=limits)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    check = verify(case.problem, solution)
-    return Row(case=case, method=name, solution=solution, wall=wall, cpu=cpu, verified=check.ok)
-
-
 def run(cases: Iterable[Case], methods: Mapping[str, ExactMethod], limits: Limits) -> Iterator[Row]:
     """Every method on every case."""
     compile_kernels(methods)
@@ -85,39 +56,54 @@ def run(cases: Iterable[Case], methods: Mapping[str, ExactMethod], limits: Limit
             yield timed(case, name, method, limits)
 
 
-def formatted(row: Row) -> str:
-    """One line of the table."""
-    solution = row.solution
-    return (
-        f"{row.case.program:10} {row.case.problem.name:34} {row.method:18} "
-        f"{solution.termination.value:9} {solution.objective:12.6e} {solution.gap:8.1e} "
-        f"{solution.stats.nodes:8d} {row.wall:8.2f} {row.cpu:8.2f} {row.case.mark:6.0f} "
-        f"{'met' if row.met else 'MISSED'}"
-    )
-
-
-HEADER = (
-    f"{'program':10} {'block':34} {'method':18} {'status':9} {'objective':>12} {'gap':>8} "
-    f"{'nodes':>8} {'wall s':>8} {'cpu s':>8} {'mark':>6}"
-)
+def rival_cases(
+    sizes: Sequence[int], shares: Sequence[float], programs: Sequence[str], mark: float
+) -> Iterator[Case]:
+    """Digits blocks at damping 1e-5, small ones first, so that a rival can be dropped once it fails."""
+    for program in programs:
+        for n in sizes:
+            for share in shares:
+                problem = digits_block(n, 1e-5, round(n * share))
+                yield Case(program=program, problem=problem, mark=mark)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; the exit status is 1 if a mark of our own method is missed."""
+    """Print the table; the exit status is 1 if our own method misses a mark or leaves a case open."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gap", type=float, default=1e-4, help="relative gap to prove")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds a solve")
-    parser.add_argument("--program", choices=("joint", "selection"), help="only this program")
+    parser.add_argument("--program", choices=PROGRAMS, help="only this program")
+    parser.add_argument("--rivals", action="store_true", help="race other solvers instead of the marks")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="weights, with --rivals")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="pruned, with --rivals")
+    parser.add_argument("--markdown", type=Path, help="write the race to this file too")
     options = parser.parse_args(arguments)
-    cases = (case for case in mark_cases() if options.program in (None, case.program))
     limits = Limits(time_limit=options.time_limit, rel_gap=options.gap)
+    programs = [options.program] if options.program else list(PROGRAMS)
+    if options.rivals:
+        cases = list(rival_cases(sorted(options.sizes), options.shares, programs, options.time_limit))
+        return _race(cases, limits, options.markdown, sys.argv[1:] if arguments is None else arguments)
+    rows = run((case for case in mark_cases() if case.program in programs), METHODS, limits)
     sys.stdout.write(HEADER + "\n")
     missed = 0
-    for row in run(cases, METHODS, limits):
+    for row in rows:
         sys.stdout.write(formatted(row) + "\n")
         sys.stdout.flush()
-        missed += row.method == "branch_and_bound" and not row.met
+        missed += row.method == OURS and not row.met
     return 1 if missed else 0
+
+
+def _race(cases: list[Case], limits: Limits, markdown: Path | None, arguments: Sequence[str]) -> int:
+    sys.stdout.write(HEADER + "\n")
+    outcomes: list[Row | Absent] = []
+    for outcome in race(cases, CONTENDERS, limits):
+        outcomes.append(outcome)
+        sys.stdout.write((outcome.line if isinstance(outcome, Absent) else formatted(outcome)) + "\n")
+        sys.stdout.flush()
+        if markdown is not None:
+            markdown.parent.mkdir(parents=True, exist_ok=True)
+            markdown.write_text(race_page(outcomes, limits, arguments), encoding="utf-8")
+    return 1 if any(isinstance(o, Row) and o.method == OURS and not o.met for o in outcomes) else 0
 
 
 if __name__ == "__main__":
