@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from cbs_opt.heuristics.dense_swaps import swap_dense
-from cbs_opt.heuristics.pair_search import Projection, improving_pairs, project
+from cbs_opt.heuristics.pair_scan import Projection, project
+from cbs_opt.heuristics.pair_search import Pairs, SwapChanges, improving_pairs
+from cbs_opt.heuristics.products import ROW_CHUNK
 from cbs_opt.heuristics.selection_program import SelectionProgram
 from formulations.solution import Limit
 
@@ -19,10 +21,10 @@ NEARLY = 5e-6
 """Pairs that miss an improvement by less than this share of the objective are collected at first."""
 POOL_YIELD = 100.0
 """Pools go on while one lowers the objective by this many thresholds; then pairs are searched."""
-MOST_PAIRS = 65_536
-"""Pairs collected in one search over all pairs, to begin with."""
-PARTNERS = 16
-"""Pairs collected for one pruned weight, to begin with."""
+SWAPS_A_LOOK = 128
+"""Swaps within a pool between two looks at the clock."""
+FRESH_SHARE = 1e-6
+"""The image is computed anew at the end where its square has shrunk below this share."""
 MAX_SWAPS = 2**31 - 1
 ROUNDING = 1e-15
 """No change below this share of the terms that cancel in it can be told from rounding."""
@@ -57,13 +59,14 @@ class LargeSwapSearch:
         self.deadline = deadline
         self.seed = seed
         self.linear = program.linear()
-        self.half_diagonal = 0.5 * program.diagonal()
-        self.image = program.image(self.pruned.double())
+        self._read_data()
+        self.initial_square = float(self.image.square().sum())
         self.value = program.value(self.image, self.pruned.double())
         self.noise = TINY
         self.reach = 0.0
-        self.most_pairs, self.partners = MOST_PAIRS, PARTNERS
+        self.resume = 0
         self.swaps = 0
+        self.moved = 0
         self.locally_optimal = int(start.sum()) in (0, program.n)
         self.limit: Limit | None = None
 
@@ -81,14 +84,37 @@ class LargeSwapSearch:
         self.reach = NEARLY * abs(self.value)
         projection: Projection | None = None
         while self.limit is None:
-            projection = projection or project(self.program, self.seed)
+            projection = projection or project(self.program, self.squares, self.seed)
             if not self._improve_by_pairs(projection):
                 break
             self._improve_by_pools()
 
     def exact_value(self) -> float:
-        """The objective from a fresh image, free of what the updates have accumulated."""
+        """The objective, from a fresh image where updates may have left more rounding than a fresh one.
+
+        An update adds a column for each weight that moved, a fresh image one for each pruned weight.
+        """
+        square = float(self.image.square().sum())
+        if self.moved <= int(self.pruned.sum()) and square >= FRESH_SHARE * self.initial_square:
+            return self.value
         return self.program.objective(self.pruned)
+
+    def _read_data(self) -> None:
+        """Image, diagonal and squared norms of the columns, in one pass over the rows."""
+        program = self.program
+        x = program.weights.double() * self.pruned
+        if program.rows is None:
+            self.image = program.image(self.pruned.double())
+            self.half_diagonal = 0.5 * program.diagonal()
+            return
+        squares, image = torch.zeros_like(x), []
+        for part in torch.split(program.rows, ROW_CHUNK):
+            exact = part.to(torch.float64, copy=True)
+            image.append(exact @ x)
+            squares += exact.square_().sum(dim=0)
+        self.image = torch.cat(image)
+        self.squares = squares * program.weights.double().square()
+        self.half_diagonal = 0.5 * (self.squares + program.damping * program.weights.double().square())
 
     def _threshold(self) -> float:
         # The terms of a change are at most A_ii, |c_i| and, by Cauchy-Schwarz, |v_i| as here.
@@ -136,34 +162,38 @@ class LargeSwapSearch:
         Pairs that just fail to improve alone often do once their neighbours have moved, so the
         search reaches a little beyond the threshold.
         """
-        reach = max(self.reach, -self._threshold())
-        out, into, change, complete = improving_pairs(
-            self._change,
+        improving = -self._threshold()
+        reach = max(self.reach, improving)
+        pairs = improving_pairs(
+            SwapChanges(self.program, self.image, self.half_diagonal, self.linear),
             projection,
             self._costs() - self._cost_error(projection),
             self.pruned,
-            reach,
-            self.most_pairs,
-            self.partners,
+            improving=improving,
+            reach=reach,
+            start=self.resume,
+            deadline=self.deadline,
         )
-        if complete and not bool((change < -self._threshold()).any()):
+        self.resume = pairs.resume
+        improves = bool((pairs.change < improving).any())
+        if pairs.complete and not improves:
             self.locally_optimal = True
             return False
+        self._check_time()
         at_first = self.swaps
-        for start in range(0, out.numel(), POOL // 2):
-            before = self.swaps
-            part = slice(start, start + POOL // 2)
-            pool = torch.unique(torch.cat([out[part], into[part]]))
-            self._improve_within(pool)
-            self._check_time()
+        for start in range(0, pairs.out.numel(), POOL // 2):
             if self.limit is not None:
                 return False
+            before = self.swaps
+            part = slice(start, start + POOL // 2)
+            self._improve_within(torch.unique(torch.cat([pairs.out[part], pairs.into[part]])))
+            self._check_time()
             if self.swaps == before:
                 break
-        if self.swaps == at_first and bool((change < -self._threshold()).any()):
-            self.noise = 2.0 * -float(change[0])  # tried, and nothing came of it but rounding
-        self._adapt_reach(reach, out.numel(), complete)
-        return True
+        if self.limit is None and self.swaps == at_first and improves:
+            self.noise = 2.0 * -float(pairs.change[0])  # tried, and nothing came of it but rounding
+        self._adapt_reach(reach, pairs)
+        return self.limit is None
 
     def _cost_error(self, projection: Projection) -> Tensor | float:
         """What `_costs` may be too high by where the product with the rows is not in float64."""
@@ -171,40 +201,21 @@ class LargeSwapSearch:
             return 0.0
         return COST_SLACK * float(self.image.norm()) * projection.norm
 
-    def _adapt_reach(self, reach: float, found: int, complete: bool) -> None:
-        """Ask for fewer pairs after an incomplete search, for more after a meagre one."""
-        if complete:
-            self.reach = 4.0 * reach if reach > 0.0 and found < 2 * POOL else reach
-        elif reach > 0.0:
-            self.reach = reach / 4.0 if reach > self._threshold() else -torch.inf
+    def _adapt_reach(self, reach: float, pairs: Pairs) -> None:
+        """Reach less far after a crowded sweep, or one cut short; further after a meagre one."""
+        if reach <= 0.0:
+            return
+        if pairs.complete and not pairs.crowded:
+            self.reach = 4.0 * reach if pairs.out.numel() < 2 * POOL else reach
         else:
-            self.most_pairs *= 8
-            self.partners *= 8
-
-    def _change(self, out: Tensor, into: Tensor) -> Tensor:
-        """Change of the objective for each swap ``(out, into)``, (c,), in float64."""
-        left, right = self.program.columns(out), self.program.columns(into)
-        y = self.pruned.double()
-        slope_out = self.program.product_at(out, self.image, y) - self.linear[out]
-        slope_into = self.program.product_at(into, self.image, y) - self.linear[into]
-        own = self.half_diagonal[out] + self.half_diagonal[into]
-        return own - slope_out + slope_into - (left * right).sum(dim=0)
+            self.reach = reach / 4.0 if reach > self._threshold() else -torch.inf
 
     def _improve_within(self, pool: Tensor, *, precise: bool = True) -> None:
         """Best-improvement swaps among `pool`, then bring the image up to date."""
         program = self.program
         before = self.pruned[pool]
         after = before.clone()
-        counts = swap_dense(
-            program.gram(pool, precise=precise)[None],
-            program.product_at(pool, self.image, self.pruned.double())[None],
-            self.linear[pool][None],
-            after[None],
-            torch.tensor([self._threshold()], dtype=torch.float64, device=pool.device),
-            torch.tensor([self.budget - self.swaps], device=pool.device),
-        )
-        if not bool(counts.locally_optimal):
-            self.limit = Limit.ITERATION
+        swaps = self._swap_dense(pool, after, precise=precise)
         moved = (after != before).nonzero().squeeze(1)
         if moved.numel() == 0:
             return
@@ -215,7 +226,36 @@ class LargeSwapSearch:
         value = program.value(image, pruned.double())
         if value < self.value:  # rounding in the Gram matrix may promise what is not there
             self.image, self.pruned, self.value = image, pruned, value
-            self.swaps += int(counts.swaps)
+            self.swaps += swaps
+            self.moved += moved.numel()
+
+    def _swap_dense(self, pool: Tensor, pruned: Tensor, *, precise: bool) -> int:
+        """Swap on the Gram matrix of `pool`, in place on its part of the set, to an optimum or a limit."""
+        program = self.program
+        gram = program.gram(pool, precise=precise)[None]
+        product = program.product_at(pool, self.image, self.pruned.double())[None]
+        threshold = torch.tensor([self._threshold()], dtype=torch.float64, device=pool.device)
+        swaps = 0
+        while True:
+            left = self.budget - self.swaps - swaps
+            most = left if self.deadline is None else min(left, SWAPS_A_LOOK)
+            counts = swap_dense(
+                gram,
+                product,
+                self.linear[pool][None],
+                pruned[None],
+                threshold,
+                torch.tensor([most], device=pool.device),
+            )
+            swaps += int(counts.swaps)
+            if bool(counts.locally_optimal):
+                return swaps
+            if most == left:
+                self.limit = Limit.ITERATION
+                return swaps
+            self._check_time()
+            if self.limit is not None:
+                return swaps
 
     def _check_time(self) -> None:
         if self.limit is None and self.deadline is not None and time.monotonic() >= self.deadline:

@@ -81,7 +81,8 @@ def swap_search(
         Default 1e-10 for float64 rows and 1e-7 for lower precision.
     max_swaps : int, optional
     deadline : float, optional
-        Reading of `time.monotonic` at which to stop; looked at between pools.
+        Reading of `time.monotonic` at which to stop. A large block looks at it every second or so;
+        small blocks are searched to the end once begun.
     seed : int, default 0
         Seed of the column sample that the pair search fits its directions to.
 
@@ -92,7 +93,8 @@ def swap_search(
 
     Notes
     -----
-    Memory beyond the rows: O(n + POOL^2). Source of the move: Yu et al. (ICML 2022), section 4.
+    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
+    Source of the move: Yu et al. (ICML 2022), section 4.
     """
     if program.n <= DENSE_LIMIT:
         return _search_dense([program], [start], tolerance, max_swaps, deadline)[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics import dense_swaps, large_swap_search, pair_search
+from cbs_opt.heuristics import dense_swaps, large_swap_search, pair_scan, pair_search
 from cbs_opt.heuristics import swap_search as search_module
 from cbs_opt.heuristics.large_swap_search import relative_tolerance
 from cbs_opt.heuristics.saliency import lowest, magnitude
@@ -33,8 +33,13 @@ def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of large blocks, on small ones."""
     monkeypatch.setattr(search_module, "DENSE_LIMIT", 20)
     monkeypatch.setattr(large_swap_search, "POOL", 24)
-    monkeypatch.setattr(large_swap_search, "MOST_PAIRS", 64)
-    monkeypatch.setattr(large_swap_search, "PARTNERS", 2)
+    monkeypatch.setattr(large_swap_search, "SWAPS_A_LOOK", 5)
+    monkeypatch.setattr(pair_scan, "GATHERED", 2)
+    monkeypatch.setattr(pair_search, "SCAN_ROWS", 16)
+    monkeypatch.setattr(pair_search, "TABLE_ROWS", 4)
+    monkeypatch.setattr(pair_search, "PARTNERS", 2)
+    monkeypatch.setattr(pair_search, "MOST_PAIRS", 64)
+    monkeypatch.setattr(pair_search, "ENOUGH", 20)
 
 
 def check(block: FisherBlock, start: Tensor, result: SwapResult) -> None:
@@ -124,7 +129,7 @@ def test_terms_that_cancel_with_the_gradient_do_not_loop() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_torch_engines_reach_an_optimum_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_swaps, "_swap_compiled", dense_swaps._swap_torch)
-    monkeypatch.setattr(pair_search, "_candidates_compiled", pair_search._candidates_torch)
+    monkeypatch.setattr(pair_search, "pair_scan", pair_scan.TorchScan)
     for n in (20, 120):
         block = fisher_block(kind, n, 10)
         start = random_set(n, n // 2)
