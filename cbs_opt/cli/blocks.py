@@ -13,6 +13,7 @@ import typer
 from cbs_opt import solving
 from cbs_opt.cli.failures import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
 from cbs_opt.cli.prune import parse_options
+from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
 from cbs_opt.report_format import plain
 from formulations import instances
@@ -79,19 +80,22 @@ def solve(
     """
     with reported(debug, BLOCK_OPTIONS):
         problem = load_block(block)
-        solution = solving.solve(
-            problem,
-            method,
-            program=program,
-            incumbent=None if incumbent is None else instances.read_solution(incumbent, problem),
-            time_limit=time_limit,
-            rel_gap=rel_gap,
-            node_limit=node_limit,
-            iteration_limit=iteration_limit,
-            threads=threads,
-            seed=seed,
-            **_free_options(option or []),
-        )
+        warm = None if incumbent is None else instances.read_solution(incumbent, problem)
+        free = _free_options(option or [])
+        with solver_messages_on_stderr():
+            solution = solving.solve(
+                problem,
+                method,
+                program=program,
+                incumbent=warm,
+                time_limit=time_limit,
+                rel_gap=rel_gap,
+                node_limit=node_limit,
+                iteration_limit=iteration_limit,
+                threads=threads,
+                seed=seed,
+                **free,
+            )
         _finish(problem, solution, out, as_json)
 
 

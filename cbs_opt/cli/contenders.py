@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cbs_opt import solving
 from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Threads, load_block, number
 from cbs_opt.cli.failures import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
+from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
 from cbs_opt.report_format import plain
 from formulations.instances import load_library
@@ -60,7 +61,7 @@ def compare(
             names = [name.strip() for entry in method for name in entry.split(",") if name.strip()]
         else:
             names = solving.default_methods(program, all_models=all_models)
-        with tqdm(total=len(names), desc="methods", disable=None) as bar:
+        with tqdm(total=len(names), desc="methods", disable=None) as bar, solver_messages_on_stderr():
             table = solving.compare(
                 problem,
                 program=program,
@@ -84,7 +85,8 @@ def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False)
     """List the solvers: versions, licences, size limits, what they can take."""
     with reported(debug, BLOCK_OPTIONS):
         infos = available_solvers()
-        checks = {info.name: _check(info) for info in infos if check and info.available}
+        with solver_messages_on_stderr():
+            checks = {info.name: _check(info) for info in infos if check and info.available}
         if as_json:
             listed = [
                 plain(info)

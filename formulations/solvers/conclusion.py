@@ -88,8 +88,12 @@ def solve_model(
     deadline = None if limits.time_limit is None else began + limits.time_limit
     assert known.keep is not None
     task = Task(model=built, form=form, limits=limits, deadline=deadline, options=options, start=known.keep)
-    with _interrupt_handler_kept():
-        raw = solver.run(task)
+    try:
+        with _interrupt_handler_kept():
+            raw = solver.run(task)
+    except KeyboardInterrupt:
+        # A backend that has no answer to Ctrl-C: the known set is still one.
+        raw = RawResult(limit=Limit.INTERRUPTED)
     ignored = {
         name: getattr(limits, name)
         for name in solver.ignores

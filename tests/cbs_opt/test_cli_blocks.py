@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from cbs_opt import methods, solving
 from cbs_opt.cli import app
+from cbs_opt.cli.streams import solver_messages_on_stderr
 from formulations import BlockProblem, verify
 from formulations.enumeration import enumerate_optimum
 from formulations.instances import library, read_solution, write_instance, write_solution
@@ -192,6 +195,17 @@ def test_interrupted_solve_prints_and_writes_incumbent_and_bound(tmp_path: Path)
     found = read_solution(out, hard)
     assert found.objective == answer["objective"]
     assert verify(hard, found).ok
+
+
+def test_native_messages_leave_standard_output_to_the_data(capfd: pytest.CaptureFixture[str]) -> None:
+    with solver_messages_on_stderr():
+        os.write(1, b"written")
+        ctypes.CDLL(None).printf(b"buffered")
+    print("data")  # noqa: T201
+    found = capfd.readouterr()
+    assert found.out == "data\n"
+    assert "written" in found.err
+    assert "buffered" in found.err
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
