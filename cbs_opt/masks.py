@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch.nn.utils import prune
 
 from cbs_opt.errors import MaskFileError, MaskMismatchError
 from formulations.errors import ArgumentError
+from formulations.files import write_atomically
 
 FORMAT = "cbs-opt masks"
 VERSION = 1
@@ -63,7 +63,7 @@ def save_masks(
     pruned = sum(keep.numel() - int(keep.sum()) for keep in tensors.values())
     size = sum(keep.numel() for keep in tensors.values())
     entries |= {"format": FORMAT, "version": str(VERSION), "sense": SENSE, "sparsity": repr(pruned / size)}
-    _write_atomically(Path(path), save(tensors, metadata=entries))
+    write_atomically(path, save(tensors, metadata=entries))
 
 
 def load_masks(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -193,15 +193,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if keep.dtype != torch.bool:
             raise MaskFileError("path", f"{path}: {name} is {keep.dtype}, not boolean", remedy)
     return masks, metadata
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -195,9 +195,13 @@ def _choice(result: SwapResult) -> Choice:
         iterations=result.swaps,
         locally_optimal=result.locally_optimal,
         seconds=result.seconds,
-        status="1-swap optimal" if result.locally_optimal else f"stopped: {_why(result)} limit",
+        status=_ending(result),
     )
 
 
-def _why(result: SwapResult) -> str:
-    return "unknown" if result.limit is None else result.limit.value
+def _ending(result: SwapResult) -> str:
+    if result.locally_optimal:
+        return "1-swap optimal"
+    if result.limit is None:
+        return "start kept: nothing better beyond rounding"
+    return f"stopped: {result.limit.value} limit"

@@ -170,6 +170,13 @@ class BlockSolution:
                 value.flags.writeable = False
         self.__dict__.update(state)
 
+    def __repr__(self) -> str:
+        """Counts and values in one line; the arrays are left out."""
+        ended = self.termination.value + (f", {self.limit.value} limit" if self.limit else "")
+        kept = "no set" if self.keep is None else f"{int(self.keep.sum())} of {self.keep.size} kept"
+        values = f"objective={_short(self.objective)}, bound={_short(self.bound)}"
+        return f"BlockSolution({self.program} by {self.method}: {ended}, {kept}, {values})"
+
     @property
     def gap(self) -> float:
         """``(objective - bound) / max(|objective|, 1e-12)``; infinity without a bound."""
@@ -188,3 +195,7 @@ class BlockSolution:
         if self.keep is None:
             raise ArgumentError("solution", f"no set: {self.termination.value}", "check `termination` first")
         return np.flatnonzero(~self.keep)
+
+
+def _short(value: float | None) -> str:
+    return "None" if value is None else f"{value:.6g}"

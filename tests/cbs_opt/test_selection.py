@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from cbs_opt import selection
 from cbs_opt.heuristics.saliency import SALIENCIES, lowest
+from cbs_opt.heuristics.selection_program import SelectionProgram
+from cbs_opt.heuristics.swap_search import swap_search
 from cbs_opt.methods import available_methods
 from cbs_opt.selection import STARTS, by_randomized_magnitude, by_saliency, by_solver, by_swap_search
 from formulations import loss
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, UnsupportedProblemError
-from formulations.solution import Limits
+from formulations.solution import Limit, Limits
 from tests.cbs_opt.heuristics.fisher import dense_objective, fisher_block, random_set
 
 BLOCKS = [fisher_block(kind, n, 8) for kind, n in (("gradient", 12), ("zeros", 30), ("hessian", 12))]
@@ -101,3 +106,16 @@ def test_a_block_too_large_for_a_dense_method_is_named(monkeypatch: pytest.Monke
     with pytest.raises(UnsupportedProblemError, match="'zeros' of 30") as caught:
         select(BLOCKS, COUNTS, limits=Limits())
     assert caught.value.argument == "partition"
+
+
+def test_every_ending_of_a_search_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = fisher_block("flat", 40, 8)
+
+    def status(**ending: object) -> str:
+        found = swap_search(SelectionProgram.of(block), random_set(40, 20))
+        monkeypatch.setattr(selection, "swap_search_batch", lambda *_, **__: [replace(found, **ending)])
+        return by_swap_search([block], [20], limits=Limits())[0].status
+
+    assert status() == "1-swap optimal"
+    assert status(locally_optimal=False, limit=Limit.TIME) == "stopped: time limit"
+    assert status(locally_optimal=False, limit=None) == "start kept: nothing better beyond rounding"

@@ -229,3 +229,21 @@ def test_a_loose_tolerance_stops_early() -> None:
     assert loose.locally_optimal
     assert tight.value < loose.value < loose.initial_value
     assert float(swap_changes(block, loose.pruned)[0].min()) >= -0.0501 * loose.value
+
+
+@pytest.mark.usefixtures("small_pools")
+@pytest.mark.parametrize("kind", ["flat", "decaying"])
+def test_a_deadline_at_any_moment_is_kept_and_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = fisher_block(kind, 160, 30)
+    start = random_set(160, 80)
+    ends = []
+    for looks in (2, 4, 8, 16, 32, 10_000):
+        ticks = itertools.count()
+        monkeypatch.setattr(time, "monotonic", lambda ticks=ticks: float(next(ticks)))
+        result = swap_search(SelectionProgram.of(block), start, deadline=float(looks))
+        check(block, start, result)
+        assert result.seconds <= looks + 4  # few looks at the clock after the one that was too late
+        ends.append((result.value, result.limit))
+    assert ends == sorted(ends, key=lambda end: -end[0])
+    assert [limit for _, limit in ends[:2]] == [Limit.TIME] * 2
+    assert ends[-1][1] is None
