@@ -83,17 +83,19 @@ def solve_model(
         return only_set(problem, known, began)
     if limits.time_limit == 0.0:
         return conclude(problem, known, limits, began, limit=Limit.TIME)
-    built = spec.build(problem, incumbent=known)
-    form = standard_form(built)
     deadline = None if limits.time_limit is None else began + limits.time_limit
     assert known.keep is not None
-    task = Task(model=built, form=form, limits=limits, deadline=deadline, options=options, start=known.keep)
     try:
+        built = spec.build(problem, incumbent=known)
+        form = standard_form(built)
+        task = Task(
+            model=built, form=form, limits=limits, deadline=deadline, options=options, start=known.keep
+        )
         with _interrupt_handler_kept():
             raw = solver.run(task)
     except KeyboardInterrupt:
-        # A backend that has no answer to Ctrl-C: the known set is still one.
-        raw = RawResult(limit=Limit.INTERRUPTED)
+        # Before the backend runs, or one that has no answer to Ctrl-C: the known set is still one.
+        return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)
     ignored = {
         name: getattr(limits, name)
         for name in solver.ignores

@@ -155,6 +155,7 @@ def _parameters(mathopt: Any, task: Task) -> Any:
     )
     if task.seconds_left is not None:
         parameters.time_limit = datetime.timedelta(seconds=task.seconds_left)
+    parameters.gscip.bool_params["misc/catchctrlc"] = True
     parameters.gscip.real_params["numerics/dualfeastol"] = DUAL_TOLERANCE
     parameters.gscip.real_params["numerics/feastol"] = task.feasibility_tolerance
     for name, value in task.options.items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -168,22 +169,23 @@ def test_verify_fails_on_a_false_claim(block: BlockProblem) -> None:
 
 @contextmanager
 def interrupt_after(seconds: float) -> Iterator[None]:
-    """Raise SIGINT in this process once, as Ctrl-C does."""
-    previous = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Send this process SIGINT once, as Ctrl-C does, from outside: native code may hold the interpreter."""
+    send = f"import os, signal, time; time.sleep({seconds}); os.kill({os.getpid()}, signal.SIGINT)"
+    sender = subprocess.Popen([sys.executable, "-S", "-c", send])
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, previous)
+        sender.kill()
+        sender.wait()
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
-def test_interrupted_solve_prints_and_writes_incumbent_and_bound(tmp_path: Path) -> None:
-    hard = random_block(200, 100, 1e-6)
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize(("method", "n"), [("branch_and_bound", 200), ("mathopt", 66)])
+def test_interrupted_solve_prints_and_writes_incumbent_and_bound(tmp_path: Path, method: str, n: int) -> None:
+    hard = random_block(n, n // 2, 1e-6)
     path, out = str(tmp_path / "hard.npz"), str(tmp_path / "found.npz")
     write_instance(path, hard)
-    arguments = ("--program", "joint", "--method", "branch_and_bound", "--time-limit", "40")
+    arguments = ("--program", "joint", "--method", method, "--time-limit", "40")
     invoke("solve", "digits_12_s50", *arguments)  # compiles
     with interrupt_after(2.0):
         result = invoke("solve", path, *arguments, "--out", out, "--json")
@@ -191,7 +193,7 @@ def test_interrupted_solve_prints_and_writes_incumbent_and_bound(tmp_path: Path)
     answer = json.loads(result.stdout)
     assert (answer["termination"], answer["limit"]) == ("feasible", "interrupted")
     assert answer["bound"] < answer["objective"]
-    assert answer["seconds"] < 20.0
+    assert answer["seconds"] < 35.0
     found = read_solution(out, hard)
     assert found.objective == answer["objective"]
     assert verify(hard, found).ok
