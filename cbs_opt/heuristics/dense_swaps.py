@@ -69,16 +69,14 @@ def _swap_compiled(
     settled = np.zeros(gram.shape[0], dtype=np.bool_)
     v = product.numpy().astype(np.float64)
     y = pruned.numpy().copy()
-    _swap_blocks(
-        gram.numpy().astype(np.float64, copy=False),
-        v,
-        linear.numpy().astype(np.float64),
-        y,
-        tolerance.numpy().astype(np.float64),
-        budget.numpy(),
-        swaps,
-        settled,
-    )
+    a = gram.numpy().astype(np.float64, copy=False)
+    c = linear.numpy().astype(np.float64)
+    least = tolerance.numpy().astype(np.float64)
+    most = budget.numpy()
+    if len(a) == 1:  # spares the start of the threads
+        swaps[0], settled[0] = _swap_one_block(a[0], v[0], c[0], y[0], float(least[0]), int(most[0]))
+    else:
+        _swap_blocks(a, v, c, y, least, most, swaps, settled)
     product.copy_(torch.from_numpy(v))
     pruned.copy_(torch.from_numpy(y))
     return SwapCounts(swaps=torch.from_numpy(swaps), locally_optimal=torch.from_numpy(settled))
