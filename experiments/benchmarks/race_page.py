@@ -49,7 +49,9 @@ def _introduction(limits: Limits, arguments: Sequence[str]) -> str:
             "median counts. A solver driven through a model is asked for half the gap, so that its bound "
             "still meets the gap after its tolerances are taken off. Seconds are processor time of "
             "the one thread, which other work on the machine disturbs less than wall time; the last table "
-            "has both. Ratios are to `branch_and_bound`.",
+            "has both. The limit is wall time: on a busy machine a solve that it stopped had less processor "
+            "time, which its cell gives. A solver that left a block unproved is not tried on larger ones "
+            "with the same share. Ratios are to `branch_and_bound`.",
             "",
             *contenders,
             "",
@@ -82,7 +84,7 @@ def _cell(outcome: Row | Absent | None, ours: Row | Absent | None) -> str:
     if outcome is None:
         return "-"
     if isinstance(outcome, Absent):
-        return outcome.reason
+        return outcome.reason.removeprefix(f"{outcome.method}: ")
     ratio = ""
     if isinstance(ours, Row) and outcome.method != OURS:
         sign = "" if outcome.solution.proved else "> "
