@@ -14,11 +14,11 @@ import pandas as pd
 from torch import Tensor
 
 from cbs_opt import report_format
-from cbs_opt.atomic import write_bytes
 from cbs_opt.batches import Evaluation
 from cbs_opt.histogram import Histogram, shared_histograms
 from cbs_opt.masks import load_masks, save_masks
 from formulations.errors import ArgumentError
+from formulations.files import write_atomically
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -295,10 +295,10 @@ class PruneReport:
             save_masks(target / MASKS_FILE, self.masks, metadata={"method": self.method})
         else:
             (target / MASKS_FILE).unlink(missing_ok=True)
-        write_bytes(target / LAYERS_CSV, _layers_csv(self).encode())
+        write_atomically(target / LAYERS_CSV, _layers_csv(self).encode())
         write_comparison([self], target / REPORT_HTML)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_bytes(target / REPORT_JSON, f"{text}\n".encode())
+        write_atomically(target / REPORT_JSON, f"{text}\n".encode())
         return target
 
     @classmethod

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from cbs_opt import figures
 from cbs_opt import report_tables as tables
-from cbs_opt.atomic import write_bytes
 from cbs_opt.comparison import evaluated_on, evaluations
 from cbs_opt.report import PruneReport
 from cbs_opt.report_tables import Table
 from formulations.errors import ArgumentError
+from formulations.files import write_atomically
 
 HISTOGRAM_CAPTION = "Weights of the largest layers: all of them before, the kept ones after (zeros left out)."
 
@@ -73,7 +73,7 @@ def write_comparison(
     OSError
         If the file cannot be written.
     """
-    write_bytes(Path(path), render_comparison(reports, title=title).encode())
+    write_atomically(Path(path), render_comparison(reports, title=title).encode())
 
 
 def render_comparison(reports: Sequence[PruneReport], *, title: str | None = None) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cbs_opt.heuristics.dense_swaps import swap_dense
 from cbs_opt.heuristics.pair_scan import Projection, project
 from cbs_opt.heuristics.pair_search import Pairs, SwapChanges, improving_pairs
+from cbs_opt.heuristics.products import double_chunks
 from cbs_opt.heuristics.selection_program import SelectionProgram
 from formulations.solution import Limit
 
@@ -24,8 +25,6 @@ SWAPS_A_LOOK = 128
 """Swaps within a pool between two looks at the clock."""
 FRESH_SHARE = 1e-6
 """The image is computed anew at the end where its square has shrunk below this share."""
-READ_ROWS = 8
-"""Rows held in float64 while all are read once."""
 MAX_SWAPS = 2**31 - 1
 ROUNDING = 1e-15
 """No change below this share of the terms that cancel in it can be told from rounding."""
@@ -109,12 +108,9 @@ class LargeSwapSearch:
             self.half_diagonal = 0.5 * program.diagonal()
             return
         squares, image = torch.zeros_like(x), []
-        # One buffer for all parts: to allocate such a piece costs more than to work on it.
-        buffer = torch.empty(READ_ROWS, program.n, dtype=torch.float64, device=x.device)
-        for part in torch.split(program.rows, READ_ROWS):
-            exact = buffer[: part.shape[0]].copy_(part)
-            image.append(exact @ x)
-            squares += exact.square_().sum(dim=0)
+        for part in double_chunks(program.rows):
+            image.append(part @ x)
+            squares += part.square().sum(dim=0)
         self.image = torch.cat(image) if image else x.new_zeros(0)
         self.squares = squares * program.weights.double().square()
         self.half_diagonal = 0.5 * (self.squares + program.damping * program.weights.double().square())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
 from formulations.errors import NotPositiveDefiniteError
 
-ROW_CHUNK = 16
+ROW_CHUNK = 8
 """Rows converted to float64 at a time."""
 COLUMN_CHUNK = 8_192
 """Columns converted to float64 at a time where they are gathered."""
@@ -16,16 +18,27 @@ COLUMN_CHUNK = 8_192
 
 def image(data: Tensor, x: Tensor) -> Tensor:
     """``data x`` in float64, (m,), for `data` (m, n) of any precision."""
-    parts = [part.double() @ x for part in torch.split(data, ROW_CHUNK)]
+    parts = [part @ x for part in double_chunks(data)]
     return torch.cat(parts) if parts else x.new_zeros(0)
 
 
 def column_squares(rows: Tensor) -> Tensor:
     """Squared column norms accumulated in float64, (n,)."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part in torch.split(rows, ROW_CHUNK):
-        total += part.double().square().sum(dim=0)
+    for part in double_chunks(rows):
+        total += part.square().sum(dim=0)
     return total
+
+
+def double_chunks(data: Tensor) -> Iterator[Tensor]:
+    """The rows of `data` in float64, a few at a time; each chunk is gone when the next one comes."""
+    if data.dtype == torch.float64:
+        yield from torch.split(data, ROW_CHUNK)
+        return
+    # One buffer for all chunks: to allocate such a piece costs more than to work on it.
+    buffer = torch.empty(ROW_CHUNK, data.shape[1], dtype=torch.float64, device=data.device)
+    for part in torch.split(data, ROW_CHUNK):
+        yield buffer[: part.shape[0]].copy_(part)
 
 
 def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
