@@ -4,7 +4,8 @@
 
 Prints one JSON line: seconds of the search and of the update, swaps, the objective before and after, and
 the peak memory beyond the gradient rows. The block is the whole network, the rows are `--rows` single
-training samples, the damping is that of the CBS paper for the network.
+training samples, the damping is that of the CBS paper for the network, and the gradient is left out as there
+and as `prune` does by default (`--gradient-term` puts it in).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +111,19 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gradient-term", action="store_true", help="keep the gradient in the model")
     parser.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
     given = parser.parse_args()
     block = whole_network(given.network, given.rows, given.seed, given.data)
+    if not given.gradient_term:
+        block = replace(block, gradient=None)
     for sparsity in given.sparsity:
-        result = {"network": given.network, "sparsity": sparsity, **measure(block, sparsity)}
+        result = {
+            "network": given.network,
+            "sparsity": sparsity,
+            "gradient_term": given.gradient_term,
+            **measure(block, sparsity),
+        }
         print(json.dumps(result), flush=True)  # noqa: T201
 
 
