@@ -28,6 +28,7 @@ from cbs_opt.heuristics.swap_search import swap_search
 from cbs_opt.heuristics.updates import cbs_update
 from experiments.datasets import load_dataset
 from experiments.networks import NETWORKS, load_network
+from formulations.errors import CbsError
 
 DAMPING = {"mlpnet_mnist": 1e-3, "resnet20_cifar10": 1e-5, "resnet20a_cifar10": 1e-5}
 SAMPLING_SECONDS = 0.05
@@ -114,7 +115,10 @@ def main() -> None:
     parser.add_argument("--gradient-term", action="store_true", help="keep the gradient in the model")
     parser.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
     given = parser.parse_args()
-    block = whole_network(given.network, given.rows, given.seed, given.data)
+    try:
+        block = whole_network(given.network, given.rows, given.seed, given.data)
+    except CbsError as error:
+        raise SystemExit(f"error: {error}") from error
     if not given.gradient_term:
         block = replace(block, gradient=None)
     for sparsity in given.sparsity:
