@@ -18,6 +18,7 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 PROGRAMS = ("selection", "joint")
+NUMBERS = (int, float, np.integer, np.floating)
 SYMMETRY_TOLERANCE = 1e-8
 """Largest accepted ``|H_ij - H_ji|`` relative to ``max |H|``; smaller differences are averaged."""
 DEFINITENESS_TOLERANCE = 1e-10
@@ -215,7 +216,7 @@ class BlockProblem:
 
 
 def _checked_count(n_prune: Any, n: int) -> int:
-    if isinstance(n_prune, bool) or int(n_prune) != n_prune:
+    if isinstance(n_prune, bool) or not isinstance(n_prune, NUMBERS) or n_prune % 1 != 0:
         raise ArgumentError("n_prune", f"{n_prune!r}", "pass a whole number")
     if not 0 <= n_prune <= n:
         raise ArgumentError("n_prune", f"{n_prune} for {n} weights", f"choose one from 0 to {n}")
@@ -223,10 +224,9 @@ def _checked_count(n_prune: Any, n: int) -> int:
 
 
 def _checked_damping(damping: Any) -> float:
-    value = float(damping)
-    if not (math.isfinite(value) and value >= 0.0):
-        raise ArgumentError("damping", f"{value}", "pass a finite number >= 0")
-    return value
+    if isinstance(damping, bool) or not isinstance(damping, NUMBERS) or not 0.0 <= damping < math.inf:
+        raise ArgumentError("damping", f"{damping!r}", "pass a finite number >= 0")
+    return float(damping)
 
 
 def _check_width(name: str, array: FloatArray, n: int) -> None:
