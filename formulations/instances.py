@@ -22,9 +22,8 @@ from formulations.files import read_container, write_atomically, write_container
 from formulations.models import model_spec
 from formulations.models.translation import standard_form
 from formulations.problem import BlockProblem
-from formulations.relaxations.capped_simplex import CappedSimplexCertificate
-from formulations.relaxations.perspective import PerspectiveCertificate
-from formulations.solution import BlockSolution, Certificate, Limit, SolveStats, Termination
+from formulations.relaxations.storage import certificate_entries, restored_certificate
+from formulations.solution import BlockSolution, Limit, SolveStats, Termination
 
 BLOCK_FORMAT = "cbs-opt block"
 SOLUTION_FORMAT = "cbs-opt solution"
@@ -32,11 +31,6 @@ VERSION = 1
 MAX_BYTES = 2**34
 """Largest file content read by default, 16 GiB of arrays."""
 LIBRARY = resources.files("formulations") / "library"
-CERTIFICATES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
-    "perspective": (PerspectiveCertificate, ("point", "split")),
-    "capped_simplex": (CappedSimplexCertificate, ("point", "shift")),
-}
-"""Certificates that a solution file can hold: class and array fields by kind."""
 
 
 def write_instance(
@@ -119,15 +113,14 @@ def read_instance(
 def write_solution(path: str | os.PathLike[str], problem: BlockProblem, solution: BlockSolution) -> None:
     """Write a solution with the fingerprint of its block, atomically.
 
-    Perspective and capped-simplex certificates are stored; the trace and `SolveStats.extra` are not.
+    Certificates of relaxations are stored whole, with their fixings and the certificates that these
+    rest on; the trace and `SolveStats.extra` are not.
     """
     arrays: dict[str, np.ndarray] = {}
     if solution.keep is not None and solution.weights is not None:
         arrays = {"keep": solution.keep, "weights": solution.weights}
-    kind = None if solution.certificate is None else solution.certificate.kind
-    if kind in CERTIFICATES:
-        for name in CERTIFICATES[kind][1]:
-            arrays[f"certificate_{name}"] = getattr(solution.certificate, name)
+    chain, evidence = certificate_entries(solution.certificate)
+    arrays |= evidence
     stats = asdict(replace(solution.stats, extra={}))
     stats.pop("extra")
     header = {
@@ -142,7 +135,8 @@ def write_solution(path: str | os.PathLike[str], problem: BlockProblem, solution
         "method": solution.method,
         "rel_gap": solution.rel_gap,
         "stats": stats,
-        "certificate": kind if kind in CERTIFICATES else None,
+        "certificate": chain[0]["kind"] if chain else None,
+        "certificate_chain": chain,
     }
     write_container(path, header, arrays)
 
@@ -182,7 +176,7 @@ def read_solution(
             program=str(header["program"]),
             method=str(header["method"]),
             rel_gap=_optional_number(header["rel_gap"]),
-            certificate=_certificate(header["certificate"], arrays),
+            certificate=restored_certificate(_chain(header), arrays),
             stats=SolveStats(**stats),
         )
     except (KeyError, TypeError, ValueError, CbsError) as error:
@@ -198,12 +192,10 @@ def _optional_number(value: Any) -> float | None:
     return number
 
 
-def _certificate(kind: str | None, arrays: Mapping[str, np.ndarray]) -> Certificate | None:
-    if kind is None:
-        return None
-    cls, names = CERTIFICATES[kind]
-    certificate: Certificate = cls(**{name: arrays[f"certificate_{name}"] for name in names})
-    return certificate
+def _chain(header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Header entries of the certificate and its bases; files from before fixings name the kind alone."""
+    kind = header["certificate"]
+    return list(header.get("certificate_chain") or ([] if kind is None else [{"kind": kind}]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,8 @@ def verify(problem: BlockProblem, solution: BlockSolution) -> Verification:
     -------
     Verification
         `ok` is False when the set has the wrong size, weights disagree with the set, the objective
-        differs by more than `OBJECTIVE_TOLERANCE` relative, or the bound exceeds the objective.
+        differs by more than `OBJECTIVE_TOLERANCE` relative, the bound exceeds the objective, or the
+        certificate lists a weight as fixed that it does not prove fixed.
     """
     wrong: list[str] = []
     open_points: list[str] = []
@@ -231,6 +232,8 @@ def _verify_bound(
             open_points.append("bound has no certificate: it rests on the method that stated it")
         return None, False
     bound = solution.certificate.lower_bound(problem)
+    if not solution.certificate.proves_fixing(problem):
+        wrong.append(f"{solution.certificate.n_fixed} weights listed as fixed are not all proved so")
     if value is not None and bound > value + slack:
         wrong.append(f"certified bound {bound!r} exceeds the objective {value!r}")
     checked = stated is not None and bound >= stated - slack

@@ -89,8 +89,27 @@ class Certificate(Protocol):
         """The relaxation, e.g. "perspective" or "capped_simplex"."""
         ...
 
+    @property
+    def rho(self) -> float | None:
+        """Relative damping: ``damping`` over the mean diagonal of ``F = H - damping I``."""
+        ...
+
+    @property
+    def effective_rank(self) -> float | None:
+        """``tr(F)^2 / tr(F^2)``; None where it was not computed or ``F`` is zero."""
+        ...
+
+    @property
+    def n_fixed(self) -> int:
+        """Number of weights proved to have the same fate in every set as good as the incumbent."""
+        ...
+
     def lower_bound(self, problem: BlockProblem) -> float:
         """Recompute the bound from `problem` in float64, rounded down by the proven error."""
+        ...
+
+    def proves_fixing(self, problem: BlockProblem) -> bool:
+        """Whether every weight that it lists as fixed is proved fixed."""
         ...
 
 

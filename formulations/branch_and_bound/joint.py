@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, FAILED, LEAF
-from formulations.branch_and_bound.reduction import FREE, KEPT, PRUNED, reduce_joint
 from formulations.compiled import compiled
 from formulations.factorisation import cholesky_factor, inverse_from_factor
 from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint
 from formulations.relaxations.diagonal_split import LAPACK_FROM, barrier_step
 from formulations.relaxations.perspective_kernels import (
     dual_rounding,

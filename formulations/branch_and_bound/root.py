@@ -12,8 +12,13 @@ from formulations.branch_and_bound.outcomes import BRANCH
 from formulations.branch_and_bound.tree import Node, Search
 from formulations.incumbents import descend, kicked
 from formulations.problem import BlockProblem
-from formulations.relaxations.bounds import joint_certificate, joint_split, selection_shift
-from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection
+from formulations.relaxations.bounds import (
+    joint_certificate,
+    joint_split,
+    selection_certificate,
+    selection_shift,
+)
+from formulations.relaxations.capped_simplex import relax_selection
 from formulations.relaxations.diagonal_split import interior_split
 from formulations.relaxations.perspective import relax_joint
 from formulations.solution import Certificate, Limit, Limits
@@ -113,7 +118,7 @@ def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> Certi
         form, problem.n_prune, selection_shift(problem, form), cutoff=tree.cutoff
     )
     node.bound, node.warm, node.split = bound, point, shift
-    return CappedSimplexCertificate(point=point, shift=shift * form.scale)
+    return selection_certificate(problem, form, point, shift)
 
 
 def _evaluate(tree: Search, node: Node, rounds: int) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, LEAF
-from formulations.branch_and_bound.reduction import FREE, KEPT, PRUNED, reduce_selection
 from formulations.compiled import compiled
 from formulations.factorisation import cholesky_factor, inverse_from_factor
 from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.reduction import FREE, KEPT, PRUNED, reduce_selection
 from formulations.relaxations.capped_simplex_kernels import (
     METRIC_FLOOR,
     METRIC_SHARE,

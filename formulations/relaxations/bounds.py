@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from formulations.dense_forms import DenseForm, joint_form, selection_form
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
+from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.matrix_free import relax_joint_rows, relax_selection_rows
 from formulations.relaxations.perspective import (
     SPLIT_MARGIN,
@@ -106,11 +108,11 @@ def _from_rows(
         point, residual = relax_joint_rows(problem, limits, started, pool.objective)
         pool.offer(round_joint(residual, problem.n_keep))
         split = np.full(problem.n, problem.damping * (1.0 - SPLIT_MARGIN))
-        return PerspectiveCertificate(point=point, split=split)
+        return PerspectiveCertificate(point=point, split=split, **asdict(fisher_shape(problem)))
     point = relax_selection_rows(problem, limits, started, pool.objective)
     pool.offer(round_selection(point, problem.n_prune))
     shift = problem.damping * problem.weights**2 * (1.0 - SPLIT_MARGIN)
-    return CappedSimplexCertificate(point=point, shift=shift)
+    return CappedSimplexCertificate(point=point, shift=shift, **asdict(fisher_shape(problem)))
 
 
 def _joint(problem: BlockProblem, pool: IncumbentPool, rounds: int) -> PerspectiveCertificate:
@@ -131,7 +133,7 @@ def _selection(problem: BlockProblem, pool: IncumbentPool, rounds: int) -> Cappe
         form, problem.n_prune, selection_shift(problem, form), cutoff=cutoff, split_rounds=rounds
     )
     pool.offer(round_selection(point, problem.n_prune))
-    return CappedSimplexCertificate(point=point, shift=shift * form.scale)
+    return selection_certificate(problem, form, point, shift)
 
 
 def joint_split(problem: BlockProblem, form: DenseForm) -> FloatArray:
@@ -152,5 +154,14 @@ def joint_certificate(
 ) -> PerspectiveCertificate:
     """A point and split of the joint form in the block's own units."""
     return PerspectiveCertificate(
-        point=point * math.sqrt(form.scale) / root, split=split * root**2 * (1.0 - SPLIT_MARGIN)
+        point=point * math.sqrt(form.scale) / root,
+        split=split * root**2 * (1.0 - SPLIT_MARGIN),
+        **asdict(fisher_shape(problem)),
     )
+
+
+def selection_certificate(
+    problem: BlockProblem, form: DenseForm, point: FloatArray, shift: FloatArray
+) -> CappedSimplexCertificate:
+    """A point and shift of the selection form in the block's own units."""
+    return CappedSimplexCertificate(point=point, shift=shift * form.scale, **asdict(fisher_shape(problem)))

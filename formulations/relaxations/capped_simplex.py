@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,17 +16,19 @@ from formulations.relaxations.capped_simplex_kernels import (
     shift_slopes,
     solve_capped_simplex,
 )
-from formulations.relaxations.certified import bounded_product, column_norms, largest_sum, split_is_valid
+from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
+from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CappedSimplexCertificate:
+class CappedSimplexCertificate(RelaxationCertificate):
     """A point ``y`` and a shift ``u`` that prove a lower bound on the selection program.
 
     With ``diag(w) H diag(w) - diag(u)`` positive semidefinite, ``x = w y`` and
     ``r = w (H x) - u y - g w + u / 2``:
-    ``optimum >= -1/2 x.H x + 1/2 u.y^2 + (sum of the n_prune smallest r_i)``.
+    ``optimum >= -1/2 x.H x + 1/2 u.y^2 + (sum of the n_prune smallest r_i)``. Weights given as pruned
+    have ``y_i = 1`` and are in the sum by all means; those given as kept have ``y_i = 0``.
 
     Attributes
     ----------
@@ -33,35 +36,47 @@ class CappedSimplexCertificate:
         ``y``; need not be feasible.
     shift : (n,) float64 array
         ``u``, in units of the loss; of any sign.
+    kind : str
+        "capped_simplex".
+    n_fixed : int
+        Weights proved fixed, listed in `fixing`.
+    rho, effective_rank, fixing, basis
+        As in `RelaxationCertificate`.
     """
 
-    point: FloatArray
+    chosen_are_kept: ClassVar[bool] = False
+
     shift: FloatArray
 
     def __post_init__(self) -> None:
-        for name in ("point", "shift"):
-            object.__setattr__(self, name, frozen_array(name, getattr(self, name), 1))
+        super().__post_init__()
+        object.__setattr__(self, "shift", frozen_array("shift", self.shift, 1))
 
     @property
     def kind(self) -> str:
         """Name of the relaxation."""
         return "capped_simplex"
 
-    def lower_bound(self, problem: BlockProblem) -> float:
-        """Recompute the bound with one product with ``H``, less a proven bound on all rounding.
+    def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
+        """The underestimate ``base + sum over the pruned of r_i``; O(m n).
 
-        ``-inf`` if the certificate does not fit the block or the shift is not proved valid.
+        None if the shifted matrix on the free weights is not proved semidefinite: free with rows and
+        ``u <= damping w^2``, a Cholesky factorisation otherwise.
         """
         if not self.point.shape == self.shift.shape == (problem.n,):
-            return -math.inf
+            return None
         norms = column_norms(problem)
-        y, w, g, shift = self.point, problem.weights, problem.gradient_or_zero, self.shift
+        w, g, shift = problem.weights, problem.gradient_or_zero, self.shift
+        y = np.where(given.prune, 1.0, np.where(given.keep, 0.0, self.point))
         # A zero weight has a zero row in diag(w) H diag(w), so only the other indices matter.
         square = w * w
         used = square > 0.0
         split = np.divide(shift, square, out=np.zeros(problem.n), where=used) * (1.0 + 1e-15)
-        if bool((shift[~used] > 0.0).any()) or not split_is_valid(problem, split, norms, used):
-            return -math.inf
+        free = given.free
+        if bool((shift[free & ~used] > 0.0).any()):
+            return None
+        if not split_is_valid(problem, split, norms, used & free):
+            return None
         x = w * y
         product = bounded_product(problem, x, norms)
         sloppy = error_factor(8)
@@ -69,20 +84,13 @@ class CappedSimplexCertificate:
         moved = product.error + sloppy * norms * float(norms @ np.abs(x))
         slope = w * product.value - shift * y - g * w + 0.5 * shift
         magnitude = np.abs(w * product.value) + np.abs(shift) * (np.abs(y) + 0.5) + np.abs(g * w)
-        error = np.abs(w) * moved + sloppy * magnitude
-        terms = (
-            -0.5 * float(x @ product.value),
-            0.5 * float(shift @ (y * y)),
-            -largest_sum(-slope, problem.n_prune),
+        sums = np.abs(x) @ np.abs(product.value) + np.abs(shift) @ (y * y)
+        return Linearisation(
+            base=-0.5 * float(x @ product.value) + 0.5 * float(shift @ (y * y)),
+            lost=0.5 * float(np.abs(x) @ moved) + error_factor(problem.n + 16) * float(sums),
+            cost=slope,
+            error=np.abs(w) * moved + sloppy * magnitude,
         )
-        length = error_factor(problem.n + 16)
-        lost = (
-            0.5 * float(np.abs(x) @ moved)
-            + largest_sum(error, problem.n_prune)
-            + length * float(np.abs(x) @ np.abs(product.value) + np.abs(shift) @ (y * y))
-            + length * largest_sum(np.abs(slope), problem.n_prune)
-        )
-        return sum(terms) - 2.0 * lost
 
 
 def relax_selection(

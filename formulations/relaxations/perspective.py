@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from formulations.dense_forms import DenseForm, error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
-from formulations.relaxations.certified import bounded_product, column_norms, largest_sum, split_is_valid
+from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
+from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
 from formulations.relaxations.perspective_kernels import solve_perspective, split_slopes
 
@@ -22,11 +24,12 @@ SPLIT_MARGIN = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PerspectiveCertificate:
+class PerspectiveCertificate(RelaxationCertificate):
     """A point ``u`` and a split ``D`` that prove a lower bound on the joint program.
 
     With ``H = Q + D``, ``Q`` positive semidefinite, ``b = H w - g`` and ``h = b - Q u``:
-    ``optimum >= 1/2 w.H w - g.w - 1/2 u.Q u - 1/2 (sum of the n_keep largest h_i^2 / D_i)``.
+    ``optimum >= 1/2 w.H w - g.w - 1/2 u.Q u - 1/2 (sum of the n_keep largest h_i^2 / D_i)``. Weights
+    given as pruned drop out of everything; those given as kept are in the sum by all means.
 
     Attributes
     ----------
@@ -34,33 +37,41 @@ class PerspectiveCertificate:
         ``u``, in units of the weights.
     split : (n,) float64 array
         ``D``, positive, in units of ``H``.
+    kind : str
+        "perspective".
+    n_fixed : int
+        Weights proved fixed, listed in `fixing`.
+    rho, effective_rank, fixing, basis
+        As in `RelaxationCertificate`.
     """
 
-    point: FloatArray
+    chosen_are_kept: ClassVar[bool] = True
+
     split: FloatArray
 
     def __post_init__(self) -> None:
-        for name in ("point", "split"):
-            object.__setattr__(self, name, frozen_array(name, getattr(self, name), 1))
+        super().__post_init__()
+        object.__setattr__(self, "split", frozen_array("split", self.split, 1))
 
     @property
     def kind(self) -> str:
         """Name of the relaxation."""
         return "perspective"
 
-    def lower_bound(self, problem: BlockProblem) -> float:
-        """Recompute the bound with one product with ``H``, less a proven bound on all rounding.
+    def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
+        """The underestimate ``base - sum over the kept of 1/2 h_i^2 / D_i``; O(m n).
 
-        ``-inf`` if the certificate does not fit the block or ``H - D`` is not proved semidefinite;
-        that proof is free with rows and ``D <= damping``, a Cholesky factorisation otherwise.
+        None if ``H - D`` on the weights not given as pruned is not proved semidefinite: free with rows
+        and ``D <= damping``, a Cholesky factorisation otherwise.
         """
         fits = self.point.shape == self.split.shape == (problem.n,)
         if not fits or not bool((self.split > 0.0).all()):
-            return -math.inf
+            return None
         norms = column_norms(problem)
-        if not split_is_valid(problem, self.split, norms, np.ones(problem.n, dtype=np.bool_)):
-            return -math.inf
-        u, w, d, g = self.point, problem.weights, self.split, problem.gradient_or_zero
+        if not split_is_valid(problem, self.split, norms, ~given.prune):
+            return None
+        w, d, g = problem.weights, self.split, problem.gradient_or_zero
+        u = np.where(given.prune, 0.0, self.point)
         # h = H (w - u) - g + D u and the constant share one product each.
         change = bounded_product(problem, w - u, norms)
         residual = change.value - g + d * u
@@ -72,20 +83,14 @@ class PerspectiveCertificate:
         slack = (2.0 * np.abs(residual) * error + error**2) / d + sloppy * square
         # 1/2 w.Hw - 1/2 u.Hu = 1/2 (w + u).H(w - u)
         both = w + u
-        terms = (
-            0.5 * float(both @ change.value),
-            -float(g @ w),
-            0.5 * float(d @ (u * u)),
-            -0.5 * largest_sum(square, problem.n_keep),
+        terms = (0.5 * float(both @ change.value), -float(g @ w), 0.5 * float(d @ (u * u)))
+        magnitude = np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + d @ (u * u)
+        return Linearisation(
+            base=sum(terms),
+            lost=0.5 * float(np.abs(both) @ moved) + error_factor(problem.n + 16) * float(magnitude),
+            cost=-0.5 * square,
+            error=0.5 * slack,
         )
-        length = error_factor(problem.n + 16)
-        lost = (
-            0.5 * float(np.abs(both) @ moved)
-            + 0.5 * largest_sum(slack, problem.n_keep)
-            + length * float(np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + d @ (u * u))
-            + length * largest_sum(square, problem.n_keep)
-        )
-        return sum(terms) - 2.0 * lost
 
 
 def relax_joint(

@@ -1,0 +1,205 @@
+"""What certificates of either relaxation share: the linearised bound, fixings, and their proof.
+
+A point of a convex relaxation gives a linear underestimate: with ``chosen`` the kept weights (joint) or
+the pruned ones (selection),
+
+    value of a set >= base + (sum of cost_i over the chosen weights of the set).
+
+The bound is the minimum over all sets of the right size. Forcing one weight in or out exchanges two
+costs; if that lifts the bound above the value of a known set, every set at least as good has the weight
+the other way: it is *fixed*.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from formulations.dense_forms import error_factor
+from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
+from formulations.relaxations.certified import largest_sum
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fixing:
+    """Weights that every set of value at most `cutoff` keeps, and such that every one prunes.
+
+    Attributes
+    ----------
+    keep, prune : (n,) bool arrays
+        True where fixed as kept, and as pruned.
+    cutoff : float
+        In units of the loss.
+    """
+
+    keep: BoolArray
+    prune: BoolArray
+    cutoff: float
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "prune"):
+            array = np.array(getattr(self, name), dtype=np.bool_)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+
+    @property
+    def free(self) -> BoolArray:
+        """True where nothing is fixed, (n,)."""
+        return ~(self.keep | self.prune)
+
+    @property
+    def count(self) -> int:
+        """Number of fixed weights."""
+        return int(self.keep.sum() + self.prune.sum())
+
+    @staticmethod
+    def nothing(n: int) -> Fixing:
+        """No weight fixed, which holds for every set."""
+        none = np.zeros(n, dtype=np.bool_)
+        return Fixing(keep=none, prune=none, cutoff=math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linearisation:
+    """``value >= base + sum of cost over the chosen``, each figure computed in float64.
+
+    Attributes
+    ----------
+    base : float
+    lost : float
+        Bound on the rounding error of `base`.
+    cost, error : (n,) arrays
+        Costs and bounds on their absolute rounding errors.
+    """
+
+    base: float
+    lost: float
+    cost: FloatArray
+    error: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RelaxationCertificate(ABC):
+    """Evidence for a lower bound: a point of a relaxation, checked by one product with ``H``.
+
+    Attributes
+    ----------
+    point : (n,) float64 array
+        Where the relaxation is linearised; need not be feasible.
+    rho : float or None
+        Relative damping of the block, `FisherShape.rho`; descriptive.
+    effective_rank : float or None
+        ``tr(F)^2 / tr(F^2)`` of the block's Fisher matrix, `FisherShape.effective_rank`; descriptive.
+    fixing : Fixing or None
+        Weights that this certificate proves fixed.
+    basis : certificate or None
+        An earlier certificate whose fixings this one presumes.
+    """
+
+    chosen_are_kept: ClassVar[bool]
+    """Whether the costs are paid by kept weights, or by pruned ones."""
+
+    point: FloatArray
+    rho: float | None = None
+    effective_rank: float | None = None
+    fixing: Fixing | None = None
+    basis: RelaxationCertificate | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "point", frozen_array("point", self.point, 1))
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """Name of the relaxation."""
+
+    @property
+    def n_fixed(self) -> int:
+        """Number of weights proved fixed."""
+        return 0 if self.fixing is None else self.fixing.count
+
+    @abstractmethod
+    def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
+        """The linear underestimate on the sets that obey `given`; None if it is not proved valid."""
+
+    def lower_bound(self, problem: BlockProblem) -> float:
+        """Recompute the bound with one product with ``H``, less a proven bound on all rounding.
+
+        With a `basis`, whose fixings are proved first, the bound is the smaller of the restricted
+        bound and the cutoff. ``-inf`` if anything does not fit the block or is not proved.
+        """
+        given = self._proved_basis(problem)
+        line = None if given is None else self.linearisation(problem, given)
+        if line is None or given is None:
+            return -math.inf
+        return min(self._restricted(problem, line, given), given.cutoff)
+
+    def proves_fixing(self, problem: BlockProblem) -> bool:
+        """Whether every weight listed in `fixing` is proved fixed, by one product with ``H``."""
+        if self.fixing is None:
+            return True
+        if not self.fixing.keep.shape == self.fixing.prune.shape == (problem.n,):
+            return False
+        found = self.fixed_below(problem, self.fixing.cutoff)
+        if found is None:
+            return False
+        return bool((found.keep >= self.fixing.keep).all() and (found.prune >= self.fixing.prune).all())
+
+    def fixed_below(self, problem: BlockProblem, cutoff: float) -> Fixing | None:
+        """Weights that every set of value at most `cutoff` keeps or prunes; None without a proof."""
+        given = self._proved_basis(problem)
+        line = None if given is None else self.linearisation(problem, given)
+        if line is None or given is None or not cutoff <= given.cutoff:
+            return None
+        chosen, others, free, count = self._parts(problem, given)
+        index = np.flatnonzero(free)
+        chosen, others = chosen.copy(), others.copy()
+        if not 0 < count < index.size:
+            # What is left has one way only, or none.
+            (chosen if count else others)[index] = True
+        else:
+            cost = line.cost[index]
+            order = np.argsort(cost, kind="stable")
+            last_in, first_out = cost[order[count - 1]], cost[order[count]]
+            inside, outside = order[:count], order[count:]
+            bound = self._restricted(problem, line, given)
+            leave = _rise(bound, first_out, cost[inside])
+            enter = _rise(bound, cost[outside], last_in)
+            chosen[index[inside[leave > cutoff]]] = True
+            others[index[outside[enter > cutoff]]] = True
+        keep, prune = (chosen, others) if self.chosen_are_kept else (others, chosen)
+        return Fixing(keep=keep, prune=prune, cutoff=cutoff)
+
+    def _proved_basis(self, problem: BlockProblem) -> Fixing | None:
+        if self.basis is None:
+            return Fixing.nothing(problem.n)
+        return self.basis.fixing if self.basis.proves_fixing(problem) else None
+
+    def _parts(self, problem: BlockProblem, given: Fixing) -> tuple[BoolArray, BoolArray, BoolArray, int]:
+        """Chosen, not chosen and free weights under `given`, and how many free ones to choose."""
+        if self.chosen_are_kept:
+            return given.keep, given.prune, given.free, problem.n_keep - int(given.keep.sum())
+        return given.prune, given.keep, given.free, problem.n_prune - int(given.prune.sum())
+
+    def _restricted(self, problem: BlockProblem, line: Linearisation, given: Fixing) -> float:
+        """Minimum of the underestimate over the sets that obey `given`, rounded down."""
+        chosen, _, free, count = self._parts(problem, given)
+        if not 0 <= count <= int(free.sum()):
+            return math.inf
+        cost, rest = line.cost[chosen], line.cost[free]
+        total = float(cost.sum()) - largest_sum(-rest, count)
+        magnitude = float(np.abs(cost).sum()) + largest_sum(np.abs(rest), count)
+        lost = line.lost + float(line.error[chosen].sum()) + largest_sum(line.error[free], count)
+        # A sum of n terms in any order, and the additions around it.
+        lost += error_factor(problem.n + 16) * magnitude
+        return line.base + total - 2.0 * lost
+
+
+def _rise(bound: float, new: FloatArray | float, old: FloatArray | float) -> FloatArray:
+    """``bound + new - old`` rounded down: the bound once one cost has replaced another."""
+    slack = error_factor(8) * (abs(bound) + np.abs(new) + np.abs(old))
+    return np.asarray(bound + (new - old) - slack)
