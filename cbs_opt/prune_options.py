@@ -44,6 +44,8 @@ class PruneOptions:
     choice_samples: int | None
     method_options: tuple[Mapping[str, Any], ...] = ({},)
     time_limit: float | None = None
+    certify: bool = False
+    certify_time_limit: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +60,9 @@ class PruneOptions:
         for alternative in self.method_options:
             self.chosen_method.check_options(alternative, self.program)
         self.limits(0)
+        if not isinstance(self.certify, bool):
+            raise ArgumentError("certify", f"{self.certify!r}", "pass True or False")
+        checked_seconds("certify_time_limit", self.certify_time_limit)
         if self.restarts > 1 and not self.chosen_method.randomized:
             raise ArgumentError(
                 "restarts", f"{self.restarts} for {self.method}", "it has no random choice: use 1"
@@ -95,7 +100,8 @@ class PruneOptions:
     @property
     def needs_curvature(self) -> bool:
         """Whether gradient rows are needed at all."""
-        return self.update is not None or self.chosen_method.needs_curvature or self.scoring.needs_curvature
+        by_choice = self.chosen_method.needs_curvature or self.scoring.needs_curvature
+        return self.update is not None or self.certify or by_choice
 
     def limits(self, restart: int) -> Limits:
         """Limits and seed of one restart."""
@@ -104,6 +110,15 @@ class PruneOptions:
     def settings(self) -> dict[str, Any]:
         """Plain values for the report."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def checked_seconds(name: str, value: float | None) -> float | None:
+    """A time limit that is None or a finite number >= 0."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise ArgumentError(name, f"{value!r}", "pass seconds, or None")
+    if value is not None and not 0.0 <= value < math.inf:
+        raise ArgumentError(name, f"{value!r}", "pass a finite number >= 0")
+    return value
 
 
 def grid(name: str, value: float | Sequence[float], *, positive: bool) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cbs_opt.batches import Data, Evaluation, LossFunction, device_of, evaluate, iterate
 from cbs_opt.blocks import FisherBlock, Partition
 from cbs_opt.budget import allocate
+from cbs_opt.certification import PathLike, certify_report
 from cbs_opt.curvature import GradientRows, gradient_rows
 from cbs_opt.heuristics.products import KeptGram, column_squares, step_loss
 from cbs_opt.heuristics.updates import cbs_updates, independent_updates
@@ -183,6 +184,28 @@ class PruneRun:
                 "cbs-opt": version("cbs-opt"),
             },
         )
+
+    def certified(self, report: PruneReport, best: Candidate, block_dir: PathLike | None) -> PruneReport:
+        """The report with a bound and its certificate for every block, for the sets that were chosen."""
+        options = self.options
+        damping, proved = best.damping, [choice.bound for choice in best.choices]
+        if options.selection_damping is not None:
+            if options.program == "selection":
+                unit = self._mean_diagonal() if options.relative_damping else 1.0
+                damping = options.selection_damping * unit
+            else:
+                # The sets were chosen for another Hessian than the one that the update minimises.
+                proved = [None] * len(proved)
+        with self._phase("certificates"):
+            return certify_report(
+                report,
+                self._blocks(damping, gradient=options.gradient_term),
+                [~choice.pruned for choice in best.choices],
+                proved=proved,
+                time_limit=options.certify_time_limit,
+                block_dir=block_dir,
+                progress=self.progress,
+            )
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ def prune(
     evaluate: Data | None = None,
     method_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     time_limit: float | None = None,
+    certify: bool = False,
+    certify_time_limit: float | None = None,
+    block_dir: str | os.PathLike[str] | None = None,
     memory_limit: int = MEMORY_LIMIT,
     seed: int = 0,
     progress: bool = True,
@@ -109,6 +113,16 @@ def prune(
         ``[{"max_swaps": 100}, {"max_swaps": 400}]``.
     time_limit : float, optional
         Seconds for each run of the method.
+    certify : bool, default False
+        Bound the optimum of `program` in every block from below, in float64 on the CPU, block after
+        block, and report how far above it the chosen set can be at most. The sum over blocks bounds
+        the block-diagonal quadratic model of the loss: it says nothing about accuracy. See
+        `cbs_opt.certification`.
+    certify_time_limit : float, optional
+        Seconds for all certificates together. A block that they do not reach has no bound.
+    block_dir : path, optional
+        With `certify`: write the data of every block there, each as large as its rows in float64, so
+        that anybody can check the certificates; see `cbs_opt.certificate_files`.
     memory_limit : int
         Bytes for temporaries of the curvature, besides the rows.
     seed : int, default 0
@@ -151,6 +165,8 @@ def prune(
         choice_samples=choice_samples,
         method_options=alternatives(method_options),
         time_limit=time_limit,
+        certify=certify,
+        certify_time_limit=certify_time_limit,
         seed=seed,
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
@@ -159,5 +175,7 @@ def prune(
     run.read_training_data(data, memory_limit)
     best = run.best_candidate()
     report = run.report(best, evaluate)
+    if certify:
+        report = run.certified(report, best, block_dir)
     write_back(model, parts, best.weights)
     return report

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +11,15 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from cbs_opt import report_format
+from cbs_opt import report_format, report_text
 from cbs_opt.batches import Evaluation
+from cbs_opt.certificate_files import CERTIFICATES, load_certificates, save_certificates
+from cbs_opt.certification import CertifiedSum
 from cbs_opt.histogram import Histogram, shared_histograms
 from cbs_opt.masks import load_masks, save_masks
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
+from formulations.solution import BlockSolution
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -94,9 +95,25 @@ class BlockSummary:
     bound : float, optional
         Proved lower bound on the objective of the program; None unless proved.
     gap : float, optional
-        Relative distance of the objective above `bound`.
+        ``(objective - bound) / max(|objective|, 1e-12)``.
     status : str, default ""
         How the search ended.
+    objective : float, optional
+        Value of the chosen set under the program of the run, in float64; what `gap` refers to.
+    certificate : str, optional
+        The relaxation that proves `bound`, such as "perspective".
+    certificate_status : str, default ""
+        How the certification ended; "" if none was asked for.
+    certificate_seconds : float, optional
+        Time it took.
+    rho : float, optional
+        Damping over the mean diagonal of the block's Fisher matrix ``F``.
+    effective_rank : float, optional
+        ``tr(F)^2 / tr(F^2)``. Gaps fall with `rho` and with ``n / effective_rank``.
+    n_fixed : int, optional
+        Weights proved to have the same fate in every set as good as the best one known.
+    fingerprint : str, default ""
+        Of the float64 `BlockProblem` that was certified.
     """
 
     name: str
@@ -111,6 +128,14 @@ class BlockSummary:
     bound: float | None = None
     gap: float | None = None
     status: str = ""
+    objective: float | None = None
+    certificate: str | None = None
+    certificate_status: str = ""
+    certificate_seconds: float | None = None
+    rho: float | None = None
+    effective_rank: float | None = None
+    n_fixed: int | None = None
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,6 +188,10 @@ class PruneReport:
         Every argument of the call that describes it, as plain values.
     versions : dict of str to str
         Versions of Python and of the libraries that took part.
+    certified : CertifiedSum, optional
+        The bounds of all blocks added up, where `prune` was asked to certify.
+    certificates : tuple of BlockSolution
+        The chosen set of every block with its bound and the evidence. Not part of the JSON.
     """
 
     method: str
@@ -192,6 +221,8 @@ class PruneReport:
     masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    certified: CertifiedSum | None = None
+    certificates: tuple[BlockSolution, ...] = field(default=(), repr=False)
 
     @property
     def sparsity(self) -> float:
@@ -200,8 +231,9 @@ class PruneReport:
 
     @property
     def label(self) -> str:
-        """Short name of the run for legends: the method, and whether an update followed."""
-        return f"{self.method} + update" if self.update else self.method
+        """Short name of the run for legends: method, program if joint, whether an update followed."""
+        name = f"{self.method} (joint)" if self.program == "joint" else self.method
+        return f"{name} + update" if self.update else name
 
     @property
     def actual_loss_increase(self) -> float | None:
@@ -222,19 +254,12 @@ class PruneReport:
         return all(known) if known else None
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer, indexed by name; `attrs` holds the totals of the network."""
-        frame = pd.DataFrame(
-            {
-                "shape": ["x".join(map(str, layer.shape)) for layer in self.layers],
-                "n": [layer.n for layer in self.layers],
-                "n_prune": [layer.n_prune for layer in self.layers],
-                "n_keep": [layer.n - layer.n_prune for layer in self.layers],
-                "sparsity": [layer.sparsity for layer in self.layers],
-            },
-            index=pd.Index([layer.name for layer in self.layers], name="layer"),
-        )
-        frame.attrs.update(n=self.n, n_prune=self.n_prune, sparsity=self.sparsity)
-        return frame
+        """One row a layer, indexed by name; `attrs` holds the totals of the network.
+
+        Of a certified run also ``objective``, ``bound`` and ``gap``, sums over the blocks of the layer;
+        NaN where blocks span several layers.
+        """
+        return report_text.layers_frame(self)
 
     def blocks_frame(self) -> pd.DataFrame:
         """One row a block, indexed by name, with the fields of `BlockSummary`."""
@@ -244,14 +269,24 @@ class PruneReport:
 
     def summary(self) -> str:
         """A few lines for a terminal."""
-        return "\n".join(_summary_lines(self))
+        return "\n".join(report_text.summary_lines(self))
+
+    def to_markdown(self) -> str:
+        """Predicted losses and certified gaps as a Markdown table, one row a block."""
+        return report_text.markdown(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `json` can write; everything but the masks."""
+        """Plain values that `json` can write; everything but the masks and the certificates."""
         return report_format.encode(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, masks: Mapping[str, Tensor] | None = None) -> PruneReport:
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        certificates: tuple[BlockSolution, ...] = (),
+    ) -> PruneReport:
         """Inverse of `to_dict`.
 
         Raises
@@ -259,10 +294,11 @@ class PruneReport:
         ReportFormatError
             If `data` is not what `to_dict` gives.
         """
-        return report_format.decode(cls, data, masks={} if masks is None else masks)
+        files = {"masks": {} if masks is None else masks, "certificates": certificates}
+        return report_format.decode(cls, data, files)
 
     def save(self, directory: str | Path) -> Path:
-        """Write report.json, layers.csv, report.html and (if any) masks.safetensors.
+        """Write report.json, layers.csv, report.html and, if any, masks.safetensors and certificates.
 
         Parameters
         ----------
@@ -295,7 +331,8 @@ class PruneReport:
             save_masks(target / MASKS_FILE, self.masks, metadata={"method": self.method})
         else:
             (target / MASKS_FILE).unlink(missing_ok=True)
-        write_atomically(target / LAYERS_CSV, _layers_csv(self).encode())
+        save_certificates(self.blocks, self.certificates, target / CERTIFICATES)
+        write_atomically(target / LAYERS_CSV, report_text.layers_csv(self).encode())
         write_comparison([self], target / REPORT_HTML)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         write_atomically(target / REPORT_JSON, f"{text}\n".encode())
@@ -311,51 +348,10 @@ class PruneReport:
             If there is no report, or it is damaged.
         MaskFileError
             If the mask file is damaged.
+        InstanceFormatError
+            If a certificate is damaged.
         """
         source = Path(directory)
         data = report_format.read_json(source / REPORT_JSON)
         masks = load_masks(source / MASKS_FILE) if (source / MASKS_FILE).exists() else {}
-        return cls.from_dict(data, masks=masks)
-
-
-def _layers_csv(report: PruneReport) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    frame = report.to_frame()
-    writer.writerow(["layer", *frame.columns])
-    writer.writerows(
-        [name, *row] for name, row in zip(frame.index, frame.itertuples(index=False), strict=True)
-    )
-    return text.getvalue()
-
-
-def _summary_lines(report: PruneReport) -> list[str]:
-    lines = [
-        f"{report.label}: {report.n_prune} of {report.n} weights pruned, sparsity {report.sparsity:.4f}",
-        f"  {report.curvature}, {report.rows} rows of {report.samples} samples, damping {report.damping:g}; "
-        f"partition {report.partition} ({len(report.blocks)} blocks)",
-    ]
-    if report.predicted_loss_increase is not None:
-        line = f"  loss increase: predicted {report.predicted_loss_increase:.4g}"
-        if report.update and report.predicted_selection_loss is not None:
-            line += f" ({report.predicted_selection_loss:.4g} before the update)"
-        if report.actual_loss_increase is not None:
-            line += f", actual {report.actual_loss_increase:.4g}"
-        lines.append(line)
-    for title, before, after in (
-        ("training", report.train_before, report.train_after),
-        ("evaluation", report.before, report.after),
-    ):
-        if before is not None and after is not None:
-            lines.append(f"  {title} data: {_change(before, after)}")
-    if report.seconds:
-        phases = ", ".join(f"{name} {value:.2f}" for name, value in report.seconds.items())
-        lines.append(f"  {report.total_seconds:.2f} s ({phases})")
-    return lines
-
-
-def _change(before: Evaluation, after: Evaluation) -> str:
-    text = f"loss {before.loss:.4f} -> {after.loss:.4f}"
-    if before.accuracy is not None and after.accuracy is not None:
-        text += f", accuracy {before.accuracy:.2%} -> {after.accuracy:.2%}"
-    return f"{text} ({after.samples} samples)"
+        return cls.from_dict(data, masks=masks, certificates=load_certificates(source / CERTIFICATES))

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from torch import Tensor
-
 from formulations.errors import InstanceFormatError
 
 if TYPE_CHECKING:
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
 
 FORMAT = "cbs-opt report"
 VERSION = 1
+FILES = ("masks", "certificates")
+"""Fields of a report that have files of their own."""
 
 
 class ReportFormatError(InstanceFormatError):
@@ -27,13 +27,14 @@ class ReportFormatError(InstanceFormatError):
 
 
 def encode(report: PruneReport) -> dict[str, Any]:
-    """Plain values of every field but the masks; numbers that are not finite become strings."""
-    fields = {f.name: plain(getattr(report, f.name)) for f in dataclasses.fields(report) if f.name != "masks"}
+    """Plain values of every field but `FILES`; numbers that are not finite become strings."""
+    names = [field.name for field in dataclasses.fields(report) if field.name not in FILES]
+    fields = {name: plain(getattr(report, name)) for name in names}
     return {"format": FORMAT, "version": VERSION, **fields}
 
 
-def decode(cls: type[PruneReport], data: Mapping[str, Any], *, masks: Mapping[str, Tensor]) -> PruneReport:
-    """Inverse of `encode`; raises `ReportFormatError`."""
+def decode(cls: type[PruneReport], data: Mapping[str, Any], files: Mapping[str, Any]) -> PruneReport:
+    """Inverse of `encode`, with the fields of `FILES` given apart; raises `ReportFormatError`."""
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         raise ReportFormatError("data", f'no "format": "{FORMAT}"', "pass what PruneReport.to_dict gave")
     if data.get("version") != VERSION:
@@ -41,7 +42,7 @@ def decode(cls: type[PruneReport], data: Mapping[str, Any], *, masks: Mapping[st
         raise ReportFormatError("data", found, f"this release reads version {VERSION}")
     body = {name: value for name, value in data.items() if name not in ("format", "version")}
     try:
-        report: PruneReport = _build(cls, {**body, "masks": masks})
+        report: PruneReport = dataclasses.replace(_build(cls, body), **files)
     except (TypeError, ValueError, AttributeError) as error:
         raise ReportFormatError("data", f"damaged report ({error})", "write the report again") from error
     return report

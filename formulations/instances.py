@@ -110,11 +110,20 @@ def read_instance(
     return problem, metadata
 
 
-def write_solution(path: str | os.PathLike[str], problem: BlockProblem, solution: BlockSolution) -> None:
+def write_solution(
+    path: str | os.PathLike[str], problem: BlockProblem | str, solution: BlockSolution
+) -> None:
     """Write a solution with the fingerprint of its block, atomically.
 
     Certificates of relaxations are stored whole, with their fixings and the certificates that these
     rest on; the trace and `SolveStats.extra` are not.
+
+    Parameters
+    ----------
+    path : path
+    problem : BlockProblem or str
+        The block, or its fingerprint alone where the data are no longer at hand.
+    solution : BlockSolution
     """
     arrays: dict[str, np.ndarray] = {}
     if solution.keep is not None and solution.weights is not None:
@@ -126,7 +135,7 @@ def write_solution(path: str | os.PathLike[str], problem: BlockProblem, solution
     header = {
         "format": SOLUTION_FORMAT,
         "version": VERSION,
-        "fingerprint": problem.fingerprint(),
+        "fingerprint": problem if isinstance(problem, str) else problem.fingerprint(),
         "objective": solution.objective,
         "bound": solution.bound,
         "termination": solution.termination.value,
