@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cbs_opt.cli import blocks, contenders, demo, methods, prune
+from cbs_opt.cli import blocks, contenders, demo, methods, prune, study
 
 EPILOG = "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."
 
@@ -32,6 +32,7 @@ app.command("verify", epilog=EPILOG)(blocks.verify)
 app.command("export", epilog=EPILOG)(blocks.export)
 app.command("solvers", epilog=EPILOG)(contenders.solvers)
 app.command("library", epilog=EPILOG)(blocks.library)
+app.command("study", epilog=EPILOG)(study.run)
 
 
 def main() -> None:

@@ -1,0 +1,126 @@
+"""`cbs-opt study`: work through a study file, stop and go on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from cbs_opt.cli.failures import INTERRUPTED, reported
+from cbs_opt.cli.tables import text_table
+from cbs_opt.report_format import plain
+from cbs_opt.study.config import read_study
+from cbs_opt.study.estimate import longest
+from cbs_opt.study.expansion import Plan, Run, expand, select
+from cbs_opt.study.runner import Outcome, Progress, is_to_do, run_study
+from cbs_opt.study.store import Row, read_rows
+
+OPTIONS = {"jobs": "--jobs", "filter": "--filter", "out": "--out"}
+BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A study, FILE.toml.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; what it holds of this study is kept.")]
+Jobs = Annotated[int, typer.Option(help="Worker processes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long at most.")]
+Filters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        help="NAME=GLOB: only those runs. NAME is instance, program, method, seed, n, n_prune, damping or "
+        "option.NAME; several globs by commas. Repeatable: all must match.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run again what was made from other data or limits.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Run again what failed, was killed or unavailable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def run(
+    study: StudyFile,
+    out: Out,
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    filter: Filters = None,
+    force: Force = False,
+    retry: Retry = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a study: instances x methods x options x seeds, each in a process with hard limits.
+
+    Every run that ends adds a row to the folder. Stopped in any way, the same command goes on with
+    the runs that have no row. `cbs-opt report` shows the results, also those of a study that is
+    still running.
+    """
+    with reported(debug, OPTIONS):
+        described = read_study(study)
+        if dry_run:
+            plan = expand(described)
+            chosen = select(plan.runs, filter or [])
+            rows = read_rows(out)
+            _echo_plan(plan, chosen, [run for run in chosen if is_to_do(run, rows, retry)], jobs, as_json)
+            return
+        with tqdm(desc="runs", bar_format=BAR, disable=None) as bar:
+
+            def show(_: Row, progress: Progress) -> None:
+                bar.total, bar.n = progress.total, progress.done
+                bar.set_postfix_str(f"about {duration(progress.seconds_left)} left")
+
+            outcome = run_study(
+                described, out, jobs=jobs, filters=filter or [], force=force, retry=retry, on_row=show
+            )
+        if as_json:
+            typer.echo(json.dumps(plain(outcome), allow_nan=False))
+        else:
+            typer.echo("\n".join(_outcome_lines(outcome)))
+        if outcome.interrupted:
+            typer.echo("stopped; the same command goes on where it was", err=True)
+            raise typer.Exit(INTERRUPTED)
+        typer.echo(f"pictures and tables: cbs-opt report {out}", err=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to two digits or so."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60.0:
+        return f"{seconds / 60.0:.0f} min"
+    return f"{seconds / 3600.0:.1f} h"
+
+
+def _outcome_lines(outcome: Outcome) -> list[str]:
+    lines = [f"{outcome.done} of {outcome.selected} runs done, {outcome.new} of them now"]
+    if outcome.selected < outcome.planned:
+        lines[0] += f"; the filters left out {outcome.planned - outcome.selected}"
+    counts = sorted(outcome.statuses.items(), key=lambda pair: -pair[1])
+    return [*lines, *text_table(("status", "runs"), [(name, str(count)) for name, count in counts])]
+
+
+def _echo_plan(plan: Plan, chosen: list[Run], todo: list[Run], jobs: int, as_json: bool) -> None:
+    """What would run, by method and program, and the longest that it can take."""
+    at_most = longest(todo, jobs)
+    if as_json:
+        content = {
+            "runs": [run.describe() for run in todo],
+            "done": len(chosen) - len(todo),
+            "left_out": plan.left_out,
+            "longest_seconds": at_most,
+        }
+        typer.echo(json.dumps(plain(content), allow_nan=False))
+        return
+    counts = Counter((run.program, run.method) for run in todo)
+    limits = {(run.program, run.method): run.limits.time_limit for run in todo}
+    rows = [(*what, str(count), f"{limits[what]:g}") for what, count in counts.items()]
+    instances = len({run.recipe.name for run in todo})
+    lines = [
+        f"{len(todo)} runs on {instances} blocks, at most {duration(at_most)} with --jobs {jobs}",
+        f"{len(chosen) - len(todo)} are done already",
+        *text_table(("program", "method", "runs", "limit (s)"), rows, left=2),
+        *(f"left out: {reason}" for reason in plan.left_out),
+    ]
+    typer.echo("\n".join(lines))

@@ -1,0 +1,25 @@
+"""What can be wrong with a study or its folder."""
+
+from __future__ import annotations
+
+from formulations.errors import ArgumentError, CbsError
+
+
+class StudyConfigError(ArgumentError):
+    """A study file does not say what a study needs, or says something else."""
+
+
+class FilterError(ArgumentError):
+    """A filter names no column, or is not NAME=VALUE."""
+
+
+class StudyFolderError(ArgumentError):
+    """The folder of results is in use, damaged, or belongs to another study."""
+
+
+class ChangedInputsError(ArgumentError):
+    """Runs that have results would now be other runs."""
+
+
+class WorkerStartError(CbsError):
+    """A worker process ended before it could take a run: nothing in the study could be done."""

@@ -1,0 +1,225 @@
+"""From a study to its single runs, each with a fingerprint of everything that decides its result."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from cbs_opt.methods import find_method
+from cbs_opt.study.config import MethodGroup, RunLimits, Study
+from cbs_opt.study.errors import FilterError, StudyConfigError
+from cbs_opt.study.instances import InstanceRecipe, recipes
+from formulations.errors import ArgumentError, UnsupportedProblemError
+from formulations.solvers import models_for
+
+FILTERS = ("instance", "program", "method", "seed", "n", "n_prune", "damping")
+OPTION = "option."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One solve: a block, a program, a method with its options, a seed and limits.
+
+    Attributes
+    ----------
+    recipe : InstanceRecipe
+    block : str
+        Fingerprint of the block's data.
+    n, n_prune, damping
+        Of the block.
+    program, method : str
+    options : mapping
+    seed : int
+    limits : RunLimits
+    """
+
+    recipe: InstanceRecipe
+    block: str
+    n: int
+    n_prune: int
+    damping: float
+    program: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    limits: RunLimits = field(default_factory=RunLimits)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What names the run; two runs of a study never agree in it."""
+        return {
+            "instance": self.recipe.name,
+            "program": self.program,
+            "method": self.method,
+            "options": dict(self.options),
+            "seed": self.seed,
+        }
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What may change under the same name: the data of the block, and the limits."""
+        limits = asdict(self.limits)
+        # How long an untimed solve may take decides nothing about the timed one.
+        del limits["warm_up"]
+        return {"block": self.block, **limits}
+
+    @cached_property
+    def key(self) -> str:
+        """`identity` as one string."""
+        return json.dumps(self.identity, sort_keys=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of `identity` and `inputs`, 64 hex digits."""
+        text = json.dumps([self.identity, self.inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """The columns of a row that are known before the run."""
+        return {
+            "run": self.fingerprint,
+            **self.identity,
+            "n": self.n,
+            "n_prune": self.n_prune,
+            "damping": self.damping,
+            **self.inputs,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every run of a study, and the combinations that do not exist."""
+
+    runs: tuple[Run, ...]
+    left_out: tuple[str, ...]
+
+
+def expand(study: Study) -> Plan:
+    """All runs of a study, block by block; every block is read once for its fingerprint.
+
+    Raises
+    ------
+    StudyConfigError
+        If a method or an option is unknown, nothing is left to run, or a run is asked for twice with
+        different limits.
+    """
+    posed, left_out = _posed(study)
+    runs: dict[str, Run] = {}
+    for recipe in recipes(study):
+        problem = recipe.load()
+        block = problem.fingerprint()
+        for program, method, options, seed, limits in posed:
+            run = Run(
+                recipe=recipe,
+                block=block,
+                n=problem.n,
+                n_prune=problem.n_prune,
+                damping=problem.damping,
+                program=program,
+                method=method,
+                options=options,
+                seed=seed,
+                limits=limits,
+            )
+            if runs.setdefault(run.key, run).fingerprint != run.fingerprint:
+                raise StudyConfigError("methods", f"{method} is there twice, with other limits", "merge them")
+    if not runs:
+        why = "; ".join(left_out)
+        raise StudyConfigError("methods", f"nothing to run ({why})", "choose other solvers or formulations")
+    return Plan(runs=tuple(runs.values()), left_out=tuple(left_out))
+
+
+Posed = tuple[str, str, dict[str, Any], int, RunLimits]
+
+
+def _posed(study: Study) -> tuple[list[Posed], list[str]]:
+    """Program, method, options, seed and limits of every run, without the blocks."""
+    posed: list[Posed] = []
+    left_out: list[str] = []
+    for number, group in enumerate(study.methods):
+        for program in group.programs:
+            for name in _names(f"methods[{number}]", group, program, left_out):
+                try:
+                    method = find_method(name, program)
+                    for options in combinations(group.options, group.vary):
+                        method.check_options(options, program)
+                        posed += [(program, name, options, seed, group.limits) for seed in group.seeds]
+                except UnsupportedProblemError as error:
+                    left_out.append(f"{name}: {error.found}, {error.remedy}")
+                except ArgumentError as error:
+                    raise StudyConfigError(f"methods[{number}]", error.found, error.remedy) from error
+    return posed, left_out
+
+
+def _names(where: str, group: MethodGroup, program: str, left_out: list[str]) -> list[str]:
+    names = list(group.methods)
+    for solver in group.solvers:
+        try:
+            models = models_for(solver, program)
+        except UnsupportedProblemError as error:
+            raise StudyConfigError(f"{where}.solvers", error.found, error.remedy) from error
+        wanted = [
+            model
+            for model in models
+            if any(fnmatch.fnmatchcase(model, pattern) for pattern in group.formulations)
+        ]
+        if not wanted:
+            left_out.append(f"{solver}: it takes none of these formulations of the {program} program")
+        kind, _, backend = solver.partition(":")
+        names += [":".join((kind, model, backend) if backend else (kind, model)) for model in wanted]
+    return names
+
+
+def combinations(grid: Mapping[str, Sequence[Any]], vary: str) -> Iterator[dict[str, Any]]:
+    """Choices of one value for each name: all, or those that differ from the first in one name."""
+    if vary == "all":
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
+        return
+    base = {name: values[0] for name, values in grid.items()}
+    yield base
+    for name, choices in grid.items():
+        for value in choices[1:]:
+            yield {**base, name: value}
+
+
+def select(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
+    """The runs that every filter lets through.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    filters : sequence of str
+        ``NAME=GLOB`` with a name of `FILTERS` or ``option.<name>``; several globs by commas, one of
+        which must match.
+
+    Raises
+    ------
+    FilterError
+        If a filter is not of that form.
+    """
+    chosen = list(runs)
+    for text in filters:
+        name, separator, patterns = text.partition("=")
+        name = name.strip()
+        if not separator or not (name in FILTERS or name.startswith(OPTION)):
+            remedy = f"write NAME=GLOB with {', '.join(FILTERS)} or {OPTION}NAME"
+            raise FilterError("filter", f"{text!r}", remedy)
+        globs = [pattern.strip() for pattern in patterns.split(",")]
+        chosen = [
+            run for run in chosen if any(fnmatch.fnmatchcase(_value(run, name), glob) for glob in globs)
+        ]
+    return chosen
+
+
+def _value(run: Run, name: str) -> str:
+    if name.startswith(OPTION):
+        value = run.options.get(name.removeprefix(OPTION), "")
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{value:g}" if isinstance(value := run.describe()[name], float) else str(value)

@@ -1,0 +1,210 @@
+"""A worker process as the parent sees it: started, given runs, watched, ended by force.
+
+The limits are hard because they are kept here, outside the process: a run past its time or its memory
+is ended with SIGKILL, whatever it is busy with, together with every process of its group.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from cbs_opt.study.errors import WorkerStartError
+from cbs_opt.study.expansion import Run
+from cbs_opt.study.statuses import CRASHED, OUT_OF_MEMORY, TIMED_OUT
+from cbs_opt.study.worker import READY, STARTED
+
+START_PATIENCE = 300.0
+"""Seconds a new process may take to import what it needs."""
+LOAD_PATIENCE = 120.0
+"""Seconds a process may take to read a block, beside the warm-up."""
+LONGEST_TAIL = 2000
+KEPT_SHARE = 0.25
+"""A process that holds on to more than this share of its limit between runs is replaced."""
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+class Worker:
+    """One process that solves runs.
+
+    Parameters
+    ----------
+    threads : int
+        Threads of the numerical libraries in it, which are fixed when it starts.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.run: Run | None = None
+        self.ready = False
+        self.started: float | None = None
+        self._given = time.perf_counter()
+        self._largest = 0
+        self._at_rest: int | None = None
+        # Opened for appending, so that it can be emptied while the process writes to it.
+        self._log = tempfile.NamedTemporaryFile("a+b", prefix="cbs-opt-worker-")  # noqa: SIM115
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cbs_opt.study.worker", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                # Ctrl-C is for the parent, and a kill reaches what the process started.
+                start_new_session=True,
+                env=_environment(threads),
+            )
+        self.connection = Connection(ours.detach())
+        self._gauge = psutil.Process(self._process.pid)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can be given a run."""
+        return self.ready and self.run is None
+
+    def submit(self, run: Run, warm_up: bool) -> None:
+        """Let it solve `run`, after a warm-up of the method if this process has had none."""
+        self.run, self.started = run, None
+        self._given = time.perf_counter()
+        self._largest = 0
+        os.ftruncate(self._log.fileno(), 0)
+        try:
+            self.connection.send((run, warm_up and run.limits.warm_up > 0.0))
+        except (BrokenPipeError, ConnectionResetError):
+            # It died while idle; `step` finds out and says so.
+            return
+
+    def step(self) -> dict[str, Any] | None:
+        """Take its messages and look at its clock and memory; the outcome if its run has ended.
+
+        Returns
+        -------
+        dict or None
+            Columns of a row. The process is dead if `alive` says so.
+
+        Raises
+        ------
+        WorkerStartError
+            If it ended before it was ready.
+        """
+        try:
+            while self.connection.poll():
+                message = self.connection.recv()
+                if message == READY:
+                    self.ready, self._at_rest = True, self._resident()
+                elif message == STARTED:
+                    self.started = time.perf_counter()
+                else:
+                    return self._ended(message)
+        except (EOFError, ConnectionResetError):
+            return self._died()
+        return self._overdue()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can go on to another run."""
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End it, with everything that it started."""
+        if self.alive:
+            self._kill()
+        self.connection.close()
+        self._log.close()
+
+    def _ended(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        run, self.run = self.run, None
+        assert run is not None
+        limit = run.limits.memory_gib * 2**30
+        kept = (self._resident() or 0) - (self._at_rest or 0)
+        if outcome["status"] == OUT_OF_MEMORY or kept > KEPT_SHARE * limit:
+            self._kill()
+        return outcome
+
+    def _died(self) -> dict[str, Any]:
+        code = self._process.wait()
+        said = self._tail()
+        if not self.ready:
+            raise WorkerStartError(f"a worker process ended with {_exit_words(code)} as it started: {said}")
+        return self._outcome(CRASHED, f"the process ended with {_exit_words(code)}: {said}")
+
+    def _overdue(self) -> dict[str, Any] | None:
+        now = time.perf_counter()
+        if self.run is None:
+            if not self.ready and now - self._given > START_PATIENCE:
+                self._kill()
+                raise WorkerStartError(f"a worker process did not start in {START_PATIENCE:g} s")
+            return None
+        limits = self.run.limits
+        resident = self._resident() or 0
+        self._largest = max(self._largest, resident)
+        if resident > limits.memory_gib * 2**30:
+            self._kill()
+            return self._outcome(OUT_OF_MEMORY, f"killed: over {limits.memory_gib:g} GiB of memory")
+        if self.started is not None and now - self.started > limits.longest:
+            self._kill()
+            note = f"killed: still running {limits.grace:g} s past its limit of {limits.time_limit:g} s"
+            return self._outcome(TIMED_OUT, note)
+        if self.started is None and now - self._given > limits.warm_up + LOAD_PATIENCE:
+            self._kill()
+            return self._outcome(TIMED_OUT, "killed: the block was not read, or the warm-up did not end")
+        return None
+
+    def _outcome(self, status: str, note: str) -> dict[str, Any]:
+        self.run = None
+        seconds = None if self.started is None else time.perf_counter() - self.started
+        return {
+            "status": status,
+            "note": note.strip().removesuffix(":"),
+            "seconds": seconds,
+            "peak_memory": self._largest or None,
+        }
+
+    def _kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _resident(self) -> int | None:
+        try:
+            return int(self._gauge.memory_info().rss)
+        except psutil.NoSuchProcess:
+            return None
+
+    def _tail(self) -> str:
+        """What it wrote last, on one line."""
+        self._log.seek(0)
+        return " ".join(self._log.read().decode(errors="replace")[-LONGEST_TAIL:].split())
+
+
+def _environment(threads: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    # Threads that wait in a busy loop would take the cores of the other workers.
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return environment
+
+
+def _exit_words(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"

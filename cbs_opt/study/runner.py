@@ -1,0 +1,265 @@
+"""Work through a study: queue, workers, journal; stopped at any moment, it goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from cbs_opt.study.config import Study
+from cbs_opt.study.errors import ChangedInputsError
+from cbs_opt.study.estimate import TimeLeft
+from cbs_opt.study.expansion import Plan, Run, expand, select
+from cbs_opt.study.pool import Worker
+from cbs_opt.study.results import write_parquet
+from cbs_opt.study.statuses import FAILURES
+from cbs_opt.study.store import Journal, Row, superseded, write_plan
+from cbs_opt.study.versions import versions
+from formulations.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+TICK = 0.1
+"""Seconds between two looks at clocks and memory."""
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """After a row: how many runs are done and to do, and seconds that the rest is expected to take."""
+
+    done: int
+    total: int
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How `run_study` ended.
+
+    Attributes
+    ----------
+    planned, selected : int
+        Runs of the study, and those that the filters let through.
+    done : int
+        Selected runs that have a row.
+    new : int
+        Rows added by this call.
+    interrupted : bool
+        Whether Ctrl-C ended it.
+    statuses : mapping of str to int
+        Rows of the selected runs by status.
+    """
+
+    planned: int
+    selected: int
+    done: int
+    new: int
+    interrupted: bool
+    statuses: dict[str, int] = field(default_factory=dict)
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    filters: Sequence[str] = (),
+    force: bool = False,
+    retry: bool = False,
+    on_row: Callable[[Row, Progress], object] | None = None,
+) -> Outcome:
+    """Do the runs of a study that have no row in `folder` yet, and add their rows.
+
+    Parameters
+    ----------
+    study : Study
+    folder : path
+        Made if needed; what it holds of the same study is kept.
+    jobs : int, default 1
+        Worker processes.
+    filters : sequence of str
+        See `cbs_opt.study.expansion.select`.
+    force : bool, default False
+        Run again what has a row made from other data or limits, instead of refusing.
+    retry : bool, default False
+        Run again what failed: crashed, was killed, was not available.
+    on_row : callable, optional
+        Called with each new row and the progress.
+
+    Returns
+    -------
+    Outcome
+        Ctrl-C ends the study with what is done; the runs under way are dropped.
+
+    Raises
+    ------
+    StudyConfigError, FilterError
+        If the study or a filter makes no sense; nothing is run then.
+    ChangedInputsError
+        If rows were made from other data or limits and `force` is not given.
+    StudyFolderError
+        If the folder is in use, is damaged, or holds another study.
+    WorkerStartError
+        If no worker process can be started.
+    """
+    if jobs < 1:
+        raise ArgumentError("jobs", f"{jobs}", "use at least 1")
+    plan = expand(study)
+    selected = select(plan.runs, filters)
+    with Journal(Path(folder)) as journal:
+        if not force:
+            _check_unchanged(plan, journal)
+        write_plan(journal.folder, study.name, study.description, plan)
+        todo = [run for run in selected if is_to_do(run, journal.rows, retry)]
+        _warn_of_other_versions(row for run in selected if (row := journal.rows.get(run.fingerprint)))
+        session = _Session(journal, todo, len(selected), jobs, on_row)
+        interrupted = session.work()
+        rows = journal.rows
+        write_parquet(journal.folder, (rows[run.fingerprint] for run in plan.runs if run.fingerprint in rows))
+    done = [rows[run.fingerprint] for run in selected if run.fingerprint in rows]
+    return Outcome(
+        planned=len(plan.runs),
+        selected=len(selected),
+        done=len(done),
+        new=session.new,
+        interrupted=interrupted,
+        statuses=dict(Counter(row["status"] for row in done)),
+    )
+
+
+def is_to_do(run: Run, rows: dict[str, Row], retry: bool) -> bool:
+    """Whether a run has no row, or with `retry` one that says it failed."""
+    row = rows.get(run.fingerprint)
+    return row is None or (retry and row["status"] in FAILURES)
+
+
+def _check_unchanged(plan: Plan, journal: Journal) -> None:
+    changes = superseded(plan, journal.rows)
+    if changes:
+        shown = "; ".join(changes[:MOST_NAMED])
+        more = f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
+        found = f"{len(changes)} runs have rows made from other inputs: {shown}{more}"
+        raise ChangedInputsError("study", found, "use --force to run them again, or another folder")
+
+
+def _warn_of_other_versions(rows: Iterable[Row]) -> None:
+    """Rows made with other software stay, but nobody should find out later."""
+    now = versions()
+    differing: dict[str, set[str]] = {}
+    for row in rows:
+        for name, version in row.get("versions", {}).items():
+            if now.get(name) != version:
+                differing.setdefault(name, set()).add(version)
+    for name, earlier in differing.items():
+        found = ", ".join(sorted(earlier))
+        logger.warning("earlier rows were made with %s %s, now %s", name, found, now.get(name, "absent"))
+
+
+class _Session:
+    """One call's work: the queue, the workers and what they are doing."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        todo: Sequence[Run],
+        total: int,
+        jobs: int,
+        on_row: Callable[[Row, Progress], object] | None,
+    ) -> None:
+        self.new = 0
+        self._journal = journal
+        self._queue = list(todo)
+        self._total = total
+        self._before = total - len(todo)
+        self._jobs = jobs
+        self._on_row = on_row
+        self._workers: list[Worker] = []
+        self._given: dict[Worker, float] = {}
+        self._time_left = TimeLeft(todo, jobs)
+        self._warm: set[tuple[str, str]] = set()
+        """Methods that have been compiled and imported by some worker, or cannot be warmed up."""
+        self._cold: set[tuple[str, str]] = set()
+        """Methods that are run without a warm-up, because theirs took the process with it."""
+
+    def work(self) -> bool:
+        """Empty the queue; whether an interrupt came first."""
+        try:
+            while self._queue or any(worker.run for worker in self._workers):
+                self._assign()
+                wait([worker.connection for worker in self._workers], timeout=TICK)
+                for worker in list(self._workers):
+                    self._advance(worker)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            for worker in self._workers:
+                worker.stop()
+        return False
+
+    def _assign(self) -> None:
+        """Give idle workers runs; start a worker where there are too few for what waits."""
+        for worker in list(self._workers):
+            run = self._next() if worker.idle else None
+            if run is None:
+                continue
+            if run.limits.threads != worker.threads:
+                self._replace(worker)
+                self._workers.append(Worker(run.limits.threads))
+                continue
+            self._queue.remove(run)
+            self._given[worker] = time.perf_counter()
+            worker.submit(run, warm_up=_what(run) not in self._cold)
+        starting = sum(worker.run is None for worker in self._workers)
+        if len(self._workers) < self._jobs and starting < len(self._queue):
+            self._workers.append(Worker(self._queue[0].limits.threads))
+
+    def _next(self) -> Run | None:
+        """The first run whose method no other worker is compiling for the first time."""
+        compiling = {
+            _what(worker.run) for worker in self._workers if worker.run and worker.started is None
+        } - self._warm
+        return next((run for run in self._queue if _what(run) not in compiling), None)
+
+    def _advance(self, worker: Worker) -> None:
+        """See what a worker has to say, and write the row of a run that ended."""
+        run = worker.run
+        outcome = worker.step()
+        if worker.started is not None and run is not None:
+            self._warm.add(_what(run))
+        if not worker.alive:
+            self._replace(worker)
+        if run is None or outcome is None:
+            return
+        if worker.started is None and _what(run) not in self._cold:
+            # The small block of the warm-up took the process with it, which says nothing about the run.
+            logger.info("the warm-up of %s failed: %s", run.method, outcome["note"])
+            self._cold.add(_what(run))
+            self._warm.add(_what(run))
+            self._queue.insert(0, run)
+            return
+        self._finish(run, outcome, time.perf_counter() - self._given[worker])
+
+    def _finish(self, run: Run, outcome: dict[str, Any], occupied: float) -> None:
+        row = {**run.describe(), **outcome}
+        row.setdefault("versions", versions())
+        self._journal.append(row)
+        self.new += 1
+        self._time_left.finished(run, occupied)
+        if self._on_row is not None:
+            done = self._before + self.new
+            self._on_row(row, Progress(done=done, total=self._total, seconds_left=self._time_left.seconds))
+
+    def _replace(self, worker: Worker) -> None:
+        """Drop a worker; `_assign` starts another if there is work."""
+        worker.stop()
+        self._workers.remove(worker)
+
+
+def _what(run: Run) -> tuple[str, str]:
+    return run.method, run.program

@@ -1,0 +1,161 @@
+"""One run inside a worker: prepare, solve, check, and say in plain values what happened."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from cbs_opt import solving
+from cbs_opt.report_format import plain
+from cbs_opt.study import memory
+from cbs_opt.study.expansion import Run
+from cbs_opt.study.statuses import INVALID, OUT_OF_MEMORY, REFUSED, UNAVAILABLE
+from cbs_opt.study.versions import machine, versions
+from formulations.errors import CbsError, InstanceFormatError, SolverUnavailableError
+from formulations.instances import load_library
+from formulations.loss import verify
+from formulations.problem import BlockProblem
+from formulations.solution import BlockSolution, Termination, TracePoint
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_BLOCK = "digits_12_s50"
+WARM_UP_SECONDS = 10.0
+BLOCKS_KEPT = 2
+LONGEST_TRACE = 200
+LONGEST_NOTE = 500
+
+
+class RunSolver:
+    """Solves runs one after another, and knows which methods are compiled and imported already."""
+
+    def __init__(self) -> None:
+        self._warm: set[tuple[str, str, str]] = set()
+        self._blocks: dict[tuple[str, str], BlockProblem] = {}
+
+    def warm_up(self, run: Run) -> None:
+        """Solve a small block once for each method, so that imports and compilation are not timed."""
+        what = (run.method, run.program, repr(run.options))
+        if what in self._warm:
+            return
+        self._warm.add(what)
+        try:
+            _solve(load_library(WARM_UP_BLOCK)[0], run, min(WARM_UP_SECONDS, run.limits.time_limit))
+        except Exception as error:
+            # The timed run meets the same, and its row says so.
+            logger.info("warm-up of %s: %s", run.method, error)
+
+    def load(self, run: Run) -> None:
+        """Read the block before the clock starts; `answer` repeats and reports a failure."""
+        try:
+            self._block(run)
+        except Exception as error:
+            logger.info("%s: %s", run.recipe.name, error)
+
+    def _block(self, run: Run) -> BlockProblem:
+        """The block of a run; the last few are kept, since runs come block by block."""
+        what = (run.recipe.name, run.block)
+        if what not in self._blocks:
+            problem = run.recipe.load()
+            if problem.fingerprint() != run.block:
+                found = f"{run.recipe.name}: its data changed after the study began"
+                raise InstanceFormatError("instances", found, "start the study again")
+            while len(self._blocks) >= BLOCKS_KEPT:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[what] = problem
+        return self._blocks[what]
+
+    def answer(self, run: Run) -> dict[str, Any]:
+        """Solve and check; the columns of a row that are known after the run."""
+        outcome: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+        memory.reset_peak()
+        cpu, began = time.process_time(), time.perf_counter()
+        try:
+            problem = self._block(run)
+            cpu, began = time.process_time(), time.perf_counter()
+            solution = _solve(problem, run, run.limits.time_limit)
+        except MemoryError:
+            outcome |= {"status": OUT_OF_MEMORY, "note": "an allocation failed at the memory limit"}
+        except SolverUnavailableError as error:
+            outcome |= {"status": UNAVAILABLE, "note": str(error)}
+        except CbsError as error:
+            outcome |= {"status": REFUSED, "note": str(error)}
+        except Exception as error:
+            logger.exception("%s on %s", run.method, run.recipe.name)
+            outcome |= {"status": Termination.ERROR.value, "note": f"{type(error).__name__}: {error}"}
+        else:
+            outcome |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+            outcome |= _checked(problem, run, solution)
+        outcome.setdefault("seconds", time.perf_counter() - began)
+        outcome.setdefault("cpu_seconds", time.process_time() - cpu)
+        outcome["note"] = str(outcome.get("note", ""))[:LONGEST_NOTE]
+        return {**outcome, "peak_memory": memory.peak(), "versions": versions(), "machine": machine()}
+
+
+def _solve(problem: BlockProblem, run: Run, time_limit: float) -> BlockSolution:
+    limits = run.limits
+    return solving.solve(
+        problem,
+        run.method,
+        program=run.program,
+        time_limit=time_limit,
+        rel_gap=limits.rel_gap,
+        node_limit=limits.node_limit,
+        iteration_limit=limits.iteration_limit,
+        threads=limits.threads,
+        seed=run.seed,
+        **run.options,
+    )
+
+
+def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
+    """What a solution says, with its objective recomputed; `INVALID` if it contradicts itself."""
+    if not isinstance(solution, BlockSolution):
+        return {"status": INVALID, "note": f"returned a {type(solution).__name__}, not a BlockSolution"}
+    found = verify(problem, solution)
+    wrong = list(found.notes) if not found.ok else []
+    if solution.program != run.program:
+        wrong.append(f"it solved program {solution.program!r}")
+    stats = solution.stats
+    columns: dict[str, Any] = {
+        "status": INVALID if wrong else solution.termination.value,
+        "note": "; ".join(wrong) or stats.message,
+        "nodes": stats.nodes,
+        "iterations": stats.iterations,
+        "certified_bound": _number(found.bound),
+        "trace": _trace(solution.trace),
+        "extra": plain(stats.extra),
+    }
+    if wrong:
+        return columns
+    gap = solution.gap if solution.bound is not None else None
+    return columns | {
+        "limit": None if solution.limit is None else solution.limit.value,
+        "objective": _number(found.objective),
+        "bound": _number(solution.bound),
+        "gap": _number(gap),
+        "proved": solution.proved,
+    }
+
+
+def _trace(points: Sequence[TracePoint]) -> list[dict[str, Any]]:
+    """At most `LONGEST_TRACE` points, evenly chosen, the last one among them."""
+    count = min(len(points), LONGEST_TRACE)
+    chosen = [points[round((i + 1) * len(points) / count) - 1] for i in range(count)]
+    return [
+        {
+            "seconds": point.seconds,
+            "nodes": point.nodes,
+            "objective": _number(point.objective),
+            "bound": _number(point.bound),
+        }
+        for point in chosen
+    ]
+
+
+def _number(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
