@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cbs_opt.batches import Data, LossFunction, device_of, iterate, regroup
+from cbs_opt.batches import Data, LossFunction, device_of, iterate, positive_integer, regroup
 from cbs_opt.blocks import BlockRule, FisherBlock, Globs, Partition
-from cbs_opt.gradients import require_evaluation_mode
+from cbs_opt.errors import NonFiniteGradientError
+from cbs_opt.gradients import NetworkFunction, require_evaluation_mode
 from cbs_opt.row_builder import RowBuilder, RowOptions
 from formulations.errors import ArgumentError
 
@@ -61,6 +63,9 @@ def gradient_rows(
     progress: bool = True,
     rows_dtype: torch.dtype | None = None,
     vectorize: bool = True,
+    weights: Tensor | None = None,
+    keep: Tensor | None = None,
+    gradient: bool = True,
 ) -> GradientRows:
     """Gradient rows of a network's loss in the weights of a partition.
 
@@ -77,17 +82,19 @@ def gradient_rows(
         cross-entropy, and use `loss_fn` for the gradient alone.
     partition : Partition
         The weights, n of them.
-    curvature : {"empirical_fisher", "exact_fisher", "monte_carlo_fisher"}
+    curvature : {"empirical_fisher", "exact_fisher", "monte_carlo_fisher", "sketched_fisher"}
         Empirical: gradients at the data's labels. Exact: one row ``sqrt(p_c) grad log p_c`` a
         sample and class, which is the Gauss-Newton matrix of cross-entropy. Monte-Carlo: gradients
-        at labels drawn from the network's own distribution.
+        at labels drawn from the network's own distribution. Sketched: the rows of the exact Fisher
+        of `samples_per_row` samples added up with random signs, one backward pass a row; the model
+        is that of the exact Fisher in expectation.
     samples : int, default 1000
         Samples to use.
     samples_per_row : int, default 1
         Average that many samples into each row. A row is then the gradient of the mean loss of
         `samples_per_row` samples, without a factor to make up for the smaller variance, as is
-        usual in the pruning literature. An incomplete last row is dropped unless it is the only
-        one. Not for the exact Fisher.
+        usual in the pruning literature. Sketched rows need no such factor: all their samples count.
+        An incomplete last row is dropped unless it is the only one. Not for the exact Fisher.
     memory_limit : int
         Bytes for temporaries besides the rows. The chunk size follows from an estimate: a sample
         takes twice the gradient and five times what its backward pass saves (averaged rows: three
@@ -101,6 +108,13 @@ def gradient_rows(
     vectorize : bool, default True
         Differentiate many samples at once with `torch.func`. False takes one backward pass a row,
         slower, for networks that `torch.func` cannot follow. Not for the exact Fisher.
+    weights : (n,) Tensor, optional
+        Take the gradients at these weights instead of the network's own.
+    keep : (n,) bool Tensor, optional
+        Return only the columns of weights that are True here: the rows take less memory.
+    gradient : bool, default True
+        False spares the pass for the mean gradient, which only rows of the empirical Fisher have
+        for nothing; `GradientRows.gradient` is then zero unless they are.
 
     Returns
     -------
@@ -140,21 +154,79 @@ def gradient_rows(
         memory_limit=memory_limit,
         rows_dtype=rows_dtype,
         vectorize=vectorize,
+        gradient=gradient,
     )
     require_evaluation_mode(model)
     began = time.perf_counter()
-    builder = RowBuilder(model, loss_fn, partition, options, seed)
+    builder = RowBuilder(model, loss_fn, partition, options, seed, weights=weights, keep=keep)
     batch_size = min(samples, READ_AHEAD)
     batches = iterate(data, batch_size=batch_size, max_samples=samples, seed=seed, device=device_of(model))
     with tqdm(total=samples, desc="gradients", unit="sample", disable=None if progress else True) as bar:
         for batch in batches if samples_per_row == 1 else regroup(batches, samples_per_row):
             builder.consume(batch)
             bar.update(batch.size)
-    rows, gradient = builder.finish()
+    rows, mean = builder.finish()
     seconds = time.perf_counter() - began
     return GradientRows(
-        rows=rows, gradient=gradient, samples=builder.samples, seconds=seconds, curvature=curvature
+        rows=rows, gradient=mean, samples=builder.samples, seconds=seconds, curvature=curvature
     )
+
+
+def mean_gradient(
+    model: nn.Module,
+    data: Data,
+    loss_fn: LossFunction,
+    partition: Partition,
+    *,
+    samples: int,
+    batch_size: int = 256,
+    seed: int = 0,
+    weights: Tensor | None = None,
+    progress: bool = True,
+) -> tuple[Tensor, int]:
+    """Gradient of the mean loss over many samples, by ordinary backward passes.
+
+    Parameters
+    ----------
+    model, data, loss_fn, partition, seed, weights, progress
+        See `gradient_rows`.
+    samples : int
+        Samples to use; all that there are, if fewer.
+    batch_size : int, default 256
+        Samples in one backward pass.
+
+    Returns
+    -------
+    (n,) Tensor
+        In the dtype of the weights, float32 at least.
+    int
+        Samples used.
+
+    Raises
+    ------
+    TrainingModeError, NonFiniteGradientError, DataLoaderError, BatchFormatError, EmptyDataError
+        As `gradient_rows`.
+    """
+    positive_integer("samples", samples)
+    require_evaluation_mode(model)
+    function = NetworkFunction(model, partition, loss_fn, weights)
+    dtype = reduce(
+        torch.promote_types, (tensor.dtype for tensor in function.parameters.values()), torch.float32
+    )
+    total = torch.zeros(partition.n, dtype=dtype, device=device_of(model))
+    used = 0
+    batches = iterate(data, batch_size=batch_size, max_samples=samples, seed=seed, device=total.device)
+    with tqdm(total=samples, desc="gradient", unit="sample", disable=None if progress else True) as bar:
+        for batch in batches:
+            found = function.mean_gradient(batch, batch.size)
+            for name, piece in partition.split(total).items():
+                piece.add_(found[name].to(total), alpha=batch.size)
+            used += batch.size
+            bar.update(batch.size)
+    total.div_(used)
+    if not bool(torch.isfinite(total).all()):
+        raise NonFiniteGradientError("data", "the gradient is NaN or infinite", "check the loss and the data")
+    return total, used
 
 
 def fisher_blocks(

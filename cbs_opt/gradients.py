@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from cbs_opt.batches import (
 )
 from cbs_opt.blocks import Partition
 from cbs_opt.errors import PerSampleGradientError, TrainingModeError
+from cbs_opt.write_back import as_parameters
 from formulations.errors import UnsupportedProblemError
 
 Gradients = dict[str, Tensor]
@@ -38,6 +40,8 @@ class NetworkFunction:
         The parameters to differentiate in.
     loss_fn : callable
         ``loss_fn(output, y)``, the mean loss of a batch.
+    weights : (n,) Tensor, optional
+        Take gradients at these weights of the partition instead of the network's own.
 
     Attributes
     ----------
@@ -45,13 +49,21 @@ class NetworkFunction:
         The parameters at which gradients are taken, detached views of the network's.
     """
 
-    def __init__(self, model: nn.Module, partition: Partition, loss_fn: LossFunction) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        loss_fn: LossFunction,
+        weights: Tensor | None = None,
+    ) -> None:
         self._model = model
         self._loss_fn = loss_fn
         # All parameters are detached: one that requires grad would tie a graph to every result.
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.parameters: Gradients = {name: detached.pop(name) for name in partition.tensors(model)}
         self._fixed = detached
+        if weights is not None:
+            self.parameters = as_parameters(model, partition, weights)
 
     def output(self, parameters: Gradients, inputs: Inputs) -> Any:
         """The output for a batch of inputs."""
@@ -88,6 +100,28 @@ class NetworkFunction:
             for name, gradient in zip(leaves, found, strict=True):
                 if gradient is not None:
                     total[name].add_(gradient, alpha=part.size / batch.size)
+        return total
+
+    def sketched_gradient(self, batch: Batch, signs: Tensor, chunk: int) -> Gradients:
+        """``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e (B, C), `chunk` samples at a time.
+
+        ``L = (I - p 1^T) diag(sqrt(p))`` factors the Hessian ``diag(p) - p p^T`` of cross-entropy in
+        the logits, so that with independent signs the outer product of the sum with itself is the
+        Gauss-Newton matrix averaged over the batch, in expectation. One backward pass a chunk.
+        """
+        leaves = {name: value.requires_grad_() for name, value in _detached(self.parameters).items()}
+        total: Gradients = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        for start in range(0, batch.size, chunk):
+            part, sign = batch.take(slice(start, start + chunk)), signs[start : start + chunk]
+            with torch.enable_grad():
+                logits = self.output(leaves, part.inputs)
+                probability = torch.softmax(logits.detach(), dim=1)
+                draws = probability.sqrt() * sign.to(probability)
+                seeds = draws - probability * draws.sum(dim=1, keepdim=True)
+                found = torch.autograd.grad(logits, list(leaves.values()), seeds, allow_unused=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    total[name].add_(gradient, alpha=1.0 / math.sqrt(batch.size))
         return total
 
     def sample_gradients(self, batch: Batch) -> Gradients:

@@ -16,9 +16,9 @@ from cbs_opt.batches import Batch, LossFunction, check_labels, device_of, positi
 from cbs_opt.blocks import Partition
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.gradients import Gradients, NetworkFunction, probe, require_classifier, sampled_labels
-from formulations.errors import ArgumentError
+from formulations.errors import ArgumentError, ShapeError
 
-CURVATURES = ("empirical_fisher", "exact_fisher", "monte_carlo_fisher")
+CURVATURES = ("empirical_fisher", "exact_fisher", "monte_carlo_fisher", "sketched_fisher")
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class RowOptions:
     memory_limit: int
     rows_dtype: torch.dtype | None
     vectorize: bool
+    gradient: bool = True
 
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
@@ -56,6 +57,10 @@ class RowOptions:
         return self.curvature == "exact_fisher"
 
     @property
+    def sketched(self) -> bool:
+        return self.curvature == "sketched_fisher"
+
+    @property
     def at_own_labels(self) -> bool:
         """Whether the mean of the rows is the gradient of the loss."""
         return self.curvature == "empirical_fisher"
@@ -68,16 +73,25 @@ class RowBuilder:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFunction, partition: Partition, options: RowOptions, seed: int
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        partition: Partition,
+        options: RowOptions,
+        seed: int,
+        *,
+        weights: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> None:
         self.samples = 0
         self._model = model
-        self._function = NetworkFunction(model, partition, loss_fn)
+        self._function = NetworkFunction(model, partition, loss_fn, weights)
         self._partition = partition
         self._options = options
-        generator = torch.Generator().manual_seed(seed)
+        self._columns = _columns_by_parameter(partition, keep)
+        self._generator = torch.Generator().manual_seed(seed)
         # One number a sample, drawn at once, so that labels do not depend on the chunk size.
-        self._uniforms = torch.rand(options.samples, dtype=torch.float64, generator=generator)
+        self._uniforms = torch.rand(options.samples, dtype=torch.float64, generator=self._generator)
         self._filled = 0
 
     def consume(self, batch: Batch) -> None:
@@ -91,6 +105,8 @@ class RowBuilder:
             check_labels(batch.labels, self._classes)
         if options.exact:
             self._append_classes(batch)
+        elif options.sketched:
+            self._append_sketches(batch)
         elif options.samples_per_row > 1 or not options.vectorize:
             for part in _parts(batch, options.samples_per_row):
                 average = self._rows_function.mean_gradient(self._at_row_labels(part), self._group)
@@ -107,7 +123,9 @@ class RowBuilder:
         if self.samples < options.samples - options.samples % options.samples_per_row:
             log.warning("data: %d samples used where %d were asked for", self.samples, options.samples)
         rows = self._rows[: self._filled]
-        gradient = rows.mean(dim=0) if options.at_own_labels else self._gradient / self.samples
+        gradient = self._gradient / self.samples
+        if options.at_own_labels:
+            gradient = self._widened(rows.mean(dim=0))
         rows.mul_(1.0 / math.sqrt(self.samples if options.exact else self._filled))
         return rows, gradient
 
@@ -123,7 +141,8 @@ class RowBuilder:
             self._rows_function = self._function.with_loss(cross_entropy)
         tensors = self._function.parameters.values()
         dtype = options.rows_dtype or reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-        self._rows = torch.empty(capacity, n, dtype=dtype, device=device_of(self._model))
+        width = n if self._columns is None else sum(index.numel() for index in self._columns.values())
+        self._rows = torch.empty(capacity, width, dtype=dtype, device=device_of(self._model))
         self._gradient = torch.zeros(n, dtype=dtype, device=self._rows.device)
         gradient_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the
@@ -151,7 +170,19 @@ class RowBuilder:
             self._add_gradient(part)
             self.samples += part.size
 
+    def _append_sketches(self, batch: Batch) -> None:
+        """One row for every `samples_per_row` samples: a random combination of their class gradients."""
+        classes = require_classifier(self._classes, self._options.curvature)
+        for part in _parts(batch, self._options.samples_per_row):
+            signs = 2 * torch.randint(0, 2, (part.size, classes), generator=self._generator) - 1
+            signs = signs.to(self._rows.device)
+            self._write(self._function.sketched_gradient(part, signs, self._group), 1)
+            self._add_gradient(part)
+            self.samples += part.size
+
     def _add_gradient(self, batch: Batch) -> None:
+        if not self._options.gradient:
+            return
         found = self._function.mean_gradient(batch, self._group)
         for name, total in self._partition.split(self._gradient).items():
             total.add_(found[name].to(total.device), alpha=batch.size)
@@ -159,8 +190,13 @@ class RowBuilder:
     def _write(self, gradients: Gradients, count: int) -> None:
         """Put `count` rows in place, each the gradients of all parameters side by side."""
         rows = self._rows[self._filled : self._filled + count]
+        start = 0
         for span in self._partition.parameters:
-            rows[:, span.start : span.stop] = gradients[span.name].reshape(count, -1)
+            values = gradients[span.name].reshape(count, -1)
+            if self._columns is not None:
+                values = values.index_select(1, self._columns[span.name])
+            rows[:, start : start + values.shape[1]] = values
+            start += values.shape[1]
         # A sum is finite only if every entry is; an overflow of the sum alone is told apart below.
         if not bool(torch.isfinite(rows.sum())):
             self._check_finite(rows)
@@ -171,11 +207,43 @@ class RowBuilder:
         bad = (~finite.all(dim=1)).nonzero().flatten().tolist()
         if not bad:
             return
-        names = [s.name for s in self._partition.parameters if not finite[:, s.start : s.stop].all()]
+        names = self._names_where(~finite.all(dim=0))
         shown = ", ".join(str(self._filled + row) for row in bad[:5])
         found = f"gradient rows {shown}{' ...' if len(bad) > 5 else ''} are NaN or infinite"
         remedy = "check the loss and the data there (rows count samples in the order read, from 0)"
         raise NonFiniteGradientError("data", f"{found} in {', '.join(names)}", remedy)
+
+    def _widened(self, values: Tensor) -> Tensor:
+        """Values of the columns that were kept as (n,), zero elsewhere."""
+        if self._columns is None:
+            return values
+        wide = values.new_zeros(self._partition.n)
+        sizes = [index.numel() for index in self._columns.values()]
+        targets = self._partition.split(wide).values()
+        pieces = torch.split(values, sizes)
+        for target, index, piece in zip(targets, self._columns.values(), pieces, strict=True):
+            target.view(-1)[index] = piece
+        return wide
+
+    def _names_where(self, bad: Tensor) -> list[str]:
+        """Parameters with a column of the rows that is `bad`."""
+        spans = self._partition.parameters
+        sizes = [
+            span.stop - span.start if self._columns is None else self._columns[span.name].numel()
+            for span in spans
+        ]
+        pieces = torch.split(bad, sizes)
+        return [span.name for span, piece in zip(spans, pieces, strict=True) if bool(piece.any())]
+
+
+def _columns_by_parameter(partition: Partition, keep: Tensor | None) -> dict[str, Tensor] | None:
+    """Positions of the weights to keep within each parameter; None for all of them."""
+    if keep is None:
+        return None
+    if keep.dtype != torch.bool or tuple(keep.shape) != (partition.n,):
+        found = f"{keep.dtype} of shape {tuple(keep.shape)}"
+        raise ShapeError("keep", found, f"pass ({partition.n},) booleans, True for each wanted column")
+    return {name: kept.reshape(-1).nonzero().squeeze(1) for name, kept in partition.split(keep).items()}
 
 
 def _parts(batch: Batch, size: int) -> Iterator[Batch]:

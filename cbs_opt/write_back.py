@@ -25,7 +25,7 @@ class TrialNetwork(nn.Module):
     def __init__(self, model: nn.Module, partition: Partition, weights: Tensor) -> None:
         super().__init__()
         self.model = model
-        self._trial = _as_parameters(model, partition, weights)
+        self._trial = as_parameters(model, partition, weights)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The output of the network with the trial weights."""
@@ -51,7 +51,7 @@ def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
     If anything raises in between, an interruption included, every parameter gets its old values
     back before the exception goes on. Other tensors are not touched.
     """
-    values = _as_parameters(model, partition, weights)
+    values = as_parameters(model, partition, weights)
     for name, value in values.items():
         if not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
@@ -70,7 +70,8 @@ def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
         raise
 
 
-def _as_parameters(model: nn.Module, partition: Partition, weights: Tensor) -> dict[str, Tensor]:
+def as_parameters(model: nn.Module, partition: Partition, weights: Tensor) -> dict[str, Tensor]:
+    """Flat `weights` (n,) by parameter name, each as `model` has it: shape, dtype, device."""
     tensors = partition.tensors(model)
     pieces = partition.split(weights)
     return {

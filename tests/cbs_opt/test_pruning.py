@@ -342,7 +342,7 @@ def test_a_loader_that_raises_half_way_leaves_the_network(error: type[BaseExcept
 
 
 def test_an_interrupt_while_writing_leaves_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = write_back._as_parameters
+    original = write_back.as_parameters
 
     def broken(*args: Any) -> dict[str, Tensor]:
         values = original(*args)
@@ -355,7 +355,7 @@ def test_an_interrupt_while_writing_leaves_the_network(monkeypatch: pytest.Monke
         pruning,
         "write_back",
         lambda *args: (
-            monkeypatch.setattr(write_back, "_as_parameters", broken),
+            monkeypatch.setattr(write_back, "as_parameters", broken),
             write_back.write_back(*args),
         ),
     )
