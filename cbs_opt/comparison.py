@@ -15,7 +15,8 @@ def comparison_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
 
     Columns are ``method``, ``update``, ``sparsity`` (achieved), ``accuracy_before``, ``accuracy``,
     ``loss_before``, ``loss`` (on the evaluation data, else on the curvature's samples),
-    ``predicted_loss_increase``, ``actual_loss_increase`` (both on the curvature's samples),
+    ``predicted_selection_loss`` (before the update), ``predicted_loss_increase``,
+    ``actual_loss_increase`` (all three on the curvature's samples), ``certified_gap`` (of the model),
     ``seconds`` and ``peak_memory_bytes``. What was not measured is NaN.
     """
     return pd.DataFrame([_row(report) for report in reports])
@@ -51,8 +52,10 @@ def _row(report: PruneReport) -> dict[str, object]:
         "accuracy": known(after.accuracy if after else None),
         "loss_before": known(before.loss if before else None),
         "loss": known(after.loss if after else None),
+        "predicted_selection_loss": known(report.predicted_selection_loss),
         "predicted_loss_increase": known(report.predicted_loss_increase),
         "actual_loss_increase": known(report.actual_loss_increase),
+        "certified_gap": known(report.certified.gap if report.certified else None),
         "seconds": report.total_seconds,
         "peak_memory_bytes": known(report.peak_memory_bytes),
     }

@@ -8,48 +8,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from cbs_opt.comparison import evaluated_on, evaluations
+from cbs_opt.figure_style import (
+    GRID,
+    INK,
+    OKABE_ITO,
+    WIDTH,
+    Style,
+    dress,
+    legend,
+    marker,
+    numbered_style,
+    percent,
+    single,
+)
 from cbs_opt.report import LayerSummary, PruneReport
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
-INK = "#222222"
-GRID = "#DDDDDD"
-WIDTH = 5.4
 MAX_LAYERS = 60
 MAX_PANELS = 9
 LONGEST_TITLE = 26
 
 
-@dataclass(frozen=True, kw_only=True)
-class Style:
-    """How one method is drawn, told apart without colour by marker and line."""
-
-    color: str
-    marker: str
-    line: Any
-
-
 def styles(reports: Sequence[PruneReport]) -> dict[str, Style]:
     """A style for each label, in order of first appearance."""
-    labels = list(dict.fromkeys(report.label for report in reports))
-    return {
-        label: Style(
-            color=OKABE_ITO[i % len(OKABE_ITO)],
-            marker=MARKERS[i % len(MARKERS)],
-            line=LINES[i % len(LINES)],
-        )
-        for i, label in enumerate(labels)
-    }
+    labels = dict.fromkeys(report.label for report in reports)
+    return {label: numbered_style(number) for number, label in enumerate(labels)}
 
 
 def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
@@ -57,12 +46,12 @@ def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
     measured = [(report, accuracy) for report in reports if (accuracy := _accuracy(report)) is not None]
     if not measured:
         return None
-    figure, axes = _single(height=4.0)
+    figure, axes = single(height=4.0)
     for label, style in styles(reports).items():
         own = sorted((r.sparsity, 100.0 * accuracy) for r, accuracy in measured if r.label == label)
         if own:
             x, y = zip(*own, strict=True)
-            axes.plot(x, y, linestyle=style.line, linewidth=1.6, label=label, **_marker(style))
+            axes.plot(x, y, linestyle=style.line, linewidth=1.6, label=label, **marker(style))
     before = [evaluations(report)[0] for report, _ in measured]
     for value in {dense.accuracy for dense in before if dense and dense.accuracy is not None}:
         axes.axhline(100.0 * value, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
@@ -78,9 +67,9 @@ def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
         )
     axes.set_xlabel("Sparsity (share of weights that are zero, %)")
     axes.set_ylabel(f"Accuracy on {evaluated_on(reports)} (%)")
-    axes.xaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(percent())
     axes.margins(y=0.08)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -94,7 +83,7 @@ def predicted_against_actual(reports: Sequence[PruneReport]) -> Figure | None:
     points = [(r, p, a) for r, p, a in known if math.isfinite(p) and math.isfinite(a)]
     if not points:
         return None
-    figure, axes = _single(height=4.0)
+    figure, axes = single(height=4.0)
     values = np.array([[p, a] for _, p, a in points])
     magnitudes = np.abs(values[values != 0.0])
     smallest = float(magnitudes.min()) if magnitudes.size else 1.0
@@ -114,13 +103,13 @@ def predicted_against_actual(reports: Sequence[PruneReport]) -> Figure | None:
         own = sorted((r.sparsity, p, a) for r, p, a in points if r.label == label)
         if own:
             _, x, y = zip(*own, strict=True)
-            axes.plot(x, y, linestyle=style.line, linewidth=0.8, label=label, **_marker(style))
+            axes.plot(x, y, linestyle=style.line, linewidth=0.8, label=label, **marker(style))
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal", adjustable="box")
     axes.set_xlabel("Predicted loss increase")
     axes.set_ylabel("Measured loss increase")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -133,7 +122,7 @@ def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
     names = [layer.name for layer in chosen[0].layers][:MAX_LAYERS]
     rows = np.arange(len(names))
     row_height = min(0.45, max(0.28, 0.14 * len(chosen) + 0.1))
-    figure, axes = _single(height=max(1.8, 1.0 + row_height * len(names)))
+    figure, axes = single(height=max(1.8, 1.0 + row_height * len(names)))
     palette = styles(reports)
     if len(chosen) == 1:
         values = [layer.sparsity for layer in chosen[0].layers[:MAX_LAYERS]]
@@ -155,20 +144,20 @@ def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
         for shift, report in zip(spread, chosen, strict=True):
             by_name = {layer.name: layer.sparsity for layer in report.layers}
             x = [by_name.get(name, math.nan) for name in names]
-            axes.plot(x, rows + shift, linestyle="none", label=report.label, **_marker(palette[report.label]))
+            axes.plot(x, rows + shift, linestyle="none", label=report.label, **marker(palette[report.label]))
         for row in rows[:-1]:
             axes.axhline(row + 0.5, color=GRID, linewidth=0.8)
     total = chosen[0].sparsity
     axes.axvline(total, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label=f"whole network {total:.1%}")
     axes.set_yticks(rows, names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.xaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(percent())
     hidden = len(chosen[0].layers) - len(names)
     axes.set_xlabel("Sparsity (%)" + (f"; {hidden} further layers not shown" if hidden else ""))
     axes.yaxis.grid(visible=False)
     low = min(layer.sparsity for report in chosen for layer in report.layers)
     axes.set_xlim(0.0 if len(chosen) == 1 else max(0.0, min(low, total - 0.1) - 0.02), 1.01)
-    _legend(axes, outside=True)
+    legend(axes, outside=True)
     return figure
 
 
@@ -206,7 +195,7 @@ def at_largest_sparsity(reports: Sequence[PruneReport]) -> list[PruneReport]:
 
 
 def _histogram(axes: Axes, layer: LayerSummary) -> None:
-    _dress(axes)
+    dress(axes)
     highest = 10
     filled: dict[str, Any] = {"fill": True, "color": OKABE_ITO[4]}
     outlined: dict[str, Any] = {"fill": False, "edgecolor": INK, "linewidth": 1.0}
@@ -227,42 +216,3 @@ def _histogram(axes: Axes, layer: LayerSummary) -> None:
 def _accuracy(report: PruneReport) -> float | None:
     after = evaluations(report)[1]
     return None if after is None else after.accuracy
-
-
-def _single(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots()
-    _dress(axes)
-    return figure, axes
-
-
-def _dress(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#888888")
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-
-
-def _marker(style: Style) -> dict[str, Any]:
-    return {
-        "color": style.color,
-        "marker": style.marker,
-        "markersize": 6.5,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.7,
-    }
-
-
-def _percent() -> FuncFormatter:
-    """Ticks of a share as per cent, without the sign."""
-    return FuncFormatter(lambda share, _: f"{100.0 * share:.6g}")
-
-
-def _legend(axes: Axes, *, outside: bool = False) -> None:
-    if outside:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
-    else:
-        axes.legend(frameon=False, fontsize=8)

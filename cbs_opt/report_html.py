@@ -12,14 +12,23 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from cbs_opt import figures
+from cbs_opt import figures, gap_figures
 from cbs_opt import report_tables as tables
 from cbs_opt.comparison import evaluated_on, evaluations
 from cbs_opt.report import PruneReport
 from cbs_opt.report_tables import Table
+from cbs_opt.report_text import gap_text
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
 
+LOSS_CAPTION = (
+    "Increase of the mean loss on the curvature's samples against sparsity. Where measured and predicted "
+    "part, the quadratic model fails, however small the gap of its optimum."
+)
+GAP_CAPTION = (
+    "How far above the optimum of its program the chosen set of each block can be at most, as a share of its "
+    "value. This is about the quadratic model of the loss, not about accuracy."
+)
 HISTOGRAM_CAPTION = "Weights of the largest layers: all of them before, the kept ones after (zeros left out)."
 
 
@@ -48,6 +57,8 @@ class Section:
     layers: Table
     blocks: Table
     blocks_note: str
+    certificates: Table | None
+    certificates_note: str
     times: Table
     settings: Table
 
@@ -124,11 +135,14 @@ def _tiles(report: PruneReport) -> tuple[Tile, ...]:
         losses = f"{tables.number_text(before.loss)} → {tables.number_text(after.loss)}"
         tiles.append(Tile(name=f"Loss, {where}", value=losses))
     for name, increase in (
+        ("Predicted before the update", report.predicted_selection_loss if report.update else None),
         ("Predicted loss increase", report.predicted_loss_increase),
         ("Measured loss increase", report.actual_loss_increase),
     ):
         if increase is not None:
             tiles.append(Tile(name=name, value=tables.number_text(increase)))
+    if report.certified is not None and report.certified.gap is not None:
+        tiles.append(Tile(name="Certified gap, model", value=gap_text(report.certified.gap)))
     tiles.append(Tile(name="Time", value=tables.seconds_text(report.total_seconds)))
     if report.peak_memory_bytes is not None:
         tiles.append(Tile(name="Peak memory", value=tables.bytes_text(report.peak_memory_bytes)))
@@ -157,24 +171,34 @@ def _pictures(reports: Sequence[PruneReport]) -> tuple[Picture, ...]:
                 "Increase of the mean loss on the curvature's samples: as the quadratic model predicts it, "
                 "and as measured. Points above the dotted line lost more than predicted.",
             ),
+            (gap_figures.loss_against_sparsity(reports), LOSS_CAPTION),
         ]
     which = f" at {tables.percent_text(largest.requested_sparsity)} requested sparsity" if several else ""
     drawings.append(
         (figures.sparsity_by_layer(reports), f"Sparsity of each layer{which}. Dotted: the whole network.")
     )
+    if not several:
+        drawings.append((gap_figures.gap_by_block(largest), GAP_CAPTION))
     whose = f" Run: {largest.label}{which}." if several else ""
     drawings.append((figures.weights_before_and_after(largest), HISTOGRAM_CAPTION + whose))
     return tuple(_picture(figure, caption) for figure, caption in drawings if figure is not None)
 
 
 def _section(report: PruneReport, *, with_picture: bool) -> Section:
-    histograms = figures.weights_before_and_after(report) if with_picture else None
+    drawings: list[tuple[Figure | None, str]] = []
+    if with_picture:
+        drawings = [
+            (figures.weights_before_and_after(report), HISTOGRAM_CAPTION),
+            (gap_figures.gap_by_block(report), GAP_CAPTION),
+        ]
     return Section(
         title=f"{report.label}, sparsity {tables.percent_text(report.sparsity, 2)}",
-        pictures=() if histograms is None else (_picture(histograms, HISTOGRAM_CAPTION),),
+        pictures=tuple(_picture(figure, caption) for figure, caption in drawings if figure is not None),
         layers=tables.layers_table(report),
         blocks=tables.blocks_table(report),
         blocks_note=tables.blocks_note(report),
+        certificates=tables.certificates_table(report),
+        certificates_note=tables.certificates_note(report),
         times=tables.times_table(report),
         settings=tables.settings_table(report),
     )

@@ -10,9 +10,9 @@ from typing import Any
 from cbs_opt.batches import Evaluation
 from cbs_opt.comparison import evaluations
 from cbs_opt.report import BlockSummary, PruneReport
+from cbs_opt.report_text import MISSING, certified_lines, gap_text
 
 TOP_BLOCKS = 20
-MISSING = "–"  # noqa: RUF001 - an en dash marks an empty cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,10 @@ def results_table(reports: Sequence[PruneReport]) -> Table:
         Column(name="Sparsity"),
         Column(name="Accuracy"),
         Column(name="Loss"),
+        Column(name="Predicted before update"),
         Column(name="Predicted loss increase"),
         Column(name="Measured loss increase"),
+        Column(name="Certified gap"),
         Column(name="1-swap optimal", text=True),
         Column(name="Time"),
         Column(name="Peak memory"),
@@ -76,8 +78,10 @@ def results_table(reports: Sequence[PruneReport]) -> Table:
                 percent_text(report.sparsity, 2),
                 _accuracy(after),
                 MISSING if after is None else number_text(after.loss),
+                number_text(report.predicted_selection_loss),
                 number_text(report.predicted_loss_increase),
                 number_text(report.actual_loss_increase),
+                _gap(None if report.certified is None else report.certified.gap),
                 _yes_no(report.locally_optimal),
                 seconds_text(report.total_seconds),
                 MISSING if report.peak_memory_bytes is None else bytes_text(report.peak_memory_bytes),
@@ -87,23 +91,28 @@ def results_table(reports: Sequence[PruneReport]) -> Table:
 
 
 def layers_table(report: PruneReport) -> Table:
-    names = ("Layer", "Shape", "Weights", "Pruned", "Kept", "Sparsity")
+    names = ["Layer", "Shape", "Weights", "Pruned", "Kept", "Sparsity"]
     rows = [
-        (
+        [
             layer.name,
             " x ".join(map(str, layer.shape)),
             f"{layer.n:,}",
             f"{layer.n_prune:,}",
             f"{layer.n - layer.n_prune:,}",
             percent_text(layer.sparsity, 2),
-        )
+        ]
         for layer in report.layers
     ]
     kept = report.n - report.n_prune
     rows.append(
-        ("all", "", f"{report.n:,}", f"{report.n_prune:,}", f"{kept:,}", percent_text(report.sparsity, 2))
+        ["all", "", f"{report.n:,}", f"{report.n_prune:,}", f"{kept:,}", percent_text(report.sparsity, 2)]
     )
-    return Table(columns=tuple(Column(name=name) for name in names), rows=tuple(rows))
+    if report.certified is not None:
+        names.append("Certified gap")
+        gaps = [*report.to_frame()["gap"], report.certified.gap]
+        for row, gap in zip(rows, gaps, strict=True):
+            row.append(_gap(gap))
+    return Table(columns=tuple(Column(name=name) for name in names), rows=tuple(map(tuple, rows)))
 
 
 def blocks_table(report: PruneReport) -> Table:
@@ -115,24 +124,75 @@ def blocks_table(report: PruneReport) -> Table:
         (Column(name="Selection loss"), lambda b: number_text(b.selection_loss)),
         (Column(name="After update"), lambda b: number_text(b.updated_loss)),
         (Column(name="Bound"), lambda b: number_text(b.bound)),
-        (Column(name="Gap"), lambda b: MISSING if b.gap is None else percent_text(b.gap, 3)),
+        (Column(name="Gap"), lambda b: _gap(b.gap)),
         (Column(name="Steps"), lambda b: f"{b.iterations:,}"),
         (Column(name="1-swap optimal", text=True), lambda b: _yes_no(b.locally_optimal)),
         (Column(name="Time"), lambda b: seconds_text(b.seconds)),
         (Column(name="Status", text=True), lambda b: b.status or MISSING),
     ]
-    shown = _heaviest(report)
+    return _of_blocks(_heaviest(report), cells)
+
+
+def certificates_table(report: PruneReport) -> Table | None:
+    """What was proved, loosest blocks first; None of a run without certificates."""
+    if report.certified is None:
+        return None
+    cells: list[tuple[Column, Callable[[BlockSummary], str]]] = [
+        (Column(name="Block"), lambda b: b.name),
+        (Column(name="Weights"), lambda b: f"{b.n:,}"),
+        (Column(name=f"Objective, {report.program}"), lambda b: number_text(b.objective)),
+        (Column(name="Bound"), lambda b: number_text(b.bound)),
+        (Column(name="Gap"), lambda b: _gap(b.gap)),
+        (Column(name="rho"), lambda b: number_text(b.rho)),
+        (Column(name="n / effective rank"), lambda b: number_text(_per_rank(b))),
+        (Column(name="Fixed"), lambda b: MISSING if b.n_fixed is None else f"{b.n_fixed:,}"),
+        (Column(name="Certificate", text=True), lambda b: b.certificate or MISSING),
+        (
+            Column(name="Time"),
+            lambda b: MISSING if b.certificate_seconds is None else seconds_text(b.certificate_seconds),
+        ),
+        (Column(name="Status", text=True), lambda b: b.certificate_status or MISSING),
+    ]
+    loosest = sorted(report.blocks, key=lambda b: math.inf if b.gap is None else b.gap, reverse=True)
+    return _of_blocks(loosest[:TOP_BLOCKS], cells)
+
+
+def certificates_note(report: PruneReport) -> str:
+    """The sum over blocks, and what it means."""
+    if report.certified is None:
+        return ""
+    lines = certified_lines(report.certified)
+    notes = [f"{line[0].upper()}{line[1:]}." for line in lines]
+    if len(report.blocks) > TOP_BLOCKS:
+        notes.append(f"The {TOP_BLOCKS} blocks of largest gap, of {len(report.blocks):,}.")
+    notes.append(
+        "rho: damping over the mean Fisher diagonal. Gaps fall with rho and with n / effective rank."
+    )
+    return " ".join(notes)
+
+
+def _of_blocks(
+    blocks: Sequence[BlockSummary], cells: Sequence[tuple[Column, Callable[[BlockSummary], str]]]
+) -> Table:
     return Table(
         columns=tuple(column for column, _ in cells),
-        rows=tuple(tuple(cell(block) for _, cell in cells) for block in shown),
+        rows=tuple(tuple(cell(block) for _, cell in cells) for block in blocks),
     )
+
+
+def _per_rank(block: BlockSummary) -> float | None:
+    return None if block.effective_rank is None else block.n / block.effective_rank
 
 
 def blocks_note(report: PruneReport) -> str:
     notes = []
     if len(report.blocks) > TOP_BLOCKS:
         notes.append(f"The {TOP_BLOCKS} blocks of largest predicted loss, of {len(report.blocks):,}.")
-    if len(report.blocks) > 1 and any(block.bound is not None for block in report.blocks):
+    if (
+        report.certified is None
+        and len(report.blocks) > 1
+        and any(block.bound is not None for block in report.blocks)
+    ):
         notes.append("Bounds hold for each block alone; their sum bounds the block-diagonal model only.")
     notes.append("Losses are increases predicted by the quadratic model.")
     return " ".join(notes)
@@ -183,6 +243,10 @@ def _accuracy(evaluation: Evaluation | None) -> str:
 
 def percent_text(share: float, decimals: int = 1) -> str:
     return f"{100.0 * share:.{decimals}f} %"
+
+
+def _gap(gap: float | None) -> str:
+    return MISSING if gap is None or math.isnan(gap) else gap_text(gap)
 
 
 def number_text(value: float | None) -> str:

@@ -133,7 +133,7 @@ def certified_lines(certified: CertifiedSum) -> list[str]:
     values = (
         f"objective {certified.objective:.6g}, bound {certified.bound:.6g}, gap {_percent(certified.gap)}"
     )
-    return [f"certified, program {certified.program}, {blocks}: {values}", f"({certified.meaning})"]
+    return [f"certified, program {certified.program}, {blocks}: {values}", f"this is a {certified.meaning}"]
 
 
 def _number(value: float | None) -> str:

@@ -29,6 +29,7 @@ INTERRUPTED = 130
 OPTIONS = {
     "blocks": "--partition",
     "budget": "--budget",
+    "certify_time_limit": "--certify-time-limit",
     "curvature": "--curvature",
     "damping": "--damping",
     "ignore": "--ignore",

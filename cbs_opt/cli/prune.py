@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +59,22 @@ RelativeDamping = Annotated[
 ]
 Restarts = Annotated[int, typer.Option(help="Runs of a randomised method; the best by training loss.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds for each run of the method.")]
+Certify = Annotated[
+    bool,
+    typer.Option(
+        "--certify",
+        help="Bound every block from below and report how far from optimal the chosen set can be.",
+    ),
+]
+CertifyTimeLimit = Annotated[float | None, typer.Option(help="Seconds for all certificates together.")]
+SaveBlocks = Annotated[
+    bool,
+    typer.Option(
+        "--save-blocks",
+        help="With --certify: keep the data of every block, as large as the gradient rows in float64, "
+        "so that `cbs-opt verify OUT` can check the certificates.",
+    ),
+]
 Partition = Annotated[str, typer.Option(help="Blocks: global, layer, row, or a number of weights.")]
 Budget = Annotated[
     list[str] | None,
@@ -94,6 +113,9 @@ def run(
     ignore: Ignore = None,
     restarts: Restarts = 1,
     time_limit: TimeLimit = None,
+    certify: Certify = False,
+    certify_time_limit: CertifyTimeLimit = None,
+    save_blocks: SaveBlocks = False,
     seed: Seed = 0,
     device: Device = "cpu",
     force: Force = False,
@@ -108,37 +130,66 @@ def run(
         from cbs_opt.pruning import prune
 
         _require_free(out, force)
+        if save_blocks and not certify:
+            raise typer.BadParameter("it needs --certify", param_hint="--save-blocks")
         network = load_network(model, weights, device)
         dtype = dtype_of(network)
-        report = prune(
-            network,
-            load_data(data, "--data", dtype),
-            sparsity=sparsity,
-            loss_fn=load_loss(loss),
-            program=program,
-            method=method,
-            method_options=parse_options(method_option or []),
-            update=update,
-            update_scale=update_scale or 1.0,
-            curvature=curvature,
-            samples=samples,
-            samples_per_row=samples_per_row,
-            damping=damping or 1e-3,
-            relative_damping=relative_damping,
-            partition=int(partition) if partition.isdecimal() else partition,
-            budget=parse_budget(budget or ["global"]),
-            target=target or None,
-            ignore=tuple(ignore or ()),
-            evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
-            restarts=restarts,
-            time_limit=time_limit,
-            seed=seed,
-        )
-        out.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_model(network, str(out / WEIGHTS_FILE))
-        report.save(out)
+        with _scratch(out, save_blocks) as block_dir:
+            report = prune(
+                network,
+                load_data(data, "--data", dtype),
+                sparsity=sparsity,
+                loss_fn=load_loss(loss),
+                program=program,
+                method=method,
+                method_options=parse_options(method_option or []),
+                update=update,
+                update_scale=update_scale or 1.0,
+                curvature=curvature,
+                samples=samples,
+                samples_per_row=samples_per_row,
+                damping=damping or 1e-3,
+                relative_damping=relative_damping,
+                partition=int(partition) if partition.isdecimal() else partition,
+                budget=parse_budget(budget or ["global"]),
+                target=target or None,
+                ignore=tuple(ignore or ()),
+                evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
+                restarts=restarts,
+                time_limit=time_limit,
+                certify=certify,
+                certify_time_limit=certify_time_limit,
+                block_dir=block_dir,
+                seed=seed,
+            )
+            out.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_model(network, str(out / WEIGHTS_FILE))
+            report.save(out)
+            _keep_blocks(block_dir, out)
         typer.echo(json.dumps(report.to_dict(), allow_nan=False) if as_json else report.summary())
         typer.echo(f"written to {out}", err=True)
+
+
+@contextmanager
+def _scratch(out: Path, wanted: bool) -> Iterator[Path | None]:
+    """A directory beside `out` for blocks until the run has succeeded; None unless wanted."""
+    if not wanted:
+        yield None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as directory:
+        yield Path(directory)
+
+
+def _keep_blocks(block_dir: Path | None, out: Path) -> None:
+    """Move the data of the blocks to where their certificates are."""
+    from cbs_opt.certificate_files import BLOCK, CERTIFICATES
+
+    kept = out / CERTIFICATES
+    for stale in kept.glob(f"*{BLOCK}"):
+        stale.unlink()
+    for path in sorted(block_dir.iterdir()) if block_dir is not None else ():
+        path.replace(kept / path.name)
 
 
 def parse_options(pairs: list[str], hint: str = "--method-option") -> dict[str, Any]:

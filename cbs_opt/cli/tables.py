@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cbs_opt.batches import Evaluation
 from cbs_opt.comparison import evaluations
 from cbs_opt.report import PruneReport
+from cbs_opt.report_text import gap_text
 
 MISSING = "-"
 
@@ -34,11 +35,12 @@ def comparison_lines(reports: Sequence[PruneReport]) -> list[str]:
         "loss",
         "predicted increase",
         "measured increase",
+        "certified gap",
         "seconds",
     )
     rows = []
     for report in reports:
-        after = evaluations(report)[1]
+        after, certified = evaluations(report)[1], report.certified
         rows.append(
             (
                 report.label,
@@ -47,6 +49,7 @@ def comparison_lines(reports: Sequence[PruneReport]) -> list[str]:
                 MISSING if after is None else _value(after.loss),
                 _value(report.predicted_loss_increase),
                 _value(report.actual_loss_increase),
+                MISSING if certified is None or certified.gap is None else gap_text(certified.gap),
                 f"{report.total_seconds:.2f}",
             )
         )

@@ -122,7 +122,7 @@ def test_the_page_is_well_formed_and_self_contained(reports: list[PruneReport], 
     page = path.read_text()
     outline = Outline(page)
     assert outline.open == []
-    assert outline.counts["img"] == 4 + len(reports)
+    assert outline.counts["img"] == 5 + len(reports)
     assert outline.counts["details"] == len(reports)
     assert "script" not in outline.counts
     assert all(address.startswith("data:image/svg+xml;base64,") for address in outline.addresses)
