@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from cbs_opt.batchnorm import recalibrate_batchnorm
+from cbs_opt.block_executor import solve_blocks
 from cbs_opt.blocks import Partition
 from cbs_opt.curvature import GradientRows, fisher_blocks, gradient_rows
 from cbs_opt.masks import apply_masks, load_masks, save_masks
@@ -37,5 +38,6 @@ __all__ = [
     "recalibrate_batchnorm",
     "save_masks",
     "solve",
+    "solve_blocks",
     "verify",
 ]

@@ -55,3 +55,15 @@ class MaskMismatchError(ArgumentError):
 
 class NoBatchNormError(ArgumentError):
     """The network has no batch normalisation with running statistics."""
+
+
+class ExecutorError(ArgumentError):
+    """An executor cannot take blocks."""
+
+
+class PeerError(ArgumentError):
+    """Another process of a group failed, which ends the collective call here as well."""
+
+
+class RunMismatchError(ArgumentError):
+    """A directory holds the stages of another run."""

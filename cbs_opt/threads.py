@@ -1,0 +1,45 @@
+"""How many threads the libraries of this process may use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numba
+import torch
+from threadpoolctl import threadpool_limits
+
+
+@contextmanager
+def thread_limit(threads: int) -> Iterator[None]:
+    """Hold BLAS, OpenMP, torch and numba to `threads` threads, and set all back at the end.
+
+    The limit of numba is one of the calling thread; the others are of the process.
+    """
+    torch_before, numba_before = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        with threadpool_limits(limits=threads):
+            torch.set_num_threads(threads)
+            limit_numba(threads)
+            yield
+    finally:
+        torch.set_num_threads(torch_before)
+        numba.set_num_threads(numba_before)
+
+
+@functools.lru_cache(maxsize=1)
+def limit_process(threads: int) -> None:
+    """Hold BLAS, OpenMP and torch to `threads` threads for good, as in a worker process.
+
+    Setting the same limit again costs nothing: looking through the loaded libraries takes
+    milliseconds, which small blocks would notice.
+    """
+    threadpool_limits(limits=threads)
+    torch.set_num_threads(threads)
+
+
+def limit_numba(threads: int) -> None:
+    """Hold the kernels that the calling thread starts to `threads` threads."""
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, most))
