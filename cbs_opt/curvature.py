@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cbs_opt.batches import Data, LossFunction, device_of, iterate, positive_integer, regroup
+from cbs_opt.batches import Data, LossFunction, device_of, iterate, positive_integer, regroup, section
 from cbs_opt.blocks import BlockRule, FisherBlock, Globs, Partition
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.gradients import NetworkFunction, require_evaluation_mode
+from cbs_opt.heuristics.channel_term import ChannelTerm
 from cbs_opt.row_builder import RowBuilder, RowOptions
 from formulations.errors import ArgumentError
 
@@ -40,6 +41,8 @@ class GradientRows:
         Wall-clock time taken.
     curvature : str
         Which Fisher matrix the rows sample.
+    channels : ChannelTerm, optional
+        A further term of the Hessian, see `cbs_opt.layer_inputs.with_layer_inputs`.
     """
 
     rows: Tensor
@@ -47,6 +50,7 @@ class GradientRows:
     samples: int
     seconds: float
     curvature: str = "empirical_fisher"
+    channels: ChannelTerm | None = None
 
 
 def gradient_rows(
@@ -66,6 +70,7 @@ def gradient_rows(
     weights: Tensor | None = None,
     keep: Tensor | None = None,
     gradient: bool = True,
+    share: range | None = None,
 ) -> GradientRows:
     """Gradient rows of a network's loss in the weights of a partition.
 
@@ -115,6 +120,9 @@ def gradient_rows(
     gradient : bool, default True
         False spares the pass for the mean gradient, which only rows of the empirical Fisher have
         for nothing; `GradientRows.gradient` is then zero unless they are.
+    share : range, optional
+        Only these samples of the run, from 0 in the order in which it takes them: the rows are those
+        of the whole run for them, scaled as a run of their own. See `cbs_opt.distributed`.
 
     Returns
     -------
@@ -132,7 +140,7 @@ def gradient_rows(
     PerSampleGradientError
         If `torch.func` cannot differentiate the network or the loss.
     DataLoaderError, BatchFormatError, EmptyDataError, LabelRangeError
-        If the data cannot be read or does not fit the network.
+        If the data cannot be read or does not fit the network, or ends before `share`.
     UnsupportedProblemError
         If the curvature needs a classifier and the network is none.
     ArgumentError
@@ -158,10 +166,11 @@ def gradient_rows(
     )
     require_evaluation_mode(model)
     began = time.perf_counter()
-    builder = RowBuilder(model, loss_fn, partition, options, seed, weights=weights, keep=keep)
-    batch_size = min(samples, READ_AHEAD)
-    batches = iterate(data, batch_size=batch_size, max_samples=samples, seed=seed, device=device_of(model))
-    with tqdm(total=samples, desc="gradients", unit="sample", disable=None if progress else True) as bar:
+    wanted = _checked_share(share, options)
+    builder = RowBuilder(model, loss_fn, partition, options, seed, weights=weights, keep=keep, share=wanted)
+    batches = iterate(data, batch_size=min(samples, READ_AHEAD), max_samples=wanted.stop, seed=seed)
+    batches = (batch.to(device_of(model)) for batch in section(batches, wanted))
+    with tqdm(total=len(wanted), desc="gradients", unit="sample", disable=None if progress else True) as bar:
         for batch in batches if samples_per_row == 1 else regroup(batches, samples_per_row):
             builder.consume(batch)
             bar.update(batch.size)
@@ -170,6 +179,18 @@ def gradient_rows(
     return GradientRows(
         rows=rows, gradient=mean, samples=builder.samples, seconds=seconds, curvature=curvature
     )
+
+
+def _checked_share(share: range | None, options: RowOptions) -> range:
+    """The samples that are wanted: all, or a part that holds whole rows."""
+    if share is None:
+        return range(options.samples)
+    size = options.samples_per_row
+    cut = share.start % size == 0 and (share.stop % size == 0 or share.stop == options.samples)
+    if share.step != 1 or not 0 <= share.start < share.stop <= options.samples or not cut:
+        remedy = f"pass a range within {options.samples} samples, cut between rows of {size}"
+        raise ArgumentError("share", f"{share}", remedy)
+    return share
 
 
 def mean_gradient(

@@ -69,7 +69,8 @@ class RowOptions:
 class RowBuilder:
     """Fills one tensor of rows, batch by batch.
 
-    `samples` counts those used so far.
+    `samples` counts those used so far. With `share` they are those of a part of a longer run of
+    ``options.samples``, and the random draws are the ones which that run makes for them.
     """
 
     def __init__(
@@ -82,8 +83,11 @@ class RowBuilder:
         *,
         weights: Tensor | None = None,
         keep: Tensor | None = None,
+        share: range | None = None,
     ) -> None:
         self.samples = 0
+        share = range(options.samples) if share is None else share
+        self._wanted, self._before = len(share), share.start
         self._model = model
         self._function = NetworkFunction(model, partition, loss_fn, weights)
         self._partition = partition
@@ -91,7 +95,8 @@ class RowBuilder:
         self._columns = _columns_by_parameter(partition, keep)
         self._generator = torch.Generator().manual_seed(seed)
         # One number a sample, drawn at once, so that labels do not depend on the chunk size.
-        self._uniforms = torch.rand(options.samples, dtype=torch.float64, generator=self._generator)
+        uniforms = torch.rand(options.samples, dtype=torch.float64, generator=self._generator)
+        self._uniforms = uniforms[share.start : share.stop]
         self._filled = 0
 
     def consume(self, batch: Batch) -> None:
@@ -120,8 +125,8 @@ class RowBuilder:
     def finish(self) -> tuple[Tensor, Tensor]:
         """The scaled rows, (m, n), and the mean gradient, (n,)."""
         options = self._options
-        if self.samples < options.samples - options.samples % options.samples_per_row:
-            log.warning("data: %d samples used where %d were asked for", self.samples, options.samples)
+        if self.samples < self._wanted - self._wanted % options.samples_per_row:
+            log.warning("data: %d samples used where %d were asked for", self.samples, self._wanted)
         rows = self._rows[: self._filled]
         gradient = self._gradient / self.samples
         if options.at_own_labels:
@@ -134,10 +139,13 @@ class RowBuilder:
         options, n = self._options, self._partition.n
         self._classes, saved = probe(self._function, batch.take(slice(1)))
         self._rows_function = self._function
-        capacity = options.samples // options.samples_per_row
+        capacity = self._wanted // options.samples_per_row
         if not options.at_own_labels:
             classes = require_classifier(self._classes, options.curvature)
             capacity *= classes if options.exact else 1
+            if options.sketched:
+                # The signs of the samples that come before this share.
+                torch.randint(0, 2, (self._before, classes), generator=self._generator)
             self._rows_function = self._function.with_loss(cross_entropy)
         tensors = self._function.parameters.values()
         dtype = options.rows_dtype or reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
