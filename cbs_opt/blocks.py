@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from cbs_opt.errors import NoEligibleWeightsError, PartitionMismatchError, UnmatchedPatternError
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 from formulations.problem import BlockProblem
+
+if TYPE_CHECKING:
+    from cbs_opt.heuristics.channel_term import ChannelTerm
+    from cbs_opt.heuristics.spectrum import RowSpectrum
 
 Globs = str | Sequence[str]
 BlockRule = str | int
@@ -219,6 +224,10 @@ class FisherBlock:
         Mean gradient of the loss; absent means zero.
     damping : float, default 0
         Added to the diagonal.
+    spectrum : RowSpectrum, optional
+        That of `rows`, where several dampings are tried; it spares `obs` a factorisation each.
+    channels : ChannelTerm, optional
+        A further term of the Hessian, block-diagonal over output channels.
 
     Raises
     ------
@@ -236,6 +245,8 @@ class FisherBlock:
     hessian: Tensor | None = None
     gradient: Tensor | None = None
     damping: float = 0.0
+    spectrum: RowSpectrum | None = None
+    channels: ChannelTerm | None = None
 
     def __post_init__(self) -> None:
         if (self.rows is None) == (self.hessian is None):
@@ -250,23 +261,39 @@ class FisherBlock:
             if tensor is not None and (tensor.ndim != ndim or tensor.shape[-1] != self.n):
                 found = f"shape {tuple(tensor.shape)} for the {self.n} weights of {self.name}"
                 raise ShapeError(label, found, f"pass {ndim} dimensions, the last of size {self.n}")
+        if self.channels is not None and self.channels.n != self.n:
+            found = f"a term of {self.channels.n} weights for the {self.n} of {self.name}"
+            raise ShapeError("channels", found, "take the term within the range of the block")
 
     @property
     def n(self) -> int:
         """Number of weights."""
         return self.stop - self.start
 
+    def dense_hessian(self) -> Tensor:
+        """``H`` without the damping, (n, n) float64; O(m n^2), for small blocks."""
+        hessian = self.hessian.double() if self.rows is None else None  # type: ignore[union-attr]
+        if hessian is None:
+            assert self.rows is not None
+            rows = self.rows.double()
+            hessian = rows.T @ rows
+        return hessian if self.channels is None else hessian + self.channels.dense()
+
     def to_problem(self, n_prune: int) -> BlockProblem:
         """The block as a `BlockProblem` that removes `n_prune` weights.
 
         Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared,
-        not copied, so do not write to them while the problem is in use.
+        not copied, so do not write to them while the problem is in use. With a channel term the
+        Hessian is formed: O(m n^2), for small blocks.
         """
+        rows, hessian = self.rows, self.hessian
+        if self.channels is not None:
+            rows, hessian = None, self.dense_hessian()
         return BlockProblem(
             weights=_read_only(self.weights),
             n_prune=n_prune,
-            rows=None if self.rows is None else _read_only(self.rows),
-            hessian=None if self.hessian is None else _read_only(self.hessian),
+            rows=None if rows is None else _read_only(rows),
+            hessian=None if hessian is None else _read_only(hessian),
             gradient=None if self.gradient is None else _read_only(self.gradient),
             damping=self.damping,
             name=self.name,

@@ -22,6 +22,16 @@ def image(data: Tensor, x: Tensor) -> Tensor:
     return torch.cat(parts) if parts else x.new_zeros(0)
 
 
+def adjoint_image(data: Tensor, y: Tensor) -> Tensor:
+    """``data^T y`` in float64, (n,), for `data` (m, n) of any precision."""
+    total = torch.zeros(data.shape[1], dtype=torch.float64, device=data.device)
+    first = 0
+    for part in double_chunks(data):
+        total.addmv_(part.T, y[first : first + part.shape[0]])
+        first += part.shape[0]
+    return total
+
+
 def column_squares(rows: Tensor) -> Tensor:
     """Squared column norms accumulated in float64, (n,)."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -87,15 +97,21 @@ def hessian_product(block: FisherBlock, x: Tensor) -> Tensor:
     else:
         assert block.hessian is not None
         back = image(block.hessian, x)
+    if block.channels is not None:
+        back = back + block.channels.product(x)
     return back + block.damping * x
 
 
 def hessian_diagonal(block: FisherBlock) -> Tensor:
     """``diag(H)`` of a block, (n,) float64."""
     if block.rows is not None:
-        return column_squares(block.rows) + block.damping
-    assert block.hessian is not None
-    return torch.diagonal(block.hessian).double() + block.damping
+        diagonal = column_squares(block.rows)
+    else:
+        assert block.hessian is not None
+        diagonal = torch.diagonal(block.hessian).double()
+    if block.channels is not None:
+        diagonal = diagonal + block.channels.diagonal()
+    return diagonal + block.damping
 
 
 def step_loss(block: FisherBlock, step: Tensor) -> float:
@@ -105,6 +121,8 @@ def step_loss(block: FisherBlock, step: Tensor) -> float:
     else:
         assert block.hessian is not None
         quadratic = step @ image(block.hessian, step)
+    if block.channels is not None:
+        quadratic = quadratic + step @ block.channels.product(step)
     quadratic = quadratic + block.damping * step.square().sum()
     linear = 0.0 if block.gradient is None else block.gradient.double() @ step
     return float(linear + 0.5 * quadratic)

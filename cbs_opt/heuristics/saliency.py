@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.channel_solve import ChannelSystem
 from cbs_opt.heuristics.products import (
     COLUMN_CHUNK,
     factorise,
@@ -52,6 +53,11 @@ def obs(block: FisherBlock) -> Tensor:
 
 def inverse_diagonal(block: FisherBlock) -> Tensor:
     """``diag(H^-1)``, (n,) float64."""
+    if block.channels is not None:
+        everything = torch.arange(block.n, device=block.weights.device)
+        return ChannelSystem(block, everything, block.damping).inverse_diagonal()
+    if block.spectrum is not None:
+        return block.spectrum.inverse_diagonal(block.damping)
     rows = block.rows
     if rows is None or rows.shape[0] >= block.n:
         hessian = block.hessian.double() if rows is None else inner_gram(rows.T)  # type: ignore[union-attr]

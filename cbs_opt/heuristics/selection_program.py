@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics import products
+from cbs_opt.heuristics.channel_term import densified
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +40,9 @@ class SelectionProgram:
 
     @classmethod
     def of(cls, block: FisherBlock) -> SelectionProgram:
-        """The selection program of a Fisher block."""
+        """The selection program of a Fisher block; one with a channel term must be small."""
+        if block.channels is not None:
+            block = densified(block, "selection")
         return cls(
             weights=block.weights,
             rows=block.rows,

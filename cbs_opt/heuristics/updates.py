@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.channel_solve import ChannelSystem
 from cbs_opt.heuristics.products import COLUMN_CHUNK, KeptGram, factorise, image
 from formulations.errors import NotPositiveDefiniteError
 
@@ -59,6 +60,8 @@ def cbs_updates(
     else:
         assert block.hessian is not None
         right = right + block.hessian.index_select(0, kept).double() @ removed
+    if block.channels is not None:
+        right = right + block.channels.product(removed)[kept]
     updates = []
     for step in _solve_kept(block, kept, right, pulled, dampings, gram):
         new_weights = torch.zeros_like(weights)
@@ -108,6 +111,9 @@ def _solve_kept(
 ) -> list[Tensor]:
     """Solve ``H_KK x = right + R_K^T pulled`` in float64 for each damping, `pulled` of shape (m,)."""
     rows = block.rows
+    if block.channels is not None and rows is not None:
+        right = right if pulled is None else right + _back(rows, kept, pulled)
+        return [ChannelSystem(block, kept, damping).solve(right) for damping in dampings]
     if rows is not None and kept.numel() > rows.shape[0]:
         return _solve_woodbury(block, gram or KeptGram(rows), kept, right, pulled, dampings)
     if rows is not None:

@@ -1,0 +1,169 @@
+"""The part of a Hessian model that is block-diagonal over output channels.
+
+For a linear layer, or a convolution seen as one on patches, the Gauss-Newton matrix of the weights that
+feed output channel c is ``E[b_c^2 x x^T]`` with the layer's input x and the loss's slope b_c. With input
+and slope taken as independent it is ``scale_c * E[x x^T]``: one matrix of the size of the fan-in for the
+whole layer, times a number a channel (the diagonal of the Kronecker-factored approximation). It has full
+rank from few samples, which gradient rows have not, and so says what moving the kept weights costs in all
+the directions that the rows have not seen.
+
+Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML
+2015; convolutions: Grosse, Martens, ICML 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cbs_opt.blocks import FisherBlock, Partition
+from cbs_opt.heuristics.products import column_squares
+from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
+
+DENSE_LIMIT = 4_096
+"""Largest block whose whole Hessian is formed for a search that knows no channels."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Channel:
+    """The weights ``start:stop`` of one output channel, or what is left of them.
+
+    Parameters
+    ----------
+    start, stop : int
+    moment : (f, f) float64 Tensor
+        Second moments of the inputs; channels of a layer share one.
+    scale : float
+    index : (stop - start,) int64 Tensor, optional
+        Which inputs the weights belong to; by default all, in order.
+    """
+
+    start: int
+    stop: int
+    moment: Tensor
+    scale: float
+    index: Tensor | None = None
+
+    def matrix(self, part: Tensor | None = None) -> Tensor:
+        """``scale * E[x x^T]``, (k, k) float64, of the weights at positions `part` (k,), or of all."""
+        index = self.index if part is None else part if self.index is None else self.index[part]
+        moment = self.moment if index is None else self.moment.index_select(0, index).index_select(1, index)
+        return self.scale * moment
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of `matrix`."""
+        diagonal = self.moment.diagonal()
+        return self.scale * (diagonal if self.index is None else diagonal[self.index])
+
+    def taken(self, part: Tensor, start: int) -> Channel:
+        """The weights at positions `part`, at a new place."""
+        index = part if self.index is None else self.index[part]
+        return replace(self, start=start, stop=start + len(part), index=index)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChannelTerm:
+    """A block-diagonal positive semidefinite (n, n) matrix.
+
+    Parameters
+    ----------
+    channels : tuple of Channel
+        Tile ``0:n`` in order.
+    """
+
+    channels: tuple[Channel, ...]
+
+    @classmethod
+    def matched(
+        cls, moments: Mapping[str, Tensor], partition: Partition, rows: Tensor, *, weight: float = 1.0
+    ) -> ChannelTerm:
+        """The term whose mean diagonal in every channel is `weight` times that of ``rows^T rows``.
+
+        Parameters
+        ----------
+        moments : mapping of parameter name to (f, f) Tensor
+            See `cbs_opt.layer_inputs.input_moments`.
+        partition : Partition
+        rows : (m, n) Tensor
+            Of all its weights.
+        weight : float, default 1
+
+        Raises
+        ------
+        ArgumentError
+            If `weight` is not positive.
+        ShapeError
+            If a moment does not fit its parameter.
+        """
+        if not weight > 0.0:
+            raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
+        squares = column_squares(rows)
+        channels = []
+        for span in partition.parameters:
+            moment = moments[span.name].double()
+            size = moment.shape[0]
+            if moment.shape != (size, size) or (span.stop - span.start) != span.shape[0] * size:
+                found = f"shape {tuple(moment.shape)} for {span.name} of shape {span.shape}"
+                raise ShapeError("moments", found, "compute them for this network")
+            unit = float(moment.diagonal().mean())
+            for first in range(span.start, span.stop, size):
+                own = float(squares[first : first + size].mean())
+                scale = weight * own / unit if unit > 0.0 else 0.0
+                channels.append(Channel(start=first, stop=first + size, moment=moment, scale=scale))
+        return cls(channels=tuple(channels))
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.channels[-1].stop if self.channels else 0
+
+    def within(self, start: int, stop: int) -> ChannelTerm:
+        """The term of the weights ``start:stop``, whose indices count from `start`."""
+        if (start, stop) == (0, self.n):
+            return self
+        keep = torch.zeros(self.n, dtype=torch.bool)
+        keep[start:stop] = True
+        return self.restricted(keep)
+
+    def restricted(self, keep: Tensor) -> ChannelTerm:
+        """The term of the weights where `keep` (n,) is True; moments are shared, not copied."""
+        channels = []
+        start = 0
+        for channel in self.channels:
+            part = keep[channel.start : channel.stop].nonzero().squeeze(1)
+            if len(part):
+                channels.append(channel.taken(part, start))
+                start += len(part)
+        return ChannelTerm(channels=tuple(channels))
+
+    def product(self, x: Tensor) -> Tensor:
+        """The matrix times a float64 vector (n,)."""
+        parts = [channel.matrix() @ x[channel.start : channel.stop] for channel in self.channels]
+        return torch.cat(parts) if parts else x.new_zeros(0)
+
+    def diagonal(self) -> Tensor:
+        """(n,) float64."""
+        parts = [channel.diagonal() for channel in self.channels]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (n, n) float64: for small blocks."""
+        return torch.block_diag(*(channel.matrix() for channel in self.channels))
+
+
+def densified(block: FisherBlock, program: str) -> FisherBlock:
+    """A small block with its channel term inside a dense Hessian.
+
+    Raises
+    ------
+    UnsupportedProblemError
+        If the block is larger than `DENSE_LIMIT`.
+    """
+    if block.n > DENSE_LIMIT:
+        found = f"a search of the {program} program on {block.n} weights with a layer-input term"
+        remedy = 'cut smaller blocks, or choose by method="obs" or "magnitude"'
+        raise UnsupportedProblemError("partition", found, remedy)
+    return replace(block, rows=None, hessian=block.dense_hessian(), channels=None, spectrum=None)
