@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from formulations.enumeration import enumerate_optimum
 from formulations.errors import UnknownMethodError, UnknownOptionError, UnsupportedProblemError
 from formulations.models import MODELS
 from formulations.outer_approximation import outer_approximation
+from formulations.plugins import METHODS, checked_solver, load_plugins
 from formulations.problem import PROGRAMS, check_program
 from formulations.relaxations import lower_bound
 from formulations.solution import BlockSolution
@@ -169,13 +170,38 @@ def _on_solver(name: str) -> Method | None:
 
 
 def available_methods() -> tuple[Method, ...]:
-    """Every registered method.
+    """Every registered method: ours, then those of installed packages (`formulations.plugins`).
 
     Returns
     -------
     tuple of Method
     """
-    return _built_in()
+    return (*_built_in(), *_plugged_in())
+
+
+@cache
+def _plugged_in() -> tuple[Method, ...]:
+    """Methods that other packages add, imported once."""
+    taken = {method.name for method in _built_in()}
+    return tuple(load_plugins(METHODS, _adapted, taken).values())
+
+
+def _adapted(name: str, target: object) -> Method:
+    """A `Method`, or a function ``(problem, program, *, limits, incumbent, **options)`` as one."""
+    if not isinstance(target, Method):
+        if not callable(target):
+            raise TypeError(f"it is a {type(target).__name__}, not a Method or a function")
+        kinds = [parameter.kind for parameter in inspect.signature(target).parameters.values()]
+        summary = (inspect.getdoc(target) or "").partition("\n")[0] or "of another package"
+        target = replace(
+            _dense(name, "search", summary, target),
+            free_options=inspect.Parameter.VAR_KEYWORD in kinds,
+            randomized=True,
+        )
+    if target.select is None and target.solver is None:
+        raise ValueError("it has neither select nor solver")
+    solver = None if target.solver is None else checked_solver(name, target.solver)
+    return replace(target, name=name, solver=solver)
 
 
 def find_method(name: str, program: str) -> Method:

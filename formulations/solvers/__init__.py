@@ -7,11 +7,14 @@ runs a bridge in its own process, where a crash or a hang does no harm.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from formulations.errors import UnsupportedProblemError
 from formulations.models import MODELS
+from formulations.plugins import SOLVERS, load_plugins
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limits
 from formulations.solvers.base import Solver, SolverInfo
@@ -21,15 +24,31 @@ PYOMO_BRIDGES = ("pyomo:highs", "pyomo:scip", "pyomo:gurobi")
 
 
 def solver_names() -> tuple[str, ...]:
-    """Names of all bridges, installed or not."""
-    return BRIDGES + PYOMO_BRIDGES
+    """Names of all bridges, installed or not, those of other packages last."""
+    return (*BRIDGES, *PYOMO_BRIDGES, *_plugged_in())
+
+
+@cache
+def _plugged_in() -> Mapping[str, Solver]:
+    """Bridges that other packages add, imported once."""
+    return load_plugins(SOLVERS, _adapted, BRIDGES + PYOMO_BRIDGES)
+
+
+def _adapted(name: str, target: object) -> Solver:
+    if not isinstance(target, Solver):
+        raise TypeError(f"it is a {type(target).__name__}, not a Solver")
+    if ":" in name or target.name != name:
+        raise ValueError(f"its solver is called {target.name!r}: use one name, without a colon")
+    return target
 
 
 def bridge(name: str) -> Solver:
     """Return the bridge called `name`; `UnsupportedProblemError` if there is none."""
     if name not in solver_names():
         raise UnsupportedProblemError("solver", f"{name!r}", f"use one of: {', '.join(solver_names())}")
-    if name.startswith("pyomo:"):
+    if name in _plugged_in():
+        solver = _plugged_in()[name]
+    elif name.startswith("pyomo:"):
         solver = import_module("formulations.solvers.pyomo_bridge").pyomo_solver(name.removeprefix("pyomo:"))
     else:
         solver = import_module(f"formulations.solvers.{name}").SOLVER
@@ -65,7 +84,21 @@ def solve_with(
     UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
         As the bridge's own ``solve``.
     """
-    bridge(name)
+    solver = bridge(name)
+    if name in _plugged_in():
+        # A program that it cannot take is refused there, whatever model is named.
+        posed = model or next(iter(models_for(name, program)), "")
+        solve_model = import_module("formulations.solvers.conclusion").solve_model
+        answer: BlockSolution = solve_model(
+            solver,
+            problem,
+            program,
+            model=posed,
+            limits=limits or Limits(),
+            incumbent=incumbent,
+            options=options,
+        )
+        return answer
     chosen = {} if model is None else {"model": model}
     if name.startswith("pyomo:"):
         module = import_module("formulations.solvers.pyomo_bridge")
