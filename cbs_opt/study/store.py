@@ -90,10 +90,11 @@ class Journal:
             while written < len(line):
                 written += os.write(self._handle, line[written:])
             os.fsync(self._handle)
-        except OSError:
+            self.rows[str(row["run"])] = dict(row)
+        except BaseException:
+            # Ctrl-C too: what is in the file and what is in memory stay the same.
             os.ftruncate(self._handle, start)
             raise
-        self.rows[str(row["run"])] = dict(row)
 
     def close(self) -> None:
         """Close the file and let others have the folder."""
