@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +25,7 @@ from cbs_opt.certification import PathLike, certify_report
 from cbs_opt.curvature import GradientRows, gradient_rows
 from cbs_opt.heuristics.products import KeptGram, column_squares, step_loss
 from cbs_opt.heuristics.updates import cbs_updates, independent_updates
+from cbs_opt.layer_inputs import with_layer_inputs
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
 from cbs_opt.selection import Choice
@@ -33,6 +34,8 @@ from formulations.errors import ArgumentError, ShapeError
 
 SHARED_GRAM_SIZE = 1 << 26
 """Numbers in the Gram matrices that are kept from one tried network to the next: 512 MiB."""
+Sample = list[tuple[Any, Tensor]]
+"""Batches of inputs and labels that networks are compared on."""
 UPDATERS = {"cbs": cbs_updates, "independent": independent_updates}
 
 
@@ -77,7 +80,7 @@ class PruneRun:
         self.weights = partition.flatten(model)
         self.curvature = curvature
         self.grams: dict[str, KeptGram] = {}
-        self.sample: list[tuple[Any, Tensor]] | None = None
+        self.sample: Sample | None = None
 
     def read_training_data(self, data: Data | None, memory_limit: int) -> None:
         """Take the gradient rows, and the samples on which networks are compared."""
@@ -100,6 +103,16 @@ class PruneRun:
                     memory_limit=memory_limit,
                     seed=options.seed,
                     progress=self.progress,
+                )
+        if options.layer_inputs and self.curvature is not None and self.curvature.channels is None:
+            with self._phase("curvature"):
+                self.curvature = with_layer_inputs(
+                    self.curvature,
+                    self.model,
+                    data,
+                    self.partition,
+                    weight=options.layer_inputs,
+                    seed=options.seed,
                 )
         batches = iterate(
             data,
@@ -218,6 +231,7 @@ class PruneRun:
             self.weights.new_zeros((0, self.partition.n)) if self.curvature is None else self.curvature.rows
         )
         slope = self.curvature.gradient if gradient and self.curvature is not None else None
+        term = None if self.curvature is None else self.curvature.channels
         return [
             FisherBlock(
                 name=span.name,
@@ -227,6 +241,7 @@ class PruneRun:
                 rows=rows[:, span.start : span.stop],
                 gradient=None if slope is None else slope[span.start : span.stop],
                 damping=damping,
+                channels=None if term is None else term.within(span.start, span.stop),
             )
             for span in self.partition.blocks
         ]
@@ -248,10 +263,13 @@ class PruneRun:
         self, counts: list[int], damping: float, restart: int, alternative: Mapping[str, Any]
     ) -> list[Choice]:
         options = self.options
-        needs_gradient = options.gradient_term or options.chosen_method.kind == "saliency"
+        scored = options.chosen_method.kind == "saliency"
+        blocks = self._blocks(damping, gradient=options.gradient_term or scored)
+        if options.program == "selection" and not scored:
+            blocks = [replace(block, channels=None) for block in blocks]
         with self._phase("selection"):
             choices: list[Choice] = options.engine(
-                self._blocks(damping, gradient=needs_gradient),
+                blocks,
                 counts,
                 limits=options.limits(restart),
                 **alternative,

@@ -15,6 +15,9 @@ from cbs_opt.curvature import MEMORY_LIMIT, GradientRows
 from cbs_opt.prune_options import PruneOptions, alternatives, checked_score, grid, update_kind
 from cbs_opt.prune_run import PruneRun
 from cbs_opt.report import PruneReport
+from cbs_opt.schedules import Schedule
+from cbs_opt.stage_options import check_one_stage, check_stageable, stage_options
+from cbs_opt.stages import OnStage, StagedRun
 from cbs_opt.write_back import write_back
 
 
@@ -34,7 +37,8 @@ def prune(
     damping: float | Sequence[float] = 1e-3,
     relative_damping: bool = False,
     selection_damping: float | None = None,
-    gradient_term: bool = False,
+    gradient_term: bool | None = None,
+    layer_inputs: float = 0.0,
     partition: BlockRule = "global",
     budget: Budget = "global",
     budget_score: str | None = None,
@@ -45,6 +49,14 @@ def prune(
     evaluate: Data | None = None,
     method_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     time_limit: float | None = None,
+    stages: int = 1,
+    schedule: Schedule = "geometric",
+    start_sparsity: float | None = None,
+    updates_per_stage: int | None = None,
+    final_updates: int | None = None,
+    gradient_samples: int | None = None,
+    on_stage: OnStage | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
     certify: bool = False,
     certify_time_limit: float | None = None,
     block_dir: str | os.PathLike[str] | None = None,
@@ -91,8 +103,15 @@ def prune(
         Give `damping` (and `selection_damping`) in units of the mean diagonal of the Fisher matrix.
     selection_damping : float, optional
         Another damping while selecting; by default the same.
-    gradient_term : bool, default False
-        Keep the gradient in the model of the loss. At a trained minimum it is mostly sampling noise.
+    gradient_term : bool, optional
+        Keep the gradient in the model of the loss. By default not for one stage, because at a trained
+        minimum it is mostly sampling noise, and always for several.
+    layer_inputs : float, default 0
+        Weight of the layer-input term: a block-diagonal part of the Hessian, one block an output
+        channel, made of the second moments of what its layer is fed and scaled to this many times the
+        mean diagonal of the rows there. It has full rank, where the rows leave most directions
+        unseen. For `nn.Linear` and plain `nn.Conv2d`. Saliencies, joint greedy OBS and the update
+        use it; the swap search of the selection program goes by the rows.
     partition : {"global", "layer", "row"} or int, default "global"
         How weights form blocks; weights of different blocks do not interact in the model.
     budget : {"global", "uniform"} or mapping of parameter glob to sparsity, default "global"
@@ -113,6 +132,30 @@ def prune(
         ``[{"max_swaps": 100}, {"max_swaps": 400}]``.
     time_limit : float, optional
         Seconds for each run of the method.
+    stages : int, default 1
+        Prune little by little: every stage takes gradient rows and the gradient at the weights as they
+        then are, selects with the gradient in the model, and updates within a trust region. One stage
+        without extra updates is the one-shot run.
+    schedule : {"geometric", "polynomial", "linear"} or sequence of float, default "geometric"
+    start_sparsity : float, optional
+        How sparsity grows and where it starts; see `sparsity_schedule`.
+    updates_per_stage : int, optional
+        Updates of every stage, the one that comes with the selection included; 2 by default. They
+        share the rows of the stage; each has a gradient of its own. An update is a damped Newton step
+        and is taken only if it lowers the loss on training samples drawn afresh; the grid of dampings
+        follows the winners, a third to three times the last one.
+    final_updates : int, optional
+        Updates at the last sparsity, with new rows, after all stages; 4 by default. They end early
+        when nothing improves.
+    gradient_samples : int, optional
+        Training samples of every gradient; by default as many as the rows of a stage are made of.
+    on_stage : callable, optional
+        Called with a `StageResult` after every stage: its network can be evaluated or copied, so that
+        one run serves a whole table of sparsities.
+    run_dir : path, optional
+        Keep the state after every stage there. The same call on the same directory goes on where the
+        last one was stopped, and ends with the same weights, bit for bit (on the same number of
+        threads; a loader must give the same samples again, see `StagedRun`).
     certify : bool, default False
         Bound the optimum of `program` in every block from below, in float64 on the CPU, block after
         block, and report how far above it the chosen set can be at most. The sum over blocks bounds
@@ -143,6 +186,15 @@ def prune(
     >>> report = prune(model, (x, y), sparsity=0.9, evaluate=(x_test, y_test))  # doctest: +SKIP
     >>> print(report.summary())  # doctest: +SKIP
     """
+    plan = stage_options(
+        sparsity,
+        stages=stages,
+        schedule=schedule,
+        start_sparsity=start_sparsity,
+        updates_per_stage=updates_per_stage,
+        final_updates=final_updates,
+        gradient_samples=gradient_samples,
+    )
     options = PruneOptions(
         sparsity=sparsity,
         program=program,
@@ -157,7 +209,7 @@ def prune(
         selection_damping=None
         if selection_damping is None
         else grid("selection_damping", selection_damping, positive=False)[0],
-        gradient_term=gradient_term,
+        gradient_term=plan is not None if gradient_term is None else gradient_term,
         partition=partition,
         budget=budget,
         budget_score=checked_score(budget_score),
@@ -168,10 +220,16 @@ def prune(
         certify=certify,
         certify_time_limit=certify_time_limit,
         seed=seed,
+        layer_inputs=grid("layer_inputs", layer_inputs, positive=False)[0],
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
     given = None if isinstance(curvature, str) else curvature
-    run = PruneRun(model, parts, options, loss_fn, given, progress)
+    if plan is None:
+        check_one_stage(on_stage, run_dir)
+        run = PruneRun(model, parts, options, loss_fn, given, progress)
+    else:
+        check_stageable(options, plan, given_rows=given is not None)
+        run = StagedRun(model, parts, options, loss_fn, plan, progress, run_dir=run_dir, on_stage=on_stage)
     run.read_training_data(data, memory_limit)
     best = run.best_candidate()
     report = run.report(best, evaluate)

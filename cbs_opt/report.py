@@ -17,6 +17,7 @@ from cbs_opt.certificate_files import CERTIFICATES, load_certificates, save_cert
 from cbs_opt.certification import CertifiedSum
 from cbs_opt.histogram import Histogram, shared_histograms
 from cbs_opt.masks import load_masks, save_masks
+from cbs_opt.stage_record import StageRecord
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
 from formulations.solution import BlockSolution
@@ -223,6 +224,7 @@ class PruneReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     certified: CertifiedSum | None = None
     certificates: tuple[BlockSolution, ...] = field(default=(), repr=False)
+    stages: tuple[StageRecord, ...] = field(default=(), repr=False)
 
     @property
     def sparsity(self) -> float:
@@ -266,6 +268,13 @@ class PruneReport:
         columns = [name for name in BlockSummary.__dataclass_fields__ if name != "name"]
         data = {name: [getattr(block, name) for block in self.blocks] for name in columns}
         return pd.DataFrame(data, index=pd.Index([block.name for block in self.blocks], name="block"))
+
+    def stages_frame(self) -> pd.DataFrame:
+        """One row a step of a run in stages, with the fields of `StageRecord`."""
+        columns = list(StageRecord.__dataclass_fields__)
+        return pd.DataFrame(
+            {name: [getattr(record, name) for record in self.stages] for name in columns}, columns=columns
+        )
 
     def summary(self) -> str:
         """A few lines for a terminal."""

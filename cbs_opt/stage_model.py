@@ -1,0 +1,130 @@
+"""The quadratic model of the loss at one stage: rows of the weights still there, and a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cbs_opt.blocks import BlockSpan, FisherBlock, Partition
+from cbs_opt.heuristics.products import KeptGram, column_squares, step_loss
+from cbs_opt.heuristics.spectrum import RowSpectrum
+from cbs_opt.heuristics.updates import cbs_updates
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Piece:
+    """What is left of one block: its place among the kept weights, and the Gram matrix of its rows."""
+
+    span: BlockSpan
+    start: int
+    stop: int
+    gram: KeptGram
+
+
+class StageModel:
+    """``loss(w + d) = loss(w) + g.d + 1/2 d.(R^T R + damping I) d`` over the weights not pruned so far.
+
+    Vectors of kept weights have length ``n_kept``; blocks without any are left out.
+
+    Parameters
+    ----------
+    partition : Partition
+    keep : (n,) bool tensor
+        True where a weight is still there.
+    rows : (m, n_kept) tensor
+        Gradient rows of the kept weights.
+    """
+
+    def __init__(self, partition: Partition, keep: Tensor, rows: Tensor) -> None:
+        self.partition = partition
+        self.keep = keep
+        self.rows = rows
+        self._diagonal = column_squares(rows)
+        self._spectra: dict[str, RowSpectrum] = {}
+        self._pieces: list[_Piece] = []
+        start = 0
+        for span in partition.blocks:
+            stop = start + int(keep[span.start : span.stop].sum())
+            if stop > start:
+                gram = KeptGram(rows[:, start:stop])
+                self._pieces.append(_Piece(span=span, start=start, stop=stop, gram=gram))
+            start = stop
+
+    @property
+    def unit(self) -> float:
+        """Mean diagonal entry of the Fisher matrix, without damping."""
+        return float(self._diagonal.mean()) if self._diagonal.numel() else 1.0
+
+    @property
+    def spans(self) -> list[BlockSpan]:
+        """The blocks of the partition that have weights left."""
+        return [piece.span for piece in self._pieces]
+
+    def restricted(self, keep: Tensor) -> StageModel:
+        """The model of fewer weights, `keep` (n,) within the own one."""
+        return StageModel(self.partition, keep, self.rows[:, keep[self.keep]])
+
+    def blocks(self, weights: Tensor, gradient: Tensor | None, damping: float) -> list[FisherBlock]:
+        """One block a span of `spans`, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
+        return [
+            FisherBlock(
+                name=piece.span.name,
+                start=piece.start,
+                stop=piece.stop,
+                weights=weights[piece.start : piece.stop],
+                rows=self.rows[:, piece.start : piece.stop],
+                gradient=None if gradient is None else gradient[piece.start : piece.stop],
+                damping=damping,
+            )
+            for piece in self._pieces
+        ]
+
+    def around_minimum(
+        self, weights: Tensor, gradient: Tensor | None, damping: float, *, factorised: bool
+    ) -> list[FisherBlock]:
+        """The blocks at the minimum of the model, where it has no gradient.
+
+        Pruning from there is pruning from `weights` with the gradient in the model, up to a constant:
+        ``1/2 (u - u*).H (u - u*)`` for the minimum u*. Saliencies see the weights as they would be
+        after a Newton step. `factorised` blocks carry their spectrum.
+        """
+        minimum = weights
+        if gradient is not None:
+            pruned = torch.zeros_like(weights, dtype=torch.bool)
+            minimum = self.updates(weights, gradient, pruned, [damping])[0]
+        blocks = self.blocks(minimum, None, damping)
+        if not factorised:
+            return blocks
+        return [
+            replace(block, spectrum=self._spectrum(piece))
+            for block, piece in zip(blocks, self._pieces, strict=True)
+        ]
+
+    def updates(
+        self, weights: Tensor, gradient: Tensor | None, pruned: Tensor, dampings: Sequence[float]
+    ) -> list[Tensor]:
+        """CBS-U of the kept weights for a `pruned` set of them, (n_kept,) float64 each."""
+        pieces = [
+            cbs_updates(block, pruned[piece.start : piece.stop], dampings, piece.gram)
+            for block, piece in zip(self.blocks(weights, gradient, 0.0), self._pieces, strict=True)
+        ]
+        return [torch.cat(found) for found in zip(*pieces, strict=True)]
+
+    def predicted_change(self, weights: Tensor, gradient: Tensor | None, moved: Tensor) -> float:
+        """What the model, without damping, says of going from `weights` to `moved` (both (n_kept,))."""
+        step = moved - weights
+        return sum(
+            step_loss(block, step[block.start : block.stop]) for block in self.blocks(weights, gradient, 0.0)
+        )
+
+    def _spectrum(self, piece: _Piece) -> RowSpectrum:
+        name = piece.span.name
+        if name not in self._spectra:
+            everything = torch.ones(piece.stop - piece.start, dtype=torch.bool, device=self.rows.device)
+            rows = self.rows[:, piece.start : piece.stop]
+            gram = piece.gram.of(everything) if rows.shape[0] < rows.shape[1] else None
+            self._spectra[name] = RowSpectrum(rows, gram)
+        return self._spectra[name]

@@ -1,0 +1,291 @@
+"""Pruning in stages: fresh curvature at the current weights, a selection, damped Newton steps.
+
+Every step is the minimum of a stated quadratic, with a gradient over `gradient_samples` samples, and
+is taken only as far as the training loss agrees. The network is written to after the last stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cbs_opt.batches import Data, LossFunction, device_of, evaluate, iterate
+from cbs_opt.blocks import Partition
+from cbs_opt.curvature import gradient_rows, mean_gradient
+from cbs_opt.prune_options import PruneOptions
+from cbs_opt.prune_run import Candidate, PruneRun, Sample
+from cbs_opt.report import PruneReport
+from cbs_opt.selection import Choice
+from cbs_opt.stage_model import StageModel
+from cbs_opt.stage_options import StageOptions
+from cbs_opt.stage_record import StageRecord, StageResult, StageState
+from cbs_opt.stage_store import PathLike, StageStore, fingerprint
+from cbs_opt.stage_trials import Expansion, Proposal, rank, selections, updates
+from cbs_opt.trust_region import DampingSearch
+from cbs_opt.write_back import TrialNetwork
+from formulations.errors import ArgumentError
+
+PATIENCE = 2
+"""Updates refused in a row that end the final stage."""
+SEED_STEP = 1_000_003
+"""Between the seeds of two passes over the data."""
+OnStage = Callable[[StageResult], None]
+
+
+class StagedRun(PruneRun):
+    """One call of `prune` in stages, after its arguments were checked.
+
+    Parameters
+    ----------
+    model, partition, options, loss_fn, progress
+        As for `PruneRun`.
+    plan : StageOptions
+    run_dir : path, optional
+        Where the state after every stage is kept; a run that is there already is gone on with.
+    on_stage : callable, optional
+        Called with a `StageResult` after every stage.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        options: PruneOptions,
+        loss_fn: LossFunction,
+        plan: StageOptions,
+        progress: bool,
+        *,
+        run_dir: PathLike | None = None,
+        on_stage: OnStage | None = None,
+    ) -> None:
+        super().__init__(model, partition, options, loss_fn, None, progress)
+        self.plan = plan
+        self.run_dir = run_dir
+        self.on_stage = on_stage
+        self.passes = 0
+        self.samples = 0
+        self.state = StageState(
+            stages=0,
+            weights=self.weights.double(),
+            keep=torch.ones(partition.n, dtype=torch.bool, device=self.weights.device),
+        )
+
+    def read_training_data(self, data: Data | None, memory_limit: int) -> None:
+        """Remember the data, and take the samples that the losses of the report are measured on."""
+        if data is None:
+            raise ArgumentError("data", "None for a run in stages", "pass training data")
+        self.data = data
+        self.memory_limit = memory_limit
+        self.sample = self._draw_sample()
+
+    def best_candidate(self) -> Candidate:
+        """Do the stages that are still to do; what they end with."""
+        store = self._store()
+        if store is not None:
+            self.state = store.latest() or self.state
+        total = len(self.plan.updates)
+        silent = None if self.progress else True
+        with tqdm(total=total, initial=self.state.stages, desc="stages", unit="stage", disable=silent) as bar:
+            while self.state.stages < total:
+                self.state = self._next_stage(self.state)
+                if store is not None:
+                    store.add(self.state)
+                self._announce(total)
+                bar.update()
+        last = self.state.records[-1]
+        return Candidate(
+            choices=[Choice(pruned=~self.state.keep[s.start : s.stop]) for s in self.partition.blocks],
+            weights=self.state.weights,
+            keep=self.state.keep,
+            damping=last.damping,
+            scale=last.update_scale,
+            loss=last.loss,
+        )
+
+    def report(self, best: Candidate, data: Data | None) -> PruneReport:
+        """As for one stage, with a record of every step."""
+        rows = max(1, self.options.samples // self.options.samples_per_row)
+        found = super().report(best, data)
+        return replace(
+            found,
+            samples=self.state.samples,
+            rows=rows,
+            stages=self.state.records,
+            settings={**found.settings, "stages": self.plan},
+        )
+
+    def _next_stage(self, state: StageState) -> StageState:
+        """Rows, a selection if weights are to go, and updates."""
+        self.passes, self.samples = state.passes, state.samples
+        stage = state.stages
+        search = DampingSearch(self.options.damping, state.damping)
+        records: list[StageRecord] = []
+        refused = 0
+        began = time.perf_counter()
+        weights = state.weights
+        model = self._curvature(weights, state.keep)
+        for update in range(self.plan.updates[stage]):
+            best, record = self._step(model, weights, search, stage, update)
+            records.append(replace(record, seconds=time.perf_counter() - began))
+            began = time.perf_counter()
+            refused = 0 if record.accepted else refused + 1
+            if record.accepted:
+                weights = best.weights
+                if not best.keep.equal(model.keep):
+                    model = model.restricted(best.keep)
+            elif refused == PATIENCE and stage == len(self.plan.sparsities):
+                break
+        return StageState(
+            stages=stage + 1,
+            weights=weights,
+            keep=model.keep,
+            damping=search.centre,
+            passes=self.passes,
+            samples=self.samples,
+            records=(*state.records, *records),
+        )
+
+    def _step(
+        self, model: StageModel, weights: Tensor, search: DampingSearch, stage: int, update: int
+    ) -> tuple[Proposal, StageRecord]:
+        """The best network one step away, and whether it is to be taken."""
+        options, sparsity = self.options, self.plan.sparsity(stage)
+        unit = model.unit if options.relative_damping else 1.0
+        prunes = round(sparsity * self.partition.n) > int((~model.keep).sum())
+        expansion = Expansion(
+            model=model, weights=weights, gradient=self._gradient(weights, model), unit=unit
+        )
+        sample = self._draw_sample()
+        before = self._loss_at(weights, sample)
+        with self._phase("steps"):
+            proposals = (
+                selections(expansion, options, search.grid(), sparsity)
+                if prunes
+                else updates(expansion, options, search.grid())
+            )
+            losses: list[float] = []
+            best: Proposal | None = None
+            for proposal in proposals:
+                losses.append(self._loss_at(proposal.weights, sample))
+                if best is None or rank(losses[-1]) < min(map(rank, losses[:-1])):
+                    best = proposal
+        assert best is not None
+        loss = min(losses, key=rank)
+        accepted = prunes or rank(loss) < before
+        if not accepted:
+            search.refused()
+        elif best.scale > 0.0:
+            search.accepted(best.damping)
+        change = model.predicted_change(expansion.kept_weights, expansion.gradient, best.weights[model.keep])
+        kept = int((best.keep if accepted else model.keep).sum())
+        others = sorted(losses, key=rank)[1 if accepted else 0 :]
+        return best, StageRecord(
+            stage=stage,
+            update=update,
+            sparsity=1.0 - kept / self.partition.n,
+            n_prune=self.partition.n - kept,
+            loss_before=before,
+            loss=loss if accepted else before,
+            damping=best.damping * unit,
+            update_scale=best.scale if accepted else 0.0,
+            accepted=accepted,
+            tried=len(losses),
+            best_rejected=others[0] if others else None,
+            predicted_change=change,
+            samples=self.samples,
+            seconds=0.0,
+        )
+
+    def _curvature(self, weights: Tensor, keep: Tensor) -> StageModel:
+        """Rows at `weights` of the weights still there."""
+        options = self.options
+        with self._phase("curvature"):
+            found = gradient_rows(
+                self.model,
+                self.data,
+                self.loss_fn,
+                self.partition,
+                curvature=options.curvature,
+                samples=options.samples,
+                samples_per_row=options.samples_per_row,
+                memory_limit=self.memory_limit,
+                seed=self._next_pass(),
+                weights=weights,
+                keep=keep,
+                gradient=False,
+                progress=False,
+            )
+        self.samples += found.samples
+        return StageModel(self.partition, keep, found.rows)
+
+    def _gradient(self, weights: Tensor, model: StageModel) -> Tensor | None:
+        """The gradient at `weights` in those still there; None where the model is to have none."""
+        if not self.options.gradient_term:
+            return None
+        with self._phase("gradient"):
+            found, used = mean_gradient(
+                self.model,
+                self.data,
+                self.loss_fn,
+                self.partition,
+                samples=self.plan.gradient_samples or self.options.samples,
+                seed=self._next_pass(),
+                weights=weights,
+                progress=False,
+            )
+        self.samples += used
+        return found[model.keep]
+
+    def _draw_sample(self) -> Sample:
+        """Samples on which networks are compared, fresh ones each time."""
+        batches = iterate(
+            self.data,
+            batch_size=512,
+            max_samples=self.options.choice_samples or self.options.samples,
+            seed=self._next_pass(),
+            device=device_of(self.model),
+        )
+        return [(batch.inputs, batch.labels) for batch in batches]
+
+    def _next_pass(self) -> int:
+        """Begin another pass over the data; its seed.
+
+        A loader that has `set_epoch`, as samplers of PyTorch have, is told the number of the pass, so
+        that it can give other samples in each and the same ones in a run that is resumed.
+        """
+        number = self.passes
+        self.passes += 1
+        set_epoch = getattr(self.data, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(number)
+        return self.options.seed + SEED_STEP * number
+
+    def _loss_at(self, weights: Tensor, sample: Sample) -> float:
+        return evaluate(TrialNetwork(self.model, self.partition, weights), sample, self.loss_fn).loss
+
+    def _store(self) -> StageStore | None:
+        if self.run_dir is None:
+            return None
+        assert self.sample is not None
+        told = fingerprint(self.model, self.loss_fn, self.options, self.plan, self.sample)
+        return StageStore(self.run_dir, told, device=self.weights.device)
+
+    def _announce(self, total: int) -> None:
+        if self.on_stage is None:
+            return
+        state = self.state
+        self.on_stage(
+            StageResult(
+                stage=state.stages - 1,
+                stages=total,
+                sparsity=1.0 - int(state.keep.sum()) / self.partition.n,
+                network=TrialNetwork(self.model, self.partition, state.weights),
+                keep=self.partition.keep_by_parameter(state.keep),
+                records=tuple(record for record in state.records if record.stage == state.stages - 1),
+            )
+        )
