@@ -3,13 +3,18 @@
 The file is an ordinary ``.npz`` (``numpy.load`` opens it); the header is the member ``header.npy``, the
 UTF-8 bytes of a JSON object. Nothing is ever unpickled. Sizes are checked against the header before
 an array is read, so a damaged or hostile file cannot make the reader allocate more than it announces.
+The header carries a SHA-256 of itself and of all arrays: what is read is what was written, or refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
+import re
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -23,9 +28,14 @@ from numpy.lib import format as npy_format
 from formulations.errors import InstanceFormatError
 
 HEADER = "header.npy"
+CHECKSUM = "checksum"
 LARGEST_HEADER = 2**20
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NPY_HEADER = re.compile(rb"\{'descr': '([^']{1,8})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n")
 NPY_HEADER_ROOM = 4096
 DTYPES = {"float64": np.dtype("<f8"), "bool": np.dtype(np.bool_)}
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError)
+"""What the zip reader raises on damaged files."""
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -47,6 +57,56 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
+def checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys, and of named arrays."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted((arrays or {}).items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def sealed_json(document: Mapping[str, Any]) -> bytes:
+    """A JSON object with a checksum of its own, as `read_sealed` takes it."""
+    sealed = {**document, CHECKSUM: checksum(document)}
+    return f"{json.dumps(sealed, indent=1, allow_nan=False)}\n".encode()
+
+
+def read_sealed(content: bytes, *, required: bool = True) -> dict[str, Any]:
+    """The JSON object of `sealed_json`, without its checksum.
+
+    Parameters
+    ----------
+    content : bytes
+    required : bool, default True
+        False takes an object without a checksum as it is, for files of earlier releases.
+
+    Raises
+    ------
+    ValueError
+        If `content` is no JSON object or not as it was written, with the reason.
+    """
+    document = json_object(content)
+    found = document.pop(CHECKSUM, None)
+    if found is None and not required:
+        return document
+    if found != checksum(document):
+        raise ValueError("no checksum" if found is None else "content does not match its checksum")
+    return document
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """The JSON object in `content`; raises ValueError, with the reason, whatever else is there."""
+    try:
+        document = json.loads(content.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"a JSON {type(document).__name__}, not an object")
+    return document
+
+
 def write_container(
     path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
@@ -54,7 +114,8 @@ def write_container(
     described = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()
     }
-    text = json.dumps({**header, "arrays": described}, allow_nan=False).encode()
+    whole = {**header, "arrays": described}
+    text = json.dumps({**whole, CHECKSUM: checksum(whole, arrays)}, allow_nan=False).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for member, array in {"header": np.frombuffer(text, dtype=np.uint8), **arrays}.items():
@@ -67,9 +128,20 @@ def write_container(
 
 
 def read_container(
-    path: str | os.PathLike[str], kind: str, version: int, largest_bytes: int
+    path: str | os.PathLike[str], kind: str, version: int, largest_bytes: int, *, unsealed: int = 0
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return header and arrays of a file of that kind.
+
+    Parameters
+    ----------
+    path : path
+    kind : str
+        What the header calls the format.
+    version : int
+        The newest version that can be read.
+    largest_bytes : int
+    unsealed : int, default 0
+        Files up to this version, of earlier releases, may have no checksum.
 
     Raises
     ------
@@ -81,10 +153,18 @@ def read_container(
     try:
         with zipfile.ZipFile(path) as archive:
             header = _read_header(name, archive, kind, version)
-            return header, _read_arrays(name, archive, header["arrays"], largest_bytes)
+            arrays = _read_arrays(name, archive, header["arrays"], largest_bytes)
+            expected = header.pop(CHECKSUM, None)
+            if expected is None and header["version"] <= unsealed:
+                return header, arrays
+            if expected != checksum(header, arrays):
+                raise _damaged(name, "no checksum" if expected is None else "it does not match its checksum")
+            return header, arrays
     except FileNotFoundError:
         raise InstanceFormatError("path", f"{name}: no such file", "check the name") from None
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except InstanceFormatError:
+        raise
+    except DAMAGE as error:
         raise _damaged(name, f"{type(error).__name__}: {error}") from error
 
 
@@ -96,16 +176,19 @@ def _read_header(name: str, archive: zipfile.ZipFile, kind: str, version: int) -
     members = archive.namelist()
     if HEADER not in members or len(set(members)) != len(members):
         raise _damaged(name, "no header")
+    if any(i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for i in archive.infolist()):
+        raise _damaged(name, "packed in a way that is not ours")
     if archive.getinfo(HEADER).file_size > LARGEST_HEADER:
         raise _damaged(name, "header too long")
+    content = _read_array(name, archive, HEADER, np.dtype(np.uint8)).tobytes()
     try:
-        header = json.loads(_read_array(name, archive, HEADER, np.dtype(np.uint8)).tobytes().decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = json_object(content)
+    except ValueError as error:
         raise _damaged(name, f"header is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != kind:
-        found = header.get("format") if isinstance(header, dict) else type(header).__name__
-        raise InstanceFormatError("path", f"{name}: a {found!r}, not a {kind!r}", "pass the right file")
-    if not isinstance(header.get("version"), int) or header["version"] > version:
+    if header.get("format") != kind:
+        found = f"{name}: a {header.get('format')!r}, not a {kind!r}"
+        raise InstanceFormatError("path", found, "pass the right file")
+    if type(header.get("version")) is not int or header["version"] > version:
         found = f"{name}: version {header.get('version')!r}, this release reads up to {version}"
         raise InstanceFormatError("path", found, "upgrade the package")
     if not isinstance(header.get("arrays"), dict):
@@ -122,16 +205,14 @@ def _read_arrays(
     arrays: dict[str, np.ndarray] = {}
     for array, description in described.items():
         shape, dtype = _shape_and_dtype(name, description)
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         total += size
         if total > largest_bytes:
             found = f"{name}: holds more than {largest_bytes} bytes"
             raise InstanceFormatError("path", found, "raise max_bytes if you trust it")
         if archive.getinfo(f"{array}.npy").file_size > size + NPY_HEADER_ROOM:
             raise _damaged(name, f"array {array!r} is larger than announced")
-        arrays[array] = _read_array(name, archive, f"{array}.npy", dtype)
-        if arrays[array].shape != shape:
-            raise _damaged(name, f"array {array!r} has shape {arrays[array].shape}, announced {shape}")
+        arrays[array] = _read_array(name, archive, f"{array}.npy", dtype, shape)
     return arrays
 
 
@@ -139,20 +220,40 @@ def _shape_and_dtype(name: str, description: Any) -> tuple[tuple[int, ...], np.d
     if not isinstance(description, dict) or description.get("dtype") not in DTYPES:
         raise _damaged(name, "an array of unknown type")
     shape = description.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(s, int) and s >= 0 for s in shape):
+    if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
         raise _damaged(name, "an array of unknown shape")
     return tuple(shape), DTYPES[description["dtype"]]
 
 
-def _read_array(name: str, archive: zipfile.ZipFile, member: str, dtype: np.dtype[Any]) -> np.ndarray:
+def _read_array(
+    name: str,
+    archive: zipfile.ZipFile,
+    member: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """One array; without a `shape` it is flat and as long as it says.
+
+    The numpy header is matched, not evaluated, and nothing is allocated for what it says.
+    """
     with archive.open(member) as stream:
-        try:
-            array = npy_format.read_array(stream, allow_pickle=False)
-        except ValueError as error:
-            raise _damaged(name, f"{member}: {error}") from error
-        # Reading to the end makes zipfile compare the checksum.
-        if stream.read(1):
-            raise _damaged(name, f"{member} has more data than its shape")
-    if array.dtype != dtype:
-        raise _damaged(name, f"{member} holds {array.dtype}, not {dtype}")
-    return np.asarray(array)
+        start = stream.read(len(NPY_MAGIC) + 2)
+        text = stream.read(int.from_bytes(start[-2:], "little"))
+        match = NPY_HEADER.fullmatch(text)
+        if len(start) != len(NPY_MAGIC) + 2 or not start.startswith(NPY_MAGIC) or match is None:
+            raise _damaged(name, f"{member} is no array of ours")
+        if match[1].decode() != dtype.str:
+            raise _damaged(name, f"{member} holds {match[1].decode()}, not {dtype.str}")
+        said = tuple(int(size) for size in match[2].decode().split(",") if size.strip())
+        if shape is None and len(said) == 1:
+            shape = said
+        if shape is None or said != shape:
+            raise _damaged(name, f"{member} has shape {said}, announced {shape}")
+        size = math.prod(shape) * dtype.itemsize
+        # Reading past the end makes zipfile compare the checksum.
+        content = stream.read(size + 1)
+    if len(content) != size:
+        raise _damaged(name, f"{member} has not the data of its shape")
+    if dtype == np.bool_ and content.strip(b"\0\1"):
+        raise _damaged(name, f"{member} holds truth values other than 0 and 1")
+    return np.frombuffer(bytearray(content), dtype=dtype).reshape(shape)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from formulations import BlockProblem, BlockSolution, Limits, Termination, verify
 from formulations import instances as inst
 from formulations.errors import InstanceFormatError, UnsupportedProblemError
+from formulations.files import CHECKSUM, checksum
 from formulations.incumbents import greedy
 from formulations.models import MODELS
 from formulations.models.translation import standard_form
@@ -118,8 +119,8 @@ def test_foreign_files_are_refused(kind, tmp_path):
         inst.read_instance(foreign(tmp_path, kind))
 
 
-def rewrite(path, change_header=None, change_arrays=None):
-    """Write the file again with a changed header or arrays, checksums correct."""
+def rewrite(path, change_header=None, change_arrays=None, *, seal=True):
+    """Write the file again with a changed header or arrays, checksums correct; ours only with `seal`."""
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files}
     header = json.loads(arrays.pop("header").tobytes())
@@ -127,6 +128,9 @@ def rewrite(path, change_header=None, change_arrays=None):
         header.update(change_header)
     if change_arrays:
         arrays.update(change_arrays)
+    if seal:
+        header.pop(CHECKSUM)
+        header[CHECKSUM] = checksum(header, arrays)
     np.savez(path, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
 
 
@@ -160,6 +164,63 @@ def test_changed_content_is_refused(header, arrays, tmp_path):
     rewrite(path, header, arrays)
     with pytest.raises(InstanceFormatError):
         inst.read_instance(path)
+
+
+def test_nothing_that_is_changed_gets_past_the_checksum(tmp_path):
+    path, problem = tmp_path / "s.npz", block("random", 8, 4, seed=1)
+    inst.write_solution(path, problem, greedy(problem, "joint"))
+    whole = path.read_bytes()
+    solution = inst.read_solution(path)
+    for header, arrays in (
+        ({"objective": 0.0}, {}),
+        ({"bound": 0.0}, {}),
+        ({"version": 1}, {}),
+        ({CHECKSUM: None}, {}),
+        ({}, {"keep": ~solution.keep}),
+        ({}, {"weights": solution.weights + 1e-12}),
+    ):
+        path.write_bytes(whole)
+        rewrite(path, header, arrays, seal=False)
+        with pytest.raises(InstanceFormatError, match="checksum"):
+            inst.read_solution(path)
+
+
+def test_files_of_the_first_version_are_read_without_a_checksum(tmp_path):
+    path, problem = tmp_path / "b.npz", block("random", 8, 4, seed=1)
+    inst.write_instance(path, problem)
+    rewrite(path, {"version": 1, CHECKSUM: None}, seal=False)
+    assert inst.read_instance(path)[0].fingerprint() == problem.fingerprint()
+
+
+def hostile(path, header_text, size=5):
+    """A container whose array of weights has this numpy header."""
+    inst.write_instance(path, block("random", size, 2, seed=1))
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    head = header_text.encode()
+    data = members["weights.npy"][-8 * size :]
+    members["weights.npy"] = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (999999999999,), }\n",
+        "{'descr': '<f8', 'fortran_order': True, 'shape': (5,), }\n",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (5,), }\n",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (5,), }\n",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (5,), }" + "(" * 5000,
+        "__import__('os').abort()\n",
+        "",
+    ],
+)
+def test_array_headers_are_matched_and_never_evaluated(text, tmp_path):
+    hostile(tmp_path / "b.npz", text)
+    with pytest.raises(InstanceFormatError, match="weights"):
+        inst.read_instance(tmp_path / "b.npz")
 
 
 def test_announced_size_is_checked_before_reading(tmp_path):
