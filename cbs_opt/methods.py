@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.joint_program import joint_saliency
 from cbs_opt.heuristics.saliency import SALIENCIES, magnitude
+from cbs_opt.joint_selection import by_iterative_hard_threshold, by_joint_greedy_obs, by_joint_swap_search
 from cbs_opt.selection import Selector, by_randomized_magnitude, by_saliency, by_swap_search
 from formulations import incumbents
 from formulations.branch_and_bound import branch_and_bound
@@ -48,10 +50,14 @@ class Method:
         Matrix-free and batched, on the Fisher blocks of a network; see `cbs_opt.selection`.
     select_programs : tuple of str
         Programs that `select` takes.
+    select_joint : callable or None
+        Like `select`, for the joint program, where that takes another function.
     solver : callable or None
         On one `BlockProblem`, dense; see `formulations`.
     score : callable
         The saliency by which a global budget is spent across blocks.
+    score_joint : callable or None
+        That saliency for the joint program, where it is another.
     randomized : bool
         Whether another seed gives another set.
     needs_curvature : bool
@@ -66,17 +72,31 @@ class Method:
     programs: tuple[str, ...] = PROGRAMS
     select: Selector | None = None
     select_programs: tuple[str, ...] = PROGRAMS
+    select_joint: Selector | None = None
     solver: Solver | None = None
     score: Callable[[FisherBlock], Tensor] = magnitude
+    score_joint: Callable[[FisherBlock], Tensor] | None = None
     randomized: bool = False
     needs_curvature: bool = True
     free_options: bool = False
 
     def engine(self, program: str) -> Callable[..., Any]:
-        """The callable that serves `program`: `select` where it can, else `solver`."""
-        function = self.select if program in self.select_programs else self.solver
+        """The callable that serves `program`: `selector` where there is one, else `solver`."""
+        function = self.selector(program) or self.solver
         assert function is not None
         return function
+
+    def selector(self, program: str) -> Selector | None:
+        """What chooses the sets of all blocks at once under `program`, if anything does."""
+        if program == "joint" and self.select_joint is not None:
+            return self.select_joint
+        return self.select if program in self.select_programs else None
+
+    def scoring(self, program: str) -> Method:
+        """The method with the saliency of `program` as its `score`."""
+        if program == "selection" or self.score_joint is None:
+            return self
+        return replace(self, score=self.score_joint)
 
     def options(self, program: str) -> Mapping[str, Any]:
         """Options by name with their defaults."""
@@ -128,11 +148,27 @@ def _built_in() -> tuple[Method, ...]:
             summary="best-improvement swaps to a proved 1-swap optimum",
             select=by_swap_search,
             select_programs=("selection",),
-            solver=incumbents.swap_search,
+            select_joint=by_joint_swap_search,
+            score_joint=joint_saliency,
             randomized=True,
         ),
-        _dense(
-            "greedy_obs", "search", "one weight at a time, the rest updated in between", incumbents.greedy
+        Method(
+            name="greedy_obs",
+            kind="search",
+            summary="what costs least goes, the rest moves, again; one by one in small blocks",
+            select_programs=(),
+            select_joint=by_joint_greedy_obs,
+            score_joint=joint_saliency,
+            solver=incumbents.greedy,
+        ),
+        Method(
+            name="iterative_hard_threshold",
+            kind="search",
+            summary="gradient steps on the weights, each keeping the largest",
+            programs=("joint",),
+            select_programs=(),
+            select_joint=by_iterative_hard_threshold,
+            score_joint=joint_saliency,
         ),
         _dense("enumeration", "exact", "every set: the oracle, n up to about 24", enumerate_optimum),
         _dense("branch_and_bound", "exact", "our branch and bound, with certified bounds", branch_and_bound),
@@ -198,7 +234,7 @@ def _adapted(name: str, target: object) -> Method:
             free_options=inspect.Parameter.VAR_KEYWORD in kinds,
             randomized=True,
         )
-    if target.select is None and target.solver is None:
+    if target.select is None and target.select_joint is None and target.solver is None:
         raise ValueError("it has neither select nor solver")
     solver = None if target.solver is None else checked_solver(name, target.solver)
     return replace(target, name=name, solver=solver)

@@ -47,6 +47,7 @@ class PruneOptions:
     certify: bool = False
     certify_time_limit: float | None = None
     seed: int = 0
+    layer_inputs: float = 0.0
 
     def __post_init__(self) -> None:
         checked_sparsity("sparsity", self.sparsity)
@@ -77,8 +78,9 @@ class PruneOptions:
     def engine(self) -> Selector:
         """What chooses the sets: the method on all blocks at once, or its dense form block by block."""
         method = self.chosen_method
-        if method.select is not None and self.program in method.select_programs:
-            return method.select
+        selector = method.selector(self.program)
+        if selector is not None:
+            return selector
         assert method.solver is not None
         return by_solver(method.solver, method.name, self.program)
 
@@ -93,9 +95,9 @@ class PruneOptions:
     @property
     def scoring(self) -> Method:
         """The method whose saliency spends a global budget."""
-        return (
-            self.chosen_method if self.budget_score is None else find_method(self.budget_score, "selection")
-        )
+        if self.budget_score is not None:
+            return find_method(self.budget_score, "selection")
+        return self.chosen_method.scoring(self.program)
 
     @property
     def needs_curvature(self) -> bool:

@@ -16,7 +16,7 @@ from cbs_opt.heuristics.saliency import SALIENCIES, lowest
 from cbs_opt.heuristics.selection_program import SelectionProgram
 from cbs_opt.heuristics.swap_search import SwapResult, swap_search_batch
 from formulations.errors import ArgumentError, UnsupportedProblemError
-from formulations.solution import BlockSolution, Limits
+from formulations.solution import BlockSolution, Limit, Limits
 
 STARTS = (*SALIENCIES, "randomized_magnitude")
 
@@ -40,6 +40,8 @@ class Choice:
         Proved lower bound on the objective of the program.
     status : str
         How the method ended.
+    limit : Limit or None
+        What stopped it early.
     """
 
     pruned: Tensor
@@ -49,6 +51,7 @@ class Choice:
     seconds: float = 0.0
     bound: float | None = None
     status: str = ""
+    limit: Limit | None = None
 
 
 Selector = Callable[..., list[Choice]]
@@ -76,7 +79,7 @@ def by_randomized_magnitude(
 ) -> list[Choice]:
     """Randomised magnitude pruning in every block; `spread` as in `randomized_magnitude`."""
     return [
-        Choice(pruned=_start("randomized_magnitude", block, count, limits.seed + number, spread))
+        Choice(pruned=start_set("randomized_magnitude", block, count, limits.seed + number, spread))
         for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
     ]
 
@@ -125,7 +128,7 @@ def by_swap_search(
     best: list[SwapResult] | None = None
     for name in names if warm is None else ["warm"]:
         starts = warm or [
-            _start(name, block, count, limits.seed + number, spread)
+            start_set(name, block, count, limits.seed + number, spread)
             for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
         ]
         found = swap_search_batch(
@@ -164,13 +167,14 @@ def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> 
                 found = f"{name} on block {block.name!r}: {solution.termination.value}"
                 remedy = f"raise its limits or use another method ({solution.stats.message})"
                 raise ArgumentError("method", found, remedy)
-            choices.append(_of_solution(block, solution))
+            choices.append(choice_of_solution(block, solution))
         return choices
 
     return select
 
 
-def _of_solution(block: FisherBlock, solution: BlockSolution) -> Choice:
+def choice_of_solution(block: FisherBlock, solution: BlockSolution) -> Choice:
+    """What a dense method found on a block, as a choice."""
     keep = torch.tensor(solution.keep, device=block.weights.device)
     limit = "" if solution.limit is None else f", {solution.limit.value} limit"
     return Choice(
@@ -179,10 +183,12 @@ def _of_solution(block: FisherBlock, solution: BlockSolution) -> Choice:
         seconds=solution.stats.seconds,
         bound=solution.bound,
         status=f"{solution.termination.value}{limit}",
+        limit=solution.limit,
     )
 
 
-def _start(name: str, block: FisherBlock, count: int, seed: int, spread: float) -> Tensor:
+def start_set(name: str, block: FisherBlock, count: int, seed: int, spread: float) -> Tensor:
+    """The pruned set of a start of `STARTS`."""
     if name == "randomized_magnitude":
         return randomized_magnitude(block.weights, count, spread=spread, seed=seed)
     return lowest(SALIENCIES[name](block), count)
@@ -195,13 +201,15 @@ def _choice(result: SwapResult) -> Choice:
         iterations=result.swaps,
         locally_optimal=result.locally_optimal,
         seconds=result.seconds,
-        status=_ending(result),
+        status=ending(result.locally_optimal, result.limit),
+        limit=result.limit,
     )
 
 
-def _ending(result: SwapResult) -> str:
-    if result.locally_optimal:
+def ending(locally_optimal: bool, limit: Limit | None) -> str:
+    """How a search ended, in a few words."""
+    if locally_optimal:
         return "1-swap optimal"
-    if result.limit is None:
+    if limit is None:
         return "start kept: nothing better beyond rounding"
-    return f"stopped: {result.limit.value} limit"
+    return f"stopped: {limit.value} limit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 
 from cbs_opt.blocks import FisherBlock
+from cbs_opt.joint_selection import SearchInterruptedError
 from cbs_opt.methods import Method, available_methods, find_method
 from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
@@ -92,7 +94,7 @@ def solve(
     )
     if program == "joint":
         problem.require_definite()
-    if program in chosen.select_programs:
+    if chosen.selector(program) is not None:
         return _select(chosen, problem, program, limits, incumbent, options)
     solution: BlockSolution = chosen.engine(program)(
         problem, program, limits=limits, incumbent=incumbent, **options
@@ -238,14 +240,19 @@ def _select(
     """A method of `cbs_opt.selection` on one block, evaluated under the program."""
     began = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
-    if method.kind == "search" and pool.keep is not None:
+    if pool.keep is not None and "warm" in inspect.signature(method.engine(program)).parameters:
         options = {**options, "warm": [torch.from_numpy(~pool.keep)]}
-    choice = method.engine(program)([_as_block(problem)], [problem.n_prune], limits=limits, **options)[0]
+    try:
+        choice = method.engine(program)([_as_block(problem)], [problem.n_prune], limits=limits, **options)[0]
+    except SearchInterruptedError as stop:
+        choice = stop.choice
     pool.offer(~choice.pruned.numpy())
     stats = SolveStats(
         seconds=time.perf_counter() - began, iterations=choice.iterations, message=choice.status
     )
-    return pool.solution(method=method.name, termination=Termination.FEASIBLE, stats=stats)
+    return pool.solution(
+        method=method.name, termination=Termination.FEASIBLE, limit=choice.limit, stats=stats
+    )
 
 
 def _as_block(problem: BlockProblem) -> FisherBlock:

@@ -463,14 +463,14 @@ def test_a_damping_too_small_to_divide_by_writes_nothing() -> None:
     assert_untouched(model, before)
 
 
-def test_joint_programs_refuse_blocks_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_methods_refuse_blocks_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     from cbs_opt import selection
 
     monkeypatch.setattr(selection, "DENSE_BLOCK", 50)
     model = network()
     before = snapshot(model)
     with pytest.raises(UnsupportedProblemError) as caught:
-        run(model, program="joint")
+        run(model, program="joint", method="branch_and_bound")
     assert caught.value.argument == "partition"
     assert_untouched(model, before)
 

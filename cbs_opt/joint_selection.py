@@ -1,0 +1,308 @@
+"""Which weights go under the joint program: small blocks by their Hessian, large ones by their rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.channel_obs import greedy_channel_set
+from cbs_opt.heuristics.joint_program import JointProgram
+from cbs_opt.heuristics.joint_search import TOLERANCE, JointResult, joint_search
+from cbs_opt.heuristics.joint_starts import (
+    DROPS,
+    THRESHOLD_STEPS,
+    greedy_obs_set,
+    hard_threshold_set,
+    relaxed_set,
+)
+from cbs_opt.heuristics.saliency import lowest, magnitude
+from cbs_opt.selection import STARTS, Choice, choice_of_solution, ending, start_set
+from formulations import incumbents
+from formulations.errors import ArgumentError
+from formulations.solution import BlockSolution, Limit, Limits
+
+DENSE_JOINT = 768
+"""Largest block whose Hessian is formed for a joint search."""
+JOINT_STARTS = ("relaxation", "greedy_obs", "iterative_hard_threshold", *STARTS)
+
+
+class SearchInterruptedError(KeyboardInterrupt):
+    """Ctrl-C during a selection, with the choice for the block at which it came."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self.choice = choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What a joint swap search was asked for, beside its blocks."""
+
+    starts: tuple[str, ...]
+    spread: float
+    max_swaps: int | None
+    restarts: int
+    tolerance: float
+    limits: Limits
+
+
+def by_joint_swap_search(
+    blocks: Sequence[FisherBlock],
+    counts: Sequence[int],
+    *,
+    limits: Limits,
+    start: str | Sequence[str] | None = None,
+    spread: float = 0.1,
+    max_swaps: int | None = None,
+    restarts: int = 0,
+    tolerance: float = TOLERANCE,
+    warm: Sequence[Tensor] | None = None,
+) -> list[Choice]:
+    """Swap search on the joint program of every block, to proved 1-swap optima.
+
+    Parameters
+    ----------
+    blocks : sequence of FisherBlock
+    counts : sequence of int
+        Weights to remove in each block.
+    limits : Limits
+        `time_limit` for all blocks together, shared by their size.
+    start : str or sequence of str, optional
+        Sets to start from: "relaxation", "greedy_obs", "iterative_hard_threshold", a saliency or
+        "randomized_magnitude". Of several, the one that ends lowest in each block is kept. By
+        default the rounded relaxation, and greedy elimination in blocks of at most `DENSE_JOINT`.
+    spread : float, default 0.1
+        Of "randomized_magnitude" starts.
+    max_swaps : int, optional
+        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
+    restarts : int, default 0
+        Further descents from randomly changed sets, in a large block within its core.
+    tolerance : float, default 1e-9
+        Relative improvement that counts in large blocks.
+    warm : sequence of (n,) bool tensors, optional
+        A pruned set for each block to start from, instead of `start`; the result is never worse.
+
+    Returns
+    -------
+    list of Choice
+
+    Raises
+    ------
+    ArgumentError
+        If a start is unknown or `restarts` is negative.
+    NotPositiveDefiniteError
+        If the Hessian of a block is singular.
+    SearchInterruptedError
+        After Ctrl-C: a `KeyboardInterrupt` with what was found for the block at hand.
+
+    Notes
+    -----
+    Blocks of up to `DENSE_JOINT` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
+    `cbs_opt.heuristics.joint_search`, O(m^2 n) whenever many weights have changed. A Hessian without
+    rows, and more rows than weights, cost an eigendecomposition there.
+    """
+    names = (start,) if isinstance(start, str) else tuple(start or ())
+    if (start is not None and not names) or any(name not in JOINT_STARTS for name in names):
+        raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(JOINT_STARTS)}")
+    if restarts < 0:
+        raise ArgumentError("restarts", f"{restarts}", "pass 0 or more")
+    request = _Request(
+        starts=names if warm is None else (),
+        spread=spread,
+        max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
+        restarts=restarts,
+        tolerance=tolerance,
+        limits=limits,
+    )
+
+    def search(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
+        given = None if warm is None else warm[number]
+        engine = _search_dense if block.n <= DENSE_JOINT else _search_large
+        return engine(block, count, number, given, deadline, request)
+
+    return _each(blocks, counts, limits, search)
+
+
+def by_joint_greedy_obs(
+    blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, drops: int = DROPS
+) -> list[Choice]:
+    """Greedy OBS on every block: one weight at a time in small blocks, `drops` times in large ones.
+
+    Parameters and errors as in `by_joint_swap_search`.
+    """
+    if drops < 1:
+        raise ArgumentError("drops", f"{drops}", "pass 1 or more")
+
+    def drop(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
+        if block.n <= DENSE_JOINT:
+            left = Limits(time_limit=_left(deadline))
+            return choice_of_solution(block, incumbents.greedy(block.to_problem(count), "joint", limits=left))
+        if block.channels is not None and block.rows is not None:
+            pruned = greedy_channel_set(block, count, drops=drops, deadline=deadline)
+        else:
+            pruned = greedy_obs_set(JointProgram.of(block), count, drops=drops, deadline=deadline)
+        return _finished(pruned, deadline)
+
+    return _each(blocks, counts, limits, drop)
+
+
+def by_iterative_hard_threshold(
+    blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, steps: int = THRESHOLD_STEPS
+) -> list[Choice]:
+    """Iterative hard thresholding on every block, at most `steps` gradient steps.
+
+    Parameters and errors as in `by_joint_swap_search`.
+    """
+    if steps < 0:
+        raise ArgumentError("steps", f"{steps}", "pass 0 or more")
+
+    def threshold(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
+        pruned = hard_threshold_set(JointProgram.of(block), count, steps=steps, deadline=deadline)
+        return _finished(pruned, deadline)
+
+    return _each(blocks, counts, limits, threshold)
+
+
+def _each(
+    blocks: Sequence[FisherBlock],
+    counts: Sequence[int],
+    limits: Limits,
+    method: Callable[[FisherBlock, int, int, float | None], Choice],
+) -> list[Choice]:
+    """`method` on every block, with a share of the time left that is in proportion to its size."""
+    ends = None if limits.time_limit is None else time.monotonic() + limits.time_limit
+    rest = sum(block.n for block in blocks)
+    choices = []
+    for number, (block, count) in enumerate(zip(blocks, counts, strict=True)):
+        began = time.monotonic()
+        deadline = None if ends is None else began + max(0.0, ends - began) * block.n / max(1, rest)
+        rest -= block.n
+        try:
+            choice = method(block, count, number, deadline)
+        except KeyboardInterrupt:
+            pruned = lowest(magnitude(block), count)
+            choice = Choice(pruned=pruned, status=ending(False, Limit.INTERRUPTED), limit=Limit.INTERRUPTED)
+        choices.append(replace(choice, seconds=time.monotonic() - began))
+        if choice.limit is Limit.INTERRUPTED:
+            raise SearchInterruptedError(choice)
+    return choices
+
+
+def _search_large(
+    block: FisherBlock,
+    count: int,
+    number: int,
+    warm: Tensor | None,
+    deadline: float | None,
+    request: _Request,
+) -> Choice:
+    """The search by rows, from every start; the lowest end."""
+    program = JointProgram.of(block)
+    seed = request.limits.seed + number
+    names = request.starts or ("relaxation",)
+    best: JointResult | None = None
+    for name in ("warm",) if warm is not None else names:
+        start = (
+            warm if warm is not None else _start(name, block, program, count, seed, request.spread, deadline)
+        )
+        found = joint_search(
+            program,
+            start,
+            tolerance=request.tolerance,
+            max_swaps=request.max_swaps,
+            restarts=request.restarts,
+            deadline=deadline,
+            seed=seed,
+        )
+        if best is None or found.value < best.value:
+            best = found
+        if found.limit is Limit.INTERRUPTED:
+            break
+    assert best is not None
+    limit = found.limit if found.limit is Limit.INTERRUPTED else best.limit
+    return Choice(
+        pruned=best.pruned,
+        iterations=best.swaps,
+        locally_optimal=best.locally_optimal,
+        status=ending(best.locally_optimal, limit),
+        limit=limit,
+    )
+
+
+def _search_dense(
+    block: FisherBlock,
+    count: int,
+    number: int,
+    warm: Tensor | None,
+    deadline: float | None,
+    request: _Request,
+) -> Choice:
+    """The search on the swept tableau, from every start; the lowest end."""
+    problem = block.to_problem(count)
+    seed = request.limits.seed + number
+    starts: list[Tensor | None] = [warm]
+    if warm is None and request.starts:
+        program = JointProgram.of(block)
+        starts = [
+            _start(name, block, program, count, seed, request.spread, deadline) for name in request.starts
+        ]
+    best: BlockSolution | None = None
+    for start in starts:
+        found = incumbents.swap_search(
+            problem,
+            "joint",
+            limits=Limits(time_limit=_left(deadline), iteration_limit=request.max_swaps, seed=seed),
+            incumbent=None if start is None else _as_incumbent(start),
+            restarts=request.restarts,
+        )
+        assert found.objective is not None
+        if best is None or best.objective is None or found.objective < best.objective:
+            best = found
+    assert best is not None
+    settled = best.limit is None
+    return replace(
+        choice_of_solution(block, best), locally_optimal=settled, status=ending(settled, best.limit)
+    )
+
+
+def _start(
+    name: str,
+    block: FisherBlock,
+    program: JointProgram,
+    count: int,
+    seed: int,
+    spread: float,
+    deadline: float | None,
+) -> Tensor:
+    """The pruned set of a start of `JOINT_STARTS`; the smallest weights where no time or choice is left."""
+    left = _left(deadline)
+    if left == 0.0 or count in (0, block.n):
+        return lowest(magnitude(block), count)
+    if name == "relaxation":
+        return relaxed_set(program, count, time_limit=left)
+    if name == "greedy_obs":
+        return greedy_obs_set(program, count, deadline=deadline)
+    if name == "iterative_hard_threshold":
+        return hard_threshold_set(program, count, deadline=deadline)
+    return start_set(name, block, count, seed, spread)
+
+
+def _as_incumbent(pruned: Tensor) -> BlockSolution:
+    keep = (~pruned).cpu().numpy()
+    return BlockSolution(keep=keep, weights=None, objective=None, program="joint", method="start")
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _finished(pruned: Tensor, deadline: float | None) -> Choice:
+    """The choice of a method that hurries once its time is over."""
+    late = deadline is not None and time.monotonic() >= deadline
+    return Choice(
+        pruned=pruned, status=Limit.TIME.value + " limit" if late else "", limit=Limit.TIME if late else None
+    )
