@@ -71,12 +71,12 @@ def update(problem: BlockProblem, keep: ArrayLike) -> FloatArray:
     right = problem.hessian_product(removed)[index]
     if problem.gradient is not None:
         right = right - problem.gradient[index]
-    step = _solve_kept_block(problem, index, right)
+    step = solve_kept_block(problem, index, right)
     new_weights[index] = problem.weights[index] + step
     return new_weights
 
 
-def _solve_kept_block(problem: BlockProblem, index: np.ndarray, right: FloatArray) -> FloatArray:
+def solve_kept_block(problem: BlockProblem, index: np.ndarray, right: FloatArray) -> FloatArray:
     """Solve ``H_KK x = right`` by Cholesky, with Woodbury when the kept block is the larger."""
     try:
         if problem.rows is not None:

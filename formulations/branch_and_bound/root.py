@@ -12,15 +12,15 @@ from formulations.branch_and_bound.outcomes import BRANCH
 from formulations.branch_and_bound.tree import Node, Search
 from formulations.incumbents import descend, kicked
 from formulations.problem import BlockProblem
-from formulations.relaxations.bounds import (
+from formulations.relaxations.capped_simplex import relax_selection
+from formulations.relaxations.diagonal_split import interior_split
+from formulations.relaxations.perspective import relax_joint
+from formulations.relaxations.split_relaxation import (
     joint_certificate,
     joint_split,
     selection_certificate,
     selection_shift,
 )
-from formulations.relaxations.capped_simplex import relax_selection
-from formulations.relaxations.diagonal_split import interior_split
-from formulations.relaxations.perspective import relax_joint
 from formulations.solution import Certificate, Limit, Limits
 
 SPLIT_CALLS = 5

@@ -8,25 +8,24 @@ from dataclasses import asdict
 
 import numpy as np
 
-from formulations.dense_forms import DenseForm, joint_form, selection_form
+from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
-from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
+from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
+from formulations.relaxations.certificate import RelaxationCertificate
+from formulations.relaxations.first_order import StopRule
 from formulations.relaxations.fisher_shape import fisher_shape
-from formulations.relaxations.matrix_free import relax_joint_rows, relax_selection_rows
-from formulations.relaxations.perspective import (
-    SPLIT_MARGIN,
-    PerspectiveCertificate,
-    relax_joint,
-    round_joint,
-)
+from formulations.relaxations.linear import LINEAR_RELAXATIONS, relax_linear
+from formulations.relaxations.matrix_free import GRAM_LARGEST, JointRows, SelectionRows, solve_rows
+from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate, round_joint
+from formulations.relaxations.split_relaxation import relax_with_split
+from formulations.relaxations.tightening import SPLIT_LARGEST, tightened
 from formulations.solution import BlockSolution, Certificate, Limits, SolveStats, Termination
 
-SPLIT_LARGEST = 600
-"""Largest block whose diagonal split is optimised by default: a barrier step costs O(n^3)."""
 SPLIT_ROUNDS = 40
 DENSE_LARGEST = 2000
 """Largest block for which ``H`` is formed although rows are given."""
+OWN_RELAXATION = {"joint": "perspective", "selection": "capped_simplex"}
 
 
 def lower_bound(
@@ -36,52 +35,61 @@ def lower_bound(
     limits: Limits | None = None,
     incumbent: BlockSolution | None = None,
     diagonal_split: bool | None = None,
+    fix: bool = False,
+    relaxation: str | None = None,
 ) -> BlockSolution:
     """Bound a program from below by its continuous relaxation.
 
     Joint: perspective relaxation. Selection: capped simplex after a diagonal shift. The bound in the
     result is what its certificate recomputes, never the solver's own figure. Blocks with rows and more
-    than 2000 weights are solved without forming ``H``.
+    than 2000 weights are solved without forming ``H``, in memory for the rows, one square matrix of order
+    min(m, n) and the rows of the kept weights.
 
     Parameters
     ----------
     problem : BlockProblem
     program : {"selection", "joint"}
     limits : Limits, optional
-        `rel_gap` decides when the bound proves the incumbent optimal; `time_limit` and
-        `iteration_limit` (ADMM steps) stop the matrix-free solver, whose bound is valid at any step.
+        `rel_gap` decides when the bound proves the incumbent optimal and ends the search for a better
+        one; `time_limit` and `iteration_limit` (steps of ADMM) stop the matrix-free solver, whose bound
+        is valid at any step.
     incumbent : BlockSolution, optional
-        The result is never worse; its value also tells the relaxation when to stop.
+        The result is never worse; its value also tells the relaxation when to stop, and the point of
+        its certificate is where a matrix-free solve starts.
     diagonal_split : bool, optional
         Optimise the split of ``H`` (O(n^3) a step, much tighter where damping is small). Default: for
-        blocks of at most 600 weights.
+        blocks of at most 600 weights, also those that fixing leaves.
+    fix : bool, default False
+        Fix weights by the bound and the incumbent (``certificate.fixing``), relax what is left with a
+        better split where it is small enough, and repeat. Sharper the better the incumbent is.
+    relaxation : str, optional
+        "perspective" (joint), "capped_simplex" (selection) or, for comparison on small selection
+        blocks, the linear programs "mccormick" and "rlt". Default: the first that fits.
 
     Returns
     -------
     BlockSolution
-        The better of the incumbent and the rounded relaxation, with `bound` and `certificate`;
-        OPTIMAL if the bound meets it to `rel_gap`.
+        The better of the incumbent and the rounded relaxation, with `bound` and `certificate`
+        (`kind`, `rho`, `effective_rank`, `n_fixed`); OPTIMAL if the bound meets it to `rel_gap`.
 
     Raises
     ------
     NotPositiveDefiniteError
         If the program is joint and ``H`` is singular.
+    UnsupportedProblemError
+        If the relaxation is unknown or not one of the program.
     """
-    check_program(program)
+    _check_relaxation(program, relaxation, fix)
     limits = limits or Limits()
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     certificate: Certificate | None = None
     bound: float | None
     if 0 < problem.n_prune < problem.n:
-        if diagonal_split is None:
-            diagonal_split = problem.n <= SPLIT_LARGEST
-        rounds = SPLIT_ROUNDS if diagonal_split else 0
-        if problem.rows is not None and problem.damping > 0.0 and not rounds and problem.n > DENSE_LARGEST:
-            certificate = _from_rows(problem, pool, limits, started)
+        if relaxation in LINEAR_RELAXATIONS:
+            certificate = relax_linear(problem, relaxation, limits, pool)
         else:
-            relaxed = _joint if program == "joint" else _selection
-            certificate = relaxed(problem, pool, rounds)
+            certificate = _relaxed(problem, pool, limits, started, incumbent, diagonal_split, fix)
         bound = certificate.lower_bound(problem)
     else:
         # One set only: its value is the optimum.
@@ -101,67 +109,78 @@ def lower_bound(
     )
 
 
+def _check_relaxation(program: str, relaxation: str | None, fix: bool) -> None:
+    own = OWN_RELAXATION[check_program(program)]
+    known = (own, *LINEAR_RELAXATIONS) if program == "selection" else (own,)
+    if relaxation is not None and relaxation not in known:
+        found = f"{relaxation!r} for the {program} program"
+        if relaxation in LINEAR_RELAXATIONS:
+            found += ", whose objective is quadratic in the new weights and has no linear relaxation"
+        raise UnsupportedProblemError("relaxation", found, f"use one of: {', '.join(known)}")
+    if fix and relaxation in LINEAR_RELAXATIONS:
+        raise UnsupportedProblemError("fix", f"with relaxation {relaxation!r}", f"use {own!r}")
+
+
+def _relaxed(
+    problem: BlockProblem,
+    pool: IncumbentPool,
+    limits: Limits,
+    started: float,
+    incumbent: BlockSolution | None,
+    diagonal_split: bool | None,
+    fix: bool,
+) -> RelaxationCertificate:
+    """The certificate of the program's own relaxation."""
+    split_here = problem.n <= SPLIT_LARGEST if diagonal_split is None else diagonal_split
+    rounds = SPLIT_ROUNDS if split_here else 0
+    certificate: RelaxationCertificate
+    stop = StopRule(limits, started, pool.objective - limits.rel_gap * max(abs(pool.objective), 1e-12))
+    if problem.rows is not None and problem.damping > 0.0 and not rounds and problem.n > DENSE_LARGEST:
+        certificate = _from_rows(problem, pool, stop, _earlier_point(problem, pool.program, incumbent))
+    else:
+        certificate, keep = relax_with_split(problem, pool.program, pool.objective, rounds)
+        pool.offer(keep)
+    if not fix:
+        return certificate
+    return tightened(
+        problem,
+        pool,
+        certificate,
+        rel_gap=limits.rel_gap,
+        split_rounds=0 if diagonal_split is False else SPLIT_ROUNDS,
+        stopped=stop.out_of_time,
+    )
+
+
+def _earlier_point(problem: BlockProblem, program: str, incumbent: BlockSolution | None) -> FloatArray | None:
+    """The point of the incumbent's certificate, if it is one of this program."""
+    certificate = None if incumbent is None else incumbent.certificate
+    own = PerspectiveCertificate if program == "joint" else CappedSimplexCertificate
+    if not isinstance(certificate, own):
+        return None
+    return certificate.point if certificate.point.shape == (problem.n,) else None
+
+
 def _from_rows(
-    problem: BlockProblem, pool: IncumbentPool, limits: Limits, started: float
+    problem: BlockProblem, pool: IncumbentPool, stop: StopRule, start: FloatArray | None
 ) -> PerspectiveCertificate | CappedSimplexCertificate:
+    assert problem.rows is not None
     if pool.program == "joint":
-        point, residual = relax_joint_rows(problem, limits, started, pool.objective)
-        pool.offer(round_joint(residual, problem.n_keep))
+        joint = JointRows(problem)
+        best, gram = solve_rows(joint, stop, start)
+        pool.offer(round_joint(joint.linear - best.product, problem.n_keep))
+        unscaled = None if gram is None else gram * problem.damping
         split = np.full(problem.n, problem.damping * (1.0 - SPLIT_MARGIN))
-        return PerspectiveCertificate(point=point, split=split, **asdict(fisher_shape(problem)))
-    point = relax_selection_rows(problem, limits, started, pool.objective)
+        shape = asdict(fisher_shape(problem, unscaled, rank=False))
+        return PerspectiveCertificate(point=best.point / joint.root, split=split, **shape)
+    selection = SelectionRows(problem)
+    uniform = np.full(problem.n, problem.n_prune / problem.n)
+    best, _ = solve_rows(selection, stop, uniform if start is None else start)
+    point = best.point / selection.root
     pool.offer(round_selection(point, problem.n_prune))
-    shift = problem.damping * problem.weights**2 * (1.0 - SPLIT_MARGIN)
-    return CappedSimplexCertificate(point=point, shift=shift, **asdict(fisher_shape(problem)))
-
-
-def _joint(problem: BlockProblem, pool: IncumbentPool, rounds: int) -> PerspectiveCertificate:
-    form = joint_form(problem)
-    root = np.sqrt(problem.hessian_diagonal())
-    cutoff = pool.objective / form.scale
-    _, point, residual, split = relax_joint(
-        form, problem.n_keep, joint_split(problem, form), cutoff=cutoff, split_rounds=rounds
+    affordable = min(problem.rows.shape) <= GRAM_LARGEST and not stop.out_of_time()
+    return CappedSimplexCertificate(
+        point=point,
+        shift=problem.damping * problem.weights**2 * (1.0 - SPLIT_MARGIN),
+        **asdict(fisher_shape(problem, rank=affordable)),
     )
-    pool.offer(round_joint(residual, problem.n_keep))
-    return joint_certificate(problem, form, point, split, root)
-
-
-def _selection(problem: BlockProblem, pool: IncumbentPool, rounds: int) -> CappedSimplexCertificate:
-    form = selection_form(problem)
-    cutoff = pool.objective / form.scale
-    _, point, shift = relax_selection(
-        form, problem.n_prune, selection_shift(problem, form), cutoff=cutoff, split_rounds=rounds
-    )
-    pool.offer(round_selection(point, problem.n_prune))
-    return selection_certificate(problem, form, point, shift)
-
-
-def joint_split(problem: BlockProblem, form: DenseForm) -> FloatArray:
-    """A valid split of the joint form: the damping, or without one the smallest eigenvalue."""
-    if problem.damping > 0.0:
-        return problem.damping / problem.hessian_diagonal() * (1.0 - SPLIT_MARGIN)
-    lowest = float(np.linalg.eigvalsh(form.matrix)[0])
-    return np.full(problem.n, 0.99 * lowest)
-
-
-def selection_shift(problem: BlockProblem, form: DenseForm) -> FloatArray:
-    """A valid shift of the selection form: the damping's share of the diagonal."""
-    return problem.damping * problem.weights**2 / form.scale * (1.0 - SPLIT_MARGIN)
-
-
-def joint_certificate(
-    problem: BlockProblem, form: DenseForm, point: FloatArray, split: FloatArray, root: FloatArray
-) -> PerspectiveCertificate:
-    """A point and split of the joint form in the block's own units."""
-    return PerspectiveCertificate(
-        point=point * math.sqrt(form.scale) / root,
-        split=split * root**2 * (1.0 - SPLIT_MARGIN),
-        **asdict(fisher_shape(problem)),
-    )
-
-
-def selection_certificate(
-    problem: BlockProblem, form: DenseForm, point: FloatArray, shift: FloatArray
-) -> CappedSimplexCertificate:
-    """A point and shift of the selection form in the block's own units."""
-    return CappedSimplexCertificate(point=point, shift=shift * form.scale, **asdict(fisher_shape(problem)))

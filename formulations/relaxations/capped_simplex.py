@@ -46,11 +46,12 @@ class CappedSimplexCertificate(RelaxationCertificate):
 
     chosen_are_kept: ClassVar[bool] = False
 
+    point: FloatArray
     shift: FloatArray
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "shift", frozen_array("shift", self.shift, 1))
+        for name in ("point", "shift"):
+            object.__setattr__(self, name, frozen_array(name, getattr(self, name), 1))
 
     @property
     def kind(self) -> str:

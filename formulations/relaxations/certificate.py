@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from formulations.dense_forms import error_factor
-from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
+from formulations.problem import BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.certified import largest_sum
 
 
@@ -84,12 +84,10 @@ class Linearisation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RelaxationCertificate(ABC):
-    """Evidence for a lower bound: a point of a relaxation, checked by one product with ``H``.
+    """Evidence for a lower bound that one pass over the block checks.
 
     Attributes
     ----------
-    point : (n,) float64 array
-        Where the relaxation is linearised; need not be feasible.
     rho : float or None
         Relative damping of the block, `FisherShape.rho`; descriptive.
     effective_rank : float or None
@@ -103,14 +101,10 @@ class RelaxationCertificate(ABC):
     chosen_are_kept: ClassVar[bool]
     """Whether the costs are paid by kept weights, or by pruned ones."""
 
-    point: FloatArray
     rho: float | None = None
     effective_rank: float | None = None
     fixing: Fixing | None = None
     basis: RelaxationCertificate | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "point", frozen_array("point", self.point, 1))
 
     @property
     @abstractmethod

@@ -22,14 +22,15 @@ class FisherShape:
     rho : float or None
         ``damping`` over the mean diagonal entry of ``F``; None if ``F`` is zero.
     effective_rank : float or None
-        ``tr(F)^2 / tr(F^2)``, between 1 and the rank of ``F``; None if ``F`` is zero.
+        ``tr(F)^2 / tr(F^2)``, between 1 and the rank of ``F``; None if ``F`` is zero or the figure was
+        left out because of its cost.
     """
 
     rho: float | None
     effective_rank: float | None
 
 
-def fisher_shape(problem: BlockProblem, gram: FloatArray | None = None) -> FisherShape:
+def fisher_shape(problem: BlockProblem, gram: FloatArray | None = None, *, rank: bool = True) -> FisherShape:
     """Relative damping and effective rank of a block.
 
     Parameters
@@ -37,6 +38,8 @@ def fisher_shape(problem: BlockProblem, gram: FloatArray | None = None) -> Fishe
     problem : BlockProblem
     gram : square array, optional
         ``R R^T`` or ``R^T R`` if the caller has it: ``tr(F^2)`` is its squared Frobenius norm.
+    rank : bool, default True
+        Without `gram`, whether to form it; if not, the effective rank is left out.
 
     Returns
     -------
@@ -44,25 +47,24 @@ def fisher_shape(problem: BlockProblem, gram: FloatArray | None = None) -> Fishe
 
     Notes
     -----
-    O(m n min(m, n)) with rows, by the smaller of ``R R^T`` and ``R^T R``; O(n^2) with a Hessian.
+    O(m n min(m, n)) with rows, by the smaller of ``R R^T`` and ``R^T R``; O(m n) without the rank;
+    O(n^2) with a Hessian.
     """
     if problem.hessian is not None:
-        trace, square = float(np.trace(problem.hessian)), _square(problem.hessian)
-    else:
+        gram = problem.hessian
+    elif gram is None and rank:
         assert problem.rows is not None
-        gram = fisher_gram(problem.rows) if gram is None else gram
-        trace, square = float(np.trace(gram)), _square(gram)
-    if not (problem.n and trace > 0.0 and square > 0.0):
+        m, n = problem.rows.shape
+        gram = np.asarray(problem.rows @ problem.rows.T if m <= n else problem.rows.T @ problem.rows)
+    if gram is not None:
+        trace = float(np.trace(gram))
+    else:
+        trace = float(problem.hessian_diagonal().sum()) - problem.n * problem.damping
+    if not (problem.n and trace > 0.0):
         return FisherShape(rho=None, effective_rank=None)
-    return FisherShape(rho=problem.damping * problem.n / trace, effective_rank=trace * (trace / square))
-
-
-def fisher_gram(rows: FloatArray) -> FloatArray:
-    """The smaller of ``R R^T`` and ``R^T R`` for `rows` ``R`` of shape (m, n); O(m n min(m, n))."""
-    return np.asarray(rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows)
-
-
-def _square(matrix: FloatArray) -> float:
-    """Squared Frobenius norm."""
-    flat = matrix.ravel()
-    return float(flat @ flat)
+    rho = problem.damping * problem.n / trace
+    if gram is None:
+        return FisherShape(rho=rho, effective_rank=None)
+    # Scaled by the trace first: squares of small entries would vanish.
+    flat = gram.ravel() / trace
+    return FisherShape(rho=rho, effective_rank=1.0 / float(flat @ flat))

@@ -47,11 +47,12 @@ class PerspectiveCertificate(RelaxationCertificate):
 
     chosen_are_kept: ClassVar[bool] = True
 
+    point: FloatArray
     split: FloatArray
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "split", frozen_array("split", self.split, 1))
+        for name in ("point", "split"):
+            object.__setattr__(self, name, frozen_array(name, getattr(self, name), 1))
 
     @property
     def kind(self) -> str:

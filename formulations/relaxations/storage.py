@@ -9,12 +9,15 @@ import numpy as np
 
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
+from formulations.relaxations.linear import LinearCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.solution import Certificate
 
 CERTIFICATES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "perspective": (PerspectiveCertificate, ("point", "split")),
     "capped_simplex": (CappedSimplexCertificate, ("point", "shift")),
+    "mccormick": (LinearCertificate, ("above", "below", "degree")),
+    "rlt": (LinearCertificate, ("above", "below", "degree")),
 }
 """Certificates that a solution file can hold: class and array fields by kind."""
 LONGEST_CHAIN = 64
@@ -69,7 +72,9 @@ def restored_certificate(
         if entry.get("cutoff") is not None:
             keep, prune = arrays[f"{prefix}keep"], arrays[f"{prefix}prune"]
             fixing = Fixing(keep=keep, prune=prune, cutoff=float(entry["cutoff"]))
+        named = {"relaxation": entry["kind"]} if cls is LinearCertificate else {}
         certificate = cls(
+            **named,
             **{name: arrays[prefix + name] for name in names},
             rho=entry.get("rho"),
             effective_rank=entry.get("effective_rank"),

@@ -57,6 +57,8 @@ class MilpResult:
     status: str
     point: FloatArray | None = None
     bound: float | None = None
+    row_duals: FloatArray | None = None
+    """Of a linear program: what one unit on the right side of a row adds to the optimal value."""
     nodes: int = 0
     iterations: int = 0
     interrupted: bool = False
@@ -194,10 +196,14 @@ def run_milp(milp: Milp, controls: MilpControls) -> MilpResult:
         bound = float(info.mip_dual_bound)
     elif model_status == "Optimal":
         bound = float(info.objective_function_value)
+    row_duals = None
+    if usable and not milp.integer.any() and highs.getSolution().dual_valid:
+        row_duals = np.array(highs.getSolution().row_dual)
     return MilpResult(
         status=model_status,
         point=np.array(highs.getSolution().col_value) if has_point else None,
         bound=bound if bound is not None and np.isfinite(bound) else None,
+        row_duals=row_duals,
         nodes=max(int(info.mip_node_count), 0),
         iterations=max(int(info.simplex_iteration_count), 0),
         interrupted=interrupted,

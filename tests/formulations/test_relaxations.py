@@ -10,11 +10,11 @@ from formulations.dense_forms import joint_form, selection_form
 from formulations.enumeration import enumerate_optimum
 from formulations.incumbents import swap_search
 from formulations.relaxations import CappedSimplexCertificate, PerspectiveCertificate, lower_bound
-from formulations.relaxations.bounds import joint_split, selection_shift
 from formulations.relaxations.capped_simplex import relax_selection
 from formulations.relaxations.capped_simplex_kernels import project_capped_simplex
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
 from formulations.relaxations.perspective import relax_joint
+from formulations.relaxations.split_relaxation import joint_split, selection_shift
 from formulations.relaxations.support_norm import prox_support_norm
 from tests.formulations.blocks import KINDS, block, slack
 

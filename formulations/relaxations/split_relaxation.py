@@ -1,0 +1,93 @@
+"""Both relaxations on a dense block, with the diagonal split optimised: certificates in its units."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+
+from formulations.dense_forms import DenseForm, joint_form, selection_form
+from formulations.problem import BlockProblem, BoolArray, FloatArray
+from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
+from formulations.relaxations.fisher_shape import fisher_shape
+from formulations.relaxations.perspective import (
+    SPLIT_MARGIN,
+    PerspectiveCertificate,
+    relax_joint,
+    round_joint,
+)
+
+
+def relax_with_split(
+    problem: BlockProblem, program: str, cutoff: float, split_rounds: int
+) -> tuple[PerspectiveCertificate | CappedSimplexCertificate, BoolArray]:
+    """Certificate of the relaxation and the kept set that it rounds to.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+        With ``0 < n_prune < n``.
+    program : {"selection", "joint"}
+    cutoff : float
+        A bound that is good enough, in units of the loss.
+    split_rounds : int
+        Barrier steps on the split; O(n^3) each.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If the program is joint and ``H`` is singular.
+    """
+    if program == "joint":
+        form = joint_form(problem)
+        root = np.sqrt(problem.hessian_diagonal())
+        _, point, residual, split = relax_joint(
+            form,
+            problem.n_keep,
+            joint_split(problem, form),
+            cutoff=cutoff / form.scale,
+            split_rounds=split_rounds,
+        )
+        keep = round_joint(residual, problem.n_keep)
+        return joint_certificate(problem, form, point, split, root), keep
+    form = selection_form(problem)
+    _, point, shift = relax_selection(
+        form,
+        problem.n_prune,
+        selection_shift(problem, form),
+        cutoff=cutoff / form.scale,
+        split_rounds=split_rounds,
+    )
+    return selection_certificate(problem, form, point, shift), round_selection(point, problem.n_prune)
+
+
+def joint_split(problem: BlockProblem, form: DenseForm) -> FloatArray:
+    """A valid split of the joint form: the damping, or without one the smallest eigenvalue."""
+    if problem.damping > 0.0:
+        return problem.damping / problem.hessian_diagonal() * (1.0 - SPLIT_MARGIN)
+    lowest = float(np.linalg.eigvalsh(form.matrix)[0])
+    return np.full(problem.n, 0.99 * lowest)
+
+
+def selection_shift(problem: BlockProblem, form: DenseForm) -> FloatArray:
+    """A valid shift of the selection form: the damping's share of the diagonal."""
+    return problem.damping * problem.weights**2 / form.scale * (1.0 - SPLIT_MARGIN)
+
+
+def joint_certificate(
+    problem: BlockProblem, form: DenseForm, point: FloatArray, split: FloatArray, root: FloatArray
+) -> PerspectiveCertificate:
+    """A point and split of the joint form in the block's own units."""
+    return PerspectiveCertificate(
+        point=point * math.sqrt(form.scale) / root,
+        split=split * root**2 * (1.0 - SPLIT_MARGIN),
+        **asdict(fisher_shape(problem)),
+    )
+
+
+def selection_certificate(
+    problem: BlockProblem, form: DenseForm, point: FloatArray, shift: FloatArray
+) -> CappedSimplexCertificate:
+    """A point and shift of the selection form in the block's own units."""
+    return CappedSimplexCertificate(point=point, shift=shift * form.scale, **asdict(fisher_shape(problem)))
