@@ -14,11 +14,13 @@ from torch.nn.utils import prune
 
 from cbs_opt.errors import MaskFileError, MaskMismatchError
 from formulations.errors import ArgumentError
-from formulations.files import write_atomically
+from formulations.files import CHECKSUM, checksum, write_atomically
 
 FORMAT = "cbs-opt masks"
-VERSION = 1
-RESERVED = ("format", "version", "sense", "sparsity")
+VERSION = 2
+UNSEALED = 1
+"""Files up to this version have no checksum."""
+RESERVED = ("format", "version", "sense", "sparsity", CHECKSUM)
 SENSE = "true = kept"
 
 Masks = Mapping[str, Tensor]
@@ -40,8 +42,8 @@ def save_masks(
     masks : mapping of str to Tensor
         Boolean, True = kept, by parameter name.
     metadata : mapping of str to str, optional
-        Stored beside ``format``, ``version``, ``sense`` and ``sparsity`` (share of False over all
-        masks), which are ours.
+        Stored beside ``format``, ``version``, ``sense``, ``sparsity`` (share of False over all
+        masks) and ``checksum`` (SHA-256 of all the rest), which are ours.
 
     Raises
     ------
@@ -63,6 +65,7 @@ def save_masks(
     pruned = sum(keep.numel() - int(keep.sum()) for keep in tensors.values())
     size = sum(keep.numel() for keep in tensors.values())
     entries |= {"format": FORMAT, "version": str(VERSION), "sense": SENSE, "sparsity": repr(pruned / size)}
+    entries[CHECKSUM] = _checksum(entries, tensors)
     write_atomically(path, save(tensors, metadata=entries))
 
 
@@ -182,14 +185,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise MaskFileError("path", f"{path} cannot be read ({error})", remedy) from error
     if metadata.get("format") != FORMAT:
         raise MaskFileError("path", f"{path} is a safetensors file, but holds no masks of ours", remedy)
-    if metadata.get("version") != str(VERSION) or metadata.get("sense") != SENSE:
-        found = f"{path} has version {metadata.get('version')}, sense {metadata.get('sense')!r}"
-        raise MaskFileError("path", found, f"read version {VERSION}, or upgrade cbs-opt")
+    version = metadata.get("version")
+    if version not in map(str, range(1, VERSION + 1)) or metadata.get("sense") != SENSE:
+        found = f"{path} has version {version}, sense {metadata.get('sense')!r}"
+        raise MaskFileError("path", found, f"read versions up to {VERSION}, or upgrade cbs-opt")
     for name, keep in masks.items():
         if keep.dtype != torch.bool:
             raise MaskFileError("path", f"{path}: {name} is {keep.dtype}, not boolean", remedy)
+        if bool((keep.view(torch.uint8) > 1).any()):
+            raise MaskFileError("path", f"{path}: {name} holds truth values other than 0 and 1", remedy)
+    expected = metadata.pop(CHECKSUM, None)
+    if (expected is not None or int(version) > UNSEALED) and expected != _checksum(metadata, masks):
+        raise MaskFileError("path", f"{path} does not match its checksum", "write the file again")
     return masks, metadata
+
+
+def _checksum(metadata: Mapping[str, str], masks: Masks) -> str:
+    return checksum(metadata, {name: keep.numpy() for name, keep in masks.items()})

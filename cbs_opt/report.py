@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from cbs_opt.histogram import Histogram, shared_histograms
 from cbs_opt.masks import load_masks, save_masks
 from cbs_opt.stage_record import StageRecord
 from formulations.errors import ArgumentError
-from formulations.files import write_atomically
+from formulations.files import sealed_json, write_atomically
 from formulations.solution import BlockSolution
 
 REPORT_JSON = "report.json"
@@ -343,8 +342,7 @@ class PruneReport:
         save_certificates(self.blocks, self.certificates, target / CERTIFICATES)
         write_atomically(target / LAYERS_CSV, report_text.layers_csv(self).encode())
         write_comparison([self], target / REPORT_HTML)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_atomically(target / REPORT_JSON, f"{text}\n".encode())
+        write_atomically(target / REPORT_JSON, sealed_json(self.to_dict()))
         return target
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
 import types
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from formulations.errors import InstanceFormatError
+from formulations.files import read_sealed
 
 if TYPE_CHECKING:
     from cbs_opt.report import PruneReport
@@ -49,15 +49,15 @@ def decode(cls: type[PruneReport], data: Mapping[str, Any], files: Mapping[str, 
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file; raises `ReportFormatError` if there is none."""
+    """The JSON object in a file, with or without a checksum; raises `ReportFormatError` if damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_sealed(path.read_bytes(), required=False)
     except FileNotFoundError as error:
         raise ReportFormatError(
             "directory", f"no {path.name} in {path.parent}", "pass a saved run"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        found = f"{path} is not JSON ({error})"
+    except (OSError, ValueError) as error:
+        found = f"{path} is damaged ({error})"
         raise ReportFormatError("directory", found, "write the report again") from error
 
 

@@ -72,7 +72,10 @@ def test_damaged_and_foreign_files(tmp_path, masks):
         "truncated": content[:-5],
         "header": content[:20],
         "noise": b"\xff" * 64,
-        "version": content.replace(b'"version":"1"', b'"version":"7"'),
+        "version": content.replace(b'"version":"2"', b'"version":"7"'),
+        "older": content.replace(b'"version":"2"', b'"version":"1"'),
+        "no truth value": content[:-1] + b"\x02",
+        "one weight more": content[:-1] + bytes([1 - content[-1]]),
         "sense": content.replace(b"true = kept", b"true = gone"),
     }
     for name, damaged in broken.items():
@@ -86,6 +89,16 @@ def test_damaged_and_foreign_files(tmp_path, masks):
     for name in ("weights", "floats", "absent"):
         with pytest.raises(InstanceFormatError):
             load_masks(tmp_path / name)
+
+
+def test_files_of_the_first_version_are_read_without_a_checksum(tmp_path, masks):
+    metadata = {"format": "cbs-opt masks", "version": "1", "sense": "true = kept", "sparsity": "0.5"}
+    save_file({name: keep.clone() for name, keep in masks.items()}, tmp_path / "old", metadata=metadata)
+    again = load_masks(tmp_path / "old")
+    assert all(torch.equal(again[name], keep) for name, keep in masks.items())
+    save_file(again, tmp_path / "bare", metadata=metadata | {"version": "2"})
+    with pytest.raises(MaskFileError, match="checksum"):
+        load_masks(tmp_path / "bare")
 
 
 def test_masks_of_another_network_are_listed(tmp_path, masks):

@@ -165,7 +165,7 @@ def test_damaged_reports_are_named_as_such(change: dict[str, object]) -> None:
 
 def test_a_report_that_is_no_json_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / REPORT_JSON).write_text("{")
-    with pytest.raises(ReportFormatError, match="not JSON"):
+    with pytest.raises(ReportFormatError, match="damaged"):
         PruneReport.load(tmp_path)
 
 
