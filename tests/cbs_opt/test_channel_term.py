@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 import cbs_opt as cbs
 from cbs_opt.blocks import FisherBlock, Partition
+from cbs_opt.heuristics.channel_obs import greedy_channel_set
 from cbs_opt.heuristics.channel_solve import ChannelSystem
 from cbs_opt.heuristics.channel_term import ChannelTerm, densified
 from cbs_opt.heuristics.products import hessian_diagonal, hessian_product, step_loss
 from cbs_opt.heuristics.saliency import inverse_diagonal
 from cbs_opt.heuristics.updates import cbs_updates
 from cbs_opt.layer_inputs import input_moments, with_layer_inputs
+from formulations import incumbents
 from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
+from formulations.solution import Limits
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -161,3 +164,55 @@ def test_weight_must_be_positive(weight: float) -> None:
     moments = input_moments(model, data(), partition)
     with pytest.raises(ArgumentError, match="weight"):
         ChannelTerm.matched(moments, partition, torch.ones(2, partition.n), weight=weight)
+
+
+def test_greedy_obs_with_one_weight_a_drop_is_the_dense_method(block: FisherBlock) -> None:
+    part = slice(0, 54)  # the convolution
+    assert block.channels is not None
+    assert block.rows is not None
+    small = FisherBlock(
+        name="small",
+        start=0,
+        stop=54,
+        weights=block.weights[part],
+        rows=block.rows[:, part].double(),
+        channels=block.channels.within(0, 54),
+        damping=block.damping,
+    )
+    problem = small.to_problem(20)
+    expected = incumbents.greedy(problem, "joint", limits=Limits())
+    found = greedy_channel_set(small, 20, drops=2_000)
+    assert expected.keep is not None
+    assert (~found).tolist() == expected.keep.tolist()
+
+
+def test_more_drops_lower_the_joint_objective(block: FisherBlock) -> None:
+    count = round(0.8 * block.n)
+
+    def value(drops: int) -> float:
+        pruned = greedy_channel_set(block, count, drops=drops)
+        assert int(pruned.sum()) == count
+        (moved,) = cbs_updates(block, pruned, [block.damping])
+        return step_loss(block, moved - block.weights.double())
+
+    assert value(20) < value(1)
+
+
+def test_prune_takes_the_term() -> None:
+    plain, term = network(), network()
+    common = {"sparsity": 0.8, "program": "joint", "method": "greedy_obs", "samples": 20, "progress": False}
+    before = cbs.prune(plain, data(), **common)
+    after = cbs.prune(term, data(), layer_inputs=1.0, **common)
+    assert after.n_prune == before.n_prune
+    assert after.settings["layer_inputs"] == 1.0
+    assert not torch.equal(plain[3].weight, term[3].weight)
+    assert after.predicted_loss_increase > 0.0
+
+
+def test_swap_search_of_the_selection_program_goes_by_the_rows() -> None:
+    one, other = network(), network()
+    common = {"sparsity": 0.6, "samples": 20, "progress": False}
+    cbs.prune(one, data(), **common)
+    cbs.prune(other, data(), layer_inputs=1.0, **common)
+    assert torch.equal(one[3].weight == 0, other[3].weight == 0)
+    assert not torch.equal(one[3].weight, other[3].weight)
