@@ -150,7 +150,7 @@ def _next_block(directory: Path, number: int, given: Iterator[BlockProblem] | No
         return problem
     path = block_path(directory, number)
     if not path.exists():
-        remedy = "prune with block_dir to write the data of the blocks, or pass them rebuilt"
+        remedy = "prune with block_dir (--save-blocks) to write the data of the blocks, or rebuild them"
         raise InstanceFormatError("directory", f"no {path.name} in {directory}", remedy)
     return read_instance(path)[0]
 

@@ -10,7 +10,7 @@ from typing import Any
 from cbs_opt.batches import Evaluation
 from cbs_opt.comparison import evaluations
 from cbs_opt.report import BlockSummary, PruneReport
-from cbs_opt.report_text import MISSING, certified_lines, gap_text
+from cbs_opt.report_text import MISSING, bound_text, certified_lines, gap_text
 
 TOP_BLOCKS = 20
 
@@ -123,7 +123,7 @@ def blocks_table(report: PruneReport) -> Table:
         (Column(name="Loss at start"), lambda b: number_text(b.initial_loss)),
         (Column(name="Selection loss"), lambda b: number_text(b.selection_loss)),
         (Column(name="After update"), lambda b: number_text(b.updated_loss)),
-        (Column(name="Bound"), lambda b: number_text(b.bound)),
+        (Column(name="Bound"), lambda b: _bound(b.bound)),
         (Column(name="Gap"), lambda b: _gap(b.gap)),
         (Column(name="Steps"), lambda b: f"{b.iterations:,}"),
         (Column(name="1-swap optimal", text=True), lambda b: _yes_no(b.locally_optimal)),
@@ -141,7 +141,7 @@ def certificates_table(report: PruneReport) -> Table | None:
         (Column(name="Block"), lambda b: b.name),
         (Column(name="Weights"), lambda b: f"{b.n:,}"),
         (Column(name=f"Objective, {report.program}"), lambda b: number_text(b.objective)),
-        (Column(name="Bound"), lambda b: number_text(b.bound)),
+        (Column(name="Bound"), lambda b: _bound(b.bound)),
         (Column(name="Gap"), lambda b: _gap(b.gap)),
         (Column(name="rho"), lambda b: number_text(b.rho)),
         (Column(name="n / effective rank"), lambda b: number_text(_per_rank(b))),
@@ -243,6 +243,10 @@ def _accuracy(evaluation: Evaluation | None) -> str:
 
 def percent_text(share: float, decimals: int = 1) -> str:
     return f"{100.0 * share:.{decimals}f} %"
+
+
+def _bound(bound: float | None) -> str:
+    return MISSING if bound is None else bound_text(bound, 4)
 
 
 def _gap(gap: float | None) -> str:

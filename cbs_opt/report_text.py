@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 MISSING = "–"  # noqa: RUF001 - an en dash marks an empty cell
 OPTIMAL_GAP = 1e-6
 """Relative gap up to which a set counts as optimal, the default of `formulations.Limits`."""
+
+
+PLAIN_DIGITS = 7
+"""Digits before the decimal point up to which a number is written without an exponent."""
 
 
 def layers_frame(report: PruneReport) -> pd.DataFrame:
@@ -83,7 +88,7 @@ def markdown(report: PruneReport) -> str:
         cells += [_number(block.selection_loss), _number(block.updated_loss)]
         if certified:
             rank = block.effective_rank
-            cells += [_number(block.objective), _number(block.bound), _percent(block.gap)]
+            cells += [_number(block.objective), _bound(block.bound), _percent(block.gap)]
             cells += [_number(block.rho), _number(None if rank is None else block.n / rank)]
         table.append("| " + " | ".join(cells) + " |")
     title = f"**{report.label}**, sparsity {report.sparsity:.4f}, program {report.program}"
@@ -130,9 +135,8 @@ def certified_lines(certified: CertifiedSum) -> list[str]:
     if certified.bound is None:
         return [f"certified: {certified.bounded} of {certified.blocks} blocks have a bound; no sum"]
     blocks = "one block" if certified.blocks == 1 else f"sum over {certified.blocks} blocks"
-    values = (
-        f"objective {certified.objective:.6g}, bound {certified.bound:.6g}, gap {_percent(certified.gap)}"
-    )
+    objective, bound = f"{certified.objective:.6g}", bound_text(certified.bound)
+    values = f"objective {objective}, bound {bound}, gap {_percent(certified.gap)}"
     return [f"certified, program {certified.program}, {blocks}: {values}", f"this is a {certified.meaning}"]
 
 
@@ -140,13 +144,29 @@ def _number(value: float | None) -> str:
     return MISSING if value is None or math.isnan(value) else f"{value:.4g}"
 
 
+def _bound(value: float | None) -> str:
+    return MISSING if value is None else bound_text(value, 4)
+
+
 def _percent(value: float | None) -> str:
     return MISSING if value is None else gap_text(value)
 
 
+def bound_text(bound: float, digits: int = 6) -> str:
+    """A lower bound rounded down, so that what is printed is one too."""
+    return _rounded(bound, digits, ROUND_FLOOR)
+
+
 def gap_text(gap: float) -> str:
-    """A relative gap in per cent, to two digits wherever it lies; what counts as optimal as such."""
-    return "< 0.0001 %" if gap <= OPTIMAL_GAP else f"{100.0 * gap:.2g} %"
+    """A relative gap in per cent, rounded up to two digits; what counts as optimal as such."""
+    return "< 0.0001 %" if gap <= OPTIMAL_GAP else f"{_rounded(100.0 * gap, 2, ROUND_CEILING)} %"
+
+
+def _rounded(value: float, digits: int, rounding: str) -> str:
+    if not math.isfinite(value):
+        return f"{value}"
+    exact = Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)).normalize()
+    return f"{exact:f}" if -5 < exact.adjusted() < PLAIN_DIGITS else f"{exact:e}"
 
 
 def _change(before: Evaluation, after: Evaluation) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cbs_opt.cli import blocks, contenders, demo, methods, prune, study
+from cbs_opt.cli import blocks, contenders, demo, methods, prune, study, verification
 
 EPILOG = "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."
 
@@ -28,7 +28,7 @@ app.command("methods", epilog=EPILOG)(methods.run)
 app.command("solve", epilog=EPILOG)(blocks.solve)
 app.command("bound", epilog=EPILOG)(blocks.bound)
 app.command("compare", epilog=EPILOG)(contenders.compare)
-app.command("verify", epilog=EPILOG)(blocks.verify)
+app.command("verify", epilog=EPILOG)(verification.verify)
 app.command("export", epilog=EPILOG)(blocks.export)
 app.command("solvers", epilog=EPILOG)(contenders.solvers)
 app.command("library", epilog=EPILOG)(blocks.library)

@@ -1,4 +1,4 @@
-"""`cbs-opt solve`, `bound`, `verify`, `export`, `library`: one block, one program."""
+"""`cbs-opt solve`, `bound`, `export`, `library`: one block, one program."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cbs_opt.cli.prune import parse_options
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
 from cbs_opt.report_format import plain
+from cbs_opt.report_text import bound_text
 from formulations import instances
 from formulations.loss import Verification
 from formulations.loss import verify as verify_solution
@@ -28,9 +29,6 @@ Block = Annotated[
         metavar="BLOCK",
         help="A block, FILE.npz, or the name of a shipped one; `cbs-opt library` lists those.",
     ),
-]
-Solution = Annotated[
-    Path, typer.Argument(metavar="SOLUTION", help="A solution of the block, as --out writes it.")
 ]
 Program = Annotated[str, typer.Option(help="What is minimised: selection, or joint.")]
 MethodName = Annotated[
@@ -103,32 +101,32 @@ def bound(
     block: Block,
     program: Program,
     time_limit: TimeLimit = None,
+    iteration_limit: IterationLimit = None,
     incumbent: Incumbent = None,
+    option: MethodOption = None,
     out: SolutionOut = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Bound a program from below by its relaxation, with a certificate that `verify` recomputes."""
+    """Bound a program from below by its relaxation, with a certificate that `verify` recomputes.
+
+    Prints the bound, the best set known with its gap, the kind of relaxation, and what makes gaps small:
+    rho (damping over the mean Fisher diagonal) and n over the effective rank. A tighter relaxation, or
+    a cheaper one, is chosen by --option; a name that is not known lists those that are.
+    """
     with reported(debug, BLOCK_OPTIONS):
         problem = load_block(block)
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         solution = solving.solve(
-            problem, "lower_bound", program=program, time_limit=time_limit, incumbent=warm
+            problem,
+            "lower_bound",
+            program=program,
+            time_limit=time_limit,
+            iteration_limit=iteration_limit,
+            incumbent=warm,
+            **_free_options(option or []),
         )
         _finish(problem, solution, out, as_json)
-
-
-def verify(block: Block, solution: Solution, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Recompute feasibility, objective and certified bound of a solution; exit code 1 if one is wrong."""
-    with reported(debug, BLOCK_OPTIONS):
-        problem = load_block(block)
-        found = verify_solution(problem, instances.read_solution(solution, problem))
-        if as_json:
-            _echo_json(found)
-        else:
-            typer.echo("\n".join(_aligned(_verification(found))))
-        if not found.ok:
-            raise typer.Exit(ERROR)
 
 
 def export(
@@ -146,10 +144,10 @@ def export(
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         written = instances.export_model(problem, model, out, format, incumbent=warm)
         if as_json:
-            _echo_json(written)
+            echo_json(written)
             return
         lines = {name.replace("_", " "): str(value) for name, value in plain(written).items()}
-        typer.echo("\n".join(_aligned(lines)))
+        typer.echo("\n".join(aligned(lines)))
 
 
 def library(as_json: AsJson = False) -> None:
@@ -157,7 +155,7 @@ def library(as_json: AsJson = False) -> None:
     with reported(debug=False):
         shipped = {name: instances.load_library(name) for name in instances.library()}
         if as_json:
-            _echo_json(
+            echo_json(
                 [
                     {"name": name, "n": problem.n, "n_prune": problem.n_prune}
                     | {program: known[program] for program in PROGRAMS}
@@ -195,8 +193,13 @@ def load_block(name: str) -> BlockProblem:
 
 
 def number(value: float | None) -> str:
-    """An objective or bound to nine digits, as many as a gap of 1e-6 needs and some more."""
+    """An objective to nine digits, as many as a gap of 1e-6 needs and some more."""
     return MISSING if value is None else f"{value:.9g}"
+
+
+def lower(bound: float | None) -> str:
+    """A lower bound to nine digits, rounded down: what is printed is a bound too."""
+    return MISSING if bound is None else bound_text(bound, 9)
 
 
 def _free_options(pairs: list[str]) -> dict[str, Any]:
@@ -218,9 +221,9 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
         instances.write_solution(out, problem, solution)
         typer.echo(f"written to {out}", err=True)
     if as_json:
-        _echo_json(_solution_values(problem, solution, checked))
+        echo_json(_solution_values(problem, solution, checked))
     else:
-        typer.echo("\n".join(_aligned(_solution_lines(problem, solution, checked))))
+        typer.echo("\n".join(aligned(_solution_lines(problem, solution, checked))))
     if not checked.ok:
         typer.echo(f"error: the solution contradicts itself: {'; '.join(checked.notes)}", err=True)
         raise typer.Exit(ERROR)
@@ -243,7 +246,7 @@ def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Ve
         "gap": None if solution.bound is None else solution.gap,
         "rel_gap": solution.rel_gap,
         "pruned": None if solution.keep is None else solution.pruned.tolist(),
-        "certificate": None if solution.certificate is None else solution.certificate.kind,
+        **certificate_values(problem, solution),
         "verification": checked,
         "seconds": stats.seconds,
         "nodes": stats.nodes,
@@ -261,8 +264,9 @@ def _solution_lines(
         "method": solution.method,
         "status": solving.status_words(solution),
         "objective": number(solution.objective),
-        "bound": number(solution.bound),
+        "bound": lower(solution.bound),
         "gap": MISSING if solution.bound is None else f"{solution.gap:.2g}",
+        **_certificate_lines(problem, solution),
         "seconds": f"{solution.stats.seconds:.3f}",
         "nodes": str(solution.stats.nodes),
         "message": solution.stats.message or MISSING,
@@ -270,30 +274,45 @@ def _solution_lines(
     }
 
 
-def _verification(found: Verification) -> Mapping[str, str]:
+def certificate_values(problem: BlockProblem, solution: BlockSolution) -> dict[str, Any]:
+    """The kind of the certificate, and what it says of the block; None where there is none."""
+    evidence = solution.certificate
+    rank = None if evidence is None else evidence.effective_rank
     return {
-        "ok": _yes(found.ok),
-        "feasible": _yes(found.feasible),
-        "objective": number(found.objective),
-        "bound": number(found.bound),
-        "bound checked": _yes(found.bound_checked),
-        "notes": "; ".join(found.notes) or MISSING,
+        "certificate": None if evidence is None else evidence.kind,
+        "rho": None if evidence is None else evidence.rho,
+        "effective_rank": rank,
+        "n_over_effective_rank": None if rank is None else problem.n / rank,
+        "n_fixed": None if evidence is None else evidence.n_fixed,
+    }
+
+
+def _certificate_lines(problem: BlockProblem, solution: BlockSolution) -> Mapping[str, str]:
+    if solution.certificate is None:
+        return {}
+    found = certificate_values(problem, solution)
+    rank, ratio = found["effective_rank"], found["n_over_effective_rank"]
+    return {
+        "certificate": found["certificate"],
+        "rho": MISSING if found["rho"] is None else f"{found['rho']:.3g}",
+        "effective rank": MISSING if rank is None else f"{rank:.3g} (n is {ratio:.3g} times that)",
+        "fixed": f"{found['n_fixed']} of {problem.n} weights",
     }
 
 
 def _known(entry: Mapping[str, Any]) -> Sequence[str]:
     gap = (entry["objective"] - entry["bound"]) / max(abs(entry["objective"]), 1e-12)
-    return number(entry["objective"]), f"{gap:.1g}", _yes(entry["proved"])
+    return number(entry["objective"]), f"{gap:.1g}", yes_no(entry["proved"])
 
 
-def _yes(value: bool) -> str:
+def yes_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _aligned(lines: Mapping[str, str]) -> list[str]:
+def aligned(lines: Mapping[str, str]) -> list[str]:
     width = max(map(len, lines))
     return [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
 
 
-def _echo_json(value: Any) -> None:
+def echo_json(value: Any) -> None:
     typer.echo(json.dumps(plain(value), allow_nan=False))

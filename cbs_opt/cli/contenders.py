@@ -12,7 +12,7 @@ import typer
 from tqdm import tqdm
 
 from cbs_opt import solving
-from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Threads, load_block, number
+from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Threads, load_block, lower, number
 from cbs_opt.cli.failures import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
@@ -134,7 +134,7 @@ def _comparison_lines(rows: list[dict[str, Any]]) -> list[str]:
             row["status"],
             number(row["objective"]),
             _share(row["excess"]),
-            number(row["bound"]),
+            lower(row["bound"]),
             _share(row["gap"]),
             MISSING if row["seconds"] is None else f"{row['seconds']:.2f}",
             MISSING if row["nodes"] is None else str(int(row["nodes"])),
