@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from cbs_opt import figures, gap_figures
 from cbs_opt import report_tables as tables
 from cbs_opt.comparison import evaluated_on, evaluations
+from cbs_opt.pages import Picture, embedded, render
 from cbs_opt.report import PruneReport
 from cbs_opt.report_tables import Table
 from cbs_opt.report_text import gap_text
@@ -30,14 +28,6 @@ GAP_CAPTION = (
     "value. This is about the quadratic model of the loss, not about accuracy."
 )
 HISTOGRAM_CAPTION = "Weights of the largest layers: all of them before, the kept ones after (zeros left out)."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image as a data address, with what it shows in words."""
-
-    source: str
-    caption: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +81,9 @@ def render_comparison(reports: Sequence[PruneReport], *, title: str | None = Non
     """The page of `write_comparison` as a string."""
     if not reports:
         raise ArgumentError("reports", "none given", "pass at least one PruneReport")
-    environment = Environment(
-        loader=PackageLoader("cbs_opt"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     several = len(reports) > 1
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         title=title or ("Pruning runs compared" if several else f"Pruned by {reports[0].label}"),
         lead=_lead(reports),
         tiles=() if several else _tiles(reports[0]),
@@ -181,7 +165,7 @@ def _pictures(reports: Sequence[PruneReport]) -> tuple[Picture, ...]:
         drawings.append((gap_figures.gap_by_block(largest), GAP_CAPTION))
     whose = f" Run: {largest.label}{which}." if several else ""
     drawings.append((figures.weights_before_and_after(largest), HISTOGRAM_CAPTION + whose))
-    return tuple(_picture(figure, caption) for figure, caption in drawings if figure is not None)
+    return tuple(embedded(figure, caption) for figure, caption in drawings if figure is not None)
 
 
 def _section(report: PruneReport, *, with_picture: bool) -> Section:
@@ -193,7 +177,7 @@ def _section(report: PruneReport, *, with_picture: bool) -> Section:
         ]
     return Section(
         title=f"{report.label}, sparsity {tables.percent_text(report.sparsity, 2)}",
-        pictures=tuple(_picture(figure, caption) for figure, caption in drawings if figure is not None),
+        pictures=tuple(embedded(figure, caption) for figure, caption in drawings if figure is not None),
         layers=tables.layers_table(report),
         blocks=tables.blocks_table(report),
         blocks_note=tables.blocks_note(report),
@@ -202,10 +186,3 @@ def _section(report: PruneReport, *, with_picture: bool) -> Section:
         times=tables.times_table(report),
         settings=tables.settings_table(report),
     )
-
-
-def _picture(figure: Figure, caption: str) -> Picture:
-    content = io.BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(content.getvalue()).decode("ascii")
-    return Picture(source=f"data:image/svg+xml;base64,{encoded}", caption=caption)
