@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cbs_opt.errors import NoEligibleWeightsError, PartitionMismatchError, UnmatchedPatternError
-from formulations.errors import ArgumentError, NonFiniteError, ShapeError
+from formulations.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedProblemError
 from formulations.problem import BlockProblem
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ Globs = str | Sequence[str]
 BlockRule = str | int
 """How a partition forms blocks: "global", "layer", "row", or a block size."""
 
+DENSE_LIMIT = 4_096
+"""Largest block whose whole Hessian is formed where rows alone do not describe it."""
 DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -284,10 +286,19 @@ class FisherBlock:
 
         Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared,
         not copied, so do not write to them while the problem is in use. With a channel term the
-        Hessian is formed: O(m n^2), for small blocks.
+        Hessian is formed: O(m n^2).
+
+        Raises
+        ------
+        UnsupportedProblemError
+            If there is a channel term and the block is larger than `DENSE_LIMIT`.
         """
         rows, hessian = self.rows, self.hessian
         if self.channels is not None:
+            if self.n > DENSE_LIMIT:
+                found = f"block {self.name!r} of {self.n} weights with a layer-input term, as one problem"
+                remedy = f"cut blocks of at most {DENSE_LIMIT}, or leave the term out"
+                raise UnsupportedProblemError("partition", found, remedy)
             rows, hessian = None, self.dense_hessian()
         return BlockProblem(
             weights=_read_only(self.weights),

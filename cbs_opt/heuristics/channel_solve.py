@@ -4,7 +4,9 @@ With ``D = C_KK + damping I``, factored channel by channel, and the m x m matrix
 
     H_KK^-1 = D^-1 - D^-1 R_K^T M^-1 R_K D^-1          (Woodbury)
 
-so that nothing larger than a channel or than m x m is factored.
+so that nothing larger than a channel or than m x m is factored. ``M`` may be formed in single precision:
+then this inverse is only nearly that of H_KK, and conjugate gradients with it as the preconditioner bring
+the solution to double precision in a few steps.
 """
 
 from __future__ import annotations
@@ -16,10 +18,15 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics.products import factorise
+from cbs_opt.heuristics.products import adjoint_image, factorise, image
 
 GROUP = 2_048
 """Columns of neighbouring channels that one product takes at once."""
+SINGLE_LIMIT = 1e4
+"""Largest diagonal entry of M that single precision is trusted with."""
+RESIDUAL = 1e-11
+"""Residual in the norm of H^-1, relative to the right-hand side, at which refinement ends."""
+REFINEMENTS = 50
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,12 +43,13 @@ class ChannelSystem:
     Parameters
     ----------
     block : FisherBlock
-        With rows and channels.
+        With channels.
     kept : (s,) int64 Tensor
         Kept weights in increasing order.
     damping : float
     precision : torch.dtype, default float64
-        Of the products with the rows, where the work is; everything else is float64.
+        Of the products with the rows, where the work is. Solutions are in float64 whatever it is; the
+        diagonal of the inverse is not.
 
     Raises
     ------
@@ -51,67 +59,132 @@ class ChannelSystem:
     Notes
     -----
     O(m^2 s + sum of m k^2 over channels of k kept weights); memory beyond the block O(m^2 + sum of
-    k^2).
+    k^2). Where ``s <= m``, or the block has a Hessian for rows, ``H_KK`` is formed instead: O(m s^2).
     """
 
     def __init__(
         self, block: FisherBlock, kept: Tensor, damping: float, precision: torch.dtype = torch.float64
     ) -> None:
-        assert block.rows is not None
         assert block.channels is not None
-        self.rows = block.rows
+        self.block = block
         self.kept = kept
+        self.damping = damping
         self.precision = precision
         member = torch.zeros(block.n, dtype=torch.bool, device=kept.device)
         member[kept] = True
+        self.channels = block.channels.restricted(member)
+        self.whole: Tensor | None = None
+        if block.rows is None or len(kept) <= block.rows.shape[0]:
+            self.whole = factorise(self._dense(), block)
+            return
+        self.rows = block.rows
         self.parts: list[_Factored] = []
-        for channel in block.channels.channels:
-            own = member[channel.start : channel.stop].nonzero().squeeze(1)
-            if len(own):
-                matrix = channel.matrix(own)
-                matrix.diagonal().add_(damping)
-                self.parts.append(_Factored(index=own + channel.start, factor=factorise(matrix, block)))
-        m = self.rows.shape[0]
-        inner = torch.eye(m, dtype=torch.float64, device=kept.device)
-        for group in _groups(self.parts):
-            half = torch.cat([self._half(part) for part in group])
-            inner += (half.T @ half).double()
-        self._inner = factorise(inner, block)
+        for channel in self.channels.channels:
+            matrix = channel.matrix()
+            matrix.diagonal().add_(damping)
+            own = kept[channel.start : channel.stop]
+            self.parts.append(_Factored(index=own, factor=factorise(matrix, block)))
+        inner = self._inner_matrix()
+        if precision != torch.float64 and float(inner.diagonal().amax()) > SINGLE_LIMIT:
+            self.precision = torch.float64
+            inner = self._inner_matrix()
+        self.inner = factorise(inner, block)
 
     def solve(self, right: Tensor) -> Tensor:
         """``H_KK^-1 right`` for `right` (s,) float64."""
-        first = self._by_channel(right)
-        image = torch.zeros(self.rows.shape[0], dtype=torch.float64, device=right.device)
-        start = 0
-        for part in self.parts:
-            stop = start + len(part.index)
-            image += self.rows.index_select(1, part.index).double() @ first[start:stop]
-            start = stop
-        dual = torch.cholesky_solve(image[:, None], self._inner)[:, 0]
-        back = [self.rows.index_select(1, part.index).double().T @ dual for part in self.parts]
-        return first - self._by_channel(torch.cat(back))
+        if self.whole is not None:
+            solved: Tensor = torch.cholesky_solve(right[:, None], self.whole)[:, 0]
+            return solved
+        solution, settled = self._refined(right)
+        if not settled and self.precision != torch.float64:
+            self.precision = torch.float64
+            self.inner = factorise(self._inner_matrix(), self.block)
+            solution, _ = self._refined(right)
+        return solution
 
     def inverse_diagonal(self) -> Tensor:
-        """``diag(H_KK^-1)``, (s,) float64; O(m^2 s)."""
-        identity = torch.eye(len(self._inner), dtype=torch.float64, device=self._inner.device)
-        inverse = torch.linalg.solve_triangular(self._inner, identity, upper=False).to(self.precision)
+        """``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s)."""
+        if self.whole is not None:
+            diagonal: Tensor = torch.cholesky_inverse(self.whole).diagonal()
+            return diagonal
+        identity = torch.eye(len(self.inner), dtype=torch.float64, device=self.inner.device)
+        inverse = torch.linalg.solve_triangular(self.inner, identity, upper=False).to(self.precision)
         diagonals = []
         for group in _groups(self.parts):
             own = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
-            spread = torch.cat([self._whole(part) for part in group])
+            spread = torch.cat([self._spread(part) for part in group])
             seen = (spread @ inverse.T).square_().sum(dim=1).double()
             diagonals.append((own - seen).maximum(torch.finfo(self.precision).eps * own))
         return torch.cat(diagonals)
+
+    def _dense(self) -> Tensor:
+        """``H_KK``, (s, s) float64."""
+        if self.block.rows is None:
+            assert self.block.hessian is not None
+            matrix = self.block.hessian.index_select(0, self.kept).index_select(1, self.kept).double()
+        else:
+            columns = self.block.rows.index_select(1, self.kept).double()
+            matrix = columns.T @ columns
+        matrix = matrix + self.channels.dense()
+        matrix.diagonal().add_(self.damping)
+        return matrix
+
+    def _inner_matrix(self) -> Tensor:
+        """``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
+        inner = torch.eye(self.rows.shape[0], dtype=torch.float64, device=self.kept.device)
+        for group in _groups(self.parts):
+            half = torch.cat([self._half(part) for part in group])
+            inner += (half.T @ half).double()
+        return inner
 
     def _half(self, part: _Factored) -> Tensor:
         """``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
         columns = self.rows.index_select(1, part.index).to(self.precision)
         return torch.linalg.solve_triangular(part.factor.to(self.precision), columns.T, upper=False)
 
-    def _whole(self, part: _Factored) -> Tensor:
+    def _spread(self, part: _Factored) -> Tensor:
         """``D_k^-1 R_k^T``, (k, m)."""
         upper = part.factor.to(self.precision).T
         return torch.linalg.solve_triangular(upper, self._half(part), upper=True)
+
+    def _apply_inverse(self, right: Tensor) -> Tensor:
+        """``H_KK^-1 right`` as far as the precision of M goes, by a fixed symmetric positive matrix."""
+        first = self._by_channel(right)
+        dual = torch.cholesky_solve(self._image(first)[:, None], self.inner)[:, 0]
+        return first - self._by_channel(self._back(dual))
+
+    def _refined(self, right: Tensor) -> tuple[Tensor, bool]:
+        """Conjugate gradients preconditioned by `_apply_inverse`, and whether they came to the goal."""
+        solution = self._apply_inverse(right)
+        goal = RESIDUAL**2 * float(right @ solution)
+        residual = right - self._product(solution)
+        towards = self._apply_inverse(residual)
+        direction, square = towards, float(residual @ towards)
+        for _ in range(REFINEMENTS):
+            if not square > goal:
+                break
+            curved = self._product(direction)
+            length = square / float(direction @ curved)
+            solution = solution + length * direction
+            residual = residual - length * curved
+            towards = self._apply_inverse(residual)
+            before, square = square, float(residual @ towards)
+            direction = towards + square / before * direction
+        return solution, 0.0 <= square <= goal
+
+    def _product(self, x: Tensor) -> Tensor:
+        """``H_KK x``, (s,) float64."""
+        return self._back(self._image(x)) + self.channels.product(x) + self.damping * x
+
+    def _image(self, x: Tensor) -> Tensor:
+        """``R_K x``, (m,) float64."""
+        scattered = x.new_zeros(self.block.n)
+        scattered[self.kept] = x
+        return image(self.rows, scattered)
+
+    def _back(self, y: Tensor) -> Tensor:
+        """``R_K^T y``, (s,) float64."""
+        return adjoint_image(self.rows, y)[self.kept]
 
     def _by_channel(self, right: Tensor) -> Tensor:
         """``D^-1 right``."""

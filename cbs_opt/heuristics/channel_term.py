@@ -13,18 +13,17 @@ Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored App
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cbs_opt.blocks import FisherBlock, Partition
+from cbs_opt.blocks import DENSE_LIMIT, FisherBlock, ParameterSpan, Partition
 from cbs_opt.heuristics.products import column_squares
 from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
-
-DENSE_LIMIT = 4_096
-"""Largest block whose whole Hessian is formed for a search that knows no channels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +46,11 @@ class Channel:
     scale: float
     index: Tensor | None = None
 
+    @property
+    def inputs(self) -> Tensor | slice:
+        """What takes the inputs of the weights out of a vector of all f."""
+        return slice(None) if self.index is None else self.index
+
     def matrix(self, part: Tensor | None = None) -> Tensor:
         """``scale * E[x x^T]``, (k, k) float64, of the weights at positions `part` (k,), or of all."""
         index = self.index if part is None else part if self.index is None else self.index[part]
@@ -55,8 +59,7 @@ class Channel:
 
     def diagonal(self) -> Tensor:
         """The diagonal of `matrix`."""
-        diagonal = self.moment.diagonal()
-        return self.scale * (diagonal if self.index is None else diagonal[self.index])
+        return self.scale * self.moment.diagonal()[self.inputs]
 
     def taken(self, part: Tensor, start: int) -> Channel:
         """The weights at positions `part`, at a new place."""
@@ -84,8 +87,9 @@ class ChannelTerm:
 
         Parameters
         ----------
-        moments : mapping of parameter name to (f, f) Tensor
-            See `cbs_opt.layer_inputs.input_moments`.
+        moments : mapping of parameter name to (f, f) or (groups, f, f) Tensor
+            See `cbs_opt.layer_inputs.input_moments`. A parameter without moments, or with moments
+            that are zero, gets a multiple of the identity.
         partition : Partition
         rows : (m, n) Tensor
             Of all its weights.
@@ -101,19 +105,24 @@ class ChannelTerm:
         if not weight > 0.0:
             raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
         squares = column_squares(rows)
-        channels = []
+        channels: list[Channel] = []
         for span in partition.parameters:
-            moment = moments[span.name].double()
-            size = moment.shape[0]
-            if moment.shape != (size, size) or (span.stop - span.start) != span.shape[0] * size:
-                found = f"shape {tuple(moment.shape)} for {span.name} of shape {span.shape}"
-                raise ShapeError("moments", found, "compute them for this network")
-            unit = float(moment.diagonal().mean())
-            for first in range(span.start, span.stop, size):
-                own = float(squares[first : first + size].mean())
-                scale = weight * own / unit if unit > 0.0 else 0.0
+            groups = _by_group(span, moments.get(span.name), squares)
+            size = groups[0].shape[0]
+            members = span.shape[0] // len(groups)
+            own = squares[span.start : span.stop].view(-1, size).mean(dim=1).tolist()
+            for number, mean in enumerate(own):
+                moment = groups[number // members]
+                first = span.start + number * size
+                scale = weight * mean / float(moment.diagonal().mean())
                 channels.append(Channel(start=first, stop=first + size, moment=moment, scale=scale))
         return cls(channels=tuple(channels))
+
+    def scaled(self, factor: float) -> ChannelTerm:
+        """The term times a number >= 0; moments are shared."""
+        return ChannelTerm(
+            channels=tuple(replace(channel, scale=factor * channel.scale) for channel in self.channels)
+        )
 
     @property
     def n(self) -> int:
@@ -124,25 +133,40 @@ class ChannelTerm:
         """The term of the weights ``start:stop``, whose indices count from `start`."""
         if (start, stop) == (0, self.n):
             return self
-        keep = torch.zeros(self.n, dtype=torch.bool)
+        keep = torch.zeros(self.n, dtype=torch.bool, device=self.channels[0].moment.device)
         keep[start:stop] = True
         return self.restricted(keep)
 
     def restricted(self, keep: Tensor) -> ChannelTerm:
         """The term of the weights where `keep` (n,) is True; moments are shared, not copied."""
-        channels = []
+        channels: list[Channel] = []
         start = 0
         for channel in self.channels:
             part = keep[channel.start : channel.stop].nonzero().squeeze(1)
-            if len(part):
+            if len(part) == channel.stop - channel.start:
+                channels.append(replace(channel, start=start, stop=start + len(part)))
+                start += len(part)
+            elif len(part):
                 channels.append(channel.taken(part, start))
                 start += len(part)
         return ChannelTerm(channels=tuple(channels))
 
     def product(self, x: Tensor) -> Tensor:
-        """The matrix times a float64 vector (n,)."""
-        parts = [channel.matrix() @ x[channel.start : channel.stop] for channel in self.channels]
-        return torch.cat(parts) if parts else x.new_zeros(0)
+        """The matrix times a float64 vector (n,): one product of matrices for all channels of a layer."""
+        result = torch.empty_like(x)
+        for run in self._runs():
+            spread = x.new_zeros(len(run), run[0].moment.shape[0])
+            for row, channel in zip(spread, run, strict=True):
+                row[channel.inputs] = channel.scale * x[channel.start : channel.stop]
+            spread = spread @ run[0].moment
+            for row, channel in zip(spread, run, strict=True):
+                result[channel.start : channel.stop] = row[channel.inputs]
+        return result
+
+    def _runs(self) -> Iterator[list[Channel]]:
+        """Neighbouring channels that share their moments."""
+        for _, run in itertools.groupby(self.channels, key=lambda channel: id(channel.moment)):
+            yield list(run)
 
     def diagonal(self) -> Tensor:
         """(n,) float64."""
@@ -154,6 +178,19 @@ class ChannelTerm:
         return torch.block_diag(*(channel.matrix() for channel in self.channels))
 
 
+def _by_group(span: ParameterSpan, moment: Tensor | None, squares: Tensor) -> list[Tensor]:
+    """The (f, f) moments of each group of output channels; the identity where nothing is known."""
+    size = math.prod(span.shape[1:])
+    if moment is None:
+        moment = torch.eye(size, dtype=torch.float64, device=squares.device)
+    found = list(moment.double().reshape(-1, *moment.shape[-2:]))
+    if any(group.shape != (size, size) for group in found) or span.shape[0] % len(found):
+        shape = f"shape {tuple(moment.shape)} for {span.name} of shape {span.shape}"
+        raise ShapeError("moments", shape, "compute them for this network")
+    identity = torch.eye(size, dtype=torch.float64, device=squares.device)
+    return [group if bool(group.diagonal().any()) else identity for group in found]
+
+
 def densified(block: FisherBlock, program: str) -> FisherBlock:
     """A small block with its channel term inside a dense Hessian.
 
@@ -163,7 +200,7 @@ def densified(block: FisherBlock, program: str) -> FisherBlock:
         If the block is larger than `DENSE_LIMIT`.
     """
     if block.n > DENSE_LIMIT:
-        found = f"a search of the {program} program on {block.n} weights with a layer-input term"
-        remedy = 'cut smaller blocks, or choose by method="obs" or "magnitude"'
+        found = f"this search of the {program} program on {block.n} weights with a layer-input term"
+        remedy = f'cut blocks of at most {DENSE_LIMIT}, or use method="greedy_obs", program="joint"'
         raise UnsupportedProblemError("partition", found, remedy)
     return replace(block, rows=None, hessian=block.dense_hessian(), channels=None, spectrum=None)

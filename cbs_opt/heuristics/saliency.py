@@ -55,7 +55,8 @@ def inverse_diagonal(block: FisherBlock) -> Tensor:
     """``diag(H^-1)``, (n,) float64."""
     if block.channels is not None:
         everything = torch.arange(block.n, device=block.weights.device)
-        return ChannelSystem(block, everything, block.damping).inverse_diagonal()
+        precision = torch.float64 if block.rows is None else block.rows.dtype
+        return ChannelSystem(block, everything, block.damping, precision).inverse_diagonal()
     if block.spectrum is not None:
         return block.spectrum.inverse_diagonal(block.damping)
     rows = block.rows

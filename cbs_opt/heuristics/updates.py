@@ -63,7 +63,7 @@ def cbs_updates(
     if block.channels is not None:
         right = right + block.channels.product(removed)[kept]
     updates = []
-    for step in _solve_kept(block, kept, right, pulled, dampings, gram):
+    for step in solve_kept(block, kept, right, dampings, pulled=pulled, gram=gram):
         new_weights = torch.zeros_like(weights)
         new_weights[kept] = weights[kept] + step
         updates.append(new_weights)
@@ -90,7 +90,7 @@ def independent_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     weights = block.weights.double()
     pull = torch.where(pruned, weights / inverse_diagonal(block), 0.0)
     everything = torch.arange(block.n, device=weights.device)
-    moved = weights - _solve_kept(block, everything, pull, None, [block.damping])[0]
+    moved = weights - solve_kept(block, everything, pull, [block.damping])[0]
     return torch.where(pruned, 0.0, moved)
 
 
@@ -101,19 +101,50 @@ def independent_updates(
     return [independent_update(replace(block, damping=damping), pruned) for damping in dampings]
 
 
-def _solve_kept(
+def solve_kept(
     block: FisherBlock,
     kept: Tensor,
     right: Tensor,
-    pulled: Tensor | None,
     dampings: Sequence[float],
+    *,
+    pulled: Tensor | None = None,
     gram: KeptGram | None = None,
 ) -> list[Tensor]:
-    """Solve ``H_KK x = right + R_K^T pulled`` in float64 for each damping, `pulled` of shape (m,)."""
+    """Solve ``H_KK x = right + R_K^T pulled`` for each damping in place of the block's own.
+
+    Parameters
+    ----------
+    block : FisherBlock
+        Its gradient is not looked at.
+    kept : (s,) int64 tensor
+        K in increasing order; of all weights, where none is pruned.
+    right : (s,) float64 tensor
+    dampings : sequence of float
+    pulled : (m,) float64 tensor, optional
+        A part of the right-hand side in the space of the rows, which loses nothing to cancellation.
+    gram : KeptGram, optional
+        Of the block's rows, where it is passed again; of no use with a channel term.
+
+    Returns
+    -------
+    list of (s,) float64 tensors
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If ``H_KK`` is singular.
+
+    Notes
+    -----
+    O(m s min(m, s)) for the first damping. Those that follow cost O(m^3 + m s), with a channel term as
+    much as the first.
+    """
     rows = block.rows
-    if block.channels is not None and rows is not None:
-        right = right if pulled is None else right + _back(rows, kept, pulled)
-        return [ChannelSystem(block, kept, damping).solve(right) for damping in dampings]
+    if block.channels is not None:
+        if rows is not None and pulled is not None:
+            right = right + _back(rows, kept, pulled)
+        precision = torch.float64 if rows is None else rows.dtype
+        return [ChannelSystem(block, kept, damping, precision).solve(right) for damping in dampings]
     if rows is not None and kept.numel() > rows.shape[0]:
         return _solve_woodbury(block, gram or KeptGram(rows), kept, right, pulled, dampings)
     if rows is not None:
@@ -137,7 +168,7 @@ def _solve_woodbury(
     pulled: Tensor | None,
     dampings: Sequence[float],
 ) -> list[Tensor]:
-    """`_solve_kept` through the m x m system.
+    """`solve_kept` through the m x m system.
 
     ``(damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping``, and applied to
     ``B^T z`` it is ``B^T (damping I + B B^T)^-1 z``, where nothing cancels however small the damping.
