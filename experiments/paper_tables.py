@@ -45,6 +45,7 @@ from experiments.ledger import Ledger, settings_key
 from experiments.networks import NETWORKS, Network, load_network
 from experiments.protocols import DETERMINISTIC, METHODS, prune_arguments
 from experiments.published import ACCURACY, DENSE, SOURCES
+from experiments.row_cache import RowCache
 from formulations.errors import CbsError
 
 DEFAULT_OUT = Path("runs/paper_tables")
@@ -93,14 +94,14 @@ class Bench:
         self.progress = progress
         spec = NETWORKS[network]
         self.data = load_dataset(spec.dataset, data_dir, mean=spec.mean, std=spec.std, verify=verify)
-        self._rows: tuple[dict[str, Any], cbs_opt.GradientRows] | None = None
+        self.rows = RowCache((self.data.train_x, self.data.train_y), progress=progress)
         self._dense: float | None = None
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Prune a fresh copy of the network and evaluate it on the test set."""
         network = load_network(self.network, self.data_dir, verify=self.verify)
         arguments = prune_arguments(self.network, cell.method, cell.sparsity, cell.seed)
-        rows = self._gradient_rows(network, arguments) if "curvature" in arguments else None
+        rows = self.rows.get(network, arguments) if "curvature" in arguments else None
         if rows is not None:
             arguments["curvature"] = rows
         began = time.perf_counter()
@@ -150,23 +151,6 @@ class Bench:
             network = load_network(self.network, self.data_dir, verify=self.verify)
             self._dense = 100.0 * (self._test(network).accuracy or 0.0)
         return self._dense
-
-    def _gradient_rows(self, network: Network, arguments: dict[str, Any]) -> cbs_opt.GradientRows:
-        """The rows that `arguments` ask for: those of the cell before, or new ones."""
-        names = ("curvature", "samples", "samples_per_row", "seed")
-        wanted = {name: arguments[name] for name in names}
-        if self._rows is None or self._rows[0] != wanted:
-            self._rows = None  # two sets of rows need not be in memory at once
-            rows = cbs_opt.gradient_rows(
-                network.model,
-                (self.data.train_x, self.data.train_y),
-                torch.nn.functional.cross_entropy,
-                cbs_opt.Partition.from_model(network.model, target=network.target, blocks="global"),
-                progress=self.progress,
-                **wanted,
-            )
-            self._rows = (wanted, rows)
-        return self._rows[1]
 
 
 def cells(

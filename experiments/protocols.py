@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,17 +11,31 @@ from formulations.errors import ArgumentError
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 CURVATURE: Mapping[str, Mapping[str, Any]] = {
     # Rows that average many samples serve both programs better than as many single samples.
-    "mlpnet": {"samples": 60_000, "samples_per_row": 30, "choice_samples": 20_000},
-    "resnet20": {"samples": 16_000, "samples_per_row": 16, "choice_samples": 1_000},
+    "mlpnet": {
+        "curvature": "empirical_fisher",
+        "samples": 60_000,
+        "samples_per_row": 30,
+        "choice_samples": 20_000,
+    },
+    # A sketched row carries the curvature of all its samples; the layer-input term what rows leave unseen.
+    "resnet20": {
+        "curvature": "sketched_fisher",
+        "samples": 16_000,
+        "samples_per_row": 32,
+        "layer_inputs": 1.0,
+        "choice_samples": 1_000,
+    },
 }
-DAMPING: Mapping[str, tuple[float, ...]] = {"mlpnet": (0.3, 1.0, 3.0, 10.0), "resnet20": (0.1,)}
+DAMPING: Mapping[str, tuple[float, ...]] = {"mlpnet": (0.3, 1.0, 3.0, 10.0), "resnet20": (0.01,)}
 """Grids of the update's damping in units of the mean diagonal of the Fisher matrix."""
 SELECTION_DAMPING: Mapping[str, float] = {"mlpnet": 0.0, "resnet20": 0.0}
 """Damping of the selection program, in the same units."""
-SWAPS: Mapping[str, tuple[int, ...]] = {"mlpnet": (100, 400, 1000), "resnet20": (0, 10, 100, 400)}
+SWAPS: Mapping[str, tuple[int, ...]] = {"mlpnet": (100, 400, 1000), "resnet20": (0, 100)}
 """Grids of the most swaps to make; the 1-swap optimum of a sample over-fits where rows are few."""
+DROP_FACTOR = 0.85
+"""Share of the kept weights that each drop of joint greedy OBS keeps, about."""
 
-METHODS = ("magnitude", "obd", "woodfisher", "update_only", "cbs_selection", "cbs")
+METHODS = ("magnitude", "obd", "woodfisher", "update_only", "cbs_selection", "cbs", "joint")
 DETERMINISTIC = ("magnitude",)
 """Methods that use no training data and no random numbers: one seed says it all."""
 
@@ -41,6 +56,7 @@ def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> di
         - "update_only": magnitude, then CBS-U.
         - "cbs_selection": swap search from magnitude, no update.
         - "cbs": swap search from magnitude, then CBS-U.
+        - "joint": greedy OBS on the joint program, then CBS-U in the same model.
     sparsity : float
     seed : int
         Chooses the training samples of the rows and of the choice.
@@ -52,7 +68,7 @@ def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> di
     """
     family = "mlpnet" if network.startswith("mlpnet") else "resnet20"
     common = {"sparsity": sparsity, "seed": seed, "program": "selection", "partition": "global"}
-    rows = {**CURVATURE[family], "curvature": "empirical_fisher", "relative_damping": True}
+    rows = {**CURVATURE[family], "relative_damping": True}
     swaps = [{"start": "magnitude", "max_swaps": count} for count in SWAPS[family]]
     update = {"update": True, "update_scale": STEP_LENGTHS, "damping": DAMPING[family]}
     recipes: dict[str, dict[str, Any]] = {
@@ -74,7 +90,19 @@ def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> di
             "selection_damping": SELECTION_DAMPING[family],
             "method_options": swaps,
         },
+        "joint": {
+            **rows,
+            **update,
+            "program": "joint",
+            "method": "greedy_obs",
+            "method_options": {"drops": drops(sparsity)},
+        },
     }
     if method not in recipes:
         raise ArgumentError("methods", f"{method!r}", f"choose among {', '.join(METHODS)}")
     return {**common, **recipes[method]}
+
+
+def drops(sparsity: float) -> int:
+    """Drops of joint greedy OBS: as many as keep about `DROP_FACTOR` of the weights each."""
+    return max(1, math.ceil(math.log(1.0 - sparsity) / math.log(DROP_FACTOR)))

@@ -78,7 +78,7 @@ def test_a_changed_setting_is_measured_again(data_dir: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(method: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"samples": 20, "samples_per_row": 2, "choice_samples": 10}
+    few = {"curvature": "empirical_fisher", "samples": 20, "samples_per_row": 2, "choice_samples": 10}
     monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": few})
     monkeypatch.setattr(protocols, "SWAPS", {"mlpnet": (0, 5)})
     wanted = command(data_dir, "--methods", method, "--sparsity", ".8", "--seeds", "1")

@@ -1,0 +1,63 @@
+"""Gradient rows kept from one cell of a table to the next that asks for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cbs_opt
+from cbs_opt.layer_inputs import with_layer_inputs
+from experiments.networks import Network
+
+SETTINGS = ("curvature", "samples", "samples_per_row", "seed")
+"""Arguments of `cbs_opt.prune` that decide the rows."""
+
+
+class RowCache:
+    """The last rows, and the last layer-input term, of one network on one set of training data.
+
+    Parameters
+    ----------
+    data : pair of Tensors (X, y)
+    progress : bool
+        Show a bar.
+    """
+
+    def __init__(self, data: tuple[Tensor, Tensor], *, progress: bool) -> None:
+        self.data = data
+        self.progress = progress
+        self._rows: tuple[dict[str, Any], cbs_opt.GradientRows] | None = None
+        self._term: tuple[float, cbs_opt.GradientRows] | None = None
+
+    def get(self, network: Network, arguments: Mapping[str, Any]) -> cbs_opt.GradientRows:
+        """What `prune` would compute for `arguments`: the same as the last time, or new.
+
+        Two sets of rows are never in memory at once.
+        """
+        wanted = {name: arguments[name] for name in SETTINGS}
+        wanted["gradient"] = bool(arguments.get("gradient_term"))
+        partition = cbs_opt.Partition.from_model(network.model, target=network.target, blocks="global")
+        if self._rows is None or self._rows[0] != wanted:
+            self._rows = self._term = None
+            rows = cbs_opt.gradient_rows(
+                network.model,
+                self.data,
+                torch.nn.functional.cross_entropy,
+                partition,
+                progress=self.progress,
+                **wanted,
+            )
+            self._rows = (wanted, rows)
+        weight = arguments.get("layer_inputs", 0.0)
+        if not weight:
+            return self._rows[1]
+        if self._term is None or self._term[0] != weight:
+            seed = arguments["seed"]
+            found = with_layer_inputs(
+                self._rows[1], network.model, self.data, partition, weight=weight, seed=seed
+            )
+            self._term = (weight, found)
+        return self._term[1]
