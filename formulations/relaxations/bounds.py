@@ -83,13 +83,15 @@ def lower_bound(
     limits = limits or Limits()
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
+    wanted = pool.objective - limits.rel_gap * max(abs(pool.objective), 1e-12)
+    stop = StopRule(limits, started, wanted)
     certificate: Certificate | None = None
     bound: float | None
     if 0 < problem.n_prune < problem.n:
         if relaxation in LINEAR_RELAXATIONS:
             certificate = relax_linear(problem, relaxation, limits, pool)
         else:
-            certificate = _relaxed(problem, pool, limits, started, incumbent, diagonal_split, fix)
+            certificate = _relaxed(problem, pool, stop, incumbent, diagonal_split, fix)
         bound = certificate.lower_bound(problem)
     else:
         # One set only: its value is the optimum.
@@ -103,9 +105,10 @@ def lower_bound(
         method="lower_bound",
         bound=bound,
         termination=Termination.OPTIMAL if proved else Termination.FEASIBLE,
+        limit=None if proved else stop.limit,
         rel_gap=limits.rel_gap if proved else None,
         certificate=certificate,
-        stats=SolveStats(seconds=time.perf_counter() - started),
+        stats=SolveStats(seconds=time.perf_counter() - started, iterations=stop.steps),
     )
 
 
@@ -124,8 +127,7 @@ def _check_relaxation(program: str, relaxation: str | None, fix: bool) -> None:
 def _relaxed(
     problem: BlockProblem,
     pool: IncumbentPool,
-    limits: Limits,
-    started: float,
+    stop: StopRule,
     incumbent: BlockSolution | None,
     diagonal_split: bool | None,
     fix: bool,
@@ -134,7 +136,6 @@ def _relaxed(
     split_here = problem.n <= SPLIT_LARGEST if diagonal_split is None else diagonal_split
     rounds = SPLIT_ROUNDS if split_here else 0
     certificate: RelaxationCertificate
-    stop = StopRule(limits, started, pool.objective - limits.rel_gap * max(abs(pool.objective), 1e-12))
     if problem.rows is not None and problem.damping > 0.0 and not rounds and problem.n > DENSE_LARGEST:
         certificate = _from_rows(problem, pool, stop, _earlier_point(problem, pool.program, incumbent))
     else:
@@ -146,7 +147,7 @@ def _relaxed(
         problem,
         pool,
         certificate,
-        rel_gap=limits.rel_gap,
+        rel_gap=stop.limits.rel_gap,
         split_rounds=0 if diagonal_split is False else SPLIT_ROUNDS,
         stopped=stop.out_of_time,
     )

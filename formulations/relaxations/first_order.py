@@ -15,9 +15,11 @@ import numpy as np
 
 from formulations.problem import FloatArray
 from formulations.relaxations.shifted_inverse import ShiftedInverse
-from formulations.solution import Limits
+from formulations.solution import Limit, Limits
 
-MAX_STEPS = {"admm": 200, "proximal_gradient": 2000}
+ADMM_STEPS = 200
+GRADIENT_STEPS = 4000
+"""Most steps of a run without an iteration limit."""
 OVER_RELAXATION = 1.7
 """Over-relaxation of ADMM, in (1, 2)."""
 CHECK_PERIOD = 5
@@ -26,8 +28,9 @@ SHARE_OF_GAP = 0.02
 """A period that closes less than this share of the gap to the cutoff is idle."""
 SHARE_OF_BOUND = 1e-6
 """Without a cutoff, the gain relative to the bound below which a period is idle."""
-IDLE_PERIODS = 2
-"""Idle periods in a row that end a run."""
+ADMM_PATIENCE = 2
+GRADIENT_PATIENCE = 30
+"""Idle periods in a row that end a run; bounds of accelerated steps rise in waves."""
 BALANCE_PERIOD = 10
 BALANCE_UNTIL = 60
 """Steps after which the penalty no longer follows the residuals, so that ADMM converges."""
@@ -89,26 +92,42 @@ class StopRule:
         `time.perf_counter` at the start of the solve.
     cutoff : float
         A bound that is good enough.
+
+    Attributes
+    ----------
+    steps : int
+        Steps made so far.
+    limit : Limit or None
+        The limit that was reached, if one was.
     """
 
     def __init__(self, limits: Limits, started: float, cutoff: float) -> None:
         self.limits = limits
         self.started = started
         self.cutoff = cutoff
+        self.steps = 0
+        self.limit: Limit | None = None
         self._checked = -math.inf
         self._idle = 0
 
     def out_of_time(self) -> bool:
         """Whether the time limit has passed."""
         limit = self.limits.time_limit
-        return limit is not None and time.perf_counter() - self.started >= limit
+        if limit is None or time.perf_counter() - self.started < limit:
+            return False
+        self.limit = Limit.TIME
+        return True
 
-    def reached(self, best: BestPoint, most: int) -> bool:
-        """Whether to stop at `best`; `most` steps if no limit is set."""
-        limit = self.limits.iteration_limit
-        if self.out_of_time() or best.steps >= (most if limit is None else limit):
+    def reached(self, best: BestPoint, most: int, patience: int) -> bool:
+        """Whether to stop at `best`: after `most` steps at the latest, or `patience` idle periods."""
+        self.steps = best.steps
+        if best.bound >= self.cutoff or self.out_of_time():
             return True
-        if best.bound >= self.cutoff:
+        limit = self.limits.iteration_limit
+        if limit is not None and best.steps >= limit:
+            self.limit = Limit.ITERATION
+            return True
+        if best.steps >= most:
             return True
         if best.steps % CHECK_PERIOD or not best.steps:
             return False
@@ -117,7 +136,7 @@ class StopRule:
             wanted = max(wanted, SHARE_OF_GAP * (self.cutoff - best.bound))
         self._idle = self._idle + 1 if best.bound - self._checked < wanted else 0
         self._checked = best.bound
-        return self._idle >= IDLE_PERIODS
+        return self._idle >= patience
 
 
 def q_product(relaxation: RowRelaxation, x: FloatArray) -> FloatArray:
@@ -148,7 +167,7 @@ def admm(relaxation: RowRelaxation, best: BestPoint, inverse: ShiftedInverse, st
     dual = np.zeros_like(shrunk)
     if shrunk.any():
         dual = (linear - best.product) / penalty
-    while not stop.reached(best, MAX_STEPS["admm"]):
+    while not stop.reached(best, ADMM_STEPS, ADMM_PATIENCE):
         best.steps += 1
         right = linear + penalty * (shrunk - dual)
         solved = inverse.solve(right, penalty)
@@ -178,7 +197,7 @@ def proximal_gradient(relaxation: RowRelaxation, best: BestPoint, stop: StopRule
     curvature = _largest_eigenvalue(relaxation, stop)
     shrunk = best.point.copy()
     ahead, momentum = shrunk.copy(), 1.0
-    while not stop.reached(best, MAX_STEPS["proximal_gradient"]):
+    while not stop.reached(best, GRADIENT_STEPS, GRADIENT_PATIENCE):
         best.steps += 1
         product = q_product(relaxation, ahead)
         best.offer(relaxation.bound(ahead, product), ahead, product)

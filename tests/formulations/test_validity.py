@@ -20,7 +20,7 @@ MANY = 5000
 
 
 def check(problem: BlockProblem, program: str, **options: object) -> None:
-    """Compare the bound, if there is one, with the exact optimum, and every fixed weight with the best set."""
+    """Compare a bound with the exact optimum, and every fixed weight with the best set."""
     try:
         solution = lower_bound(problem, program, **options)
     except NotPositiveDefiniteError:
