@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
-from cbs_opt.batches import Data, device_of, forward, iterate
+from cbs_opt.batches import Data, device_of, forward, iterate, positive_integer
 from cbs_opt.blocks import Partition
 from cbs_opt.curvature import GradientRows
 from cbs_opt.gradients import require_evaluation_mode
 from cbs_opt.heuristics.channel_term import ChannelTerm
 from cbs_opt.write_back import TrialNetwork
-from formulations.errors import NonFiniteError, UnsupportedProblemError
+from formulations.errors import NonFiniteError
 
 INPUT_SAMPLES = 1_000
 """Samples that second moments are taken over: every one brings as many inputs as there are positions."""
 BATCH_SIZE = 50
+PATCH_NUMBERS = 1 << 25
+"""Numbers in the patches of a convolution that are unfolded at once: 128 MiB."""
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+"""The layers whose inputs are looked at."""
 
 
 def with_layer_inputs(
@@ -73,7 +78,6 @@ def input_moments(
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
         Labels are not looked at.
     partition : Partition
-        Its parameters must be weights of `nn.Linear`, or of `nn.Conv2d` without groups.
     samples : int, default 1000
     seed : int, default 0
         Draws the samples of a pair of tensors.
@@ -82,30 +86,32 @@ def input_moments(
 
     Returns
     -------
-    dict of str to (f, f) Tensor
-        Float64, by parameter name; f is the fan-in, in the order of one output channel's weights.
+    dict of str to (f, f) Tensor, or (groups, f, f) for a convolution with groups
+        Float64, by parameter name; f is the fan-in, in the order of one output channel's weights. The
+        uses of tied weights are added up. Parameters are left out that belong to no `nn.Linear`,
+        `nn.Conv1d` or `nn.Conv2d`, and those of layers that the network does not call.
 
     Raises
     ------
-    UnsupportedProblemError
-        If a parameter belongs to another kind of layer.
+    TrainingModeError, DataLoaderError, BatchFormatError, EmptyDataError
+        As `gradient_rows`.
     NonFiniteError
         If a layer is fed NaN or infinity.
 
     Notes
     -----
-    One forward pass a sample and O(positions f^2) for every layer.
+    One forward pass a sample and O(positions f^2) for every layer; temporaries of 128 MiB at most, or
+    the patches of one sample.
     """
+    positive_integer("samples", samples)
     require_evaluation_mode(model)
-    modules = dict(model.named_modules())
-    layers = {span.name: _layer(span.name, modules) for span in partition.parameters}
     totals: dict[str, Tensor] = {}
     network = model if weights is None else TrialNetwork(model, partition, weights)
     batches = iterate(
         data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
     )
     seen = 0
-    with _recording(layers, totals), torch.no_grad():
+    with _recording(_layers(model, partition), totals), torch.no_grad():
         for batch in batches:
             forward(network, batch.inputs)
             seen += batch.size
@@ -116,47 +122,64 @@ def input_moments(
     return {name: total / seen for name, total in totals.items()}
 
 
-def _layer(name: str, modules: dict[str, nn.Module]) -> nn.Linear | nn.Conv2d:
-    owner, _, attribute = name.rpartition(".")
-    layer = modules[owner]
-    plain = isinstance(layer, nn.Linear) or (
-        isinstance(layer, nn.Conv2d)
-        and layer.groups == 1
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
-    if attribute != "weight" or not plain:
-        found = f"{name} of {type(layer).__name__}"
-        remedy = "leave the layer-input term out, or ignore what is no nn.Linear or plain nn.Conv2d"
-        raise UnsupportedProblemError("layer_inputs", found, remedy)
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return layer
+def _layers(model: nn.Module, partition: Partition) -> dict[Layer, str]:
+    """The layers that use a parameter of `partition`, with its name there."""
+    names = {alias: span.name for span in partition.parameters for alias in (span.name, *span.aliases)}
+    return {
+        module: names[f"{path}.weight" if path else "weight"]
+        for path, module in model.named_modules()
+        if isinstance(module, Layer) and (f"{path}.weight" if path else "weight") in names
+    }
 
 
 @contextmanager
-def _recording(layers: dict[str, nn.Linear | nn.Conv2d], totals: dict[str, Tensor]) -> Iterator[None]:
+def _recording(layers: Mapping[Layer, str], totals: dict[str, Tensor]) -> Iterator[None]:
     """Add up the second moments of what `layers` are fed while the body runs."""
 
-    def recorder(name: str) -> Any:
-        def record(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            x = _columns(layer, args[0])
-            moment = (x @ x.T).double()
+    def recorder(name: str) -> Callable[..., None]:
+        def record(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            moment = _moment(layer, x.detach())
             totals[name] = totals[name] + moment if name in totals else moment
 
         return record
 
-    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
+    handles: list[RemovableHandle] = []
     try:
+        for layer, name in layers.items():
+            handles.append(layer.register_forward_pre_hook(recorder(name), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _columns(layer: nn.Module, x: Tensor) -> Tensor:
-    """Inputs of a layer as columns, (f, positions of all samples)."""
-    if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return patches.transpose(0, 1).flatten(1)
-    return x.reshape(-1, x.shape[-1]).T
+def _moment(layer: Layer, x: Tensor) -> Tensor:
+    """``sum of x x^T`` over samples and positions, (f, f) or (groups, f, f) float64."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if isinstance(layer, nn.Linear):
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat.T @ flat).double()
+    fan_in = layer.weight[0].numel()
+    batched = x if x.ndim == len(layer.kernel_size) + 2 else x.unsqueeze(0)
+    total = torch.zeros(layer.groups, fan_in, fan_in, dtype=torch.float64, device=x.device)
+    patch_numbers = layer.groups * fan_in * batched[0, 0].numel()
+    for part in torch.split(batched, max(1, PATCH_NUMBERS // patch_numbers)):
+        patches = _patches(layer, part)
+        total += (patches @ patches.transpose(1, 2)).double()
+    return total[0] if layer.groups == 1 else total
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """Patches of batched inputs as columns, (groups, f, positions of all samples)."""
+    # What torch itself pads by, last dimension first, whether "same", zeros or another mode was asked for.
+    padding = layer._reversed_padding_repeated_twice
+    x = F.pad(x, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    sizes = layer.kernel_size, layer.dilation, layer.stride
+    if isinstance(layer, nn.Conv1d):
+        x = x.unsqueeze(-2)
+        sizes = (1, *sizes[0]), (1, *sizes[1]), (1, *sizes[2])
+    kernel, dilation, stride = sizes
+    patches = F.unfold(x, kernel, dilation, 0, stride)
+    grouped = patches.view(len(x), layer.groups, -1, patches.shape[-1])
+    return grouped.permute(1, 2, 0, 3).flatten(2)

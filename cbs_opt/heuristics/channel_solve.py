@@ -140,12 +140,14 @@ class ChannelSystem:
     def _half(self, part: _Factored) -> Tensor:
         """``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
         columns = self.rows.index_select(1, part.index).to(self.precision)
-        return torch.linalg.solve_triangular(part.factor.to(self.precision), columns.T, upper=False)
+        half: Tensor = torch.linalg.solve_triangular(part.factor.to(self.precision), columns.T, upper=False)
+        return half
 
     def _spread(self, part: _Factored) -> Tensor:
         """``D_k^-1 R_k^T``, (k, m)."""
         upper = part.factor.to(self.precision).T
-        return torch.linalg.solve_triangular(upper, self._half(part), upper=True)
+        spread: Tensor = torch.linalg.solve_triangular(upper, self._half(part), upper=True)
+        return spread
 
     def _apply_inverse(self, right: Tensor) -> Tensor:
         """``H_KK^-1 right`` as far as the precision of M goes, by a fixed symmetric positive matrix."""

@@ -175,7 +175,10 @@ class ChannelTerm:
 
     def dense(self) -> Tensor:
         """The matrix itself, (n, n) float64: for small blocks."""
-        return torch.block_diag(*(channel.matrix() for channel in self.channels))
+        matrix = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.channels[0].moment.device)
+        for channel in self.channels:
+            matrix[channel.start : channel.stop, channel.start : channel.stop] = channel.matrix()
+        return matrix
 
 
 def _by_group(span: ParameterSpan, moment: Tensor | None, squares: Tensor) -> list[Tensor]:
