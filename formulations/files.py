@@ -217,12 +217,13 @@ def _read_arrays(
 
 
 def _shape_and_dtype(name: str, description: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    if not isinstance(description, dict) or description.get("dtype") not in DTYPES:
+    kind = description.get("dtype") if isinstance(description, dict) else None
+    if not isinstance(kind, str) or kind not in DTYPES:
         raise _damaged(name, "an array of unknown type")
     shape = description.get("shape")
     if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
         raise _damaged(name, "an array of unknown shape")
-    return tuple(shape), DTYPES[description["dtype"]]
+    return tuple(shape), DTYPES[kind]
 
 
 def _read_array(

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.expansion import Plan
-from formulations.files import write_atomically
+from formulations.files import json_object, read_sealed, sealed_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +133,8 @@ def write_plan(folder: Path, name: str, description: str, plan: Plan) -> None:
         "left_out": list(plan.left_out),
         "runs": [run.describe() for run in plan.runs],
     }
-    text = json.dumps(content, indent=1) + "\n"
     if earlier != content:
-        write_atomically(folder / PLAN, text.encode())
+        write_atomically(folder / PLAN, sealed_json(content))
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -148,14 +147,14 @@ def read_plan(folder: Path) -> dict[str, Any]:
     """
     path = folder / PLAN
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = read_sealed(path.read_bytes())
     except FileNotFoundError:
         remedy = "name the folder that `cbs-opt study` was given with --out"
         raise StudyFolderError("folder", f"{folder} holds no study", remedy) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         remedy = "delete it and start the study again: the rows are kept"
         raise StudyFolderError("folder", f"{path} is damaged ({error})", remedy) from error
-    if not isinstance(plan, dict) or plan.get("version") != PLAN_VERSION:
+    if plan.get("version") != PLAN_VERSION:
         raise StudyFolderError("folder", f"{path} is of another version", "read it with the right release")
     return plan
 
@@ -235,8 +234,11 @@ def _parsed(line: bytes) -> Row | None:
     checksum, _, body = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(body):
         return None
-    row = json.loads(body)
-    return row if isinstance(row, dict) and "run" in row else None
+    try:
+        row = json_object(body)
+    except ValueError:
+        return None
+    return row if "run" in row else None
 
 
 def _flush_folder(folder: Path) -> None:
