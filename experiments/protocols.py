@@ -20,8 +20,8 @@ CURVATURE: Mapping[str, Mapping[str, Any]] = {
     # A sketched row carries the curvature of all its samples; the layer-input term what rows leave unseen.
     "resnet20": {
         "curvature": "sketched_fisher",
-        "samples": 16_000,
-        "samples_per_row": 32,
+        "samples": 8_000,
+        "samples_per_row": 16,
         "layer_inputs": 1.0,
         "choice_samples": 1_000,
     },
