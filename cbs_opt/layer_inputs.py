@@ -139,7 +139,9 @@ def _recording(layers: Mapping[Layer, str], totals: dict[str, Tensor]) -> Iterat
     def recorder(name: str) -> Callable[..., None]:
         def record(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            moment = _moment(layer, x.detach())
+            # Under autocast the sums of products would be rounded to half precision, which is too coarse.
+            with torch.autocast(x.device.type, enabled=False):
+                moment = _moment(layer, x.detach())
             totals[name] = totals[name] + moment if name in totals else moment
 
         return record

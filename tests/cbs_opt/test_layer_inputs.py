@@ -205,3 +205,24 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(NonFiniteError, match=r"inputs of 0\.weight"):
         moments_of(layer, x)
     assert not layer._forward_pre_hooks
+
+
+def test_autocast_does_not_round_the_sums() -> None:
+    """Inputs may come in half precision, but their moments must stay positive semidefinite."""
+
+    class Autocast(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output: Tensor = self.layer(x).float()
+            return output
+
+    x = inputs(40).bfloat16().float()
+    layer = nn.Linear(40, 3)
+    plain = moments_of(layer, x)
+    model = Autocast(layer).eval()
+    found = input_moments(model, (x, labels()), Partition.from_model(model), samples=SAMPLES)["layer.weight"]
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
