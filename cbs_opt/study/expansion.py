@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from cbs_opt.methods import find_method
+from cbs_opt.methods import Method, find_method
 from cbs_opt.study.config import MethodGroup, RunLimits, Study
 from cbs_opt.study.errors import FilterError, StudyConfigError
 from cbs_opt.study.instances import InstanceRecipe, recipes
@@ -34,6 +34,8 @@ class Run:
     n, n_prune, damping
         Of the block.
     program, method : str
+    kind : str
+        Of the method, as in `cbs_opt.methods.Method`.
     options : mapping
     seed : int
     limits : RunLimits
@@ -46,6 +48,7 @@ class Run:
     damping: float
     program: str
     method: str
+    kind: str = "search"
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     limits: RunLimits = field(default_factory=RunLimits)
@@ -85,6 +88,7 @@ class Run:
         return {
             "run": self.fingerprint,
             **self.identity,
+            "kind": self.kind,
             "n": self.n,
             "n_prune": self.n_prune,
             "damping": self.damping,
@@ -122,20 +126,22 @@ def expand(study: Study) -> Plan:
                 n_prune=problem.n_prune,
                 damping=problem.damping,
                 program=program,
-                method=method,
+                method=method.name,
+                kind=method.kind,
                 options=options,
                 seed=seed,
                 limits=limits,
             )
             if runs.setdefault(run.key, run).fingerprint != run.fingerprint:
-                raise StudyConfigError("methods", f"{method} is there twice, with other limits", "merge them")
+                found = f"{run.method} is there twice, with other limits"
+                raise StudyConfigError("methods", found, "merge them")
     if not runs:
         why = "; ".join(left_out)
         raise StudyConfigError("methods", f"nothing to run ({why})", "choose other solvers or formulations")
     return Plan(runs=tuple(runs.values()), left_out=tuple(left_out))
 
 
-Posed = tuple[str, str, dict[str, Any], int, RunLimits]
+Posed = tuple[str, Method, dict[str, Any], int, RunLimits]
 
 
 def _posed(study: Study) -> tuple[list[Posed], list[str]]:
@@ -149,7 +155,7 @@ def _posed(study: Study) -> tuple[list[Posed], list[str]]:
                     method = find_method(name, program)
                     for options in combinations(group.options, group.vary):
                         method.check_options(options, program)
-                        posed += [(program, name, options, seed, group.limits) for seed in group.seeds]
+                        posed += [(program, method, options, seed, group.limits) for seed in group.seeds]
                 except UnsupportedProblemError as error:
                     left_out.append(f"{name}: {error.found}, {error.remedy}")
                 except ArgumentError as error:

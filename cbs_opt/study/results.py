@@ -26,6 +26,7 @@ FIRST = (
     "damping",
     "program",
     "method",
+    "kind",
     "options",
     "seed",
     "status",

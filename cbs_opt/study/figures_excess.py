@@ -1,0 +1,195 @@
+"""Pictures of answers instead of times: excess over the optimum, and what an option changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import ArrayLike
+
+from cbs_opt.figure_style import GRID, INK, WIDTH, dress, marker, numbered_style, single
+from cbs_opt.study.effects import CONFIDENCE, Effect, bootstrap_mean
+from cbs_opt.study.figures import legend_below, styles
+from cbs_opt.study.statistics import HEURISTIC, with_excess
+from formulations.problem import FloatArray
+
+FLOOR = 1e-4
+"""Excesses up to this share are drawn on the axis: the usual gap of a proof does not tell them apart."""
+MOST_ROWS = 24
+MOST_LINES = 8
+
+
+def excess_figure(table: pd.DataFrame) -> Figure | None:
+    """Excess of each heuristic over the proved optimum: a mark a run, and the mean."""
+    rows = _heuristics(table)
+    if rows.empty:
+        return None
+    palette = styles(table)
+    means = rows.groupby("label", sort=False)["excess"].mean().sort_values(ascending=False)
+    labels = list(means.index[-MOST_ROWS:])
+    figure, axes = single(height=1.1 + 0.36 * len(labels))
+    for height, label in enumerate(labels):
+        values = rows.loc[rows["label"] == label, "excess"].to_numpy(float)
+        style = palette[label]
+        # Spread evenly in the order of the rows: nothing random in a picture.
+        spread = 0.26 * np.linspace(-1.0, 1.0, values.size) if values.size > 1 else np.zeros(1)
+        axes.plot(
+            _floored(values),
+            height + spread,
+            linestyle="none",
+            alpha=0.75,
+            **{**marker(style), "markersize": 4.5},
+        )
+        axes.plot([_floored(means[label])] * 2, [height - 0.38, height + 0.38], color=INK, linewidth=1.8)
+    axes.plot([], [], color=INK, linewidth=1.8, label="mean")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
+    axes.yaxis.grid(visible=False)
+    _excess_axis(axes, rows["excess"], along="x")
+    axes.set_xlabel("Objective over the proved optimum (%)")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, fontsize=8)
+    return figure
+
+
+def excess_against_figure(table: pd.DataFrame, column: str, title: str) -> Figure | None:
+    """Mean excess of each heuristic over `column`, with the interval over blocks; None for one value.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Rows of one program, with labels.
+    column : str
+        "n", "damping" or "sparsity".
+    title : str
+        Of the axis, with the unit.
+    """
+    rows = _heuristics(table)
+    places = sorted(rows[column].dropna().unique()) if not rows.empty else []
+    if len(places) < 2:
+        return None
+    palette = styles(table)
+    means = rows.groupby("label", sort=False)["excess"].mean().sort_values()
+    figure, axes = single(height=4.4)
+    labels = list(means.index[:MOST_LINES])
+    for number, label in enumerate(labels):
+        own = rows[rows["label"] == label]
+        intervals = {
+            place: bootstrap_mean(at["excess"].to_numpy(float), list(at["instance"]))
+            for place, at in own.groupby(column)
+        }
+        style = palette[label]
+        x = _beside(np.array(list(intervals), dtype=float), places, number - 0.5 * (len(labels) - 1))
+        y = _floored([interval.value for interval in intervals.values()])
+        low = _floored([interval.low for interval in intervals.values()])
+        high = _floored([interval.high for interval in intervals.values()])
+        axes.vlines(x, low, high, color=style.color, linewidth=1.0, alpha=0.8)
+        axes.plot(x, y, linestyle=style.line, linewidth=1.6, label=label, **marker(style))
+    if column != "sparsity":
+        axes.set_xscale("log", base=2 if column == "n" else 10)
+    if column == "n":
+        axes.xaxis.set_major_locator(FixedLocator([float(place) for place in places]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    _excess_axis(axes, rows["excess"], along="y")
+    axes.set_xlabel(title)
+    axes.set_ylabel("Mean excess over the optimum (%)")
+    legend_below(figure, axes)
+    return figure
+
+
+def effects_figure(found: Sequence[Effect]) -> Figure | None:
+    """Factor by which changing one option changes time and nodes (or objective), with intervals."""
+    if not found:
+        return None
+    keys = list(dict.fromkeys((e.method, e.option, e.base, e.value) for e in found))[:MOST_ROWS]
+    measures = list(dict.fromkeys(effect.measure for effect in found))
+    several = len({method for method, *_ in keys}) > 1
+    figure = Figure(figsize=(WIDTH * 1.2, 1.2 + 0.42 * len(keys)), layout="constrained")
+    axes = figure.subplots()
+    dress(axes)
+    for number, measure in enumerate(measures):
+        style = numbered_style(number)
+        shift = 0.22 * (number - (len(measures) - 1) / 2.0)
+        chosen = [e for e in found if e.measure == measure and (e.method, e.option, e.base, e.value) in keys]
+        heights = [keys.index((e.method, e.option, e.base, e.value)) + shift for e in chosen]
+        values = np.array([effect.ratio.value for effect in chosen])
+        lows = np.array([effect.ratio.low for effect in chosen])
+        highs = np.array([effect.ratio.high for effect in chosen])
+        points = {**marker(style), "markeredgecolor": style.color}
+        points["fillstyle"] = "full" if number == 0 else "none"
+        axes.errorbar(
+            values,
+            heights,
+            xerr=[values - lows, highs - values],
+            linestyle="none",
+            elinewidth=1.4,
+            ecolor=style.color,
+            label=measure,
+            **{
+                **marker(style),
+                "fillstyle": "full" if number == 0 else "none",
+                "markeredgecolor": style.color,
+            },
+        )
+    for height in range(len(keys) - 1):
+        axes.axhline(height + 0.5, color=GRID, linewidth=0.8)
+    names = [
+        (f"{method}: " if several else "") + f"{option}: {base} → {value}"
+        for method, option, base, value in keys
+    ]
+    axes.set_yticks(range(len(keys)), names)
+    axes.set_ylim(len(keys) - 0.5, -0.5)
+    axes.yaxis.grid(visible=False)
+    axes.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.set_xscale("log")
+    _ratio_ticks(axes, [v for e in found for v in (e.ratio.low, e.ratio.high)])
+    axes.set_xlabel(f"Factor, after over before (geometric mean, {CONFIDENCE:.0%} interval)")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(measures), frameon=False, fontsize=8)
+    return figure
+
+
+def _heuristics(table: pd.DataFrame) -> pd.DataFrame:
+    """Runs of heuristics on blocks whose optimum is proved."""
+    rows = with_excess(table)
+    return rows[rows["kind"].isin(HEURISTIC) & rows["excess"].notna()]
+
+
+def _beside(x: FloatArray, places: Sequence[float], number: float) -> FloatArray:
+    """Places moved a little, so that the intervals of several methods stand beside one another."""
+    share = 0.025 * number
+    if places[0] > 0.0 and places[-1] / places[0] > 4.0:
+        return np.asarray(x * (places[-1] / places[0]) ** (share / len(places)))
+    return np.asarray(x + share * (places[-1] - places[0]) / len(places))
+
+
+def _floored(values: ArrayLike) -> FloatArray:
+    return np.asarray(100.0 * np.maximum(np.asarray(values, dtype=np.float64), FLOOR))
+
+
+def _excess_axis(axes: Axes, values: pd.Series, *, along: str) -> None:
+    """Per cent on a log axis that ends where a proof no longer tells excesses apart."""
+    top = 100.0 * max(2.0 * float(values.max()), 100.0 * FLOOR)
+    floor = 100.0 * FLOOR
+    scale, limits = (axes.set_xscale, axes.set_xlim) if along == "x" else (axes.set_yscale, axes.set_ylim)
+    axis = axes.xaxis if along == "x" else axes.yaxis
+    scale("log")
+    limits(floor / 1.5, top)
+    axis.set_major_locator(LogLocator(base=10, numticks=9))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"≤ {value:g}" if value <= 1.01 * floor else f"{value:g}")
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _ratio_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade, over the whole range with some room."""
+    low, high = min(*values, 0.8), max(*values, 1.25)
+    axes.set_xlim(low / 1.2, high * 1.2)
+    subs = (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,117 @@
+"""What studies are summed up by: performance profiles, shifted geometric means, excess over optima."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from formulations.problem import FloatArray
+
+SHIFT_SECONDS = 0.1
+"""Added to times before the logarithm, so that milliseconds do not decide a mean."""
+SHIFT_NODES = 10.0
+HEURISTIC = ("saliency", "search")
+"""Kinds of methods that prove nothing."""
+
+
+def shifted_geometric_mean(values: Sequence[float] | FloatArray, shift: float) -> float:
+    """``exp(mean(log(values + shift))) - shift``; NaN of nothing.
+
+    Examples
+    --------
+    >>> round(shifted_geometric_mean([1.0, 4.0], 0.0), 6)
+    2.0
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        return float("nan")
+    return (
+        float(np.expm1(np.log1p(array / shift).mean()) * shift)
+        if shift > 0.0
+        else float(np.exp(np.log(array).mean()))
+    )
+
+
+def with_labels(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a column `label`: the method, and those options that are not as in its first row."""
+    labels = pd.Series(table["method"], index=table.index, dtype=object)
+    for method, rows in table.groupby("method", sort=False):
+        options = [json.loads(text) for text in rows["options"]]
+        for index, chosen in zip(rows.index, options, strict=True):
+            words = [
+                f"{name}={option_text(value)}"
+                for name, value in chosen.items()
+                if value != options[0].get(name)
+            ]
+            labels[index] = " ".join([str(method), *words])
+    return table.assign(label=labels)
+
+
+def option_text(value: object) -> str:
+    """An option's value as a person writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def charged_seconds(table: pd.DataFrame) -> pd.Series:
+    """Seconds of each run; the time limit where an exact method proved nothing, or nothing came."""
+    heuristic = table["kind"].isin(HEURISTIC) & table["objective"].notna()
+    counted = table["proved"] | heuristic
+    return table["seconds"].where(counted, table["time_limit"].astype(float))
+
+
+def performance_profile(table: pd.DataFrame) -> dict[str, FloatArray]:
+    """Ratios of Dolan and More (2002): time of each method over the best on the same block and seed.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Rows of one program, with labels; heuristics are left out.
+
+    Returns
+    -------
+    dict of str to (cases,) float64 array
+        Sorted ratios of each label, infinity where it proved nothing in its limit or failed. A case that
+        no method proved is infinite for all, and counts.
+    """
+    exact = table[~table["kind"].isin((*HEURISTIC, "bound"))]
+    if exact.empty:
+        return {}
+    times = exact.assign(cost=exact["seconds"].where(exact["proved"], np.inf))
+    wide = times.pivot_table(
+        index=["instance", "seed"], columns="label", values="cost", aggfunc="min", sort=False, dropna=False
+    )
+    wide = wide.reindex(columns=list(dict.fromkeys(exact["label"]))).fillna(np.inf)
+    best = wide.min(axis=1).to_numpy()
+    ratios = np.where(np.isfinite(wide.to_numpy()), wide.to_numpy() / best[:, None], np.inf)
+    return {str(label): np.sort(ratios[:, i]) for i, label in enumerate(wide.columns)}
+
+
+def optima(table: pd.DataFrame) -> pd.DataFrame:
+    """The proved optimum of each block, as far as the study has one.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index (instance, program); columns `optimum`, the smallest proved objective, and `tolerance`,
+        the relative gap that it was proved to.
+    """
+    proved = table[table["proved"]]
+    best = proved.sort_values("objective").groupby(["instance", "program"], sort=False).first()
+    return best[["objective", "gap"]].rename(columns={"objective": "optimum", "gap": "tolerance"})
+
+
+def with_excess(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `excess`: objective over the proved optimum, relative; NaN without a proof.
+
+    An objective within the tolerance of the proof, or below the optimum by less, has excess 0.
+    """
+    joined = table.join(optima(table), on=["instance", "program"])
+    scale = joined["optimum"].abs().clip(lower=1e-12)
+    excess = (joined["objective"] - joined["optimum"]) / scale
+    tolerance = joined["tolerance"].fillna(0.0).clip(lower=1e-9)
+    return joined.assign(excess=excess.where(excess > tolerance, 0.0).where(excess.notna()))
