@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cbs_opt.cli import blocks, contenders, demo, methods, prune, study, verification
+from cbs_opt.cli import blocks, contenders, demo, methods, prune, report, study, verification
 
 EPILOG = "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."
 
@@ -33,6 +33,7 @@ app.command("export", epilog=EPILOG)(blocks.export)
 app.command("solvers", epilog=EPILOG)(contenders.solvers)
 app.command("library", epilog=EPILOG)(blocks.library)
 app.command("study", epilog=EPILOG)(study.run)
+app.command("report", epilog=EPILOG)(report.run)
 
 
 def main() -> None:
