@@ -22,7 +22,8 @@ UPDATES = {True: "cbs", False: None, "cbs": "cbs", "independent": "independent",
 class PruneOptions:
     """What `prune` was asked for; see there for the meaning of each field.
 
-    `update` is "cbs", "independent" or None; `damping`, `update_scale` and `method_options` are grids.
+    `update` is "cbs", "independent" or None; `damping`, `update_scale`, `method_options` and
+    `layer_inputs` are grids, the last one None where the term is left to the curvature.
     """
 
     sparsity: float
@@ -47,7 +48,7 @@ class PruneOptions:
     certify: bool = False
     certify_time_limit: float | None = None
     seed: int = 0
-    layer_inputs: float = 0.0
+    layer_inputs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         checked_sparsity("sparsity", self.sparsity)
@@ -89,7 +90,7 @@ class PruneOptions:
         """How many pruned networks are tried."""
         steps = (self.update_scale,) if self.update is not None else ()
         same = self.update is None and self.selection_damping is not None
-        tried = (self.method_options, *steps, *(() if same else (self.damping,)))
+        tried = (self.method_options, self.layer_inputs or (0.0,), *steps, *(() if same else (self.damping,)))
         return self.restarts * math.prod(len(entries) for entries in tried)
 
     @property
@@ -104,6 +105,11 @@ class PruneOptions:
         """Whether gradient rows are needed at all."""
         by_choice = self.chosen_method.needs_curvature or self.scoring.needs_curvature
         return self.update is not None or self.certify or by_choice
+
+    @property
+    def layer_input_weight(self) -> float:
+        """The weight of the layer-input term where there is no grid, 0 without the term."""
+        return 0.0 if self.layer_inputs is None else self.layer_inputs[0]
 
     def limits(self, restart: int) -> Limits:
         """Limits and seed of one restart."""

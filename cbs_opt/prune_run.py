@@ -49,6 +49,7 @@ class Candidate:
     damping: float
     scale: float
     loss: float | None
+    layer_inputs: float = 0.0
 
     @property
     def rank(self) -> float:
@@ -86,7 +87,8 @@ class PruneRun:
         """Take the gradient rows, and the samples on which networks are compared."""
         options = self.options
         if data is None:
-            if (options.needs_curvature and self.curvature is None) or options.candidates > 1:
+            missing = self.curvature is None or self._lacks_term
+            if (options.needs_curvature and missing) or options.candidates > 1:
                 remedy = "pass training data, or use magnitude with update=False"
                 raise ArgumentError("data", f"None, but {options.method} needs it", remedy)
             return
@@ -104,15 +106,10 @@ class PruneRun:
                     seed=options.seed,
                     progress=self.progress,
                 )
-        if options.layer_inputs and self.curvature is not None and self.curvature.channels is None:
-            with self._phase("curvature"):
+        if self.curvature is not None and self._lacks_term:
+            with self._phase("layer inputs"):
                 self.curvature = with_layer_inputs(
-                    self.curvature,
-                    self.model,
-                    data,
-                    self.partition,
-                    weight=options.layer_inputs,
-                    seed=options.seed,
+                    self.curvature, self.model, data, self.partition, seed=options.seed
                 )
         batches = iterate(
             data,
@@ -127,27 +124,37 @@ class PruneRun:
         """Select and update for every restart, damping and step length; the lowest loss wins."""
         options = self.options
         unit = self._mean_diagonal() if options.relative_damping else 1.0
-        counts = self._counts(options.damping[0] * unit)
         best: Candidate | None = None
         silent = None if self.progress and options.candidates > 1 else True
         with tqdm(total=options.candidates, desc="networks", unit="network", disable=silent) as bar:
-            for candidate in self._candidates(counts, unit):
+            for candidate in self._candidates(unit):
                 if best is None or candidate.rank < best.rank:
                     best = candidate
                 bar.update()
         assert best is not None
         return best
 
-    def _candidates(self, counts: list[int], unit: float) -> Iterator[Candidate]:
+    @property
+    def _lacks_term(self) -> bool:
+        """Whether a layer-input term is wanted that the curvature does not bring."""
+        wanted = any(self.options.layer_inputs or ())
+        return wanted and (self.curvature is None or self.curvature.channels is None)
+
+    def _candidates(self, unit: float) -> Iterator[Candidate]:
         options = self.options
-        for restart, alternative in itertools.product(range(options.restarts), options.method_options):
-            if options.selection_damping is not None:
-                choices = self._select(counts, options.selection_damping * unit, restart, alternative)
-                yield from self._updated(choices, [damping * unit for damping in options.damping])
-            else:
+        own = None if self.curvature is None else self.curvature.channels
+        for weight in options.layer_inputs or (0.0 if own is None else own.weight,):
+            counts = self._counts(options.damping[0] * unit, weight)
+            for restart, alternative in itertools.product(range(options.restarts), options.method_options):
+                if options.selection_damping is not None:
+                    selecting = options.selection_damping * unit
+                    choices = self._select(counts, selecting, weight, restart, alternative)
+                    dampings = [damping * unit for damping in options.damping]
+                    yield from self._updated(choices, dampings, weight)
+                    continue
                 for damping in options.damping:
-                    choices = self._select(counts, damping * unit, restart, alternative)
-                    yield from self._updated(choices, [damping * unit])
+                    choices = self._select(counts, damping * unit, weight, restart, alternative)
+                    yield from self._updated(choices, [damping * unit], weight)
 
     def report(self, best: Candidate, data: Data | None) -> PruneReport:
         """Evaluate the chosen network without writing it, and put everything on record."""
@@ -187,6 +194,7 @@ class PruneRun:
             samples=0 if self.curvature is None else self.curvature.samples,
             rows=0 if self.curvature is None else self.curvature.rows.shape[0],
             damping=best.damping,
+            layer_inputs=best.layer_inputs,
             update_scale=best.scale if options.update is not None else None,
             seed=options.seed,
             masks={name: mask.cpu() for name, mask in keep.items()},
@@ -212,7 +220,7 @@ class PruneRun:
         with self._phase("certificates"):
             return certify_report(
                 report,
-                self._blocks(damping, gradient=options.gradient_term),
+                self._blocks(damping, best.layer_inputs, gradient=options.gradient_term),
                 [~choice.pruned for choice in best.choices],
                 proved=proved,
                 time_limit=options.certify_time_limit,
@@ -226,12 +234,13 @@ class PruneRun:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def _blocks(self, damping: float, *, gradient: bool) -> list[FisherBlock]:
+    def _blocks(self, damping: float, layer_inputs: float, *, gradient: bool) -> list[FisherBlock]:
         rows = (
             self.weights.new_zeros((0, self.partition.n)) if self.curvature is None else self.curvature.rows
         )
         slope = self.curvature.gradient if gradient and self.curvature is not None else None
-        term = None if self.curvature is None else self.curvature.channels
+        term = None if self.curvature is None or not layer_inputs else self.curvature.channels
+        term = None if term is None else term.scaled(layer_inputs / term.weight)
         return [
             FisherBlock(
                 name=span.name,
@@ -252,19 +261,24 @@ class PruneRun:
             raise ArgumentError("relative_damping", "True without curvature", "use False")
         return float(column_squares(self.curvature.rows).mean())
 
-    def _counts(self, damping: float) -> list[int]:
+    def _counts(self, damping: float, layer_inputs: float) -> list[int]:
         scores = None
         if self.options.budget != "uniform" and len(self.partition.blocks) > 1:
-            blocks = self._blocks(damping, gradient=True)
+            blocks = self._blocks(damping, layer_inputs, gradient=True)
             scores = torch.cat([self.options.scoring.score(block) for block in blocks])
         return allocate(self.partition, self.options.sparsity, budget=self.options.budget, scores=scores)
 
     def _select(
-        self, counts: list[int], damping: float, restart: int, alternative: Mapping[str, Any]
+        self,
+        counts: list[int],
+        damping: float,
+        layer_inputs: float,
+        restart: int,
+        alternative: Mapping[str, Any],
     ) -> list[Choice]:
         options = self.options
         scored = options.chosen_method.kind == "saliency"
-        blocks = self._blocks(damping, gradient=options.gradient_term or scored)
+        blocks = self._blocks(damping, layer_inputs, gradient=options.gradient_term or scored)
         if options.program == "selection" and not scored:
             blocks = [replace(block, channels=None) for block in blocks]
         with self._phase("selection"):
@@ -276,18 +290,20 @@ class PruneRun:
             )
         return choices
 
-    def _updated(self, choices: list[Choice], dampings: list[float]) -> Iterator[Candidate]:
+    def _updated(
+        self, choices: list[Choice], dampings: list[float], layer_inputs: float
+    ) -> Iterator[Candidate]:
         """The networks that one selection gives: one a damping and step length."""
         options = self.options
         pruned = torch.cat([choice.pruned for choice in choices])
         before = self.weights.double()
         if options.update is None:
             removed = torch.where(pruned, 0.0, self.weights)
-            yield self._candidate(choices, removed, ~pruned, dampings[0], 1.0)
+            yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs)
             return
         with self._phase("update"):
             update = UPDATERS[options.update]
-            blocks = self._blocks(dampings[0], gradient=options.gradient_term)
+            blocks = self._blocks(dampings[0], layer_inputs, gradient=options.gradient_term)
             found = [
                 update(block, choice.pruned, dampings, self._gram(block))
                 for block, choice in zip(blocks, choices, strict=True)
@@ -296,7 +312,7 @@ class PruneRun:
             target = torch.cat(pieces)
             for scale in options.update_scale:
                 moved = torch.where(pruned, 0.0, before + scale * (target - before))
-                yield self._candidate(choices, moved, ~pruned, damping, scale)
+                yield self._candidate(choices, moved, damping, scale, layer_inputs)
 
     def _gram(self, block: FisherBlock) -> KeptGram | None:
         """The Gram matrix that tried networks share, where there are few enough blocks to keep them."""
@@ -307,21 +323,29 @@ class PruneRun:
         return self.grams[block.name]
 
     def _candidate(
-        self, choices: list[Choice], weights: Tensor, keep: Tensor, damping: float, scale: float
+        self, choices: list[Choice], weights: Tensor, damping: float, scale: float, layer_inputs: float
     ) -> Candidate:
         loss = None
         if self.options.candidates > 1:
             with self._phase("choice"):
                 evaluation = self._loss(TrialNetwork(self.model, self.partition, weights))
                 loss = None if evaluation is None else evaluation.loss
-        return Candidate(choices=choices, weights=weights, keep=keep, damping=damping, scale=scale, loss=loss)
+        return Candidate(
+            choices=choices,
+            weights=weights,
+            keep=~torch.cat([choice.pruned for choice in choices]),
+            damping=damping,
+            scale=scale,
+            loss=loss,
+            layer_inputs=layer_inputs,
+        )
 
     def _loss(self, network: nn.Module) -> Evaluation | None:
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
 
     def _summaries(self, best: Candidate) -> tuple[BlockSummary, ...]:
         summaries = []
-        blocks = self._blocks(best.damping, gradient=self.options.gradient_term)
+        blocks = self._blocks(best.damping, best.layer_inputs, gradient=self.options.gradient_term)
         for block, choice in zip(blocks, best.choices, strict=True):
             before = block.weights.double()
             selection = updated = None
@@ -351,14 +375,6 @@ class PruneRun:
             LayerSummary.from_weights(name, before[name].cpu(), after[name].cpu(), mask.cpu())
             for name, mask in keep.items()
         )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cbs-opt": version("cbs-opt"),
-    }
 
 
 def _peak_memory() -> int:

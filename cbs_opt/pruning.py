@@ -38,7 +38,7 @@ def prune(
     relative_damping: bool = False,
     selection_damping: float | None = None,
     gradient_term: bool | None = None,
-    layer_inputs: float = 0.0,
+    layer_inputs: float | Sequence[float] | None = None,
     partition: BlockRule = "global",
     budget: Budget = "global",
     budget_score: str | None = None,
@@ -106,12 +106,13 @@ def prune(
     gradient_term : bool, optional
         Keep the gradient in the model of the loss. By default not for one stage, because at a trained
         minimum it is mostly sampling noise, and always for several.
-    layer_inputs : float, default 0
-        Weight of the layer-input term: a block-diagonal part of the Hessian, one block an output
-        channel, made of the second moments of what its layer is fed and scaled to this many times the
-        mean diagonal of the rows there. It has full rank, where the rows leave most directions
-        unseen. For `nn.Linear` and plain `nn.Conv2d`. Saliencies, joint greedy OBS and the update
-        use it; the swap search of the selection program goes by the rows.
+    layer_inputs : float or sequence of float, optional
+        Weight of the layer-input term, or a grid to choose from by training loss: a block-diagonal part
+        of the Hessian, one block an output channel, made of the second moments of what its layer is fed
+        and scaled to this many times the mean diagonal of the rows there. It has full rank, where the
+        rows leave most directions unseen. By default the term that `curvature` brings, if any; 0 is
+        without. Certificates and dense methods take it in blocks of up to 4 096 weights; the swap
+        search of the selection program goes by the rows. See `cbs_opt.layer_inputs`.
     partition : {"global", "layer", "row"} or int, default "global"
         How weights form blocks; weights of different blocks do not interact in the model.
     budget : {"global", "uniform"} or mapping of parameter glob to sparsity, default "global"
@@ -220,7 +221,7 @@ def prune(
         certify=certify,
         certify_time_limit=certify_time_limit,
         seed=seed,
-        layer_inputs=grid("layer_inputs", layer_inputs, positive=False)[0],
+        layer_inputs=None if layer_inputs is None else grid("layer_inputs", layer_inputs, positive=False),
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
     given = None if isinstance(curvature, str) else curvature

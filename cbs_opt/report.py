@@ -179,6 +179,8 @@ class PruneReport:
         Samples read for the curvature, and gradient rows made of them.
     damping : float
         Added to the diagonal of the Fisher matrix.
+    layer_inputs : float
+        Weight of the layer-input term; 0 without one.
     update_scale : float, optional
         Step length of the update; None without one.
     seed : int
@@ -216,6 +218,7 @@ class PruneReport:
     samples: int = 0
     rows: int = 0
     damping: float = 0.0
+    layer_inputs: float = 0.0
     update_scale: float | None = None
     seed: int = 0
     masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

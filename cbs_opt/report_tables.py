@@ -224,6 +224,7 @@ def settings_table(report: PruneReport) -> Table:
         "samples": report.samples,
         "rows": report.rows,
         "damping": report.damping,
+        "layer_inputs": report.layer_inputs,
         "partition": report.partition,
         "budget": report.budget,
         "requested_sparsity": report.requested_sparsity,

@@ -97,10 +97,11 @@ def markdown(report: PruneReport) -> str:
 
 def summary_lines(report: PruneReport) -> list[str]:
     """A few lines for a terminal."""
+    inputs = f", layer inputs {report.layer_inputs:g}" if report.layer_inputs else ""
     lines = [
         f"{report.label}: {report.n_prune} of {report.n} weights pruned, sparsity {report.sparsity:.4f}",
-        f"  {report.curvature}, {report.rows} rows of {report.samples} samples, damping {report.damping:g}; "
-        f"partition {report.partition} ({len(report.blocks)} blocks)",
+        f"  {report.curvature}, {report.rows} rows of {report.samples} samples, damping {report.damping:g}"
+        f"{inputs}; partition {report.partition} ({len(report.blocks)} blocks)",
     ]
     lines += [f"  {line}" for line in loss_lines(report)]
     for title, before, after in (

@@ -82,6 +82,9 @@ def check_stageable(options: PruneOptions, plan: StageOptions, *, given_rows: bo
     if options.update == "independent":
         remedy = "use update=True or False"
         raise ArgumentError("update", "'independent' for a run in stages", remedy)
+    if options.layer_inputs is not None and len(options.layer_inputs) > 1:
+        remedy = "pass one number"
+        raise ArgumentError("layer_inputs", f"{options.layer_inputs} for a run in stages", remedy)
     if options.certify:
         remedy = "use one stage: a bound holds for the model of one stage only"
         raise ArgumentError("certify", "True for a run in stages", remedy)

@@ -30,7 +30,7 @@ class RowCache:
         self.data = data
         self.progress = progress
         self._rows: tuple[dict[str, Any], cbs_opt.GradientRows] | None = None
-        self._term: tuple[float, cbs_opt.GradientRows] | None = None
+        self._term: cbs_opt.GradientRows | None = None
 
     def get(self, network: Network, arguments: Mapping[str, Any]) -> cbs_opt.GradientRows:
         """What `prune` would compute for `arguments`: the same as the last time, or new.
@@ -51,13 +51,10 @@ class RowCache:
                 **wanted,
             )
             self._rows = (wanted, rows)
-        weight = arguments.get("layer_inputs", 0.0)
-        if not weight:
+        if not arguments.get("layer_inputs"):
             return self._rows[1]
-        if self._term is None or self._term[0] != weight:
+        if self._term is None:
             seed = arguments["seed"]
-            found = with_layer_inputs(
-                self._rows[1], network.model, self.data, partition, weight=weight, seed=seed
-            )
-            self._term = (weight, found)
-        return self._term[1]
+            # Of weight 1, which `prune` scales.
+            self._term = with_layer_inputs(self._rows[1], network.model, self.data, partition, seed=seed)
+        return self._term

@@ -57,6 +57,13 @@ Damping = Annotated[
 RelativeDamping = Annotated[
     bool, typer.Option("--relative-damping", help="Damping in units of the mean Fisher diagonal.")
 ]
+LayerInputs = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Weight of the layer-input term of the curvature, none by default. Repeatable: the best by "
+        "training loss."
+    ),
+]
 Restarts = Annotated[int, typer.Option(help="Runs of a randomised method; the best by training loss.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds for each run of the method.")]
 Certify = Annotated[
@@ -107,6 +114,7 @@ def run(
     samples_per_row: SamplesPerRow = 1,
     damping: Damping = None,
     relative_damping: RelativeDamping = False,
+    layer_inputs: LayerInputs = None,
     partition: Partition = "global",
     budget: Budget = None,
     target: Target = None,
@@ -150,6 +158,7 @@ def run(
                 samples_per_row=samples_per_row,
                 damping=damping or 1e-3,
                 relative_damping=relative_damping,
+                layer_inputs=layer_inputs or None,
                 partition=int(partition) if partition.isdecimal() else partition,
                 budget=parse_budget(budget or ["global"]),
                 target=target or None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -62,7 +63,9 @@ class Channel:
         return self.scale * self.moment.diagonal()[self.inputs]
 
     def taken(self, part: Tensor, start: int) -> Channel:
-        """The weights at positions `part`, at a new place."""
+        """The weights at positions `part` in increasing order, at a new place."""
+        if len(part) == self.stop - self.start:
+            return replace(self, start=start, stop=start + len(part))
         index = part if self.index is None else self.index[part]
         return replace(self, start=start, stop=start + len(part), index=index)
 
@@ -75,9 +78,12 @@ class ChannelTerm:
     ----------
     channels : tuple of Channel
         Tile ``0:n`` in order.
+    weight : float, default 1
+        Mean diagonal in units of that of the rows it was matched with.
     """
 
     channels: tuple[Channel, ...]
+    weight: float = 1.0
 
     @classmethod
     def matched(
@@ -116,12 +122,13 @@ class ChannelTerm:
                 first = span.start + number * size
                 scale = weight * mean / float(moment.diagonal().mean())
                 channels.append(Channel(start=first, stop=first + size, moment=moment, scale=scale))
-        return cls(channels=tuple(channels))
+        return cls(channels=tuple(channels), weight=weight)
 
     def scaled(self, factor: float) -> ChannelTerm:
         """The term times a number >= 0; moments are shared."""
         return ChannelTerm(
-            channels=tuple(replace(channel, scale=factor * channel.scale) for channel in self.channels)
+            channels=tuple(replace(channel, scale=factor * channel.scale) for channel in self.channels),
+            weight=factor * self.weight,
         )
 
     @property
@@ -133,9 +140,15 @@ class ChannelTerm:
         """The term of the weights ``start:stop``, whose indices count from `start`."""
         if (start, stop) == (0, self.n):
             return self
-        keep = torch.zeros(self.n, dtype=torch.bool, device=self.channels[0].moment.device)
-        keep[start:stop] = True
-        return self.restricted(keep)
+        first = bisect_right(self.channels, start, key=lambda channel: channel.start) - 1
+        last = bisect_left(self.channels, stop, key=lambda channel: channel.start)
+        channels = []
+        for channel in self.channels[first:last]:
+            own = torch.arange(
+                max(start, channel.start), min(stop, channel.stop), device=channel.moment.device
+            )
+            channels.append(channel.taken(own - channel.start, int(own[0]) - start))
+        return ChannelTerm(channels=tuple(channels), weight=self.weight)
 
     def restricted(self, keep: Tensor) -> ChannelTerm:
         """The term of the weights where `keep` (n,) is True; moments are shared, not copied."""
@@ -143,13 +156,10 @@ class ChannelTerm:
         start = 0
         for channel in self.channels:
             part = keep[channel.start : channel.stop].nonzero().squeeze(1)
-            if len(part) == channel.stop - channel.start:
-                channels.append(replace(channel, start=start, stop=start + len(part)))
-                start += len(part)
-            elif len(part):
+            if len(part):
                 channels.append(channel.taken(part, start))
                 start += len(part)
-        return ChannelTerm(channels=tuple(channels))
+        return ChannelTerm(channels=tuple(channels), weight=self.weight)
 
     def product(self, x: Tensor) -> Tensor:
         """The matrix times a float64 vector (n,): one product of matrices for all channels of a layer."""

@@ -187,7 +187,8 @@ def test_prune_takes_the_term() -> None:
     before = cbs.prune(plain, data(), **common)
     after = cbs.prune(term, data(), layer_inputs=1.0, **common)
     assert after.n_prune == before.n_prune
-    assert after.settings["layer_inputs"] == 1.0
+    assert after.settings["layer_inputs"] == (1.0,)
+    assert after.layer_inputs == 1.0
     assert not torch.equal(plain[3].weight, term[3].weight)
     assert after.predicted_loss_increase > 0.0
 
