@@ -67,3 +67,7 @@ class PeerError(ArgumentError):
 
 class RunMismatchError(ArgumentError):
     """A directory holds the stages of another run."""
+
+
+class NetworkChangedError(ArgumentError):
+    """The network was changed by something else while it was being pruned."""
