@@ -19,10 +19,9 @@ from formulations.relaxations.linear import LINEAR_RELAXATIONS, relax_linear
 from formulations.relaxations.matrix_free import GRAM_LARGEST, JointRows, SelectionRows, solve_rows
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate, round_joint
 from formulations.relaxations.split_relaxation import relax_with_split
-from formulations.relaxations.tightening import SPLIT_LARGEST, tightened
+from formulations.relaxations.tightening import SPLIT_LARGEST, SPLIT_ROUNDS, tightened
 from formulations.solution import BlockSolution, Certificate, Limits, SolveStats, Termination
 
-SPLIT_ROUNDS = 40
 DENSE_LARGEST = 2000
 """Largest block for which ``H`` is formed although rows are given."""
 OWN_RELAXATION = {"joint": "perspective", "selection": "capped_simplex"}
@@ -51,8 +50,8 @@ def lower_bound(
     program : {"selection", "joint"}
     limits : Limits, optional
         `rel_gap` decides when the bound proves the incumbent optimal and ends the search for a better
-        one; `time_limit` and `iteration_limit` (steps of ADMM) stop the matrix-free solver, whose bound
-        is valid at any step.
+        one; `time_limit`, looked at between steps, and `iteration_limit` (steps of the matrix-free
+        solver) end it early, with a bound that is valid at any step.
     incumbent : BlockSolution, optional
         The result is never worse; its value also tells the relaxation when to stop, and the point of
         its certificate is where a matrix-free solve starts.
@@ -139,7 +138,7 @@ def _relaxed(
     if problem.rows is not None and problem.damping > 0.0 and not rounds and problem.n > DENSE_LARGEST:
         certificate = _from_rows(problem, pool, stop, _earlier_point(problem, pool.program, incumbent))
     else:
-        certificate, keep = relax_with_split(problem, pool.program, pool.objective, rounds)
+        certificate, keep = relax_with_split(problem, pool.program, pool.objective, rounds, stop.out_of_time)
         pool.offer(keep)
     if not fix:
         return certificate
@@ -148,7 +147,7 @@ def _relaxed(
         pool,
         certificate,
         rel_gap=stop.limits.rel_gap,
-        split_rounds=0 if diagonal_split is False else SPLIT_ROUNDS,
+        improve_split=diagonal_split is not False,
         stopped=stop.out_of_time,
     )
 

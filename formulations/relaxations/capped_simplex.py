@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from formulations.relaxations.capped_simplex_kernels import (
 )
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
-from formulations.relaxations.diagonal_split import barrier_step, interior_split
+from formulations.relaxations.diagonal_split import barrier_step, interior_split, never
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,6 +102,7 @@ def relax_selection(
     *,
     cutoff: float = math.inf,
     split_rounds: int = 0,
+    stopped: Callable[[], bool] = never,
 ) -> tuple[float, FloatArray, FloatArray]:
     """Solve the relaxation of a dense selection form, improving the shift by barrier steps.
 
@@ -115,6 +117,8 @@ def relax_selection(
         Stop once the bound, in form units, reaches it.
     split_rounds : int
         Barrier steps at most.
+    stopped : callable
+        Asked between steps whether the time is over.
 
     Returns
     -------
@@ -137,7 +141,7 @@ def relax_selection(
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start.copy(), current.copy()
-        if bound >= cutoff or stalled >= 8:
+        if bound >= cutoff or stalled >= 8 or stopped():
             break
         gap = cutoff - bound if cutoff < math.inf else 0.2 * 0.8**attempt * abs(bound)
         if attempt == 0:

@@ -7,6 +7,7 @@ s-support norm; the dual bound holds for every point ``u`` and costs one product
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from formulations.dense_forms import DenseForm, error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
-from formulations.relaxations.diagonal_split import barrier_step, interior_split
+from formulations.relaxations.diagonal_split import barrier_step, interior_split, never
 from formulations.relaxations.perspective_kernels import solve_perspective, split_slopes
 
 SPLIT_MARGIN = 1e-9
@@ -101,6 +102,7 @@ def relax_joint(
     *,
     cutoff: float = math.inf,
     split_rounds: int = 0,
+    stopped: Callable[[], bool] = never,
 ) -> tuple[float, FloatArray, FloatArray, FloatArray]:
     """Solve the relaxation of a dense joint form, improving the split by barrier steps.
 
@@ -115,6 +117,8 @@ def relax_joint(
         Stop once the bound, in form units, reaches it.
     split_rounds : int
         Barrier steps at most.
+    stopped : callable
+        Asked between steps whether the time is over.
 
     Returns
     -------
@@ -137,7 +141,7 @@ def relax_joint(
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start, residual, current.copy()
-        if bound >= cutoff or stalled >= 8:
+        if bound >= cutoff or stalled >= 8 or stopped():
             break
         # The gap is unknown without a cutoff; the barrier weight then shrinks with the rounds.
         gap = cutoff - bound if cutoff < math.inf else 0.2 * 0.8**attempt * abs(bound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from formulations.dense_forms import DenseForm, joint_form, selection_form
 from formulations.problem import BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
+from formulations.relaxations.diagonal_split import never
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.perspective import (
     SPLIT_MARGIN,
@@ -20,7 +22,11 @@ from formulations.relaxations.perspective import (
 
 
 def relax_with_split(
-    problem: BlockProblem, program: str, cutoff: float, split_rounds: int
+    problem: BlockProblem,
+    program: str,
+    cutoff: float,
+    split_rounds: int,
+    stopped: Callable[[], bool] = never,
 ) -> tuple[PerspectiveCertificate | CappedSimplexCertificate, BoolArray]:
     """Certificate of the relaxation and the kept set that it rounds to.
 
@@ -33,6 +39,8 @@ def relax_with_split(
         A bound that is good enough, in units of the loss.
     split_rounds : int
         Barrier steps on the split; O(n^3) each.
+    stopped : callable
+        Asked between steps whether the time is over.
 
     Raises
     ------
@@ -48,6 +56,7 @@ def relax_with_split(
             joint_split(problem, form),
             cutoff=cutoff / form.scale,
             split_rounds=split_rounds,
+            stopped=stopped,
         )
         keep = round_joint(residual, problem.n_keep)
         return joint_certificate(problem, form, point, split, root), keep
@@ -58,6 +67,7 @@ def relax_with_split(
         selection_shift(problem, form),
         cutoff=cutoff / form.scale,
         split_rounds=split_rounds,
+        stopped=stopped,
     )
     return selection_certificate(problem, form, point, shift), round_selection(point, problem.n_prune)
 

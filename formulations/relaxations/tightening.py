@@ -20,6 +20,8 @@ from formulations.relaxations.reduced_block import ReducedBlock, reduced_block
 from formulations.relaxations.split_relaxation import relax_with_split
 
 ROUNDS = 5
+SPLIT_ROUNDS = 40
+"""Barrier steps on the diagonal split of one block at most."""
 SPLIT_LARGEST = 600
 """Largest block whose diagonal split is optimised by default: a barrier step costs O(n^3)."""
 KEPT_LARGEST = 4000
@@ -36,7 +38,7 @@ def tightened(
     certificate: RelaxationCertificate,
     *,
     rel_gap: float,
-    split_rounds: int,
+    improve_split: bool,
     stopped: Callable[[], bool],
 ) -> RelaxationCertificate:
     """The certificate with its fixings, or a better one that rests on them.
@@ -49,8 +51,8 @@ def tightened(
     certificate : RelaxationCertificate
     rel_gap : float
         Gap at which no further round is made.
-    split_rounds : int
-        Barrier steps in a reduced block.
+    improve_split : bool
+        Whether to optimise the split of reduced blocks.
     stopped : callable
         Whether the time is over.
 
@@ -68,7 +70,7 @@ def tightened(
         if fixing is None or closed or stopped() or left > (1.0 - LEAST_SHARE_FIXED) * free:
             break
         free = left
-        candidate = _relaxed_again(problem, pool, certificate, fixing, split_rounds)
+        candidate = _relaxed_again(problem, pool, certificate, fixing, improve_split, stopped)
         value = -math.inf if candidate is None else candidate.lower_bound(problem)
         if candidate is None or value <= bound:
             break
@@ -93,7 +95,8 @@ def _relaxed_again(
     pool: IncumbentPool,
     basis: RelaxationCertificate,
     fixing: Fixing,
-    split_rounds: int,
+    improve_split: bool,
+    stopped: Callable[[], bool],
 ) -> RelaxationCertificate | None:
     """A certificate on the weights left free, or None where that cannot help or costs too much."""
     free = int(fixing.free.sum())
@@ -109,7 +112,8 @@ def _relaxed_again(
             point = split = np.zeros(free)
         else:
             cutoff = pool.objective - reduced.offset
-            inner, keep = relax_with_split(reduced.problem, pool.program, cutoff, split_rounds)
+            rounds = SPLIT_ROUNDS if improve_split else 0
+            inner, keep = relax_with_split(reduced.problem, pool.program, cutoff, rounds, stopped)
             pool.offer(reduced.lifted(keep))
             point, split = inner.point, _split_of(inner)
     except NotPositiveDefiniteError:
