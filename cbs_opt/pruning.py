@@ -12,6 +12,7 @@ from cbs_opt.batches import Data, LossFunction
 from cbs_opt.blocks import BlockRule, Globs, Partition
 from cbs_opt.budget import Budget
 from cbs_opt.curvature import MEMORY_LIMIT, GradientRows
+from cbs_opt.network_watch import unchanged
 from cbs_opt.prune_options import PruneOptions, alternatives, checked_score, grid, update_kind
 from cbs_opt.prune_run import PruneRun
 from cbs_opt.report import PruneReport
@@ -151,8 +152,8 @@ def prune(
     gradient_samples : int, optional
         Training samples of every gradient; by default as many as the rows of a stage are made of.
     on_stage : callable, optional
-        Called with a `StageResult` after every stage: its network can be evaluated or copied, so that
-        one run serves a whole table of sparsities.
+        Called with a `StageResult` after every stage, and first for those found in `run_dir`: its
+        network can be evaluated or copied, so that one run serves a whole table of sparsities.
     run_dir : path, optional
         Keep the state after every stage there. The same call on the same directory goes on where the
         last one was stopped, and ends with the same weights, bit for bit (on the same number of
@@ -231,10 +232,11 @@ def prune(
     else:
         check_stageable(options, plan, given_rows=given is not None)
         run = StagedRun(model, parts, options, loss_fn, plan, progress, run_dir=run_dir, on_stage=on_stage)
-    run.read_training_data(data, memory_limit)
-    best = run.best_candidate()
-    report = run.report(best, evaluate)
-    if certify:
-        report = run.certified(report, best, block_dir)
+    with unchanged(model, parts):
+        run.read_training_data(data, memory_limit)
+        best = run.best_candidate()
+        report = run.report(best, evaluate)
+        if certify:
+            report = run.certified(report, best, block_dir)
     write_back(model, parts, best.weights)
     return report
