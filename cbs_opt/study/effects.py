@@ -103,7 +103,8 @@ def _pairs(
     keyed = rows.assign(rest=rest, mine=mine).set_index(keys)
     before, after = keyed[keyed["mine"] == base], keyed[keyed["mine"] == value]
     columns = ["charged", "nodes", "objective", "kind"]
-    return before[columns].join(after[columns], how="inner", lsuffix="_0", rsuffix="_1").reset_index()
+    both = before[columns].merge(after[columns], left_index=True, right_index=True, suffixes=("_0", "_1"))
+    return both.reset_index()
 
 
 def _measured(method: str, name: str, base: str, value: str, pairs: pd.DataFrame) -> list[Effect]:

@@ -86,8 +86,10 @@ def performance_profile(table: pd.DataFrame) -> dict[str, FloatArray]:
         index=["instance", "seed"], columns="label", values="cost", aggfunc="min", sort=False, dropna=False
     )
     wide = wide.reindex(columns=list(dict.fromkeys(exact["label"]))).fillna(np.inf)
-    best = wide.min(axis=1).to_numpy()
-    ratios = np.where(np.isfinite(wide.to_numpy()), wide.to_numpy() / best[:, None], np.inf)
+    costs = wide.to_numpy(np.float64)
+    best = np.broadcast_to(costs.min(axis=1, keepdims=True), costs.shape)
+    ratios = np.full(costs.shape, np.inf)
+    np.divide(costs, best, out=ratios, where=np.isfinite(costs))
     return {str(label): np.sort(ratios[:, i]) for i, label in enumerate(wide.columns)}
 
 
