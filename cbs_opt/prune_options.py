@@ -12,6 +12,8 @@ from cbs_opt.blocks import BlockRule, checked_rule
 from cbs_opt.budget import Budget, checked_sparsity
 from cbs_opt.methods import Method, available_methods, find_method
 from cbs_opt.selection import Selector, by_solver
+from cbs_opt.spread_selection import by_workers
+from cbs_opt.workers import Workers
 from formulations.errors import ArgumentError, UnknownMethodError
 from formulations.solution import Limits
 
@@ -23,7 +25,8 @@ class PruneOptions:
     """What `prune` was asked for; see there for the meaning of each field.
 
     `update` is "cbs", "independent" or None; `damping`, `update_scale`, `method_options` and
-    `layer_inputs` are grids, the last one None where the term is left to the curvature.
+    `layer_inputs` are grids, the last one None where the term is left to the curvature. `executor` is
+    no setting: where blocks are solved decides nothing.
     """
 
     sparsity: float
@@ -49,6 +52,7 @@ class PruneOptions:
     certify_time_limit: float | None = None
     seed: int = 0
     layer_inputs: tuple[float, ...] | None = None
+    executor: Workers | None = None
 
     def __post_init__(self) -> None:
         checked_sparsity("sparsity", self.sparsity)
@@ -69,6 +73,10 @@ class PruneOptions:
             raise ArgumentError(
                 "restarts", f"{self.restarts} for {self.method}", "it has no random choice: use 1"
             )
+        if self.executor is not None and self.chosen_method.selector(self.program) is not None:
+            found = f"given for {self.method} on program {self.program!r}, which takes all blocks at once"
+            remedy = "leave it out, or use a method that takes one block at a time, such as branch_and_bound"
+            raise ArgumentError("executor", found, remedy)
 
     @property
     def chosen_method(self) -> Method:
@@ -83,6 +91,8 @@ class PruneOptions:
         if selector is not None:
             return selector
         assert method.solver is not None
+        if self.executor is not None:
+            return by_workers(method.solver, method.name, self.program, self.executor)
         return by_solver(method.solver, method.name, self.program)
 
     @property
@@ -117,7 +127,7 @@ class PruneOptions:
 
     def settings(self) -> dict[str, Any]:
         """Plain values for the report."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "executor"}
 
 
 def checked_seconds(name: str, value: float | None) -> float | None:

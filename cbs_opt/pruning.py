@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from cbs_opt.report import PruneReport
 from cbs_opt.schedules import Schedule
 from cbs_opt.stage_options import check_one_stage, check_stageable, stage_options
 from cbs_opt.stages import OnStage, StagedRun
+from cbs_opt.workers import Workers, lasting
 from cbs_opt.write_back import write_back
 
 
@@ -58,6 +60,7 @@ def prune(
     gradient_samples: int | None = None,
     on_stage: OnStage | None = None,
     run_dir: str | os.PathLike[str] | None = None,
+    executor: Workers | Executor | Callable[[], Executor] | int | None = None,
     certify: bool = False,
     certify_time_limit: float | None = None,
     block_dir: str | os.PathLike[str] | None = None,
@@ -158,6 +161,10 @@ def prune(
         Keep the state after every stage there. The same call on the same directory goes on where the
         last one was stopped, and ends with the same weights, bit for bit (on the same number of
         threads; a loader must give the same samples again, see `StagedRun`).
+    executor : Executor, int, callable or Workers, optional
+        Where the blocks are solved, for methods that take one block at a time (such as
+        "branch_and_bound" with ``partition="row"``); see `cbs_opt.workers.Workers`. The result does
+        not depend on it, as long as no time limit is met.
     certify : bool, default False
         Bound the optimum of `program` in every block from below, in float64 on the CPU, block after
         block, and report how far above it the chosen set can be at most. The sum over blocks bounds
@@ -197,6 +204,7 @@ def prune(
         final_updates=final_updates,
         gradient_samples=gradient_samples,
     )
+    workers, ended = lasting(executor)
     options = PruneOptions(
         sparsity=sparsity,
         program=program,
@@ -223,6 +231,7 @@ def prune(
         certify_time_limit=certify_time_limit,
         seed=seed,
         layer_inputs=None if layer_inputs is None else grid("layer_inputs", layer_inputs, positive=False),
+        executor=workers,
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
     given = None if isinstance(curvature, str) else curvature
@@ -232,7 +241,7 @@ def prune(
     else:
         check_stageable(options, plan, given_rows=given is not None)
         run = StagedRun(model, parts, options, loss_fn, plan, progress, run_dir=run_dir, on_stage=on_stage)
-    with unchanged(model, parts):
+    with ended, unchanged(model, parts):
         run.read_training_data(data, memory_limit)
         best = run.best_candidate()
         report = run.report(best, evaluate)

@@ -158,19 +158,29 @@ def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> 
     ) -> list[Choice]:
         choices = []
         for block, count in zip(blocks, counts, strict=True):
-            if block.n > DENSE_BLOCK:
-                found = f"block {block.name!r} of {block.n} weights for {name} on program {program!r}"
-                remedy = f'cut blocks of at most {DENSE_BLOCK}: partition="row" or a block size'
-                raise UnsupportedProblemError("partition", found, remedy)
+            require_dense(block, name, program)
             solution = solver(block.to_problem(count), program, limits=limits, **options)
-            if solution.keep is None:
-                found = f"{name} on block {block.name!r}: {solution.termination.value}"
-                remedy = f"raise its limits or use another method ({solution.stats.message})"
-                raise ArgumentError("method", found, remedy)
-            choices.append(choice_of_solution(block, solution))
+            choices.append(choice_of_solution(block, checked_solution(block, solution, name)))
         return choices
 
     return select
+
+
+def require_dense(block: FisherBlock, name: str, program: str) -> None:
+    """Raise `UnsupportedProblemError` if a block is too large for a dense method."""
+    if block.n > DENSE_BLOCK:
+        found = f"block {block.name!r} of {block.n} weights for {name} on program {program!r}"
+        remedy = f'cut blocks of at most {DENSE_BLOCK}: partition="row" or a block size'
+        raise UnsupportedProblemError("partition", found, remedy)
+
+
+def checked_solution(block: FisherBlock, solution: BlockSolution, name: str) -> BlockSolution:
+    """Return a solution that has a set, else raise `ArgumentError` with the reason."""
+    if solution.keep is None:
+        found = f"{name} on block {block.name!r}: {solution.termination.value}"
+        remedy = f"raise its limits or use another method ({solution.stats.message})"
+        raise ArgumentError("method", found, remedy)
+    return solution
 
 
 def choice_of_solution(block: FisherBlock, solution: BlockSolution) -> Choice:

@@ -8,7 +8,8 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 from joblib.externals import loky
@@ -77,6 +78,50 @@ class Inline(Executor):
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
+
+
+class Processes(Executor):
+    """A number of processes that start with the first call, and again after they broke.
+
+    As a context manager it ends them: at once if an exception leaves the context.
+    """
+
+    def __init__(self, count: int, threads: int = 1) -> None:
+        self._max_workers = count
+        self._threads = threads
+        self._running: Executor | None = None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if self._running is None:
+            self._running = _processes(self._max_workers, self._threads)
+        try:
+            return self._running.submit(fn, *args, **kwargs)
+        except BrokenExecutor:
+            log.warning("a pool of %d processes broke and is replaced", self._max_workers)
+            _end(self._running, kill=True)
+            self._running = _processes(self._max_workers, self._threads)
+            return self._running.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._running is not None:
+            _end(self._running, kill=cancel_futures)
+            self._running = None
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.shutdown(cancel_futures=kind is not None)
+
+
+def lasting(
+    executor: Workers | Executor | Callable[[], Executor] | int | None,
+) -> tuple[Workers | None, AbstractContextManager[object]]:
+    """Workers for many calls, and the context after which what was started for them is gone."""
+    if executor is None:
+        return None, nullcontext()
+    workers = executor if isinstance(executor, Workers) else Workers(executor=executor)
+    if not isinstance(workers.executor, int):
+        return workers, nullcontext()
+    processes = Processes(workers.executor)
+    return replace(workers, executor=processes), processes
 
 
 class Pool:
