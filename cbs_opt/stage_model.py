@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import BlockSpan, FisherBlock, Partition
+from cbs_opt.heuristics.channel_term import ChannelTerm
 from cbs_opt.heuristics.products import KeptGram, column_squares, step_loss
 from cbs_opt.heuristics.spectrum import RowSpectrum
-from cbs_opt.heuristics.updates import cbs_updates
+from cbs_opt.heuristics.updates import cbs_update, cbs_updates
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,8 +25,15 @@ class _Piece:
     gram: KeptGram
 
 
+IDENTITY_SHARE = 0.01
+"""Of the damping that the identity keeps where a channel term takes its place."""
+
+
 class StageModel:
-    """``loss(w + d) = loss(w) + g.d + 1/2 d.(R^T R + damping I) d`` over the weights not pruned so far.
+    """``loss(w + d) = loss(w) + g.d + 1/2 d.(R^T R + damping M) d`` over the weights not pruned so far.
+
+    The metric M of the trust region is the identity or, with a channel term C, ``C / unit + .01 I``:
+    long steps then are cheap where the layers are fed little, and not where rows are blind.
 
     Vectors of kept weights have length ``n_kept``; blocks without any are left out.
 
@@ -36,12 +44,17 @@ class StageModel:
         True where a weight is still there.
     rows : (m, n_kept) tensor
         Gradient rows of the kept weights.
+    channels : ChannelTerm, optional
+        Of the kept weights.
     """
 
-    def __init__(self, partition: Partition, keep: Tensor, rows: Tensor) -> None:
+    def __init__(
+        self, partition: Partition, keep: Tensor, rows: Tensor, channels: ChannelTerm | None = None
+    ) -> None:
         self.partition = partition
         self.keep = keep
         self.rows = rows
+        self.channels = channels
         self._diagonal = column_squares(rows)
         self._spectra: dict[str, RowSpectrum] = {}
         self._pieces: list[_Piece] = []
@@ -65,10 +78,16 @@ class StageModel:
 
     def restricted(self, keep: Tensor) -> StageModel:
         """The model of fewer weights, `keep` (n,) within the own one."""
-        return StageModel(self.partition, keep, self.rows[:, keep[self.keep]])
+        kept = keep[self.keep]
+        channels = None if self.channels is None else self.channels.restricted(kept)
+        return StageModel(self.partition, keep, self.rows[:, kept], channels)
 
     def blocks(self, weights: Tensor, gradient: Tensor | None, damping: float) -> list[FisherBlock]:
         """One block a span of `spans`, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
+        channels = None
+        if self.channels is not None and damping > 0.0:
+            channels = self.channels.scaled(damping / self.unit)
+            damping *= IDENTITY_SHARE
         return [
             FisherBlock(
                 name=piece.span.name,
@@ -78,6 +97,7 @@ class StageModel:
                 rows=self.rows[:, piece.start : piece.stop],
                 gradient=None if gradient is None else gradient[piece.start : piece.stop],
                 damping=damping,
+                channels=None if channels is None else channels.within(piece.start, piece.stop),
             )
             for piece in self._pieces
         ]
@@ -96,7 +116,7 @@ class StageModel:
             pruned = torch.zeros_like(weights, dtype=torch.bool)
             minimum = self.updates(weights, gradient, pruned, [damping])[0]
         blocks = self.blocks(minimum, None, damping)
-        if not factorised:
+        if not factorised or self.channels is not None:
             return blocks
         return [
             replace(block, spectrum=self._spectrum(piece))
@@ -107,11 +127,21 @@ class StageModel:
         self, weights: Tensor, gradient: Tensor | None, pruned: Tensor, dampings: Sequence[float]
     ) -> list[Tensor]:
         """CBS-U of the kept weights for a `pruned` set of them, (n_kept,) float64 each."""
+        if self.channels is not None:
+            return [self._update(weights, gradient, pruned, damping) for damping in dampings]
         pieces = [
             cbs_updates(block, pruned[piece.start : piece.stop], dampings, piece.gram)
             for block, piece in zip(self.blocks(weights, gradient, 0.0), self._pieces, strict=True)
         ]
         return [torch.cat(found) for found in zip(*pieces, strict=True)]
+
+    def _update(self, weights: Tensor, gradient: Tensor | None, pruned: Tensor, damping: float) -> Tensor:
+        """One update, where every damping has a metric to be factored."""
+        found = [
+            cbs_update(block, pruned[block.start : block.stop])
+            for block in self.blocks(weights, gradient, damping)
+        ]
+        return torch.cat(found)
 
     def predicted_change(self, weights: Tensor, gradient: Tensor | None, moved: Tensor) -> float:
         """What the model, without damping, says of going from `weights` to `moved` (both (n_kept,))."""

@@ -85,6 +85,11 @@ def check_stageable(options: PruneOptions, plan: StageOptions, *, given_rows: bo
     if options.layer_inputs is not None and len(options.layer_inputs) > 1:
         remedy = "pass one number"
         raise ArgumentError("layer_inputs", f"{options.layer_inputs} for a run in stages", remedy)
+    if options.layer_inputs is not None and len(options.layer_inputs) > 1:
+        remedy = "name one: in stages the damping scales the term, and is chosen by training loss"
+        raise ArgumentError(
+            "layer_inputs", f"{len(options.layer_inputs)} weights for a run in stages", remedy
+        )
     if options.certify:
         remedy = "use one stage: a bound holds for the model of one stage only"
         raise ArgumentError("certify", "True for a run in stages", remedy)

@@ -66,8 +66,9 @@ class StageState:
     weights : (n,) float64 Tensor
     keep : (n,) bool Tensor
         True = kept.
-    damping : float or None
-        Centre of the next grid, in the units of the run's options; None before the first step.
+    damping, update_damping : float or None
+        Centres of the next grids, for steps that prune and for updates alone, in the units of the
+        run's options; None before the first step.
     passes : int
         Times that the data were read.
     samples : int
@@ -79,6 +80,7 @@ class StageState:
     weights: Tensor
     keep: Tensor
     damping: float | None = None
+    update_damping: float | None = None
     passes: int = 0
     samples: int = 0
     records: tuple[StageRecord, ...] = ()
@@ -98,8 +100,8 @@ class StageResult:
     network : nn.Module
         The network as it is now, to evaluate or to copy; valid during the call. The caller's own is
         untouched until the end of the run.
-    keep : dict of str to Tensor
-        Boolean masks (True = kept) by parameter name.
+    weights, keep : dict of str to Tensor
+        Weights and boolean masks (True = kept) by parameter name.
     records : tuple of StageRecord
         The steps of this stage.
     """
@@ -108,5 +110,6 @@ class StageResult:
     stages: int
     sparsity: float
     network: nn.Module
+    weights: dict[str, Tensor]
     keep: dict[str, Tensor]
     records: tuple[StageRecord, ...]

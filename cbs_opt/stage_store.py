@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -112,6 +112,7 @@ class StageStore:
             "version": VERSION,
             "stages": state.stages,
             "damping": state.damping,
+            "update_damping": state.update_damping,
             "passes": state.passes,
             "samples": state.samples,
             "records": [plain(asdict(record)) for record in state.records],
@@ -119,12 +120,12 @@ class StageStore:
         arrays = {"weights": state.weights.cpu().numpy(), "keep": state.keep.cpu().numpy()}
         write_container(self._path(state.stages), header, arrays)
 
-    def latest(self) -> StageState | None:
-        """The state after the last stage on disk; None if there is none."""
-        done = 0
-        while self._path(done + 1).exists():
-            done += 1
-        return self.read(done) if done else None
+    def states(self) -> Iterator[StageState]:
+        """The states on disk, from the first stage on, as far as there is no gap."""
+        stages = 1
+        while self._path(stages).exists():
+            yield self.read(stages)
+            stages += 1
 
     def read(self, stages: int) -> StageState:
         """The state after that many stages.
@@ -140,6 +141,7 @@ class StageStore:
             weights=self._tensor(arrays["weights"]),
             keep=self._tensor(arrays["keep"]),
             damping=header["damping"],
+            update_damping=header["update_damping"],
             passes=header["passes"],
             samples=header["samples"],
             records=tuple(_record(entry) for entry in header["records"]),

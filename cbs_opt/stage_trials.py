@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,23 @@ def _pruned(
     return torch.cat([choice.pruned for choice in choices])
 
 
-def rank(loss: float) -> float:
-    """What the choice goes by: the training loss, where NaN is worse than anything."""
-    return math.inf if math.isnan(loss) else loss
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verdict:
+    """The proposal of lowest training loss, and the losses of all in increasing order."""
+
+    best: Proposal
+    losses: list[float]
+
+
+def judged(proposals: Iterable[Proposal], loss: Callable[[Proposal], float]) -> Verdict:
+    """Evaluate every proposal; of equals the first wins, and NaN is worse than anything."""
+    losses: list[float] = []
+    best: Proposal | None = None
+    for proposal in proposals:
+        value = loss(proposal)
+        value = math.inf if math.isnan(value) else value
+        if best is None or value < min(losses):
+            best = proposal
+        losses.append(value)
+    assert best is not None
+    return Verdict(best=best, losses=sorted(losses))

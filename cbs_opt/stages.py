@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cbs_opt.batches import Data, LossFunction, device_of, evaluate, iterate
 from cbs_opt.blocks import Partition
 from cbs_opt.curvature import gradient_rows, mean_gradient
+from cbs_opt.layer_inputs import with_layer_inputs
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.prune_run import Candidate, PruneRun, Sample
 from cbs_opt.report import PruneReport
@@ -25,9 +26,9 @@ from cbs_opt.stage_model import StageModel
 from cbs_opt.stage_options import StageOptions
 from cbs_opt.stage_record import StageRecord, StageResult, StageState
 from cbs_opt.stage_store import PathLike, StageStore, fingerprint
-from cbs_opt.stage_trials import Expansion, Proposal, rank, selections, updates
+from cbs_opt.stage_trials import Expansion, Proposal, judged, selections, updates
 from cbs_opt.trust_region import DampingSearch
-from cbs_opt.write_back import TrialNetwork
+from cbs_opt.write_back import TrialNetwork, as_parameters
 from formulations.errors import ArgumentError
 
 PATIENCE = 2
@@ -48,7 +49,7 @@ class StagedRun(PruneRun):
     run_dir : path, optional
         Where the state after every stage is kept; a run that is there already is gone on with.
     on_stage : callable, optional
-        Called with a `StageResult` after every stage.
+        Called with a `StageResult` after every stage, and first for those that are on disk.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class StagedRun(PruneRun):
     def best_candidate(self) -> Candidate:
         """Do the stages that are still to do; what they end with."""
         store = self._store()
-        if store is not None:
-            self.state = store.latest() or self.state
         total = len(self.plan.updates)
+        for state in () if store is None else store.states():
+            self.state = state
+            self._announce(total)
         silent = None if self.progress else True
         with tqdm(total=total, initial=self.state.stages, desc="stages", unit="stage", disable=silent) as bar:
             while self.state.stages < total:
@@ -123,14 +125,17 @@ class StagedRun(PruneRun):
         """Rows, a selection if weights are to go, and updates."""
         self.passes, self.samples = state.passes, state.samples
         stage = state.stages
-        search = DampingSearch(self.options.damping, state.damping)
+        pruning = DampingSearch(self.options.damping, state.damping)
+        updating = DampingSearch(self.options.damping, state.update_damping)
         records: list[StageRecord] = []
         refused = 0
         began = time.perf_counter()
         weights = state.weights
         model = self._curvature(weights, state.keep)
         for update in range(self.plan.updates[stage]):
-            best, record = self._step(model, weights, search, stage, update)
+            prunes = round(self.plan.sparsity(stage) * self.partition.n) > int((~model.keep).sum())
+            search = pruning if prunes else updating
+            best, record = self._step(model, weights, search, stage, update, prunes)
             records.append(replace(record, seconds=time.perf_counter() - began))
             began = time.perf_counter()
             refused = 0 if record.accepted else refused + 1
@@ -144,22 +149,27 @@ class StagedRun(PruneRun):
             stages=stage + 1,
             weights=weights,
             keep=model.keep,
-            damping=search.centre,
+            damping=pruning.centre,
+            update_damping=updating.centre,
             passes=self.passes,
             samples=self.samples,
             records=(*state.records, *records),
         )
 
     def _step(
-        self, model: StageModel, weights: Tensor, search: DampingSearch, stage: int, update: int
+        self,
+        model: StageModel,
+        weights: Tensor,
+        search: DampingSearch,
+        stage: int,
+        update: int,
+        prunes: bool,
     ) -> tuple[Proposal, StageRecord]:
         """The best network one step away, and whether it is to be taken."""
         options, sparsity = self.options, self.plan.sparsity(stage)
         unit = model.unit if options.relative_damping else 1.0
-        prunes = round(sparsity * self.partition.n) > int((~model.keep).sum())
-        expansion = Expansion(
-            model=model, weights=weights, gradient=self._gradient(weights, model), unit=unit
-        )
+        gradient = self._gradient(weights, model) if options.gradient_term or not prunes else None
+        expansion = Expansion(model=model, weights=weights, gradient=gradient, unit=unit)
         sample = self._draw_sample()
         before = self._loss_at(weights, sample)
         with self._phase("steps"):
@@ -168,41 +178,37 @@ class StagedRun(PruneRun):
                 if prunes
                 else updates(expansion, options, search.grid())
             )
-            losses: list[float] = []
-            best: Proposal | None = None
-            for proposal in proposals:
-                losses.append(self._loss_at(proposal.weights, sample))
-                if best is None or rank(losses[-1]) < min(map(rank, losses[:-1])):
-                    best = proposal
-        assert best is not None
-        loss = min(losses, key=rank)
-        accepted = prunes or rank(loss) < before
+            verdict = judged(proposals, lambda proposal: self._loss_at(proposal.weights, sample))
+        best, losses = verdict.best, verdict.losses
+        accepted = prunes or losses[0] < before
         if not accepted:
             search.refused()
         elif best.scale > 0.0:
             search.accepted(best.damping)
-        change = model.predicted_change(expansion.kept_weights, expansion.gradient, best.weights[model.keep])
         kept = int((best.keep if accepted else model.keep).sum())
-        others = sorted(losses, key=rank)[1 if accepted else 0 :]
-        return best, StageRecord(
+        others = losses[1:] if accepted else losses
+        record = StageRecord(
             stage=stage,
             update=update,
             sparsity=1.0 - kept / self.partition.n,
             n_prune=self.partition.n - kept,
             loss_before=before,
-            loss=loss if accepted else before,
+            loss=losses[0] if accepted else before,
             damping=best.damping * unit,
             update_scale=best.scale if accepted else 0.0,
             accepted=accepted,
             tried=len(losses),
             best_rejected=others[0] if others else None,
-            predicted_change=change,
+            predicted_change=model.predicted_change(
+                expansion.kept_weights, expansion.gradient, best.weights[model.keep]
+            ),
             samples=self.samples,
             seconds=0.0,
         )
+        return best, record
 
     def _curvature(self, weights: Tensor, keep: Tensor) -> StageModel:
-        """Rows at `weights` of the weights still there."""
+        """Rows at `weights` of the weights still there, and the channel term if there is to be one."""
         options = self.options
         with self._phase("curvature"):
             found = gradient_rows(
@@ -216,17 +222,29 @@ class StagedRun(PruneRun):
                 memory_limit=self.memory_limit,
                 seed=self._next_pass(),
                 weights=weights,
-                keep=keep,
+                # A channel's slope is that of all its weights, pruned ones as well.
+                keep=None if options.layer_input_weight else keep,
                 gradient=False,
                 progress=False,
             )
         self.samples += found.samples
-        return StageModel(self.partition, keep, found.rows)
+        if not options.layer_input_weight:
+            return StageModel(self.partition, keep, found.rows)
+        with self._phase("layer inputs"):
+            both = with_layer_inputs(
+                found,
+                self.model,
+                self.data,
+                self.partition,
+                weight=options.layer_input_weight,
+                seed=self._next_pass(),
+                weights=weights,
+            )
+        assert both.channels is not None
+        return StageModel(self.partition, keep, found.rows[:, keep], both.channels.restricted(keep))
 
-    def _gradient(self, weights: Tensor, model: StageModel) -> Tensor | None:
-        """The gradient at `weights` in those still there; None where the model is to have none."""
-        if not self.options.gradient_term:
-            return None
+    def _gradient(self, weights: Tensor, model: StageModel) -> Tensor:
+        """The gradient at `weights` in those still there."""
         with self._phase("gradient"):
             found, used = mean_gradient(
                 self.model,
@@ -285,6 +303,7 @@ class StagedRun(PruneRun):
                 stages=total,
                 sparsity=1.0 - int(state.keep.sum()) / self.partition.n,
                 network=TrialNetwork(self.model, self.partition, state.weights),
+                weights=as_parameters(self.model, self.partition, state.weights),
                 keep=self.partition.keep_by_parameter(state.keep),
                 records=tuple(record for record in state.records if record.stage == state.stages - 1),
             )

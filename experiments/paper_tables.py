@@ -46,6 +46,7 @@ from experiments.networks import NETWORKS, Network, load_network
 from experiments.protocols import DETERMINISTIC, METHODS, prune_arguments
 from experiments.published import ACCURACY, DENSE, SOURCES
 from experiments.row_cache import RowCache
+from experiments.trajectories import Trajectories
 from formulations.errors import CbsError
 
 DEFAULT_OUT = Path("runs/paper_tables")
@@ -70,6 +71,8 @@ class Cell:
             "label": self.method,
             "arguments": arguments,
             "version": cbs_opt.__version__,
+            # One run in stages serves several cells.
+            **({"at": self.sparsity} if self.method == "staged" else {}),
         }
 
 
@@ -85,9 +88,13 @@ class Bench:
         Check the files' SHA-256.
     progress : bool
         Show the bars of `prune`.
+    runs : Path, optional
+        Where runs in stages are kept, so that they can be gone on with.
     """
 
-    def __init__(self, network: str, data_dir: Path | None, *, verify: bool, progress: bool) -> None:
+    def __init__(
+        self, network: str, data_dir: Path | None, *, verify: bool, progress: bool, runs: Path | None = None
+    ) -> None:
         self.network = network
         self.data_dir = data_dir
         self.verify = verify
@@ -95,11 +102,14 @@ class Bench:
         spec = NETWORKS[network]
         self.data = load_dataset(spec.dataset, data_dir, mean=spec.mean, std=spec.std, verify=verify)
         self.rows = RowCache((self.data.train_x, self.data.train_y), progress=progress)
+        self.trajectories = Trajectories(self.data, runs, progress=progress)
         self._dense: float | None = None
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Prune a fresh copy of the network and evaluate it on the test set."""
         network = load_network(self.network, self.data_dir, verify=self.verify)
+        if cell.method == "staged":
+            return self._passed(cell, network)
         arguments = prune_arguments(self.network, cell.method, cell.sparsity, cell.seed)
         rows = self.rows.get(network, arguments) if "curvature" in arguments else None
         if rows is not None:
@@ -137,6 +147,19 @@ class Bench:
             "curvature_seconds": None if rows is None else rows.seconds,
             "phase_seconds": report.seconds,
             "peak_memory_bytes": report.peak_memory_bytes,
+            "threads": torch.get_num_threads(),
+            "settings": cell.settings(),
+        }
+
+    def _passed(self, cell: Cell, network: Network) -> dict[str, Any]:
+        """The cell of a run in stages."""
+        return {
+            "network": cell.network,
+            "method": cell.method,
+            "sparsity": cell.sparsity,
+            "seed": cell.seed,
+            **self.trajectories.measure(network, cell.sparsity, cell.seed),
+            "dense_accuracy": self._dense_accuracy(),
             "threads": torch.get_num_threads(),
             "settings": cell.settings(),
         }
@@ -247,7 +270,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def make_bench() -> Bench:
         quiet = not sys.stderr.isatty()
-        return Bench(given.network, given.data, verify=not given.no_verify, progress=not quiet)
+        return Bench(
+            given.network,
+            given.data,
+            verify=not given.no_verify,
+            progress=not quiet,
+            runs=given.out / "stages",
+        )
 
     try:
         results = run(todo, make_bench, Ledger(given.out / "results.jsonl"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.trajectories import staged_arguments
 from formulations.errors import ArgumentError
 
 STEP_LENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -35,7 +36,7 @@ SWAPS: Mapping[str, tuple[int, ...]] = {"mlpnet": (100, 400, 1000), "resnet20": 
 DROP_FACTOR = 0.85
 """Share of the kept weights that each drop of joint greedy OBS keeps, about."""
 
-METHODS = ("magnitude", "obd", "woodfisher", "update_only", "cbs_selection", "cbs", "joint")
+METHODS = ("magnitude", "obd", "woodfisher", "update_only", "cbs_selection", "cbs", "joint", "staged")
 DETERMINISTIC = ("magnitude",)
 """Methods that use no training data and no random numbers: one seed says it all."""
 
@@ -57,6 +58,7 @@ def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> di
         - "cbs_selection": swap search from magnitude, no update.
         - "cbs": swap search from magnitude, then CBS-U.
         - "joint": greedy OBS on the joint program, then CBS-U in the same model.
+        - "staged": the run in stages that passes `sparsity`; see `experiments.trajectories`.
     sparsity : float
     seed : int
         Chooses the training samples of the rows and of the choice.
@@ -66,6 +68,8 @@ def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> di
     ArgumentError
         If the method is unknown.
     """
+    if method == "staged":
+        return staged_arguments(network, sparsity, seed)
     family = "mlpnet" if network.startswith("mlpnet") else "resnet20"
     common = {"sparsity": sparsity, "seed": seed, "program": "selection", "partition": "global"}
     rows = {**CURVATURE[family], "relative_damping": True}

@@ -15,8 +15,10 @@ from torch.nn.functional import cross_entropy
 from cbs_opt.batches import evaluate
 from cbs_opt.blocks import FisherBlock, Partition
 from cbs_opt.errors import RunMismatchError
+from cbs_opt.heuristics.channel_term import ChannelTerm
 from cbs_opt.heuristics.saliency import inverse_diagonal
 from cbs_opt.heuristics.spectrum import RowSpectrum
+from cbs_opt.layer_inputs import input_moments
 from cbs_opt.pruning import prune
 from cbs_opt.report import PruneReport
 from cbs_opt.stage_model import StageModel
@@ -97,9 +99,12 @@ def test_counts_are_exact_at_every_stage(partition: str | int, budget: Any) -> N
 
 
 @pytest.mark.parametrize("method", ["magnitude", "obd", "obs", "swap_search"])
+@pytest.mark.parametrize("layer_inputs", [None, 1.0])
 @pytest.mark.parametrize("curvature", ["empirical_fisher", "sketched_fisher"])
-def test_a_step_is_never_worse_than_its_alternatives(method: str, curvature: str) -> None:
-    report = run(network(), method=method, curvature=curvature)
+def test_a_step_is_never_worse_than_its_alternatives(
+    method: str, curvature: str, layer_inputs: float | None
+) -> None:
+    report = run(network(), method=method, curvature=curvature, layer_inputs=layer_inputs)
     assert len(report.stages) >= 7
     for record in report.stages:
         if record.accepted:
@@ -186,7 +191,11 @@ def test_a_run_that_is_killed_between_any_two_stages_ends_the_same(tmp_path: Pat
         with pytest.raises(Stop):
             run(model, source(), run_dir=directory, on_stage=on_stage)
         assert_untouched(model, before)
-        resumed = run(model, source(), run_dir=directory)
+        told: list[int] = []
+        resumed = run(
+            model, source(), run_dir=directory, on_stage=lambda result, told=told: told.append(result.stage)
+        )
+        assert told == [0, 1, 2, 3]
         for name, tensor in straight.state_dict().items():
             assert tensor.equal(model.state_dict()[name]), (last, name)
         table, expected = (r.stages_frame().drop(columns="seconds") for r in (resumed, whole))
@@ -226,7 +235,7 @@ def test_a_finished_run_is_read_again_without_work(tmp_path: Path) -> None:
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     stages: list[int] = []
     run(second, run_dir=tmp_path, on_stage=lambda result: stages.append(result.stage))
-    assert stages == []
+    assert stages == [0, 1, 2, 3]
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
     assert first[0].weight.equal(second[0].weight)  # type: ignore[index, union-attr]
 
@@ -284,6 +293,7 @@ def test_the_last_stage_ends_when_nothing_improves() -> None:
         ({"update": "independent"}, "update"),
         ({"update": False}, "update"),
         ({"certify": True}, "certify"),
+        ({"layer_inputs": (0.1, 1.0)}, "layer_inputs"),
         ({"stages": 1, "updates_per_stage": None, "final_updates": None, "gradient_samples": 5}, "gradient"),
         ({"stages": 1, "updates_per_stage": None, "final_updates": None, "run_dir": "x"}, "run_dir"),
     ],
@@ -338,3 +348,24 @@ def test_the_model_minimises_what_it_states(partition: str) -> None:
     fewer[keep.nonzero().squeeze(1)[::3]] = False
     torch.testing.assert_close(quadratic.restricted(fewer).rows, rows[:, fewer[keep]])
     assert quadratic.unit == pytest.approx(float(rows.square().sum() / kept))
+
+
+def test_the_channel_term_is_the_metric_of_the_trust_region() -> None:
+    """The minimum of the model with a channel term solves ``(R^T R + d (C / unit + .01 I)) x = -g``."""
+    model = network(dtype=torch.float64)
+    parts = Partition.from_model(model, blocks="global")
+    generator = torch.Generator().manual_seed(4)
+    keep = torch.rand(N, generator=generator) < 0.7
+    kept = int(keep.sum())
+    everything = torch.randn(9, N, dtype=torch.float64, generator=generator)
+    moments = input_moments(model, data(dtype=torch.float64), parts, samples=30)
+    channels = ChannelTerm.matched(moments, parts, everything).restricted(keep)
+    quadratic = StageModel(parts, keep, everything[:, keep], channels)
+    weights = parts.flatten(model)[keep]
+    gradient = torch.randn(kept, dtype=torch.float64, generator=generator)
+    none = torch.zeros(kept, dtype=torch.bool)
+    metric = channels.dense() / quadratic.unit + 0.01 * torch.eye(kept, dtype=torch.float64)
+    rows = everything[:, keep]
+    for damping in (0.1, 2.0):
+        target = quadratic.updates(weights, gradient, none, [damping])[0]
+        torch.testing.assert_close((rows.T @ rows + damping * metric) @ (target - weights), -gradient)

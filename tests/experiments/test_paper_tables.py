@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cbs_opt import prune
-from experiments import paper_tables, protocols
+from experiments import paper_tables, protocols, trajectories
 from experiments.ledger import Ledger, settings_key
-from experiments.networks import NETWORKS, MLPNet
+from experiments.networks import NETWORKS, MLPNet, ResNet20
 from experiments.protocols import METHODS, prune_arguments
+from experiments.published import ACCURACY
 from formulations.errors import ArgumentError
 from tests.experiments.tiny_data import needs_data, write_mnist, write_network
 
@@ -81,10 +83,63 @@ def test_every_method_runs(method: str, data_dir: Path, monkeypatch: pytest.Monk
     few = {"curvature": "empirical_fisher", "samples": 20, "samples_per_row": 2, "choice_samples": 10}
     monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": few})
     monkeypatch.setattr(protocols, "SWAPS", {"mlpnet": (0, 5)})
+    monkeypatch.setattr(trajectories, "STAGES", {"mlpnet": few_stages()})
     wanted = command(data_dir, "--methods", method, "--sparsity", ".8", "--seeds", "1")
     assert paper_tables.main(wanted) == 0
     (line,) = (data_dir / "out" / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["n_prune"] == round(0.8 * 32_360)
+
+
+def few_stages() -> dict[str, Any]:
+    few = {"samples": 20, "samples_per_row": 2, "choice_samples": 10, "gradient_samples": 20}
+    steps = {"updates_per_stage": 1, "final_updates": 1, "damping": (1.0,)}
+    return {**trajectories.STAGES["mlpnet"], **few, **steps, "schedule": (0.5, 0.8)}
+
+
+def test_one_run_in_stages_serves_every_sparsity_that_it_passes(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+
+    def counting(*args: object, **kwargs: object) -> object:
+        calls.append(kwargs["sparsity"])
+        return prune(*args, **kwargs)
+
+    monkeypatch.setattr(trajectories.cbs_opt, "prune", counting)
+    monkeypatch.setattr(trajectories, "STAGES", {"mlpnet": few_stages()})
+    wanted = command(data_dir, "--methods", "staged", "--sparsity", ".5", ".8", "--seeds", "2")
+    assert paper_tables.main(wanted) == 0
+    assert calls == [0.8, 0.8]
+    lines = [json.loads(line) for line in (data_dir / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(cell["seed"], cell["sparsity"]) for cell in lines] == [(0, 0.5), (0, 0.8), (1, 0.5), (1, 0.8)]
+    for cell in lines:
+        assert cell["n_prune"] == round(cell["sparsity"] * 32_360)
+        assert len(cell["steps"]) == 1
+    assert lines[0]["gradient_samples"] < lines[1]["gradient_samples"]
+    assert lines[0]["seconds"] < lines[1]["seconds"]
+
+
+def test_a_sparsity_that_no_run_in_stages_passes_is_an_error() -> None:
+    with pytest.raises(ArgumentError, match="sparsity"):
+        prune_arguments("mlpnet_mnist", "staged", 0.123, 0)
+
+
+@pytest.mark.parametrize("name", ["mlpnet_mnist", "resnet20_cifar10"])
+def test_runs_in_stages_pass_the_published_sparsities(name: str) -> None:
+    for sparsity in ACCURACY[name]:
+        assert prune_arguments(name, "staged", sparsity, 0)["sparsity"] == max(ACCURACY[name])
+
+
+def test_a_network_in_bfloat16_has_the_parameters_of_the_one_inside() -> None:
+    torch.manual_seed(0)
+    network = ResNet20().eval()
+    fast = trajectories.BrainFloat(network).eval()
+    x = torch.randn(4, 3, 32, 32)
+    assert fast(x).dtype == torch.float32
+    torch.testing.assert_close(fast(x), network(x), rtol=0.1, atol=0.1)
+    inside = dict(network.named_parameters())
+    for parameter_name, parameter in fast.named_parameters():
+        assert parameter is inside[parameter_name.removeprefix(trajectories.PREFIX)]
 
 
 def test_missing_data_is_an_error_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
