@@ -62,7 +62,9 @@ def _resident() -> int:
     return int(STATM.read_text().split()[1]) * PAGE if STATM.exists() else 0
 
 
-def whole_network(network: str, rows: int, seed: int, data_dir: Path | None) -> FisherBlock:
+def whole_network(
+    network: str, rows: int, seed: int, data_dir: Path | None, samples_per_row: int = 1
+) -> FisherBlock:
     """The weights and gradient rows of a network as one block."""
     spec = NETWORKS[network]
     data = load_dataset(spec.dataset, data_dir, mean=spec.mean, std=spec.std)
@@ -73,7 +75,8 @@ def whole_network(network: str, rows: int, seed: int, data_dir: Path | None) -> 
         loss_fn=torch.nn.functional.cross_entropy,
         partition="global",
         target=loaded.target,
-        samples=rows,
+        samples=rows * samples_per_row,
+        samples_per_row=samples_per_row,
         damping=DAMPING[network],
         seed=seed,
     )[0]
