@@ -46,6 +46,11 @@ class Fixing:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
 
+    def __repr__(self) -> str:
+        """Counts in one line; the arrays are left out."""
+        kept, pruned = int(self.keep.sum()), int(self.prune.sum())
+        return f"Fixing({kept} kept, {pruned} pruned of {self.keep.size}, cutoff={self.cutoff:.6g})"
+
     @property
     def free(self) -> BoolArray:
         """True where nothing is fixed, (n,)."""

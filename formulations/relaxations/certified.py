@@ -10,7 +10,7 @@ from scipy.linalg import LinAlgError, cholesky
 from formulations.dense_forms import error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray
 
-CHUNK = 512
+CHUNK = 256
 """Columns summed by one matrix product: shorter sums have smaller error bounds."""
 
 
@@ -27,24 +27,34 @@ def column_norms(problem: BlockProblem) -> FloatArray:
     return np.asarray(np.sqrt(problem.hessian_diagonal()) * (1.0 + 1e-6))
 
 
+def row_norms(problem: BlockProblem, norms: FloatArray) -> FloatArray:
+    """``sqrt(H_ii - damping)`` from above, given `column_norms`: with rows, the norms of their columns."""
+    return np.asarray(np.sqrt(np.maximum(norms * norms - problem.damping, 0.0)))
+
+
 def bounded_product(problem: BlockProblem, x: FloatArray, norms: FloatArray) -> BoundedVector:
     """``H x`` with an entrywise error bound; O(m n) with rows, O(n^2) with a Hessian.
 
     A sum of ``q`` products in any order has relative error ``gamma_q`` of the sum of magnitudes
-    (Higham 2002, section 3.1), and ``sum_j |H_ij| |x_j| <= d_i sum_j d_j |x_j|``, also when ``|R|``
-    stands for ``R`` (Cauchy-Schwarz).
+    (Higham 2002, section 3.1). With a Hessian, ``sum_j |H_ij| |x_j| <= d_i sum_j d_j |x_j|``. With rows,
+    whose columns are ``r_i``, the image ``z = R x`` errs by at most ``gamma sum_j |r_j| |x_j|`` in norm,
+    and ``R^T z`` by ``|r_i|`` times that and ``gamma_m |r_i| |z|`` (Cauchy-Schwarz).
     """
     if problem.rows is None:
         value = problem.hessian_product(x)
-        length = problem.n + 4
-    else:
-        image = np.zeros(problem.rows.shape[0])
-        for start in range(0, problem.n, CHUNK):
-            image += problem.rows[:, start : start + CHUNK] @ x[start : start + CHUNK]
-        value = problem.rows.T @ image + problem.damping * x
-        length = CHUNK + -(-problem.n // CHUNK) + problem.rows.shape[0] + 8
-    reach = float(norms @ np.abs(x))
-    return BoundedVector(value, error_factor(length + problem.n.bit_length()) * reach * norms)
+        reach = float(norms @ np.abs(x))
+        return BoundedVector(value, error_factor(problem.n + 4 + problem.n.bit_length()) * reach * norms)
+    height = problem.rows.shape[0]
+    image = np.zeros(height)
+    for start in range(0, problem.n, CHUNK):
+        image += problem.rows[:, start : start + CHUNK] @ x[start : start + CHUNK]
+    ridge = problem.damping * x
+    value = problem.rows.T @ image + ridge
+    columns = row_norms(problem, norms)
+    length = CHUNK + -(-problem.n // CHUNK) + 8
+    moved = error_factor(length) * float(columns @ np.abs(x)) * 1.01
+    moved += error_factor(height + 8) * float(np.linalg.norm(image)) * 1.01
+    return BoundedVector(value, columns * moved + error_factor(8) * (np.abs(value) + np.abs(ridge)))
 
 
 def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, part: BoolArray) -> bool:

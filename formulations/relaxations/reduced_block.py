@@ -10,16 +10,20 @@ For either, ``value of a set of the block = value in the reduced block + offset`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
+from formulations.dense_forms import error_factor
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, BoolArray, FloatArray, IntArray, check_program
 from formulations.reduction import reduce_joint
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
+from formulations.relaxations.certified import BoundedVector, bounded_product, column_norms
+from formulations.relaxations.reduction_rounding import joint_allowance, selection_allowance
 from formulations.solution import BlockSolution, Termination
 
 
@@ -36,6 +40,11 @@ class ReducedBlock:
     fixing : Fixing
     offset : float
         Value of a set in `parent` less its value in `problem`, up to rounding.
+    allowance : float
+        Proved bound on that rounding, for sets of value at most the cutoff of `fixing`; infinite where
+        none is proved.
+    certificate : RelaxationCertificate or None
+        What proves `fixing`.
     """
 
     problem: BlockProblem
@@ -43,6 +52,8 @@ class ReducedBlock:
     program: str
     fixing: Fixing
     offset: float
+    allowance: float
+    certificate: RelaxationCertificate | None = None
 
     @property
     def free(self) -> IntArray:
@@ -58,17 +69,29 @@ class ReducedBlock:
     def lift(self, solution: BlockSolution) -> BlockSolution:
         """A solution of the reduced block as one of the block, evaluated there.
 
-        Its bound does not carry over: the reduced block is computed in float64, and what that rounds
-        away is not bounded. `lower_bound` with the lifted set as incumbent proves one.
+        Its bound carries over, lowered by `allowance`: every set of the block is above the cutoff of
+        the fixings or one of the reduced block. Where no allowance is proved the bound is that of
+        `certificate`.
         """
         if solution.keep is None or solution.program != self.program:
             raise ArgumentError("solution", f"{solution!r}", f"pass a set for the {self.program} program")
         pool = IncumbentPool(self.parent, self.program)
         pool.offer(self.lifted(solution.keep))
+        bound = None if self.certificate is None else self.certificate.lower_bound(self.parent)
+        if bound is not None and solution.bound is not None:
+            carried = solution.bound + self.offset
+            carried -= self.allowance + error_factor(4) * (abs(solution.bound) + abs(self.offset))
+            bound = max(bound, min(carried, self.fixing.cutoff))
+        rel_gap = solution.rel_gap
+        gap = math.inf if bound is None else (pool.objective - bound) / max(abs(pool.objective), 1e-12)
+        proved = rel_gap is not None and gap <= rel_gap
         return pool.solution(
             method=solution.method,
-            termination=Termination.FEASIBLE,
-            limit=solution.limit,
+            bound=bound,
+            termination=Termination.OPTIMAL if proved else Termination.FEASIBLE,
+            limit=None if proved else solution.limit,
+            rel_gap=rel_gap if proved else None,
+            certificate=self.certificate,
             stats=solution.stats,
         )
 
@@ -97,7 +120,8 @@ def reduce_block(problem: BlockProblem, solution: BlockSolution) -> ReducedBlock
         raise ArgumentError("solution", "its certificate fixes no weights", "use lower_bound(..., fix=True)")
     if not certificate.proves_fixing(problem):
         raise ArgumentError("solution", "its fixings are not proved", "pass the block it was made for")
-    return reduced_block(problem, solution.program, certificate.fixing)
+    reduced = reduced_block(problem, solution.program, certificate.fixing)
+    return replace(reduced, certificate=certificate)
 
 
 def reduced_block(problem: BlockProblem, program: str, fixing: Fixing, *, ridge: float = 0.0) -> ReducedBlock:
@@ -119,7 +143,8 @@ def reduced_block(problem: BlockProblem, program: str, fixing: Fixing, *, ridge:
 def _reduced_selection(problem: BlockProblem, fixing: Fixing) -> ReducedBlock:
     free = np.flatnonzero(fixing.free)
     removed = np.where(fixing.prune, problem.weights, 0.0)
-    image = problem.hessian_product(removed)
+    product = bounded_product(problem, removed, column_norms(problem))
+    image = product.value
     gradient = problem.gradient_or_zero
     smaller = BlockProblem(
         weights=problem.weights[free],
@@ -132,41 +157,69 @@ def _reduced_selection(problem: BlockProblem, fixing: Fixing) -> ReducedBlock:
         name=problem.name,
     )
     offset = 0.5 * float(removed @ image) - float(gradient @ removed)
-    return ReducedBlock(problem=smaller, parent=problem, program="selection", fixing=fixing, offset=offset)
+    return ReducedBlock(
+        problem=smaller,
+        parent=problem,
+        program="selection",
+        fixing=fixing,
+        offset=offset,
+        allowance=selection_allowance(problem, removed, product, free),
+    )
 
 
 def _reduced_joint(problem: BlockProblem, fixing: Fixing, ridge: float) -> ReducedBlock:
     free, kept = np.flatnonzero(fixing.free), np.flatnonzero(fixing.keep)
-    target = problem.linear_term()
+    product = bounded_product(problem, problem.weights, column_norms(problem))
+    gradient = problem.gradient_or_zero
+    blur = error_factor(4) * (np.abs(product.value) + np.abs(gradient))
+    # The linear term b = H w - g of the program in the new weights.
+    target = BoundedVector(product.value - gradient, product.error + blur)
     rows = problem.rows
-    small: dict[str, FloatArray]
+    in_rows = rows is not None and problem.damping > 0.0 and rows.shape[0] <= problem.n
+    eliminate = _eliminate_in_rows if in_rows else _eliminate_dense
     try:
-        if rows is not None and problem.damping > 0.0 and rows.shape[0] <= problem.n:
-            damping = problem.damping
-            small, linear, gained = _eliminate_in_rows(problem, target, kept, free, ridge)
-        else:
-            damping = 0.0
-            small, linear, gained = _eliminate_dense(problem, target, kept, free, ridge)
+        left = eliminate(problem, target.value, kept, free, ridge)
     except LinAlgError:
         raise NotPositiveDefiniteError("damping", "the kept block is singular", "use more") from None
     weights = problem.weights[free]
     smaller = BlockProblem(
         weights=weights,
-        damping=damping,
+        rows=left.matrix if in_rows else None,
+        hessian=None if in_rows else left.matrix,
+        damping=problem.damping if in_rows else 0.0,
         n_prune=problem.n_prune - int(fixing.prune.sum()),
         name=problem.name,
-        **small,
     )
     # The linear term of a block is H w - g.
-    smaller = replace(smaller, gradient=smaller.hessian_product(weights) - linear)
-    offset = problem.constant_term() + gained - smaller.constant_term()
-    return ReducedBlock(problem=smaller, parent=problem, program="joint", fixing=fixing, offset=offset)
+    smaller = replace(smaller, gradient=smaller.hessian_product(weights) - left.linear)
+    constant = 0.5 * float(problem.weights @ product.value) - float(gradient @ problem.weights)
+    allowance = math.inf
+    if left.carried is not None and ridge == 0.0:
+        allowance = joint_allowance(problem, smaller, kept, free, target, left.carried, fixing.cutoff)
+    return ReducedBlock(
+        problem=smaller,
+        parent=problem,
+        program="joint",
+        fixing=fixing,
+        offset=constant + left.gained - smaller.constant_term(),
+        allowance=allowance,
+    )
+
+
+@dataclass(frozen=True)
+class _Eliminated:
+    """Rows or Hessian on the free weights, their linear term, the constant gained; ``L^-1 R_K b_K``."""
+
+    matrix: FloatArray
+    linear: FloatArray
+    gained: float
+    carried: FloatArray | None = None
 
 
 def _eliminate_in_rows(
     problem: BlockProblem, target: FloatArray, kept: IntArray, free: IntArray, ridge: float
-) -> tuple[dict[str, FloatArray], FloatArray, float]:
-    """Rows ``L^-1 R_F``, the linear term and the constant gained."""
+) -> _Eliminated:
+    """Rows ``L^-1 R_F``."""
     assert problem.rows is not None
     kept_rows, free_rows = problem.rows[:, kept], problem.rows[:, free]
     left = problem.damping - ridge
@@ -178,15 +231,16 @@ def _eliminate_in_rows(
     carried = solve_triangular(factor, kept_rows @ target[kept], lower=True, check_finite=False) / left
     linear = target[free] - rows.T @ carried
     gained = -0.5 * (float(target[kept] @ target[kept]) / left - float(carried @ carried))
-    return {"rows": rows}, linear, gained
+    return _Eliminated(np.ascontiguousarray(rows), linear, gained, carried)
 
 
 def _eliminate_dense(
     problem: BlockProblem, target: FloatArray, kept: IntArray, free: IntArray, ridge: float
-) -> tuple[dict[str, FloatArray], FloatArray, float]:
+) -> _Eliminated:
+    """The Schur complement."""
     matrix = problem.dense_hessian()
     matrix[kept, kept] -= ridge
     definite, reduced, linear, gained = reduce_joint(matrix, target, kept, free)
     if not definite:
         raise LinAlgError("the kept block is not definite")
-    return {"hessian": 0.5 * (reduced + reduced.T)}, linear, float(gained)
+    return _Eliminated(0.5 * (reduced + reduced.T), linear, float(gained))

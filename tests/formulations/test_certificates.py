@@ -132,8 +132,9 @@ def test_values_in_the_reduced_block_are_values_in_the_block(program, kind):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_reduced_block_goes_to_another_method_and_back(program):
-    problem = dataclasses.replace(block("random", 30, 15, seed=1), damping=0.1)
+@pytest.mark.parametrize("kind", ["random", "wide", "hessian"])
+def test_the_reduced_block_goes_to_another_method_and_back(program, kind):
+    problem = dataclasses.replace(block(kind, 30, 15, seed=1), damping=0.5)
     start = swap_search(problem, program)
     solution = lower_bound(problem, program, incumbent=start, fix=True)
     reduced = reduce_block(problem, solution)
@@ -142,6 +143,11 @@ def test_the_reduced_block_goes_to_another_method_and_back(program):
     exact = branch_and_bound(problem, program)
     assert back.objective == pytest.approx(exact.objective, rel=1e-6)
     assert verify(problem, back).ok
+    assert reduced.allowance >= 0.0
+    if math.isfinite(reduced.allowance):
+        assert reduced.allowance < 1e-6 * back.objective
+        assert solution.bound - slack(problem) <= back.bound <= exact.objective
+        assert back.termination is Termination.OPTIMAL
 
 
 def test_reducing_needs_fixings_of_this_block():

@@ -7,10 +7,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from formulations import BlockProblem, Limits, verify
+from formulations import BlockProblem, BlockSolution, Limits, verify
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import NotPositiveDefiniteError
-from formulations.relaxations import LinearCertificate, lower_bound
+from formulations.relaxations import LinearCertificate, lower_bound, reduce_block
 from formulations.relaxations.certified import value_ceiling
 from tests.formulations.exact_oracle import ExactModel, any_block, exact_optimum
 
@@ -34,6 +34,7 @@ def check(problem: BlockProblem, program: str, **options: object) -> None:
     assert verify(problem, solution).ok
     if solution.certificate.fixing is not None:
         check_fixing(problem, program, solution.certificate.fixing, optimum)
+        check_reduced(problem, solution, optimum)
 
 
 def check_fixing(problem: BlockProblem, program: str, fixing, optimum: Fraction) -> None:
@@ -43,6 +44,18 @@ def check_fixing(problem: BlockProblem, program: str, fixing, optimum: Fraction)
         assert best.keep[fixing.keep].all()
         assert not best.keep[fixing.prune].any()
     assert optimum <= Fraction(fixing.cutoff)
+
+
+def check_reduced(problem: BlockProblem, solution: BlockSolution, optimum: Fraction) -> None:
+    """The bound of the reduced block's own optimum, brought back, is no higher than the optimum."""
+    try:
+        reduced = reduce_block(problem, solution)
+        best = enumerate_optimum(reduced.problem, solution.program)
+    except NotPositiveDefiniteError:
+        return
+    back = reduced.lift(best)
+    assert Fraction(back.bound) <= optimum
+    assert verify(problem, back).ok
 
 
 def check_seed(seed: int, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
