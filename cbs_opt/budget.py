@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -14,12 +16,21 @@ from cbs_opt.blocks import BlockSpan, ParameterSpan, Partition
 from cbs_opt.errors import UnmatchedPatternError
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
+logger = logging.getLogger(__name__)
+
+FLOOR = 0.1
+"""Share of what a uniform budget leaves of a layer that a global one leaves at least."""
 Budget = str | Mapping[str, float]
 """How sparsity is spent: "global", "uniform", or a mapping from parameter globs to sparsities."""
 
 
 def allocate(
-    partition: Partition, sparsity: float, *, budget: Budget = "global", scores: Tensor | None = None
+    partition: Partition,
+    sparsity: float,
+    *,
+    budget: Budget = "global",
+    scores: Tensor | None = None,
+    floor: float = FLOOR,
 ) -> list[int]:
     """Number of weights to prune in every block.
 
@@ -40,6 +51,10 @@ def allocate(
         The loss expected from removing each weight, on one scale for the whole network; infinite
         entries are allowed. Needed for "global" if there are several blocks. Ties fall to the
         weights that come first.
+    floor : float, default 0.1
+        Under "global" no parameter is left with less than this share of what "uniform" would leave
+        of it, nor with nothing: scores that are right one by one can empty a layer, which cuts the
+        network. 0 is the scores alone. Where it comes into play a warning is logged.
 
     Returns
     -------
@@ -50,8 +65,8 @@ def allocate(
     Raises
     ------
     ArgumentError
-        If a sparsity is no number in [0, 1), `budget` is unknown, scores are missing, or a mapping
-        meets blocks that span several parameters.
+        If a sparsity is no number in [0, 1), `floor` is not in [0, 1], `budget` is unknown, scores are
+        missing, or a mapping meets blocks that span several parameters.
     UnmatchedPatternError
         If a glob of the mapping matches no parameter of the partition.
     ShapeError, NonFiniteError
@@ -62,6 +77,8 @@ def allocate(
     O(n log n) with scores, else O(blocks log blocks).
     """
     share = checked_sparsity("sparsity", sparsity)
+    if not 0.0 <= floor <= 1.0:
+        raise ArgumentError("floor", f"{floor!r}", "pass a number, 0 <= floor <= 1")
     if scores is not None:
         _check_scores(scores, partition.n)
     if isinstance(budget, Mapping):
@@ -74,6 +91,8 @@ def allocate(
     if len(partition.blocks) > 1 and scores is None:
         remedy = 'pass one score a weight, or use budget="uniform"'
         raise ArgumentError("scores", f'none for {len(partition.blocks)} blocks under "global"', remedy)
+    if scores is not None and len(partition.blocks) > 1:
+        scores = _protected(partition, share, scores, floor)
     return _lowest(partition.blocks, share, scores)
 
 
@@ -86,6 +105,26 @@ def checked_sparsity(argument: str, sparsity: Any) -> float:
     if not 0.0 <= share < 1.0:  # NaN fails as well
         raise ArgumentError(argument, f"{sparsity!r}", remedy)
     return share
+
+
+def _protected(partition: Partition, share: float, scores: Tensor, floor: float) -> Tensor:
+    """`scores` where the best weights of every parameter, as many as its floor, are infinite."""
+    if floor == 0.0:
+        return scores
+    lifted = scores.detach().double().clone()
+    goes = torch.zeros(partition.n, dtype=torch.bool, device=scores.device)
+    goes[torch.argsort(lifted, stable=True)[: round(share * partition.n)]] = True
+    starved = []
+    for span in partition.parameters:
+        size = span.stop - span.start
+        least = max(1, math.floor(floor * (1.0 - share) * size))
+        own = slice(span.start, span.stop)
+        if size - int(goes[own].sum()) < least:
+            starved.append(span.name)
+        lifted[own][torch.argsort(lifted[own], stable=True)[size - least :]] = torch.inf
+    if starved:
+        logger.warning("a global budget would nearly empty %s: its floor keeps some", ", ".join(starved))
+    return lifted
 
 
 def _size(blocks: Sequence[BlockSpan]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -54,12 +55,12 @@ def test_global_counts_are_those_of_the_lowest_scores(sizes, sparsity, seed, lev
     partition = partition_of(sizes)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(levels, (partition.n,), generator=generator).double()  # many ties
-    counts = allocate(partition, sparsity, scores=scores)
+    counts = allocate(partition, sparsity, scores=scores, floor=0.0)
     total = round(sparsity * partition.n)
     lowest = sorted(range(partition.n), key=lambda i: (scores[i].item(), i))[:total]
     expected = [sum(block.start <= i < block.stop for i in lowest) for block in partition.blocks]
     assert counts == expected
-    assert allocate(partition, sparsity, scores=scores.clone()) == counts
+    assert allocate(partition, sparsity, scores=scores.clone(), floor=0.0) == counts
 
 
 @settings(max_examples=50)
@@ -120,3 +121,43 @@ def test_unusable_budgets_and_scores():
     whole = Partition(parameters=partition.parameters, blocks=(BlockSpan(name="global", start=0, stop=8),))
     with pytest.raises(ArgumentError, match="span several"):
         allocate(whole, 0.5, budget={"layer0": 0.5})
+
+
+@given(size_lists, shares, st.integers(0, 2**31), st.sampled_from([0.1, 0.5, 1.0]))
+def test_a_floor_leaves_something_of_every_parameter(sizes, sparsity, seed, floor):
+    partition = partition_of(sizes)
+    # All of one layer comes before all of the next.
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(sizes), generator=generator).tolist()
+    scores = torch.cat([torch.full((size,), float(rank)) for rank, size in zip(order, sizes, strict=True)])
+    counts = allocate(partition, sparsity, scores=scores, floor=floor)
+    assert sum(counts) == round(sparsity * partition.n)
+    least = [max(1, math.floor(floor * (1.0 - sparsity) * size)) for size in sizes]
+    if len(sizes) > 1 and sum(least) <= partition.n - sum(counts):
+        assert all(size - count >= low for size, count, low in zip(sizes, counts, least, strict=True))
+
+
+def test_a_floor_that_does_not_bind_changes_nothing_and_one_that_does_says_so(caplog):
+    partition = partition_of([50, 50])
+    even = torch.arange(50, dtype=torch.float64).repeat(2)
+    assert allocate(partition, 0.8, scores=even) == allocate(partition, 0.8, scores=even, floor=0.0)
+    assert not caplog.records
+    uneven = torch.arange(100).double()
+    assert allocate(partition, 0.8, scores=uneven, floor=0.0) == [50, 30]
+    assert not caplog.records
+    assert allocate(partition, 0.8, scores=uneven) == [49, 31]
+    assert "layer0" in caplog.text
+    assert uneven.equal(torch.arange(100).double())
+
+
+def test_rows_may_be_emptied_but_not_layers():
+    partition = partition_of([40, 40], block_size=10)
+    scores = torch.arange(80).double()
+    assert allocate(partition, 0.5, scores=scores, floor=0.1) == [10, 10, 10, 8, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, float("nan")])
+def test_an_impossible_floor_is_named(floor):
+    with pytest.raises(ArgumentError) as caught:
+        allocate(partition_of([4]), 0.5, floor=floor)
+    assert caught.value.argument == "floor"
