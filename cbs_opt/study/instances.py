@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from cbs_opt.study.config import InstanceGroup, Study
 from cbs_opt.study.errors import StudyConfigError
@@ -70,11 +70,22 @@ class InstanceRecipe:
             factory = getattr(import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise StudyConfigError("factory", f"{self.locator}: {error}", "check the name") from error
+        if not _says_it_makes_blocks(factory):
+            # A study file is data: it may not call whatever function it names, such as os.system.
+            found = f"{self.locator} is not declared to return a BlockProblem"
+            raise StudyConfigError("factory", found, "annotate it: `def factory(...) -> BlockProblem`")
         problem = factory(**self.arguments)
         if not isinstance(problem, BlockProblem):
             found = f"{self.locator} returned a {type(problem).__name__}"
             raise StudyConfigError("factory", found, "return a BlockProblem")
         return problem
+
+
+def _says_it_makes_blocks(factory: object) -> bool:
+    try:
+        return callable(factory) and get_type_hints(factory).get("return") is BlockProblem
+    except (NameError, TypeError, AttributeError):
+        return False
 
 
 def recipes(study: Study) -> list[InstanceRecipe]:
