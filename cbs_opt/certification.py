@@ -1,8 +1,9 @@
 """How far from optimal the chosen sets can be: a certified bound for every block of a pruned network.
 
 Each block becomes a float64 `BlockProblem` on the CPU, whatever the network's dtype and device, one at a
-time. `formulations.relaxations.lower_bound` proves a bound on the program that the run solved, and the
-chosen set is set against it:
+time. `formulations.relaxations.lower_bound` proves a bound on the program that the run solved, fixes the
+weights whose fate the bound and the chosen set settle, and tightens the bound on the others. The chosen set
+is set against it:
 
 - "selection": the selection value of the set, kept weights unmoved;
 - "joint": its CBS-U value, kept weights moved to the exact minimum, with the same damping and gradient.
@@ -128,7 +129,8 @@ def certify_block(
     began = time.perf_counter()
     chosen = _evaluated(problem, keep, program, method)
     assert chosen.objective is not None
-    found = lower_bound(problem, program, limits=Limits(time_limit=time_limit), incumbent=chosen)
+    limits = Limits(time_limit=time_limit)
+    found = lower_bound(problem, program, limits=limits, incumbent=chosen, fix=True)
     if found.limit is Limit.INTERRUPTED:
         raise KeyboardInterrupt
     known = [bound for bound in (found.bound, proved) if bound is not None]

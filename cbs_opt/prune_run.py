@@ -210,6 +210,9 @@ class PruneRun:
         """The report with a bound and its certificate for every block, for the sets that were chosen."""
         options = self.options
         damping, proved = best.damping, [choice.bound for choice in best.choices]
+        # As in `_select`: searches of the selection program leave the layer-input term out.
+        left_out = options.program == "selection" and options.chosen_method.kind != "saliency"
+        layer_inputs = 0.0 if left_out else best.layer_inputs
         if options.selection_damping is not None:
             if options.program == "selection":
                 unit = self._mean_diagonal() if options.relative_damping else 1.0
@@ -220,7 +223,7 @@ class PruneRun:
         with self._phase("certificates"):
             return certify_report(
                 report,
-                self._blocks(damping, best.layer_inputs, gradient=options.gradient_term),
+                self._blocks(damping, layer_inputs, gradient=options.gradient_term),
                 [~choice.pruned for choice in best.choices],
                 proved=proved,
                 time_limit=options.certify_time_limit,

@@ -47,6 +47,15 @@ Incumbent = Annotated[Path | None, typer.Option(help="Warm start: a solution of 
 MethodOption = Annotated[
     list[str] | None, typer.Option("--option", help="NAME=VALUE for the method, VALUE as JSON. Repeatable.")
 ]
+Relaxation = Annotated[
+    str | None,
+    typer.Option(
+        help="perspective (joint), capped_simplex (selection), or mccormick, rlt (selection, small blocks)."
+    ),
+]
+Fix = Annotated[
+    bool, typer.Option("--fix", help="Fix weights by the bound and the best set known, and tighten the rest.")
+]
 SolutionOut = Annotated[Path | None, typer.Option(help="Write the solution to this .npz file.")]
 Model = Annotated[str, typer.Option(help="A formulation, such as joint_perspective.")]
 Format = Annotated[str, typer.Option(help="mps, lp or qplib.")]
@@ -103,6 +112,8 @@ def bound(
     time_limit: TimeLimit = None,
     iteration_limit: IterationLimit = None,
     incumbent: Incumbent = None,
+    relaxation: Relaxation = None,
+    fix: Fix = False,
     option: MethodOption = None,
     out: SolutionOut = None,
     as_json: AsJson = False,
@@ -110,9 +121,9 @@ def bound(
 ) -> None:
     """Bound a program from below by its relaxation, with a certificate that `verify` recomputes.
 
-    Prints the bound, the best set known with its gap, the kind of relaxation, and what makes gaps small:
-    rho (damping over the mean Fisher diagonal) and n over the effective rank. A tighter relaxation, or
-    a cheaper one, is chosen by --option; a name that is not known lists those that are.
+    Prints the bound, the best set known with its gap, the kind of relaxation, how many weights are
+    fixed, and what makes gaps small: rho (damping over the mean Fisher diagonal) and n over the
+    effective rank.
     """
     with reported(debug, BLOCK_OPTIONS):
         problem = load_block(block)
@@ -124,7 +135,7 @@ def bound(
             time_limit=time_limit,
             iteration_limit=iteration_limit,
             incumbent=warm,
-            **_free_options(option or []),
+            **{"relaxation": relaxation, "fix": fix, **_free_options(option or [])},
         )
         _finish(problem, solution, out, as_json)
 

@@ -50,6 +50,7 @@ OPTIONS = {
 """Options of `cbs-opt prune` by the argument of `prune` that they set."""
 
 BLOCK_OPTIONS = {
+    "fix": "--fix",
     "format": "--format",
     "iteration_limit": "--iteration-limit",
     "method": "--method",
@@ -60,6 +61,7 @@ BLOCK_OPTIONS = {
     "options": "--option",
     "program": "--program",
     "rel_gap": "--rel-gap",
+    "relaxation": "--relaxation",
     "seed": "--seed",
     "threads": "--threads",
     "time_limit": "--time-limit",

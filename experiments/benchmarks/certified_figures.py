@@ -89,7 +89,8 @@ def _grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def _label(block: str, group: Sequence[Row]) -> str:
     ratio = float(np.median([row["n"] / row["effective_rank"] for row in group]))
-    return f"{ratio:.2g}" if block.startswith("synthetic") else f"{ratio:.2g}  (n = {group[0]['n']})"
+    words = f"{ratio:,.0f}" if ratio >= 10.0 else f"{ratio:.1f}"
+    return words if block.startswith("synthetic") else f"{words} (n = {group[0]['n']:,})"
 
 
 def _line(axes: Axes, style: Style, group: Sequence[Row], label: str) -> None:

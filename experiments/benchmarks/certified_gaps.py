@@ -14,8 +14,8 @@
 The bound comes from `cbs_opt.lower_bound`, the incumbent from `swap_search` on the joint program, started
 from the relaxation's own rounding; weights whose fate both settle are then fixed and the rest relaxed
 again. Every result is checked by `cbs_opt.verify` and appended to ``OUT/<case>.jsonl`` at once: the same
-command again takes up where it stopped. ``OUT/<case>.csv`` and ``OUT/certified_gaps.md`` (all cases found
-there) are written anew each time.
+command again takes up where it stopped. ``OUT/<case>.csv``, ``OUT/figures`` and
+``OUT/benchmarks/certified_gaps.md`` (all cases found there) are written anew each time.
 """
 
 from __future__ import annotations
@@ -177,17 +177,18 @@ def write_tables(out: Path, case: str, results: list[dict[str, Any]], arguments:
     """The case as CSV, its figures, and the page of all cases whose results are in `out`."""
     flat = [{key: value for key, value in row.items() if key != "machine"} for row in results]
     pd.DataFrame(flat).to_csv(out / f"{case}.csv", index=False)
-    write_figures(case, results, out)
-    commands = out / "commands.jsonl"
-    ledger = Ledger(commands)
-    ledger.add(case, {"arguments": arguments, "keys": [row["key"] for row in results]})
+    (out / "figures").mkdir(exist_ok=True)
+    write_figures(case, results, out / "figures")
+    commands = Ledger(out / "commands.jsonl")
+    commands.add(case, {"arguments": arguments, "keys": [row["key"] for row in results]})
     cases = {}
     for name in CASES:
-        if name in ledger:
+        if name in commands:
             known = Ledger(out / f"{name}.jsonl")
-            record = ledger[name]
+            record = commands[name]
             cases[name] = (record["arguments"], [known[key] for key in record["keys"] if key in known])
-    (out / "certified_gaps.md").write_text(gaps_page(cases), encoding="utf-8")
+    (out / "benchmarks").mkdir(exist_ok=True)
+    (out / "benchmarks" / "certified_gaps.md").write_text(gaps_page(cases), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,6 +25,10 @@ TITLES = {
     "synthetic": "Synthetic blocks up to 10^6 weights",
     "grid": "Gap against damping and rank",
 }
+PICTURES = {
+    "synthetic": "Seconds a step against the number of weights, beside a line proportional to it",
+    "grid": "Certified gap against rho, one line for each ratio of n to the effective rank",
+}
 HEADINGS = (
     "block",
     "n x m",
@@ -73,7 +77,10 @@ def gaps_page(cases: Mapping[str, tuple[Sequence[str], Sequence[Row]]]) -> str:
     sections = [INTRODUCTION]
     for case, (arguments, rows) in cases.items():
         command = f"    python -m experiments.benchmarks.certified_gaps {_shown(arguments)}"
-        sections += [f"## {TITLES[case]}", command, _machine(rows), _table(rows)]
+        sections += [f"## {TITLES[case]}", command, _machine(rows)]
+        if case in PICTURES:
+            sections.append(f"![{PICTURES[case]}](../figures/certified_{case}.svg)")
+        sections.append(_table(rows))
         if case == "resnet20_layers":
             sections.append(_sums(rows))
         if case == "synthetic":
