@@ -22,7 +22,8 @@ from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report_format import plain
 from cbs_opt.stage_options import StageOptions
 from cbs_opt.stage_record import StageRecord, StageState
-from formulations.files import read_container, write_atomically, write_container
+from formulations.errors import InstanceFormatError
+from formulations.files import checksum, json_object, read_container, write_atomically, write_container
 
 PathLike = str | os.PathLike[str]
 RUN_FILE = "run.json"
@@ -91,13 +92,15 @@ class StageStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / RUN_FILE
         text = json.dumps(told, indent=1, sort_keys=True) + "\n"
+        self._run = checksum(json.loads(text))
         if not path.exists():
             write_atomically(path, text.encode())
             return
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunMismatchError("run_dir", f"{path} is not JSON", "use an empty directory") from error
+            known = json_object(path.read_bytes())
+        except (OSError, ValueError) as error:
+            found = f"{path} is damaged ({error})"
+            raise RunMismatchError("run_dir", found, "use an empty directory") from error
         if known != json.loads(text):
             names = sorted(key for key in {*known, *told} if known.get(key) != json.loads(text).get(key))
             found = f"{directory} holds a run with another {', '.join(names)}"
@@ -110,6 +113,7 @@ class StageStore:
         header = {
             "format": KIND,
             "version": VERSION,
+            "run": self._run,
             "stages": state.stages,
             "damping": state.damping,
             "update_damping": state.update_damping,
@@ -133,19 +137,27 @@ class StageStore:
         Raises
         ------
         InstanceFormatError
-            If the file is missing or damaged.
+            If the file is missing, damaged, or of another stage or run.
         """
-        header, arrays = read_container(self._path(stages), KIND, VERSION, largest_bytes=2**40)
-        return StageState(
-            stages=header["stages"],
-            weights=self._tensor(arrays["weights"]),
-            keep=self._tensor(arrays["keep"]),
-            damping=header["damping"],
-            update_damping=header["update_damping"],
-            passes=header["passes"],
-            samples=header["samples"],
-            records=tuple(_record(entry) for entry in header["records"]),
-        )
+        path = self._path(stages)
+        header, arrays = read_container(path, KIND, VERSION, largest_bytes=2**40)
+        if header.get("stages") != stages or header.get("run", self._run) != self._run:
+            found = f"{path} is stage {header.get('stages')} of another run"
+            raise InstanceFormatError("run_dir", found, "put back what the run wrote")
+        try:
+            return StageState(
+                stages=stages,
+                weights=self._tensor(arrays["weights"]),
+                keep=self._tensor(arrays["keep"]),
+                damping=header["damping"],
+                update_damping=header["update_damping"],
+                passes=header["passes"],
+                samples=header["samples"],
+                records=tuple(_record(entry) for entry in header["records"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            found = f"{path} is no stage of this release ({type(error).__name__}: {error})"
+            raise InstanceFormatError("run_dir", found, "use an empty directory") from error
 
     def _path(self, stages: int) -> Path:
         return self.directory / f"stage_{stages:04d}.npz"

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
 from cbs_opt.masks import load_mask_metadata
+from cbs_opt.stage_store import RUN_FILE, StageStore
 from cbs_opt.study.expansion import Plan
 from cbs_opt.study.store import JOURNAL, PLAN, Journal, read_plan, read_rows, write_plan
 from experiments.benchmarks.file_mutations import (
@@ -46,6 +47,9 @@ from formulations.relaxations import lower_bound
 
 SLOWEST = 20.0
 """Seconds after which reading a file of a few kilobytes counts as a hang."""
+
+
+TOLD = "told.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,10 @@ def targets() -> list[Target]:
             clever=lines_changed,
             partial=True,
         ),
+        Target(
+            name="stage", file="stage_0001.npz", write=_write_stages, read=_read_stages, clever=zip_changed
+        ),
+        Target(name="stages", file=RUN_FILE, write=_write_stages, read=_read_stages, clever=json_changed),
     ]
 
 
@@ -212,6 +220,24 @@ def _write_report(folder: Path) -> None:
 
 def _read_report(folder: Path) -> list[str]:
     return [json.dumps(PruneReport.load(folder).to_dict())]
+
+
+def _write_stages(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    data = torch.randn(30, 4), torch.arange(30) % 3
+    options = {"program": "joint", "samples": 20, "stages": 2, "progress": False}
+    prune(model, data, sparsity=0.5, loss_fn=cross_entropy, run_dir=folder, **options)
+    # What a run that resumes compares with, kept apart from what is corrupted.
+    (folder / TOLD).write_bytes((folder / RUN_FILE).read_bytes())
+
+
+def _read_stages(folder: Path) -> list[str]:
+    store = StageStore(folder, json.loads((folder / TOLD).read_text()), device=torch.device("cpu"))
+    state = store.read(1)
+    arrays = {"weights": state.weights.numpy(), "keep": state.keep.numpy()}
+    numbers = (state.damping, state.update_damping, state.passes, state.samples)
+    return [checksum({}, arrays), repr(numbers), repr(state.records)]
 
 
 def _write_plan(folder: Path) -> None:

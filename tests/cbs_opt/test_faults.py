@@ -326,3 +326,22 @@ def test_data_that_break_off_leave_the_network_alone():
     with pytest.raises(CbsError, match="the share went away"):
         prune(model, Saboteur(fail, 3), sparsity=0.5, loss_fn=cross_entropy, samples=40, progress=False)
     assert_untouched(model, before)
+
+
+def test_a_stage_of_another_run_in_the_folder_is_refused(tmp_path):
+    options: dict[str, Any] = {
+        "sparsity": 0.5,
+        "program": "joint",
+        "samples": 20,
+        "stages": 2,
+        "progress": False,
+    }
+    for seed in range(2):
+        prune(network(seed), data(), run_dir=tmp_path / str(seed), **options)
+    first, other = (tmp_path / str(seed) / "stage_0001.npz" for seed in range(2))
+    first.write_bytes(other.read_bytes())
+    model = network(0)
+    before = snapshot(model)
+    with pytest.raises(CbsError, match="of another run"):
+        prune(model, data(), run_dir=tmp_path / "0", **options)
+    assert_untouched(model, before)

@@ -34,9 +34,10 @@ def test_ten_thousand_corrupted_files() -> None:
 
 def test_a_case_is_the_same_when_repeated() -> None:
     (alone,) = fuzz(1, seed=1, only=17, progress=False)
+    assert alone.result == "refused"
     (again,) = (outcome for outcome in fuzz(20, seed=1, progress=False) if outcome.number == 17)
     assert (alone.target, alone.mutation, alone.result) == (again.target, again.mutation, again.result)
-    assert "line 2 is damaged" in again.note
+    assert again.note
 
 
 def reader(result: list[str] | Exception) -> Target:
