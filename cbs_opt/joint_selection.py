@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics.channel_obs import greedy_channel_set
+from cbs_opt.heuristics.channel_program import ChannelProgram
+from cbs_opt.heuristics.channel_search import exchange_channel_set, greedy_channel_set
 from cbs_opt.heuristics.joint_program import JointProgram
 from cbs_opt.heuristics.joint_search import TOLERANCE, JointResult, joint_search
 from cbs_opt.heuristics.joint_starts import (
@@ -22,10 +23,10 @@ from cbs_opt.heuristics.joint_starts import (
 from cbs_opt.heuristics.saliency import lowest, magnitude
 from cbs_opt.selection import STARTS, Choice, choice_of_solution, ending, start_set
 from formulations import incumbents
-from formulations.errors import ArgumentError
+from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solution import BlockSolution, Limit, Limits
 
-DENSE_JOINT = 768
+DENSE_JOINT = 1_024
 """Largest block whose Hessian is formed for a joint search."""
 JOINT_STARTS = ("relaxation", "greedy_obs", "iterative_hard_threshold", *STARTS)
 
@@ -103,7 +104,9 @@ def by_joint_swap_search(
     -----
     Blocks of up to `DENSE_JOINT` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
     `cbs_opt.heuristics.joint_search`, O(m^2 n) whenever many weights have changed. A Hessian without
-    rows, and more rows than weights, cost an eigendecomposition there.
+    rows, and more rows than weights, cost an eigendecomposition there. Larger ones with a layer-input
+    term: `cbs_opt.heuristics.channel_search`, from greedy OBS or a saliency, batches of swaps without a
+    proof of 1-swap optimality and without restarts.
     """
     names = (start,) if isinstance(start, str) else tuple(start or ())
     if (start is not None and not names) or any(name not in JOINT_STARTS for name in names):
@@ -122,6 +125,8 @@ def by_joint_swap_search(
     def search(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
         given = None if warm is None else warm[number]
         engine = _search_dense if block.n <= DENSE_JOINT else _search_large
+        if engine is _search_large and block.channels is not None and block.rows is not None:
+            engine = _search_channels
         return engine(block, count, number, given, deadline, request)
 
     return _each(blocks, counts, limits, search)
@@ -229,6 +234,45 @@ def _search_large(
         iterations=best.swaps,
         locally_optimal=best.locally_optimal,
         status=ending(best.locally_optimal, limit),
+        limit=limit,
+    )
+
+
+def _search_channels(
+    block: FisherBlock,
+    count: int,
+    number: int,
+    warm: Tensor | None,
+    deadline: float | None,
+    request: _Request,
+) -> Choice:
+    """Exchanges in batches with the layer-input term, from every start; the lowest end."""
+    program = ChannelProgram(block)
+    best: JointResult | None = None
+    for name in request.starts or ("greedy_obs",):
+        start = warm
+        if start is None and name == "greedy_obs":
+            start = greedy_channel_set(block, count, drops=DROPS, deadline=deadline)
+        elif start is None and name in STARTS:
+            start = start_set(name, block, count, request.limits.seed + number, request.spread)
+        if start is None:
+            found = f"{name!r} on {block.n} weights with a layer-input term"
+            raise UnsupportedProblemError("start", found, f"use greedy_obs, or one of {', '.join(STARTS)}")
+        result = exchange_channel_set(
+            program, start, tolerance=request.tolerance, max_swaps=request.max_swaps, deadline=deadline
+        )
+        if best is None or result.value < best.value:
+            best = result
+        if result.limit is Limit.INTERRUPTED:
+            break
+    assert best is not None
+    limit = result.limit if result.limit is Limit.INTERRUPTED else best.limit
+    status = "no batch of swaps improves" if limit is None else ending(best.locally_optimal, limit)
+    return Choice(
+        pruned=best.pruned,
+        iterations=best.swaps,
+        locally_optimal=best.locally_optimal,
+        status=status,
         limit=limit,
     )
 

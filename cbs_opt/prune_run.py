@@ -267,8 +267,10 @@ class PruneRun:
     def _counts(self, damping: float, layer_inputs: float) -> list[int]:
         scores = None
         if self.options.budget != "uniform" and len(self.partition.blocks) > 1:
-            blocks = self._blocks(damping, layer_inputs, gradient=True)
-            scores = torch.cat([self.options.scoring.score(block) for block in blocks])
+            scoring = self.options.scoring
+            needs_gradient = self.options.gradient_term or scoring.kind == "saliency"
+            blocks = self._blocks(damping, layer_inputs, gradient=needs_gradient)
+            scores = torch.cat([scoring.score(block) for block in blocks])
         return allocate(self.partition, self.options.sparsity, budget=self.options.budget, scores=scores)
 
     def _select(
