@@ -88,8 +88,7 @@ def prune(
     loss_fn : callable, default cross-entropy
         ``loss_fn(output, y)``: the mean loss of a batch.
     program : {"selection", "joint"}, default "selection"
-        The program that `method` solves. "joint" accounts for the update while selecting; so far
-        for blocks small enough for a dense Hessian.
+        The program that `method` solves. "joint" accounts for the update while selecting.
     method : str, default "swap_search"
         See `available_methods`.
     update : bool or "independent", default True
