@@ -5,7 +5,7 @@ adjust the kept weights optimally (joint program), so they differ in the chosen 
 heuristics stand random sets whose objective is within a given distance of the optimum: they show what the
 last per cent of the objective is worth in loss and accuracy, whatever method left it there.
 
-    python -m experiments.exact_vs_heuristic --out results/exact_vs_heuristic
+    python -m experiments.exact_vs_heuristic --out docs/benchmarks
     python -m experiments.exact_vs_heuristic --network mlpnet_mnist --sparsity 0.9 --seeds 1
 """
 
@@ -239,7 +239,7 @@ def main(
     damping: Annotated[float, typer.Option(help="Added to the diagonal of H.")] = 1e-3,
     time_limit: Annotated[float, typer.Option(help="Seconds a block.")] = 30.0,
     draws: Annotated[int, typer.Option(help="Random sets for each distance from the optimum.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for table, picture and rows.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for page, picture and rows.")] = Path(
         "results/exact_vs_heuristic"
     ),
     data: Annotated[Path | None, typer.Option(help="Data directory; $CBS_OPT_DATA by default.")] = None,
@@ -264,7 +264,14 @@ def main(
                     seed=seed,
                 )
                 bar.update()
-    settings = {"network": network, "seeds": seeds, "samples": samples, "damping": damping}
+    settings = {
+        "network": network,
+        "seeds": seeds,
+        "samples": samples,
+        "damping": damping,
+        "time_limit": time_limit,
+        "draws": draws,
+    }
     typer.echo(write_page(pd.DataFrame(rows), settings, out), nl=False)
 
 

@@ -103,5 +103,5 @@ def test_the_page_has_every_method_and_a_picture(rows: pd.DataFrame, tmp_path: P
     assert text == page(rows, {"network": "tiny"})
     assert all(f"| {name} |" in text for name in METHODS)
     assert RANDOM not in text.split("One per cent")[0]
-    assert (tmp_path / "worth.svg").read_text().startswith("<?xml")
-    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(rows)
+    assert (tmp_path / "exact_vs_heuristic.svg").read_text().startswith("<?xml")
+    assert len(pd.read_csv(tmp_path / "exact_vs_heuristic.csv")) == len(rows)
