@@ -45,7 +45,7 @@ def page(rows: pd.DataFrame, settings: Mapping[str, Any]) -> str:
         "# Exact against heuristic, row by row",
         f"    python -m experiments.{NAME} {_arguments(settings)}",
         "Every output neuron's incoming weights are one block. All methods prune the same number in each "
-        "block and adjust the kept weights optimally, so that they differ in the chosen sets alone. Objectives "
+        "block and adjust the kept weights optimally, so they differ in the chosen sets alone. Objectives "
         "and bounds are sums over blocks: of the block-diagonal model, and only that. Mean ± standard "
         f"deviation over seeds. The exact method stops at a gap of {100.0 * REL_GAP:g} % in each block.",
         f"![{CAPTION}]({NAME}.svg)",
