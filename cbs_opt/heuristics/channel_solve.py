@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics.products import adjoint_image, factorise, image
+from cbs_opt.heuristics.products import adjoint_image, factorise, hessian_diagonal, image
 
 GROUP = 2_048
 """Columns of neighbouring channels that one product takes at once."""
@@ -107,8 +107,7 @@ class ChannelSystem:
         if self.whole is not None:
             diagonal: Tensor = torch.cholesky_inverse(self.whole).diagonal()
             return diagonal
-        identity = torch.eye(len(self.inner), dtype=torch.float64, device=self.inner.device)
-        inverse = torch.linalg.solve_triangular(self.inner, identity, upper=False).to(self.precision)
+        inverse = self._inverse_factor()
         diagonals = []
         for group in _groups(self.parts):
             own = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
@@ -116,6 +115,67 @@ class ChannelSystem:
             seen = (spread @ inverse.T).square_().sum(dim=1).double()
             diagonals.append((own - seen).maximum(torch.finfo(self.precision).eps * own))
         return torch.cat(diagonals)
+
+    def schur_diagonal(self) -> Tensor:
+        """``diag(H_PP - H_PK H_KK^-1 H_KP)`` of the weights P that are not kept, (n - s,) float64.
+
+        In the precision of the system; O(m^2 (n - s) + sum of m k p over channels of k kept weights and
+        p others).
+        """
+        assert self.block.channels is not None
+        if self.whole is not None:
+            return self._dense_schur_diagonal(self.whole)
+        inverse = self._inverse_factor()
+        parts = iter(self.parts)
+        part = next(parts, None)
+        diagonals = []
+        for channel in self.block.channels.channels:
+            member = torch.zeros(channel.stop - channel.start, dtype=torch.bool, device=self.kept.device)
+            own = part if part is not None and int(part.index[0]) < channel.stop else None
+            if own is not None:
+                member[own.index - channel.start] = True
+                part = next(parts, None)
+            others = (~member).nonzero().squeeze(1)
+            if not len(others):
+                continue
+            outer = self.rows.index_select(1, others + channel.start).to(self.precision).T
+            diagonal = channel.diagonal()[others] + self.damping
+            if own is not None:
+                cross = channel.matrix()[member][:, others]
+                cross = torch.linalg.solve_triangular(own.factor, cross, upper=False)
+                diagonal = (diagonal - cross.square().sum(dim=0)).clamp_min(self.damping)
+                outer = outer - cross.to(self.precision).T @ self._half(own)
+            diagonals.append(diagonal + (outer @ inverse.T).square_().sum(dim=1).double())
+        return torch.cat(diagonals) if diagonals else torch.zeros_like(self.inner[0, :0])
+
+    def _inverse_factor(self) -> Tensor:
+        """``L^-1`` with ``L L^T = M``, in the precision of the products."""
+        identity = torch.eye(len(self.inner), dtype=torch.float64, device=self.inner.device)
+        inverse: Tensor = torch.linalg.solve_triangular(self.inner, identity, upper=False)
+        return inverse.to(self.precision)
+
+    def _dense_schur_diagonal(self, factor: Tensor) -> Tensor:
+        member = torch.zeros(self.block.n, dtype=torch.bool, device=self.kept.device)
+        member[self.kept] = True
+        diagonal = hessian_diagonal(self.block) - self.block.damping + self.damping
+        pieces = [diagonal[:0]]
+        for others in torch.split((~member).nonzero().squeeze(1), GROUP):
+            cross = self._dense_columns(others)
+            cross = torch.linalg.solve_triangular(factor, cross, upper=False)
+            pieces.append((diagonal[others] - cross.square().sum(dim=0)).clamp_min(self.damping))
+        return torch.cat(pieces)
+
+    def _dense_columns(self, others: Tensor) -> Tensor:
+        """``H_KJ`` of weights `others` that are not kept, (s, j) float64."""
+        block = self.block
+        assert block.channels is not None
+        if block.rows is None:
+            assert block.hessian is not None
+            columns = block.hessian.index_select(0, self.kept).index_select(1, others).double()
+        else:
+            columns = block.rows.index_select(1, self.kept).double().T
+            columns = columns @ block.rows.index_select(1, others).double()
+        return columns + block.channels.entries(self.kept, others)
 
     def _dense(self) -> Tensor:
         """``H_KK``, (s, s) float64."""

@@ -183,12 +183,29 @@ class ChannelTerm:
         parts = [channel.diagonal() for channel in self.channels]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
+    def entries(self, left: Tensor, right: Tensor) -> Tensor:
+        """The entries at `left` (a,) and `right` (b,), both in increasing order, (a, b) float64."""
+        found = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+        stops = torch.tensor(
+            [channel.stop for channel in self.channels], dtype=torch.int64, device=left.device
+        )
+        row_ends = torch.searchsorted(left, stops).tolist()
+        column_ends = torch.searchsorted(right, stops).tolist()
+        a = b = 0
+        for channel, row_end, column_end in zip(self.channels, row_ends, column_ends, strict=True):
+            if row_end > a and column_end > b:
+                rows = torch.arange(channel.moment.shape[0], device=left.device)[channel.inputs]
+                above = rows[left[a:row_end] - channel.start]
+                across = rows[right[b:column_end] - channel.start]
+                found[a:row_end, b:column_end] = channel.scale * channel.moment[above][:, across]
+            a, b = row_end, column_end
+        return found
+
     def dense(self) -> Tensor:
         """The matrix itself, (n, n) float64: for small blocks."""
-        matrix = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.channels[0].moment.device)
-        for channel in self.channels:
-            matrix[channel.start : channel.stop, channel.start : channel.stop] = channel.matrix()
-        return matrix
+        device = self.channels[0].moment.device if self.channels else None
+        everything = torch.arange(self.n, device=device)
+        return self.entries(everything, everything)
 
 
 def _by_group(span: ParameterSpan, moment: Tensor | None, squares: Tensor) -> list[Tensor]:

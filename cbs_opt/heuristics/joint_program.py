@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.channel_program import ChannelProgram
 from cbs_opt.heuristics.channel_term import densified
 from cbs_opt.heuristics.products import COLUMN_CHUNK, adjoint_image, factorise, image, inner_gram
 from formulations.errors import NotPositiveDefiniteError
@@ -194,7 +195,11 @@ def joint_saliency(block: FisherBlock) -> Tensor:
     `u` is the minimiser of the block's model, the gradient included; without one it is `w`, and the
     saliency is that of OBS. O(m^2 n); errors as in `JointProgram.of`.
     """
+    everything = torch.ones(block.n, dtype=torch.bool, device=block.weights.device)
+    if block.channels is not None and block.rows is not None:
+        whole = ChannelProgram(block)
+        return 0.5 * whole.costs(whole.at(everything))
     program = JointProgram.of(block)
-    kept = program.at(torch.ones(block.n, dtype=torch.bool, device=block.weights.device))
+    kept = program.at(everything)
     slack = (1.0 - program.leverages(kept)).clamp_min(torch.finfo(torch.float64).eps)
     return 0.5 * program.damping * program.levels(kept).square() / slack

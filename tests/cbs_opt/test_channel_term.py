@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cbs_opt as cbs
 from cbs_opt.blocks import FisherBlock, Partition
-from cbs_opt.heuristics.channel_obs import greedy_channel_set
+from cbs_opt.heuristics.channel_search import greedy_channel_set
 from cbs_opt.heuristics.channel_solve import ChannelSystem
 from cbs_opt.heuristics.channel_term import ChannelTerm, densified
 from cbs_opt.heuristics.products import hessian_diagonal, hessian_product, step_loss
