@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from cbs_opt.blocks import BlockRule, checked_rule
+from cbs_opt.blocks import DENSE_LIMIT, BlockRule, checked_rule
 from cbs_opt.budget import Budget, checked_sparsity
 from cbs_opt.methods import Method, available_methods, find_method
 from cbs_opt.selection import Selector, by_solver
 from cbs_opt.spread_selection import by_workers
 from cbs_opt.workers import Workers
-from formulations.errors import ArgumentError, UnknownMethodError
+from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 from formulations.solution import Limits
 
 UPDATES = {True: "cbs", False: None, "cbs": "cbs", "independent": "independent", None: None}
@@ -121,6 +121,11 @@ class PruneOptions:
         """The weight of the layer-input term where there is no grid, 0 without the term."""
         return 0.0 if self.layer_inputs is None else self.layer_inputs[0]
 
+    @property
+    def selects_by_rows(self) -> bool:
+        """Whether the method leaves the layer-input term out: searches of the selection program do."""
+        return self.program == "selection" and self.chosen_method.kind != "saliency"
+
     def limits(self, restart: int) -> Limits:
         """Limits and seed of one restart."""
         return Limits(time_limit=self.time_limit, seed=self.seed + 7919 * restart)
@@ -128,6 +133,15 @@ class PruneOptions:
     def settings(self) -> dict[str, Any]:
         """Plain values for the report."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "executor"}
+
+
+def check_certifiable(options: PruneOptions, largest: int, *, given_term: bool) -> None:
+    """Raise `UnsupportedProblemError` if bounds for the largest block would need its whole Hessian."""
+    term = given_term if options.layer_inputs is None else any(options.layer_inputs)
+    if options.certify and term and not options.selects_by_rows and largest > DENSE_LIMIT:
+        found = f"True with a layer-input term and a block of {largest} weights"
+        remedy = f"cut blocks of at most {DENSE_LIMIT}, or leave the term out"
+        raise UnsupportedProblemError("certify", found, remedy)
 
 
 def checked_seconds(name: str, value: float | None) -> float | None:

@@ -210,9 +210,7 @@ class PruneRun:
         """The report with a bound and its certificate for every block, for the sets that were chosen."""
         options = self.options
         damping, proved = best.damping, [choice.bound for choice in best.choices]
-        # As in `_select`: searches of the selection program leave the layer-input term out.
-        left_out = options.program == "selection" and options.chosen_method.kind != "saliency"
-        layer_inputs = 0.0 if left_out else best.layer_inputs
+        layer_inputs = 0.0 if options.selects_by_rows else best.layer_inputs
         if options.selection_damping is not None:
             if options.program == "selection":
                 unit = self._mean_diagonal() if options.relative_damping else 1.0
@@ -284,7 +282,7 @@ class PruneRun:
         options = self.options
         scored = options.chosen_method.kind == "saliency"
         blocks = self._blocks(damping, layer_inputs, gradient=options.gradient_term or scored)
-        if options.program == "selection" and not scored:
+        if options.selects_by_rows:
             blocks = [replace(block, channels=None) for block in blocks]
         with self._phase("selection"):
             choices: list[Choice] = options.engine(

@@ -14,7 +14,14 @@ from cbs_opt.blocks import BlockRule, Globs, Partition
 from cbs_opt.budget import Budget
 from cbs_opt.curvature import MEMORY_LIMIT, GradientRows
 from cbs_opt.network_watch import unchanged
-from cbs_opt.prune_options import PruneOptions, alternatives, checked_score, grid, update_kind
+from cbs_opt.prune_options import (
+    PruneOptions,
+    alternatives,
+    check_certifiable,
+    checked_score,
+    grid,
+    update_kind,
+)
 from cbs_opt.prune_run import PruneRun
 from cbs_opt.report import PruneReport
 from cbs_opt.schedules import Schedule
@@ -22,6 +29,7 @@ from cbs_opt.stage_options import check_one_stage, check_stageable, stage_option
 from cbs_opt.stages import OnStage, StagedRun
 from cbs_opt.workers import Workers, lasting
 from cbs_opt.write_back import write_back
+from formulations.errors import ArgumentError
 
 
 def prune(
@@ -114,7 +122,8 @@ def prune(
         of the Hessian, one block an output channel, made of the second moments of what its layer is fed
         and scaled to this many times the mean diagonal of the rows there. It has full rank, where the
         rows leave most directions unseen. By default the term that `curvature` brings, if any; 0 is
-        without. Certificates and dense methods take it in blocks of up to 4 096 weights; the swap
+        without. Saliencies, the update and, under the joint program, `greedy_obs` and `swap_search`
+        take it in blocks of any size, certificates and dense methods up to 4 096 weights; the swap
         search of the selection program goes by the rows. See `cbs_opt.layer_inputs`.
     partition : {"global", "layer", "row"} or int, default "global"
         How weights form blocks; weights of different blocks do not interact in the model.
@@ -203,6 +212,9 @@ def prune(
         final_updates=final_updates,
         gradient_samples=gradient_samples,
     )
+    if not isinstance(curvature, str | GradientRows):
+        remedy = "pass the name of a curvature, or GradientRows"
+        raise ArgumentError("curvature", f"a {type(curvature).__name__}", remedy)
     workers, ended = lasting(executor)
     options = PruneOptions(
         sparsity=sparsity,
@@ -234,6 +246,8 @@ def prune(
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
     given = None if isinstance(curvature, str) else curvature
+    largest = max(block.stop - block.start for block in parts.blocks)
+    check_certifiable(options, largest, given_term=given is not None and given.channels is not None)
     if plan is None:
         check_one_stage(on_stage, run_dir)
         run = PruneRun(model, parts, options, loss_fn, given, progress)

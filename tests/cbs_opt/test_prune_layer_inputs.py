@@ -159,6 +159,19 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
         with_term.to_problem(5)
 
 
+def test_certificates_of_large_blocks_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cbs_opt.prune_options.DENSE_LIMIT", 20)
+    monkeypatch.setattr("cbs_opt.prune_run.gradient_rows", lambda *_, **__: pytest.fail("begun"))
+    with pytest.raises(UnsupportedProblemError, match="certify"):
+        pruned(layer_inputs=(0.0, 1.0), method="obs", certify=True)
+
+
+def test_searches_of_the_selection_program_are_certified_for_the_rows_they_went_by() -> None:
+    report = pruned(layer_inputs=1.0, method="swap_search", sparsity=0.5, certify=True)[1]
+    without = pruned(method="swap_search", sparsity=0.5, certify=True)[1]
+    assert [block.bound for block in report.blocks] == [block.bound for block in without.blocks]
+
+
 def test_stages_take_one_weight() -> None:
     with pytest.raises(ArgumentError, match="layer_inputs"):
         pruned(layer_inputs=(0.1, 1.0), stages=2)
