@@ -51,6 +51,7 @@ def measure(
     problem: BlockProblem,
     *,
     incumbent: str = "swap_search",
+    restarts: int = 0,
     fix: bool = True,
     time_limit: float | None = None,
     seed: int = 0,
@@ -62,6 +63,8 @@ def measure(
     problem : BlockProblem
     incumbent : {"swap_search", "rounding"}
         What gives the set: a joint swap search from the relaxation's rounding, or the rounding alone.
+    restarts : int, default 0
+        Further descents of the search from random sets.
     fix : bool, default True
         Fix weights by the incumbent and relax the rest again.
     time_limit : float, optional
@@ -81,7 +84,13 @@ def measure(
         found = relaxed
         if incumbent == "swap_search":
             found = cbs_opt.solve(
-                problem, incumbent, program="joint", incumbent=relaxed, time_limit=time_limit, seed=seed
+                problem,
+                incumbent,
+                program="joint",
+                incumbent=relaxed,
+                time_limit=time_limit,
+                seed=seed,
+                restarts=restarts,
             )
         search_seconds = time.perf_counter() - began - bound_seconds
         final = relaxed
@@ -216,6 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
             "time_limit": options.time_limit,
             "seed": options.seed,
         }
+        if options.restarts:
+            how["restarts"] = options.restarts
         results = run(measurements, Ledger(options.out / f"{options.case}.jsonl"), how)
     except CbsError as error:
         raise SystemExit(f"error: {error}") from error
@@ -252,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sparsity", type=float, nargs="+", help="only these of the case")
     parser.add_argument("--damping", type=float, nargs="+", help="only these of the case")
     parser.add_argument("--incumbent", choices=INCUMBENTS, default=INCUMBENTS[0])
+    parser.add_argument("--restarts", type=int, default=0, help="further descents of the search")
     parser.add_argument("--no-fix", dest="fix", action="store_false", help="leave the first bound as it is")
     parser.add_argument("--time-limit", type=float, help="seconds for each bound and each search")
     parser.add_argument("--rows", type=int, default=1000, help="gradient rows of networks and digits")
