@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,6 +28,8 @@ START_PATIENCE = 300.0
 """Seconds a new process may take to import what it needs."""
 LOAD_PATIENCE = 120.0
 """Seconds a process may take to read a block, beside the warm-up."""
+EXIT_PATIENCE = 2.0
+"""Seconds between the end of a connection and that of its process."""
 LONGEST_TAIL = 2000
 KEPT_SHARE = 0.25
 """A process that holds on to more than this share of its limit between runs is replaced."""
@@ -56,6 +59,7 @@ class Worker:
         self._given = time.perf_counter()
         self._largest = 0
         self._at_rest: int | None = None
+        self._killed = False
         # Opened for appending, so that it can be emptied while the process writes to it.
         self._log = tempfile.NamedTemporaryFile("a+b", prefix="cbs-opt-worker-")  # noqa: SIM115
         ours, theirs = socket.socketpair()
@@ -114,7 +118,8 @@ class Worker:
                     return self._ended(message)
         except (EOFError, ConnectionResetError):
             return self._died()
-        return self._overdue()
+        # A process that it left behind may hold the connection open.
+        return self._overdue() if self.alive else self._died()
 
     @property
     def alive(self) -> bool:
@@ -123,8 +128,7 @@ class Worker:
 
     def stop(self) -> None:
         """End it, with everything that it started."""
-        if self.alive:
-            self._kill()
+        self._kill()
         self.connection.close()
         self._log.close()
 
@@ -138,11 +142,15 @@ class Worker:
         return outcome
 
     def _died(self) -> dict[str, Any]:
-        code = self._process.wait()
+        try:
+            ending = f"the process ended with {_exit_words(self._process.wait(EXIT_PATIENCE))}"
+        except subprocess.TimeoutExpired:
+            ending = "the process closed its connection"
+        self._kill()
         said = self._tail()
         if not self.ready:
-            raise WorkerStartError(f"a worker process ended with {_exit_words(code)} as it started: {said}")
-        return self._outcome(CRASHED, f"the process ended with {_exit_words(code)}: {said}")
+            raise WorkerStartError(f"a worker did not start, {ending}: {said}")
+        return self._outcome(CRASHED, f"{ending}: {said}")
 
     def _overdue(self) -> dict[str, Any] | None:
         now = time.perf_counter()
@@ -177,7 +185,12 @@ class Worker:
         }
 
     def _kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
+        """End the process and its group, which may outlive it; once, since numbers are used again."""
+        if self._killed:
+            return
+        self._killed = True
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _resident(self) -> int | None:

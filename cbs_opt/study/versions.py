@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from formulations.plugins import METHODS, SOLVERS
+
 PACKAGES = (
     "cbs-opt",
     "numpy",
@@ -26,13 +28,17 @@ PACKAGES = (
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Versions of Python and of every installed package that a result may depend on."""
+    """Versions of Python, of every package that a result may depend on, and of plug-ins."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    for group in (METHODS, SOLVERS):
+        for point in metadata.entry_points(group=group):
+            if point.dist is not None:
+                found[point.dist.name] = point.dist.version
     return found
 
 

@@ -47,6 +47,10 @@ def greedy_allocation(problem, program, *, limits, incumbent=None):
 def leaves(problem, program, *, limits, incumbent=None):
     os._exit(3)
 
+def severs(problem, program, *, limits, incumbent=None):
+    os.closerange(3, 256)
+    time.sleep(60)
+
 def raises(problem, program, *, limits, incumbent=None):
     raise LookupError("nothing here")
 
@@ -90,6 +94,6 @@ def forget() -> None:
 def write_misbehaved(folder: Path) -> None:
     """A good method and every kind of bad one."""
     write_package(folder, "consecutive", WELL_BEHAVED, {"consecutive": "consecutive:solve"}, plugins.METHODS)
-    names = ("segfault", "deaf", "hungry", "greedy_allocation", "leaves", "raises", "liar", "mute")
+    names = ("segfault", "deaf", "hungry", "greedy_allocation", "leaves", "severs", "raises", "liar", "mute")
     points = {name: f"misbehaved:{name}" for name in names}
     write_package(folder, "misbehaved", MISBEHAVED, points, plugins.METHODS)

@@ -36,6 +36,7 @@ def test_bad_methods_cost_their_rows_and_nothing_else(
     bad = {
         "segfault": "crashed",
         "leaves": "crashed",
+        "severs": "crashed",
         "deaf": "timed_out",
         "hungry": "out_of_memory",
         "greedy_allocation": "out_of_memory",
@@ -46,6 +47,7 @@ def test_bad_methods_cost_their_rows_and_nothing_else(
     notes = {
         "segfault": "SIGSEGV",
         "leaves": "exit code 3",
+        "severs": "closed its connection",
         "deaf": "0.5 s past its limit of 0.5 s",
         "hungry": "GiB",
         "raises": "LookupError: nothing here",
@@ -75,6 +77,7 @@ def test_bad_methods_cost_their_rows_and_nothing_else(
         assert notes.get(name, "") in table.loc[name, "note"]
         assert not table.loc[name, "proved"]
     assert table.loc["deaf", "seconds"] < 20.0
+    assert set(table["version.misbehaved"]) == {"1.0"}
     assert table.loc["hungry", "peak_memory"] < 2.5 * 2**30
 
 
