@@ -23,6 +23,7 @@ from formulations.problem import BlockProblem
 if TYPE_CHECKING:
     from cbs_opt.heuristics.channel_term import ChannelTerm
     from cbs_opt.heuristics.spectrum import RowSpectrum
+    from cbs_opt.heuristics.whitened import WhitenedRows
 
 Globs = str | Sequence[str]
 BlockRule = str | int
@@ -226,8 +227,9 @@ class FisherBlock:
         Mean gradient of the loss; absent means zero.
     damping : float, default 0
         Added to the diagonal.
-    spectrum : RowSpectrum, optional
-        That of `rows`, where several dampings are tried; it spares `obs` a factorisation each.
+    spectrum : RowSpectrum or WhitenedRows, optional
+        Of `rows`, where several dampings are tried: it gives `obs` the diagonal of the inverse, in a
+        metric of its own if it has one, and spares a factorisation each time.
     channels : ChannelTerm, optional
         A further term of the Hessian, block-diagonal over output channels.
 
@@ -247,7 +249,7 @@ class FisherBlock:
     hessian: Tensor | None = None
     gradient: Tensor | None = None
     damping: float = 0.0
-    spectrum: RowSpectrum | None = None
+    spectrum: RowSpectrum | WhitenedRows | None = None
     channels: ChannelTerm | None = None
 
     def __post_init__(self) -> None:
@@ -351,7 +353,9 @@ def _choose(
 
 def _matching(argument: str, names: dict[nn.Parameter, list[str]], globs: Globs) -> list[nn.Parameter]:
     """Parameters of which any name matches any glob, in network order."""
-    patterns = [globs] if isinstance(globs, str) else list(globs)
+    patterns = [globs] if isinstance(globs, str) else globs
+    if not isinstance(patterns, list | tuple) or not all(isinstance(glob, str) for glob in patterns):
+        raise ArgumentError(argument, f"{globs!r}", "pass a glob on parameter names, or a list of them")
     matched: set[nn.Parameter] = set()
     for pattern in patterns:
         hits = {p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)}

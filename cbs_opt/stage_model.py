@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cbs_opt.blocks import BlockSpan, FisherBlock, Partition
 from cbs_opt.heuristics.channel_term import ChannelTerm
-from cbs_opt.heuristics.products import KeptGram, column_squares, step_loss
+from cbs_opt.heuristics.products import KeptGram, column_squares, image, step_loss
 from cbs_opt.heuristics.spectrum import RowSpectrum
-from cbs_opt.heuristics.updates import cbs_update, cbs_updates
+from cbs_opt.heuristics.updates import cbs_updates
+from cbs_opt.heuristics.whitened import WhitenedRows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +58,7 @@ class StageModel:
         self.channels = channels
         self._diagonal = column_squares(rows)
         self._spectra: dict[str, RowSpectrum] = {}
+        self._whitened_rows: dict[str, WhitenedRows] = {}
         self._pieces: list[_Piece] = []
         start = 0
         for span in partition.blocks:
@@ -109,18 +111,20 @@ class StageModel:
 
         Pruning from there is pruning from `weights` with the gradient in the model, up to a constant:
         ``1/2 (u - u*).H (u - u*)`` for the minimum u*. Saliencies see the weights as they would be
-        after a Newton step. `factorised` blocks carry their spectrum.
+        after a Newton step. `factorised` blocks carry the diagonal of their inverse, and no channel term.
         """
         minimum = weights
         if gradient is not None:
             pruned = torch.zeros_like(weights, dtype=torch.bool)
             minimum = self.updates(weights, gradient, pruned, [damping])[0]
-        blocks = self.blocks(minimum, None, damping)
-        if not factorised or self.channels is not None:
-            return blocks
+        if not factorised:
+            return self.blocks(minimum, None, damping)
+        if self.channels is not None:
+            plain = self.blocks(minimum, None, 0.0)
+            return [replace(block, damping=damping, spectrum=self._whitened(block)) for block in plain]
         return [
             replace(block, spectrum=self._spectrum(piece))
-            for block, piece in zip(blocks, self._pieces, strict=True)
+            for block, piece in zip(self.blocks(minimum, None, damping), self._pieces, strict=True)
         ]
 
     def updates(
@@ -128,20 +132,39 @@ class StageModel:
     ) -> list[Tensor]:
         """CBS-U of the kept weights for a `pruned` set of them, (n_kept,) float64 each."""
         if self.channels is not None:
-            return [self._update(weights, gradient, pruned, damping) for damping in dampings]
-        pieces = [
-            cbs_updates(block, pruned[piece.start : piece.stop], dampings, piece.gram)
-            for block, piece in zip(self.blocks(weights, gradient, 0.0), self._pieces, strict=True)
-        ]
-        return [torch.cat(found) for found in zip(*pieces, strict=True)]
+            found = [
+                self._piece_updates(block, pruned[block.start : block.stop], dampings)
+                for block in self.blocks(weights, gradient, 0.0)
+            ]
+        else:
+            found = [
+                cbs_updates(block, pruned[piece.start : piece.stop], dampings, piece.gram)
+                for block, piece in zip(self.blocks(weights, gradient, 0.0), self._pieces, strict=True)
+            ]
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
-    def _update(self, weights: Tensor, gradient: Tensor | None, pruned: Tensor, damping: float) -> Tensor:
-        """One update, where every damping has a metric to be factored."""
-        found = [
-            cbs_update(block, pruned[block.start : block.stop])
-            for block in self.blocks(weights, gradient, damping)
-        ]
-        return torch.cat(found)
+    def _piece_updates(self, block: FisherBlock, pruned: Tensor, dampings: Sequence[float]) -> list[Tensor]:
+        """CBS-U of one block in the metric of its channel term, of which `block` knows nothing."""
+        assert block.rows is not None
+        weights = block.weights.double()
+        kept = ~pruned
+        if not bool(kept.any()):
+            return [torch.zeros_like(weights) for _ in dampings]
+        removed = torch.where(pruned, weights, 0.0)
+        metric = self._metric(block)
+        pull = metric.product(removed) + IDENTITY_SHARE * removed
+        slope = torch.zeros_like(weights) if block.gradient is None else block.gradient.double()
+        if bool(pruned.any()):
+            rows = WhitenedRows(block.rows[:, kept], metric.restricted(kept), IDENTITY_SHARE, block.name)
+        else:
+            rows = self._whitened(block)
+        rights = [(damping * pull - slope)[kept] for damping in dampings]
+        results = []
+        for step in rows.solve(rights, dampings, image(block.rows, removed)):
+            moved = torch.zeros_like(weights)
+            moved[kept] = weights[kept] + step
+            results.append(moved)
+        return results
 
     def predicted_change(self, weights: Tensor, gradient: Tensor | None, moved: Tensor) -> float:
         """What the model, without damping, says of going from `weights` to `moved` (both (n_kept,))."""
@@ -158,3 +181,15 @@ class StageModel:
             gram = piece.gram.of(everything) if rows.shape[0] < rows.shape[1] else None
             self._spectra[name] = RowSpectrum(rows, gram)
         return self._spectra[name]
+
+    def _metric(self, block: FisherBlock) -> ChannelTerm:
+        """The channel part of the metric of one block."""
+        assert self.channels is not None
+        return self.channels.scaled(1.0 / self.unit).within(block.start, block.stop)
+
+    def _whitened(self, block: FisherBlock) -> WhitenedRows:
+        if block.name not in self._whitened_rows:
+            assert block.rows is not None
+            rows = WhitenedRows(block.rows, self._metric(block), IDENTITY_SHARE, block.name)
+            self._whitened_rows[block.name] = rows
+        return self._whitened_rows[block.name]

@@ -350,14 +350,15 @@ def test_the_model_minimises_what_it_states(partition: str) -> None:
     assert quadratic.unit == pytest.approx(float(rows.square().sum() / kept))
 
 
-def test_the_channel_term_is_the_metric_of_the_trust_region() -> None:
+@pytest.mark.parametrize("m", [9, 90])
+def test_the_channel_term_is_the_metric_of_the_trust_region(m: int) -> None:
     """The minimum of the model with a channel term solves ``(R^T R + d (C / unit + .01 I)) x = -g``."""
     model = network(dtype=torch.float64)
     parts = Partition.from_model(model, blocks="global")
     generator = torch.Generator().manual_seed(4)
     keep = torch.rand(N, generator=generator) < 0.7
     kept = int(keep.sum())
-    everything = torch.randn(9, N, dtype=torch.float64, generator=generator)
+    everything = torch.randn(m, N, dtype=torch.float64, generator=generator)
     moments = input_moments(model, data(dtype=torch.float64), parts, samples=30)
     channels = ChannelTerm.matched(moments, parts, everything).restricted(keep)
     quadratic = StageModel(parts, keep, everything[:, keep], channels)
@@ -368,4 +369,15 @@ def test_the_channel_term_is_the_metric_of_the_trust_region() -> None:
     rows = everything[:, keep]
     for damping in (0.1, 2.0):
         target = quadratic.updates(weights, gradient, none, [damping])[0]
-        torch.testing.assert_close((rows.T @ rows + damping * metric) @ (target - weights), -gradient)
+        hessian = rows.T @ rows + damping * metric
+        torch.testing.assert_close(hessian @ (target - weights), -gradient)
+        (block,) = quadratic.around_minimum(weights, gradient, damping, factorised=True)
+        torch.testing.assert_close(block.weights, target)
+        torch.testing.assert_close(inverse_diagonal(block), torch.linalg.inv(hessian).diagonal())
+        pruned = torch.rand(kept, generator=generator) < 0.3
+        moved = quadratic.updates(weights, gradient, pruned, [damping])[0]
+        assert bool((moved[pruned] == 0.0).all())
+        residual = hessian @ (moved - weights) + gradient
+        torch.testing.assert_close(residual[~pruned], torch.zeros_like(residual[~pruned]))
+        (plain,) = quadratic.around_minimum(weights, None, damping, factorised=False)
+        torch.testing.assert_close(plain.dense_hessian() + plain.damping * torch.eye(kept), hessian)
