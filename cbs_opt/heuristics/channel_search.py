@@ -116,6 +116,7 @@ def exchange_channel_set(
                     TracePoint(seconds=time.monotonic() - began, nodes=0, objective=best.value, bound=None)
                 )
             if before - best.value <= max(tolerance, LEAST_YIELD) * abs(before):
+                limit = _reached(1, deadline)
                 break
             cap = min(cap, 2 * made)
     except KeyboardInterrupt:

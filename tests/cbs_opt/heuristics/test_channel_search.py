@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbs_opt import joint_selection
 from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics.channel_program import ChannelProgram
+from cbs_opt.heuristics.channel_program import ChannelProgram, ChannelSet
 from cbs_opt.heuristics.channel_search import exchange_channel_set, greedy_channel_set
 from cbs_opt.heuristics.joint_program import joint_saliency
 from cbs_opt.heuristics.saliency import lowest, magnitude
@@ -78,6 +78,23 @@ def test_limits_are_kept_and_named() -> None:
     late = exchange_channel_set(program, start, deadline=time.monotonic())
     assert late.limit is Limit.TIME
     assert torch.equal(late.pruned, start)
+
+
+def test_time_that_runs_out_while_batches_are_tried_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cbs_opt.heuristics.channel_search.time.monotonic", lambda: now[0])
+    evaluate = ChannelProgram.at
+
+    def slow(program: ChannelProgram, keep: Tensor) -> ChannelSet:
+        now[0] += 1.0
+        return evaluate(program, keep)
+
+    monkeypatch.setattr(ChannelProgram, "at", slow)
+    block = channel_block()
+    start = lowest(magnitude(block), 22)
+    found = exchange_channel_set(ChannelProgram(block), start, deadline=1.5)
+    assert found.limit is Limit.TIME
+    assert found.value <= found.initial_value
 
 
 @pytest.mark.parametrize("count", [0, N])
