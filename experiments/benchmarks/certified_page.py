@@ -135,13 +135,17 @@ def _cells(row: Row) -> list[str]:
         "-" if row["gap"] is None else gap_text(row["gap"]),
         "" if row["mark_gap"] is None else f"{100.0 * row['mark_gap']:g} %",
         "-" if row["rho"] is None else f"{row['rho']:.2g}",
-        "-" if rank is None else f"{row['n'] / rank:.2g}",
+        "-" if rank is None else _ratio(row["n"] / rank),
         "-" if row["n_fixed"] is None else str(row["n_fixed"]),
         f"{row['bound_seconds']:.1f}",
         f"{row['seconds']:.1f}",
         "" if row["mark_seconds"] is None else f"{row['mark_seconds']:g}",
         f"{row['peak_bytes'] / 2**30:.2f}",
     ]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value >= 10.0 else f"{value:.1f}"
 
 
 def _sums(rows: Sequence[Row]) -> str:
