@@ -120,10 +120,20 @@ class Trajectories:
     directory : Path, optional
         Where the stages of every run are kept, so that a run that was stopped goes on.
     progress : bool, default False
+    changes : mapping, optional
+        Arguments of `cbs_opt.prune` that differ from the recipe of the tables.
     """
 
-    def __init__(self, data: Dataset, directory: Path | None = None, *, progress: bool = False) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        directory: Path | None = None,
+        *,
+        progress: bool = False,
+        changes: Mapping[str, Any] | None = None,
+    ) -> None:
         self.data = data
+        self.changes = dict(changes or {})
         self.directory = directory
         self.progress = progress
         self._key = ""
@@ -137,7 +147,7 @@ class Trajectories:
         network : Network
             As it was trained; pruned in place if the run is not known yet.
         """
-        arguments = staged_arguments(network.name, sparsity, seed)
+        arguments = {**staged_arguments(network.name, sparsity, seed), **self.changes}
         key = settings_key({"network": network.name, **arguments})
         if key != self._key:
             self._cells = self._run(network, arguments, key)
