@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from cbs_opt.figure_style import INK, WIDTH, Style, dress, marker, numbered_style, single
 from cbs_opt.study.statistics import HEURISTIC, performance_profile
@@ -105,6 +105,8 @@ def gap_figure(table: pd.DataFrame) -> Figure | None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlim(start, end)
     axes.set_ylim(100.0 * floor / 1.3, 130.0)
     axes.axhline(100.0 * floor, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
@@ -187,7 +189,13 @@ def _trace_panel(axes: Axes, runs: pd.DataFrame, best: float, palette: dict[str,
                 **{**marker(style), "markersize": 4.5, "fillstyle": "full" if line == "-" else "none"},
             )
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    # Whole decades: within one, a log axis has no tick that could be labelled.
+    axes.set_xlim(10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yscale("symlog", linthresh=0.1)
+    axes.margins(y=0.1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.tick_params(labelsize=8)
 
 

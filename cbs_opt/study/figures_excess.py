@@ -21,6 +21,8 @@ FLOOR = 1e-4
 """Excesses up to this share are drawn on the axis: the usual gap of a proof does not tell them apart."""
 MOST_ROWS = 24
 MOST_LINES = 8
+NARROW, WIDE = 5.0, 1e3
+"""Ranges of a ratio up to which an axis has many ticks, or some."""
 
 
 def excess_figure(table: pd.DataFrame) -> Figure | None:
@@ -186,10 +188,14 @@ def _excess_axis(axes: Axes, values: pd.Series, *, along: str) -> None:
 
 
 def _ratio_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade, over the whole range with some room."""
+    """Plain numbers, the more to a decade the narrower the range, with some room at both ends."""
     low, high = min(*values, 0.8), max(*values, 1.25)
     axes.set_xlim(low / 1.2, high * 1.2)
-    subs = (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)
+    subs: tuple[float, ...] = (1.0,)
+    if high / low < NARROW:
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    elif high / low < WIDE:
+        subs = (1.0, 2.0, 5.0)
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
