@@ -44,7 +44,9 @@ UpdateScale = Annotated[
     list[float] | None,
     typer.Option(help="Step length of the update, 1 by default. Repeatable: the best by training loss."),
 ]
-Curvature = Annotated[str, typer.Option(help="empirical_fisher, exact_fisher or monte_carlo_fisher.")]
+Curvature = Annotated[
+    str, typer.Option(help="empirical_fisher, exact_fisher, monte_carlo_fisher or sketched_fisher.")
+]
 Samples = Annotated[int, typer.Option(help="Samples that the curvature is taken from.")]
 SamplesPerRow = Annotated[int, typer.Option(help="Samples averaged in one gradient row.")]
 Damping = Annotated[
@@ -63,6 +65,17 @@ LayerInputs = Annotated[
         help="Weight of the layer-input term of the curvature, none by default. Repeatable: the best by "
         "training loss."
     ),
+]
+Stages = Annotated[int, typer.Option(help="Prune little by little, with fresh curvature at every stage.")]
+Schedule = Annotated[
+    str, typer.Option(help="How sparsity grows over stages: geometric, polynomial or linear.")
+]
+StartSparsity = Annotated[float | None, typer.Option(help="Sparsity of the first stage.")]
+UpdatesPerStage = Annotated[int | None, typer.Option(help="Updates of every stage; 2 by default.")]
+FinalUpdates = Annotated[int | None, typer.Option(help="Updates after the last stage; 4 by default.")]
+GradientSamples = Annotated[int | None, typer.Option(help="Samples of the gradient of every update.")]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Keep every stage there; the same command goes on where it stopped.")
 ]
 Restarts = Annotated[int, typer.Option(help="Runs of a randomised method; the best by training loss.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds for each run of the method.")]
@@ -119,6 +132,13 @@ def run(
     budget: Budget = None,
     target: Target = None,
     ignore: Ignore = None,
+    stages: Stages = 1,
+    schedule: Schedule = "geometric",
+    start_sparsity: StartSparsity = None,
+    updates_per_stage: UpdatesPerStage = None,
+    final_updates: FinalUpdates = None,
+    gradient_samples: GradientSamples = None,
+    run_dir: RunDir = None,
     restarts: Restarts = 1,
     time_limit: TimeLimit = None,
     certify: Certify = False,
@@ -164,6 +184,13 @@ def run(
                 target=target or None,
                 ignore=tuple(ignore or ()),
                 evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
+                stages=stages,
+                schedule=schedule,
+                start_sparsity=start_sparsity,
+                updates_per_stage=updates_per_stage,
+                final_updates=final_updates,
+                gradient_samples=gradient_samples,
+                run_dir=run_dir,
                 restarts=restarts,
                 time_limit=time_limit,
                 certify=certify,

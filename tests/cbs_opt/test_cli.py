@@ -112,6 +112,20 @@ def test_prune_takes_a_loader_a_loss_and_the_options_of_prune() -> None:
 
 
 @pytest.mark.usefixtures("work")
+def test_prune_in_stages_goes_on_where_it_stopped() -> None:
+    options = ("--stages", "3", "--start-sparsity", "0.2", "--updates-per-stage", "1", "--final-updates", "1")
+    method = ("--method", "obs", "--curvature", "sketched_fisher", "--damping", "0.1")
+    first = prune(*options, *method, "--run-dir", "stages")
+    assert first.exit_code == 0, first.output
+    assert len(list(Path("stages").glob("stage_*.npz"))) == 4
+    report = PruneReport.load("run")
+    assert [record.n_prune for record in report.stages][-1] == report.n_prune == 36
+    again = prune(*options, *method, "--run-dir", "stages", "--force")
+    assert again.exit_code == 0, again.output
+    assert PruneReport.load("run").stages == report.stages
+
+
+@pytest.mark.usefixtures("work")
 def test_a_full_directory_is_refused_unless_forced() -> None:
     Path("run").mkdir()
     Path("run/mine.txt").write_text("mine")
