@@ -353,11 +353,10 @@ def _choose(
 
 def _matching(argument: str, names: dict[nn.Parameter, list[str]], globs: Globs) -> list[nn.Parameter]:
     """Parameters of which any name matches any glob, in network order."""
-    patterns = [globs] if isinstance(globs, str) else globs
-    if not isinstance(patterns, list | tuple) or not all(isinstance(glob, str) for glob in patterns):
+    if not (isinstance(globs, str | list | tuple) and all(isinstance(glob, str) for glob in globs)):
         raise ArgumentError(argument, f"{globs!r}", "pass a glob on parameter names, or a list of them")
     matched: set[nn.Parameter] = set()
-    for pattern in patterns:
+    for pattern in [globs] if isinstance(globs, str) else globs:
         hits = {p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)}
         if not hits:
             remedy = f"choose among {_listed(names)}"
@@ -372,9 +371,8 @@ def _listed(names: dict[nn.Parameter, list[str]]) -> str:
 
 def checked_rule(argument: str, blocks: BlockRule) -> BlockRule:
     """Return `blocks` if it is a rule that forms blocks, else raise `ArgumentError`."""
-    if isinstance(blocks, str) and blocks in ("global", "layer", "row"):
-        return blocks
-    if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 0:
+    size = isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 0
+    if size or (isinstance(blocks, str) and blocks in ("global", "layer", "row")):
         return blocks
     raise ArgumentError(argument, f"{blocks!r}", 'use "global", "layer", "row" or a positive block size')
 

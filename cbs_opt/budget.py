@@ -187,6 +187,8 @@ def _matches(span: ParameterSpan, pattern: str) -> bool:
 
 
 def _check_scores(scores: Tensor, n: int) -> None:
+    if not isinstance(scores, Tensor):
+        raise ArgumentError("scores", f"a {type(scores).__name__}", "pass a tensor, one score a weight")
     if tuple(scores.shape) != (n,):
         raise ShapeError("scores", f"shape {tuple(scores.shape)} for {n} weights", f"pass ({n},)")
     bad = int(torch.isnan(scores).sum())

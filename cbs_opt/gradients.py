@@ -23,7 +23,7 @@ from cbs_opt.batches import (
 from cbs_opt.blocks import Partition
 from cbs_opt.errors import PerSampleGradientError, TrainingModeError
 from cbs_opt.write_back import as_parameters
-from formulations.errors import UnsupportedProblemError
+from formulations.errors import ArgumentError, UnsupportedProblemError
 
 Gradients = dict[str, Tensor]
 """Gradients by parameter name; leading axes count samples or classes."""
@@ -57,6 +57,8 @@ class NetworkFunction:
         weights: Tensor | None = None,
     ) -> None:
         self._model = model
+        if not callable(loss_fn):
+            raise ArgumentError("loss_fn", f"{loss_fn!r}", "pass a function of output and labels")
         self._loss_fn = loss_fn
         # All parameters are detached: one that requires grad would tie a graph to every result.
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}

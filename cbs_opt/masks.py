@@ -64,7 +64,12 @@ def save_masks(
     }
     pruned = sum(keep.numel() - int(keep.sum()) for keep in tensors.values())
     size = sum(keep.numel() for keep in tensors.values())
-    entries |= {"format": FORMAT, "version": str(VERSION), "sense": SENSE, "sparsity": repr(pruned / size)}
+    entries |= {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "sense": SENSE,
+        "sparsity": repr(pruned / max(size, 1)),
+    }
     entries[CHECKSUM] = _checksum(entries, tensors)
     write_atomically(path, save(tensors, metadata=entries))
 
@@ -153,9 +158,13 @@ def register_custom_from_mask(model: nn.Module, masks: Masks) -> None:
 
 
 def _check_boolean(masks: Masks) -> None:
+    if not isinstance(masks, Mapping):
+        raise ArgumentError("masks", f"a {type(masks).__name__}", "map names of parameters to masks")
     if not masks:
         raise ArgumentError("masks", "none", "pass at least one mask")
     for name, keep in masks.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise ArgumentError("masks", f"the name {name!r}", "use the names of parameters")
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
             found = f"{keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
             raise ArgumentError(
@@ -189,7 +198,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise MaskFileError("path", f"{path} cannot be read ({error})", remedy) from error
     if metadata.get("format") != FORMAT:
         raise MaskFileError("path", f"{path} is a safetensors file, but holds no masks of ours", remedy)
-    version = metadata.get("version")
+    version = metadata.get("version", "")
     if version not in map(str, range(1, VERSION + 1)) or metadata.get("sense") != SENSE:
         found = f"{path} has version {version}, sense {metadata.get('sense')!r}"
         raise MaskFileError("path", found, f"read versions up to {VERSION}, or upgrade cbs-opt")

@@ -251,6 +251,8 @@ def find_method(name: str, program: str) -> Method:
         If the method exists, but not for `program`.
     """
     check_program(program)
+    if not isinstance(name, str):
+        raise UnknownMethodError("method", f"{name!r}", "pass the name of a method")
     methods = {method.name: method for method in available_methods()}
     method = methods.get(name) or _on_solver(name)
     if method is None:

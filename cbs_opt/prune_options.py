@@ -65,6 +65,8 @@ class PruneOptions:
                 raise ArgumentError(name, f"{value!r}", "pass a whole number >= 1")
         for alternative in self.method_options:
             self.chosen_method.check_options(alternative, self.program)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ArgumentError("seed", f"{self.seed!r}", "pass a whole number >= 0")
         self.limits(0)
         if not isinstance(self.certify, bool):
             raise ArgumentError("certify", f"{self.certify!r}", "pass True or False")
@@ -174,7 +176,7 @@ def alternatives(
     """Method options as a grid of alternatives: none, one mapping or several."""
     if value is None:
         return ({},)
-    entries = (value,) if isinstance(value, Mapping) else tuple(value)
+    entries = (value,) if isinstance(value, Mapping) else tuple(value) if isinstance(value, Iterable) else ()
     if not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise ArgumentError("method_options", f"{value!r}", "pass a mapping, or several to choose from")
     return tuple(dict(entry) for entry in entries)
@@ -182,7 +184,7 @@ def alternatives(
 
 def update_kind(update: bool | str | None) -> str | None:
     """ "cbs", "independent" or None for what the caller passed as `update`."""
-    if update not in UPDATES:
+    if not isinstance(update, bool | str | None) or update not in UPDATES:
         raise ArgumentError("update", f"{update!r}", 'use True, False or "independent"')
     return UPDATES[update]
 

@@ -48,6 +48,9 @@ class IncumbentPool:
         self.program = check_program(program)
         self.keep: BoolArray | None = None
         self.objective = float("inf")
+        if incumbent is not None and not isinstance(incumbent, BlockSolution):
+            remedy = "pass a BlockSolution, or None"
+            raise ArgumentError("incumbent", f"a {type(incumbent).__name__}", remedy)
         if incumbent is not None and incumbent.keep is not None:
             self.offer(checked_incumbent(problem, incumbent))
 

@@ -38,6 +38,9 @@ class Limit(enum.Enum):
     INTERRUPTED = "interrupted"
 
 
+LARGEST_SEED = 2**63
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What may stop a solve, and what makes it repeatable.
@@ -68,16 +71,25 @@ class Limits:
 
     def __post_init__(self) -> None:
         _require_at_least("time_limit", self.time_limit, 0.0)
-        _require_at_least("rel_gap", self.rel_gap, 0.0)
-        _require_at_least("node_limit", self.node_limit, 0)
-        _require_at_least("iteration_limit", self.iteration_limit, 0)
-        _require_at_least("threads", self.threads, 1)
-        _require_at_least("seed", self.seed, 0)
+        _require_at_least("rel_gap", self.rel_gap, 0.0, optional=False)
+        _require_at_least("node_limit", self.node_limit, 0, whole=True)
+        _require_at_least("iteration_limit", self.iteration_limit, 0, whole=True)
+        _require_at_least("threads", self.threads, 1, whole=True, optional=False)
+        _require_at_least("seed", self.seed, 0, whole=True, optional=False)
+        if self.seed >= LARGEST_SEED:
+            raise ArgumentError("seed", f"{self.seed}", "pass one that fits in 63 bits")
 
 
-def _require_at_least(name: str, value: float | None, lowest: float) -> None:
-    if value is not None and not (math.isfinite(value) and value >= lowest):
-        raise ArgumentError(name, f"{value}", f"pass a finite number >= {lowest:g}")
+def _require_at_least(
+    name: str, value: Any, lowest: float, *, whole: bool = False, optional: bool = True
+) -> None:
+    if value is None and optional:
+        return
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not number or not lowest <= value < math.inf:
+        wanted = "whole" if whole else "finite"
+        raise ArgumentError(name, f"{value!r}", f"pass a {wanted} number >= {lowest:g}")
 
 
 @runtime_checkable
