@@ -80,6 +80,11 @@ class Choice:
     objective: float
     bound: float | None = None
 
+    @property
+    def proved(self) -> bool:
+        """Whether the bound meets the objective, to `REL_GAP` and rounding."""
+        return self.bound is not None and self.objective - self.bound <= 1.01 * REL_GAP * abs(self.objective)
+
 
 def subject(network: str, seed: int, data_dir: Path | None = None) -> Subject:
     """The digits network trained from `seed`, or a published network with its data."""
@@ -195,7 +200,8 @@ def compare_on(
     ------
     dict
         `method`, `level` (of random sets), `objective`, `bound` (sum over blocks: of the block-diagonal
-        model, and only that), `excess`, `train_loss`, `test_loss`, `accuracy` (%), `seconds`.
+        model, and only that), `excess`, `train_loss`, `test_loss`, `accuracy` (%), `proved` (share of the
+        blocks), `seconds`.
     """
     partition, problems = row_problems(given, sparsity, samples=samples, damping=damping, seed=seed)
     dense = evaluate(given.model, given.test, LOSS)
@@ -210,7 +216,14 @@ def compare_on(
         if name == EXACT:
             best, optimum = choices, found["objective"]
             bound = math.fsum(-math.inf if c.bound is None else c.bound for c in choices)
-        yield {**common, "method": name, "level": 0.0, **_judged(found, optimum, bound), "seconds": seconds}
+        yield {
+            **common,
+            "method": name,
+            "level": 0.0,
+            **_judged(found, optimum, bound),
+            "proved": sum(choice.proved for choice in choices) / len(choices),
+            "seconds": seconds,
+        }
     generator = np.random.default_rng(seed)
     for level in LEVELS:
         for _ in range(draws):
@@ -266,6 +279,7 @@ def main(
                 bar.update()
     settings = {
         "network": network,
+        "sparsity": levels,
         "seeds": seeds,
         "samples": samples,
         "damping": damping,

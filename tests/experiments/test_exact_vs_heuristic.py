@@ -102,6 +102,12 @@ def test_the_page_has_every_method_and_a_picture(rows: pd.DataFrame, tmp_path: P
     text = write_page(rows, {"network": "tiny"}, tmp_path)
     assert text == page(rows, {"network": "tiny"})
     assert all(f"| {name} |" in text for name in METHODS)
-    assert RANDOM not in text.split("One per cent")[0]
+    assert f"| {RANDOM} |" not in text
+    assert "proved" not in text.split("##")[1]
+    exact = rows["method"] == EXACT
+    assert (rows.loc[exact, "proved"] == 1.0).all()
+    short = rows.assign(proved=rows["proved"].where(~exact, 0.25))
+    assert "proved 25.0% of the blocks" in page(short, {"network": "tiny", "sparsity": [0.5, 0.9]})
+    assert "--sparsity 0.5 --sparsity 0.9" in page(short, {"network": "tiny", "sparsity": [0.5, 0.9]})
     assert (tmp_path / "exact_vs_heuristic.svg").read_text().startswith("<?xml")
     assert len(pd.read_csv(tmp_path / "exact_vs_heuristic.csv")) == len(rows)
