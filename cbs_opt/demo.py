@@ -31,6 +31,8 @@ class Contender:
 
     method: str
     update: bool
+    program: str = "selection"
+    certify: bool = False
 
 
 CONTENDERS = (
@@ -39,6 +41,7 @@ CONTENDERS = (
     Contender(method="obs", update=True),
     Contender(method="swap_search", update=False),
     Contender(method="swap_search", update=True),
+    Contender(method="swap_search", update=True, program="joint", certify=True),
 )
 
 
@@ -139,6 +142,8 @@ def compare_on_digits(
                 sparsity=sparsity,
                 method=contender.method,
                 update=contender.update,
+                program=contender.program,
+                certify=contender.certify,
                 curvature=CURVATURE,
                 samples=SAMPLES,
                 evaluate=test,

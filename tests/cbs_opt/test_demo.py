@@ -74,3 +74,13 @@ def test_the_command_prints_a_table_and_writes_a_page(
     rows = json.loads(result.stdout)
     assert [row["method"] for row in rows] == ["magnitude", "obd"]
     assert CliRunner().invoke(app, ["demo", "--out", str(out), "--sparsity", "1"]).exit_code == 2
+
+
+def test_a_certified_contender_says_how_far_from_optimal_it_can_be() -> None:
+    contender = Contender(method="obs", update=True, program="joint", certify=True)
+    (report,) = compare_on_digits(sparsities=(0.5,), contenders=(contender,))
+    assert report.program == "joint"
+    assert report.certified is not None
+    assert report.certified.bound is not None
+    assert 0.0 < report.certified.bound <= report.certified.objective
+    assert report.certified.objective == pytest.approx(report.predicted_loss_increase, rel=1e-4)
