@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.benchmarks.block_farm import forecast, main
+from experiments.benchmarks.block_farm import WORKER_COUNTS, forecast, main
 from experiments.benchmarks.farm_simulation import Costs, simulate
 
 FREE = Costs(send=0.0, receive=0.0, transfer=0.0)
@@ -47,8 +46,10 @@ def test_the_forecast_names_a_bottleneck_for_every_size():
     lines = list(forecast(n=16, gigabits=1.0, sample=4))
     assert len(lines) == 7
     assert all("bottleneck" in line for line in lines[1:-1])
-    shares = [float(line.split("blocks:")[1].split("times")[0]) for line in lines[1:-1]]
-    assert np.all(np.diff(shares) > -1e-9)
+    speedups = [float(line.split("blocks:")[1].split("times")[0]) for line in lines[1:-1]]
+    assert all(
+        0.0 <= speedup <= workers + 0.05 for speedup, workers in zip(speedups, WORKER_COUNTS, strict=True)
+    )
 
 
 @pytest.mark.slow
