@@ -30,7 +30,9 @@ LOAD_PATIENCE = 120.0
 """Seconds a process may take to read a block, beside the warm-up."""
 EXIT_PATIENCE = 2.0
 """Seconds between the end of a connection and that of its process."""
-LONGEST_TAIL = 2000
+LONGEST_TAIL = 600
+FATAL, MODULES = "Fatal Python error", "Extension modules:"
+"""What `faulthandler` writes first and last."""
 KEPT_SHARE = 0.25
 """A process that holds on to more than this share of its limit between runs is replaced."""
 THREAD_VARIABLES = (
@@ -200,9 +202,14 @@ class Worker:
             return None
 
     def _tail(self) -> str:
-        """What it wrote last, on one line."""
+        """What it wrote last, on one line; of a fatal error the kind and the innermost calls."""
         self._log.seek(0)
-        return " ".join(self._log.read().decode(errors="replace")[-LONGEST_TAIL:].split())
+        text = self._log.read().decode(errors="replace")
+        fatal = text.rfind(FATAL)
+        if fatal >= 0:
+            text = text[fatal:].partition(MODULES)[0]
+            return " ".join(text[:LONGEST_TAIL].split())
+        return " ".join(text[-LONGEST_TAIL:].split())
 
 
 def _environment(threads: int) -> dict[str, str]:

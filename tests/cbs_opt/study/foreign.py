@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cbs_opt import methods
+from cbs_opt.study.versions import versions
 from formulations import plugins, solvers
 
 WELL_BEHAVED = """
@@ -87,6 +88,7 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forget() -> None:
     """Look for plug-ins again at the next call."""
+    versions.cache_clear()
     methods._plugged_in.cache_clear()
     solvers._plugged_in.cache_clear()
 

@@ -76,6 +76,8 @@ def test_bad_methods_cost_their_rows_and_nothing_else(
         assert table.loc[name, "status"] == status, table.loc[name, "note"]
         assert notes.get(name, "") in table.loc[name, "note"]
         assert not table.loc[name, "proved"]
+    assert "in segfault" in table.loc["segfault", "note"]
+    assert "Extension modules" not in table.loc["segfault", "note"]
     assert table.loc["deaf", "seconds"] < 20.0
     assert set(table["version.misbehaved"]) == {"1.0"}
     assert table.loc["hungry", "peak_memory"] < 2.5 * 2**30
