@@ -81,7 +81,9 @@ def test_a_changed_setting_is_measured_again(data_dir: Path, monkeypatch: pytest
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(method: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"curvature": "empirical_fisher", "samples": 20, "samples_per_row": 2, "choice_samples": 10}
-    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": few})
+    monkeypatch.setattr(protocols, "BASELINE", {"mlpnet": {**few, "damping": (0.3, 1.0)}})
+    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": {**few, "damping": 0.3}})
+    monkeypatch.setattr(protocols, "JOINT", {"mlpnet": {"layer_inputs": 1.0}})
     monkeypatch.setattr(protocols, "SWAPS", {"mlpnet": (0, 5)})
     monkeypatch.setattr(trajectories, "STAGES", {"mlpnet": few_stages()})
     wanted = command(data_dir, "--methods", method, "--sparsity", ".8", "--seeds", "1")

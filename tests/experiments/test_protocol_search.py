@@ -24,7 +24,7 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_mnist(tmp_path, train=60, test=20)
     write_network(tmp_path, "mlpnet_mnist", MLPNet())
     few = {"curvature": "empirical_fisher", "samples": 20, "samples_per_row": 2, "choice_samples": 10}
-    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": few})
+    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": {**few, "damping": (0.3, 1.0)}})
     monkeypatch.setattr(protocol_search, "HELD_OUT", 15)
     verified = protocol_search.load_dataset
     monkeypatch.setattr(
