@@ -5,18 +5,20 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.joint_selection import SearchInterruptedError
 from cbs_opt.methods import Method, available_methods, find_method
 from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
-from formulations.problem import BlockProblem, check_program
+from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 from formulations.solvers import available_solvers, models_for
 
@@ -257,7 +259,7 @@ def _select(
 
 def _as_block(problem: BlockProblem) -> FisherBlock:
     tensors = {
-        name: None if array is None else torch.tensor(array)
+        name: None if array is None else _view(array)
         for name in ("weights", "rows", "hessian", "gradient")
         for array in [getattr(problem, name)]
     }
@@ -272,3 +274,11 @@ def _as_block(problem: BlockProblem) -> FisherBlock:
         gradient=tensors["gradient"],
         damping=problem.damping,
     )
+
+
+def _view(array: FloatArray) -> Tensor:
+    """The array as a tensor on the same memory, which the searches only read: rows can be gigabytes."""
+    with warnings.catch_warnings():
+        # torch has no read-only tensors, and says so.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
