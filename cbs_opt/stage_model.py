@@ -27,14 +27,17 @@ class _Piece:
 
 
 IDENTITY_SHARE = 0.01
-"""Of the damping that the identity keeps where a channel term takes its place."""
+"""Of the identity in the metric beside the channel term, for steps that prune."""
+UPDATE_SHARE = 1.0
+"""The same for updates alone: gradients are noisy in every direction, also where layers are fed little."""
 
 
 class StageModel:
     """``loss(w + d) = loss(w) + g.d + 1/2 d.(R^T R + damping M) d`` over the weights not pruned so far.
 
-    The metric M of the trust region is the identity or, with a channel term C, ``C / unit + .01 I``:
-    long steps then are cheap where the layers are fed little, and not where rows are blind.
+    The metric M of the trust region is the identity or, with a channel term C, ``C / unit + .01 I``
+    (``C / unit + I`` for updates that prune nothing): long steps then are cheap where the layers are
+    fed little, and not where rows are blind.
 
     Vectors of kept weights have length ``n_kept``; blocks without any are left out.
 
@@ -58,7 +61,7 @@ class StageModel:
         self.channels = channels
         self._diagonal = column_squares(rows)
         self._spectra: dict[str, RowSpectrum] = {}
-        self._whitened_rows: dict[str, WhitenedRows] = {}
+        self._whitened_rows: dict[tuple[str, float], WhitenedRows] = {}
         self._pieces: list[_Piece] = []
         start = 0
         for span in partition.blocks:
@@ -121,7 +124,10 @@ class StageModel:
             return self.blocks(minimum, None, damping)
         if self.channels is not None:
             plain = self.blocks(minimum, None, 0.0)
-            return [replace(block, damping=damping, spectrum=self._whitened(block)) for block in plain]
+            return [
+                replace(block, damping=damping, spectrum=self._whitened(block, IDENTITY_SHARE))
+                for block in plain
+            ]
         return [
             replace(block, spectrum=self._spectrum(piece))
             for block, piece in zip(self.blocks(minimum, None, damping), self._pieces, strict=True)
@@ -152,12 +158,12 @@ class StageModel:
             return [torch.zeros_like(weights) for _ in dampings]
         removed = torch.where(pruned, weights, 0.0)
         metric = self._metric(block)
-        pull = metric.product(removed) + IDENTITY_SHARE * removed
+        pull = metric.product(removed) + IDENTITY_SHARE * removed  # 0 where nothing is pruned
         slope = torch.zeros_like(weights) if block.gradient is None else block.gradient.double()
         if bool(pruned.any()):
             rows = WhitenedRows(block.rows[:, kept], metric.restricted(kept), IDENTITY_SHARE, block.name)
         else:
-            rows = self._whitened(block)
+            rows = self._whitened(block, UPDATE_SHARE)
         rights = [(damping * pull - slope)[kept] for damping in dampings]
         results = []
         for step in rows.solve(rights, dampings, image(block.rows, removed)):
@@ -187,9 +193,9 @@ class StageModel:
         assert self.channels is not None
         return self.channels.scaled(1.0 / self.unit).within(block.start, block.stop)
 
-    def _whitened(self, block: FisherBlock) -> WhitenedRows:
-        if block.name not in self._whitened_rows:
+    def _whitened(self, block: FisherBlock, share: float) -> WhitenedRows:
+        if (block.name, share) not in self._whitened_rows:
             assert block.rows is not None
-            rows = WhitenedRows(block.rows, self._metric(block), IDENTITY_SHARE, block.name)
-            self._whitened_rows[block.name] = rows
-        return self._whitened_rows[block.name]
+            rows = WhitenedRows(block.rows, self._metric(block), share, block.name)
+            self._whitened_rows[block.name, share] = rows
+        return self._whitened_rows[block.name, share]

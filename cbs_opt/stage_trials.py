@@ -107,7 +107,7 @@ def _pruned(
             expansion.kept_weights,
             expansion.gradient,
             damping * expansion.unit,
-            factorised="obs" in (method.name, options.scoring.name),
+            factorised=method.name == "obs",
         )
     counts = counts_left(
         model.partition,

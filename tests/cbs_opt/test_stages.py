@@ -352,7 +352,7 @@ def test_the_model_minimises_what_it_states(partition: str) -> None:
 
 @pytest.mark.parametrize("m", [9, 90])
 def test_the_channel_term_is_the_metric_of_the_trust_region(m: int) -> None:
-    """The minimum of the model with a channel term solves ``(R^T R + d (C / unit + .01 I)) x = -g``."""
+    """The minimum of the model with a channel term solves ``(R^T R + d (C / unit + share I)) x = -g``."""
     model = network(dtype=torch.float64)
     parts = Partition.from_model(model, blocks="global")
     generator = torch.Generator().manual_seed(4)
@@ -365,12 +365,14 @@ def test_the_channel_term_is_the_metric_of_the_trust_region(m: int) -> None:
     weights = parts.flatten(model)[keep]
     gradient = torch.randn(kept, dtype=torch.float64, generator=generator)
     none = torch.zeros(kept, dtype=torch.bool)
-    metric = channels.dense() / quadratic.unit + 0.01 * torch.eye(kept, dtype=torch.float64)
+    identity = torch.eye(kept, dtype=torch.float64)
+    metric = channels.dense() / quadratic.unit + 0.01 * identity
     rows = everything[:, keep]
     for damping in (0.1, 2.0):
         target = quadratic.updates(weights, gradient, none, [damping])[0]
         hessian = rows.T @ rows + damping * metric
-        torch.testing.assert_close(hessian @ (target - weights), -gradient)
+        shifted = hessian + damping * 0.99 * identity
+        torch.testing.assert_close(shifted @ (target - weights), -gradient)
         (block,) = quadratic.around_minimum(weights, gradient, damping, factorised=True)
         torch.testing.assert_close(block.weights, target)
         torch.testing.assert_close(inverse_diagonal(block), torch.linalg.inv(hessian).diagonal())
