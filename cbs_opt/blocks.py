@@ -6,7 +6,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -16,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cbs_opt.errors import NoEligibleWeightsError, PartitionMismatchError, UnmatchedPatternError
+from cbs_opt.errors import PartitionMismatchError
+from cbs_opt.targets import Globs, eligible_parameters, names_by_parameter
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError, UnsupportedProblemError
 from formulations.problem import BlockProblem
 
@@ -25,13 +25,11 @@ if TYPE_CHECKING:
     from cbs_opt.heuristics.spectrum import RowSpectrum
     from cbs_opt.heuristics.whitened import WhitenedRows
 
-Globs = str | Sequence[str]
 BlockRule = str | int
 """How a partition forms blocks: "global", "layer", "row", or a block size."""
 
 DENSE_LIMIT = 4_096
 """Largest block whose whole Hessian is formed where rows alone do not describe it."""
-DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +111,8 @@ class Partition:
             If `blocks` is none of the above.
         """
         rule = checked_rule("blocks", blocks)
-        names = _names_by_parameter(model)
-        chosen = _choose(model, names, target, ignore)
+        names = names_by_parameter(model)
+        chosen = eligible_parameters(model, names, target, ignore)
         spans: list[ParameterSpan] = []
         start = 0
         for parameter in chosen:
@@ -317,56 +315,6 @@ def _read_only(tensor: Tensor) -> NDArray[np.float64]:
     array: NDArray[np.float64] = tensor.detach().to(device="cpu", dtype=torch.float64).contiguous().numpy()
     array.flags.writeable = False
     return array
-
-
-def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every parameter object with all its names, in `named_parameters` order."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return names
-
-
-def _choose(
-    model: nn.Module, names: dict[nn.Parameter, list[str]], target: Globs | None, ignore: Globs
-) -> list[nn.Parameter]:
-    if target is None:
-        layers = (module for module in model.modules() if isinstance(module, DEFAULT_LAYERS))
-        weights = {module._parameters.get("weight") for module in layers}
-        wanted = [parameter for parameter in names if parameter in weights]
-    else:
-        wanted = _matching("target", names, target)
-    ignored = set(_matching("ignore", names, ignore))
-    wanted = [parameter for parameter in wanted if parameter not in ignored]
-    if not wanted:
-        found = "no parameter is left to prune" if names else "the network has no parameters"
-        remedy = f"choose among {_listed(names)}" if names else "pass a network with weights"
-        raise NoEligibleWeightsError("target, ignore" if names else "model", found, remedy)
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in wanted):
-        raise NoEligibleWeightsError("model", "lazy parameters without a shape", "run one forward pass first")
-    chosen = [p for p in wanted if p.requires_grad and p.is_floating_point() and p.numel() > 0]
-    if not chosen:
-        found = f"none of {', '.join(names[p][0] for p in wanted)} is trainable"
-        raise NoEligibleWeightsError("model", found, "call requires_grad_(True) on what may be pruned")
-    return chosen
-
-
-def _matching(argument: str, names: dict[nn.Parameter, list[str]], globs: Globs) -> list[nn.Parameter]:
-    """Parameters of which any name matches any glob, in network order."""
-    if not (isinstance(globs, str | list | tuple) and all(isinstance(glob, str) for glob in globs)):
-        raise ArgumentError(argument, f"{globs!r}", "pass a glob on parameter names, or a list of them")
-    matched: set[nn.Parameter] = set()
-    for pattern in [globs] if isinstance(globs, str) else globs:
-        hits = {p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)}
-        if not hits:
-            remedy = f"choose among {_listed(names)}"
-            raise UnmatchedPatternError(argument, f"{pattern!r} matches no parameter", remedy)
-        matched |= hits
-    return [parameter for parameter in names if parameter in matched]
-
-
-def _listed(names: dict[nn.Parameter, list[str]]) -> str:
-    return ", ".join(chain.from_iterable(names.values()))
 
 
 def checked_rule(argument: str, blocks: BlockRule) -> BlockRule:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cbs_opt.batches import Data, LossFunction, device_of, iterate, positive_integer, regroup, section
-from cbs_opt.blocks import BlockRule, FisherBlock, Globs, Partition
+from cbs_opt.blocks import BlockRule, FisherBlock, Partition
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.gradients import NetworkFunction, require_evaluation_mode
 from cbs_opt.heuristics.channel_term import ChannelTerm
 from cbs_opt.row_builder import RowBuilder, RowOptions
+from cbs_opt.targets import Globs
 from formulations.errors import ArgumentError
 
 MEMORY_LIMIT = 1 << 28

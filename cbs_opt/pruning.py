@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from cbs_opt.batches import Data, LossFunction
-from cbs_opt.blocks import BlockRule, Globs, Partition
+from cbs_opt.blocks import BlockRule, Partition
 from cbs_opt.budget import Budget
 from cbs_opt.curvature import MEMORY_LIMIT, GradientRows
 from cbs_opt.network_watch import unchanged
@@ -27,6 +27,7 @@ from cbs_opt.report import PruneReport
 from cbs_opt.schedules import Schedule
 from cbs_opt.stage_options import check_one_stage, check_stageable, stage_options
 from cbs_opt.stages import OnStage, StagedRun
+from cbs_opt.targets import Globs
 from cbs_opt.workers import Workers, lasting
 from cbs_opt.write_back import write_back
 from formulations.errors import ArgumentError
