@@ -39,7 +39,10 @@ def frozen_array(name: str, value: ArrayLike, ndim: int) -> FloatArray:
     with gigabytes of rows avoids the copy.
     """
     try:
-        array = np.asarray(value, dtype=np.float64)
+        given = np.asarray(value)
+        if np.iscomplexobj(given):
+            raise ArgumentError(name, "complex numbers", "pass an array of real numbers")
+        array = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ArgumentError(name, f"not numeric ({error})", "pass an array of numbers") from error
     if array.ndim != ndim:

@@ -61,3 +61,9 @@ def test_arrays_are_read_only_also_after_pickling() -> None:
     for array in (problem.weights, problem.rows, again.weights, again.rows):
         assert not array.flags.writeable
     assert WEIGHTS.flags.writeable
+
+
+@pytest.mark.parametrize("weights", [[1.0 + 2.0j], [1.0 + 0.0j], [[1.0], [2.0, 3.0]], ["a"], [None, {}]])
+def test_weights_that_are_no_real_numbers_are_refused(weights):
+    with pytest.raises(ArgumentError, match="weights"):
+        BlockProblem(weights=weights, rows=np.ones((1, len(weights))), n_prune=0)
