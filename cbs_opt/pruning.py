@@ -104,9 +104,10 @@ def prune(
         Move the kept weights by CBS-U; "independent" adds up single-weight OBS updates instead.
     update_scale : float or sequence of float, default 1
         Step length of the update, or a grid to choose from by training loss.
-    curvature : {"empirical_fisher", "exact_fisher", "monte_carlo_fisher"} or GradientRows
-        What `gradient_rows` computes, or its result for these very weights: computed once, it
-        serves many sparsities and methods.
+    curvature : str or GradientRows, default "empirical_fisher"
+        What `gradient_rows` computes: "empirical_fisher", "exact_fisher", "monte_carlo_fisher" or
+        "sketched_fisher"; or its result for these very weights: computed once, it serves many
+        sparsities and methods.
     samples, samples_per_row : int, default 1000 and 1
         Training samples, and how many are averaged into one gradient row.
     damping : float or sequence of float, default 1e-3
