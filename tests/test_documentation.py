@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 INCLUDE = re.compile(r'^--8<-- "(.*)"$', flags=re.MULTILINE)
-FENCE = re.compile(r"^```(python|sh)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```(?: \{\.)?(python|sh)\}?\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
 def with_includes(text: str) -> str:
