@@ -73,7 +73,7 @@ def cost_of_a_step(rows: Sequence[Row]) -> Figure | None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("Weights of the block, n")
-    axes.set_ylabel("Seconds a step")
+    axes.set_ylabel("Processor seconds a step")
     axes.set_xticks(n, [f"{size:,.0f}" for size in n], fontsize=8)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()

@@ -26,7 +26,7 @@ TITLES = {
     "grid": "Gap against damping and rank",
 }
 PICTURES = {
-    "synthetic": "Seconds a step against the number of weights, beside a line proportional to it",
+    "synthetic": "Processor seconds a step against the number of weights, beside a line proportional to it",
     "grid": "Certified gap against rho, one line for each ratio of n to the effective rank",
 }
 HEADINGS = (
@@ -171,7 +171,7 @@ def _sums(rows: Sequence[Row]) -> str:
 
 def _steps(rows: Sequence[Row]) -> str:
     """Cost of a step by size."""
-    lines = ["| n | ms a step | ns a step and weight |", "| ---: | ---: | ---: |"]
+    lines = ["| n | processor ms a step | ns a step and weight |", "| ---: | ---: | ---: |"]
     for row in rows:
         if row.get("seconds_per_step"):
             step = row["seconds_per_step"]
