@@ -22,6 +22,7 @@ from experiments.augmentation import AugmentedImages
 from experiments.datasets import Dataset
 from experiments.ledger import settings_key
 from experiments.networks import Network
+from experiments.recalibration import recalibrated_accuracy
 from formulations.errors import ArgumentError
 
 STAGES: Mapping[str, Mapping[str, Any]] = {
@@ -201,6 +202,7 @@ class Trajectories:
         last = result.records[-1]
         return {
             "accuracy": 100.0 * (found.accuracy or 0.0),
+            "accuracy_recalibrated": recalibrated_accuracy(network, self.data),
             "test_loss": found.loss,
             "train_loss": last.loss,
             "n_prune": last.n_prune,

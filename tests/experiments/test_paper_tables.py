@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from cbs_opt import prune
+from cbs_opt import prune, recalibrate_batchnorm
+from cbs_opt.batches import evaluate
 from experiments import paper_tables, protocols, trajectories
+from experiments.datasets import load_dataset
 from experiments.ledger import Ledger, settings_key
 from experiments.networks import NETWORKS, MLPNet, ResNet20
 from experiments.protocols import METHODS, prune_arguments
 from experiments.published import ACCURACY
+from experiments.recalibration import recalibrated_accuracy
 from formulations.errors import ArgumentError
-from tests.experiments.tiny_data import needs_data, write_mnist, write_network
+from tests.experiments.tiny_data import needs_data, write_cifar10, write_mnist, write_network
 
 
 @pytest.fixture
@@ -194,3 +197,34 @@ def test_magnitude_reproduces_the_published_row(tmp_path: Path) -> None:
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     found = {cell["sparsity"]: cell["accuracy"] for cell in map(json.loads, lines)}
     assert found == pytest.approx({0.9: 90.30, 0.95: 83.64, 0.98: 32.25}, abs=0.03)
+
+
+def test_batch_norm_statistics_estimated_anew_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    write_cifar10(tmp_path, train=12, test=20)
+    network = ResNet20().eval()
+    write_network(tmp_path, "resnet20_cifar10", network)
+    wanted = ["--network", "resnet20_cifar10", "--methods", "magnitude", "--sparsity", ".9", "--no-verify"]
+    assert paper_tables.main([*wanted, "--data", str(tmp_path), "--out", str(tmp_path)]) == 0
+    plain, anew = capsys.readouterr().out.split("Batch-norm statistics estimated anew")
+    (cell,) = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+    assert plain.rstrip().endswith(f"{cell['accuracy']:.2f} |")
+    assert anew.rstrip().endswith(f"{cell['accuracy_recalibrated']:.2f} |")
+
+
+def test_recalibration_leaves_the_network_alone_and_uses_training_data_only(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    write_cifar10(tmp_path, train=12, test=20)
+    data = load_dataset("cifar10", tmp_path, mean=[0.5] * 3, std=[0.5] * 3, verify=False)
+    network = ResNet20().eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = recalibrated_accuracy(network, data)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    recalibrate_batchnorm(network, (data.train_x, data.train_y))
+    expected = evaluate(network, (data.test_x, data.test_y), torch.nn.functional.cross_entropy)
+    assert expected.accuracy is not None
+    assert found == pytest.approx(100.0 * expected.accuracy)
+    assert recalibrated_accuracy(MLPNet(), data) is None
