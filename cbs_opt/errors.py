@@ -66,8 +66,20 @@ class PeerError(ArgumentError):
 
 
 class RunMismatchError(ArgumentError):
-    """A directory holds the stages of another run."""
+    """A directory holds another run; the message names every difference."""
+
+
+class RunInUseError(ArgumentError):
+    """A directory holds a run that another process is doing."""
 
 
 class NetworkChangedError(ArgumentError):
     """The network was changed by something else while it was being pruned."""
+
+
+class RowStoreError(ArgumentError):
+    """Gradient rows cannot be kept on disk: no folder, no permission, no space."""
+
+
+class RowMemoryError(ArgumentError):
+    """Gradient rows do not fit into the memory that was allowed for them, in any way the run could use."""
