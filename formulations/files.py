@@ -33,7 +33,7 @@ LARGEST_HEADER = 2**20
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER = re.compile(rb"\{'descr': '([^']{1,8})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n")
 NPY_HEADER_ROOM = 4096
-DTYPES = {"float64": np.dtype("<f8"), "bool": np.dtype(np.bool_)}
+DTYPES = {"float64": np.dtype("<f8"), "float32": np.dtype("<f4"), "bool": np.dtype(np.bool_)}
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError)
 """What the zip reader raises on damaged files."""
 
@@ -108,20 +108,28 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 def write_container(
-    path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    path: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    *,
+    compress: bool = True,
 ) -> None:
-    """Write `header` and `arrays` (float64 or bool) as one compressed file, atomically."""
+    """Write `header` and `arrays` (float64, float32 or bool) as one file, atomically.
+
+    `compress` False is for what does not shrink, such as gradients, and saves the time.
+    """
+    packing = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     described = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()
     }
     whole = {**header, "arrays": described}
     text = json.dumps({**whole, CHECKSUM: checksum(whole, arrays)}, allow_nan=False).encode()
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", packing) as archive:
         for member, array in {"header": np.frombuffer(text, dtype=np.uint8), **arrays}.items():
             # A fixed date makes equal content equal bytes.
             info = zipfile.ZipInfo(f"{member}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            info.compress_type = zipfile.ZIP_DEFLATED
+            info.compress_type = packing
             with archive.open(info, "w", force_zip64=True) as stream:
                 npy_format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
     write_atomically(path, buffer.getvalue())
