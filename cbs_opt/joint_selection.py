@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
+from cbs_opt.choice_ledger import ChoiceLedger
 from cbs_opt.heuristics.channel_program import ChannelProgram
 from cbs_opt.heuristics.channel_search import exchange_channel_set, greedy_channel_set
 from cbs_opt.heuristics.joint_program import JointProgram
@@ -62,6 +63,7 @@ def by_joint_swap_search(
     restarts: int = 0,
     tolerance: float = TOLERANCE,
     warm: Sequence[Tensor] | None = None,
+    ledger: ChoiceLedger | None = None,
 ) -> list[Choice]:
     """Swap search on the joint program of every block, to proved 1-swap optima.
 
@@ -86,6 +88,8 @@ def by_joint_swap_search(
         Relative improvement that counts in large blocks.
     warm : sequence of (n,) bool tensors, optional
         A pruned set for each block to start from, instead of `start`; the result is never worse.
+    ledger : ChoiceLedger, optional
+        Of the blocks that are done: see `Selector`.
 
     Returns
     -------
@@ -129,11 +133,16 @@ def by_joint_swap_search(
             engine = _search_channels
         return engine(block, count, number, given, deadline, request)
 
-    return _each(blocks, counts, limits, search)
+    return _each(blocks, counts, limits, ledger, search)
 
 
 def by_joint_greedy_obs(
-    blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, drops: int = DROPS
+    blocks: Sequence[FisherBlock],
+    counts: Sequence[int],
+    *,
+    limits: Limits,
+    drops: int = DROPS,
+    ledger: ChoiceLedger | None = None,
 ) -> list[Choice]:
     """Greedy OBS on every block: one weight at a time in small blocks, `drops` times in large ones.
 
@@ -152,11 +161,16 @@ def by_joint_greedy_obs(
             pruned = greedy_obs_set(JointProgram.of(block), count, drops=drops, deadline=deadline)
         return _finished(pruned, deadline)
 
-    return _each(blocks, counts, limits, drop)
+    return _each(blocks, counts, limits, ledger, drop)
 
 
 def by_iterative_hard_threshold(
-    blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, steps: int = THRESHOLD_STEPS
+    blocks: Sequence[FisherBlock],
+    counts: Sequence[int],
+    *,
+    limits: Limits,
+    steps: int = THRESHOLD_STEPS,
+    ledger: ChoiceLedger | None = None,
 ) -> list[Choice]:
     """Iterative hard thresholding on every block, at most `steps` gradient steps.
 
@@ -169,16 +183,17 @@ def by_iterative_hard_threshold(
         pruned = hard_threshold_set(JointProgram.of(block), count, steps=steps, deadline=deadline)
         return _finished(pruned, deadline)
 
-    return _each(blocks, counts, limits, threshold)
+    return _each(blocks, counts, limits, ledger, threshold)
 
 
 def _each(
     blocks: Sequence[FisherBlock],
     counts: Sequence[int],
     limits: Limits,
+    ledger: ChoiceLedger | None,
     method: Callable[[FisherBlock, int, int, float | None], Choice],
 ) -> list[Choice]:
-    """`method` on every block, with a share of the time left that is in proportion to its size."""
+    """`method` on every block not known, with a share of the time left in proportion to its size."""
     ends = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     rest = sum(block.n for block in blocks)
     choices = []
@@ -186,6 +201,10 @@ def _each(
         began = time.monotonic()
         deadline = None if ends is None else began + max(0.0, ends - began) * block.n / max(1, rest)
         rest -= block.n
+        known = None if ledger is None else ledger.known(number)
+        if known is not None:
+            choices.append(known)
+            continue
         try:
             choice = method(block, count, number, deadline)
         except KeyboardInterrupt:
@@ -194,6 +213,8 @@ def _each(
         choices.append(replace(choice, seconds=time.monotonic() - began))
         if choice.limit is Limit.INTERRUPTED:
             raise SearchInterruptedError(choice)
+        if ledger is not None:
+            ledger.add(number, choices[-1])
     return choices
 
 

@@ -29,7 +29,7 @@ from formulations.solvers import solve_with, solver_names
 
 Solver = Callable[..., BlockSolution]
 """``solver(problem, program, *, limits, incumbent, **options)``."""
-COMMON = ("limits", "incumbent", "warm")
+COMMON = ("limits", "incumbent", "warm", "ledger")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from cbs_opt.heuristics.selection_program import SelectionProgram
 from cbs_opt.heuristics.swap_search import SwapResult, swap_search_batch
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solution import BlockSolution, Limit, Limits
+
+if TYPE_CHECKING:
+    from cbs_opt.choice_ledger import ChoiceLedger
 
 STARTS = (*SALIENCIES, "randomized_magnitude")
 
@@ -55,7 +58,11 @@ class Choice:
 
 
 Selector = Callable[..., list[Choice]]
-"""``selector(blocks, counts, *, limits, **options)``: one choice a block, in order."""
+"""``selector(blocks, counts, *, limits, **options)``: one choice a block, in order.
+
+One that takes a block at a time may take a `ChoiceLedger` as `ledger`: it leaves out the blocks that are
+known there, and adds the others as they are done.
+"""
 
 
 def by_saliency(name: str) -> Selector:
@@ -154,13 +161,25 @@ def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> 
     """The selector that solves every block on its own with a dense method of `formulations`."""
 
     def select(
-        blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, **options: Any
+        blocks: Sequence[FisherBlock],
+        counts: Sequence[int],
+        *,
+        limits: Limits,
+        ledger: ChoiceLedger | None = None,
+        **options: Any,
     ) -> list[Choice]:
         choices = []
-        for block, count in zip(blocks, counts, strict=True):
-            require_dense(block, name, program)
-            solution = solver(block.to_problem(count), program, limits=limits, **options)
-            choices.append(choice_of_solution(block, checked_solution(block, solution, name)))
+        for number, (block, count) in enumerate(zip(blocks, counts, strict=True)):
+            choice = None if ledger is None else ledger.known(number)
+            if choice is None:
+                require_dense(block, name, program)
+                solution = solver(block.to_problem(count), program, limits=limits, **options)
+                choice = choice_of_solution(block, checked_solution(block, solution, name))
+                if choice.limit is Limit.INTERRUPTED:
+                    raise KeyboardInterrupt
+                if ledger is not None:
+                    ledger.add(number, choice)
+            choices.append(choice)
         return choices
 
     return select

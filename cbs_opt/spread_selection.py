@@ -9,6 +9,7 @@ from typing import Any
 from cbs_opt.block_executor import Dispatch
 from cbs_opt.block_jobs import Recipe, this_process
 from cbs_opt.blocks import FisherBlock
+from cbs_opt.choice_ledger import ChoiceLedger
 from cbs_opt.selection import Choice, Selector, checked_solution, choice_of_solution, require_dense
 from cbs_opt.workers import Workers
 from formulations.solution import BlockSolution, Limit, Limits
@@ -18,20 +19,33 @@ def by_workers(solver: Callable[..., BlockSolution], name: str, program: str, wo
     """`cbs_opt.selection.by_solver` over an executor: the same sets, block by block."""
 
     def select(
-        blocks: Sequence[FisherBlock], counts: Sequence[int], *, limits: Limits, **options: Any
+        blocks: Sequence[FisherBlock],
+        counts: Sequence[int],
+        *,
+        limits: Limits,
+        ledger: ChoiceLedger | None = None,
+        **options: Any,
     ) -> list[Choice]:
-        for block in blocks:
-            require_dense(block, name, program)
+        known = [None if ledger is None else ledger.known(number) for number in range(len(blocks))]
+        open_blocks = [number for number, choice in enumerate(known) if choice is None]
+        for number in open_blocks:
+            require_dense(blocks[number], name, program)
+
+        def done(position: int, solution: BlockSolution) -> None:
+            number = open_blocks[position]
+            if ledger is not None and solution.keep is not None and solution.limit is not Limit.INTERRUPTED:
+                ledger.add(number, choice_of_solution(blocks[number], solution))
+
         recipe = Recipe(method=solver, program=program, limits=limits, options=options, home=this_process())
         # One block at a time becomes a problem in float64, as workers take it.
-        problems = (block.to_problem(count) for block, count in zip(blocks, counts, strict=True))
-        solutions = Dispatch(recipe, problems, repeat(None), lambda index: limits.seed, workers).run()
-        unread = len(solutions) < len(blocks)
-        if unread or any(found.keep is None and found.limit is Limit.INTERRUPTED for found in solutions):
+        problems = (blocks[number].to_problem(counts[number]) for number in open_blocks)
+        solutions = Dispatch(recipe, problems, repeat(None), lambda index: limits.seed, workers, done).run()
+        unread = len(solutions) < len(open_blocks)
+        if unread or any(found.limit is Limit.INTERRUPTED for found in solutions):
             raise KeyboardInterrupt
-        return [
-            choice_of_solution(block, checked_solution(block, solution, name))
-            for block, solution in zip(blocks, solutions, strict=True)
-        ]
+        for number, solution in zip(open_blocks, solutions, strict=True):
+            block = blocks[number]
+            known[number] = choice_of_solution(block, checked_solution(block, solution, name))
+        return [choice for choice in known if choice is not None]
 
     return select
