@@ -16,7 +16,10 @@ from cbs_opt.blocks import BlockRule, FisherBlock, Partition
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.gradients import NetworkFunction, require_evaluation_mode
 from cbs_opt.heuristics.channel_term import ChannelTerm
+from cbs_opt.heuristics.products import column_squares
 from cbs_opt.row_builder import RowBuilder, RowOptions
+from cbs_opt.row_journal import RowJournal
+from cbs_opt.row_store import RowsInMemory
 from cbs_opt.targets import Globs
 from formulations.errors import ArgumentError
 
@@ -53,6 +56,19 @@ class GradientRows:
     curvature: str = "empirical_fisher"
     channels: ChannelTerm | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+        return self.rows.shape[0], self.rows.shape[1]
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """The rows of the weights ``start:stop``, a view."""
+        return self.rows[:, start:stop]
+
+    def column_squares(self) -> Tensor:
+        """``diag(rows^T rows)``, (n,) float64."""
+        return column_squares(self.rows)
+
 
 def gradient_rows(
     model: nn.Module,
@@ -72,6 +88,7 @@ def gradient_rows(
     keep: Tensor | None = None,
     gradient: bool = True,
     share: range | None = None,
+    journal: RowJournal | None = None,
 ) -> GradientRows:
     """Gradient rows of a network's loss in the weights of a partition.
 
@@ -124,6 +141,8 @@ def gradient_rows(
     share : range, optional
         Only these samples of the run, from 0 in the order in which it takes them: the rows are those
         of the whole run for them, scaled as a run of their own. See `cbs_opt.distributed`.
+    journal : RowJournal, optional
+        Where rows are put as they are made, and those that are there come from: to the same bits.
 
     Returns
     -------
@@ -168,18 +187,39 @@ def gradient_rows(
     require_evaluation_mode(model)
     began = time.perf_counter()
     wanted = _checked_share(share, options)
-    builder = RowBuilder(model, loss_fn, partition, options, seed, weights=weights, keep=keep, share=wanted)
-    batches = iterate(data, batch_size=min(samples, READ_AHEAD), max_samples=wanted.stop, seed=seed)
-    batches = (batch.to(device_of(model)) for batch in section(batches, wanted))
+    builder = RowBuilder(
+        model, loss_fn, partition, options, seed, weights=weights, keep=keep, share=wanted, journal=journal
+    )
+    mean = consume(builder, data, options, wanted, seed=seed, device=device_of(model), progress=progress)
+    assert isinstance(builder.target, RowsInMemory)
+    return GradientRows(
+        rows=builder.target.rows,
+        gradient=mean,
+        samples=builder.samples,
+        seconds=time.perf_counter() - began,
+        curvature=curvature,
+    )
+
+
+def consume(
+    builder: RowBuilder,
+    data: Data,
+    options: RowOptions,
+    wanted: range,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: bool,
+) -> Tensor:
+    """Give `builder` the samples `wanted` of a run; the mean gradient."""
+    batches = iterate(data, batch_size=min(options.samples, READ_AHEAD), max_samples=wanted.stop, seed=seed)
+    batches = (batch.to(device) for batch in section(batches, wanted))
+    size = options.samples_per_row
     with tqdm(total=len(wanted), desc="gradients", unit="sample", disable=None if progress else True) as bar:
-        for batch in batches if samples_per_row == 1 else regroup(batches, samples_per_row):
+        for batch in batches if size == 1 else regroup(batches, size):
             builder.consume(batch)
             bar.update(batch.size)
-    rows, mean = builder.finish()
-    seconds = time.perf_counter() - began
-    return GradientRows(
-        rows=rows, gradient=mean, samples=builder.samples, seconds=seconds, curvature=curvature
-    )
+    return builder.finish()
 
 
 def _checked_share(share: range | None, options: RowOptions) -> range:

@@ -1,10 +1,10 @@
-"""The tensor of gradient rows, filled chunk by chunk."""
+"""Gradient rows computed chunk by chunk and put where they are kept."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -16,9 +16,14 @@ from cbs_opt.batches import Batch, LossFunction, check_labels, device_of, positi
 from cbs_opt.blocks import Partition
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.gradients import Gradients, NetworkFunction, probe, require_classifier, sampled_labels
+from cbs_opt.row_journal import RowJournal
+from cbs_opt.row_store import RowsInMemory, RowTarget
 from formulations.errors import ArgumentError, ShapeError
 
 CURVATURES = ("empirical_fisher", "exact_fisher", "monte_carlo_fisher", "sketched_fisher")
+
+TargetOf = Callable[[int, int, torch.dtype, torch.device], RowTarget]
+"""Where rows go, from their number at most, their width, dtype and device."""
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +72,11 @@ class RowOptions:
 
 
 class RowBuilder:
-    """Fills one tensor of rows, batch by batch.
+    """Computes rows batch by batch and puts them into `target`, which `target_of` makes at the first one.
 
     `samples` counts those used so far. With `share` they are those of a part of a longer run of
-    ``options.samples``, and the random draws are the ones which that run makes for them.
+    ``options.samples``, and the random draws are the ones which that run makes for them. With `journal`
+    the rows that it has are taken from it, and the others are put there as they are made.
     """
 
     def __init__(
@@ -84,8 +90,12 @@ class RowBuilder:
         weights: Tensor | None = None,
         keep: Tensor | None = None,
         share: range | None = None,
+        journal: RowJournal | None = None,
+        target_of: TargetOf = RowsInMemory,
     ) -> None:
         self.samples = 0
+        self._journal = journal
+        self._target_of = target_of
         share = range(options.samples) if share is None else share
         self._wanted, self._before = len(share), share.start
         self._model = model
@@ -97,7 +107,6 @@ class RowBuilder:
         # One number a sample, drawn at once, so that labels do not depend on the chunk size.
         uniforms = torch.rand(options.samples, dtype=torch.float64, generator=self._generator)
         self._uniforms = uniforms[share.start : share.stop]
-        self._filled = 0
 
     def consume(self, batch: Batch) -> None:
         """Append the rows of `batch`: one group of samples, or any number of single ones."""
@@ -108,31 +117,25 @@ class RowBuilder:
             return
         if self._classes is not None:
             check_labels(batch.labels, self._classes)
-        if options.exact:
-            self._append_classes(batch)
-        elif options.sketched:
-            self._append_sketches(batch)
-        elif options.samples_per_row > 1 or not options.vectorize:
-            for part in _parts(batch, options.samples_per_row):
-                average = self._rows_function.mean_gradient(self._at_row_labels(part), self._group)
-                self._write(average, 1)
-                self.samples += part.size
-        else:
-            for part in _parts(batch, self._chunk):
-                self._write(self._rows_function.sample_gradients(self._at_row_labels(part)), part.size)
-                self.samples += part.size
+        for part in _parts(batch, self._part_size):
+            known = self._journal is not None and self._journal.seen(part, self.samples)
+            signs = self._signs(part.size) if options.sketched else None
+            if not known:
+                self._append(part, signs)
+            self.samples += part.size
+            if not known and self._journal is not None:
+                self._journal.save(self._gradient, self.samples)
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """The scaled rows, (m, n), and the mean gradient, (n,)."""
+    def finish(self) -> Tensor:
+        """Scale the rows in their target; the mean gradient, (n,)."""
         options = self._options
         if self.samples < self._wanted - self._wanted % options.samples_per_row:
             log.warning("data: %d samples used where %d were asked for", self.samples, self._wanted)
-        rows = self._rows[: self._filled]
-        gradient = self._gradient / self.samples
-        if options.at_own_labels:
-            gradient = self._widened(rows.mean(dim=0))
-        rows.mul_(1.0 / math.sqrt(self.samples if options.exact else self._filled))
-        return rows, gradient
+        if self._journal is not None:
+            self._journal.save(self._gradient, self.samples, done=True)
+        factor = 1.0 / math.sqrt(self.samples if options.exact else self.target.filled)
+        average = self.target.scale(factor, mean=options.at_own_labels)
+        return self._gradient / self.samples if average is None else self._widened(average)
 
     def _prepare(self, batch: Batch) -> None:
         """Learn from one sample how many rows there will be and how many fit in memory."""
@@ -150,13 +153,39 @@ class RowBuilder:
         tensors = self._function.parameters.values()
         dtype = options.rows_dtype or reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
         width = n if self._columns is None else sum(index.numel() for index in self._columns.values())
-        self._rows = torch.empty(capacity, width, dtype=dtype, device=device_of(self._model))
-        self._gradient = torch.zeros(n, dtype=dtype, device=self._rows.device)
+        device = device_of(self._model)
+        self.target = self._target_of(capacity, width, dtype, device)
+        self._gradient = torch.zeros(n, dtype=dtype, device=device)
         gradient_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the
         # factors cover what was measured on convolutional networks.
         self._chunk = max(1, options.memory_limit // (2 * gradient_bytes + 5 * saved))
         self._group = max(1, options.memory_limit // (3 * max(saved, 1)))
+        if self._journal is not None:
+            for rows in self._journal.restore(self._gradient):
+                self._put([rows])
+
+    @property
+    def _part_size(self) -> int:
+        """Samples whose rows are made at once."""
+        options = self._options
+        if options.exact:
+            return max(1, self._chunk // require_classifier(self._classes, options.curvature))
+        averaged = options.sketched or options.samples_per_row > 1 or not options.vectorize
+        return options.samples_per_row if averaged else self._chunk
+
+    def _append(self, part: Batch, signs: Tensor | None) -> None:
+        """Write the rows of one part: a group of samples for one row, or some single ones."""
+        options = self._options
+        if options.exact:
+            self._append_classes(part)
+        elif signs is not None:
+            self._write(self._function.sketched_gradient(part, signs, self._group), 1)
+            self._add_gradient(part)
+        elif options.samples_per_row > 1 or not options.vectorize:
+            self._write(self._rows_function.mean_gradient(self._at_row_labels(part), self._group), 1)
+        else:
+            self._write(self._rows_function.sample_gradients(self._at_row_labels(part)), part.size)
 
     def _at_row_labels(self, batch: Batch) -> Batch:
         if self._options.curvature != "monte_carlo_fisher":
@@ -167,26 +196,20 @@ class RowBuilder:
         labels = torch.cat([sampled_labels(self._function, part, draws) for part, draws in pairs])
         return Batch(inputs=batch.inputs, labels=labels)
 
-    def _append_classes(self, batch: Batch) -> None:
-        """All classes of some samples at a time, or of one sample some classes at a time."""
+    def _append_classes(self, part: Batch) -> None:
+        """All classes of some samples, or of one sample some classes at a time."""
         classes = require_classifier(self._classes, self._options.curvature)
-        for part in _parts(batch, max(1, self._chunk // classes)):
-            for first in range(0, classes, self._chunk):
-                chosen = range(first, min(first + self._chunk, classes))
-                gradients = self._function.class_gradients(part, slice(chosen.start, chosen.stop))
-                self._write(gradients, part.size * len(chosen))
-            self._add_gradient(part)
-            self.samples += part.size
+        for first in range(0, classes, self._chunk):
+            chosen = range(first, min(first + self._chunk, classes))
+            gradients = self._function.class_gradients(part, slice(chosen.start, chosen.stop))
+            self._write(gradients, part.size * len(chosen))
+        self._add_gradient(part)
 
-    def _append_sketches(self, batch: Batch) -> None:
-        """One row for every `samples_per_row` samples: a random combination of their class gradients."""
+    def _signs(self, samples: int) -> Tensor:
+        """The random signs of a row of the sketched Fisher, (samples, C)."""
         classes = require_classifier(self._classes, self._options.curvature)
-        for part in _parts(batch, self._options.samples_per_row):
-            signs = 2 * torch.randint(0, 2, (part.size, classes), generator=self._generator) - 1
-            signs = signs.to(self._rows.device)
-            self._write(self._function.sketched_gradient(part, signs, self._group), 1)
-            self._add_gradient(part)
-            self.samples += part.size
+        signs = 2 * torch.randint(0, 2, (samples, classes), generator=self._generator) - 1
+        return signs.to(self._gradient.device)
 
     def _add_gradient(self, batch: Batch) -> None:
         if not self._options.gradient:
@@ -197,18 +220,30 @@ class RowBuilder:
 
     def _write(self, gradients: Gradients, count: int) -> None:
         """Put `count` rows in place, each the gradients of all parameters side by side."""
-        rows = self._rows[self._filled : self._filled + count]
-        start = 0
+        pieces = []
         for span in self._partition.parameters:
             values = gradients[span.name].reshape(count, -1)
-            if self._columns is not None:
-                values = values.index_select(1, self._columns[span.name])
-            rows[:, start : start + values.shape[1]] = values
-            start += values.shape[1]
-        # A sum is finite only if every entry is; an overflow of the sum alone is told apart below.
-        if not bool(torch.isfinite(rows.sum())):
-            self._check_finite(rows)
-        self._filled += count
+            pieces.append(
+                values if self._columns is None else values.index_select(1, self._columns[span.name])
+            )
+        self._put(pieces, self._journal)
+
+    def _put(self, pieces: Sequence[Tensor], journal: RowJournal | None = None) -> None:
+        """Hand rows to the target, given as some of their columns after the other."""
+        done, count = 0, len(pieces[0])
+        while done < count:
+            rows = self.target.space(count - done)
+            start = 0
+            for piece in pieces:
+                rows[:, start : start + piece.shape[1]] = piece[done : done + len(rows)]
+                start += piece.shape[1]
+            # A sum is finite only if every entry is; an overflow of the sum alone is told apart below.
+            if not bool(torch.isfinite(rows.sum())):
+                self._check_finite(rows)
+            if journal is not None:
+                journal.take(rows)
+            self.target.commit(len(rows))
+            done += len(rows)
 
     def _check_finite(self, rows: Tensor) -> None:
         finite = torch.isfinite(rows)
@@ -216,7 +251,7 @@ class RowBuilder:
         if not bad:
             return
         names = self._names_where(~finite.all(dim=0))
-        shown = ", ".join(str(self._filled + row) for row in bad[:5])
+        shown = ", ".join(str(self.target.filled + row) for row in bad[:5])
         found = f"gradient rows {shown}{' ...' if len(bad) > 5 else ''} are NaN or infinite"
         remedy = "check the loss and the data there (rows count samples in the order read, from 0)"
         raise NonFiniteGradientError("data", f"{found} in {', '.join(names)}", remedy)

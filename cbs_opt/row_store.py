@@ -216,7 +216,7 @@ def check_space(folder: Path, needed: int) -> None:
 def _reserved(folder: Path, size: int) -> io.FileIO:
     """A nameless file of `size` bytes, all of which the disk has set aside."""
     try:
-        file = tempfile.TemporaryFile(prefix="cbs-opt-rows-", dir=folder, buffering=0)
+        file = tempfile.TemporaryFile(prefix="cbs-opt-rows-", dir=folder, buffering=0)  # noqa: SIM115
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
