@@ -14,19 +14,22 @@ itself, where that model is off, nor about accuracy.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from cbs_opt.blocks import FisherBlock
-from formulations.instances import write_instance
+from formulations.errors import InstanceFormatError
+from formulations.instances import read_solution, write_instance, write_solution
 from formulations.loss import objective, solved_weights
 from formulations.problem import BlockProblem, BoolArray
 from formulations.relaxations import lower_bound
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from cbs_opt.report import BlockSummary, PruneReport
 
 PathLike = str | os.PathLike[str]
+log = logging.getLogger(__name__)
 
 MEANING = "bound for the block-diagonal quadratic model of the loss, not for the loss or the accuracy"
 """What the sum of the blocks' bounds is; printed wherever the sum is."""
@@ -146,10 +150,11 @@ def certify_block(
         certificate=found.certificate,
         stats=SolveStats(seconds=time.perf_counter() - began, iterations=found.stats.iterations),
     )
+    status = _status(solution, found.objective)
     return CertifiedBlock(
-        solution=solution,
+        solution=replace(solution, stats=replace(solution.stats, message=status)),
         fingerprint=problem.fingerprint(),
-        status=_status(solution, found.objective),
+        status=status,
     )
 
 
@@ -162,6 +167,7 @@ def certify_report(
     time_limit: float | None = None,
     block_dir: PathLike | None = None,
     progress: bool = True,
+    path_of: Callable[[int], Path | None] = lambda number: None,
 ) -> PruneReport:
     """The report of a run with a certified bound in every block summary, and their sum.
 
@@ -181,6 +187,9 @@ def certify_report(
     block_dir : path, optional
         Made if missing; gets the data of every block, see `cbs_opt.certificate_files`.
     progress : bool, default True
+    path_of : callable, optional
+        From the number of a block to the file of its certified solution, which is read if it is there and
+        of this very block, and else written.
 
     Raises
     ------
@@ -206,7 +215,11 @@ def certify_report(
         if block_dir is not None:
             write_instance(block_path(block_dir, number), problem)
         left = deadline - time.monotonic()
-        if left <= 0.0:
+        path = path_of(number)
+        known = None if path is None else _known(path, problem, keep)
+        if known is not None:
+            certified = known
+        elif left <= 0.0:
             certified = _not_reached(problem, keep, report.program, report.method)
         else:
             certified = certify_block(
@@ -217,6 +230,8 @@ def certify_report(
                 proved=None if proved is None else proved[number],
                 time_limit=None if time_limit is None else left / (len(blocks) - number),
             )
+            if path is not None:
+                write_solution(path, problem, certified.solution)
         summaries.append(summarised(report.blocks[number], certified))
         solutions.append(certified.solution)
     return replace(
@@ -273,6 +288,20 @@ def _evaluated(problem: BlockProblem, keep: BoolArray, program: str, method: str
         program=program,
         method=method,
     )
+
+
+def _known(path: Path, problem: BlockProblem, keep: BoolArray) -> CertifiedBlock | None:
+    """What is in a file, if it is the certified solution of this set in this block."""
+    if not path.exists():
+        return None
+    try:
+        solution = read_solution(path, problem)
+    except InstanceFormatError as error:
+        log.warning("%s; it is certified again", error.found)
+        return None
+    if solution.keep is None or not np.array_equal(solution.keep, keep):
+        return None
+    return CertifiedBlock(solution=solution, fingerprint=problem.fingerprint(), status=solution.stats.message)
 
 
 def _not_reached(problem: BlockProblem, keep: BoolArray, program: str, method: str) -> CertifiedBlock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from cbs_opt.blocks import Partition
 from cbs_opt.curvature import GradientRows
 from cbs_opt.gradients import require_evaluation_mode
 from cbs_opt.heuristics.channel_term import ChannelTerm
+from cbs_opt.stored_rows import StoredRows
 from cbs_opt.write_back import TrialNetwork
 from formulations.errors import NonFiniteError
 
@@ -25,12 +26,13 @@ INPUT_SAMPLES = 1_000
 BATCH_SIZE = 50
 PATCH_NUMBERS = 1 << 25
 """Numbers in the patches of a convolution that are unfolded at once: 128 MiB."""
+Rows = TypeVar("Rows", bound=GradientRows | StoredRows)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 """The layers whose inputs are looked at."""
 
 
 def with_layer_inputs(
-    rows: GradientRows,
+    rows: Rows,
     model: nn.Module,
     data: Data,
     partition: Partition,
@@ -39,25 +41,30 @@ def with_layer_inputs(
     samples: int = INPUT_SAMPLES,
     seed: int = 0,
     weights: Tensor | None = None,
-) -> GradientRows:
+    moments: Mapping[str, Tensor] | None = None,
+) -> Rows:
     """Gradient rows together with the channel term of the same network.
 
     Parameters
     ----------
-    rows : GradientRows
+    rows : GradientRows or StoredRows
         Of all weights of the partition. Not copied.
     model, data, partition, samples, seed, weights
         See `input_moments`.
     weight : float, default 1
         Mean diagonal of the term in units of that of the rows, channel by channel.
+    moments : mapping of str to Tensor, optional
+        What `input_moments` gave, if it is known.
 
     Returns
     -------
-    GradientRows
+    GradientRows or StoredRows
         With `channels` set: the model is then ``H = R^T R + channels + damping I``.
     """
-    moments = input_moments(model, data, partition, samples=samples, seed=seed, weights=weights)
-    return replace(rows, channels=ChannelTerm.matched(moments, partition, rows.rows, weight=weight))
+    if moments is None:
+        moments = input_moments(model, data, partition, samples=samples, seed=seed, weights=weights)
+    term = ChannelTerm.matched_to(moments, partition, rows.column_squares(), weight=weight)
+    return replace(rows, channels=term)
 
 
 def input_moments(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -22,13 +23,18 @@ from cbs_opt.batches import Data, Evaluation, LossFunction, device_of, evaluate,
 from cbs_opt.blocks import FisherBlock, Partition
 from cbs_opt.budget import allocate
 from cbs_opt.certification import PathLike, certify_report
-from cbs_opt.curvature import GradientRows, gradient_rows
-from cbs_opt.heuristics.products import KeptGram, column_squares, step_loss
-from cbs_opt.heuristics.updates import cbs_updates, independent_updates
-from cbs_opt.layer_inputs import with_layer_inputs
+from cbs_opt.curvature import GradientRows
+from cbs_opt.heuristics.products import KeptGram, step_loss
+from cbs_opt.heuristics.updates import cbs_updates, independent_updates, passed_over
+from cbs_opt.layer_inputs import input_moments, with_layer_inputs
+from cbs_opt.on_demand import OnDemand
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
-from cbs_opt.selection import Choice
+from cbs_opt.run_fingerprint import run_fingerprint
+from cbs_opt.run_progress import LossLedger, RunProgress
+from cbs_opt.run_store import RunStore
+from cbs_opt.selection import Choice, without_channels
+from cbs_opt.stored_rows import RowPlace, StoredRows, streamed_rows
 from cbs_opt.write_back import TrialNetwork
 from formulations.errors import ArgumentError, ShapeError
 
@@ -66,12 +72,14 @@ class PruneRun:
         partition: Partition,
         options: PruneOptions,
         loss_fn: LossFunction,
-        curvature: GradientRows | None,
+        curvature: GradientRows | StoredRows | None,
         progress: bool,
     ) -> None:
-        if curvature is not None and curvature.rows.shape[1:] != (partition.n,):
-            found = f"rows of shape {tuple(curvature.rows.shape)} for {partition.n} weights"
+        if curvature is not None and curvature.shape[1] != partition.n:
+            found = f"rows of shape {curvature.shape} for {partition.n} weights"
             raise ShapeError("curvature", found, "compute them with the same target and ignore")
+        if isinstance(curvature, StoredRows) and curvature.partition.blocks != partition.blocks:
+            raise ShapeError("curvature", "rows on disk in other blocks", "use one partition for both")
         self.model = model
         self.partition = partition
         self.options = options
@@ -82,9 +90,13 @@ class PruneRun:
         self.curvature = curvature
         self.grams: dict[str, KeptGram] = {}
         self.sample: Sample | None = None
+        self.row_place = RowPlace()
+        self.done = RunProgress()
+        self._best: Candidate | None = None
+        self._selections = 0
 
-    def read_training_data(self, data: Data | None, memory_limit: int) -> None:
-        """Take the gradient rows, and the samples on which networks are compared."""
+    def draw_sample(self, data: Data | None) -> None:
+        """Take the samples on which networks are compared: the first pass over the data."""
         options = self.options
         if data is None:
             missing = self.curvature is None or self._lacks_term
@@ -92,25 +104,6 @@ class PruneRun:
                 remedy = "pass training data, or use magnitude with update=False"
                 raise ArgumentError("data", f"None, but {options.method} needs it", remedy)
             return
-        if options.needs_curvature and self.curvature is None:
-            with self._phase("curvature"):
-                self.curvature = gradient_rows(
-                    self.model,
-                    data,
-                    self.loss_fn,
-                    self.partition,
-                    curvature=options.curvature,
-                    samples=options.samples,
-                    samples_per_row=options.samples_per_row,
-                    memory_limit=memory_limit,
-                    seed=options.seed,
-                    progress=self.progress,
-                )
-        if self.curvature is not None and self._lacks_term:
-            with self._phase("layer inputs"):
-                self.curvature = with_layer_inputs(
-                    self.curvature, self.model, data, self.partition, seed=options.seed
-                )
         batches = iterate(
             data,
             batch_size=512,
@@ -120,19 +113,70 @@ class PruneRun:
         )
         self.sample = [(batch.inputs, batch.labels) for batch in batches]
 
+    def fingerprint(self, memory_limit: int, held_out: Data | None) -> dict[str, Any]:
+        """Everything that decides the result."""
+        return run_fingerprint(
+            self.model,
+            self.partition,
+            self.loss_fn,
+            self.options,
+            self.sample or [],
+            memory_limit=memory_limit,
+            curvature=self.curvature,
+            held_out=held_out,
+        )
+
+    def go_on(self, store: RunStore) -> None:
+        """Keep what is found in `store`, and begin with what is there."""
+        self.done = RunProgress(store, self.weights.device)
+
+    def finished(self, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
+        """Weights and report, if the run is finished."""
+        return self.done.finished(self.partition, block_dir)
+
+    def take_curvature(self, data: Data | None, memory_limit: int) -> None:
+        """Take the gradient rows and the layer-input term, as far as they are needed and not given."""
+        options = self.options
+        if data is None:
+            return
+        if options.needs_curvature and self.curvature is None:
+            with self._phase("curvature"):
+                self.curvature = streamed_rows(
+                    self.model,
+                    data,
+                    self.loss_fn,
+                    self.partition,
+                    row_memory=self.row_place.memory,
+                    row_dir=self.row_place.folder,
+                    curvature=options.curvature,
+                    samples=options.samples,
+                    samples_per_row=options.samples_per_row,
+                    memory_limit=memory_limit,
+                    seed=options.seed,
+                    progress=self.progress,
+                    journal=self.done.rows(),
+                )
+        if self.curvature is not None and self._lacks_term:
+            with self._phase("layer inputs"):
+                moments = self.done.moments(
+                    lambda: input_moments(self.model, data, self.partition, seed=options.seed)
+                )
+                self.curvature = with_layer_inputs(
+                    self.curvature, self.model, data, self.partition, moments=moments
+                )
+
     def best_candidate(self) -> Candidate:
         """Select and update for every restart, damping and step length; the lowest loss wins."""
         options = self.options
         unit = self._mean_diagonal() if options.relative_damping else 1.0
-        best: Candidate | None = None
         silent = None if self.progress and options.candidates > 1 else True
         with tqdm(total=options.candidates, desc="networks", unit="network", disable=silent) as bar:
             for candidate in self._candidates(unit):
-                if best is None or candidate.rank < best.rank:
-                    best = candidate
+                if self._best is None or candidate.rank < self._best.rank:
+                    self._best = candidate
                 bar.update()
-        assert best is not None
-        return best
+        assert self._best is not None
+        return self._best
 
     @property
     def _lacks_term(self) -> bool:
@@ -192,7 +236,7 @@ class PruneRun:
             seconds=self.seconds,
             peak_memory_bytes=_peak_memory(),
             samples=0 if self.curvature is None else self.curvature.samples,
-            rows=0 if self.curvature is None else self.curvature.rows.shape[0],
+            rows=0 if self.curvature is None else self.curvature.shape[0],
             damping=best.damping,
             layer_inputs=best.layer_inputs,
             update_scale=best.scale if options.update is not None else None,
@@ -227,6 +271,7 @@ class PruneRun:
                 time_limit=options.certify_time_limit,
                 block_dir=block_dir,
                 progress=self.progress,
+                path_of=self.done.certificate_path,
             )
 
     @contextmanager
@@ -235,32 +280,36 @@ class PruneRun:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def _blocks(self, damping: float, layer_inputs: float, *, gradient: bool) -> list[FisherBlock]:
-        rows = (
-            self.weights.new_zeros((0, self.partition.n)) if self.curvature is None else self.curvature.rows
-        )
+    def _blocks(self, damping: float, layer_inputs: float, *, gradient: bool) -> Sequence[FisherBlock]:
+        """The blocks with their model; of rows on disk, each when it is asked for."""
         slope = self.curvature.gradient if gradient and self.curvature is not None else None
         term = None if self.curvature is None or not layer_inputs else self.curvature.channels
         term = None if term is None else term.scaled(layer_inputs / term.weight)
-        return [
-            FisherBlock(
+
+        def block(number: int) -> FisherBlock:
+            span = self.partition.blocks[number]
+            weights = self.weights[span.start : span.stop]
+            return FisherBlock(
                 name=span.name,
                 start=span.start,
                 stop=span.stop,
-                weights=self.weights[span.start : span.stop],
-                rows=rows[:, span.start : span.stop],
+                weights=weights,
+                rows=weights.new_zeros((0, len(weights)))
+                if self.curvature is None
+                else self.curvature.block(span.start, span.stop),
                 gradient=None if slope is None else slope[span.start : span.stop],
                 damping=damping,
                 channels=None if term is None else term.within(span.start, span.stop),
             )
-            for span in self.partition.blocks
-        ]
+
+        blocks = OnDemand(block, len(self.partition.blocks))
+        return blocks if isinstance(self.curvature, StoredRows) else list(blocks)
 
     def _mean_diagonal(self) -> float:
         """Mean diagonal entry of the Fisher matrix, without damping."""
         if self.curvature is None:
             raise ArgumentError("relative_damping", "True without curvature", "use False")
-        return float(column_squares(self.curvature.rows).mean())
+        return float(self.curvature.column_squares().mean())
 
     def _counts(self, damping: float, layer_inputs: float) -> list[int]:
         scores = None
@@ -283,56 +332,91 @@ class PruneRun:
         scored = options.chosen_method.kind == "saliency"
         blocks = self._blocks(damping, layer_inputs, gradient=options.gradient_term or scored)
         if options.selects_by_rows:
-            blocks = [replace(block, channels=None) for block in blocks]
+            blocks = without_channels(blocks)
+        ledger = self.done.selection(self._selections, [block.n for block in blocks])
+        self._selections += 1
+        if ledger.complete:
+            return ledger.choices()
+        engine = options.engine
+        takes = "ledger" in inspect.signature(engine).parameters
         with self._phase("selection"):
-            choices: list[Choice] = options.engine(
+            choices: list[Choice] = engine(
                 blocks,
                 counts,
                 limits=options.limits(restart),
+                **({"ledger": ledger} if takes else {}),
                 **alternative,
             )
+            ledger.close(choices)
         return choices
 
     def _updated(
         self, choices: list[Choice], dampings: list[float], layer_inputs: float
     ) -> Iterator[Candidate]:
-        """The networks that one selection gives: one a damping and step length."""
+        """The networks that one selection gives, one a damping and step length.
+
+        Those of a run that goes on are left out where their losses are known and not the lowest so far.
+        """
         options = self.options
         pruned = torch.cat([choice.pruned for choice in choices])
         before = self.weights.double()
+        scales = options.update_scale if options.update is not None else (1.0,)
+        losses = self.done.losses(self._selections, len(dampings) * len(scales))
         if options.update is None:
             removed = torch.where(pruned, 0.0, self.weights)
-            yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs)
+            yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs, losses, 0)
             return
+        update = UPDATERS[options.update]
+        blocks = self._blocks(dampings[0], layer_inputs, gradient=options.gradient_term)
+        lowest = losses.lowest()
+        if self._best is not None and lowest is not None and lowest >= self._best.rank:
+            if options.update == "cbs":
+                for block, choice in zip(blocks, choices, strict=True):
+                    with self._gram(block) as gram:
+                        passed_over(block, choice.pruned, gram)
+            return
+        found = []
         with self._phase("update"):
-            update = UPDATERS[options.update]
-            blocks = self._blocks(dampings[0], layer_inputs, gradient=options.gradient_term)
-            found = [
-                update(block, choice.pruned, dampings, self._gram(block))
-                for block, choice in zip(blocks, choices, strict=True)
-            ]
+            for block, choice in zip(blocks, choices, strict=True):
+                with self._gram(block) as gram:
+                    found.append(update(block, choice.pruned, dampings, gram))
+        number = itertools.count()
         for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
             target = torch.cat(pieces)
-            for scale in options.update_scale:
+            for scale in scales:
                 moved = torch.where(pruned, 0.0, before + scale * (target - before))
-                yield self._candidate(choices, moved, damping, scale, layer_inputs)
+                yield self._candidate(choices, moved, damping, scale, layer_inputs, losses, next(number))
 
-    def _gram(self, block: FisherBlock) -> KeptGram | None:
+    @contextmanager
+    def _gram(self, block: FisherBlock) -> Iterator[KeptGram | None]:
         """The Gram matrix that tried networks share, where there are few enough blocks to keep them."""
-        if block.rows is None or len(self.partition.blocks) * block.rows.shape[0] ** 2 > SHARED_GRAM_SIZE:
-            return None
+        rows = block.rows
+        if rows is None or len(self.partition.blocks) * rows.shape[0] ** 2 > SHARED_GRAM_SIZE:
+            yield None
+            return
         if block.name not in self.grams:
-            self.grams[block.name] = KeptGram(block.rows)
-        return self.grams[block.name]
+            self.grams[block.name] = KeptGram(rows)
+        gram = self.grams[block.name]
+        gram.rows = rows
+        yield gram
+        # Rows on disk leave memory with the last tensor that refers to them.
+        gram.rows = rows[:0]
 
     def _candidate(
-        self, choices: list[Choice], weights: Tensor, damping: float, scale: float, layer_inputs: float
+        self,
+        choices: list[Choice],
+        weights: Tensor,
+        damping: float,
+        scale: float,
+        layer_inputs: float,
+        losses: LossLedger,
+        number: int,
     ) -> Candidate:
         loss = None
         if self.options.candidates > 1:
             with self._phase("choice"):
-                evaluation = self._loss(TrialNetwork(self.model, self.partition, weights))
-                loss = None if evaluation is None else evaluation.loss
+                network = TrialNetwork(self.model, self.partition, weights)
+                loss = losses.loss(number, lambda: self._training_loss(network))
         return Candidate(
             choices=choices,
             weights=weights,
@@ -345,6 +429,10 @@ class PruneRun:
 
     def _loss(self, network: nn.Module) -> Evaluation | None:
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
+
+    def _training_loss(self, network: nn.Module) -> float:
+        assert self.sample is not None
+        return evaluate(network, self.sample, self.loss_fn).loss
 
     def _summaries(self, best: Candidate) -> tuple[BlockSummary, ...]:
         summaries = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ from cbs_opt.prune_options import (
 )
 from cbs_opt.prune_run import PruneRun
 from cbs_opt.report import PruneReport
+from cbs_opt.run_store import RunStore
 from cbs_opt.schedules import Schedule
 from cbs_opt.stage_options import check_one_stage, check_stageable, stage_options
 from cbs_opt.stages import OnStage, StagedRun
@@ -168,9 +170,13 @@ def prune(
         Called with a `StageResult` after every stage, and first for those found in `run_dir`: its
         network can be evaluated or copied, so that one run serves a whole table of sparsities.
     run_dir : path, optional
-        Keep the state after every stage there. The same call on the same directory goes on where the
-        last one was stopped, and ends with the same weights, bit for bit (on the same number of
-        threads; a loader must give the same samples again, see `StagedRun`).
+        Keep there what was found, as it is found: gradient rows, moments of layer inputs, the sets of every
+        block, training losses, certificates, stages, and the result. The same call on the same directory
+        goes on where the last one was stopped or killed, and ends with the same weights and report, bit for
+        bit; on a finished run it returns at once. Another network, data, option, version, processor or number
+        of threads is refused, with the difference named, and so is a second process in the directory.
+        The rows take as much space there as in memory, until the run is finished. A loader must give the same
+        samples again in every pass; a time limit counts anew, and what it cuts short may differ.
     executor : Executor, int, callable or Workers, optional
         Where the blocks are solved, for methods that take one block at a time (such as
         "branch_and_bound" with ``partition="row"``); see `cbs_opt.workers.Workers`. The result does
@@ -251,16 +257,25 @@ def prune(
     largest = max(block.stop - block.start for block in parts.blocks)
     check_certifiable(options, largest, given_term=given is not None and given.channels is not None)
     if plan is None:
-        check_one_stage(on_stage, run_dir)
+        check_one_stage(on_stage)
         run = PruneRun(model, parts, options, loss_fn, given, progress)
     else:
         check_stageable(options, plan, given_rows=given is not None)
-        run = StagedRun(model, parts, options, loss_fn, plan, progress, run_dir=run_dir, on_stage=on_stage)
-    with ended, unchanged(model, parts):
-        run.read_training_data(data, memory_limit)
-        best = run.best_candidate()
-        report = run.report(best, evaluate)
-        if certify:
-            report = run.certified(report, best, block_dir)
-    write_back(model, parts, best.weights)
+        run = StagedRun(model, parts, options, loss_fn, plan, progress, on_stage=on_stage)
+    with ended, unchanged(model, parts), ExitStack() as opened:
+        run.draw_sample(data)
+        if run_dir is not None:
+            told = run.fingerprint(memory_limit, evaluate)
+            run.go_on(opened.enter_context(RunStore(run_dir, told)))
+        result = run.finished(block_dir)
+        if result is None:
+            run.take_curvature(data, memory_limit)
+            best = run.best_candidate()
+            report = run.report(best, evaluate)
+            if certify:
+                report = run.certified(report, best, block_dir)
+            run.done.finish(best.weights, best.keep, report, steps_stay=block_dir is not None)
+            result = best.weights, report
+    weights, report = result
+    write_back(model, parts, weights)
     return report

@@ -15,6 +15,7 @@ from cbs_opt.curvature import GradientRows
 from cbs_opt.digests import absorb, samples_digest, tensors_digest
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report_format import plain
+from cbs_opt.stored_rows import StoredRows
 from cbs_opt.study.versions import versions
 
 FORMAT = "cbs-opt run"
@@ -31,7 +32,7 @@ def run_fingerprint(
     *,
     memory_limit: int,
     plan: object = None,
-    curvature: GradientRows | None = None,
+    curvature: GradientRows | StoredRows | None = None,
     held_out: Data | None = None,
 ) -> dict[str, Any]:
     """The fingerprint of a run of `prune`.
@@ -45,7 +46,7 @@ def run_fingerprint(
         The samples of the first pass over the training data, in order.
     plan : object, optional
         Of a run in stages.
-    curvature : GradientRows, optional
+    curvature : GradientRows or StoredRows, optional
         Rows that the caller computed.
     held_out : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
         Of an iterable the first batch is looked at: it may be long.
@@ -66,7 +67,7 @@ def run_fingerprint(
         "loss_fn": plain(loss_fn),
         "options": plain(options.settings()),
         "plan": plain(plan),
-        "curvature": None if curvature is None else tensors_digest(_tensors(curvature)),
+        "curvature": None if curvature is None else tensors_digest(_tensors(curvature, partition)),
         "evaluate": None if held_out is None else _first_batch(held_out),
         "memory_limit": memory_limit,
         "threads": torch.get_num_threads(),
@@ -80,8 +81,9 @@ def _first_batch(data: Data) -> str:
     return samples_digest([(batch.inputs, batch.labels)])
 
 
-def _tensors(found: GradientRows) -> Iterable[Tensor]:
-    yield found.rows
+def _tensors(found: GradientRows | StoredRows, partition: Partition) -> Iterable[Tensor]:
+    for span in partition.blocks:
+        yield found.block(span.start, span.stop)
     yield found.gradient
     moment = None
     for channel in () if found.channels is None else found.channels.channels:

@@ -98,9 +98,8 @@ def check_stageable(options: PruneOptions, plan: StageOptions, *, given_rows: bo
         raise ArgumentError("update", found, "use updates_per_stage=1, final_updates=0")
 
 
-def check_one_stage(on_stage: object, run_dir: object) -> None:
+def check_one_stage(on_stage: object) -> None:
     """Raise `ArgumentError` for what only a run in stages can use."""
-    for name, value in (("on_stage", on_stage), ("run_dir", run_dir)):
-        if value is not None:
-            remedy = "use more stages, or give updates_per_stage or final_updates"
-            raise ArgumentError(name, "given for one stage", remedy)
+    if on_stage is not None:
+        remedy = "use more stages, or give updates_per_stage or final_updates"
+        raise ArgumentError("on_stage", "given for one stage", remedy)

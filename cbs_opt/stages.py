@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from cbs_opt.layer_inputs import with_layer_inputs
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.prune_run import Candidate, PruneRun, Sample
 from cbs_opt.report import PruneReport
+from cbs_opt.report_format import plain
+from cbs_opt.run_store import PathLike, RunStore
 from cbs_opt.selection import Choice
 from cbs_opt.stage_model import StageModel
 from cbs_opt.stage_options import StageOptions
 from cbs_opt.stage_record import StageRecord, StageResult, StageState
-from cbs_opt.stage_store import PathLike, StageStore, fingerprint
+from cbs_opt.stage_store import StageStore
 from cbs_opt.stage_trials import Expansion, Proposal, judged, selections, updates
 from cbs_opt.trust_region import DampingSearch
 from cbs_opt.write_back import TrialNetwork, as_parameters
@@ -48,8 +51,6 @@ class StagedRun(PruneRun):
     model, partition, options, loss_fn, progress
         As for `PruneRun`.
     plan : StageOptions
-    run_dir : path, optional
-        Where the state after every stage is kept; a run that is there already is gone on with.
     on_stage : callable, optional
         Called with a `StageResult` after every stage, and first for those that are on disk.
     """
@@ -63,12 +64,11 @@ class StagedRun(PruneRun):
         plan: StageOptions,
         progress: bool,
         *,
-        run_dir: PathLike | None = None,
         on_stage: OnStage | None = None,
     ) -> None:
         super().__init__(model, partition, options, loss_fn, None, progress)
         self.plan = plan
-        self.run_dir = run_dir
+        self.states: StageStore | None = None
         self.on_stage = on_stage
         self.passes = 0
         self.samples = 0
@@ -78,28 +78,44 @@ class StagedRun(PruneRun):
             keep=torch.ones(partition.n, dtype=torch.bool, device=self.weights.device),
         )
 
-    def read_training_data(self, data: Data | None, memory_limit: int) -> None:
+    def draw_sample(self, data: Data | None) -> None:
         """Remember the data, and take the samples that the losses of the report are measured on."""
         if data is None:
             raise ArgumentError("data", "None for a run in stages", "pass training data")
         self.data = data
-        self.memory_limit = memory_limit
         self.sample = self._draw_sample()
+
+    def fingerprint(self, memory_limit: int, held_out: Data | None) -> dict[str, Any]:
+        """As for one stage, with the plan."""
+        return {**super().fingerprint(memory_limit, held_out), "plan": plain(self.plan)}
+
+    def go_on(self, store: RunStore) -> None:
+        """Keep every stage, and begin after those that are there."""
+        super().go_on(store)
+        self.states = StageStore(store, device=self.weights.device)
+
+    def finished(self, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
+        """Weights and report, if the run is finished, after its stages were told."""
+        found = super().finished(block_dir)
+        if found is not None:
+            self._read_states()
+        return found
+
+    def take_curvature(self, data: Data | None, memory_limit: int) -> None:
+        """Every stage takes its own."""
+        self.memory_limit = memory_limit
 
     def best_candidate(self) -> Candidate:
         """Do the stages that are still to do; what they end with."""
-        store = self._store()
+        self._read_states()
         total = len(self.plan.updates)
-        for state in () if store is None else store.states():
-            self.state = state
-            self._announce(total)
         silent = None if self.progress else True
         with tqdm(total=total, initial=self.state.stages, desc="stages", unit="stage", disable=silent) as bar:
             while self.state.stages < total:
                 self.state = self._next_stage(self.state)
-                if store is not None:
-                    store.add(self.state)
-                self._announce(total)
+                if self.states is not None:
+                    self.states.add(self.state)
+                self._announce()
                 bar.update()
         last = self.state.records[-1]
         return Candidate(
@@ -289,21 +305,20 @@ class StagedRun(PruneRun):
     def _loss_at(self, weights: Tensor, sample: Sample) -> float:
         return evaluate(TrialNetwork(self.model, self.partition, weights), sample, self.loss_fn).loss
 
-    def _store(self) -> StageStore | None:
-        if self.run_dir is None:
-            return None
-        assert self.sample is not None
-        told = fingerprint(self.model, self.loss_fn, self.options, self.plan, self.sample)
-        return StageStore(self.run_dir, told, device=self.weights.device)
+    def _read_states(self) -> None:
+        """Take over the stages on disk."""
+        for state in () if self.states is None else self.states.states():
+            self.state = state
+            self._announce()
 
-    def _announce(self, total: int) -> None:
+    def _announce(self) -> None:
         if self.on_stage is None:
             return
         state = self.state
         self.on_stage(
             StageResult(
                 stage=state.stages - 1,
-                stages=total,
+                stages=len(self.plan.updates),
                 sparsity=1.0 - int(state.keep.sum()) / self.partition.n,
                 network=TrialNetwork(self.model, self.partition, state.weights),
                 weights=as_parameters(self.model, self.partition, state.weights),

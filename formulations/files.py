@@ -9,7 +9,6 @@ The header carries a SHA-256 of itself and of all arrays: what is read is what w
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -18,9 +17,10 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -33,13 +33,24 @@ LARGEST_HEADER = 2**20
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER = re.compile(rb"\{'descr': '([^']{1,8})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n")
 NPY_HEADER_ROOM = 4096
-DTYPES = {"float64": np.dtype("<f8"), "float32": np.dtype("<f4"), "bool": np.dtype(np.bool_)}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "bool": np.dtype(np.bool_),
+}
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError)
 """What the zip reader raises on damaged files."""
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of either.
+    """Write a file so that a crash leaves the old one or the new one, never half of either."""
+    with replaced_file(path) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def replaced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A stream whose content becomes that of `path` if the body ends without an exception.
 
     A temporary file in the same folder is written, flushed to disk and renamed over `path`.
     """
@@ -47,7 +58,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
@@ -124,15 +135,13 @@ def write_container(
     }
     whole = {**header, "arrays": described}
     text = json.dumps({**whole, CHECKSUM: checksum(whole, arrays)}, allow_nan=False).encode()
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", packing) as archive:
+    with replaced_file(path) as file, zipfile.ZipFile(file, "w", packing) as archive:
         for member, array in {"header": np.frombuffer(text, dtype=np.uint8), **arrays}.items():
             # A fixed date makes equal content equal bytes.
             info = zipfile.ZipInfo(f"{member}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.compress_type = packing
             with archive.open(info, "w", force_zip64=True) as stream:
                 npy_format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
-    write_atomically(path, buffer.getvalue())
 
 
 def read_container(

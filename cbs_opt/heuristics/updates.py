@@ -70,6 +70,18 @@ def cbs_updates(
     return updates
 
 
+def passed_over(block: FisherBlock, pruned: Tensor, gram: KeptGram | None) -> None:
+    """Have `gram` see a set whose update is not needed, as if `cbs_updates` were called.
+
+    A `KeptGram` is brought from set to set by differences, so its rounding depends on all that it saw: a
+    run that goes on after a kill ends with the same bits only if it sees the same sets.
+    """
+    kept = ~pruned
+    count = int(kept.sum())
+    if gram is not None and block.channels is None and count > gram.rows.shape[0]:
+        gram.of(kept)
+
+
 def independent_update(block: FisherBlock, pruned: Tensor) -> Tensor:
     """The sum of the single-weight OBS updates, as WoodFisher applies them.
 
