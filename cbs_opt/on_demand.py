@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, overload
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 
 class OnDemand(Sequence[T]):
@@ -33,7 +32,3 @@ class OnDemand(Sequence[T]):
     def take(self, chosen: Sequence[int]) -> OnDemand[T]:
         """The entries at `chosen`."""
         return OnDemand(lambda index: self._make(chosen[index]), len(chosen))
-
-    def map(self, function: Callable[[T], U]) -> OnDemand[U]:
-        """`function` of every entry, applied when it is asked for."""
-        return OnDemand(lambda index: function(self._make(index)), self._length)

@@ -166,8 +166,6 @@ class RowStore:
             return torch.zeros(shape, dtype=self._dtype)
         offset = self._offsets[start, stop]
         view = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
-        if hasattr(mmap, "MADV_WILLNEED"):
-            view.madvise(mmap.MADV_WILLNEED)
         return torch.frombuffer(view, dtype=self._dtype).view(shape)
 
     def _flush(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from cbs_opt.heuristics.randomized_magnitude import randomized_magnitude
 from cbs_opt.heuristics.saliency import SALIENCIES, lowest
 from cbs_opt.heuristics.selection_program import SelectionProgram
 from cbs_opt.heuristics.swap_search import SwapResult, swap_search_batch
+from cbs_opt.on_demand import OnDemand
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solution import BlockSolution, Limit, Limits
 
@@ -55,6 +56,12 @@ class Choice:
     bound: float | None = None
     status: str = ""
     limit: Limit | None = None
+
+
+def without_channels(blocks: Sequence[FisherBlock]) -> Sequence[FisherBlock]:
+    """The blocks without their layer-input terms, on demand if they are made on demand."""
+    bare = OnDemand(lambda number: replace(blocks[number], channels=None), len(blocks))
+    return bare if isinstance(blocks, OnDemand) else list(bare)
 
 
 Selector = Callable[..., list[Choice]]
@@ -130,7 +137,11 @@ def by_swap_search(
     names = [start] if isinstance(start, str) else list(start)
     if not names or any(name not in STARTS for name in names):
         raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(STARTS)}")
-    programs = [SelectionProgram.of(block) for block in blocks]
+    programs: Sequence[SelectionProgram] = OnDemand(
+        lambda number: SelectionProgram.of(blocks[number]), len(blocks)
+    )
+    if not isinstance(blocks, OnDemand):
+        programs = list(programs)
     deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     best: list[SwapResult] | None = None
     for name in names if warm is None else ["warm"]:

@@ -78,13 +78,52 @@ class StoredRows:
         self.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowPlace:
+    """Where gradient rows may be.
+
+    Parameters
+    ----------
+    memory : int, optional
+        Bytes of rows in memory at a time; no limit by default.
+    folder : path, optional
+        For those that are on disk; by default the system's place for temporary files.
+    """
+
+    memory: int | None = None
+    folder: PathLike | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            positive_integer("row_memory", self.memory)
+
+    def holds(self, partition: Partition, rows: int, itemsize: int) -> bool:
+        """Whether that many rows may be in memory all at once.
+
+        Raises
+        ------
+        RowMemoryError
+            If not even the rows of the largest block may.
+        """
+        if self.memory is None or rows * partition.n * itemsize <= self.memory:
+            return True
+        largest = max(partition.blocks, key=lambda block: block.stop - block.start)
+        alone = rows * (largest.stop - largest.start) * itemsize
+        if alone > self.memory:
+            allowed, size = readable(self.memory), self.memory // (rows * itemsize)
+            found = f"{allowed}, but the rows of block {largest.name!r} alone take {readable(alone)}"
+            remedy = f"allow more, or cut blocks of at most {size} weights (partition=...)"
+            raise RowMemoryError("row_memory", found, remedy if size else "allow more, or use fewer rows")
+        return False
+
+
 def streamed_rows(
     model: nn.Module,
     data: Data,
     loss_fn: LossFunction,
     partition: Partition,
     *,
-    row_memory: int,
+    row_memory: int | None,
     row_dir: PathLike | None = None,
     curvature: str = "empirical_fisher",
     samples: int = 1000,
@@ -103,9 +142,9 @@ def streamed_rows(
     model, data, loss_fn, partition, curvature, samples, samples_per_row, memory_limit, seed, progress, \
 rows_dtype, vectorize, journal
         See `gradient_rows`.
-    row_memory : int
+    row_memory : int or None
         Bytes that rows may take in memory at a time: while they are computed, and later those of one
-        block.
+        block. None is no limit.
     row_dir : path, optional
         Folder for the file; by default the system's place for temporary files. Where that is kept in
         memory (tmpfs) nothing is won.
@@ -130,7 +169,7 @@ rows_dtype, vectorize, journal
     The file takes ``m n`` numbers. The rows are written once, read and scaled once, and then read block
     by block as often as the method looks at them.
     """
-    positive_integer("row_memory", row_memory)
+    place = RowPlace(memory=row_memory, folder=row_dir)
     options = RowOptions(
         curvature=curvature,
         samples=samples,
@@ -145,9 +184,10 @@ rows_dtype, vectorize, journal
     with ExitStack() as on_failure:
 
         def target_of(capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> RowTarget:
-            if fits(partition, capacity, dtype.itemsize, row_memory):
+            if place.holds(partition, capacity, dtype.itemsize):
                 return RowsInMemory(capacity, width, dtype, device)
-            store = RowStore(partition, capacity, dtype, device, folder=row_dir, buffer_bytes=row_memory)
+            assert place.memory is not None
+            store = RowStore(partition, capacity, dtype, device, folder=row_dir, buffer_bytes=place.memory)
             on_failure.callback(store.close)
             return store
 
@@ -170,23 +210,3 @@ rows_dtype, vectorize, journal
     return GradientRows(
         rows=target.rows, gradient=mean, samples=builder.samples, seconds=seconds, curvature=curvature
     )
-
-
-def fits(partition: Partition, rows: int, itemsize: int, row_memory: int | None) -> bool:
-    """Whether all rows may be in memory at once.
-
-    Raises
-    ------
-    RowMemoryError
-        If not even the rows of the largest block may.
-    """
-    if row_memory is None or rows * partition.n * itemsize <= row_memory:
-        return True
-    largest = max(partition.blocks, key=lambda block: block.stop - block.start)
-    alone = rows * (largest.stop - largest.start) * itemsize
-    if alone > row_memory:
-        found = f"{readable(row_memory)}, but the rows of block {largest.name!r} alone take {readable(alone)}"
-        size = row_memory // (rows * itemsize)
-        cut = f'cut blocks of at most {size} weights (partition="layer", "row" or {size})'
-        raise RowMemoryError("row_memory", found, f"{cut}, or allow more" if size else "allow more")
-    return False

@@ -108,9 +108,15 @@ class ChannelTerm:
         ShapeError
             If a moment does not fit its parameter.
         """
+        return cls.matched_to(moments, partition, column_squares(rows), weight=weight)
+
+    @classmethod
+    def matched_to(
+        cls, moments: Mapping[str, Tensor], partition: Partition, squares: Tensor, *, weight: float = 1.0
+    ) -> ChannelTerm:
+        """`matched` from ``diag(rows^T rows)``, (n,) float64, in place of the rows."""
         if not weight > 0.0:
             raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
-        squares = column_squares(rows)
         channels: list[Channel] = []
         for span in partition.parameters:
             groups = _by_group(span, moments.get(span.name), squares)

@@ -70,7 +70,8 @@ class KeptGram:
 
     Notes
     -----
-    Only columns that enter or leave K are multiplied: O(m^2 |change|), from the empty set at first.
+    Only columns that enter or leave K are multiplied: O(m^2 |change|), from the empty set at first. `rows`
+    may be taken away between two calls and given back.
     """
 
     def __init__(self, rows: Tensor) -> None:

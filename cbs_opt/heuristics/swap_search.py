@@ -25,6 +25,7 @@ from cbs_opt.heuristics.large_swap_search import (
     relative_tolerance,
 )
 from cbs_opt.heuristics.selection_program import SelectionProgram
+from cbs_opt.on_demand import OnDemand
 from formulations.solution import Limit
 
 DENSE_LIMIT = 2_048
@@ -158,9 +159,8 @@ def swap_search_batch(
         size = max(1, BATCH_BYTES // (8 * max(1, n) ** 2))
         for first in range(0, len(members), size):
             batch = members[first : first + size]
-            found = _search_dense(
-                [programs[i] for i in batch], [starts[i] for i in batch], tolerance, max_swaps, deadline
-            )
+            chosen = programs.take(batch) if isinstance(programs, OnDemand) else [programs[i] for i in batch]
+            found = _search_dense(chosen, [starts[i] for i in batch], tolerance, max_swaps, deadline)
             results.update(zip(batch, found, strict=True))
     return [results[number] for number in range(len(programs))]
 
