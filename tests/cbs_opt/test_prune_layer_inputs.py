@@ -161,7 +161,7 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
 
 def test_certificates_of_large_blocks_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cbs_opt.prune_options.DENSE_LIMIT", 20)
-    monkeypatch.setattr("cbs_opt.prune_run.gradient_rows", lambda *_, **__: pytest.fail("begun"))
+    monkeypatch.setattr("cbs_opt.prune_run.streamed_rows", lambda *_, **__: pytest.fail("begun"))
     with pytest.raises(UnsupportedProblemError, match="certify"):
         pruned(layer_inputs=(0.0, 1.0), method="obs", certify=True)
 
