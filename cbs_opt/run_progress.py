@@ -19,15 +19,16 @@ from cbs_opt.blocks import Partition
 from cbs_opt.certificate_files import BLOCK, CERTIFICATES, load_certificates, save_certificates
 from cbs_opt.choice_ledger import ChoiceLedger
 from cbs_opt.report import REPORT_JSON, PruneReport
-from cbs_opt.report_format import read_json
+from cbs_opt.report_format import plain, read_json
 from cbs_opt.row_journal import RowJournal
 from cbs_opt.run_store import Nowhere, Pieces, RunStore, Series
+from cbs_opt.stage_record import StageRecord, StepState
 from formulations.errors import InstanceFormatError
 from formulations.files import sealed_json, write_atomically
 
 PathLike = str | os.PathLike[str]
 RESULT = "result"
-STEPS = ("rows_*", "moments_*", "selection_*", "losses_*", "certificate_*")
+STEPS = ("rows_*", "moments*", "selection_*", "losses_*", "certificate_*", "step_*")
 """Names of pieces that a finished run no longer needs."""
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class RunProgress:
 
     def moments(self, compute: Callable[[], dict[str, Tensor]], step: str = "") -> dict[str, Tensor]:
         """The second moments of layer inputs, computed if they are not known."""
-        name = f"moments_{step}"
+        name = f"moments{step}"
         piece = self._pieces.recall(name)
         if piece is None:
             found = compute()
@@ -116,6 +117,37 @@ class RunProgress:
         """Where the certified solution of a block is; None where nothing is kept."""
         return None if self._store is None else self._store.directory / f"certificate_{number:05d}.npz"
 
+    def step(self, name: str) -> StepState | None:
+        """The state after a step within a stage, if it was done."""
+        piece = self._pieces.recall(name)
+        if piece is None:
+            return None
+        header, arrays = piece
+        return StepState(
+            weights=torch.from_numpy(arrays["weights"]).to(self._device),
+            keep=torch.from_numpy(arrays["keep"]).to(self._device),
+            damping=header["damping"],
+            update_damping=header["update_damping"],
+            passes=header["passes"],
+            record=StageRecord.from_plain(header["record"]),
+        )
+
+    def keep_step(self, name: str, state: StepState) -> None:
+        """Put the state after a step on disk."""
+        header = {
+            "damping": state.damping,
+            "update_damping": state.update_damping,
+            "passes": state.passes,
+            "record": plain(state.record),
+        }
+        arrays = {"weights": state.weights.cpu().numpy(), "keep": state.keep.cpu().numpy()}
+        self._pieces.keep(name, header, arrays)
+
+    def forget_steps(self) -> None:
+        """Remove what led to a result that is on disk."""
+        for pattern in STEPS:
+            self._pieces.drop(pattern)
+
     def finish(self, weights: Tensor, keep: Tensor, report: PruneReport, *, steps_stay: bool) -> None:
         """Put the result on disk; the steps on the way to it go, unless they are to stay."""
         if self._store is None:
@@ -125,8 +157,8 @@ class RunProgress:
         write_atomically(directory / REPORT_JSON, sealed_json(report.to_dict()))
         # Last: where it is, the rest is complete.
         self._store.keep(RESULT, {}, {"weights": weights.double().cpu().numpy(), "keep": keep.cpu().numpy()})
-        for pattern in () if steps_stay else STEPS:
-            self._store.drop(pattern)
+        if not steps_stay:
+            self.forget_steps()
 
     def finished(self, partition: Partition, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
         """Weights and report of a run that is finished; None if it is not, or a file of it is damaged.

@@ -97,6 +97,9 @@ class RunStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.directory)
         try:
+            # What killed writes left: no other process writes here now.
+            for path in self.directory.glob(".*.*"):
+                path.unlink()
             self.run = self._agree(json.loads(json.dumps(told)))
         except BaseException:
             self._lock.release()

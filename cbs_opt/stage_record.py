@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,6 +56,17 @@ class StageRecord:
     samples: int
     seconds: float
 
+    @classmethod
+    def from_plain(cls, entry: Mapping[str, Any]) -> StageRecord:
+        """A record from JSON, where losses that are not finite are strings."""
+        numbers = ("loss_before", "loss", "best_rejected", "predicted_change")
+        return cls(
+            **{
+                name: float(value) if name in numbers and value is not None else value
+                for name, value in entry.items()
+            }
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageState:
@@ -84,6 +97,26 @@ class StageState:
     passes: int = 0
     samples: int = 0
     records: tuple[StageRecord, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepState:
+    """All that a run needs to go on after a step within a stage.
+
+    Parameters
+    ----------
+    weights, keep, damping, update_damping, passes
+        As in `StageState`.
+    record : StageRecord
+        Of the step.
+    """
+
+    weights: Tensor
+    keep: Tensor
+    damping: float | None
+    update_damping: float | None
+    passes: int
+    record: StageRecord
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class StageStore:
                 update_damping=header["update_damping"],
                 passes=header["passes"],
                 samples=header["samples"],
-                records=tuple(_record(entry) for entry in header["records"]),
+                records=tuple(StageRecord.from_plain(entry) for entry in header["records"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             found = f"{path} is no stage of this release ({type(error).__name__}: {error})"
@@ -92,13 +92,3 @@ class StageStore:
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.tensor(array, device=self.device)
-
-
-def _record(entry: Mapping[str, Any]) -> StageRecord:
-    """A record from JSON, where losses that are not finite are strings."""
-    numbers = ("loss_before", "loss", "best_rejected", "predicted_change")
-    values: dict[str, Any] = {
-        name: float(value) if name in numbers and value is not None else value
-        for name, value in entry.items()
-    }
-    return StageRecord(**values)

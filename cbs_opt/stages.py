@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cbs_opt.batches import Data, LossFunction, device_of, evaluate, iterate
 from cbs_opt.blocks import Partition
 from cbs_opt.curvature import gradient_rows, mean_gradient
-from cbs_opt.layer_inputs import with_layer_inputs
+from cbs_opt.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.prune_run import Candidate, PruneRun, Sample
 from cbs_opt.report import PruneReport
@@ -27,7 +27,7 @@ from cbs_opt.run_store import PathLike, RunStore
 from cbs_opt.selection import Choice
 from cbs_opt.stage_model import StageModel
 from cbs_opt.stage_options import StageOptions
-from cbs_opt.stage_record import StageRecord, StageResult, StageState
+from cbs_opt.stage_record import StageRecord, StageResult, StageState, StepState
 from cbs_opt.stage_store import StageStore
 from cbs_opt.stage_trials import Expansion, Proposal, judged, selections, updates
 from cbs_opt.trust_region import DampingSearch
@@ -115,6 +115,7 @@ class StagedRun(PruneRun):
                 self.state = self._next_stage(self.state)
                 if self.states is not None:
                     self.states.add(self.state)
+                self.done.forget_steps()
                 self._announce()
                 bar.update()
         last = self.state.records[-1]
@@ -151,17 +152,30 @@ class StagedRun(PruneRun):
         weights = state.weights
         model = self._curvature(weights, state.keep)
         for update in range(self.plan.updates[stage]):
-            prunes = round(self.plan.sparsity(stage) * self.partition.n) > int((~model.keep).sum())
-            search = pruning if prunes else updating
-            best, record = self._step(model, weights, search, stage, update, prunes)
-            records.append(replace(record, seconds=time.perf_counter() - began))
+            step = f"step_{stage:04d}_{update:04d}"
+            known = self.done.step(step)
+            if known is None:
+                prunes = round(self.plan.sparsity(stage) * self.partition.n) > int((~model.keep).sum())
+                search = pruning if prunes else updating
+                best, record = self._step(model, weights, search, stage, update, prunes)
+                accepted = record.accepted
+                known = StepState(
+                    weights=best.weights if accepted else weights,
+                    keep=best.keep if accepted else model.keep,
+                    damping=pruning.centre,
+                    update_damping=updating.centre,
+                    passes=self.passes,
+                    record=replace(record, seconds=time.perf_counter() - began),
+                )
+                self.done.keep_step(step, known)
             began = time.perf_counter()
-            refused = 0 if record.accepted else refused + 1
-            if record.accepted:
-                weights = best.weights
-                if not best.keep.equal(model.keep):
-                    model = model.restricted(best.keep)
-            elif refused == PATIENCE and stage == len(self.plan.sparsities):
+            weights, self.passes, self.samples = known.weights, known.passes, known.record.samples
+            pruning.centre, updating.centre = known.damping, known.update_damping
+            records.append(known.record)
+            refused = 0 if known.record.accepted else refused + 1
+            if not known.keep.equal(model.keep):
+                model = model.restricted(known.keep)
+            if refused == PATIENCE and stage == len(self.plan.sparsities):
                 break
         return StageState(
             stages=stage + 1,
@@ -227,7 +241,7 @@ class StagedRun(PruneRun):
 
     def _curvature(self, weights: Tensor, keep: Tensor) -> StageModel:
         """Rows at `weights` of the weights still there, and the channel term if there is to be one."""
-        options = self.options
+        options, step = self.options, f"_s{self.state.stages:04d}"
         with self._phase("curvature"):
             found = gradient_rows(
                 self.model,
@@ -244,20 +258,26 @@ class StagedRun(PruneRun):
                 keep=None if options.layer_input_weight else keep,
                 gradient=False,
                 progress=False,
+                journal=self.done.rows(step),
             )
         self.samples += found.samples
         if not options.layer_input_weight:
             return StageModel(self.partition, keep, found.rows)
+        seed = self._next_pass()
         with self._phase("layer inputs"):
+            moments = self.done.moments(
+                lambda: input_moments(
+                    self.model, self.data, self.partition, samples=INPUT_SAMPLES, seed=seed, weights=weights
+                ),
+                step,
+            )
             both = with_layer_inputs(
                 found,
                 self.model,
                 self.data,
                 self.partition,
                 weight=options.layer_input_weight,
-                samples=INPUT_SAMPLES,
-                seed=self._next_pass(),
-                weights=weights,
+                moments=moments,
             )
         assert both.channels is not None
         return StageModel(self.partition, keep, found.rows[:, keep], both.channels.restricted(keep))
