@@ -87,7 +87,7 @@ class PruneRun:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.weights = partition.flatten(model)
-        self.curvature = curvature
+        self.curvature = self._given = curvature
         self.grams: dict[str, KeptGram] = {}
         self.sample: Sample | None = None
         self.row_place = RowPlace()
@@ -164,6 +164,11 @@ class PruneRun:
                 self.curvature = with_layer_inputs(
                     self.curvature, self.model, data, self.partition, moments=moments
                 )
+
+    def close(self) -> None:
+        """Give back the disk space of rows that this run took."""
+        if isinstance(self.curvature, StoredRows) and self.curvature is not self._given:
+            self.curvature.close()
 
     def best_candidate(self) -> Candidate:
         """Select and update for every restart, damping and step length; the lowest loss wins."""
@@ -400,7 +405,7 @@ class PruneRun:
         gram.rows = rows
         yield gram
         # Rows on disk leave memory with the last tensor that refers to them.
-        gram.rows = rows[:0]
+        gram.rows = rows.new_empty(0, block.n)
 
     def _candidate(
         self,

@@ -23,12 +23,14 @@ from cbs_opt.prune_options import (
     grid,
     update_kind,
 )
+from cbs_opt.prune_plan import OnPlan, plan_of
 from cbs_opt.prune_run import PruneRun
 from cbs_opt.report import PruneReport
 from cbs_opt.run_store import RunStore
 from cbs_opt.schedules import Schedule
 from cbs_opt.stage_options import check_one_stage, check_stageable, stage_options
 from cbs_opt.stages import OnStage, StagedRun
+from cbs_opt.stored_rows import RowPlace, StoredRows
 from cbs_opt.targets import Globs
 from cbs_opt.workers import Workers, lasting
 from cbs_opt.write_back import write_back
@@ -45,7 +47,7 @@ def prune(
     method: str = "swap_search",
     update: bool | str = True,
     update_scale: float | Sequence[float] = 1.0,
-    curvature: str | GradientRows = "empirical_fisher",
+    curvature: str | GradientRows | StoredRows = "empirical_fisher",
     samples: int = 1000,
     samples_per_row: int = 1,
     damping: float | Sequence[float] = 1e-3,
@@ -76,6 +78,9 @@ def prune(
     certify_time_limit: float | None = None,
     block_dir: str | os.PathLike[str] | None = None,
     memory_limit: int = MEMORY_LIMIT,
+    row_memory: int | None = None,
+    row_dir: str | os.PathLike[str] | None = None,
+    on_plan: OnPlan | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PruneReport:
@@ -106,7 +111,7 @@ def prune(
         Move the kept weights by CBS-U; "independent" adds up single-weight OBS updates instead.
     update_scale : float or sequence of float, default 1
         Step length of the update, or a grid to choose from by training loss.
-    curvature : str or GradientRows, default "empirical_fisher"
+    curvature : str, GradientRows or StoredRows, default "empirical_fisher"
         What `gradient_rows` computes: "empirical_fisher", "exact_fisher", "monte_carlo_fisher" or
         "sketched_fisher"; or its result for these very weights: computed once, it serves many
         sparsities and methods.
@@ -193,6 +198,17 @@ def prune(
         that anybody can check the certificates; see `cbs_opt.certificate_files`.
     memory_limit : int
         Bytes for temporaries of the curvature, besides the rows.
+    row_memory : int, optional
+        Bytes that gradient rows may take in memory at a time. If all of them take more, they are written
+        to a file, and every block has its rows in memory only while it is worked on; the largest block
+        must be within the limit, so give a partition into blocks. Not for several stages. By default
+        the rows are in memory.
+    row_dir : path, optional
+        Folder for that file; by default the system's place for temporary files. Nothing is left of it,
+        whatever ends the run.
+    on_plan : callable, optional
+        Called with the `PrunePlan` of the run, which states sizes and peak memory, before any gradient
+        is computed. See `plan`.
     seed : int, default 0
     progress : bool, default True
         Show bars where standard error is a terminal.
@@ -220,9 +236,10 @@ def prune(
         final_updates=final_updates,
         gradient_samples=gradient_samples,
     )
-    if not isinstance(curvature, str | GradientRows):
+    if not isinstance(curvature, str | GradientRows | StoredRows):
         remedy = "pass the name of a curvature, or GradientRows"
         raise ArgumentError("curvature", f"a {type(curvature).__name__}", remedy)
+    place = RowPlace(memory=row_memory, folder=row_dir)
     workers, ended = lasting(executor)
     options = PruneOptions(
         sparsity=sparsity,
@@ -261,9 +278,15 @@ def prune(
         run = PruneRun(model, parts, options, loss_fn, given, progress)
     else:
         check_stageable(options, plan, given_rows=given is not None)
+        if row_memory is not None:
+            raise ArgumentError("row_memory", "given for a run in stages", "use one stage, or leave it out")
         run = StagedRun(model, parts, options, loss_fn, plan, progress, on_stage=on_stage)
+    run.row_place = place
     with ended, unchanged(model, parts), ExitStack() as opened:
+        opened.callback(run.close)
         run.draw_sample(data)
+        if on_plan is not None:
+            on_plan(plan_of(run, memory_limit))
         if run_dir is not None:
             told = run.fingerprint(memory_limit, evaluate)
             run.go_on(opened.enter_context(RunStore(run_dir, told)))

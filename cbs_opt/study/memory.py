@@ -38,9 +38,22 @@ def reset_peak() -> None:
 
 def peak() -> int | None:
     """Largest resident memory since `reset_peak` in bytes, None where the system does not say."""
+    return _status("VmHWM:")
+
+
+def resident() -> int:
+    """Resident memory now in bytes; where the system does not say, the peak of the process so far."""
+    now = _status("VmRSS:")
+    if now is not None:
+        return now
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _status(field: str) -> int | None:
     if not STATUS.exists():
         return None
     for line in STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(field):
             return 1024 * int(line.split()[1])
     return None
