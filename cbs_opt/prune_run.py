@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,14 +16,21 @@ from tqdm import tqdm
 from cbs_opt.batches import Data, Evaluation, LossFunction, device_of, evaluate, iterate
 from cbs_opt.blocks import FisherBlock, Partition
 from cbs_opt.budget import allocate
+from cbs_opt.candidate import (
+    Candidate,
+    block_summaries,
+    layer_summaries,
+    library_versions,
+    peak_memory,
+)
 from cbs_opt.certification import PathLike, certify_report
 from cbs_opt.curvature import GradientRows
-from cbs_opt.heuristics.products import KeptGram, step_loss
+from cbs_opt.heuristics.shared_grams import SharedGrams
 from cbs_opt.heuristics.updates import cbs_updates, independent_updates, passed_over
 from cbs_opt.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.on_demand import OnDemand
 from cbs_opt.prune_options import PruneOptions
-from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
+from cbs_opt.report import PruneReport
 from cbs_opt.run_fingerprint import run_fingerprint
 from cbs_opt.run_progress import LossLedger, RunProgress
 from cbs_opt.run_store import RunStore
@@ -38,29 +39,9 @@ from cbs_opt.stored_rows import RowPlace, StoredRows, streamed_rows
 from cbs_opt.write_back import TrialNetwork
 from formulations.errors import ArgumentError, ShapeError
 
-SHARED_GRAM_SIZE = 1 << 26
-"""Numbers in the Gram matrices that are kept from one tried network to the next: 512 MiB."""
 Sample = list[tuple[Any, Tensor]]
 """Batches of inputs and labels that networks are compared on."""
 UPDATERS = {"cbs": cbs_updates, "independent": independent_updates}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
-    """One pruned network: its sets, its flat weights in float64, and what it was made with."""
-
-    choices: list[Choice]
-    weights: Tensor
-    keep: Tensor
-    damping: float
-    scale: float
-    loss: float | None
-    layer_inputs: float = 0.0
-
-    @property
-    def rank(self) -> float:
-        """What the choice goes by: the training loss, where NaN is worse than anything."""
-        return math.inf if self.loss is None or math.isnan(self.loss) else self.loss
 
 
 class PruneRun:
@@ -88,7 +69,7 @@ class PruneRun:
         self.seconds: dict[str, float] = {}
         self.weights = partition.flatten(model)
         self.curvature = self._given = curvature
-        self.grams: dict[str, KeptGram] = {}
+        self.grams = SharedGrams(len(partition.blocks))
         self.sample: Sample | None = None
         self.row_place = RowPlace()
         self.done = RunProgress()
@@ -156,14 +137,12 @@ class PruneRun:
                     progress=self.progress,
                     journal=self.done.rows(),
                 )
-        if self.curvature is not None and self._lacks_term:
+        rows = self.curvature
+        if rows is not None and self._lacks_term:
             with self._phase("layer inputs"):
-                moments = self.done.moments(
-                    lambda: input_moments(self.model, data, self.partition, seed=options.seed)
-                )
-                self.curvature = with_layer_inputs(
-                    self.curvature, self.model, data, self.partition, moments=moments
-                )
+                parts, seed = self.partition, options.seed
+                moments = self.done.moments(lambda: input_moments(self.model, data, parts, seed=seed))
+                self.curvature = with_layer_inputs(rows, self.model, data, parts, moments=moments)
 
     def close(self) -> None:
         """Give back the disk space of rows that this run took."""
@@ -216,7 +195,11 @@ class PruneRun:
                 None if data is None else evaluate(network, data, self.loss_fn, argument="evaluate")
                 for network in (self.model, after)
             ]
-        blocks = self._summaries(best)
+        blocks = block_summaries(
+            self._blocks(best.damping, best.layer_inputs, gradient=options.gradient_term),
+            best,
+            modelled=self.curvature is not None,
+        )
         keep = self.partition.keep_by_parameter(best.keep)
         selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
         updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
@@ -230,7 +213,7 @@ class PruneRun:
             requested_sparsity=options.sparsity,
             n=self.partition.n,
             n_prune=int((~best.keep).sum()),
-            layers=self._layers(best, keep),
+            layers=layer_summaries(self.partition, self.weights, best.weights, keep),
             blocks=blocks,
             predicted_selection_loss=sum(selection) if selection else None,
             predicted_loss_increase=sum(updated) if updated else None,
@@ -239,7 +222,7 @@ class PruneRun:
             before=measured[0],
             after=measured[1],
             seconds=self.seconds,
-            peak_memory_bytes=_peak_memory(),
+            peak_memory_bytes=peak_memory(),
             samples=0 if self.curvature is None else self.curvature.samples,
             rows=0 if self.curvature is None else self.curvature.shape[0],
             damping=best.damping,
@@ -248,11 +231,7 @@ class PruneRun:
             seed=options.seed,
             masks={name: mask.cpu() for name, mask in keep.items()},
             settings=options.settings(),
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "cbs-opt": version("cbs-opt"),
-            },
+            versions=library_versions(),
         )
 
     def certified(self, report: PruneReport, best: Candidate, block_dir: PathLike | None) -> PruneReport:
@@ -377,13 +356,13 @@ class PruneRun:
         if self._best is not None and lowest is not None and lowest >= self._best.rank:
             if options.update == "cbs":
                 for block, choice in zip(blocks, choices, strict=True):
-                    with self._gram(block) as gram:
+                    with self.grams.of(block) as gram:
                         passed_over(block, choice.pruned, gram)
             return
         found = []
         with self._phase("update"):
             for block, choice in zip(blocks, choices, strict=True):
-                with self._gram(block) as gram:
+                with self.grams.of(block) as gram:
                     found.append(update(block, choice.pruned, dampings, gram))
         number = itertools.count()
         for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
@@ -391,21 +370,6 @@ class PruneRun:
             for scale in scales:
                 moved = torch.where(pruned, 0.0, before + scale * (target - before))
                 yield self._candidate(choices, moved, damping, scale, layer_inputs, losses, next(number))
-
-    @contextmanager
-    def _gram(self, block: FisherBlock) -> Iterator[KeptGram | None]:
-        """The Gram matrix that tried networks share, where there are few enough blocks to keep them."""
-        rows = block.rows
-        if rows is None or len(self.partition.blocks) * rows.shape[0] ** 2 > SHARED_GRAM_SIZE:
-            yield None
-            return
-        if block.name not in self.grams:
-            self.grams[block.name] = KeptGram(rows)
-        gram = self.grams[block.name]
-        gram.rows = rows
-        yield gram
-        # Rows on disk leave memory with the last tensor that refers to them.
-        gram.rows = rows.new_empty(0, block.n)
 
     def _candidate(
         self,
@@ -421,7 +385,7 @@ class PruneRun:
         if self.options.candidates > 1:
             with self._phase("choice"):
                 network = TrialNetwork(self.model, self.partition, weights)
-                loss = losses.loss(number, lambda: self._training_loss(network))
+                loss = losses.loss(number, lambda: evaluate(network, self.sample or [], self.loss_fn).loss)
         return Candidate(
             choices=choices,
             weights=weights,
@@ -434,46 +398,3 @@ class PruneRun:
 
     def _loss(self, network: nn.Module) -> Evaluation | None:
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
-
-    def _training_loss(self, network: nn.Module) -> float:
-        assert self.sample is not None
-        return evaluate(network, self.sample, self.loss_fn).loss
-
-    def _summaries(self, best: Candidate) -> tuple[BlockSummary, ...]:
-        summaries = []
-        blocks = self._blocks(best.damping, best.layer_inputs, gradient=self.options.gradient_term)
-        for block, choice in zip(blocks, best.choices, strict=True):
-            before = block.weights.double()
-            selection = updated = None
-            if self.curvature is not None:
-                selection = step_loss(block, torch.where(choice.pruned, -before, 0.0))
-                updated = step_loss(block, best.weights[block.start : block.stop].double() - before)
-            summaries.append(
-                BlockSummary(
-                    name=block.name,
-                    n=block.n,
-                    n_prune=int(choice.pruned.sum()),
-                    selection_loss=selection,
-                    updated_loss=updated,
-                    initial_loss=choice.initial_value,
-                    iterations=choice.iterations,
-                    locally_optimal=choice.locally_optimal,
-                    seconds=choice.seconds,
-                    bound=choice.bound,
-                    status=choice.status,
-                )
-            )
-        return tuple(summaries)
-
-    def _layers(self, best: Candidate, keep: Mapping[str, Tensor]) -> tuple[LayerSummary, ...]:
-        before, after = self.partition.split(self.weights), self.partition.split(best.weights)
-        return tuple(
-            LayerSummary.from_weights(name, before[name].cpu(), after[name].cpu(), mask.cpu())
-            for name, mask in keep.items()
-        )
-
-
-def _peak_memory() -> int:
-    """Peak resident memory of the process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

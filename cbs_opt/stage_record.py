@@ -60,12 +60,11 @@ class StageRecord:
     def from_plain(cls, entry: Mapping[str, Any]) -> StageRecord:
         """A record from JSON, where losses that are not finite are strings."""
         numbers = ("loss_before", "loss", "best_rejected", "predicted_change")
-        return cls(
-            **{
-                name: float(value) if name in numbers and value is not None else value
-                for name, value in entry.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: float(value) if name in numbers and value is not None else value
+            for name, value in entry.items()
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

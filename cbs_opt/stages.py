@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from cbs_opt.batches import Data, LossFunction, device_of, evaluate, iterate
 from cbs_opt.blocks import Partition
+from cbs_opt.candidate import Candidate
 from cbs_opt.curvature import gradient_rows, mean_gradient
 from cbs_opt.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.prune_options import PruneOptions
-from cbs_opt.prune_run import Candidate, PruneRun, Sample
+from cbs_opt.prune_run import PruneRun, Sample
 from cbs_opt.report import PruneReport
 from cbs_opt.report_format import plain
 from cbs_opt.run_store import PathLike, RunStore

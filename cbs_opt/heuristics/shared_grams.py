@@ -1,0 +1,41 @@
+"""The Gram matrices that tried networks share, one a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cbs_opt.blocks import FisherBlock
+from cbs_opt.heuristics.products import KeptGram
+
+SHARED_GRAM_SIZE = 1 << 26
+"""Numbers in the Gram matrices that are kept from one tried network to the next: 512 MiB."""
+
+
+class SharedGrams:
+    """A `KeptGram` for every block, where there are few enough blocks to keep them.
+
+    Parameters
+    ----------
+    blocks : int
+        How many there are.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._grams: dict[str, KeptGram] = {}
+
+    @contextmanager
+    def of(self, block: FisherBlock) -> Iterator[KeptGram | None]:
+        """That of `block`, or None where it is not worth its memory."""
+        rows = block.rows
+        if rows is None or self._blocks * rows.shape[0] ** 2 > SHARED_GRAM_SIZE:
+            yield None
+            return
+        if block.name not in self._grams:
+            self._grams[block.name] = KeptGram(rows)
+        gram = self._grams[block.name]
+        gram.rows = rows
+        yield gram
+        # Rows on disk leave memory with the last tensor that refers to them.
+        gram.rows = rows.new_empty(0, block.n)
