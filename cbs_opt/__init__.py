@@ -8,9 +8,12 @@ from cbs_opt.blocks import Partition
 from cbs_opt.curvature import GradientRows, fisher_blocks, gradient_rows
 from cbs_opt.masks import apply_masks, load_masks, save_masks
 from cbs_opt.methods import available_methods
+from cbs_opt.planning import plan
+from cbs_opt.prune_plan import PrunePlan
 from cbs_opt.pruning import prune
 from cbs_opt.report import PruneReport
 from cbs_opt.solving import compare, solve
+from cbs_opt.stored_rows import StoredRows, streamed_rows
 from formulations import BlockProblem, BlockSolution, CbsError, Termination, verify
 from formulations.relaxations import lower_bound
 from formulations.solvers import available_solvers
@@ -23,7 +26,9 @@ __all__ = [
     "CbsError",
     "GradientRows",
     "Partition",
+    "PrunePlan",
     "PruneReport",
+    "StoredRows",
     "Termination",
     "__version__",
     "apply_masks",
@@ -34,10 +39,12 @@ __all__ = [
     "gradient_rows",
     "load_masks",
     "lower_bound",
+    "plan",
     "prune",
     "recalibrate_batchnorm",
     "save_masks",
     "solve",
     "solve_blocks",
+    "streamed_rows",
     "verify",
 ]

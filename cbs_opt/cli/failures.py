@@ -32,20 +32,29 @@ OPTIONS = {
     "certify_time_limit": "--certify-time-limit",
     "curvature": "--curvature",
     "damping": "--damping",
+    "executor": "--workers",
+    "final_updates": "--final-updates",
+    "gradient_samples": "--gradient-samples",
     "ignore": "--ignore",
     "method": "--method",
     "method_options": "--method-option",
     "partition": "--partition",
     "program": "--program",
     "restarts": "--restarts",
+    "row_memory": "--row-memory",
+    "run_dir": "--resume, --run-dir",
     "samples": "--samples",
     "samples_per_row": "--samples-per-row",
+    "schedule": "--schedule",
     "seed": "--seed",
     "sparsity": "--sparsity",
+    "stages": "--stages",
+    "start_sparsity": "--start-sparsity",
     "target": "--target",
     "target, ignore": "--target, --ignore",
     "time_limit": "--time-limit",
     "update_scale": "--update-scale",
+    "updates_per_stage": "--updates-per-stage",
 }
 """Options of `cbs-opt prune` by the argument of `prune` that they set."""
 
@@ -69,20 +78,27 @@ BLOCK_OPTIONS = {
 """Options of the commands on one block, by the argument of `solve` or `export_model` that they set."""
 
 
+NOTHING_WRITTEN = "nothing was written"
+GOES_ON = "the same command goes on"
+
+
 class UserCodeError(CbsError):
     """A file named on the command line could not be run, or gave something else than it should."""
 
 
 @contextmanager
-def reported(debug: bool, options: Mapping[str, str] = OPTIONS) -> Iterator[None]:
+def reported(
+    debug: bool, options: Mapping[str, str] = OPTIONS, stopped: str = NOTHING_WRITTEN
+) -> Iterator[None]:
     """Turn exceptions into one line on stderr and an exit code; leave them alone under `debug`.
 
-    An `ArgumentError` about a key of `options` is wrong usage of the option it maps to.
+    An `ArgumentError` about a key of `options` is wrong usage of the option it maps to. `stopped` is what
+    is said after Ctrl-C.
     """
     try:
         yield
     except KeyboardInterrupt as stop:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo(f"interrupted; {stopped}", err=True)
         raise typer.Exit(INTERRUPTED) from stop
     except (typer.Exit, typer.BadParameter):
         raise

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import safetensors.torch
 import typer
 
-from cbs_opt.cli.failures import reported
+from cbs_opt.cli.failures import GOES_ON, NOTHING_WRITTEN, reported
 from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
+from cbs_opt.sizes import parsed
+
+if TYPE_CHECKING:
+    from cbs_opt.prune_plan import PrunePlan
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -68,14 +69,27 @@ LayerInputs = Annotated[
 ]
 Stages = Annotated[int, typer.Option(help="Prune little by little, with fresh curvature at every stage.")]
 Schedule = Annotated[
-    str, typer.Option(help="How sparsity grows over stages: geometric, polynomial or linear.")
+    str,
+    typer.Option(
+        help="How sparsity grows over stages: geometric, polynomial or linear, or one sparsity a stage, "
+        "such as 0.5,0.8,0.9."
+    ),
 ]
 StartSparsity = Annotated[float | None, typer.Option(help="Sparsity of the first stage.")]
 UpdatesPerStage = Annotated[int | None, typer.Option(help="Updates of every stage; 2 by default.")]
 FinalUpdates = Annotated[int | None, typer.Option(help="Updates after the last stage; 4 by default.")]
 GradientSamples = Annotated[int | None, typer.Option(help="Samples of the gradient of every update.")]
-RunDir = Annotated[
-    Path | None, typer.Option(help="Keep every stage there; the same command goes on where it stopped.")
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep what is found in OUT/state, as it is found: the same command goes on where it was stopped "
+        "or killed, and ends with the same weights.",
+    ),
+]
+RunDir = Annotated[Path | None, typer.Option(help="Keep it there instead, for example on a faster disk.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that solve blocks, for methods that take one at a time.")
 ]
 Restarts = Annotated[int, typer.Option(help="Runs of a randomised method; the best by training loss.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds for each run of the method.")]
@@ -138,7 +152,12 @@ def run(
     updates_per_stage: UpdatesPerStage = None,
     final_updates: FinalUpdates = None,
     gradient_samples: GradientSamples = None,
+    resume: Resume = False,
     run_dir: RunDir = None,
+    workers: Workers = None,
+    row_memory: RowMemory = None,
+    row_dir: RowDir = None,
+    dry_run: DryRun = False,
     restarts: Restarts = 1,
     time_limit: TimeLimit = None,
     certify: Certify = False,
@@ -154,15 +173,17 @@ def run(
 
     The network is put in evaluation mode. The files are code that runs: name only those you trust.
     """
-    with reported(debug):
+    goes_on = resume or run_dir is not None
+    with reported(debug, stopped=GOES_ON if goes_on else NOTHING_WRITTEN):
         from cbs_opt.pruning import prune
 
-        _require_free(out, force)
+        require_free(out, force, resume)
+        state = state_directory(out, run_dir, resume)
         if save_blocks and not certify:
             raise typer.BadParameter("it needs --certify", param_hint="--save-blocks")
         network = load_network(model, weights, device)
         dtype = dtype_of(network)
-        with _scratch(out, save_blocks) as block_dir:
+        with block_directory(out, state, save_blocks) as block_dir:
             report = prune(
                 network,
                 load_data(data, "--data", dtype),
@@ -185,12 +206,16 @@ def run(
                 ignore=tuple(ignore or ()),
                 evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
                 stages=stages,
-                schedule=schedule,
+                schedule=parse_schedule(schedule),
                 start_sparsity=start_sparsity,
                 updates_per_stage=updates_per_stage,
                 final_updates=final_updates,
                 gradient_samples=gradient_samples,
-                run_dir=run_dir,
+                run_dir=state,
+                executor=workers,
+                row_memory=None if row_memory is None else parse_size(row_memory, "--row-memory"),
+                row_dir=row_dir,
+                on_plan=partial(_state, dry_run=dry_run, wanted=row_memory is not None, as_json=as_json),
                 restarts=restarts,
                 time_limit=time_limit,
                 certify=certify,
@@ -198,34 +223,26 @@ def run(
                 block_dir=block_dir,
                 seed=seed,
             )
-            out.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_model(network, str(out / WEIGHTS_FILE))
-            report.save(out)
-            _keep_blocks(block_dir, out)
+            write_outputs(network, report, out, block_dir)
         typer.echo(json.dumps(report.to_dict(), allow_nan=False) if as_json else report.summary())
         typer.echo(f"written to {out}", err=True)
 
 
-@contextmanager
-def _scratch(out: Path, wanted: bool) -> Iterator[Path | None]:
-    """A directory beside `out` for blocks until the run has succeeded; None unless wanted."""
-    if not wanted:
-        yield None
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as directory:
-        yield Path(directory)
+def parse_size(text: str, hint: str) -> int:
+    """A size such as 2GB in bytes."""
+    try:
+        return parsed(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
-def _keep_blocks(block_dir: Path | None, out: Path) -> None:
-    """Move the data of the blocks to where their certificates are."""
-    from cbs_opt.certificate_files import BLOCK, CERTIFICATES
-
-    kept = out / CERTIFICATES
-    for stale in kept.glob(f"*{BLOCK}"):
-        stale.unlink()
-    for path in sorted(block_dir.iterdir()) if block_dir is not None else ():
-        path.replace(kept / path.name)
+def _state(plan: PrunePlan, *, dry_run: bool, wanted: bool, as_json: bool) -> None:
+    """Tell the plan before the run starts, or instead of it."""
+    if dry_run:
+        typer.echo(json.dumps(plan.to_dict(), allow_nan=False) if as_json else plan.summary())
+        raise typer.Exit
+    if wanted:
+        typer.echo(plan.summary(), err=True)
 
 
 def parse_options(pairs: list[str], hint: str = "--method-option") -> dict[str, Any]:
@@ -242,6 +259,14 @@ def parse_options(pairs: list[str], hint: str = "--method-option") -> dict[str, 
     return options
 
 
+def parse_schedule(text: str) -> str | list[float]:
+    """The name of a schedule, or sparsities separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
+
+
 def parse_budget(entries: list[str]) -> str | dict[str, float]:
     """The name of a rule, or sparsities by glob."""
     if len(entries) == 1 and "=" not in entries[0]:
@@ -256,11 +281,3 @@ def parse_budget(entries: list[str]) -> str | dict[str, float]:
         if not glob:
             raise typer.BadParameter(f"{entry!r}; write GLOB=SPARSITY", param_hint="--budget")
     return budget
-
-
-def _require_free(directory: Path, force: bool) -> None:
-    if directory.is_file():
-        raise typer.BadParameter(f"{directory} is a file", param_hint="--out")
-    if directory.is_dir() and any(directory.iterdir()) and not force:
-        message = f"{directory} is not empty; choose another directory or pass --force"
-        raise typer.BadParameter(message, param_hint="--out")

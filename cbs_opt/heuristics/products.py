@@ -58,6 +58,7 @@ def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
     for piece in pieces:
         columns = (piece if index is None else rows.index_select(1, piece)).double()
         gram.addmm_(columns, columns.T)
+        del columns  # or it would still be there while the next ones are made
     return gram
 
 

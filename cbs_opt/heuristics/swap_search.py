@@ -175,7 +175,10 @@ def _search_dense(
     """Blocks of one size at once, each on its whole Gram matrix."""
     began = time.monotonic()
     everything = torch.arange(programs[0].n, device=starts[0].device)
-    gram = torch.stack([program.gram(everything) for program in programs])
+    n = programs[0].n
+    gram = torch.empty(len(programs), n, n, dtype=torch.float64, device=everything.device)
+    for own, program in zip(gram, programs, strict=True):
+        own.copy_(program.gram(everything))
     linear = torch.stack([program.linear() for program in programs])
     pruned = torch.stack(list(starts))
     product = torch.einsum("bij,bj->bi", gram, pruned.double())
