@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import torch
@@ -38,15 +38,20 @@ class Candidate:
 
 
 def block_summaries(
-    blocks: Iterable[FisherBlock], best: Candidate, *, modelled: bool
+    blocks: Iterable[FisherBlock], best: Candidate, *, modelled: bool, by_rows: bool
 ) -> tuple[BlockSummary, ...]:
-    """What the report says of every block; `modelled` is whether there is a curvature to predict with."""
+    """What the report says of every block.
+
+    `modelled` is whether there is a curvature to predict with, `by_rows` whether the sets were chosen
+    without the layer-input term.
+    """
     summaries = []
     for block, choice in zip(blocks, best.choices, strict=True):
         before = block.weights.double()
         selection = updated = None
         if modelled:
-            selection = step_loss(block, torch.where(choice.pruned, -before, 0.0))
+            chosen = replace(block, channels=None) if by_rows else block
+            selection = step_loss(chosen, torch.where(choice.pruned, -before, 0.0))
             updated = step_loss(block, best.weights[block.start : block.stop].double() - before)
         summaries.append(
             BlockSummary(

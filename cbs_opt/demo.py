@@ -32,6 +32,7 @@ class Contender:
     method: str
     update: bool
     program: str = "selection"
+    layer_inputs: float = 0.0
     certify: bool = False
 
 
@@ -39,10 +40,11 @@ CONTENDERS = (
     Contender(method="magnitude", update=False),
     Contender(method="obd", update=False),
     Contender(method="obs", update=True),
-    Contender(method="swap_search", update=False),
     Contender(method="swap_search", update=True),
     Contender(method="swap_search", update=True, program="joint", certify=True),
+    Contender(method="swap_search", update=True, program="joint", layer_inputs=1.0),
 )
+"""The last one is what `prune` does by default."""
 
 
 def digits_data(seed: int = 0) -> tuple[Pair, Pair]:
@@ -143,6 +145,7 @@ def compare_on_digits(
                 method=contender.method,
                 update=contender.update,
                 program=contender.program,
+                layer_inputs=contender.layer_inputs,
                 certify=contender.certify,
                 curvature=CURVATURE,
                 samples=SAMPLES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,9 +23,13 @@ from cbs_opt.stored_rows import StoredRows
 from cbs_opt.write_back import TrialNetwork
 from formulations.errors import NonFiniteError
 
+log = logging.getLogger(__name__)
+
 INPUT_SAMPLES = 1_000
 """Samples that second moments are taken over: every one brings as many inputs as there are positions."""
 BATCH_SIZE = 50
+TERM_WORK = 1e12
+"""Multiplications in the factorisations of all channels up to which `prune` takes the term by itself."""
 PATCH_NUMBERS = 1 << 25
 """Numbers in the patches of a convolution that are unfolded at once: 128 MiB."""
 Rows = TypeVar("Rows", bound=GradientRows | StoredRows)
@@ -65,6 +71,22 @@ def with_layer_inputs(
         moments = input_moments(model, data, partition, samples=samples, seed=seed, weights=weights)
     term = ChannelTerm.matched_to(moments, partition, rows.column_squares(), weight=weight)
     return replace(rows, channels=term)
+
+
+def term_work(partition: Partition) -> float:
+    """Multiplications of one factorisation of every channel, up to a constant: ``sum out * fan_in^3``."""
+    return sum(
+        span.shape[0] * float(math.prod(span.shape[1:])) ** 3 for span in partition.parameters if span.shape
+    )
+
+
+def default_layer_inputs(partition: Partition) -> tuple[float, ...]:
+    """The weight of the term where none is asked for: 1, or 0 where layers are too wide to factorise it."""
+    work = term_work(partition)
+    if work <= TERM_WORK:
+        return (1.0,)
+    log.info("layer-input term left out: %.1e multiplications a factorisation; layer_inputs=1 insists", work)
+    return (0.0,)
 
 
 def input_moments(
@@ -126,7 +148,8 @@ def input_moments(
         if not bool(torch.isfinite(total).all()):
             found = f"the inputs of {name} are NaN or infinite"
             raise NonFiniteError("model, data", found, "check the data and the weights")
-    return {name: total / seen for name, total in totals.items()}
+    # Products in single precision are symmetric only to rounding.
+    return {name: (total + total.mT) / (2 * seen) for name, total in totals.items()}
 
 
 def _layers(model: nn.Module, partition: Partition) -> dict[Layer, str]:

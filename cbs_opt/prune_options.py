@@ -17,6 +17,8 @@ from cbs_opt.workers import Workers
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 from formulations.solution import Limits
 
+DAMPING = 0.1
+"""Damping by default, in units of the mean diagonal of the Fisher matrix."""
 UPDATES = {True: "cbs", False: None, "cbs": "cbs", "independent": "independent", None: None}
 
 

@@ -152,7 +152,7 @@ class PruneRun:
     def best_candidate(self) -> Candidate:
         """Select and update for every restart, damping and step length; the lowest loss wins."""
         options = self.options
-        unit = self._mean_diagonal() if options.relative_damping else 1.0
+        unit = self._mean_diagonal() if options.relative_damping and options.needs_curvature else 1.0
         silent = None if self.progress and options.candidates > 1 else True
         with tqdm(total=options.candidates, desc="networks", unit="network", disable=silent) as bar:
             for candidate in self._candidates(unit):
@@ -199,6 +199,7 @@ class PruneRun:
             self._blocks(best.damping, best.layer_inputs, gradient=options.gradient_term),
             best,
             modelled=self.curvature is not None,
+            by_rows=options.selects_by_rows,
         )
         keep = self.partition.keep_by_parameter(best.keep)
         selection = [block.selection_loss for block in blocks if block.selection_loss is not None]

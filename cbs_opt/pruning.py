@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,10 @@ from cbs_opt.batches import Data, LossFunction
 from cbs_opt.blocks import BlockRule, Partition
 from cbs_opt.budget import Budget
 from cbs_opt.curvature import MEMORY_LIMIT, GradientRows
+from cbs_opt.layer_inputs import default_layer_inputs
 from cbs_opt.network_watch import unchanged
 from cbs_opt.prune_options import (
+    DAMPING,
     PruneOptions,
     alternatives,
     check_certifiable,
@@ -43,14 +46,14 @@ def prune(
     *,
     sparsity: float,
     loss_fn: LossFunction = nn.functional.cross_entropy,
-    program: str = "selection",
+    program: str = "joint",
     method: str = "swap_search",
     update: bool | str = True,
     update_scale: float | Sequence[float] = 1.0,
     curvature: str | GradientRows | StoredRows = "empirical_fisher",
     samples: int = 1000,
     samples_per_row: int = 1,
-    damping: float | Sequence[float] = 1e-3,
+    damping: float | Sequence[float] | None = None,
     relative_damping: bool = False,
     selection_damping: float | None = None,
     gradient_term: bool | None = None,
@@ -103,7 +106,7 @@ def prune(
         ``n_prune = round(sparsity * n)``.
     loss_fn : callable, default cross-entropy
         ``loss_fn(output, y)``: the mean loss of a batch.
-    program : {"selection", "joint"}, default "selection"
+    program : {"joint", "selection"}, default "joint"
         The program that `method` solves. "joint" accounts for the update while selecting.
     method : str, default "swap_search"
         See `available_methods`.
@@ -117,8 +120,9 @@ def prune(
         sparsities and methods.
     samples, samples_per_row : int, default 1000 and 1
         Training samples, and how many are averaged into one gradient row.
-    damping : float or sequence of float, default 1e-3
-        Added to the diagonal of the Fisher matrix, or a grid to choose from by training loss.
+    damping : float or sequence of float, optional
+        Added to the diagonal of the Fisher matrix, or a grid to choose from by training loss. By default
+        a tenth of the mean of that diagonal.
     relative_damping : bool, default False
         Give `damping` (and `selection_damping`) in units of the mean diagonal of the Fisher matrix.
     selection_damping : float, optional
@@ -130,10 +134,11 @@ def prune(
         Weight of the layer-input term, or a grid to choose from by training loss: a block-diagonal part
         of the Hessian, one block an output channel, made of the second moments of what its layer is fed
         and scaled to this many times the mean diagonal of the rows there. It has full rank, where the
-        rows leave most directions unseen. By default the term that `curvature` brings, if any; 0 is
-        without. Saliencies, the update and, under the joint program, `greedy_obs` and `swap_search`
-        take it in blocks of any size, certificates and dense methods up to 4 096 weights; the swap
-        search of the selection program goes by the rows. See `cbs_opt.layer_inputs`.
+        rows leave most directions unseen. 0 is without. By default 1; for given `GradientRows` what they
+        bring; and 0 where layers are so wide that factorising the term, ``sum out * fan_in^3``, takes
+        over 10^12 multiplications. Saliencies, the update and, under the joint program, `greedy_obs` and
+        `swap_search` take it in blocks of any size, certificates and dense methods up to 4 096 weights;
+        the swap search of the selection program goes by the rows. See `cbs_opt.layer_inputs`.
     partition : {"global", "layer", "row"} or int, default "global"
         How weights form blocks; weights of different blocks do not interact in the model.
     budget : {"global", "uniform"} or mapping of parameter glob to sparsity, default "global"
@@ -239,6 +244,9 @@ def prune(
     if not isinstance(curvature, str | GradientRows | StoredRows):
         remedy = "pass the name of a curvature, or GradientRows"
         raise ArgumentError("curvature", f"a {type(curvature).__name__}", remedy)
+    if selection_damping is not None and damping is None and not relative_damping:
+        remedy = "give damping too, or relative_damping=True"
+        raise ArgumentError("selection_damping", "given without damping", remedy)
     place = RowPlace(memory=row_memory, folder=row_dir)
     workers, ended = lasting(executor)
     options = PruneOptions(
@@ -250,8 +258,8 @@ def prune(
         curvature=curvature if isinstance(curvature, str) else curvature.curvature,
         samples=samples if isinstance(curvature, str) else curvature.samples,
         samples_per_row=samples_per_row,
-        damping=grid("damping", damping, positive=False),
-        relative_damping=relative_damping,
+        damping=grid("damping", DAMPING if damping is None else damping, positive=False),
+        relative_damping=relative_damping or damping is None,
         selection_damping=None
         if selection_damping is None
         else grid("selection_damping", selection_damping, positive=False)[0],
@@ -270,6 +278,8 @@ def prune(
         executor=workers,
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
+    if layer_inputs is None and isinstance(curvature, str) and options.needs_curvature:
+        options = replace(options, layer_inputs=default_layer_inputs(parts))
     given = None if isinstance(curvature, str) else curvature
     largest = max(block.stop - block.start for block in parts.blocks)
     check_certifiable(options, largest, given_term=given is not None and given.channels is not None)

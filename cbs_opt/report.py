@@ -14,6 +14,7 @@ from cbs_opt import report_format, report_text
 from cbs_opt.batches import Evaluation
 from cbs_opt.certificate_files import CERTIFICATES, load_certificates, save_certificates
 from cbs_opt.certification import CertifiedSum
+from cbs_opt.heuristics.saliency import SALIENCIES
 from cbs_opt.histogram import Histogram, shared_histograms
 from cbs_opt.masks import load_masks, save_masks
 from cbs_opt.stage_record import StageRecord
@@ -235,8 +236,14 @@ class PruneReport:
 
     @property
     def label(self) -> str:
-        """Short name of the run for legends: method, program if joint, whether an update followed."""
-        name = f"{self.method} (joint)" if self.program == "joint" else self.method
+        """Short name of the run for legends: method, program, layer-input term, update.
+
+        The program is named where the method looks at it, and is not "selection".
+        """
+        searched = self.method not in (*SALIENCIES, "randomized_magnitude")
+        marks = ["joint"] if self.program == "joint" and searched else []
+        marks += ["layer inputs"] if self.layer_inputs else []
+        name = f"{self.method} ({', '.join(marks)})" if marks else self.method
         return f"{name} + update" if self.update else name
 
     @property

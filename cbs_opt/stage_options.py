@@ -83,9 +83,6 @@ def check_stageable(options: PruneOptions, plan: StageOptions, *, given_rows: bo
         remedy = "use update=True or False"
         raise ArgumentError("update", "'independent' for a run in stages", remedy)
     if options.layer_inputs is not None and len(options.layer_inputs) > 1:
-        remedy = "pass one number"
-        raise ArgumentError("layer_inputs", f"{options.layer_inputs} for a run in stages", remedy)
-    if options.layer_inputs is not None and len(options.layer_inputs) > 1:
         remedy = "name one: in stages the damping scales the term, and is chosen by training loss"
         raise ArgumentError(
             "layer_inputs", f"{len(options.layer_inputs)} weights for a run in stages", remedy

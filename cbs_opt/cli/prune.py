@@ -39,7 +39,9 @@ Method = Annotated[str, typer.Option(help="How weights are selected; `cbs-opt me
 MethodOption = Annotated[
     list[str] | None, typer.Option(help="NAME=VALUE for the method, VALUE as JSON. Repeatable.")
 ]
-Program = Annotated[str, typer.Option(help="What is minimised: selection, or joint.")]
+Program = Annotated[
+    str, typer.Option(help="What is minimised: joint, which accounts for the update, or selection.")
+]
 Update = Annotated[bool, typer.Option(help="Adjust the kept weights after the selection.")]
 UpdateScale = Annotated[
     list[float] | None,
@@ -53,8 +55,8 @@ SamplesPerRow = Annotated[int, typer.Option(help="Samples averaged in one gradie
 Damping = Annotated[
     list[float] | None,
     typer.Option(
-        help="Added to the diagonal of the Fisher matrix, 1e-3 by default. Repeatable: the best by "
-        "training loss."
+        help="Added to the diagonal of the Fisher matrix; by default a tenth of the mean of that diagonal. "
+        "Repeatable: the best by training loss."
     ),
 ]
 RelativeDamping = Annotated[
@@ -63,8 +65,8 @@ RelativeDamping = Annotated[
 LayerInputs = Annotated[
     list[float] | None,
     typer.Option(
-        help="Weight of the layer-input term of the curvature, none by default. Repeatable: the best by "
-        "training loss."
+        help="Weight of the layer-input term of the curvature, 1 by default; 0 is without. Repeatable: the "
+        "best by training loss."
     ),
 ]
 Stages = Annotated[int, typer.Option(help="Prune little by little, with fresh curvature at every stage.")]
@@ -133,7 +135,7 @@ def run(
     loss: Loss = "cross_entropy",
     method: Method = "swap_search",
     method_option: MethodOption = None,
-    program: Program = "selection",
+    program: Program = "joint",
     update: Update = True,
     update_scale: UpdateScale = None,
     curvature: Curvature = "empirical_fisher",
@@ -197,7 +199,7 @@ def run(
                 curvature=curvature,
                 samples=samples,
                 samples_per_row=samples_per_row,
-                damping=damping or 1e-3,
+                damping=damping or None,
                 relative_damping=relative_damping,
                 layer_inputs=layer_inputs or None,
                 partition=int(partition) if partition.isdecimal() else partition,

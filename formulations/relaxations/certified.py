@@ -57,6 +57,23 @@ def bounded_product(problem: BlockProblem, x: FloatArray, norms: FloatArray) -> 
     return BoundedVector(value, columns * moved + error_factor(8) * (np.abs(value) + np.abs(ridge)))
 
 
+def definiteness_margin(problem: BlockProblem, order: int) -> float:
+    """``eta``: what forming and factorising `order` rows of ``H`` may lose of ``diag(H)`` by rounding."""
+    height = problem.rows.shape[0] if problem.rows is not None else 1
+    return 4.0 * order * (error_factor(height + 4) + error_factor(order + 4))
+
+
+def provable_split(problem: BlockProblem, split: FloatArray) -> FloatArray:
+    """The largest split up to `split` that `split_is_valid` can prove if ``H - diag(split)`` is semidefinite.
+
+    A damping that came with a Hessian proves nothing by itself: the split gives way for the rounding of a
+    Cholesky factorisation, twice, and may no longer be positive then.
+    """
+    if problem.rows is not None and bool((split <= problem.damping).all()):
+        return split
+    return np.asarray(split - 2.0 * definiteness_margin(problem, problem.n) * column_norms(problem) ** 2)
+
+
 def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, part: BoolArray) -> bool:
     """Whether ``H - diag(split)`` restricted to the indices in `part` is proved semidefinite.
 
@@ -68,8 +85,7 @@ def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, 
     if problem.rows is not None and bool((split[index] <= problem.damping).all()):
         return True
     n = index.size
-    height = problem.rows.shape[0] if problem.rows is not None else 1
-    margin = 4.0 * n * (error_factor(height + 4) + error_factor(n + 4))
+    margin = definiteness_margin(problem, n)
     if problem.rows is not None:
         columns = problem.rows[:, index]
         shifted = columns.T @ columns

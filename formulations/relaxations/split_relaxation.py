@@ -11,6 +11,7 @@ import numpy as np
 from formulations.dense_forms import DenseForm, joint_form, selection_form
 from formulations.problem import BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
+from formulations.relaxations.certified import provable_split
 from formulations.relaxations.diagonal_split import never
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.perspective import (
@@ -91,7 +92,7 @@ def joint_certificate(
     """A point and split of the joint form in the block's own units."""
     return PerspectiveCertificate(
         point=point * math.sqrt(form.scale) / root,
-        split=split * root**2 * (1.0 - SPLIT_MARGIN),
+        split=provable_split(problem, split * root**2 * (1.0 - SPLIT_MARGIN)),
         **asdict(fisher_shape(problem)),
     )
 
@@ -100,4 +101,8 @@ def selection_certificate(
     problem: BlockProblem, form: DenseForm, point: FloatArray, shift: FloatArray
 ) -> CappedSimplexCertificate:
     """A point and shift of the selection form in the block's own units."""
-    return CappedSimplexCertificate(point=point, shift=shift * form.scale, **asdict(fisher_shape(problem)))
+    square = problem.weights**2
+    used = square > 0.0
+    split = np.divide(shift * form.scale, square, out=np.zeros(problem.n), where=used)
+    proved = np.where(used, provable_split(problem, split) * square, shift * form.scale)
+    return CappedSimplexCertificate(point=point, shift=proved, **asdict(fisher_shape(problem)))

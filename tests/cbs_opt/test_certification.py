@@ -35,7 +35,8 @@ PARTITIONS = ("global", "layer", "row", 7)
 
 
 def run(model: nn.Module, **options: Any) -> PruneReport:
-    options = {"sparsity": 0.5, "samples": 40, "damping": 0.01, "progress": False} | options
+    plain = {"program": "selection", "damping": 0.01, "layer_inputs": 0.0}
+    options = {"sparsity": 0.5, "samples": 40, "progress": False} | plain | options
     return prune(model, options.pop("data", data()), **options)
 
 

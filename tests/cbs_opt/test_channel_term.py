@@ -184,7 +184,7 @@ def test_more_drops_lower_the_joint_objective(block: FisherBlock) -> None:
 def test_prune_takes_the_term() -> None:
     plain, term = network(), network()
     common = {"sparsity": 0.8, "program": "joint", "method": "greedy_obs", "samples": 20, "progress": False}
-    before = cbs.prune(plain, data(), **common)
+    before = cbs.prune(plain, data(), layer_inputs=0.0, **common)
     after = cbs.prune(term, data(), layer_inputs=1.0, **common)
     assert after.n_prune == before.n_prune
     assert after.settings["layer_inputs"] == (1.0,)
@@ -195,8 +195,8 @@ def test_prune_takes_the_term() -> None:
 
 def test_swap_search_of_the_selection_program_goes_by_the_rows() -> None:
     one, other = network(), network()
-    common = {"sparsity": 0.6, "samples": 20, "progress": False}
-    cbs.prune(one, data(), **common)
+    common = {"sparsity": 0.6, "program": "selection", "samples": 20, "progress": False}
+    cbs.prune(one, data(), layer_inputs=0.0, **common)
     cbs.prune(other, data(), layer_inputs=1.0, **common)
     assert torch.equal(one[3].weight == 0, other[3].weight == 0)
     assert not torch.equal(one[3].weight, other[3].weight)

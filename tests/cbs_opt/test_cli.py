@@ -100,7 +100,7 @@ def test_prune_takes_a_loader_a_loss_and_the_options_of_prune() -> None:
     )
     result = prune(*options, *tuning, data="net.py:loader")
     assert result.exit_code == 0, result.output
-    assert "obd: 24 of 48 weights pruned" in result.stdout
+    assert "obd (layer inputs): 24 of 48 weights pruned" in result.stdout
     report = PruneReport.load("run")
     assert (report.method, report.update, report.partition, report.budget) == (
         "obd",

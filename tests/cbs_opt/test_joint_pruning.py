@@ -24,6 +24,7 @@ def run(**options: Any) -> PruneReport:
         "sparsity": 0.6,
         "samples": 30,
         "damping": 0.02,
+        "layer_inputs": 0.0,
         "program": "joint",
         "progress": False,
     } | options

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt as cbs
+from cbs_opt import layer_inputs
 from cbs_opt.blocks import Partition
-from cbs_opt.layer_inputs import with_layer_inputs
+from cbs_opt.layer_inputs import term_work, with_layer_inputs
 from formulations.errors import ArgumentError, UnsupportedProblemError
 
-COMMON: dict[str, Any] = {"sparsity": 0.7, "method": "magnitude", "samples": 16, "progress": False}
+COMMON: dict[str, Any] = {
+    "sparsity": 0.7,
+    "program": "selection",
+    "method": "magnitude",
+    "samples": 16,
+    "damping": 1e-3,
+    "progress": False,
+}
 
 
 def network() -> nn.Sequential:
@@ -45,8 +53,27 @@ def weights(model: nn.Sequential) -> Tensor:
 
 
 def test_weight_zero_is_the_model_of_the_rows_alone() -> None:
-    plain, zero = pruned()[0], pruned(layer_inputs=0.0)[0]
-    assert torch.equal(weights(plain), weights(zero))
+    rows, zero = pruned(curvature=rows_of(network()))[0], pruned(layer_inputs=0.0)[0]
+    assert torch.equal(weights(rows), weights(zero))
+
+
+def test_by_default_the_weight_is_one_unless_layers_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    default, one = pruned(), pruned(layer_inputs=1.0)
+    assert default[1].layer_inputs == 1.0
+    assert torch.equal(weights(default[0]), weights(one[0]))
+    work = 4 * 18**3 + 3 * 36**3
+    assert term_work(Partition.from_model(network(), blocks="global")) == work
+    monkeypatch.setattr(layer_inputs, "TERM_WORK", work - 1)
+    too_wide, zero = pruned(), pruned(layer_inputs=0.0)
+    assert too_wide[1].layer_inputs == 0.0
+    assert torch.equal(weights(too_wide[0]), weights(zero[0]))
+    assert pruned(layer_inputs=1.0)[1].layer_inputs == 1.0
+
+
+def test_without_curvature_there_is_no_term() -> None:
+    report = pruned(update=False, data=None)[1]
+    assert report.layer_inputs == 0.0
+    assert report.settings["layer_inputs"] is None
 
 
 def test_of_a_grid_the_lowest_training_loss_is_taken() -> None:
@@ -69,7 +96,7 @@ def test_the_report_says_the_weight() -> None:
     assert "layer inputs 0.5" in report.summary()
     assert report.to_dict()["layer_inputs"] == 0.5
     assert "layer inputs" in report.seconds
-    assert "layer inputs" not in pruned()[1].summary()
+    assert "layer inputs" not in pruned(layer_inputs=0.0)[1].summary()
 
 
 def test_a_term_that_the_rows_bring_counts_by_default_and_is_scaled_to_the_weight() -> None:
@@ -83,7 +110,7 @@ def test_a_term_that_the_rows_bring_counts_by_default_and_is_scaled_to_the_weigh
     rescaled = pruned(curvature=rows, layer_inputs=2.0)[0]
     torch.testing.assert_close(weights(rescaled), weights(pruned(layer_inputs=2.0)[0]))
     without = pruned(curvature=rows, layer_inputs=0.0)[0]
-    assert torch.equal(weights(without), weights(pruned()[0]))
+    assert torch.equal(weights(without), weights(pruned(layer_inputs=0.0)[0]))
 
 
 def test_the_update_does_not_hang_on_the_scale_of_the_loss() -> None:

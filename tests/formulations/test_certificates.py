@@ -199,3 +199,20 @@ def test_relaxations_are_checked_before_anything_is_built():
     large = BlockProblem(weights=np.ones(200), rows=np.ones((2, 200)), damping=1.0, n_prune=100)
     with pytest.raises(UnsupportedProblemError, match="200 weights"):
         lower_bound(large, "selection", relaxation="rlt")
+
+
+@pytest.mark.parametrize("program", ["joint", "selection"])
+@pytest.mark.parametrize("n", [4, 120])
+def test_a_hessian_that_is_definite_by_its_damping_alone_has_a_bound(program, n):
+    generator = np.random.default_rng(n)
+    rows = generator.normal(size=(max(1, n // 6), n))
+    weights = generator.normal(size=n)
+    common = {"weights": weights, "damping": 1e-4, "n_prune": n // 2}
+    by_rows = BlockProblem(rows=rows, **common)
+    by_hessian = BlockProblem(hessian=rows.T @ rows, **common)
+    for split in (False, True):
+        known, found = (lower_bound(p, program, diagonal_split=split) for p in (by_rows, by_hessian))
+        assert known.bound is not None
+        assert found.bound is not None
+        assert found.bound <= found.objective + slack(by_hessian)
+        assert found.bound == pytest.approx(known.bound, rel=1e-2, abs=1e-9)
