@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cbs_opt.cli.failures import GOES_ON, NOTHING_WRITTEN, reported
 from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
-from cbs_opt.sizes import parsed
-
-if TYPE_CHECKING:
-    from cbs_opt.prune_plan import PrunePlan
-
-WEIGHTS_FILE = "weights.safetensors"
+from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
+from cbs_opt.cli.row_options import DryRun, RowDir, RowMemory, parse_size, state_plan
 
 Model = Annotated[
     str, typer.Option(help="FILE.py:factory; the factory takes no argument and returns a torch.nn.Module.")
@@ -215,9 +211,9 @@ def run(
                 gradient_samples=gradient_samples,
                 run_dir=state,
                 executor=workers,
-                row_memory=None if row_memory is None else parse_size(row_memory, "--row-memory"),
+                row_memory=parse_size(row_memory, "--row-memory"),
                 row_dir=row_dir,
-                on_plan=partial(_state, dry_run=dry_run, wanted=row_memory is not None, as_json=as_json),
+                on_plan=partial(state_plan, dry_run=dry_run, wanted=row_memory is not None, as_json=as_json),
                 restarts=restarts,
                 time_limit=time_limit,
                 certify=certify,
@@ -228,23 +224,6 @@ def run(
             write_outputs(network, report, out, block_dir)
         typer.echo(json.dumps(report.to_dict(), allow_nan=False) if as_json else report.summary())
         typer.echo(f"written to {out}", err=True)
-
-
-def parse_size(text: str, hint: str) -> int:
-    """A size such as 2GB in bytes."""
-    try:
-        return parsed(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=hint) from error
-
-
-def _state(plan: PrunePlan, *, dry_run: bool, wanted: bool, as_json: bool) -> None:
-    """Tell the plan before the run starts, or instead of it."""
-    if dry_run:
-        typer.echo(json.dumps(plan.to_dict(), allow_nan=False) if as_json else plan.summary())
-        raise typer.Exit
-    if wanted:
-        typer.echo(plan.summary(), err=True)
 
 
 def parse_options(pairs: list[str], hint: str = "--method-option") -> dict[str, Any]:
