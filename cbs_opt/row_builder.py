@@ -157,10 +157,7 @@ class RowBuilder:
         self.target = self._target_of(capacity, width, dtype, device)
         self._gradient = torch.zeros(n, dtype=dtype, device=device)
         gradient_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the
-        # factors cover what was measured on convolutional networks.
-        self._chunk = max(1, options.memory_limit // (2 * gradient_bytes + 5 * saved))
-        self._group = max(1, options.memory_limit // (3 * max(saved, 1)))
+        self._chunk, self._group = chunk_sizes(options.memory_limit, gradient_bytes, saved)
         if self._journal is not None:
             for rows in self._journal.restore(self._gradient):
                 self._put([rows])
@@ -277,6 +274,14 @@ class RowBuilder:
         ]
         pieces = torch.split(bad, sizes)
         return [span.name for span, piece in zip(spans, pieces, strict=True) if bool(piece.any())]
+
+
+def chunk_sizes(memory_limit: int, gradient_bytes: int, saved: int) -> tuple[int, int]:
+    """Samples that are differentiated at once: each on its own, and added up."""
+    # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the factors cover
+    # what was measured on convolutional networks.
+    alone = max(1, memory_limit // (2 * gradient_bytes + 5 * saved))
+    return alone, max(1, memory_limit // (3 * max(saved, 1)))
 
 
 def _columns_by_parameter(partition: Partition, keep: Tensor | None) -> dict[str, Tensor] | None:
