@@ -55,7 +55,11 @@ class RowsInMemory:
     def scale(self, factor: float, *, mean: bool) -> Tensor | None:
         """Multiply the rows in place."""
         self.rows = self.rows[: self.filled]
-        average = self.rows.mean(dim=0) if mean else None
+        average = None
+        if mean:
+            total = torch.zeros(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
+            add_rows(total, self.rows)
+            average = (total / self.filled).to(self.rows.dtype)
         self.rows.mul_(factor)
         return average
 
@@ -115,6 +119,7 @@ class RowStore:
         check_space(self.folder, self.bytes)
         self._file = _reserved(self.folder, self.bytes)
         self._used = 0
+        self._sum = torch.zeros(partition.n, dtype=torch.float64)
         held = buffered_rows(capacity, partition.n * dtype.itemsize, buffer_bytes)
         self._buffer: Tensor | None = torch.empty(held, partition.n, dtype=dtype)
 
@@ -126,6 +131,7 @@ class RowStore:
     def commit(self, count: int) -> None:
         """Write the buffer out when it is full."""
         assert self._buffer is not None
+        add_rows(self._sum, self._buffer[self._used : self._used + count])
         self._used += count
         self.filled += count
         if self._used == len(self._buffer):
@@ -135,15 +141,12 @@ class RowStore:
         """Multiply the rows, block after block; the buffer is given back."""
         self._flush()
         self._buffer = None
-        averages = []
         for block in self._partition.blocks:
             rows = self._mapped(block.start, block.stop)
-            if mean:
-                averages.append(rows.mean(dim=0))
             # The mapping is private: what is multiplied is a copy in memory until it is written.
             rows.mul_(factor)
             self._write(rows, self._offsets[block.start, block.stop])
-        return torch.cat(averages).to(self._device) if mean else None
+        return (self._sum / self.filled).to(self._device, self._dtype) if mean else None
 
     def block(self, start: int, stop: int) -> Tensor:
         """The rows of the block ``start:stop``, (m, stop - start), not to be written to.
@@ -189,6 +192,12 @@ class RowStore:
                 left, offset = left[written:], offset + written
         except OSError as error:
             raise _refused(self.folder, self.bytes, error) from error
+
+
+def add_rows(total: Tensor, rows: Tensor) -> None:
+    """Add `rows` (r, n) to `total` (n,) float64 in place, in an order that the width does not change."""
+    for row in rows:
+        total += row
 
 
 def stored_bytes(partition: Partition, rows: int, itemsize: int) -> int:
