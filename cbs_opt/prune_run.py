@@ -324,13 +324,10 @@ class PruneRun:
             return ledger.choices()
         engine = options.engine
         takes = "ledger" in inspect.signature(engine).parameters
+        known = {"ledger": ledger} if takes else {}
         with self._phase("selection"):
             choices: list[Choice] = engine(
-                blocks,
-                counts,
-                limits=options.limits(restart),
-                **({"ledger": ledger} if takes else {}),
-                **alternative,
+                blocks, counts, limits=options.limits(restart), **known, **alternative
             )
             ledger.close(choices)
         return choices

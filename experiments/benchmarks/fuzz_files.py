@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -28,7 +29,8 @@ from tqdm import tqdm
 
 from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
 from cbs_opt.masks import load_mask_metadata
-from cbs_opt.stage_store import RUN_FILE, StageStore
+from cbs_opt.run_store import RUN_FILE, RunStore
+from cbs_opt.stage_store import StageStore
 from cbs_opt.study.expansion import Plan
 from cbs_opt.study.store import JOURNAL, PLAN, Journal, read_plan, read_rows, write_plan
 from experiments.benchmarks.file_mutations import (
@@ -40,6 +42,7 @@ from experiments.benchmarks.file_mutations import (
     safetensors_changed,
     zip_changed,
 )
+from formulations.errors import InstanceFormatError
 from formulations.files import checksum
 from formulations.instances import read_instance, read_solution, write_instance, write_solution
 from formulations.problem import BlockProblem
@@ -106,6 +109,7 @@ def targets() -> list[Target]:
         Target(
             name="stage", file="stage_0001.npz", write=_write_stages, read=_read_stages, clever=zip_changed
         ),
+        Target(name="piece", file="rows_0000.npz", write=_write_piece, read=_read_piece, clever=zip_changed),
         Target(name="stages", file=RUN_FILE, write=_write_stages, read=_read_stages, clever=json_changed),
     ]
 
@@ -233,11 +237,29 @@ def _write_stages(folder: Path) -> None:
 
 
 def _read_stages(folder: Path) -> list[str]:
-    store = StageStore(folder, json.loads((folder / TOLD).read_text()), device=torch.device("cpu"))
-    state = store.read(1)
+    with RunStore(folder, json.loads((folder / TOLD).read_text())) as store:
+        state = StageStore(store, device=torch.device("cpu")).read(1)
     arrays = {"weights": state.weights.numpy(), "keep": state.keep.numpy()}
     numbers = (state.damping, state.update_damping, state.passes, state.samples)
     return [checksum({}, arrays), repr(numbers), repr(state.records)]
+
+
+def _write_piece(folder: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    with RunStore(folder, {"format": "fuzz"}) as store:
+        store.keep(
+            "rows_0000", {"first": 0, "samples": 4}, {"rows": rows, "sum": rows.sum(0)}, compress=False
+        )
+
+
+def _read_piece(folder: Path) -> list[str]:
+    with RunStore(folder, {"format": "fuzz"}) as store:
+        piece = store.recall("rows_0000")
+    if piece is None:
+        # To the run it is as if the piece were not there: it makes it again.
+        raise InstanceFormatError("path", "a piece that is not believed", "make it again")
+    header, arrays = piece
+    return [json.dumps(header, sort_keys=True), checksum({}, arrays)]
 
 
 def _write_plan(folder: Path) -> None:
@@ -265,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one case to repeat")
     given = parser.parse_args(arguments)
+    # Every damaged piece of a run is worth a line where it happens by itself.
+    logging.getLogger("cbs_opt").setLevel(logging.ERROR)
     counts: Counter[tuple[str, str]] = Counter()
     bad: list[Outcome] = []
     for outcome in fuzz(given.count, given.seed, only=given.only):
