@@ -48,6 +48,7 @@ class _Request:
     spread: float
     max_swaps: int | None
     restarts: int
+    drops: int
     tolerance: float
     limits: Limits
 
@@ -61,6 +62,7 @@ def by_joint_swap_search(
     spread: float = 0.1,
     max_swaps: int | None = None,
     restarts: int = 0,
+    drops: int = DROPS,
     tolerance: float = TOLERANCE,
     warm: Sequence[Tensor] | None = None,
     ledger: ChoiceLedger | None = None,
@@ -84,6 +86,8 @@ def by_joint_swap_search(
         Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
     restarts : int, default 0
         Further descents from randomly changed sets, in a large block within its core.
+    drops : int, default 12
+        Of greedy elimination in large blocks.
     tolerance : float, default 1e-9
         Relative improvement that counts in large blocks.
     warm : sequence of (n,) bool tensors, optional
@@ -98,7 +102,7 @@ def by_joint_swap_search(
     Raises
     ------
     ArgumentError
-        If a start is unknown or `restarts` is negative.
+        If a start is unknown, `restarts` is negative or `drops` below 1.
     NotPositiveDefiniteError
         If the Hessian of a block is singular.
     SearchInterruptedError
@@ -117,11 +121,14 @@ def by_joint_swap_search(
         raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(JOINT_STARTS)}")
     if restarts < 0:
         raise ArgumentError("restarts", f"{restarts}", "pass 0 or more")
+    if drops < 1:
+        raise ArgumentError("drops", f"{drops}", "pass 1 or more")
     request = _Request(
         starts=names if warm is None else (),
         spread=spread,
         max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
         restarts=restarts,
+        drops=drops,
         tolerance=tolerance,
         limits=limits,
     )
@@ -232,9 +239,7 @@ def _search_large(
     names = request.starts or ("relaxation",)
     best: JointResult | None = None
     for name in ("warm",) if warm is not None else names:
-        start = (
-            warm if warm is not None else _start(name, block, program, count, seed, request.spread, deadline)
-        )
+        start = warm if warm is not None else _start(name, block, program, count, seed, deadline, request)
         found = joint_search(
             program,
             start,
@@ -273,7 +278,7 @@ def _search_channels(
     for name in request.starts or ("greedy_obs",):
         start = warm
         if start is None and name == "greedy_obs":
-            start = greedy_channel_set(block, count, drops=DROPS, deadline=deadline)
+            start = greedy_channel_set(block, count, drops=request.drops, deadline=deadline)
         elif start is None and name in STARTS:
             start = start_set(name, block, count, request.limits.seed + number, request.spread)
         if start is None:
@@ -312,9 +317,7 @@ def _search_dense(
     starts: list[Tensor | None] = [warm]
     if warm is None and request.starts:
         program = JointProgram.of(block)
-        starts = [
-            _start(name, block, program, count, seed, request.spread, deadline) for name in request.starts
-        ]
+        starts = [_start(name, block, program, count, seed, deadline, request) for name in request.starts]
     best: BlockSolution | None = None
     for start in starts:
         found = incumbents.swap_search(
@@ -340,8 +343,8 @@ def _start(
     program: JointProgram,
     count: int,
     seed: int,
-    spread: float,
     deadline: float | None,
+    request: _Request,
 ) -> Tensor:
     """The pruned set of a start of `JOINT_STARTS`; the smallest weights where no time or choice is left."""
     left = _left(deadline)
@@ -350,10 +353,10 @@ def _start(
     if name == "relaxation":
         return relaxed_set(program, count, time_limit=left)
     if name == "greedy_obs":
-        return greedy_obs_set(program, count, deadline=deadline)
+        return greedy_obs_set(program, count, drops=request.drops, deadline=deadline)
     if name == "iterative_hard_threshold":
         return hard_threshold_set(program, count, deadline=deadline)
-    return start_set(name, block, count, seed, spread)
+    return start_set(name, block, count, seed, request.spread)
 
 
 def _as_incumbent(pruned: Tensor) -> BlockSolution:

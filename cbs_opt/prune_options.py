@@ -19,6 +19,8 @@ from formulations.solution import Limits
 
 DAMPING = 0.1
 """Damping by default, in units of the mean diagonal of the Fisher matrix."""
+STAGE_DROPS = 3
+"""Drops of joint greedy OBS in every stage, by default."""
 UPDATES = {True: "cbs", False: None, "cbs": "cbs", "independent": "independent", None: None}
 
 
@@ -182,6 +184,21 @@ def alternatives(
     if not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise ArgumentError("method_options", f"{value!r}", "pass a mapping, or several to choose from")
     return tuple(dict(entry) for entry in entries)
+
+
+def chosen_method(
+    method: str | None,
+    method_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    program: str,
+    *,
+    staged: bool,
+) -> tuple[str, Mapping[str, Any] | Sequence[Mapping[str, Any]] | None]:
+    """The method and its options where none is named: exchanges pay in one stage, further stages more."""
+    if method is not None:
+        return method, method_options
+    if not staged or program != "joint":
+        return "swap_search", method_options
+    return "greedy_obs", {"drops": STAGE_DROPS} if method_options is None else method_options
 
 
 def update_kind(update: bool | str | None) -> str | None:

@@ -23,6 +23,7 @@ from cbs_opt.prune_options import (
     alternatives,
     check_certifiable,
     checked_score,
+    chosen_method,
     grid,
     update_kind,
 )
@@ -47,7 +48,7 @@ def prune(
     sparsity: float,
     loss_fn: LossFunction = nn.functional.cross_entropy,
     program: str = "joint",
-    method: str = "swap_search",
+    method: str | None = None,
     update: bool | str = True,
     update_scale: float | Sequence[float] = 1.0,
     curvature: str | GradientRows | StoredRows = "empirical_fisher",
@@ -56,7 +57,7 @@ def prune(
     damping: float | Sequence[float] | None = None,
     relative_damping: bool = False,
     selection_damping: float | None = None,
-    gradient_term: bool | None = None,
+    gradient_term: bool = False,
     layer_inputs: float | Sequence[float] | None = None,
     partition: BlockRule = "global",
     budget: Budget = "global",
@@ -108,8 +109,9 @@ def prune(
         ``loss_fn(output, y)``: the mean loss of a batch.
     program : {"joint", "selection"}, default "joint"
         The program that `method` solves. "joint" accounts for the update while selecting.
-    method : str, default "swap_search"
-        See `available_methods`.
+    method : str, optional
+        See `available_methods`. By default "swap_search", and "greedy_obs" in three drops a stage where
+        the joint program is solved in stages.
     update : bool or "independent", default True
         Move the kept weights by CBS-U; "independent" adds up single-weight OBS updates instead.
     update_scale : float or sequence of float, default 1
@@ -127,9 +129,10 @@ def prune(
         Give `damping` (and `selection_damping`) in units of the mean diagonal of the Fisher matrix.
     selection_damping : float, optional
         Another damping while selecting; by default the same.
-    gradient_term : bool, optional
-        Keep the gradient in the model of the loss. By default not for one stage, because at a trained
-        minimum it is mostly sampling noise, and always for several.
+    gradient_term : bool, default False
+        Keep the gradient in the model of the loss while selecting. At a trained minimum, and after an
+        update brought the network to one, it is mostly sampling noise. Updates without selection, in
+        stages, always follow it.
     layer_inputs : float or sequence of float, optional
         Weight of the layer-input term, or a grid to choose from by training loss: a block-diagonal part
         of the Hessian, one block an output channel, made of the second moments of what its layer is fed
@@ -249,6 +252,7 @@ def prune(
         raise ArgumentError("selection_damping", "given without damping", remedy)
     place = RowPlace(memory=row_memory, folder=row_dir)
     workers, ended = lasting(executor)
+    method, alternative = chosen_method(method, method_options, program, staged=plan is not None)
     options = PruneOptions(
         sparsity=sparsity,
         program=program,
@@ -263,13 +267,13 @@ def prune(
         selection_damping=None
         if selection_damping is None
         else grid("selection_damping", selection_damping, positive=False)[0],
-        gradient_term=plan is not None if gradient_term is None else gradient_term,
+        gradient_term=gradient_term,
         partition=partition,
         budget=budget,
         budget_score=checked_score(budget_score),
         restarts=restarts,
         choice_samples=choice_samples,
-        method_options=alternatives(method_options),
+        method_options=alternatives(alternative),
         time_limit=time_limit,
         certify=certify,
         certify_time_limit=certify_time_limit,

@@ -31,7 +31,13 @@ Evaluate = Annotated[
     str | None, typer.Option(help="Like --data: samples that loss and accuracy are reported on, and no more.")
 ]
 Loss = Annotated[str, typer.Option(help="cross_entropy, mse_loss, or FILE.py:function of (output, y).")]
-Method = Annotated[str, typer.Option(help="How weights are selected; `cbs-opt methods` lists the names.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="How weights are selected; `cbs-opt methods` lists the names. By default swap_search, and "
+        "greedy_obs in stages."
+    ),
+]
 MethodOption = Annotated[
     list[str] | None, typer.Option(help="NAME=VALUE for the method, VALUE as JSON. Repeatable.")
 ]
@@ -64,6 +70,9 @@ LayerInputs = Annotated[
         help="Weight of the layer-input term of the curvature, 1 by default; 0 is without. Repeatable: the "
         "best by training loss."
     ),
+]
+GradientTerm = Annotated[
+    bool, typer.Option("--gradient-term", help="Keep the gradient in the model while selecting.")
 ]
 Stages = Annotated[int, typer.Option(help="Prune little by little, with fresh curvature at every stage.")]
 Schedule = Annotated[
@@ -129,7 +138,7 @@ def run(
     weights: Weights = None,
     evaluate: Evaluate = None,
     loss: Loss = "cross_entropy",
-    method: Method = "swap_search",
+    method: Method = None,
     method_option: MethodOption = None,
     program: Program = "joint",
     update: Update = True,
@@ -140,6 +149,7 @@ def run(
     damping: Damping = None,
     relative_damping: RelativeDamping = False,
     layer_inputs: LayerInputs = None,
+    gradient_term: GradientTerm = False,
     partition: Partition = "global",
     budget: Budget = None,
     target: Target = None,
@@ -189,7 +199,7 @@ def run(
                 loss_fn=load_loss(loss),
                 program=program,
                 method=method,
-                method_options=parse_options(method_option or []),
+                method_options=parse_options(method_option or []) or None,
                 update=update,
                 update_scale=update_scale or 1.0,
                 curvature=curvature,
@@ -198,6 +208,7 @@ def run(
                 damping=damping or None,
                 relative_damping=relative_damping,
                 layer_inputs=layer_inputs or None,
+                gradient_term=gradient_term,
                 partition=int(partition) if partition.isdecimal() else partition,
                 budget=parse_budget(budget or ["global"]),
                 target=target or None,

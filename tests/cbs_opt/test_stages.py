@@ -219,7 +219,7 @@ def test_an_interruption_within_a_stage_leaves_the_network_and_the_stages_before
 
     monkeypatch.setattr(stages, "mean_gradient", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(model, run_dir=tmp_path)
+        run(model, run_dir=tmp_path, gradient_term=True)
     assert_untouched(model, before)
     assert [path.name for path in tmp_path.glob("stage_*")] == ["stage_0001.npz"]
     of_the_stage = {"stage_0001", "rows_s0001", "moments_s0", "step_0001_"}
@@ -384,3 +384,26 @@ def test_the_channel_term_is_the_metric_of_the_trust_region(m: int) -> None:
         torch.testing.assert_close(residual[~pruned], torch.zeros_like(residual[~pruned]))
         (plain,) = quadratic.around_minimum(weights, None, damping, factorised=False)
         torch.testing.assert_close(plain.dense_hessian() + plain.damping * torch.eye(kept), hessian)
+
+
+def test_what_stages_do_by_default() -> None:
+    model, other = network(), network()
+    common = {"sparsity": 0.6, "samples": 30, "stages": 2, "updates_per_stage": 1, "final_updates": 1}
+    report = prune(model, data(), progress=False, **common)
+    named = prune(
+        other,
+        data(),
+        progress=False,
+        program="joint",
+        method="greedy_obs",
+        method_options={"drops": 3},
+        gradient_term=False,
+        layer_inputs=1.0,
+        damping=0.1,
+        relative_damping=True,
+        **common,
+    )
+    assert report.method == "greedy_obs"
+    assert all(value.equal(other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert named.settings["method_options"] == report.settings["method_options"]
+    assert prune(network(), data(), progress=False, program="selection", **common).method == "swap_search"
