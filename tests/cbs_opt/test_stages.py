@@ -225,9 +225,9 @@ def test_an_interruption_within_a_stage_leaves_the_network_and_the_stages_before
     of_the_stage = {"stage_0001", "rows_s0001", "moments_s0", "step_0001_"}
     assert {path.name[:10] for path in tmp_path.glob("*.npz")} <= of_the_stage
     monkeypatch.undo()
-    run(model, run_dir=tmp_path)
+    run(model, run_dir=tmp_path, gradient_term=True)
     other = network()
-    run(other)
+    run(other, gradient_term=True)
     assert model[0].weight.equal(other[0].weight)  # type: ignore[index, union-attr]
 
 
