@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cbs_opt import available_methods, load_masks
 from cbs_opt.cli import app
 from cbs_opt.cli.prune import parse_budget, parse_options
 from cbs_opt.report import PruneReport
+from cbs_opt.run_store import RunStore
 
 MODEL = """
 import torch
@@ -59,6 +61,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
+
+
+COMMON = ("--model", "net.py:make", "--data", "train.npz", "--sparsity", "0.5", "--samples", "40")
 
 
 def prune(*more: str, model: str = "net.py:make", data: str = "train.npz", sparsity: str = "0.5") -> Result:
@@ -123,6 +128,58 @@ def test_prune_in_stages_goes_on_where_it_stopped() -> None:
     again = prune(*options, *method, "--run-dir", "stages", "--force")
     assert again.exit_code == 0, again.output
     assert PruneReport.load("run").stages == report.stages
+
+
+@pytest.mark.usefixtures("work")
+def test_the_same_command_goes_on_after_ctrl_c() -> None:
+    options = ("--certify", "--save-blocks", "--partition", "layer", "--damping", "0.1")
+    whole = invoke("prune", *COMMON, "--out", "whole", *options)
+    assert whole.exit_code == 0, whole.output
+    keep, count = RunStore.keep, 0
+
+    def interrupted(self: RunStore, *arguments: Any, **more: Any) -> None:
+        nonlocal count
+        keep(self, *arguments, **more)
+        count += 1
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunStore, "keep", interrupted)
+        while (stopped := prune(*options, "--resume")).exit_code == 130:
+            assert "the same command goes on" in stopped.stderr
+            assert not Path("run/report.json").exists()
+    assert stopped.exit_code == 0, stopped.output
+    assert count >= 3
+    again = prune(*options, "--resume")
+    assert again.exit_code == 0, again.output
+    for name in ("weights.safetensors", "layers.csv"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes(), name
+    masks = [load_masks(Path(folder, "masks.safetensors")) for folder in ("run", "whole")]
+    assert all(keep.equal(masks[1][name]) for name, keep in masks[0].items())
+    assert invoke("verify", "run").exit_code == 0
+    other = prune(*options, "--resume", "--seed", "1")
+    assert other.exit_code == 2
+    assert "options.seed (0 -> 1)" in " ".join(other.stderr.split())
+
+
+@pytest.mark.usefixtures("work")
+def test_resume_takes_no_directory_of_somebody_else() -> None:
+    Path("run").mkdir()
+    Path("run/mine.txt").write_text("mine")
+    refused = prune("--method", "magnitude", "--no-update", "--resume")
+    assert refused.exit_code == 2
+    assert [path.name for path in Path("run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.usefixtures("work")
+def test_a_schedule_by_number_and_workers() -> None:
+    options = ("--schedule", "0.2,0.5", "--stages", "2", "--method", "obs", "--final-updates", "0")
+    result = prune(*options, "--damping", "0.1")
+    assert result.exit_code == 0, result.output
+    assert [record.n_prune for record in PruneReport.load("run").stages if record.update == 0] == [14, 36]
+    refused = prune(*options, "--force", "--workers", "2")
+    assert refused.exit_code == 2
+    assert "--workers" in refused.stderr
 
 
 @pytest.mark.usefixtures("work")

@@ -20,7 +20,7 @@ from torch import nn
 from cbs_opt import run_store
 from cbs_opt.blocks import Partition
 from cbs_opt.curvature import gradient_rows
-from cbs_opt.errors import RunInUseError, RunMismatchError
+from cbs_opt.errors import NetworkChangedError, RunInUseError, RunMismatchError
 from cbs_opt.pruning import prune
 from cbs_opt.report import PruneReport
 from cbs_opt.run_lock import RunLock
@@ -356,3 +356,49 @@ def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".rows_0000.npz.abc").write_bytes(b"half")
     run(network(), run_dir=tmp_path)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("case", ["selection", "joint", "stages"])
+def test_ctrl_c_leaves_the_network_and_a_run_that_goes_on(case: str, tmp_path: Path) -> None:
+    options = CASES[case]
+    straight = network()
+    expected = result(straight, run(straight, **options))
+    began = time.perf_counter()
+    run(network(), run_dir=tmp_path / "timed", **options)
+    duration = time.perf_counter() - began
+    generator = torch.Generator().manual_seed(len(case))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = network()
+    before = snapshot(model)
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(6):
+            signal.setitimer(
+                signal.ITIMER_REAL, max(1e-3, float(torch.rand((), generator=generator)) * duration)
+            )
+            try:
+                report = run(model, run_dir=tmp_path / "run", **options)
+            except KeyboardInterrupt:
+                assert_untouched(model, before)
+            else:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+                assert result(model, report) == expected
+                model = network()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, handler)
+    assert result(model, run(model, run_dir=tmp_path / "run", **options)) == expected
+
+
+def test_a_network_that_changes_in_a_callback_is_found_out(tmp_path: Path) -> None:
+    """What the stages before have found stays good."""
+    model = network()
+    with pytest.raises(NetworkChangedError, match=r"dtype of .* went from"):
+        run(model, run_dir=tmp_path, on_stage=lambda _: model.half(), **CASES["stages"])
+    model, straight = network(), network()
+    assert result(model, run(model, run_dir=tmp_path, **CASES["stages"])) == result(
+        straight, run(straight, **CASES["stages"])
+    )
