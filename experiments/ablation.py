@@ -179,7 +179,7 @@ def _stages(everything: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults() -> Iterator[Variant]:
-    absolute = {"damping": 1e-3}
+    absolute = {"damping": 1e-3, "layer_inputs": 0.0}
     term = {"layer_inputs": 1.0, "relative_damping": True}
     bare = {"layer_inputs": 0.0, "relative_damping": True}
     sketched = {"curvature": "sketched_fisher"}
