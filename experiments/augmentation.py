@@ -7,8 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cbs_opt.batches import Data
+from experiments.datasets import Dataset
+from experiments.networks import Network
 from formulations.errors import ArgumentError
 
+AUGMENTED = ("resnet20",)
+"""What the names of networks begin with that were trained on shifted and mirrored images."""
 EPOCHS = 1_000_003
 """Seeds of one loader differ by less than this; those of two loaders by at least as much."""
 
@@ -82,3 +87,16 @@ class AugmentedImages:
         picture = torch.arange(count).view(-1, 1, 1, 1)
         channel = torch.arange(channels).view(1, -1, 1, 1)
         return around[picture, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def is_augmented(name: str) -> bool:
+    """Whether the network of this name was trained on shifted and mirrored images."""
+    return name.startswith(AUGMENTED)
+
+
+def as_trained(network: Network, data: Dataset, *, seed: int) -> Data:
+    """The training images as the network was fed them."""
+    if not is_augmented(network.name):
+        return data.train_x, data.train_y
+    black = [-mean / std for mean, std in zip(network.mean, network.std, strict=True)]
+    return AugmentedImages(data.train_x, data.train_y, fill=black, seed=seed)

@@ -17,8 +17,9 @@ Protocol
   their cost; damping and the drops of "joint" were set once. The weight for "joint" on MLPNet (1 or 3) by
   `experiments.protocol_search`, at .98.
 - The test set is read once a cell, whole, for the network that was chosen, and once more for its copy with
-  batch-norm statistics estimated on 5 000 training images, which has a table of its own. Mean and sample
-  standard deviation are over seeds 0, 1, ...; magnitude pruning has no random choice and runs once.
+  batch-norm statistics estimated on 5 000 training images (shifted and mirrored as in training), which has
+  a table of its own. Mean and sample standard deviation are over seeds 0, 1, ...; magnitude pruning has no
+  random choice and runs once.
 
 Results are appended to ``results.jsonl`` in the output directory as they come, keyed by their settings:
 the same command resumes where it stopped. ``<network>.md``, ``.csv`` and ``.json`` are written at the end.
@@ -137,7 +138,7 @@ class Bench:
             "sparsity": cell.sparsity,
             "seed": cell.seed,
             "accuracy": 100.0 * (after.accuracy or 0.0),
-            "accuracy_recalibrated": recalibrated_accuracy(network.model, self.data),
+            "accuracy_recalibrated": recalibrated_accuracy(network, network.model, self.data),
             "test_loss": after.loss,
             "dense_accuracy": self._dense_accuracy(),
             "train_loss": None if report.train_after is None else report.train_after.loss,

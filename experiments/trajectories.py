@@ -18,7 +18,7 @@ import cbs_opt
 from cbs_opt.batches import Data, evaluate
 from cbs_opt.report_format import plain
 from cbs_opt.stage_record import StageResult
-from experiments.augmentation import AugmentedImages
+from experiments.augmentation import as_trained, is_augmented
 from experiments.datasets import Dataset
 from experiments.ledger import settings_key
 from experiments.networks import Network
@@ -62,8 +62,6 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
 """How each family of networks is pruned in stages; every schedule passes the published sparsities."""
 PREFIX = "network."
 """Before the parameter names of a network inside `BrainFloat`."""
-AUGMENTED = ("resnet20",)
-"""Families trained on shifted and mirrored images, and run in bfloat16 while they are pruned."""
 
 
 class BrainFloat(nn.Module):
@@ -166,7 +164,7 @@ class Trajectories:
                 shown.get_parameter(name.removeprefix(PREFIX)).data.copy_(weights)
             # The final updates follow the last entry of the schedule and replace its cell.
             share = schedule[min(result.stage, len(schedule) - 1)]
-            cells[share] = self._cell(shown, result)
+            cells[share] = self._cell(network, shown, result)
 
         trained, data, prefix = self._prepared(network, arguments["seed"])
         report = cbs_opt.prune(
@@ -189,20 +187,19 @@ class Trajectories:
 
     def _prepared(self, network: Network, seed: int) -> tuple[nn.Module, Data, str]:
         """What is pruned, on which data, and what its parameter names begin with."""
-        x, y = self.data.train_x, self.data.train_y
-        if family(network.name) not in AUGMENTED:
-            return network.model, (x, y), ""
-        black = [-mean / std for mean, std in zip(network.mean, network.std, strict=True)]
-        return BrainFloat(network.model).eval(), AugmentedImages(x, y, fill=black, seed=seed), PREFIX
+        data = as_trained(network, self.data, seed=seed)
+        if not is_augmented(network.name):
+            return network.model, data, ""
+        return BrainFloat(network.model).eval(), data, PREFIX
 
-    def _cell(self, network: nn.Module, result: StageResult) -> dict[str, Any]:
+    def _cell(self, network: Network, pruned: nn.Module, result: StageResult) -> dict[str, Any]:
         """What is known of a network on the way."""
         test = (self.data.test_x, self.data.test_y)
-        found = evaluate(network, test, nn.functional.cross_entropy)
+        found = evaluate(pruned, test, nn.functional.cross_entropy)
         last = result.records[-1]
         return {
             "accuracy": 100.0 * (found.accuracy or 0.0),
-            "accuracy_recalibrated": recalibrated_accuracy(network, self.data),
+            "accuracy_recalibrated": recalibrated_accuracy(network, pruned, self.data),
             "test_loss": found.loss,
             "train_loss": last.loss,
             "n_prune": last.n_prune,

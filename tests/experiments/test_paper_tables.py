@@ -12,9 +12,10 @@ import torch
 from cbs_opt import prune, recalibrate_batchnorm
 from cbs_opt.batches import evaluate
 from experiments import paper_tables, protocols, trajectories
+from experiments.augmentation import AugmentedImages, as_trained
 from experiments.datasets import load_dataset
 from experiments.ledger import Ledger, settings_key
-from experiments.networks import NETWORKS, MLPNet, ResNet20
+from experiments.networks import NETWORKS, MLPNet, ResNet20, load_network
 from experiments.protocols import METHODS, prune_arguments
 from experiments.published import ACCURACY
 from experiments.recalibration import recalibrated_accuracy
@@ -218,13 +219,16 @@ def test_recalibration_leaves_the_network_alone_and_uses_training_data_only(tmp_
     torch.manual_seed(0)
     write_cifar10(tmp_path, train=12, test=20)
     data = load_dataset("cifar10", tmp_path, mean=[0.5] * 3, std=[0.5] * 3, verify=False)
-    network = ResNet20().eval()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    found = recalibrated_accuracy(network, data)
-    for name, value in network.state_dict().items():
+    write_network(tmp_path, "resnet20_cifar10", ResNet20().eval())
+    network = load_network("resnet20_cifar10", tmp_path, verify=False)
+    before = {name: value.clone() for name, value in network.model.state_dict().items()}
+    found = recalibrated_accuracy(network, network.model, data)
+    for name, value in network.model.state_dict().items():
         assert torch.equal(value, before[name])
-    recalibrate_batchnorm(network, (data.train_x, data.train_y))
-    expected = evaluate(network, (data.test_x, data.test_y), torch.nn.functional.cross_entropy)
+    moved = as_trained(network, data, seed=0)
+    assert isinstance(moved, AugmentedImages)
+    recalibrate_batchnorm(network.model, moved)
+    expected = evaluate(network.model, (data.test_x, data.test_y), torch.nn.functional.cross_entropy)
     assert expected.accuracy is not None
     assert found == pytest.approx(100.0 * expected.accuracy)
-    assert recalibrated_accuracy(MLPNet(), data) is None
+    assert recalibrated_accuracy(network, MLPNet(), data) is None
