@@ -32,7 +32,7 @@ def parsed(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in UNITS:
         raise ValueError(f"{text!r} is no size; write such as 2GB or 500MiB")
-    size = round(float(match[1]) * float(UNITS[match[2]]))
-    if size < 1:
-        raise ValueError(f"{text!r} is no positive size")
-    return size
+    amount = float(match[1]) * float(UNITS[match[2]])
+    if not 1.0 <= amount < 2.0**63:
+        raise ValueError(f"{text!r} is no size of memory")
+    return round(amount)

@@ -143,12 +143,12 @@ def swap_search_batch(
     """
     results: dict[int, SwapResult] = {}
     groups: dict[tuple[int, torch.device], list[int]] = {}
-    for number, program in enumerate(programs):
-        if program.n <= DENSE_LIMIT:
-            groups.setdefault((program.n, program.data.device), []).append(number)
+    for number, (n, device) in enumerate([(program.n, program.data.device) for program in programs]):
+        if n <= DENSE_LIMIT:
+            groups.setdefault((n, device), []).append(number)
         else:
             results[number] = swap_search(
-                program,
+                programs[number],
                 starts[number],
                 tolerance=tolerance,
                 max_swaps=max_swaps,
@@ -165,6 +165,16 @@ def swap_search_batch(
     return [results[number] for number in range(len(programs))]
 
 
+def _grams(programs: Sequence[SelectionProgram]) -> Tensor:
+    """Gram matrices of blocks of one size, (B, n, n) float64, with one block's rows in use at a time."""
+    n, device = programs[0].n, programs[0].weights.device
+    everything = torch.arange(n, device=device)
+    grams = torch.empty(len(programs), n, n, dtype=torch.float64, device=device)
+    for own, program in zip(grams, programs, strict=True):
+        own.copy_(program.gram(everything))
+    return grams
+
+
 def _search_dense(
     programs: Sequence[SelectionProgram],
     starts: Sequence[Tensor],
@@ -174,11 +184,7 @@ def _search_dense(
 ) -> list[SwapResult]:
     """Blocks of one size at once, each on its whole Gram matrix."""
     began = time.monotonic()
-    everything = torch.arange(programs[0].n, device=starts[0].device)
-    n = programs[0].n
-    gram = torch.empty(len(programs), n, n, dtype=torch.float64, device=everything.device)
-    for own, program in zip(gram, programs, strict=True):
-        own.copy_(program.gram(everything))
+    gram = _grams(programs)
     linear = torch.stack([program.linear() for program in programs])
     pruned = torch.stack(list(starts))
     product = torch.einsum("bij,bj->bi", gram, pruned.double())

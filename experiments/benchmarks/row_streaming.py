@@ -1,0 +1,196 @@
+"""Stated against measured peak memory of `prune`, with gradient rows in memory and on disk.
+
+    python -m experiments.benchmarks.row_streaming --case digits --case wide
+
+Every case runs in a process of its own: libraries are loaded and kernels compiled by a small run first, then
+the peak of resident memory is reset when the plan is made and read when the run ends. "increase" is what the
+run added to the process as it was when the plan was made.
+
+digits     an MLP on scikit-learn's digits, one block, default options, rows in memory
+wide       an MLP of a million weights: 800 MB of rows on a budget of 40 MB, OBS and CBS-U
+wide_joint the same with greedy OBS on the joint program
+large      the same network with 2 GB of rows on a budget of 100 MB
+huge       an MLP of 12.5 million weights: 20 GB of rows on a budget of 1 GB, OBD and CBS-U
+resnet20   ResNet20 by layers, joint swap search with the layer-input term; needs CBS_OPT_DATA
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import cbs_opt
+from cbs_opt.demo import digits_data
+from cbs_opt.study.memory import peak, reset_peak, resident
+from experiments.datasets import load_dataset
+from experiments.networks import load_network
+
+Pair = tuple[Tensor, Tensor]
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A network, its data, and how it is pruned."""
+
+    make: Callable[[], tuple[nn.Module, Pair]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def mlp(*widths: int, seed: int = 0) -> nn.Module:
+    """An untrained MLP: what its rows take does not depend on training."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for inside, outside in pairwise(widths):
+        layers += [nn.Linear(inside, outside), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def noise(samples: int, inputs: int, classes: int, seed: int = 1) -> Pair:
+    """Random inputs and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(samples, inputs, generator=generator),
+        torch.randint(0, classes, (samples,), generator=generator),
+    )
+
+
+def _resnet20() -> tuple[nn.Module, Pair]:
+    network = load_network("resnet20_cifar10")
+    data = load_dataset(network.dataset, mean=network.mean, std=network.std)
+    return network.model, (data.train_x[:2000].clone(), data.train_y[:2000].clone())
+
+
+WIDE: dict[str, Any] = {
+    "samples": 200,
+    "sparsity": 0.9,
+    "method": "obs",
+    "program": "selection",
+    "damping": 1e-3,
+    "partition": 45_000,
+    "layer_inputs": 0.0,
+    "row_memory": 40_000_000,
+}
+
+
+def _wide() -> tuple[nn.Module, Pair]:
+    return mlp(1000, 950, 50), noise(600, 1000, 50)
+
+
+CASES = {
+    "digits": Case(make=lambda: (mlp(64, 128, 64, 10), digits_data()[0]), options={"sparsity": 0.9}),
+    "wide": Case(make=_wide, options=WIDE),
+    "wide_joint": Case(make=_wide, options={**WIDE, "program": "joint", "method": "greedy_obs"}),
+    "large": Case(make=_wide, options={**WIDE, "samples": 500, "row_memory": 100_000_000}),
+    "huge": Case(
+        make=lambda: (mlp(3000, 4100, 50), noise(600, 3000, 50)),
+        options={
+            **WIDE,
+            "samples": 400,
+            "method": "obd",
+            "partition": 500_000,
+            "row_memory": 1_000_000_000,
+        },
+    ),
+    "resnet20": Case(
+        make=_resnet20,
+        options={
+            "samples": 400,
+            "sparsity": 0.9,
+            "partition": "layer",
+            "program": "joint",
+            "layer_inputs": 1.0,
+            "row_memory": 100_000_000,
+        },
+    ),
+}
+
+
+def measure(name: str, row_dir: str | None) -> dict[str, Any]:
+    """Run a case in this process and compare its peak with its plan."""
+    case = CASES[name]
+    _warm_up(case.options)
+    model, data = case.make()
+    stated: list[cbs_opt.PrunePlan] = []
+    before: list[int] = []
+
+    def begin(plan: cbs_opt.PrunePlan) -> None:
+        stated.append(plan)
+        reset_peak()
+        before.append(resident())
+
+    began = time.perf_counter()
+    report = cbs_opt.prune(model, data, **case.options, row_dir=row_dir, on_plan=begin, progress=False)
+    seconds = time.perf_counter() - began
+    plan, most = stated[0], peak()
+    if most is None:
+        raise SystemExit("this system does not tell the peak of resident memory")
+    return {
+        "case": name,
+        "n": plan.n,
+        "blocks": plan.blocks,
+        "rows": plan.rows,
+        "row_mib": plan.row_bytes / MIB,
+        "budget_mib": case.options.get("row_memory", 0) / MIB,
+        "on_disk": plan.row_dir is not None,
+        "stated_increase_mib": (plan.peak_bytes - plan.resident_bytes) / MIB,
+        "increase_mib": (most - before[0]) / MIB,
+        "stated_peak_mib": plan.peak_bytes / MIB,
+        "peak_mib": most / MIB,
+        "phases_mib": {phase: round(size / MIB, 1) for phase, size in plan.phases.items()},
+        "sparsity": report.sparsity,
+        "seconds": seconds,
+    }
+
+
+def _warm_up(options: Mapping[str, Any]) -> None:
+    """Load what the case loads, in small."""
+    small = {**options, "samples": 20, "row_memory": None, "partition": "layer"}
+    cbs_opt.prune(mlp(30, 80, 10), noise(400, 30, 10), **small, progress=False)
+
+
+def _in_process_of_its_own(name: str, row_dir: str | None) -> dict[str, Any]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (name, row_dir))
+
+
+def main() -> None:
+    """Print one line a case, as a table row or as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append", choices=list(CASES), help="all by default; repeatable")
+    parser.add_argument("--row-dir", help="folder for rows on disk")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments = parser.parse_args()
+    if not arguments.json:
+        typer.echo(
+            "| case | n x m | rows MiB | budget MiB | stated +MiB | measured +MiB | ratio | peak MiB | s |"
+        )
+        typer.echo("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in arguments.case or CASES:
+        found = _in_process_of_its_own(name, arguments.row_dir)
+        if arguments.json:
+            typer.echo(json.dumps(found))
+            continue
+        stated, increase = found["stated_increase_mib"], found["increase_mib"]
+        seconds = found["seconds"]
+        budget = f"{found['budget_mib']:.0f}" if found["on_disk"] else "in memory"
+        typer.echo(
+            f"| {name} | {found['n']} x {found['rows']} | {found['row_mib']:.0f} | {budget} | {stated:.0f} "
+            f"| {increase:.0f} | {stated / increase:.2f} | {found['peak_mib']:.0f} | {seconds:.0f} |",
+        )
+
+
+if __name__ == "__main__":
+    main()
