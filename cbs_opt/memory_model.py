@@ -19,6 +19,7 @@ from cbs_opt.gradients import NetworkFunction, probe, require_classifier
 from cbs_opt.heuristics.shared_grams import SHARED_GRAM_SIZE
 from cbs_opt.layer_inputs import BATCH_SIZE, INPUT_SAMPLES, input_moments
 from cbs_opt.row_builder import chunk_sizes
+from cbs_opt.row_journal import MOST_BYTES
 from cbs_opt.row_store import buffered_rows
 from cbs_opt.stored_rows import StoredRows
 from cbs_opt.working_set import DOUBLE, PRODUCT_VECTORS, BlockSize, score_bytes, selection_bytes, update_bytes
@@ -42,6 +43,8 @@ class MemoryModel:
     run : PruneRun
     memory_limit : int
         For temporaries of the curvature.
+    kept : bool, default False
+        Rows are kept in a `run_dir` too.
 
     Attributes
     ----------
@@ -52,8 +55,9 @@ class MemoryModel:
         Whether every phase is known; solvers and runs in stages are not.
     """
 
-    def __init__(self, run: PruneRun, memory_limit: int) -> None:
+    def __init__(self, run: PruneRun, memory_limit: int, *, kept: bool = False) -> None:
         self._run = run
+        self._kept = kept
         self._memory_limit = memory_limit
         self._options = run.options
         self._n = run.partition.n
@@ -133,6 +137,9 @@ class MemoryModel:
         sample = _bytes(batch) // batch.size
         read = sample * max(options.samples, min(options.samples, READ_AHEAD))
         gradients = self._gradients(batch)
+        if self._kept:
+            # Rows that wait to be written, and the piece that they are joined to.
+            gradients += 2 * min(MOST_BYTES, row * self.rows)
         if not self.on_disk:
             return row * (self.rows + 1) + max(row, read + gradients)
         limit = self._run.row_place.memory

@@ -101,8 +101,18 @@ class PrunePlan:
 OnPlan = Callable[[PrunePlan], object]
 
 
-def plan_of(run: PruneRun, memory_limit: int) -> PrunePlan:
+def plan_of(run: PruneRun, memory_limit: int, *, staged: bool = False, kept: bool = False) -> PrunePlan:
     """The plan of a run that has drawn its sample.
+
+    Parameters
+    ----------
+    run : PruneRun
+    memory_limit : int
+        For temporaries of the curvature.
+    staged : bool, default False
+        It is the first of several stages: sizes are those of the first, memory is the least to expect.
+    kept : bool, default False
+        Rows are kept in a `run_dir` too.
 
     Raises
     ------
@@ -110,7 +120,7 @@ def plan_of(run: PruneRun, memory_limit: int) -> PrunePlan:
         If the rows cannot be where they should.
     """
     partition, options = run.partition, run.options
-    model = MemoryModel(run, memory_limit)
+    model = MemoryModel(run, memory_limit, kept=kept)
     largest = max(partition.blocks, key=lambda block: block.stop - block.start)
     size = largest.stop - largest.start
     folder, disk, free = None, 0, 0
@@ -139,5 +149,5 @@ def plan_of(run: PruneRun, memory_limit: int) -> PrunePlan:
         phases=phases,
         resident_bytes=now,
         peak_bytes=now + max(phases.values(), default=0),
-        complete=model.complete,
+        complete=model.complete and not staged,
     )

@@ -300,7 +300,7 @@ def prune(
         opened.callback(run.close)
         run.draw_sample(data)
         if on_plan is not None:
-            on_plan(plan_of(run, memory_limit))
+            on_plan(plan_of(run, memory_limit, staged=plan is not None, kept=run_dir is not None))
         if run_dir is not None:
             told = run.fingerprint(memory_limit, evaluate)
             run.go_on(opened.enter_context(RunStore(run_dir, told)))
