@@ -21,6 +21,10 @@ TABLE_NUMBERS = 1 << 25
 """Pairs in the tables of the blocks that are looked at together: 256 MiB in float64."""
 
 
+LEVELS = 32
+"""Intervals of norms within which weights share a bound on what their best partner brings."""
+
+
 @dataclass(kw_only=True, eq=False)
 class _Blocks:
     """Blocks that are still searched: their weights and the state of their search."""
@@ -127,11 +131,24 @@ def _best_pairs(hessian: Tensor, state: _Blocks, chosen: Tensor) -> tuple[Tensor
     swapped = other < best
     best = torch.where(swapped, other, best)
     out, into = torch.where(swapped, from_column, out), torch.where(swapped, first_in, into)
-    most_out = norm.masked_fill(~pruned, 0.0).amax(1)
-    most_in = norm.masked_fill(pruned, 0.0).amax(1)
-    leaving = cost_out + (low_in[:, None] - norm * most_in[:, None]) < best[:, None]
-    entering = cost_in + (low_out[:, None] - norm * most_out[:, None]) < best[:, None]
+    leaving = cost_out + _lowest_partner(norm, cost_in, ~pruned) < best[:, None]
+    entering = cost_in + _lowest_partner(norm, cost_out, pruned) < best[:, None]
     return _best_of_tables(hessian, w, (cost_out, cost_in), (leaving, entering), (best, out, into))
+
+
+def _lowest_partner(norm: Tensor, cost: Tensor, partners: Tensor) -> Tensor:
+    """For every weight a lower bound of ``cost_j - norm_i norm_j`` over its `partners` j, (B, n).
+
+    The bound falls as ``norm_i`` grows, so that its value at the upper end of an interval of norms holds for
+    the whole interval.
+    """
+    ends = norm.amax(1, keepdim=True)
+    bounds = torch.empty(len(norm), LEVELS, dtype=norm.dtype, device=norm.device)
+    weight = norm.masked_fill(~partners, 0.0)
+    for level in range(LEVELS):
+        bounds[:, level] = torch.addcmul(cost, ends * ((level + 1) / LEVELS), weight, value=-1.0).amin(1)
+    place = (norm * (LEVELS / ends.clamp_min(torch.finfo(norm.dtype).tiny))).long().clamp_(max=LEVELS - 1)
+    return bounds.gather(1, place)
 
 
 def _best_of_tables(
