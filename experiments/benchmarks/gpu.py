@@ -204,10 +204,10 @@ def equally_good(sets: Tensor, reference: Tensor, instance: SwapInstance) -> boo
     if sets.equal(reference) or instance.gram.dtype == torch.float64:
         return bool(sets.equal(reference))
     gram, weights = instance.gram.cpu().double(), instance.weights[: len(sets)].cpu().double()
-    values = [
-        ((kept * weights @ gram) * kept * weights).sum(1) for kept in (sets.double(), reference.double())
-    ]
-    return bool(torch.allclose(*values, rtol=1e-5))
+    found, wanted = (
+        (((weights * kept) @ gram) * (weights * kept)).sum(1) for kept in (sets.double(), reference.double())
+    )
+    return bool(torch.allclose(found, wanted, rtol=1e-5))
 
 
 def row_lines(sizes: Sizes, device: torch.device) -> list[Line]:

@@ -24,13 +24,8 @@ def test_all_engines_make_the_same_swaps(dtype: torch.dtype) -> None:
 def test_a_small_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--small", "--out", str(tmp_path / "gpu.json")]) == 0
     lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
-    assert {line["engine"] for line in lines} >= {
-        "shared",
-        "compiled, CPU",
-        "plain loop",
-        "CBS-U",
-        "torch.func",
-    }
+    engines = {line["engine"] for line in lines}
+    assert engines >= {"shared", "compiled, CPU", "plain loop", "CBS-U", "torch.func"}
     assert all(line["same"] and line["rate"] > 0.0 for line in lines)
     assert "a second" in capsys.readouterr().out
 

@@ -45,8 +45,8 @@ def each(
     return sets, found.swaps
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("blocks", "n"), [(1, 2), (7, 5), (9, 40), (30, 120)])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("blocks", "n"), [(1, 2), (7, 5), (9, 40), (12, 90)])
 @pytest.mark.parametrize("budget", [1, 3, 10_000])
 def test_the_swaps_of_the_compiled_engine(seed: int, blocks: int, n: int, budget: int) -> None:
     hessian, weights, linear, pruned = made(blocks, n, seed)
