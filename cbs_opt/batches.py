@@ -144,6 +144,12 @@ def iterate(
         raise EmptyDataError(argument, "no sample", remedy)
 
 
+def sample_count(data: Data) -> int | None:
+    """How many samples a pair of tensors has; None for other data, which tell at their end."""
+    pair: Any = data
+    return len(pair[1]) if _is_pair(pair) else None
+
+
 def regroup(batches: Iterable[Batch], size: int, *, argument: str = "data") -> Iterator[Batch]:
     """Join and cut batches so that each holds exactly `size` samples; the last may hold fewer."""
     waiting: list[Batch] = []

@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.batches import Data, LossFunction, device_of, positive_integer
+from cbs_opt.batches import Data, LossFunction, device_of, positive_integer, sample_count
 from cbs_opt.blocks import Partition
 from cbs_opt.curvature import MEMORY_LIMIT, GradientRows, consume
 from cbs_opt.errors import RowMemoryError
@@ -180,10 +180,14 @@ rows_dtype, vectorize, journal
     )
     require_evaluation_mode(model)
     began = time.perf_counter()
+    available = sample_count(data) or samples
 
     with ExitStack() as on_failure:
 
         def target_of(capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> RowTarget:
+            # A pair of tensors may have fewer samples than were asked for; of other data it is not known.
+            most = max(1, available // samples_per_row)
+            capacity = min(capacity, most * (capacity // max(1, samples // samples_per_row)))
             if place.holds(partition, capacity, dtype.itemsize):
                 return RowsInMemory(capacity, width, dtype, device)
             assert place.memory is not None

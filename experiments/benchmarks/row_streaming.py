@@ -6,6 +6,7 @@ Every case runs in a process of its own: libraries are loaded and kernels compil
 the peak of resident memory is reset when the plan is made and read when the run ends. "increase" is what the
 run added to the process as it was when the plan was made.
 
+small      an MLP of 210 thousand weights: 168 MB of rows on a budget of 8 MB, OBS and CBS-U
 digits     an MLP on scikit-learn's digits, one block, default options, rows in memory
 wide       an MLP of a million weights: 800 MB of rows on a budget of 40 MB, OBS and CBS-U
 wide_joint the same with greedy OBS on the joint program
@@ -89,6 +90,10 @@ def _wide() -> tuple[nn.Module, Pair]:
 
 CASES = {
     "digits": Case(make=lambda: (mlp(64, 128, 64, 10), digits_data()[0]), options={"sparsity": 0.9}),
+    "small": Case(
+        make=lambda: (mlp(400, 500, 20), noise(300, 400, 20)),
+        options={**WIDE, "partition": 10_000, "row_memory": 8_000_000, "memory_limit": 1 << 24},
+    ),
     "wide": Case(make=_wide, options=WIDE),
     "wide_joint": Case(make=_wide, options={**WIDE, "program": "joint", "method": "greedy_obs"}),
     "large": Case(make=_wide, options={**WIDE, "samples": 500, "row_memory": 100_000_000}),
