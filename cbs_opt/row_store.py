@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import math
@@ -20,6 +21,8 @@ from cbs_opt.errors import RowStoreError
 from cbs_opt.sizes import readable
 
 PathLike = str | os.PathLike[str]
+LARGE_BLOCK = 1 << 20
+"""Bytes of a block from which on freed memory is given back before it comes: 1 MiB."""
 
 
 class RowTarget(Protocol):
@@ -153,6 +156,8 @@ class RowStore:
 
         They leave memory with the tensor. The range must be that of a block.
         """
+        if self.filled * (stop - start) * self._dtype.itemsize >= LARGE_BLOCK:
+            return_freed()
         rows = self._mapped(start, stop)
         return rows if self._device.type == "cpu" else rows.to(self._device)
 
@@ -192,6 +197,16 @@ class RowStore:
                 left, offset = left[written:], offset + written
         except OSError as error:
             raise _refused(self.folder, self.bytes, error) from error
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc).
+
+    Arrays of some megabytes are freed into its heap, and with every block that would grow by some more.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def add_rows(total: Tensor, rows: Tensor) -> None:
