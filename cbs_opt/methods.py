@@ -64,6 +64,8 @@ class Method:
         False for methods that look at the weights alone.
     free_options : bool
         The solver checks its options itself; they cannot be listed here.
+    backend : str
+        Name of the solver that a model is handed to, empty for methods that are none.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Method:
     randomized: bool = False
     needs_curvature: bool = True
     free_options: bool = False
+    backend: str = ""
 
     def engine(self, program: str) -> Callable[..., Any]:
         """The callable that serves `program`: `selector` where there is one, else `solver`."""
@@ -202,6 +205,7 @@ def _on_solver(name: str) -> Method | None:
         select_programs=(),
         solver=run,
         free_options=True,
+        backend=solver,
     )
 
 

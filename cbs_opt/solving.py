@@ -28,6 +28,10 @@ COLUMNS = ("method", "status", "objective", "bound", "gap", "excess", "seconds",
 NUMBERS = ("objective", "bound", "gap", "excess", "seconds", "nodes")
 INTERRUPTED = "interrupted"
 """How the status ends in the last row of a comparison that was interrupted."""
+LARGEST_DENSE = 4_096
+"""Weights up to which `compare` runs methods of `DENSE_KINDS` without being asked to."""
+DENSE_KINDS = ("exact", "solver")
+"""Kinds of methods that form the Hessian of the block, or a model with as many terms."""
 
 
 def solve(
@@ -109,6 +113,7 @@ def compare(
     *,
     program: str,
     methods: Sequence[str] | None = None,
+    all_models: bool = False,
     time_limit: float = 60.0,
     rel_gap: float = 1e-4,
     threads: int = 1,
@@ -123,7 +128,10 @@ def compare(
     program : {"selection", "joint"}
     methods : sequence of str, optional
         By default `default_methods`: every registered method, and every solver with its own choice
-        of model.
+        of model; on a block of more than `LARGEST_DENSE` weights those that need its whole Hessian
+        are left out, with the reason in the note, unless they are named.
+    all_models : bool, default False
+        Without `methods`: each solver with each of its models.
     time_limit : float, default 60
         Seconds for each method.
     rel_gap : float, default 1e-4
@@ -153,7 +161,8 @@ def compare(
         "threads": threads,
         "seed": seed,
     }
-    names = list(methods) if methods is not None else default_methods(program)
+    names = list(methods) if methods is not None else default_methods(program, all_models=all_models)
+    unasked = methods is None and problem.n > LARGEST_DENSE
     for name in names:
         try:
             find_method(name, program)
@@ -162,7 +171,10 @@ def compare(
             continue
     rows: list[Mapping[str, Any]] = []
     for name in names:
-        rows.append(_attempt(problem, name, program, limits))
+        if unasked and find_method(name, program).kind in DENSE_KINDS:
+            rows.append(_too_large(problem, name))
+        else:
+            rows.append(_attempt(problem, name, program, limits))
         if on_row is not None:
             on_row(name)
         if rows[-1]["status"].endswith(INTERRUPTED):
@@ -192,6 +204,12 @@ def default_methods(program: str, *, all_models: bool = False) -> list[str]:
         else:
             names.extend(f"{info.name}:{model}" for model in models)
     return names
+
+
+def _too_large(problem: BlockProblem, name: str) -> Mapping[str, Any]:
+    """The row of a method that forms the Hessian of a block too large for that."""
+    found = f"it forms the Hessian of all {problem.n} weights, more than {LARGEST_DENSE}"
+    return {"method": name, "status": "unavailable", "note": f"{found}; name it in methods to run it"}
 
 
 def _attempt(problem: BlockProblem, name: str, program: str, limits: Mapping[str, Any]) -> Mapping[str, Any]:

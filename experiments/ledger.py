@@ -1,4 +1,4 @@
-"""An append-only file of results, one JSON object a line, that lets a long run resume."""
+"""An append-only file of results, one JSON object a line with its checksum, that lets a long run resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from formulations.checked_lines import checked_body, checked_line
+
 log = logging.getLogger(__name__)
+
+OLD_START = b"{"
+"""How a line without a checksum begins; no checksum does."""
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -25,8 +30,9 @@ class Ledger:
     Parameters
     ----------
     path : Path
-        Created with its directory at the first `add`. A line that cannot be read, such as one cut
-        short by a crash, is logged and counts as absent.
+        Created with its directory at the first `add`. A line that is not as it was written, such as
+        one cut short by a crash, is logged and counts as absent. Lines of older ledgers have no
+        checksum: they count if they are JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,12 +48,12 @@ class Ledger:
     def add(self, key: str, result: Mapping[str, Any]) -> None:
         """Append a result and make sure it is on disk."""
         record = {**result, "key": key}
-        line = json.dumps(record, sort_keys=True) + "\n"
+        line = checked_line(json.dumps(record, sort_keys=True).encode())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as stream:
             if self._cut_short():
                 stream.write(b"\n")
-            stream.write(line.encode())
+            stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
         self._results[key] = record
@@ -55,9 +61,10 @@ class Ledger:
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         if not self.path.is_file():
             return
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+            body = line if line.startswith(OLD_START) else checked_body(line)
             try:
-                record = json.loads(line)
+                record = json.loads(body or b"")
                 key = record["key"]
             except (ValueError, KeyError, TypeError):
                 log.warning("%s, line %d is not a result and is left out", self.path, number)

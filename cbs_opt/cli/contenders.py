@@ -60,12 +60,14 @@ def compare(
         if method:
             names = [name.strip() for entry in method for name in entry.split(",") if name.strip()]
         else:
-            names = solving.default_methods(program, all_models=all_models)
-        with tqdm(total=len(names), desc="methods", disable=None) as bar, solver_messages_on_stderr():
+            names = None
+        total = len(solving.default_methods(program, all_models=all_models) if names is None else names)
+        with tqdm(total=total, desc="methods", disable=None) as bar, solver_messages_on_stderr():
             table = solving.compare(
                 problem,
                 program=program,
                 methods=names,
+                all_models=all_models,
                 time_limit=time_limit,
                 rel_gap=rel_gap,
                 threads=threads,

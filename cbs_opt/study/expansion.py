@@ -16,7 +16,7 @@ from cbs_opt.study.config import MethodGroup, RunLimits, Study
 from cbs_opt.study.errors import FilterError, StudyConfigError
 from cbs_opt.study.instances import InstanceRecipe, recipes
 from formulations.errors import ArgumentError, UnsupportedProblemError
-from formulations.solvers import models_for
+from formulations.solvers import check_native_options, models_for
 
 FILTERS = ("instance", "program", "method", "seed", "n", "n_prune", "damping")
 OPTION = "option."
@@ -155,6 +155,8 @@ def _posed(study: Study) -> tuple[list[Posed], list[str]]:
                     method = find_method(name, program)
                     for options in combinations(group.options, group.vary):
                         method.check_options(options, program)
+                        if method.backend:
+                            check_native_options(method.backend, options)
                         posed += [(program, method, options, seed, group.limits) for seed in group.seeds]
                 except UnsupportedProblemError as error:
                     left_out.append(f"{name}: {error.found}, {error.remedy}")

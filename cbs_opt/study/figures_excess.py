@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from numpy.typing import ArrayLike
 
 from cbs_opt.figure_style import GRID, INK, WIDTH, dress, marker, numbered_style, single
-from cbs_opt.study.effects import CONFIDENCE, Effect, bootstrap_mean
+from cbs_opt.study.effects import Effect, bootstrap_mean
 from cbs_opt.study.figures import legend_below, styles
 from cbs_opt.study.statistics import HEURISTIC, with_excess
 from formulations.problem import FloatArray
@@ -26,7 +26,7 @@ NARROW, WIDE = 5.0, 1e3
 
 
 def excess_figure(table: pd.DataFrame) -> Figure | None:
-    """Excess of each heuristic over the proved optimum: a mark a run, and the mean."""
+    """Excess of each heuristic over the proved optimum: a mark a run, the mean, how many are optimal."""
     rows = _heuristics(table)
     if rows.empty:
         return None
@@ -48,7 +48,9 @@ def excess_figure(table: pd.DataFrame) -> Figure | None:
         )
         axes.plot([_floored(means[label])] * 2, [height - 0.38, height + 0.38], color=INK, linewidth=1.8)
     axes.plot([], [], color=INK, linewidth=1.8, label="mean")
-    axes.set_yticks(range(len(labels)), labels)
+    optimal = (rows["excess"] <= FLOOR).groupby(rows["label"]).agg(["sum", "size"])
+    names = [f"{label} ({optimal['sum'][label]}/{optimal['size'][label]})" for label in labels]
+    axes.set_yticks(range(len(labels)), names)
     axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.yaxis.grid(visible=False)
     _excess_axis(axes, rows["excess"], along="x")
@@ -109,7 +111,11 @@ def effects_figure(found: Sequence[Effect]) -> Figure | None:
         return None
     keys = list(dict.fromkeys((e.method, e.option, e.base, e.value) for e in found))[:MOST_ROWS]
     measures = list(dict.fromkeys(effect.measure for effect in found))
-    several = len({method for method, *_ in keys}) > 1
+    methods = {method for method, *_ in keys}
+    several = len(methods) > 1
+    models = {method.partition(":")[2] for method in methods}
+    # Where all solve one formulation, the name of the solver tells them apart.
+    told = {method: method.partition(":")[0] if len(models) == 1 else method for method in methods}
     figure = Figure(figsize=(WIDTH * 1.2, 1.2 + 0.42 * len(keys)), layout="constrained")
     axes = figure.subplots()
     dress(axes)
@@ -140,7 +146,7 @@ def effects_figure(found: Sequence[Effect]) -> Figure | None:
     for height in range(len(keys) - 1):
         axes.axhline(height + 0.5, color=GRID, linewidth=0.8)
     names = [
-        (f"{method}: " if several else "") + f"{option}: {base} → {value}"
+        (f"{told[method]}: " if several else "") + f"{option}: {base} → {value}"
         for method, option, base, value in keys
     ]
     axes.set_yticks(range(len(keys)), names)
@@ -149,7 +155,7 @@ def effects_figure(found: Sequence[Effect]) -> Figure | None:
     axes.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
     axes.set_xscale("log")
     _ratio_ticks(axes, [v for e in found for v in (e.ratio.low, e.ratio.high)])
-    axes.set_xlabel(f"Factor, after over before (geometric mean, {CONFIDENCE:.0%} interval)")
+    axes.set_xlabel("Factor, after over before")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(measures), frameon=False, fontsize=8)
     return figure
 

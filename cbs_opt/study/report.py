@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ from cbs_opt.study import figures, figures_excess, tables
 from cbs_opt.study.effects import RESAMPLES, effects
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.results import Results
-from cbs_opt.study.statistics import SHIFT_NODES, SHIFT_SECONDS, with_labels
+from cbs_opt.study.statistics import (
+    PROCESSOR,
+    SHIFT_NODES,
+    SHIFT_SECONDS,
+    clock,
+    processor_share,
+    with_labels,
+)
 from formulations.files import write_atomically
 from formulations.problem import PROGRAMS
 
@@ -34,8 +42,8 @@ METHODS_NOTE = (
     "Options not named are at the first value that the study gives. "
     f"Time and nodes: shifted geometric means (shifts {SHIFT_SECONDS:g} s and {SHIFT_NODES:g}); an exact "
     "method that proved nothing counts with its whole time limit. Open gap: median over the runs with a "
-    "bound and no proof. Excess: objective over the proved optimum, mean and worst over the blocks that "
-    "have a proof in this study; 0 within the tolerance of that proof. Failed: no usable answer."
+    "bound and no proof. Excess: objective over the proved optimum, mean, median and worst over the blocks "
+    "that have a proof in this study; 0 within the tolerance of that proof. Failed: no usable answer."
 )
 EFFECTS_NOTE = (
     "Geometric means over pairs of runs that differ in this option alone; below 1 the second value is "
@@ -44,11 +52,12 @@ EFFECTS_NOTE = (
 PROFILE = (
     "Performance profile (Dolan and Moré 2002): share of the cases (block and seed) that a method proves "
     "optimal within a factor of the fastest method's time. A case without a proof counts as infinite. "
-    "Legend: cases proved."
+    f"Legend: cases proved. Of more than {figures.MOST_LINES} methods, those that prove most and fastest."
 )
 GAP = (
     "Gap between incumbent and bound, median over the cases; 100 % before the first bound. A method "
-    "without a trace is a step at the end of its run."
+    "without a trace is a step at the end of its run. "
+    f"Of more than {figures.MOST_LINES} methods, those that close it first."
 )
 TRACES = (
     "Incumbent (solid, filled marks) and bound (dashed, hollow marks) relative to the best objective "
@@ -56,10 +65,13 @@ TRACES = (
 )
 EXCESS = (
     "Objective of each heuristic over the proved optimum, a mark a run; at the left end: indistinguishable "
-    "from the optimum at the tolerance of the proof."
+    "from the optimum at the tolerance of the proof, and in brackets how many of the runs are."
 )
 AGAINST = "Mean excess over the proved optimum against {what}; bars: 95 % bootstrap interval over blocks."
-EFFECTS = "Effect of each option, all else equal; bars: 95 % bootstrap interval over blocks."
+EFFECTS = (
+    "Effect of each option, all else equal: geometric mean of the factor by which time, nodes or objective "
+    "changes; bars: 95 % bootstrap interval over blocks."
+)
 AXES = {
     "n": ("the size of the block", "Weights in the block, n"),
     "damping": ("the damping", "Damping added to the diagonal of H"),
@@ -133,7 +145,7 @@ def render_html(results: Results) -> str:
         lead=_lead(results),
         description=results.description,
         sections=[_section(program, own) for program, own in _by_program(table)],
-        methods_note=METHODS_NOTE,
+        methods_note=f"{METHODS_NOTE} {_clock_note(table)}",
         effects_note=EFFECTS_NOTE,
         settings=tables.settings_table(table),
         notes=_notes(results, table),
@@ -143,10 +155,11 @@ def render_html(results: Results) -> str:
 def render_markdown(results: Results) -> str:
     """The tables as Markdown, without pictures."""
     table = _labelled(results)
+    note = f"{METHODS_NOTE} {_clock_note(table)}"
     parts = [f"# {results.name}", _lead(results)]
     parts += [results.description] if results.description else []
     for program, own in _by_program(table):
-        parts += [f"## {PROGRAM_NOTES[program]}", tables.markdown(tables.methods_table(own)), METHODS_NOTE]
+        parts += [f"## {PROGRAM_NOTES[program]}", tables.markdown(tables.methods_table(own)), note]
         changed = tables.effects_table(effects(own))
         parts += [] if changed is None else ["### Effects of options", tables.markdown(changed), EFFECTS_NOTE]
         ended = tables.endings_table(own)
@@ -210,6 +223,15 @@ def _lead(results: Results) -> str:
     if len(table) < results.planned:
         text += f" {results.planned - len(table)} runs are not done, so the comparison is incomplete."
     return text
+
+
+def _clock_note(table: pd.DataFrame) -> str:
+    """Which time is meant, and how much of a processor the runs had."""
+    share = processor_share(table)
+    had = "" if math.isnan(share) else f" Runs of .1 s and more had {share:.0%} of one in the median."
+    if clock(table) == PROCESSOR:
+        return f"Time is processor time; limits, gaps and traces go by the wall clock.{had}"
+    return f"Time is wall-clock time.{had}"
 
 
 def _notes(results: Results, table: pd.DataFrame) -> Sequence[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.expansion import Plan
+from formulations.checked_lines import checked_body, checked_line
 from formulations.files import json_object, read_sealed, sealed_json, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -199,8 +199,7 @@ def _differences(row: Row, inputs: Mapping[str, Any]) -> str:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     # No newline can occur inside: JSON escapes it.
-    body = json.dumps(row, allow_nan=False).encode()
-    return b"%08x %s\n" % (zlib.crc32(body), body)
+    return checked_line(json.dumps(row, allow_nan=False).encode())
 
 
 def _read_lines(path: Path) -> tuple[list[Row], int]:
@@ -231,14 +230,12 @@ def _refuse_damage_inside(path: Path, rest: bytes, number: int) -> None:
 
 def _parsed(line: bytes) -> Row | None:
     """The row of a line, None if the line is not as it was written."""
-    checksum, _, body = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(body):
-        return None
+    body = checked_body(line)
     try:
-        row = json_object(body)
+        row = None if body is None else json_object(body)
     except ValueError:
         return None
-    return row if "run" in row else None
+    return row if row is not None and "run" in row else None
 
 
 def _flush_folder(folder: Path) -> None:

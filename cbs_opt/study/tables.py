@@ -30,7 +30,18 @@ def methods_table(table: pd.DataFrame) -> Table:
     least mean excess of a heuristic.
     """
     rated = with_excess(table.assign(charged=charged_seconds(table)))
-    columns = ("Method", "Runs", "Proved", "Failed", "Time (s)", "Nodes", "Open gap", "Excess", "Worst")
+    columns = (
+        "Method",
+        "Runs",
+        "Proved",
+        "Failed",
+        "Time (s)",
+        "Nodes",
+        "Open gap",
+        "Excess",
+        "Median",
+        "Worst",
+    )
     rows, times, excesses = [], [], []
     for label, own in rated.groupby("label", sort=False):
         heuristic = own["kind"].isin(HEURISTIC).all()
@@ -50,6 +61,7 @@ def methods_table(table: pd.DataFrame) -> Table:
                 MISSING if heuristic or math.isnan(nodes) else f"{nodes:.0f}",
                 MISSING if open_gaps.empty else percent_text(float(open_gaps.median())),
                 percent_text(excess),
+                percent_text(float(own["excess"].median())),
                 percent_text(float(own["excess"].max())),
             )
         )

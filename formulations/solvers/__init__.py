@@ -17,7 +17,7 @@ from formulations.models import MODELS
 from formulations.plugins import SOLVERS, load_plugins
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limits
-from formulations.solvers.base import Solver, SolverInfo
+from formulations.solvers.base import Solver, SolverInfo, check_options
 
 BRIDGES = ("highs", "mathopt", "cp_sat", "scipy_milp", "scip", "gurobi")
 PYOMO_BRIDGES = ("pyomo:highs", "pyomo:scip", "pyomo:gurobi")
@@ -65,6 +65,16 @@ def models_for(name: str, program: str) -> list[str]:
     """Return the models of `program` that the solver called `name` can take."""
     solver = bridge(name)
     return [spec.name for spec in MODELS.values() if spec.program == program and solver.accepts(spec)]
+
+
+def check_native_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise `UnknownOptionError` for an option that the solver called `name` does not take.
+
+    A solver that is not installed cannot be asked, and lets everything pass.
+    """
+    solver = bridge(name)
+    if options and solver.info().available:
+        check_options(solver, options)
 
 
 def solve_with(

@@ -207,3 +207,11 @@ def test_no_schedule_takes_longer_than_the_longest(jobs: int) -> None:
         first = free.index(min(free))
         free[first] += seconds
     assert max(free) <= longest(made, jobs) + 1e-9
+
+
+def test_an_option_that_an_installed_solver_lacks_is_refused_before_anything_runs() -> None:
+    pytest.importorskip("highspy")
+    posed = {"program": "selection", "solvers": "highs", "formulations": "selection_glover"}
+    expand(parse_study(document(methods=[{**posed, "options": {"presolve": ["choose", "off"]}}])))
+    with pytest.raises(StudyConfigError, match="unknown to highs"):
+        expand(parse_study(document(methods=[{**posed, "options": {"mip_no_such": [1]}}])))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -143,3 +145,21 @@ def test_a_warm_up_comes_once_a_setting_on_another_block(monkeypatch: pytest.Mon
     solver.warm_up(run)
     solver.warm_up(replace(run, method="magnitude"))
     assert solved == [single_run.WARM_UP_BLOCK] * 2
+
+
+def test_a_solver_is_warmed_up_once_for_all_options_and_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(single_run, "_solve", lambda problem, run, seconds: limits.append(seconds))
+    solver, run = RunSolver(), one_run()
+    foreign = replace(run, method="highs:selection_glover", kind="solver")
+    solver.warm_up(foreign)
+    solver.warm_up(replace(foreign, options={"presolve": "off"}))
+    solver.warm_up(run)
+    assert limits == [single_run.SOLVER_WARM_UP, run.limits.warm_up]
+
+
+def test_processor_time_counts_processes_that_a_method_waited_for() -> None:
+    before = single_run._processor_seconds()
+    busy = "import time\nwhile time.process_time() < 0.2: pass"
+    subprocess.run([sys.executable, "-S", "-c", busy], check=True)
+    assert single_run._processor_seconds() - before >= 0.2

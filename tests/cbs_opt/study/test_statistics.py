@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from cbs_opt.study.effects import bootstrap_mean, effects
 from cbs_opt.study.statistics import (
+    PROCESSOR,
     SHIFT_NODES,
     SHIFT_SECONDS,
+    WALL,
     charged_seconds,
+    clock,
     performance_profile,
+    processor_share,
     shifted_geometric_mean,
     with_excess,
 )
@@ -132,3 +136,16 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
 def test_the_interval_of_one_block_is_a_point() -> None:
     interval = bootstrap_mean(np.array([1.0, 3.0]), ["x", "x"])
     assert interval.low == interval.value == interval.high == 2.0
+
+
+def test_processor_time_decides_where_every_answer_of_one_thread_has_it() -> None:
+    rows = [row("a", "x", 9.0, cpu_seconds=1.0), row("b", "x", 4.0, cpu_seconds=2.0)]
+    timed = labelled([*rows, row("b", "y", 10.0, proved=False, objective=None, status="crashed")])
+    assert clock(timed) == PROCESSOR
+    assert list(charged_seconds(timed)) == [1.0, 2.0, 10.0]
+    assert performance_profile(timed)["a"][0] == 1.0
+    assert performance_profile(timed)["b"][0] == 2.0
+    assert processor_share(timed) == pytest.approx((1.0 / 9.0 + 0.5) / 2.0)
+    assert clock(labelled([*rows, row("c", "x", 1.0)])) == WALL
+    assert clock(labelled([{**made, "threads": 2} for made in rows])) == WALL
+    assert performance_profile(labelled([*rows, row("c", "x", 1.0)]))["b"][0] == 4.0
