@@ -46,7 +46,7 @@ SAVE_EVERY = 0.02
 AGAIN = 0.4
 """How often a run that goes on is killed too."""
 ANSWER, MODULES = "answer.json", "modules.json"
-LONGEST = 120.0
+LONGEST = 900.0
 """Seconds after which a run counts as hung."""
 TIMES = ("seconds", "certificate_seconds", "peak_memory_bytes")
 
