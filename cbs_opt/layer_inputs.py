@@ -30,7 +30,7 @@ INPUT_SAMPLES = 1_000
 BATCH_SIZE = 50
 TERM_WORK = 1e12
 """Multiplications in the factorisations of all channels up to which `prune` takes the term by itself."""
-PATCH_NUMBERS = 1 << 25
+PATCH_NUMBERS = 1 << 24
 """Numbers in the patches of a convolution that are unfolded at once: 128 MiB."""
 Rows = TypeVar("Rows", bound=GradientRows | StoredRows)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -148,7 +148,7 @@ def input_moments(
         if not bool(torch.isfinite(total).all()):
             found = f"the inputs of {name} are NaN or infinite"
             raise NonFiniteError("model, data", found, "check the data and the weights")
-    # Products in single precision are symmetric only to rounding.
+    # Products are symmetric only to rounding.
     return {name: (total + total.mT) / (2 * seen) for name, total in totals.items()}
 
 
@@ -188,17 +188,18 @@ def _recording(layers: Mapping[Layer, str], totals: dict[str, Tensor]) -> Iterat
 
 def _moment(layer: Layer, x: Tensor) -> Tensor:
     """``sum of x x^T`` over samples and positions, (f, f) or (groups, f, f) float64."""
-    x = x if x.dtype == torch.float64 else x.float()
+    # Sums of single-precision products are not positive semidefinite to the accuracy that solvers ask for.
+    x = x.double()
     if isinstance(layer, nn.Linear):
         flat = x.reshape(-1, x.shape[-1])
-        return (flat.T @ flat).double()
+        return flat.T @ flat
     fan_in = layer.weight[0].numel()
     batched = x if x.ndim == len(layer.kernel_size) + 2 else x.unsqueeze(0)
     total = torch.zeros(layer.groups, fan_in, fan_in, dtype=torch.float64, device=x.device)
     patch_numbers = layer.groups * fan_in * batched[0, 0].numel()
     for part in torch.split(batched, max(1, PATCH_NUMBERS // patch_numbers)):
         patches = _patches(layer, part)
-        total += (patches @ patches.transpose(1, 2)).double()
+        total += patches @ patches.transpose(1, 2)
     return total[0] if layer.groups == 1 else total
 
 

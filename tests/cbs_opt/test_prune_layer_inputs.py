@@ -202,3 +202,15 @@ def test_searches_of_the_selection_program_are_certified_for_the_rows_they_went_
 def test_stages_take_one_weight() -> None:
     with pytest.raises(ArgumentError, match="layer_inputs"):
         pruned(layer_inputs=(0.1, 1.0), stages=2)
+
+
+@pytest.mark.parametrize("partition", ["global", "layer", "row"])
+def test_more_inputs_than_samples_are_no_obstacle(partition: str) -> None:
+    """Second moments are then singular, and their rounding must not make the Hessian indefinite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 80), nn.ReLU(), nn.Linear(80, 10)).eval()
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(40, 30, generator=generator), torch.randint(0, 10, (40,), generator=generator)
+    report = cbs.prune(model, few, sparsity=0.8, samples=20, partition=partition, progress=False)
+    assert report.n_prune == round(0.8 * report.n)
+    assert report.layer_inputs == 1.0
