@@ -6,7 +6,9 @@ heuristics stand random sets whose objective is within a given distance of the o
 last per cent of the objective is worth in loss and accuracy, whatever method left it there.
 
     python -m experiments.exact_vs_heuristic --out docs/benchmarks
-    python -m experiments.exact_vs_heuristic --network mlpnet_mnist --sparsity 0.9 --seeds 1
+    python -m experiments.exact_vs_heuristic --network mlpnet_mnist --sparsity 0.9 --seeds 1 --draws 0
+
+What was measured is kept in ``--results`` as it is found, and not measured again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from cbs_opt.demo import digits_network
 from cbs_opt.heuristics.saliency import SALIENCIES
 from cbs_opt.write_back import write_back
 from experiments.datasets import load_dataset
+from experiments.ledger import Ledger, settings_key
 from experiments.networks import load_network
 from formulations import BlockProblem
 from formulations.loss import objective, solved_weights
@@ -60,6 +63,23 @@ LEVELS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 STEPS_A_WEIGHT = 3
 """Swaps that a random walk tries for each weight of the block."""
 LOSS = nn.functional.cross_entropy
+COLUMNS = (
+    "sparsity",
+    "seed",
+    "dense_accuracy",
+    "method",
+    "level",
+    "objective",
+    "bound",
+    "excess",
+    "gap",
+    "train_loss",
+    "test_loss",
+    "accuracy",
+    "proved",
+    "seconds",
+)
+"""Of the file of rows, whatever order a line of results has them in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +275,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for page, picture and rows.")] = Path(
         "results/exact_vs_heuristic"
     ),
+    results: Annotated[Path, typer.Option(help="File of results, one line a network and sparsity.")] = Path(
+        "results/exact_vs_heuristic/results.jsonl"
+    ),
     data: Annotated[Path | None, typer.Option(help="Data directory; $CBS_OPT_DATA by default.")] = None,
 ) -> None:
     """Prune a network row by row, exactly and by heuristics; print and draw what the difference is worth."""
@@ -262,31 +285,31 @@ def main(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     levels = sparsity or [0.5, 0.7, 0.8, 0.9]
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=seeds * len(levels), desc="networks", disable=None) as bar:
-        for seed in range(seeds):
-            given = subject(network, seed, data)
-            for share in levels:
-                rows += compare_on(
-                    given,
-                    share,
-                    samples=samples,
-                    damping=damping,
-                    time_limit=time_limit,
-                    draws=draws,
-                    seed=seed,
-                )
-                bar.update()
-    settings = {
-        "network": network,
-        "sparsity": levels,
-        "seeds": seeds,
+    ledger = Ledger(results)
+    how: dict[str, Any] = {
         "samples": samples,
         "damping": damping,
         "time_limit": time_limit,
         "draws": draws,
     }
-    typer.echo(write_page(pd.DataFrame(rows), settings, out), nl=False)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=seeds * len(levels), desc="networks", disable=None) as bar:
+        for seed in range(seeds):
+            given: Subject | None = None
+            for share in levels:
+                key = settings_key({"network": network, "sparsity": share, "seed": seed, **how})
+                if key not in ledger:
+                    given = given or subject(network, seed, data)
+                    ledger.add(key, {"rows": list(compare_on(given, share, seed=seed, **how))})
+                rows += ledger[key]["rows"]
+                bar.update()
+    settings = {
+        "network": network,
+        "sparsity": levels,
+        "seeds": seeds,
+        **how,
+    }
+    typer.echo(write_page(pd.DataFrame(rows, columns=list(COLUMNS)), settings, out), nl=False)
 
 
 if __name__ == "__main__":

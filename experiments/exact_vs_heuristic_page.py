@@ -28,27 +28,31 @@ CAPTION = (
 
 
 def write_page(rows: pd.DataFrame, settings: Mapping[str, Any], out: Path) -> str:
-    """Write page (.md), picture (.svg) and rows (.csv) to `out`, named `NAME`; the page is returned."""
+    """Write page (.md), picture (.svg) and rows (.csv) to `out`; the page is returned.
+
+    They are named `NAME`, with the network unless it is the digits one.
+    """
+    name = _name(settings)
     out.mkdir(parents=True, exist_ok=True)
     text = page(rows, settings)
     picture = io.BytesIO()
     worth_figure(rows).savefig(picture, format="svg", metadata={"Date": None})
-    write_atomically(out / f"{NAME}.md", text.encode())
-    write_atomically(out / f"{NAME}.svg", picture.getvalue())
-    write_atomically(out / f"{NAME}.csv", rows.to_csv(index=False).encode())
+    write_atomically(out / f"{name}.md", text.encode())
+    write_atomically(out / f"{name}.svg", picture.getvalue())
+    write_atomically(out / f"{name}.csv", rows.to_csv(index=False).encode())
     return text
 
 
 def page(rows: pd.DataFrame, settings: Mapping[str, Any]) -> str:
     """The table, mean and standard deviation over seeds, and what the last per cent is worth."""
     parts = [
-        "# Exact against heuristic, row by row",
+        f"# Exact against heuristic, row by row: {settings['network']}",
         f"    python -m experiments.{NAME} {_arguments(settings)}",
         "Every output neuron's incoming weights are one block. All methods prune the same number in each "
         "block and adjust the kept weights optimally, so they differ in the chosen sets alone. Objectives "
         "and bounds are sums over blocks: of the block-diagonal model, and only that. Mean ± standard "
         f"deviation over seeds. The exact method stops at a gap of {100.0 * REL_GAP:g} % in each block.",
-        f"![{CAPTION}]({NAME}.svg)",
+        f"![{CAPTION}]({_name(settings)}.svg)",
     ]
     for sparsity, at in rows.groupby("sparsity"):
         dense = at.groupby("seed")["dense_accuracy"].first()
@@ -105,7 +109,8 @@ def worth_figure(rows: pd.DataFrame) -> Figure:
         change = at["accuracy"] - at["seed"].map(origin)
         excess = 100.0 * at["excess"].clip(lower=FLOOR)
         random = at["method"] == RANDOM
-        axes.plot(excess[random], change[random], ".", color="#999999", markersize=3, label="random sets")
+        if random.any():
+            axes.plot(excess[random], change[random], ".", color="#999999", markersize=3, label="random sets")
         for number, name in enumerate(methods):
             own = at["method"] == name
             style = numbered_style(number)
@@ -135,6 +140,10 @@ def worth_figure(rows: pd.DataFrame) -> Figure:
         handles=handles, labels=labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
     return figure
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return NAME if settings["network"] == "digits" else f"{NAME}_{settings['network']}"
 
 
 def _arguments(settings: Mapping[str, Any]) -> str:

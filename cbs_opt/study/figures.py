@@ -27,7 +27,7 @@ from cbs_opt.study.statistics import (
 )
 from formulations.problem import FloatArray
 
-MOST_LINES = 8
+MOST_LINES = 7
 MOST_PANELS = 4
 SMALLEST_GAP = 1e-6
 LEAST_SECONDS = 1e-3

@@ -20,7 +20,7 @@ from formulations.problem import FloatArray
 FLOOR = 1e-4
 """Excesses up to this share are drawn on the axis: the usual gap of a proof does not tell them apart."""
 MOST_ROWS = 24
-MOST_LINES = 8
+MOST_LINES = 7
 NARROW, WIDE = 5.0, 1e3
 """Ranges of a ratio up to which an axis has many ticks, or some."""
 

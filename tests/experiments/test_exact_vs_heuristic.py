@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import exact_vs_heuristic
 from experiments.exact_vs_heuristic import (
     EXACT,
     METHODS,
@@ -109,5 +110,26 @@ def test_the_page_has_every_method_and_a_picture(rows: pd.DataFrame, tmp_path: P
     short = rows.assign(proved=rows["proved"].where(~exact, 0.25))
     assert "proved 25.0% of the blocks" in page(short, {"network": "tiny", "sparsity": [0.5, 0.9]})
     assert "--sparsity 0.5 --sparsity 0.9" in page(short, {"network": "tiny", "sparsity": [0.5, 0.9]})
-    assert (tmp_path / "exact_vs_heuristic.svg").read_text().startswith("<?xml")
-    assert len(pd.read_csv(tmp_path / "exact_vs_heuristic.csv")) == len(rows)
+    assert (tmp_path / "exact_vs_heuristic_tiny.svg").read_text().startswith("<?xml")
+    assert len(pd.read_csv(tmp_path / "exact_vs_heuristic_tiny.csv")) == len(rows)
+
+
+def test_what_was_measured_is_not_measured_again(
+    tiny: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def once(given: Subject, share: float, **how: object) -> list[dict[str, object]]:
+        asked.append(share)
+        return list(compare_on(given, share, samples=40, damping=1e-3, time_limit=5.0, draws=0, seed=0))
+
+    monkeypatch.setattr(exact_vs_heuristic, "subject", lambda *_: tiny)
+    monkeypatch.setattr(exact_vs_heuristic, "compare_on", once)
+    options = {"seeds": 1, "draws": 0, "out": tmp_path, "results": tmp_path / "results.jsonl"}
+    exact_vs_heuristic.main(sparsity=[0.5], **options)
+    first = (tmp_path / "exact_vs_heuristic.csv").read_text()
+    exact_vs_heuristic.main(sparsity=[0.5], **options)
+    assert asked == [0.5]
+    assert (tmp_path / "exact_vs_heuristic.csv").read_text() == first
+    exact_vs_heuristic.main(sparsity=[0.5, 0.7], **options)
+    assert asked == [0.5, 0.7]
