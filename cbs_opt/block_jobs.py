@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 from cbs_opt.array_store import ArrayCache, PackedProblem
 from cbs_opt.solving import solve
-from cbs_opt.threads import limit_numba, limit_process
+from cbs_opt.threads import limit_numba, limit_process, limit_thread
 from formulations.errors import CbsError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray
@@ -85,7 +86,11 @@ def solve_parcel(recipe: Recipe, parcel: Parcel) -> BlockSolution | None:
         problem = unpacked
     if this_process() != recipe.home:
         limit_process(recipe.limits.threads)
-    limit_numba(recipe.limits.threads)
+        limit_numba(recipe.limits.threads)
+    elif threading.current_thread() is not threading.main_thread():
+        limit_thread(recipe.limits.threads)
+    else:
+        limit_numba(recipe.limits.threads)
     began = time.perf_counter()
     try:
         solution = recipe.apply(problem, parcel.seed, parcel.incumbent)

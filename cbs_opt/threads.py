@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numba
 import torch
 from threadpoolctl import threadpool_limits
+
+_LIMITED = threading.local()
+"""What `limit_thread` did in a thread: looking through the loaded libraries takes milliseconds."""
 
 
 @contextmanager
@@ -37,6 +41,19 @@ def limit_process(threads: int) -> None:
     """
     threadpool_limits(limits=threads)
     torch.set_num_threads(threads)
+
+
+def limit_thread(threads: int) -> None:
+    """Hold what the calling thread starts to `threads` threads for good, as in a worker thread.
+
+    OpenMP and numba keep a limit of their own for every thread, which `thread_limit` around the pool
+    does not reach. BLAS keeps one for the process, which that sets back.
+    """
+    if getattr(_LIMITED, "threads", None) != threads:
+        threadpool_limits(limits=threads)
+        torch.set_num_threads(threads)
+        _LIMITED.threads = threads
+    limit_numba(threads)
 
 
 def limit_numba(threads: int) -> None:

@@ -381,9 +381,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases()], help="default: all")
     parser.add_argument("--out", type=Path, help="JSON file for all trials")
     given = parser.parse_args(arguments)
-    trials = kill_often(given.kills, given.seed)
+    chosen = [case for case in cases() if given.cases is None or case.name in given.cases]
+    trials = kill_often(given.kills, given.seed, chosen=chosen)
     if given.out is not None:
         given.out.write_text(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
     sys.stdout.write(summary(trials) + "\n")

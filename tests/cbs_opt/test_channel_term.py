@@ -120,7 +120,11 @@ def test_update_leaves_no_gradient_on_kept_weights(block: FisherBlock) -> None:
 
 def test_inverse_diagonal_of_the_whole_block(block: FisherBlock) -> None:
     dense = block.dense_hessian() + block.damping * torch.eye(block.n, dtype=torch.float64)
-    torch.testing.assert_close(inverse_diagonal(block), torch.linalg.inv(dense).diagonal(), rtol=1e-7, atol=0)
+    # The rows are in single precision, and so are their products with one another.
+    rounding = 10.0 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(
+        inverse_diagonal(block), torch.linalg.inv(dense).diagonal(), rtol=rounding, atol=0
+    )
 
 
 def test_parts_of_the_term_are_its_submatrices(block: FisherBlock) -> None:

@@ -31,6 +31,12 @@ def data_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def recorded(out: Path) -> list[dict[str, Any]]:
+    """What the ledger of a run holds: JSON behind a checksum, line by line."""
+    lines = (out / "results.jsonl").read_text().splitlines()
+    return [json.loads(line.partition(" ")[2]) for line in lines]
+
+
 def command(data_dir: Path, *more: str) -> list[str]:
     out = data_dir / "out"
     fixed = ["--network", "mlpnet_mnist", "--data", str(data_dir), "--out", str(out), "--no-verify"]
@@ -78,8 +84,7 @@ def test_a_changed_setting_is_measured_again(data_dir: Path, monkeypatch: pytest
     assert paper_tables.main(wanted) == 0
     monkeypatch.setattr(protocols, "STEP_LENGTHS", (0.5,))
     assert paper_tables.main(wanted) == 0
-    lines = (data_dir / "out" / "results.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["key"] for line in lines}) == 2
+    assert len({cell["key"] for cell in recorded(data_dir / "out")}) == 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,8 +97,8 @@ def test_every_method_runs(method: str, data_dir: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(trajectories, "STAGES", {"mlpnet": few_stages()})
     wanted = command(data_dir, "--methods", method, "--sparsity", ".8", "--seeds", "1")
     assert paper_tables.main(wanted) == 0
-    (line,) = (data_dir / "out" / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["n_prune"] == round(0.8 * 32_360)
+    (cell,) = recorded(data_dir / "out")
+    assert cell["n_prune"] == round(0.8 * 32_360)
 
 
 def few_stages() -> dict[str, Any]:
@@ -116,7 +121,7 @@ def test_one_run_in_stages_serves_every_sparsity_that_it_passes(
     wanted = command(data_dir, "--methods", "staged", "--sparsity", ".5", ".8", "--seeds", "2")
     assert paper_tables.main(wanted) == 0
     assert calls == [0.8, 0.8]
-    lines = [json.loads(line) for line in (data_dir / "out" / "results.jsonl").read_text().splitlines()]
+    lines = recorded(data_dir / "out")
     assert [(cell["seed"], cell["sparsity"]) for cell in lines] == [(0, 0.5), (0, 0.8), (1, 0.5), (1, 0.8)]
     for cell in lines:
         assert cell["n_prune"] == round(cell["sparsity"] * 32_360)
@@ -195,8 +200,7 @@ def test_ledger_survives_a_line_cut_short(tmp_path: Path) -> None:
 def test_magnitude_reproduces_the_published_row(tmp_path: Path) -> None:
     wanted = ["--network", "mlpnet_mnist", "--methods", "magnitude", "--sparsity", ".9", ".95", ".98"]
     assert paper_tables.main([*wanted, "--out", str(tmp_path)]) == 0
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    found = {cell["sparsity"]: cell["accuracy"] for cell in map(json.loads, lines)}
+    found = {cell["sparsity"]: cell["accuracy"] for cell in recorded(tmp_path)}
     assert found == pytest.approx({0.9: 90.30, 0.95: 83.64, 0.98: 32.25}, abs=0.03)
 
 
@@ -210,7 +214,7 @@ def test_batch_norm_statistics_estimated_anew_have_a_table_of_their_own(
     wanted = ["--network", "resnet20_cifar10", "--methods", "magnitude", "--sparsity", ".9", "--no-verify"]
     assert paper_tables.main([*wanted, "--data", str(tmp_path), "--out", str(tmp_path)]) == 0
     plain, anew = capsys.readouterr().out.split("Batch-norm statistics estimated anew")
-    (cell,) = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+    (cell,) = recorded(tmp_path)
     assert plain.rstrip().endswith(f"{cell['accuracy']:.2f} |")
     assert anew.rstrip().endswith(f"{cell['accuracy_recalibrated']:.2f} |")
 
