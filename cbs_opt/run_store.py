@@ -19,9 +19,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from cbs_opt.errors import RunMismatchError
-from cbs_opt.run_lock import RunLock
+from cbs_opt.run_lock import LOCK_FILE, RunLock
 from formulations.errors import InstanceFormatError
-from formulations.files import checksum, json_object, read_container, write_atomically, write_container
+from formulations.files import (
+    PARTIAL,
+    checksum,
+    json_object,
+    read_container,
+    write_atomically,
+    write_container,
+)
 
 PathLike = str | os.PathLike[str]
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -97,10 +104,10 @@ class RunStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.directory)
         try:
-            # What killed writes left: no other process writes here now.
-            for path in self.directory.glob(".*.*"):
-                path.unlink()
             self.run = self._agree(json.loads(json.dumps(told)))
+            # What killed writes left: no other process writes here now.
+            for path in self.directory.glob(f".*{PARTIAL}"):
+                path.unlink()
         except BaseException:
             self._lock.release()
             raise
@@ -152,6 +159,7 @@ class RunStore:
         """Write the fingerprint, or compare it with the one that is there; its checksum."""
         path = self.directory / RUN_FILE
         if not path.exists():
+            self._require_empty()
             write_atomically(path, (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
             return checksum(told)
         try:
@@ -167,6 +175,16 @@ class RunStore:
             remedy = "repeat the first call exactly, or use an empty directory"
             raise RunMismatchError("run_dir", found, remedy)
         return checksum(known)
+
+    def _require_empty(self) -> None:
+        """Refuse a folder of other things: pieces would replace files of the same name."""
+        own = (LOCK_FILE, RUN_FILE)
+        others = sorted(path.name for path in self.directory.iterdir())
+        others = [name for name in others if name not in own and not name.startswith(".")]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            found = f"{self.directory} holds {others[0]}{more}, but no run"
+            raise RunMismatchError("run_dir", found, "use an empty or a new directory")
 
 
 class Series:

@@ -29,6 +29,8 @@ from formulations.errors import InstanceFormatError
 
 HEADER = "header.npy"
 CHECKSUM = "checksum"
+PARTIAL = ".cbs-opt-partial"
+"""How names of files end that are being written."""
 LARGEST_HEADER = 2**20
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER = re.compile(rb"\{'descr': '([^']{1,8})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n")
@@ -52,10 +54,11 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def replaced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A stream whose content becomes that of `path` if the body ends without an exception.
 
-    A temporary file in the same folder is written, flushed to disk and renamed over `path`.
+    A temporary file in the same folder, whose name begins with a dot and ends with `PARTIAL`, is written,
+    flushed to disk and renamed over `path`. Only a kill leaves it behind.
     """
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream

@@ -25,6 +25,7 @@ from cbs_opt.pruning import prune
 from cbs_opt.report import PruneReport
 from cbs_opt.run_lock import RunLock
 from cbs_opt.run_store import RunStore
+from formulations.files import PARTIAL
 from tests.cbs_opt import small_network
 from tests.cbs_opt.small_network import assert_untouched, snapshot
 
@@ -352,10 +353,30 @@ def test_a_directory_that_cannot_be_written_is_named(place: str, tmp_path: Path)
     assert_untouched(model, before)
 
 
-def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".rows_0000.npz.abc").write_bytes(b"half")
+def test_what_a_killed_write_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".settings.user.yaml").write_text("mine")
+    with monkeypatch.context() as patch:
+        # A kill leaves the file that was being written, for nothing is run after it.
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        patch.setattr(os, "replace", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            run(network(), run_dir=tmp_path)
+    assert list(tmp_path.glob(f".*{PARTIAL}"))
     run(network(), run_dir=tmp_path)
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".settings.user.yaml"]
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "rows_0000.npz"
+    mine.write_bytes(b"mine")
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(RunMismatchError, match=r"holds rows_0000.npz, but no run"):
+        run(model, run_dir=tmp_path)
+    assert_untouched(model, before)
+    assert mine.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("case", ["selection", "joint", "stages"])
