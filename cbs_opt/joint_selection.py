@@ -204,7 +204,8 @@ def _each(
     ends = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     rest = sum(block.n for block in blocks)
     choices = []
-    for number, (block, count) in enumerate(zip(blocks, counts, strict=True)):
+    # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
+    for number, block in enumerate(blocks):
         began = time.monotonic()
         deadline = None if ends is None else began + max(0.0, ends - began) * block.n / max(1, rest)
         rest -= block.n
@@ -213,9 +214,9 @@ def _each(
             choices.append(known)
             continue
         try:
-            choice = method(block, count, number, deadline)
+            choice = method(block, counts[number], number, deadline)
         except KeyboardInterrupt:
-            pruned = lowest(magnitude(block), count)
+            pruned = lowest(magnitude(block), counts[number])
             choice = Choice(pruned=pruned, status=ending(False, Limit.INTERRUPTED), limit=Limit.INTERRUPTED)
         choices.append(replace(choice, seconds=time.monotonic() - began))
         if choice.limit is Limit.INTERRUPTED:

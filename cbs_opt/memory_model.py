@@ -84,20 +84,21 @@ class MemoryModel:
             if self._term and (self._run.curvature is None or self._run.curvature.channels is None):
                 found["layer inputs"] = self._held_rows() + self._layer_inputs(self._batch)
         sizes = self._sizes()
-        kept = self._held_rows() + self._moments() + self._block_rows()
+        kept = self._held_rows() + self._moments()
         if self._options.budget != "uniform" and len(self._run.partition.blocks) > 1:
-            scores = max(self._score(size) for size in sizes)
-            found["budget"] = kept + max(scores + DOUBLE * self._n, BUDGET_VECTORS * DOUBLE * self._n)
+            scores = self._block_rows() + max(self._score(size) for size in sizes) + DOUBLE * self._n
+            found["budget"] = kept + max(scores, BUDGET_VECTORS * DOUBLE * self._n)
         chosen = [selection_bytes(self._options.method, self._options.program, size) for size in sizes]
         self.complete = self.complete and None not in chosen and not self._options.certify
-        found["selection"] = kept + max(size or 0 for size in chosen)
+        found["selection"] = kept + self._block_rows() + max(size or 0 for size in chosen)
+        kept += self._grams()
         vectors = CANDIDATE_VECTORS * DOUBLE * self._n
         if self._options.update is not None:
+            # The sets, the weights before and those after the update, and what is made for a block.
+            updated = (1 + len(self._options.damping)) * DOUBLE * self._n
             most = max(update_bytes(self._options.update, size) for size in sizes)
-            pieces = len(self._options.damping) * DOUBLE * self._n
-            found["update"] = kept + self._grams() + pieces + max(most, vectors)
+            found["update"] = kept + updated + max(2 * self._n + self._block_rows() + most, vectors)
         evaluated = 0 if self._batch is None else self._evaluation(self._batch)
-        kept += self._grams() - self._block_rows()
         found["evaluation"] = kept + vectors + self.itemsize * self._n + evaluated
         return found
 
@@ -146,8 +147,10 @@ class MemoryModel:
         assert limit is not None
         held = buffered_rows(self.rows, row, limit)
         written = held * self._block_rows() // max(1, self.rows)
-        filled = row * (held + 1) + read + max(gradients, written)
-        return max(filled, self._block_rows() + 3 * row)
+        # The buffer and the gradient, the sum of all rows, and a chunk that finds the buffer full.
+        filled = row * (held + 1) + DOUBLE * self._n + read + gradients + written
+        # The last block that is scaled, the gradient, and the sum and the mean of the rows.
+        return max(filled, self._block_rows() + 2 * row + 2 * DOUBLE * self._n)
 
     def _gradients(self, batch: Batch) -> int:
         """What differentiating one chunk of samples allocates."""

@@ -26,7 +26,7 @@ from cbs_opt.candidate import (
 from cbs_opt.certification import PathLike, certify_report
 from cbs_opt.curvature import GradientRows
 from cbs_opt.heuristics.shared_grams import SharedGrams
-from cbs_opt.heuristics.updates import cbs_updates, independent_updates, passed_over
+from cbs_opt.heuristics.updates import cbs_updates, independent_updates
 from cbs_opt.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.on_demand import OnDemand
 from cbs_opt.prune_options import PruneOptions
@@ -340,7 +340,8 @@ class PruneRun:
         Those of a run that goes on are left out where their losses are known and not the lowest so far.
         """
         options = self.options
-        pruned = torch.cat([choice.pruned for choice in choices])
+        sets = [choice.pruned for choice in choices]
+        pruned = torch.cat(sets)
         before = self.weights.double()
         scales = options.update_scale if options.update is not None else (1.0,)
         losses = self.done.losses(self._selections, len(dampings) * len(scales))
@@ -348,20 +349,14 @@ class PruneRun:
             removed = torch.where(pruned, 0.0, self.weights)
             yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs, losses, 0)
             return
-        update = UPDATERS[options.update]
         blocks = self._blocks(dampings[0], layer_inputs, gradient=options.gradient_term)
         lowest = losses.lowest()
         if self._best is not None and lowest is not None and lowest >= self._best.rank:
             if options.update == "cbs":
-                for block, choice in zip(blocks, choices, strict=True):
-                    with self.grams.of(block) as gram:
-                        passed_over(block, choice.pruned, gram)
+                self.grams.pass_over(blocks, sets)
             return
-        found = []
         with self._phase("update"):
-            for block, choice in zip(blocks, choices, strict=True):
-                with self.grams.of(block) as gram:
-                    found.append(update(block, choice.pruned, dampings, gram))
+            found = self.grams.updates(UPDATERS[options.update], blocks, sets, dampings)
         number = itertools.count()
         for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
             target = torch.cat(pieces)

@@ -93,8 +93,8 @@ def by_randomized_magnitude(
 ) -> list[Choice]:
     """Randomised magnitude pruning in every block; `spread` as in `randomized_magnitude`."""
     return [
-        Choice(pruned=start_set("randomized_magnitude", block, count, limits.seed + number, spread))
-        for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
+        Choice(pruned=start_set("randomized_magnitude", block, counts[number], limits.seed + number, spread))
+        for number, block in enumerate(blocks)
     ]
 
 
@@ -146,8 +146,8 @@ def by_swap_search(
     best: list[SwapResult] | None = None
     for name in names if warm is None else ["warm"]:
         starts = warm or [
-            start_set(name, block, count, limits.seed + number, spread)
-            for number, (block, count) in enumerate(zip(blocks, counts, strict=True))
+            start_set(name, block, counts[number], limits.seed + number, spread)
+            for number, block in enumerate(blocks)
         ]
         found = swap_search_batch(
             programs,
@@ -180,11 +180,12 @@ def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> 
         **options: Any,
     ) -> list[Choice]:
         choices = []
-        for number, (block, count) in enumerate(zip(blocks, counts, strict=True)):
+        # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
+        for number, block in enumerate(blocks):
             choice = None if ledger is None else ledger.known(number)
             if choice is None:
                 require_dense(block, name, program)
-                solution = solver(block.to_problem(count), program, limits=limits, **options)
+                solution = solver(block.to_problem(counts[number]), program, limits=limits, **options)
                 choice = choice_of_solution(block, checked_solution(block, solution, name))
                 if choice.limit is Limit.INTERRUPTED:
                     raise KeyboardInterrupt

@@ -78,17 +78,26 @@ class ChannelSystem:
             self.whole = factorise(self._dense(), block)
             return
         self.rows = block.rows
-        self.parts: list[_Factored] = []
-        for channel in self.channels.channels:
-            matrix = channel.matrix()
-            matrix.diagonal().add_(damping)
-            own = kept[channel.start : channel.stop]
-            self.parts.append(_Factored(index=own, factor=factorise(matrix, block)))
+        self.parts = self._factored()
         inner = self._inner_matrix()
         if precision != torch.float64 and float(inner.diagonal().amax()) > SINGLE_LIMIT:
             self.precision = torch.float64
             inner = self._inner_matrix()
         self.inner = factorise(inner, block)
+
+    def _factored(self) -> list[_Factored]:
+        """The factors of D, in one piece of memory: between temporaries they would leave holes."""
+        channels = self.channels.channels
+        squares = [(channel.stop - channel.start) ** 2 for channel in channels]
+        storage = torch.empty(sum(squares), dtype=torch.float64, device=self.kept.device)
+        parts = []
+        for channel, piece in zip(channels, torch.split(storage, squares), strict=True):
+            matrix = channel.matrix()
+            matrix.diagonal().add_(self.damping)
+            # By columns, as LAPACK has it.
+            factor = piece.view_as(matrix).T.copy_(factorise(matrix, self.block))
+            parts.append(_Factored(index=self.kept[channel.start : channel.stop], factor=factor))
+        return parts
 
     def solve(self, right: Tensor) -> Tensor:
         """``H_KK^-1 right`` for `right` (s,) float64."""

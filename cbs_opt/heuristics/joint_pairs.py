@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.heuristics.joint_program import JointProgram, KeptSet
-from cbs_opt.heuristics.products import COLUMN_CHUNK
+from cbs_opt.heuristics.products import column_pieces
 
 LEAVING_CHUNK = 256
 """Kept weights whose pairs are computed together."""
@@ -158,8 +158,8 @@ def _best_partners(
     step = program.damping * scores.levels[leaving] * inner
     least = torch.full(leaving.shape, torch.inf, dtype=torch.float64, device=leaving.device)
     best = torch.zeros_like(leaving)
-    for piece in torch.split(entering, COLUMN_CHUNK):
-        product = solved @ program.rows.index_select(1, piece).double()
+    for span, columns in column_pieces(program.rows, entering):
+        piece, product = entering[span], solved @ columns
         outer = 1.0 / (1.0 + scores.leverages[piece])
         change = 2.0 * product * step[:, None] * (scores.levels[piece] * outer)
         change = scores.costs[leaving][:, None] - scores.gains[piece] - change

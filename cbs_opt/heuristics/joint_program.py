@@ -21,7 +21,7 @@ from torch import Tensor
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics.channel_program import ChannelProgram
 from cbs_opt.heuristics.channel_term import densified
-from cbs_opt.heuristics.products import COLUMN_CHUNK, adjoint_image, factorise, image, inner_gram
+from cbs_opt.heuristics.products import adjoint_image, column_pieces, factorise, image, inner_gram
 from formulations.errors import NotPositiveDefiniteError
 
 SPLIT_SHARE = 0.5
@@ -142,13 +142,12 @@ class JointProgram:
         """
         identity = torch.eye(len(kept.factor), dtype=torch.float64, device=kept.factor.device)
         inverse = torch.linalg.solve_triangular(kept.factor, identity, upper=False).to(precision)
-        pieces = (
-            torch.split(self.rows, COLUMN_CHUNK, dim=1)
-            if index is None
-            else (self.rows.index_select(1, piece) for piece in torch.split(index, COLUMN_CHUNK))
+        found = torch.empty(
+            self.n if index is None else len(index), dtype=torch.float64, device=inverse.device
         )
-        parts = [(inverse @ columns.to(precision)).square_().sum(dim=0) for columns in pieces]
-        return torch.cat(parts).double()
+        for span, columns in column_pieces(self.rows, index, precision):
+            found[span] = (inverse @ columns).square_().sum(dim=0)
+        return found
 
     def moved_leverages(self, leverages: Tensor, before: KeptSet, after: KeptSet) -> Tensor:
         """`leverages` of `before` brought to `after` in the precision of the rows.
@@ -161,12 +160,11 @@ class JointProgram:
         sign = torch.where(after.keep[changed], 1.0, -1.0).double()
         core = torch.diag(sign) + columns.T @ solved
         inverse, solved = torch.linalg.inv(core).to(self.rows.dtype), solved.T.to(self.rows.dtype)
-        parts = []
-        for piece in torch.split(self.rows, COLUMN_CHUNK, dim=1):
+        moved = leverages.clone()
+        for span, piece in column_pieces(self.rows, dtype=self.rows.dtype):
             product = solved @ piece
-            parts.append((product * (inverse @ product)).sum(dim=0))
-        moved = leverages - torch.cat(parts).double()
-        return moved.clamp_min(0.0)
+            moved[span] -= (product * (inverse @ product)).sum(dim=0)
+        return moved.clamp_min_(0.0)
 
     def weights(self, kept: KeptSet) -> Tensor:
         """The best new weights of a kept set, (n,) float64."""
@@ -175,8 +173,8 @@ class JointProgram:
     def _image_of(self, index: Tensor) -> Tensor:
         """``R_I a_I``, (m,) float64."""
         total = torch.zeros_like(self.pull)
-        for piece in torch.split(index, COLUMN_CHUNK):
-            total += self.rows.index_select(1, piece).double() @ self.anchor[piece]
+        for span, columns in column_pieces(self.rows, index):
+            total += columns @ self.anchor[index[span]]
         return total
 
     def _solved(self, keep: Tensor, gram: Tensor, target: Tensor) -> KeptSet:

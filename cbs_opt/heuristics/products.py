@@ -12,8 +12,8 @@ from formulations.errors import NotPositiveDefiniteError
 
 ROW_CHUNK = 8
 """Rows converted to float64 at a time."""
-COLUMN_CHUNK = 8_192
-"""Columns converted to float64 at a time where they are gathered."""
+COLUMN_CHUNK = 1_024
+"""Columns converted to float64 at a time: wider pieces are no faster and take more memory."""
 
 
 def image(data: Tensor, x: Tensor) -> Tensor:
@@ -40,6 +40,14 @@ def column_squares(rows: Tensor) -> Tensor:
     return total
 
 
+def weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
+    """``sum_k weights_k rows_ki^2`` for float64 `weights` (m,), (n,) float64."""
+    total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for span, columns in column_pieces(rows):
+        total[span] = weights @ columns.square()
+    return total
+
+
 def double_chunks(data: Tensor) -> Iterator[Tensor]:
     """The rows of `data` in float64, a few at a time; each chunk is gone when the next one comes."""
     if data.dtype == torch.float64:
@@ -51,14 +59,35 @@ def double_chunks(data: Tensor) -> Iterator[Tensor]:
         yield buffer[: part.shape[0]].copy_(part)
 
 
+def column_pieces(
+    rows: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[slice, Tensor]]:
+    """The columns `index` (all by default) of `rows` (m, n) in `dtype`, at most `COLUMN_CHUNK` at a time.
+
+    Yields their positions among those columns, and the piece, (m, k), which is valid until the next one
+    comes and not to be written to. Pieces that have to be made share one buffer: freed and made anew, they
+    would be carved up by what is allocated in between, and the process would grow by one a piece.
+    """
+    m, count = rows.shape[0], rows.shape[1] if index is None else len(index)
+    widest = min(count, COLUMN_CHUNK)
+    converts = rows.dtype != dtype
+    gathered = torch.empty(m * widest if index is not None else 0, dtype=rows.dtype, device=rows.device)
+    converted = torch.empty(m * widest if converts else 0, dtype=dtype, device=rows.device)
+    for start in range(0, count, COLUMN_CHUNK):
+        span = slice(start, min(start + COLUMN_CHUNK, count))
+        width = span.stop - span.start
+        piece = rows[:, span]
+        if index is not None:
+            piece = gathered[: m * width].view(m, width)
+            torch.index_select(rows, 1, index[span], out=piece)
+        yield span, converted[: m * width].view(m, width).copy_(piece) if converts else piece
+
+
 def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
     """``R_I R_I^T`` over the columns `index` (all by default), (m, m) float64; O(m^2 |I|)."""
     gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
-    pieces = torch.split(rows, COLUMN_CHUNK, dim=1) if index is None else torch.split(index, COLUMN_CHUNK)
-    for piece in pieces:
-        columns = (piece if index is None else rows.index_select(1, piece)).double()
+    for _, columns in column_pieces(rows, index):
         gram.addmm_(columns, columns.T)
-        del columns  # or it would still be there while the next ones are made
     return gram
 
 

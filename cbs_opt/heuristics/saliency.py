@@ -13,7 +13,7 @@ from torch import Tensor
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics.channel_solve import ChannelSystem
 from cbs_opt.heuristics.products import (
-    COLUMN_CHUNK,
+    column_pieces,
     factorise,
     hessian_diagonal,
     hessian_product,
@@ -71,11 +71,10 @@ def inverse_diagonal(block: FisherBlock) -> Tensor:
     gram = inner_gram(rows)
     gram.diagonal().add_(block.damping)
     factor = factorise(gram, block)
-    parts = [
-        torch.linalg.solve_triangular(factor, columns.double(), upper=False).square().sum(dim=0)
-        for columns in torch.split(rows, COLUMN_CHUNK, dim=1)
-    ]
-    return (1.0 - torch.cat(parts)).clamp_min(torch.finfo(torch.float64).eps) / block.damping
+    seen = torch.empty(block.n, dtype=torch.float64, device=rows.device)
+    for span, columns in column_pieces(rows):
+        seen[span] = torch.linalg.solve_triangular(factor, columns, upper=False).square_().sum(dim=0)
+    return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / block.damping
 
 
 def loss_preservation(block: FisherBlock) -> Tensor:

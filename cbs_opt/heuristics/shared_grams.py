@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics.products import KeptGram
+from cbs_opt.heuristics.updates import passed_over
+
+Updater = Callable[[FisherBlock, Tensor, Sequence[float], KeptGram | None], list[Tensor]]
+"""New weights of a block for its pruned set, one for each damping."""
 
 SHARED_GRAM_SIZE = 1 << 26
 """Numbers in the Gram matrices that are kept from one tried network to the next: 512 MiB."""
@@ -39,3 +45,26 @@ class SharedGrams:
         yield gram
         # Rows on disk leave memory with the last tensor that refers to them.
         gram.rows = rows.new_empty(0, block.n)
+
+    def updates(
+        self,
+        update: Updater,
+        blocks: Sequence[FisherBlock],
+        sets: Sequence[Tensor],
+        dampings: Sequence[float],
+    ) -> list[list[Tensor]]:
+        """`update` of every block for its pruned set of `sets`: new weights for each damping.
+
+        No block outlives its turn.
+        """
+        found = []
+        for block, pruned in zip(blocks, sets, strict=True):
+            with self.of(block) as gram:
+                found.append(update(block, pruned, dampings, gram))
+        return found
+
+    def pass_over(self, blocks: Sequence[FisherBlock], sets: Sequence[Tensor]) -> None:
+        """Have the Gram matrices see sets whose updates are not needed."""
+        for block, pruned in zip(blocks, sets, strict=True):
+            with self.of(block) as gram:
+                passed_over(block, pruned, gram)

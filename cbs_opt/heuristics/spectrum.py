@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cbs_opt.heuristics.products import COLUMN_CHUNK, inner_gram
+from cbs_opt.heuristics.products import inner_gram, weighted_squares
 
 
 class RowSpectrum:
@@ -42,7 +42,5 @@ class RowSpectrum:
         if not self._dual:
             diagonal: Tensor = self._vectors.square() @ weights
             return diagonal
-        parts = [
-            weights @ columns.double().square() for columns in torch.split(self._vectors, COLUMN_CHUNK, dim=1)
-        ]
-        return (1.0 - torch.cat(parts)).clamp_min(torch.finfo(torch.float64).eps) / damping
+        seen = weighted_squares(self._vectors, weights)
+        return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / damping

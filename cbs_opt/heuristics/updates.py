@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics.channel_solve import ChannelSystem
-from cbs_opt.heuristics.products import COLUMN_CHUNK, KeptGram, factorise, image
+from cbs_opt.heuristics.products import KeptGram, column_pieces, factorise, image
 from formulations.errors import NotPositiveDefiniteError
 
 
@@ -211,5 +211,7 @@ def _damped(matrix: Tensor, damping: float) -> Tensor:
 
 def _back(rows: Tensor, kept: Tensor, x: Tensor) -> Tensor:
     """``R_K^T x`` in float64, in chunks of columns."""
-    parts = [rows.index_select(1, part).double().T @ x for part in torch.split(kept, COLUMN_CHUNK)]
-    return torch.cat(parts)
+    product = torch.empty(len(kept), dtype=torch.float64, device=rows.device)
+    for span, columns in column_pieces(rows, kept):
+        product[span] = columns.T @ x
+    return product

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics.channel_term import ChannelTerm
-from cbs_opt.heuristics.products import COLUMN_CHUNK, KeptGram, factorise, inner_gram
+from cbs_opt.heuristics.products import KeptGram, factorise, inner_gram, weighted_squares
 from cbs_opt.heuristics.updates import solve_kept
 
 
@@ -84,9 +84,7 @@ class WhitenedRows:
         """``diag((R^T R + damping M)^-1)``, (n,) float64."""
         values, vectors = self._eigenvectors()
         weights = 1.0 / (values + damping)
-        seen = torch.cat(
-            [weights @ part.double().square() for part in torch.split(vectors, COLUMN_CHUNK, dim=1)]
-        )
+        seen = weighted_squares(vectors, weights)
         if self._rows.shape[0] >= self._rows.shape[1]:
             return seen
         own = torch.cat([torch.cholesky_inverse(factor).diagonal() for factor in self._factors])

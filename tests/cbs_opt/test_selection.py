@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
 from cbs_opt import selection
+from cbs_opt.blocks import FisherBlock
 from cbs_opt.heuristics.saliency import SALIENCIES, lowest
 from cbs_opt.heuristics.selection_program import SelectionProgram
 from cbs_opt.heuristics.swap_search import swap_search
+from cbs_opt.joint_selection import by_iterative_hard_threshold, by_joint_greedy_obs, by_joint_swap_search
 from cbs_opt.methods import available_methods
-from cbs_opt.selection import STARTS, by_randomized_magnitude, by_saliency, by_solver, by_swap_search
+from cbs_opt.on_demand import OnDemand
+from cbs_opt.selection import (
+    STARTS,
+    Selector,
+    by_randomized_magnitude,
+    by_saliency,
+    by_solver,
+    by_swap_search,
+)
 from formulations import loss
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, UnsupportedProblemError
@@ -119,3 +131,31 @@ def test_every_ending_of_a_search_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert status() == "1-swap optimal"
     assert status(locally_optimal=False, limit=Limit.TIME) == "stopped: time limit"
     assert status(locally_optimal=False, limit=None) == "start kept: nothing better beyond rounding"
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        by_saliency("obs"),
+        by_randomized_magnitude,
+        by_joint_swap_search,
+        by_joint_greedy_obs,
+        by_iterative_hard_threshold,
+        by_solver(enumerate_optimum, "enumeration", "joint"),
+    ],
+    ids=["saliency", "randomized", "joint swaps", "greedy", "thresholding", "solver"],
+)
+def test_blocks_made_on_demand_are_let_go(select: Selector) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def make(number: int) -> FisherBlock:
+        # The loop that asks for a block may still hold the one before.
+        assert not any(rows() is not None for rows in made[:-1])
+        block = fisher_block("flat", 8, 5, seed=number)
+        assert block.rows is not None
+        made.append(weakref.ref(block.rows))
+        return block
+
+    choices = select(OnDemand(make, 5), [3] * 5, limits=Limits())
+    assert [int(choice.pruned.sum()) for choice in choices] == [3] * 5
+    assert len(made) >= 5

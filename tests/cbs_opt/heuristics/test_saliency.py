@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics import saliency
+from cbs_opt.heuristics import products, saliency
 from formulations import loss
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from tests.cbs_opt.heuristics.fisher import KINDS, dense_hessian, fisher_block
@@ -65,9 +65,9 @@ def test_gradient_scores_need_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("chunk", [7, 8192])
+@pytest.mark.parametrize("chunk", [7, 1024])
 def test_inverse_diagonal(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int) -> None:
-    monkeypatch.setattr(saliency, "COLUMN_CHUNK", chunk)
+    monkeypatch.setattr(products, "COLUMN_CHUNK", chunk)
     for kind in DAMPED:
         for m in (6, 60):
             block = fisher_block(kind, 30, m, dtype=dtype)
