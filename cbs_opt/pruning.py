@@ -187,7 +187,8 @@ def prune(
         block, training losses, certificates, stages, and the result. The same call on the same directory
         goes on where the last one was stopped or killed, and ends with the same weights and report, bit for
         bit; on a finished run it returns at once. Another network, data, option, version, processor or number
-        of threads is refused, with the difference named, and so is a second process in the directory.
+        of threads is refused, with the difference named, and so are a second process in the directory and a
+        directory of other files.
         The rows take as much space there as in memory, until the run is finished. A loader must give the same
         samples again in every pass; a time limit counts anew, and what it cuts short may differ.
     executor : Executor, int, callable or Workers, optional
