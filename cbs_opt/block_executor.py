@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Executor, Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits
 
 OnSolution = Callable[[int, BlockSolution], object]
+QUIET = 600.0
+"""Seconds without a block that came back after which the log says so: a cluster may have lost its workers."""
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +192,7 @@ class Dispatch:
         try:
             with thread_limit(self._recipe.limits.threads) if self._pool.in_process else nullcontext():
                 while self._fill():
-                    self._receive(self._arrived.get())
+                    self._receive(self._arrival())
             finished = True
         except KeyboardInterrupt:
             self._interrupt()
@@ -201,6 +203,20 @@ class Dispatch:
             if self._store is not None:
                 self._store.close()
         return [self._done[index] for index in sorted(self._done)]
+
+    def _arrival(self) -> Future[Any]:
+        """The next block that comes back; a long wait is logged, since some executors wait for ever."""
+        while True:
+            try:
+                return self._arrived.get(timeout=QUIET)
+            except Empty:
+                out = sorted(job.index for job in self._flying.values())
+                log.warning(
+                    "no block came back for %g s; %d are out, first block %d: has the executor workers?",
+                    QUIET,
+                    len(out),
+                    out[0],
+                )
 
     def _fill(self) -> bool:
         """Hand out blocks until the window is full; whether any is in flight."""

@@ -452,6 +452,14 @@ def test_an_executor_that_is_closed_is_named():
         solve_blocks(blocks(1), "greedy_obs", program="joint", executor=executor)
 
 
+def test_a_long_silence_is_logged_and_waited_through(pool, monkeypatch, caplog):
+    monkeypatch.setattr("cbs_opt.block_executor.QUIET", 0.05)
+    problems = blocks(2)
+    solutions = solve_blocks(problems, block_methods.sleeping, program="joint", executor=pool, seconds=0.4)
+    same(solutions, [greedy(problem, "joint") for problem in problems])
+    assert "no block came back for 0.05 s; 2 are out, first block 0" in caplog.text
+
+
 def test_what_the_caller_raises_gets_through(pool):
     def stop(_index: int, _solution: BlockSolution) -> None:
         raise LookupError("enough")
