@@ -71,8 +71,13 @@ def percent() -> FuncFormatter:
 
 
 def legend(axes: Axes, *, outside: bool = False) -> None:
-    """A legend without a frame, within the axes or above them."""
-    if outside:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
-    else:
+    """A legend without a frame, within the axes or above them in as many columns as there is room for."""
+    if not outside:
         axes.legend(frameon=False, fontsize=8)
+        return
+    handles, labels = axes.get_legend_handles_labels()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    longest = max((len(str(label)) for label in labels), default=0)
+    columns = max(1, min(3, int(figure.get_figwidth() / (0.07 * longest + 0.6))))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=8)

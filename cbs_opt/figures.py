@@ -83,7 +83,7 @@ def predicted_against_actual(reports: Sequence[PruneReport]) -> Figure | None:
     points = [(r, p, a) for r, p, a in known if math.isfinite(p) and math.isfinite(a)]
     if not points:
         return None
-    figure, axes = single(height=4.0)
+    figure, axes = single(height=4.6)
     values = np.array([[p, a] for _, p, a in points])
     magnitudes = np.abs(values[values != 0.0])
     smallest = float(magnitudes.min()) if magnitudes.size else 1.0
@@ -109,7 +109,7 @@ def predicted_against_actual(reports: Sequence[PruneReport]) -> Figure | None:
     axes.set_aspect("equal", adjustable="box")
     axes.set_xlabel("Predicted loss increase")
     axes.set_ylabel("Measured loss increase")
-    legend(axes)
+    legend(axes, outside=True)
     return figure
 
 
@@ -122,7 +122,7 @@ def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
     names = [layer.name for layer in chosen[0].layers][:MAX_LAYERS]
     rows = np.arange(len(names))
     row_height = min(0.45, max(0.28, 0.14 * len(chosen) + 0.1))
-    figure, axes = single(height=max(1.8, 1.0 + row_height * len(names)))
+    figure, axes = single(height=max(1.8, 1.0 + row_height * len(names)) + 0.12 * len(chosen))
     palette = styles(reports)
     if len(chosen) == 1:
         values = [layer.sparsity for layer in chosen[0].layers[:MAX_LAYERS]]

@@ -7,6 +7,7 @@ where there is nothing to draw.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ from cbs_opt.report_text import OPTIMAL_GAP, gap_text
 NAMED_BLOCKS = 40
 """Most blocks that are drawn one a line, with their names."""
 LONGEST_NAME = 28
+TITLE_CHARACTERS = 26
+"""In a line of the title of a panel, of which three stand side by side."""
 MAX_PANELS = 9
 DASHES = (0, (5, 2))
 DOTS = (0, (1, 2))
@@ -172,7 +175,7 @@ def _loss_panel(axes: Axes, label: str, reports: Sequence[PruneReport]) -> None:
             if style is BOUND:
                 looks |= {"markeredgecolor": INK, "markeredgewidth": 1.4}
             axes.plot(x, y, linestyle=style.line, linewidth=1.2, label=name, **looks)
-    axes.set_title(label, fontsize=8, color=INK)
+    axes.set_title(textwrap.fill(label, TITLE_CHARACTERS), fontsize=8, color=INK)
     axes.xaxis.set_major_formatter(percent())
     axes.tick_params(labelsize=7)
     axes.margins(x=0.1)
