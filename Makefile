@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n logical --maxprocesses 4
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -17,6 +17,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 demo: $(VENV)/.installed
 	$(BIN)/cbs-opt demo --out $(OUT)
 
+# Small matrices and parallel tests: one thread each is fastest on few cores.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

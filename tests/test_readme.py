@@ -38,7 +38,8 @@ def test_the_commands_by_hand_are_those_of_the_makefile() -> None:
         ("-c constraints.txt -e .\n", "$(INSTALL) -e .\n"),
         ('-c constraints.txt -e ".[dev]"', '$(INSTALL) -e ".[dev]"'),
         ("cbs-opt demo --out runs/demo", "cbs-opt demo --out $(OUT)"),
-        ("python -m pytest", "python -m pytest $(PYTEST_ARGS)"),
+        ("python -m pytest -n logical", "python -m pytest $(PYTEST_ARGS)"),
+        ("-n logical --maxprocesses 4\n", "PYTEST_ARGS ?= -n logical --maxprocesses 4\n"),
     ):
         assert by_hand in README
         assert in_make in makefile
