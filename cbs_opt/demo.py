@@ -12,9 +12,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from cbs_opt.budget import checked_sparsity
+from cbs_opt.budget.counts import checked_sparsity
 from cbs_opt.pruning import prune
-from cbs_opt.report import PruneReport
+from cbs_opt.report.record import PruneReport
 
 Pair = tuple[Tensor, Tensor]
 

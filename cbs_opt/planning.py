@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from cbs_opt.batches import Data
-from cbs_opt.prune_plan import PrunePlan
+from cbs_opt.network.data import Data
+from cbs_opt.plan.prune_plan import PrunePlan
 from cbs_opt.pruning import prune
 from formulations.errors import ArgumentError
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from cbs_opt.blocks import DENSE_LIMIT, BlockRule, checked_rule
-from cbs_opt.budget import Budget, checked_sparsity
-from cbs_opt.methods import Method, available_methods, find_method
-from cbs_opt.selection import Selector, by_solver
-from cbs_opt.spread_selection import by_workers
-from cbs_opt.workers import Workers
+from cbs_opt.budget.counts import Budget, checked_sparsity
+from cbs_opt.execution.selector import by_workers
+from cbs_opt.execution.workers import Workers
+from cbs_opt.hessian.block import DENSE_LIMIT
+from cbs_opt.network.partition import BlockRule, checked_rule
+from cbs_opt.select.choice import Selector
+from cbs_opt.select.methods import Method, available_methods, find_method
+from cbs_opt.select.selectors import by_solver
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 from formulations.solution import Limits
 

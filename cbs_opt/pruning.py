@@ -11,12 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from cbs_opt.batches import Data, LossFunction
-from cbs_opt.blocks import BlockRule, Partition
-from cbs_opt.budget import Budget
-from cbs_opt.curvature import MEMORY_LIMIT, GradientRows
-from cbs_opt.layer_inputs import default_layer_inputs
-from cbs_opt.network_watch import unchanged
+from cbs_opt.budget.counts import Budget
+from cbs_opt.budget.schedule import Schedule
+from cbs_opt.curvature.fisher import MEMORY_LIMIT, GradientRows
+from cbs_opt.curvature.layer_inputs import default_layer_inputs
+from cbs_opt.curvature.rows import RowPlace, StoredRows
+from cbs_opt.execution.workers import Workers, lasting
+from cbs_opt.network.data import Data, LossFunction
+from cbs_opt.network.guard import unchanged
+from cbs_opt.network.partition import BlockRule, Partition
+from cbs_opt.network.targets import Globs
+from cbs_opt.network.trial import write_back
+from cbs_opt.oneshot import PruneRun
+from cbs_opt.plan.prune_plan import OnPlan, plan_of
 from cbs_opt.prune_options import (
     DAMPING,
     PruneOptions,
@@ -27,17 +34,10 @@ from cbs_opt.prune_options import (
     grid,
     update_kind,
 )
-from cbs_opt.prune_plan import OnPlan, plan_of
-from cbs_opt.prune_run import PruneRun
-from cbs_opt.report import PruneReport
-from cbs_opt.run_store import RunStore
-from cbs_opt.schedules import Schedule
+from cbs_opt.report.record import PruneReport
+from cbs_opt.runs.folder import RunStore
 from cbs_opt.stage_options import check_one_stage, check_stageable, stage_options
-from cbs_opt.stages import OnStage, StagedRun
-from cbs_opt.stored_rows import RowPlace, StoredRows
-from cbs_opt.targets import Globs
-from cbs_opt.workers import Workers, lasting
-from cbs_opt.write_back import write_back
+from cbs_opt.stages.staged import OnStage, StagedRun
 from formulations.errors import ArgumentError
 
 
@@ -141,7 +141,7 @@ def prune(
         bring; and 0 where layers are so wide that factorising the term, ``sum out * fan_in^3``, takes
         over 10^12 multiplications. Saliencies, the update and, under the joint program, `greedy_obs` and
         `swap_search` take it in blocks of any size, certificates and dense methods up to 4 096 weights;
-        the swap search of the selection program goes by the rows. See `cbs_opt.layer_inputs`.
+        the swap search of the selection program goes by the rows. See `cbs_opt.curvature.layer_inputs`.
     partition : {"global", "layer", "row"} or int, default "global"
         How weights form blocks; weights of different blocks do not interact in the model.
     budget : {"global", "uniform"} or mapping of parameter glob to sparsity, default "global"
@@ -193,18 +193,18 @@ def prune(
         samples again in every pass; a time limit counts anew, and what it cuts short may differ.
     executor : Executor, int, callable or Workers, optional
         Where the blocks are solved, for methods that take one block at a time (such as
-        "branch_and_bound" with ``partition="row"``); see `cbs_opt.workers.Workers`. The result does
+        "branch_and_bound" with ``partition="row"``); see `cbs_opt.execution.workers.Workers`. The result does
         not depend on it, as long as no time limit is met.
     certify : bool, default False
         Bound the optimum of `program` in every block from below, in float64 on the CPU, block after
         block, and report how far above it the chosen set can be at most. The sum over blocks bounds
         the block-diagonal quadratic model of the loss: it says nothing about accuracy. See
-        `cbs_opt.certification`.
+        `cbs_opt.certify.certificates`.
     certify_time_limit : float, optional
         Seconds for all certificates together. A block that they do not reach has no bound.
     block_dir : path, optional
         With `certify`: write the data of every block there, each as large as its rows in float64, so
-        that anybody can check the certificates; see `cbs_opt.certificate_files`.
+        that anybody can check the certificates; see `cbs_opt.certify.files`.
     memory_limit : int
         Bytes for temporaries of the curvature, besides the rows.
     row_memory : int, optional

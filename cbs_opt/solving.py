@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cbs_opt.blocks import FisherBlock
-from cbs_opt.joint_selection import SearchInterruptedError
-from cbs_opt.methods import Method, available_methods, find_method
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.select.joint_program.selectors import SearchInterruptedError
+from cbs_opt.select.methods import Method, available_methods, find_method
 from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
@@ -257,7 +257,7 @@ def _select(
     incumbent: BlockSolution | None,
     options: Mapping[str, Any],
 ) -> BlockSolution:
-    """A method of `cbs_opt.selection` on one block, evaluated under the program."""
+    """A method of `cbs_opt.select.selectors` on one block, evaluated under the program."""
     began = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     if pool.keep is not None and "warm" in inspect.signature(method.engine(program)).parameters:

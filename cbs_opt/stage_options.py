@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cbs_opt.budget.schedule import Schedule, sparsity_schedule
 from cbs_opt.prune_options import PruneOptions
-from cbs_opt.schedules import Schedule, sparsity_schedule
 from formulations.errors import ArgumentError
 
 UPDATES_PER_STAGE = 2

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cbs_opt.methods import Method, available_methods
+from cbs_opt.select.methods import Method, available_methods
 from formulations.models import MODELS
 from formulations.problem import PROGRAMS, BlockProblem
 from formulations.solvers import bridge, models_for, solver_names

@@ -35,8 +35,9 @@ from torch import nn
 from tqdm import tqdm
 
 import cbs_opt
-from cbs_opt.batches import Data, evaluate
-from cbs_opt.report import PruneReport
+from cbs_opt.network.data import Data
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.report.record import PruneReport
 from experiments.ablation_figure import draw
 from experiments.exact_vs_heuristic import Subject, subject
 from experiments.ledger import Ledger, settings_key

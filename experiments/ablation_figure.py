@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cbs_opt.figure_style import INK, dress, numbered_style
-from cbs_opt.figure_style import marker as marker_style
+from cbs_opt.report.figure_style import INK, dress, numbered_style
+from cbs_opt.report.figure_style import marker as marker_style
 
 TITLES = {
     "built": "Built up from magnitude pruning",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cbs_opt.batches import Data
+from cbs_opt.network.data import Data
 from experiments.datasets import Dataset
 from experiments.networks import Network
 from formulations.errors import ArgumentError

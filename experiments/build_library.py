@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import typer
 
-from cbs_opt.blocks import FisherBlock
-from cbs_opt.curvature import fisher_blocks
+from cbs_opt.curvature.fisher import fisher_blocks
 from cbs_opt.demo import digits_network
+from cbs_opt.hessian.block import FisherBlock
 from formulations import BlockProblem, Limits, verify
 from formulations.branch_and_bound import branch_and_bound
 from formulations.files import write_atomically

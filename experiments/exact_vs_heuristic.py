@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cbs_opt import solve
-from cbs_opt.batches import evaluate
-from cbs_opt.blocks import Partition
-from cbs_opt.budget import allocate
-from cbs_opt.curvature import fisher_blocks
+from cbs_opt.budget.counts import allocate
+from cbs_opt.curvature.fisher import fisher_blocks
 from cbs_opt.demo import digits_network
-from cbs_opt.heuristics.saliency import SALIENCIES
-from cbs_opt.write_back import write_back
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.partition import Partition
+from cbs_opt.network.trial import write_back
+from cbs_opt.select.saliency import SALIENCIES
 from experiments.datasets import load_dataset
 from experiments.ledger import Ledger, settings_key
 from experiments.networks import load_network

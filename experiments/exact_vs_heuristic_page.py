@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from cbs_opt.figure_style import INK, dress, marker, numbered_style
+from cbs_opt.report.figure_style import INK, dress, marker, numbered_style
 from cbs_opt.study.effects import Interval, bootstrap_mean
 from experiments.exact_vs_heuristic import EXACT, RANDOM, REL_GAP
 from formulations.files import write_atomically

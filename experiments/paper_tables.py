@@ -43,7 +43,7 @@ import torch
 from tqdm import tqdm
 
 import cbs_opt
-from cbs_opt.batches import Evaluation, evaluate
+from cbs_opt.network.evaluation import Evaluation, evaluate
 from experiments.accuracy_table import accuracy_frame, markdown_tables
 from experiments.data_files import DATA_FILES
 from experiments.datasets import load_dataset

@@ -7,8 +7,8 @@ import copy
 from torch import nn
 
 import cbs_opt
-from cbs_opt.batches import evaluate
 from cbs_opt.errors import NoBatchNormError
+from cbs_opt.network.evaluation import evaluate
 from experiments.augmentation import as_trained
 from experiments.datasets import Dataset
 from experiments.networks import Network

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cbs_opt
-from cbs_opt.layer_inputs import with_layer_inputs
+from cbs_opt.curvature.layer_inputs import with_layer_inputs
 from experiments.networks import Network
 
 SETTINGS = ("curvature", "samples", "samples_per_row", "seed")

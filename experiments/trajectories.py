@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt
-from cbs_opt.batches import Data, evaluate
-from cbs_opt.report_format import plain
-from cbs_opt.stage_record import StageResult
+from cbs_opt.network.data import Data
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.report.files import plain
+from cbs_opt.stages.state import StageResult
 from experiments.augmentation import as_trained, is_augmented
 from experiments.datasets import Dataset
 from experiments.ledger import settings_key

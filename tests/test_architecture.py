@@ -54,7 +54,7 @@ def broad_handlers(tree: ast.AST) -> list[int]:
 
 def test_the_helpers_see_what_they_should() -> None:
     tree = ast.parse(
-        "def f():\n    import torch.nn\n    from cbs_opt.report import x\n"
+        "def f():\n    import torch.nn\n    from cbs_opt.report.record import x\n"
         "    try: eval('1'); yaml.load(s)\n    except: pass"
     )
     assert imported(tree) == {"torch", "cbs_opt"}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import cbs_opt
 from cbs_opt.cli import app
-from cbs_opt.methods import available_methods
+from cbs_opt.select.methods import available_methods
 from formulations.models import MODELS
 from formulations.solvers import solver_names
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cbs_opt
-from cbs_opt.cli import failures
+from cbs_opt.cli import errors
 from cbs_opt.demo import digits_data
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_the_commands_by_hand_are_those_of_the_makefile() -> None:
 
 def test_exit_codes_are_those_of_the_command_line() -> None:
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
-    assert listed == {0, failures.ERROR, failures.USAGE, failures.INTERRUPTED}
+    assert listed == {0, errors.ERROR, errors.USAGE, errors.INTERRUPTED}
 
 
 def test_every_public_name_that_it_uses_exists() -> None:

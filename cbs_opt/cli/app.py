@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cbs_opt.cli import blocks, contenders, demo, methods, prune, report, study, verification
+from cbs_opt.cli import blocks, compare, demo, methods, prune, report, study, verify
 
 EPILOG = "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."
 
@@ -27,10 +27,10 @@ app.command("prune", epilog=EPILOG)(prune.run)
 app.command("methods", epilog=EPILOG)(methods.run)
 app.command("solve", epilog=EPILOG)(blocks.solve)
 app.command("bound", epilog=EPILOG)(blocks.bound)
-app.command("compare", epilog=EPILOG)(contenders.compare)
-app.command("verify", epilog=EPILOG)(verification.verify)
+app.command("compare", epilog=EPILOG)(compare.compare)
+app.command("verify", epilog=EPILOG)(verify.verify)
 app.command("export", epilog=EPILOG)(blocks.export)
-app.command("solvers", epilog=EPILOG)(contenders.solvers)
+app.command("solvers", epilog=EPILOG)(compare.solvers)
 app.command("library", epilog=EPILOG)(blocks.library)
 app.command("study", epilog=EPILOG)(study.run)
 app.command("report", epilog=EPILOG)(report.run)

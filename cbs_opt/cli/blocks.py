@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from cbs_opt import solving
-from cbs_opt.cli.failures import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
+from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
 from cbs_opt.cli.prune import parse_options
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
-from cbs_opt.report_format import plain
-from cbs_opt.report_text import bound_text
+from cbs_opt.report.files import plain
+from cbs_opt.report.text import bound_text
 from formulations import instances
 from formulations.loss import Verification
 from formulations.loss import verify as verify_solution

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from cbs_opt.cli.failures import reported
+from cbs_opt.cli.errors import reported
 
 Out = Annotated[Path, typer.Option(help="Directory for report.html; made if missing.")]
 Sparsities = Annotated[
@@ -34,10 +34,10 @@ def run(
     """
     with reported(debug):
         from cbs_opt.cli.tables import comparison_lines
-        from cbs_opt.comparison import comparison_frame
         from cbs_opt.demo import CONTENDERS, SPARSITIES, compare_on_digits
-        from cbs_opt.report_format import plain
-        from cbs_opt.report_html import write_comparison
+        from cbs_opt.report.comparison import comparison_frame
+        from cbs_opt.report.files import plain
+        from cbs_opt.report.html import write_comparison
 
         levels = tuple(sparsity or SPARSITIES)
         out.mkdir(parents=True, exist_ok=True)

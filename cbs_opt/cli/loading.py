@@ -16,8 +16,8 @@ import typer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cbs_opt.batches import Data, LossFunction
-from cbs_opt.cli.failures import UserCodeError
+from cbs_opt.cli.errors import UserCodeError
+from cbs_opt.network.data import Data, LossFunction
 
 LOSSES: dict[str, LossFunction] = {
     "cross_entropy": nn.functional.cross_entropy,

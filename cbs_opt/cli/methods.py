@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from cbs_opt.cli.failures import reported
+from cbs_opt.cli.errors import reported
 from cbs_opt.cli.tables import text_table
-from cbs_opt.methods import Method, available_methods
-from cbs_opt.report_format import plain
+from cbs_opt.report.files import plain
+from cbs_opt.select.methods import Method, available_methods
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 

@@ -15,7 +15,7 @@ import typer
 from torch import nn
 
 if TYPE_CHECKING:
-    from cbs_opt.report import PruneReport
+    from cbs_opt.report.record import PruneReport
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE = "state"
@@ -66,7 +66,7 @@ def write_outputs(network: nn.Module, report: PruneReport, out: Path, block_dir:
 
 def _keep_blocks(block_dir: Path | None, out: Path) -> None:
     """Put the data of the blocks where their certificates are."""
-    from cbs_opt.certificate_files import BLOCK, CERTIFICATES
+    from cbs_opt.certify.files import BLOCK, CERTIFICATES
 
     kept = out / CERTIFICATES
     for stale in kept.glob(f"*{BLOCK}"):

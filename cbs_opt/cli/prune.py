@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cbs_opt.cli.failures import GOES_ON, NOTHING_WRITTEN, reported
+from cbs_opt.cli.errors import GOES_ON, NOTHING_WRITTEN, reported
 from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
 from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
 from cbs_opt.cli.row_options import DryRun, RowDir, RowMemory, parse_size, state_plan

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cbs_opt.cli.failures import reported
+from cbs_opt.cli.errors import reported
 
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="The folder that `cbs-opt study` was given with --out.")

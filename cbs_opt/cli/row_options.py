@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cbs_opt.sizes import parsed
+from cbs_opt.system.sizes import parsed
 
 if TYPE_CHECKING:
-    from cbs_opt.prune_plan import PrunePlan
+    from cbs_opt.plan.prune_plan import PrunePlan
 
 RowMemory = Annotated[
     str | None,

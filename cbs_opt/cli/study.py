@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from cbs_opt.cli.failures import INTERRUPTED, reported
+from cbs_opt.cli.errors import INTERRUPTED, reported
 from cbs_opt.cli.tables import text_table
-from cbs_opt.report_format import plain
+from cbs_opt.report.files import plain
 from cbs_opt.study.config import read_study
 from cbs_opt.study.estimate import longest
 from cbs_opt.study.expansion import Plan, Run, expand, select

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cbs_opt.batches import Evaluation
-from cbs_opt.comparison import evaluations
-from cbs_opt.report import PruneReport
-from cbs_opt.report_text import gap_text
+from cbs_opt.network.evaluation import Evaluation
+from cbs_opt.report.comparison import evaluations
+from cbs_opt.report.record import PruneReport
+from cbs_opt.report.text import gap_text
 
 MISSING = "-"
 

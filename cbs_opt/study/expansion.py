@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from cbs_opt.methods import Method, find_method
+from cbs_opt.select.methods import Method, find_method
 from cbs_opt.study.config import MethodGroup, RunLimits, Study
 from cbs_opt.study.errors import FilterError, StudyConfigError
 from cbs_opt.study.instances import InstanceRecipe, recipes
@@ -35,7 +35,7 @@ class Run:
         Of the block.
     program, method : str
     kind : str
-        Of the method, as in `cbs_opt.methods.Method`.
+        Of the method, as in `cbs_opt.select.methods.Method`.
     options : mapping
     seed : int
     limits : RunLimits

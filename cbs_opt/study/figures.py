@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cbs_opt.figure_style import INK, WIDTH, Style, dress, marker, numbered_style, single
+from cbs_opt.report.figure_style import INK, WIDTH, Style, dress, marker, numbered_style, single
 from cbs_opt.study.statistics import (
     CLOCKS,
     HEURISTIC,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from cbs_opt.figure_style import GRID, INK, WIDTH, dress, marker, numbered_style, single
+from cbs_opt.report.figure_style import GRID, INK, WIDTH, dress, marker, numbered_style, single
 from cbs_opt.study.effects import Effect, bootstrap_mean
 from cbs_opt.study.figures import legend_below, styles
 from cbs_opt.study.statistics import HEURISTIC, with_excess

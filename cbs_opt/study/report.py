@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cbs_opt.pages import Picture, embedded, render
-from cbs_opt.report_tables import Table
+from cbs_opt.report.pages import Picture, embedded, render
+from cbs_opt.report.tables import Table
 from cbs_opt.study import figures, figures_excess, tables
 from cbs_opt.study.effects import RESAMPLES, effects
 from cbs_opt.study.errors import StudyFolderError

@@ -19,7 +19,7 @@ from cbs_opt.study.pool import Worker
 from cbs_opt.study.results import write_parquet
 from cbs_opt.study.statuses import FAILURES
 from cbs_opt.study.store import Journal, Row, superseded, write_plan
-from cbs_opt.study.versions import versions
+from cbs_opt.system.versions import versions
 from formulations.errors import ArgumentError
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from cbs_opt.report_tables import Column, Table
+from cbs_opt.report.tables import Column, Table
 from cbs_opt.study.effects import Effect
 from cbs_opt.study.statistics import (
     HEURISTIC,

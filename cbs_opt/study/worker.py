@@ -35,8 +35,8 @@ def main(handle: int, parent: int) -> None:
     """
     _die_with(parent)
     faulthandler.enable()
-    from cbs_opt.study.memory import limit_allocations
     from cbs_opt.study.single_run import RunSolver
+    from cbs_opt.system.memory import limit_allocations
 
     connection = Connection(handle)
     solver = RunSolver()

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from cbs_opt.methods import Method
+from cbs_opt.select.methods import Method
 from formulations.incumbents import IncumbentPool
 from formulations.solution import SolveStats
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from cbs_opt import solve_blocks
-from cbs_opt.array_store import SHARED_FROM
-from cbs_opt.workers import Processes
+from cbs_opt.execution.array_store import SHARED_FROM
+from cbs_opt.execution.workers import Processes
 from experiments.benchmarks.digits_blocks import synthetic_block
 from experiments.benchmarks.farm_simulation import Costs, simulate
 from experiments.benchmarks.paced import paced
@@ -88,7 +88,7 @@ def ray_executor(workers: int) -> Iterator[Executor]:
     """A local Ray cluster."""
     import ray
 
-    from cbs_opt.ray_executor import RayExecutor
+    from cbs_opt.execution.ray import RayExecutor
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
     try:

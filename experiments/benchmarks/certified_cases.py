@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import cbs_opt
-from cbs_opt.blocks import FisherBlock
+from cbs_opt.hessian.block import FisherBlock
 from experiments.benchmarks.digits_blocks import HIDDEN, digits_block
 from experiments.datasets import load_dataset
 from experiments.networks import NETWORKS, load_network

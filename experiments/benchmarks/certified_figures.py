@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cbs_opt.figure_style import INK, Style, dress, legend, marker, numbered_style, single
+from cbs_opt.report.figure_style import INK, Style, dress, legend, marker, numbered_style, single
 
 Row = Mapping[str, Any]
 FLOOR = 1e-6

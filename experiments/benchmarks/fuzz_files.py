@@ -28,9 +28,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
-from cbs_opt.masks import load_mask_metadata
-from cbs_opt.run_store import RUN_FILE, RunStore
-from cbs_opt.stage_store import StageStore
+from cbs_opt.network.masks import load_mask_metadata
+from cbs_opt.runs.folder import RUN_FILE, RunStore
+from cbs_opt.stages.store import StageStore
 from cbs_opt.study.expansion import Plan
 from cbs_opt.study.store import JOURNAL, PLAN, Journal, read_plan, read_rows, write_plan
 from experiments.benchmarks.file_mutations import (

@@ -6,10 +6,10 @@
 Rows are those of ResNet20 on random images. Swaps are best-improvement swaps of the selection program on
 4 096 blocks of 4 096 weights that share one Gram matrix, from the smallest weights, so many in each block:
 
-- `shared`: `cbs_opt.heuristics.shared_swaps`, all blocks at once, on the device;
+- `shared`: `experiments.benchmarks.shared_swaps`, all blocks at once, on the device;
 - `shared, CPU`: the same on the CPU, on fewer blocks;
-- `compiled, CPU`: `cbs_opt.heuristics.dense_swaps`, block by block, each with its own Gram matrix, whose
-  making is timed too;
+- `compiled, CPU`: `cbs_opt.select.selection_program.dense`, block by block, each with its own Gram matrix,
+  whose making is timed too;
 - `plain loop`: block by block on the device, with the table of all pairs at every step.
 
 Every engine must choose the same sets on the blocks that all of them search, in single precision sets of the
@@ -31,11 +31,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.blocks import FisherBlock, Partition
-from cbs_opt.curvature import gradient_rows
-from cbs_opt.heuristics.dense_swaps import swap_dense
-from cbs_opt.heuristics.shared_swaps import swap_shared
-from cbs_opt.heuristics.updates import cbs_update
+from cbs_opt.curvature.fisher import gradient_rows
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.network.partition import Partition
+from cbs_opt.select.selection_program.dense import swap_dense
+from cbs_opt.update.cbs import cbs_update
+from experiments.benchmarks.shared_swaps import swap_shared
 from experiments.networks import ResNet20
 
 NO_GPU = "there is no CUDA device here; --device cpu runs the same on the CPU"

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 
 import cbs_opt
-from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics.joint_program import JointProgram
-from cbs_opt.heuristics.joint_search import joint_search
-from cbs_opt.heuristics.joint_starts import greedy_obs_set, hard_threshold_set, relaxed_set
-from cbs_opt.heuristics.products import adjoint_image, image
-from cbs_opt.heuristics.saliency import lowest, magnitude, obs
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.products import adjoint_image, image
+from cbs_opt.select.joint_program.program import JointProgram
+from cbs_opt.select.joint_program.search import joint_search
+from cbs_opt.select.joint_program.starts import greedy_obs_set, hard_threshold_set, relaxed_set
+from cbs_opt.select.saliency import lowest, magnitude, obs
 from experiments.benchmarks.swap_search import DAMPING, PeakMemory, whole_network
 from formulations.errors import CbsError
 

@@ -37,8 +37,9 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from cbs_opt import PruneReport, prune, run_store
+from cbs_opt import PruneReport, prune
 from cbs_opt.cli import app
+from cbs_opt.runs import folder as run_store
 from experiments.benchmarks import digits_network
 
 SAVE_EVERY = 0.02

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import cbs_opt
 from cbs_opt.demo import digits_data
-from cbs_opt.study.memory import peak, reset_peak, resident
+from cbs_opt.system.memory import peak, reset_peak, resident
 from experiments.datasets import load_dataset
 from experiments.networks import load_network
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 import cbs_opt
-from cbs_opt.blocks import FisherBlock
-from cbs_opt.heuristics.saliency import lowest, magnitude
-from cbs_opt.heuristics.selection_program import SelectionProgram
-from cbs_opt.heuristics.swap_search import swap_search
-from cbs_opt.heuristics.updates import cbs_update
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.select.saliency import lowest, magnitude
+from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.selection_program.swap_search import swap_search
+from cbs_opt.update.cbs import cbs_update
 from experiments.datasets import load_dataset
 from experiments.networks import NETWORKS, load_network
 from formulations.errors import CbsError

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from cbs_opt import Partition, gradient_rows, solve_blocks
-from cbs_opt.distributed import RowShard, owners, sharded_rows
+from cbs_opt.curvature.distributed import RowShard, owners, sharded_rows
 from cbs_opt.errors import EmptyDataError, NonFiniteGradientError, PeerError
 from tests.cbs_opt.small_network import data, network
 

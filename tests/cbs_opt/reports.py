@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cbs_opt.batches import Evaluation
-from cbs_opt.report import BlockSummary, LayerSummary, PruneReport
+from cbs_opt.network.evaluation import Evaluation
+from cbs_opt.report.record import BlockSummary, LayerSummary, PruneReport
 
 SHAPES = {"0.weight": (16, 12), "2.weight": (8, 16), "4.weight": (4, 8)}
 

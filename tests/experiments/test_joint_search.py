@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cbs_opt.heuristics.joint_program import JointProgram
+from cbs_opt.select.joint_program.program import JointProgram
 from experiments.benchmarks.joint_search import RIVAL, STARTS, certified, measure, plain_hard_threshold
 from formulations import loss
-from tests.cbs_opt.heuristics.fisher import fisher_block
+from tests.cbs_opt.fisher import fisher_block
 
 COUNT = 40
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.blocks import Partition
+from cbs_opt.network.partition import Partition
 from experiments.data_files import DataDirectoryError, DataFileChecksumError, DataFileFormatError
 from experiments.datasets import load_dataset
 from experiments.networks import NETWORKS, PaddedShortcut, load_network

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cbs_opt import prune, recalibrate_batchnorm
-from cbs_opt.batches import evaluate
+from cbs_opt.network.evaluation import evaluate
 from experiments import paper_tables, protocols, trajectories
 from experiments.augmentation import AugmentedImages, as_trained
 from experiments.datasets import load_dataset

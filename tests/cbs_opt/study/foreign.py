@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cbs_opt import methods
-from cbs_opt.study.versions import versions
+from cbs_opt.select import methods
+from cbs_opt.system.versions import versions
 from formulations import plugins, solvers
 
 WELL_BEHAVED = """

@@ -1,0 +1,1 @@
+"""From sparsity to pruned counts."""

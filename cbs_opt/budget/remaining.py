@@ -1,0 +1,65 @@
+"""How many more weights every block loses in a stage, so that the counts of the network are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cbs_opt.budget.counts import Budget, allocate
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.network.partition import Partition
+from cbs_opt.select.methods import Method
+
+
+def counts_left(
+    partition: Partition,
+    keep: Tensor,
+    sparsity: float,
+    target: float,
+    *,
+    budget: Budget,
+    scoring: Method,
+    blocks: Sequence[FisherBlock],
+) -> list[int]:
+    """Weights to prune now in each of `blocks`, the blocks that have any left.
+
+    Parameters
+    ----------
+    partition : Partition
+    keep : (n,) bool tensor
+        True where a weight is still there.
+    sparsity, target : float
+        Of this stage, and of the last one; sparsities of a `budget` by parameter are those of the
+        last stage and grow towards it in proportion.
+    budget : {"global", "uniform"} or mapping
+    scoring : Method
+        Whose saliency spends a global budget.
+    blocks : sequence of FisherBlock
+        What is left of every block of the partition with weights left, in order.
+
+    Returns
+    -------
+    list of int
+        They sum to ``round(sparsity * n)`` minus what is pruned already. A block that lost more than
+        its share in earlier stages loses nothing, and others with it in view lose less.
+    """
+    spans = partition.blocks
+    if isinstance(budget, Mapping):
+        budget = {name: value * sparsity / target for name, value in budget.items()}
+    scores = None
+    if budget != "uniform" and len(spans) > 1:
+        scores = torch.full((partition.n,), -torch.inf, dtype=torch.float64, device=keep.device)
+        scores[keep] = torch.cat([scoring.score(block) for block in blocks]).double()
+    wanted = allocate(partition, sparsity, budget=budget, scores=scores)
+    gone = [int((~keep[span.start : span.stop]).sum()) for span in spans]
+    more = [max(0, want - lost) for want, lost in zip(wanted, gone, strict=True)]
+    excess = sum(more) - max(0, sum(wanted) - sum(gone))
+    for index in sorted(range(len(more)), key=lambda i: -more[i]):
+        cut = min(excess, more[index])
+        more[index] -= cut
+        excess -= cut
+    return [
+        count for count, span in zip(more, spans, strict=True) if bool(keep[span.start : span.stop].any())
+    ]

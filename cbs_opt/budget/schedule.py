@@ -1,0 +1,82 @@
+"""Sparsity stage by stage: how a run of several stages gets to its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from cbs_opt.budget.counts import checked_sparsity
+from formulations.errors import ArgumentError
+
+Schedule = str | Sequence[float]
+"""A rule of `SCHEDULES`, or the sparsities themselves."""
+SCHEDULES = ("geometric", "polynomial", "linear")
+
+
+def sparsity_schedule(
+    target: float, *, stages: int, schedule: Schedule = "geometric", start: float | None = None
+) -> tuple[float, ...]:
+    """The sparsity of every stage, never falling, the last one exactly `target`.
+
+    Parameters
+    ----------
+    target : float
+        In [0, 1).
+    stages : int
+        Number of stages.
+    schedule : {"geometric", "polynomial", "linear"} or sequence of float, default "geometric"
+        Geometric: the kept share shrinks by the same factor every time, so that the last stages
+        take the fewest weights. Polynomial: the cubic of Zhu and Gupta, "To prune, or not to prune"
+        (2017), which also slows down towards the end. Linear: the same number of weights a stage.
+        A sequence gives the sparsities, one a stage.
+    start : float, optional
+        Sparsity of the first stage; by default the dense network counts as stage 0 of the rule.
+
+    Returns
+    -------
+    tuple of float
+
+    Raises
+    ------
+    ArgumentError
+        If the rule is unknown, `start` exceeds `target`, or a sequence falls, has another length
+        than `stages` or another end than `target`.
+    """
+    last = checked_sparsity("sparsity", target)
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ArgumentError("stages", f"{stages!r}", "pass a whole number >= 1")
+    if not isinstance(schedule, str):
+        return _checked(tuple(schedule), last, stages)
+    if schedule not in SCHEDULES:
+        raise ArgumentError(
+            "schedule", f"{schedule!r}", f"use one of {', '.join(SCHEDULES)} or the sparsities"
+        )
+    if start is None:
+        return (*(_between(schedule, 0.0, last, t / stages) for t in range(1, stages)), last)
+    first = checked_sparsity("start_sparsity", start)
+    if first > last:
+        raise ArgumentError(
+            "start_sparsity", f"{first:g} for a target of {last:g}", "start at or below the target"
+        )
+    return (*(_between(schedule, first, last, t / (stages - 1)) for t in range(stages - 1)), last)
+
+
+def _between(schedule: str, first: float, last: float, time: float) -> float:
+    """The sparsity of a rule at `time` in [0, 1]."""
+    if schedule == "geometric":
+        return float(1.0 - (1.0 - first) * ((1.0 - last) / (1.0 - first)) ** time)
+    if schedule == "polynomial":
+        return float(last + (first - last) * (1.0 - time) ** 3)
+    return first + (last - first) * time
+
+
+def _checked(sparsities: tuple[float, ...], target: float, stages: int) -> tuple[float, ...]:
+    shares = tuple(checked_sparsity("schedule", value) for value in sparsities)
+    if len(shares) != stages or not shares:
+        raise ArgumentError("schedule", f"{len(shares)} sparsities for {stages} stages", "give one a stage")
+    if any(later < earlier for earlier, later in pairwise(shares)):
+        raise ArgumentError("schedule", f"{list(shares)}, which falls", "give sparsities that never fall")
+    if shares[-1] != target:
+        found = f"an end of {shares[-1]:g} for a sparsity of {target:g}"
+        raise ArgumentError("schedule", found, "let the last sparsity be the target")
+    return shares

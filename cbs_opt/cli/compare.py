@@ -1,0 +1,165 @@
+"""`cbs-opt compare` and `solvers`: every method on the same block, and what is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from tqdm import tqdm
+
+from cbs_opt import solving
+from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Threads, load_block, lower, number
+from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
+from cbs_opt.cli.streams import solver_messages_on_stderr
+from cbs_opt.cli.tables import MISSING, text_table
+from cbs_opt.report.files import plain
+from formulations.instances import load_library
+from formulations.problem import PROGRAMS
+from formulations.solvers import SolverInfo, available_solvers, models_for
+
+CHECK_BLOCK = "digits_12_s50"
+CHECK_SECONDS = 60.0
+CHECK_GAP = 1e-4
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--methods", "--method", help="Names as for `cbs-opt solve`, by commas. Repeatable."),
+]
+EachTimeLimit = Annotated[float, typer.Option("--time-limit", help="Wall-clock seconds for each method.")]
+AllModels = Annotated[
+    bool, typer.Option("--all-models", help="Each solver with each of its models, not its default alone.")
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="Solve a small block on each; exit code 1 if one fails.")
+]
+
+
+def compare(
+    block: Block,
+    program: Program,
+    method: Methods = None,
+    time_limit: EachTimeLimit = 60.0,
+    rel_gap: RelGap = 1e-4,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    all_models: AllModels = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run many methods on a block and judge them by the same evaluator.
+
+    By default our own methods and every solver with the model it takes by default. Ctrl-C ends the
+    table with the method that it stopped; the exit code is then 130.
+    """
+    with reported(debug, BLOCK_OPTIONS):
+        problem = load_block(block)
+        if method:
+            names = [name.strip() for entry in method for name in entry.split(",") if name.strip()]
+        else:
+            names = None
+        total = len(solving.default_methods(program, all_models=all_models) if names is None else names)
+        with tqdm(total=total, desc="methods", disable=None) as bar, solver_messages_on_stderr():
+            table = solving.compare(
+                problem,
+                program=program,
+                methods=names,
+                all_models=all_models,
+                time_limit=time_limit,
+                rel_gap=rel_gap,
+                threads=threads,
+                seed=seed,
+                on_row=lambda _: bar.update(),
+            )
+        rows = [_without_nan(row) for row in table.to_dict("records")]
+        if as_json:
+            typer.echo(json.dumps(plain(rows), allow_nan=False))
+        else:
+            typer.echo("\n".join(_comparison_lines(rows)))
+        if any(row["status"].endswith(solving.INTERRUPTED) for row in rows):
+            raise typer.Exit(INTERRUPTED)
+
+
+def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the solvers: versions, licences, size limits, what they can take."""
+    with reported(debug, BLOCK_OPTIONS):
+        infos = available_solvers()
+        with solver_messages_on_stderr():
+            checks = {info.name: _check(info) for info in infos if check and info.available}
+        if as_json:
+            listed = [
+                plain(info)
+                | {"models": {program: models_for(info.name, program) for program in PROGRAMS}}
+                | ({"check": checks.get(info.name)} if check else {})
+                for info in infos
+            ]
+            typer.echo(json.dumps(listed, allow_nan=False))
+        else:
+            typer.echo("\n".join(_solver_lines(infos, checks if check else None)))
+        if any(answer != "ok" for found in checks.values() for answer in found.values()):
+            raise typer.Exit(ERROR)
+
+
+def _check(info: SolverInfo) -> dict[str, str]:
+    """For each program that the solver poses: "ok" if it proves the known optimum, else what it did."""
+    problem, known = load_library(CHECK_BLOCK)
+    found: dict[str, str] = {}
+    for program in PROGRAMS:
+        if not models_for(info.name, program):
+            continue
+        table = solving.compare(
+            problem, program=program, methods=[info.name], time_limit=CHECK_SECONDS, rel_gap=CHECK_GAP
+        )
+        row = _without_nan(table.to_dict("records")[0])
+        best = known[program]["objective"]
+        if row["status"] != "optimal":
+            found[program] = f"{row['status']} {row['note'] or ''}".strip()
+        elif not math.isclose(row["objective"], best, rel_tol=CHECK_GAP):
+            found[program] = f"objective {number(row['objective'])}, the optimum is {number(best)}"
+        else:
+            found[program] = "ok"
+    return found
+
+
+def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): None if pd.isna(value) else value for key, value in row.items()}
+
+
+def _comparison_lines(rows: list[dict[str, Any]]) -> list[str]:
+    headings = ("method", "status", "objective", "excess", "bound", "gap", "seconds", "nodes")
+    cells = [
+        (
+            row["method"],
+            row["status"],
+            number(row["objective"]),
+            _share(row["excess"]),
+            lower(row["bound"]),
+            _share(row["gap"]),
+            MISSING if row["seconds"] is None else f"{row['seconds']:.2f}",
+            MISSING if row["nodes"] is None else str(int(row["nodes"])),
+        )
+        for row in rows
+    ]
+    reasons = [f"{row['method']}: {row['note']}" for row in rows if row["objective"] is None and row["note"]]
+    return text_table(headings, cells, left=2) + ([""] if reasons else []) + reasons
+
+
+def _share(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1e}"
+
+
+def _solver_lines(infos: list[SolverInfo], checks: Mapping[str, Mapping[str, str]] | None) -> list[str]:
+    headings = ["solver", "version", "licence", "takes"] + ([] if checks is None else ["check"])
+    rows = []
+    for info in infos:
+        licence = "size-limited" if info.limits else "usable" if info.available else "unavailable"
+        row = [info.name, info.version or MISSING, licence, ", ".join(sorted(info.capabilities))]
+        if checks is not None:
+            answers = checks.get(info.name, {})
+            row.append("; ".join(f"{program} {said}" for program, said in answers.items()) or MISSING)
+        rows.append(row)
+    reasons = [f"{info.name}: {info.reason}" for info in infos if info.reason]
+    return text_table(headings, rows, left=len(headings)) + ([""] if reasons else []) + reasons

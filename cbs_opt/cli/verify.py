@@ -1,0 +1,90 @@
+"""`cbs-opt verify`: a solution of a block, or every certificate of a pruning run, checked again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from cbs_opt.cli.blocks import AsJson, Debug, aligned, echo_json, load_block, lower, number, yes_no
+from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, reported
+from cbs_opt.cli.tables import MISSING, text_table
+from formulations import instances
+from formulations.loss import Verification
+from formulations.loss import verify as verify_solution
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="BLOCK",
+        help="A block, FILE.npz, or a shipped one; or what `cbs-opt prune --certify --save-blocks` wrote.",
+    ),
+]
+Solution = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="SOLUTION", help="A solution of the block, as --out writes it; none for a directory."
+    ),
+]
+
+
+def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Recompute feasibility, objective and certified bound; exit code 1 if one is wrong.
+
+    Everything is computed anew in float64 from the data of the blocks; the run that wrote the
+    solution is not trusted.
+    """
+    with reported(debug, BLOCK_OPTIONS):
+        if Path(block).is_dir():
+            if solution is not None:
+                raise typer.BadParameter("a directory has its own", param_hint="SOLUTION")
+            _verify_run(Path(block), as_json)
+            return
+        if solution is None:
+            raise typer.BadParameter("name the solution of this block", param_hint="SOLUTION")
+        problem = load_block(block)
+        found = verify_solution(problem, instances.read_solution(solution, problem))
+        if as_json:
+            echo_json(found)
+        else:
+            typer.echo("\n".join(aligned(_verification(found))))
+        if not found.ok:
+            raise typer.Exit(ERROR)
+
+
+def _verify_run(directory: Path, as_json: bool) -> None:
+    from cbs_opt.certify.files import check_certificates
+
+    blocks = list(tqdm(check_certificates(directory), desc="blocks", unit="block", disable=None))
+    if as_json:
+        echo_json(blocks)
+    else:
+        headings = ("block", "ok", "objective", "bound", "proved", "notes")
+        rows = [
+            (
+                found.name,
+                yes_no(found.ok),
+                number(found.objective),
+                lower(found.bound),
+                yes_no(found.proved),
+                "; ".join(found.notes) or MISSING,
+            )
+            for found in blocks
+        ]
+        typer.echo("\n".join(text_table(headings, rows, left=2)))
+    if not all(found.ok for found in blocks):
+        raise typer.Exit(ERROR)
+
+
+def _verification(found: Verification) -> Mapping[str, str]:
+    return {
+        "ok": yes_no(found.ok),
+        "feasible": yes_no(found.feasible),
+        "objective": number(found.objective),
+        "bound": lower(found.bound),
+        "bound checked": yes_no(found.bound_checked),
+        "notes": "; ".join(found.notes) or MISSING,
+    }

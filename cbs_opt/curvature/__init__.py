@@ -1,0 +1,1 @@
+"""From network and data to gradient rows and layer inputs."""

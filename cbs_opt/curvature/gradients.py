@@ -1,0 +1,243 @@
+"""Gradients of single samples, of groups of samples and of class probabilities, by `torch.func`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vjp, vmap
+
+from cbs_opt.errors import PerSampleGradientError, TrainingModeError
+from cbs_opt.network.data import (
+    Batch,
+    Inputs,
+    LossFunction,
+    call_arguments,
+    check_labels,
+    check_loss,
+    class_count,
+    map_tensors,
+)
+from cbs_opt.network.partition import Partition
+from cbs_opt.network.trial import as_parameters
+from formulations.errors import ArgumentError, UnsupportedProblemError
+
+Gradients = dict[str, Tensor]
+"""Gradients by parameter name; leading axes count samples or classes."""
+
+
+class NetworkFunction:
+    """A network as a function of the partition's parameters; every other tensor is held fixed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Neither its parameters nor their `.grad` are written.
+    partition : Partition
+        The parameters to differentiate in.
+    loss_fn : callable
+        ``loss_fn(output, y)``, the mean loss of a batch.
+    weights : (n,) Tensor, optional
+        Take gradients at these weights of the partition instead of the network's own.
+
+    Attributes
+    ----------
+    parameters : dict of str to Tensor
+        The parameters at which gradients are taken, detached views of the network's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        loss_fn: LossFunction,
+        weights: Tensor | None = None,
+    ) -> None:
+        self._model = model
+        if not callable(loss_fn):
+            raise ArgumentError("loss_fn", f"{loss_fn!r}", "pass a function of output and labels")
+        self._loss_fn = loss_fn
+        # All parameters are detached: one that requires grad would tie a graph to every result.
+        detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.parameters: Gradients = {name: detached.pop(name) for name in partition.tensors(model)}
+        self._fixed = detached
+        if weights is not None:
+            self.parameters = as_parameters(model, partition, weights)
+
+    def output(self, parameters: Gradients, inputs: Inputs) -> Any:
+        """The output for a batch of inputs."""
+        args, kwargs = call_arguments(inputs)
+        return functional_call(self._model, {**self._fixed, **parameters}, args, kwargs)
+
+    def loss(self, parameters: Gradients, inputs: Inputs, labels: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        return self.loss_of(self.output(parameters, inputs), labels)
+
+    def loss_of(self, output: Any, labels: Tensor) -> Tensor:
+        """The mean loss of a batch whose output is known."""
+        return check_loss(self._loss_fn(output, labels))
+
+    def own_tensors(self) -> list[Tensor]:
+        """Parameters and buffers of the network, detached."""
+        return [*self.parameters.values(), *self._fixed.values(), *self._model.buffers()]
+
+    def with_loss(self, loss_fn: LossFunction) -> NetworkFunction:
+        """The same network under another loss."""
+        other = object.__new__(NetworkFunction)
+        other.__dict__.update(self.__dict__, _loss_fn=loss_fn)
+        return other
+
+    def mean_gradient(self, batch: Batch, chunk: int) -> Gradients:
+        """Gradient of the mean loss of `batch`, `chunk` samples at a time; one backward pass each."""
+        leaves = {name: value.requires_grad_() for name, value in _detached(self.parameters).items()}
+        total: Gradients = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        for start in range(0, batch.size, chunk):
+            part = batch.take(slice(start, start + chunk))
+            with torch.enable_grad():
+                loss = self.loss(leaves, part.inputs, part.labels)
+                found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    total[name].add_(gradient, alpha=part.size / batch.size)
+        return total
+
+    def sketched_gradient(self, batch: Batch, signs: Tensor, chunk: int) -> Gradients:
+        """``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e (B, C), `chunk` samples at a time.
+
+        ``L = (I - p 1^T) diag(sqrt(p))`` factors the Hessian ``diag(p) - p p^T`` of cross-entropy in
+        the logits, so that with independent signs the outer product of the sum with itself is the
+        Gauss-Newton matrix averaged over the batch, in expectation. One backward pass a chunk.
+        """
+        leaves = {name: value.requires_grad_() for name, value in _detached(self.parameters).items()}
+        total: Gradients = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        for start in range(0, batch.size, chunk):
+            part, sign = batch.take(slice(start, start + chunk)), signs[start : start + chunk]
+            with torch.enable_grad():
+                logits = self.output(leaves, part.inputs)
+                probability = torch.softmax(logits.detach(), dim=1)
+                draws = probability.sqrt() * sign.to(probability)
+                seeds = draws - probability * draws.sum(dim=1, keepdim=True)
+                found = torch.autograd.grad(logits, list(leaves.values()), seeds, allow_unused=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    total[name].add_(gradient, alpha=1.0 / math.sqrt(batch.size))
+        return total
+
+    def sample_gradients(self, batch: Batch) -> Gradients:
+        """Gradient of the loss of every sample, (B, *shape) by name."""
+
+        def loss(parameters: Gradients, x: Inputs, y: Tensor) -> Tensor:
+            return self.loss(parameters, _alone(x), y.unsqueeze(0))
+
+        per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
+        return _explained(lambda: per_sample(self.parameters, batch.inputs, batch.labels))
+
+    def class_gradients(self, batch: Batch, classes: slice) -> Gradients:
+        """``sqrt(p_c) grad log p_c`` of every sample and class, (B, C, *shape) by name.
+
+        `p` is the softmax of the output. The derivative of ``log p_c`` in the logits is
+        ``e_c - p``, so that one forward pass and one backward pass a class suffice.
+        """
+
+        def rows(parameters: Gradients, x: Inputs) -> Gradients:
+            logits, pull, *_ = vjp(lambda theta: self.output(theta, _alone(x)).squeeze(0), parameters)
+            probability = torch.softmax(logits, dim=0)
+            identity = torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device)
+            seeds = probability.sqrt().unsqueeze(1) * (identity - probability)
+            return vmap(lambda seed: pull(seed)[0])(seeds[classes])  # type: ignore[no-any-return]
+
+        per_sample = vmap(rows, in_dims=(None, 0))
+        return _explained(lambda: per_sample(self.parameters, batch.inputs))
+
+
+def require_evaluation_mode(model: nn.Module) -> None:
+    """Raise `TrainingModeError` if samples influence one another or chance the output.
+
+    Dropout in training mode, and batch normalisation in training mode or without running
+    statistics, have no gradient of a single sample. Training mode elsewhere is harmless.
+    """
+    for name, module in model.named_modules():
+        if _is_unsettled(module):
+            found = f"{name or 'the network'} ({type(module).__name__}) is in training mode"
+            raise TrainingModeError("model", found, "call model.eval() first")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            found = f"{name} ({type(module).__name__}) has no running statistics"
+            raise TrainingModeError("model", found, "train it with track_running_stats=True")
+
+
+def probe(function: NetworkFunction, sample: Batch) -> tuple[int | None, int]:
+    """Run one sample: the number of classes (None unless a classifier) and bytes saved for backward.
+
+    Raises `LabelRangeError` for a label outside the outputs, `ArgumentError` for a loss that is no
+    scalar.
+    """
+    held = {tensor.untyped_storage().data_ptr() for tensor in function.own_tensors()}
+    saved: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaves = {name: value.requires_grad_() for name, value in _detached(function.parameters).items()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        output = function.output(leaves, sample.inputs)
+        classes = class_count(output, sample.labels)
+        if classes is not None:
+            check_labels(sample.labels, classes)
+        function.loss_of(output, sample.labels)
+    return classes, sum(saved.values())
+
+
+def sampled_labels(function: NetworkFunction, batch: Batch, uniforms: Tensor) -> Tensor:
+    """Labels drawn from the network's softmax by inverting its distribution at `uniforms`, (B,)."""
+    with torch.no_grad():
+        output = function.output(function.parameters, batch.inputs)
+    cumulative = torch.softmax(output.double(), dim=1).cumsum(dim=1)
+    draws = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
+    labels = torch.searchsorted(cumulative, draws, right=True).squeeze(1)
+    return labels.clamp_(max=output.shape[1] - 1)
+
+
+def require_classifier(classes: int | None, curvature: str) -> int:
+    """Return the number of classes, or raise `UnsupportedProblemError` for other networks."""
+    if classes is None:
+        found = f"{curvature!r} for a network whose outputs are not (B, C >= 2) with integer labels (B,)"
+        raise UnsupportedProblemError("curvature", found, 'use "empirical_fisher"')
+    return classes
+
+
+def _is_unsettled(module: nn.Module) -> bool:
+    if not module.training:
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0.0
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0.0
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.track_running_stats
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _detached(gradients: Gradients) -> Gradients:
+    return {name: value.detach() for name, value in gradients.items()}
+
+
+def _alone(inputs: Inputs) -> Inputs:
+    """One sample as a batch of one."""
+    return map_tensors(lambda x: x.unsqueeze(0), inputs)
+
+
+def _explained(compute: Callable[[], Gradients]) -> Gradients:
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        found = f"torch.func cannot differentiate one sample at a time ({error})"
+        remedy = "pass vectorize=False if the network runs by itself"
+        raise PerSampleGradientError("model, loss_fn", found, remedy) from error

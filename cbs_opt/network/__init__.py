@@ -1,0 +1,1 @@
+"""The user's network at the edge: data, partition, masks, write-back."""

@@ -1,0 +1,120 @@
+"""Batch-normalisation statistics of a network whose weights have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.errors import EmptyDataError, NoBatchNormError
+from cbs_opt.network.data import Data, device_of, forward, iterate, positive_integer, regroup
+from cbs_opt.network.evaluation import evaluation_mode
+from formulations.errors import ArgumentError, NonFiniteError
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, data: Data, *, samples: int | None = None, batch_size: int = 256
+) -> int:
+    """Estimate running means and variances anew from data.
+
+    Pruning shifts what every layer passes on, so the statistics of training no longer fit. Batch
+    normalisation runs in training mode (each batch normalised by itself), everything else in
+    evaluation mode; the statistics become the averages of those of the batches, weighted by their
+    numbers of samples. Nothing else changes, and if anything raises the old statistics return.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; `running_mean` and `running_var` are written in place,
+        `num_batches_tracked` counts anew, modes and momenta are kept.
+    data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
+        Read in order; labels are not looked at. Training data, never test data.
+    samples : int, optional
+        Where to stop; by default at the end.
+    batch_size : int, default 256
+        Batches are joined and cut to this size; a single sample left over at the end is dropped.
+
+    Returns
+    -------
+    int
+        Samples used.
+
+    Raises
+    ------
+    NoBatchNormError
+        If no layer has running statistics.
+    ArgumentError
+        If `batch_size` is below 2 or `samples` is not positive.
+    NonFiniteError
+        If the new statistics are NaN or infinite.
+    EmptyDataError, DataLoaderError, BatchFormatError
+        If the data cannot be read or holds fewer than two samples.
+    """
+    if positive_integer("batch_size", batch_size) < 2:
+        raise ArgumentError("batch_size", "1", "a single sample has no variance; pass 2 or more")
+    limit = None if samples is None else positive_integer("samples", samples)
+    layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    if not layers:
+        found = "no batch normalisation with running statistics"
+        raise NoBatchNormError("model", found, "leave recalibration out")
+    used = 0
+    batches = iterate(data, batch_size=batch_size, max_samples=limit, device=device_of(model))
+    with evaluation_mode(model), _fresh_statistics(layers), torch.no_grad():
+        for batch in regroup(batches, batch_size):
+            if batch.size > 1:
+                forward(model, batch.inputs)
+                used += batch.size
+        if used == 0:
+            raise EmptyDataError("data", "one sample has no variance", "pass two samples or more")
+        _check_finite(layers)
+    return used
+
+
+@contextmanager
+def _fresh_statistics(layers: list[BatchNorm]) -> Iterator[None]:
+    """Let `layers` average over all batches; put the old statistics back if the body raises."""
+    buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    old = [buffer.clone() for buffer in buffers]
+    momenta = [layer.momentum for layer in layers]
+    hooks = [layer.register_forward_pre_hook(_averaging()) for layer in layers]
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.train()
+        yield
+    except BaseException:  # an interrupt must not leave half-made statistics either
+        for buffer, value in zip(buffers, old, strict=True):
+            buffer.copy_(value)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _averaging() -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook that makes running statistics the mean over all samples so far."""
+    seen = 0
+
+    def weigh(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        x: Tensor = args[0]
+        size = int(x.shape[0])
+        seen += size
+        layer.momentum = size / seen  # type: ignore[assignment]
+
+    return weigh
+
+
+def _check_finite(layers: list[BatchNorm]) -> None:
+    for layer in layers:
+        for buffer in (layer.running_mean, layer.running_var):
+            if buffer is not None and not bool(torch.isfinite(buffer).all()):
+                remedy = "check the data and the weights; the old statistics are back"
+                raise NonFiniteError("data", "leads to NaN or infinite statistics", remedy)

@@ -1,0 +1,271 @@
+"""Data as the caller has it, read batch by batch, and the evaluation of a network on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.errors import BatchFormatError, DataLoaderError, EmptyDataError, LabelRangeError
+from formulations.errors import ArgumentError
+
+Inputs = Any
+"""What a network takes for a batch: a tensor, or a tuple, list or dict of tensors (nested ones too)."""
+Data = Iterable[Any]
+"""An iterable of batches ``(x, y)`` such as a `DataLoader`, or one pair of tensors ``(X, y)``."""
+LossFunction = Callable[[Any, Tensor], Tensor]
+"""``loss_fn(output, y)``: the mean loss of a batch as a scalar tensor."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Inputs and labels of some samples; the first axis of every tensor counts them."""
+
+    inputs: Inputs
+    labels: Tensor
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return int(self.labels.shape[0])
+
+    def take(self, index: slice | Tensor) -> Batch:
+        """The samples at `index`; views where it is a slice."""
+        return Batch(inputs=map_tensors(lambda x: x[index], self.inputs), labels=self.labels[index])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same samples on `device`."""
+        return Batch(inputs=map_tensors(lambda x: x.to(device), self.inputs), labels=self.labels.to(device))
+
+
+def map_tensors(function: Callable[..., Any], tree: Inputs, *others: Inputs) -> Inputs:
+    """Apply `function` to every tensor of nested tuples, lists and dicts (of several, side by side)."""
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, tree[key], *(other[key] for other in others)) for key in tree}
+    if isinstance(tree, tuple | list):
+        return tuple(map_tensors(function, *parts) for parts in zip(tree, *others, strict=True))
+    raise TypeError(f"{type(tree).__name__} where a tensor was expected")
+
+
+def call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that pass `inputs` to a network.
+
+    A tensor is the one argument, a tuple or list is spread over positions, a dict over keywords.
+    """
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+
+
+def forward(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """The output of `model` for a batch of inputs."""
+    args, kwargs = call_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter (or buffer) of `model`; the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def iterate(
+    data: Data,
+    *,
+    batch_size: int,
+    max_samples: int | None = None,
+    seed: int | None = None,
+    device: torch.device | None = None,
+    argument: str = "data",
+) -> Iterator[Batch]:
+    """Read batches of at most `batch_size` samples, at most `max_samples` in all.
+
+    Parameters
+    ----------
+    data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
+        A loader is read in its own order. Of a pair of tensors, `seed` draws `max_samples` without
+        replacement in random order; without a seed the first ones are read in order.
+    batch_size : int
+        Larger batches are cut; smaller ones are passed on as they come.
+    max_samples : int, optional
+        Where to stop; by default at the end.
+    seed : int, optional
+        See `data`.
+    device : torch.device, optional
+        Where the batches are moved to.
+    argument : str, default "data"
+        What messages call `data`.
+
+    Raises
+    ------
+    DataLoaderError
+        If the data raises; the original exception is chained.
+    BatchFormatError
+        If a batch is not a pair of tensors with one entry a sample.
+    EmptyDataError
+        If there is no sample.
+    """
+    if _is_pair(data):
+        source: Iterator[Any] = iter([_subset(_as_batch(data, argument, 0), max_samples, seed)])
+    else:
+        source = _guarded(data, argument)
+    seen = 0
+    for number, item in enumerate(source):
+        batch = item if isinstance(item, Batch) else _as_batch(item, argument, number)
+        if max_samples is not None:
+            batch = batch.take(slice(max_samples - seen))
+        for start in range(0, batch.size, batch_size):
+            part = batch.take(slice(start, start + batch_size))
+            yield part if device is None else part.to(device)
+        seen += batch.size
+        if max_samples is not None and seen >= max_samples:
+            return
+    if seen == 0:
+        remedy = "pass at least one sample; a generator can be read only once"
+        raise EmptyDataError(argument, "no sample", remedy)
+
+
+def sample_count(data: Data) -> int | None:
+    """How many samples a pair of tensors has; None for other data, which tell at their end."""
+    pair: Any = data
+    return len(pair[1]) if _is_pair(pair) else None
+
+
+def regroup(batches: Iterable[Batch], size: int, *, argument: str = "data") -> Iterator[Batch]:
+    """Join and cut batches so that each holds exactly `size` samples; the last may hold fewer."""
+    waiting: list[Batch] = []
+    held = 0
+    for batch in batches:
+        waiting.append(batch)
+        held += batch.size
+        if held < size:
+            continue
+        joined = _join(waiting, argument)
+        whole = held - held % size
+        for start in range(0, whole, size):
+            yield joined.take(slice(start, start + size))
+        held -= whole
+        waiting = [joined.take(slice(whole, None))] if held else []
+    if held:
+        yield _join(waiting, argument)
+
+
+def section(batches: Iterable[Batch], share: range, *, argument: str = "data") -> Iterator[Batch]:
+    """The parts of `batches` whose samples, counted from 0, lie in `share`.
+
+    Raises
+    ------
+    EmptyDataError
+        If there is none.
+    """
+    position, found = 0, False
+    for batch in batches:
+        part = batch.take(slice(max(share.start - position, 0), max(share.stop - position, 0)))
+        position += batch.size
+        if part.size:
+            found = True
+            yield part
+    if not found:
+        remedy = "pass more samples"
+        raise EmptyDataError(argument, f"{position} samples, none of {share.start} to {share.stop}", remedy)
+
+
+def class_count(output: Any, labels: Tensor) -> int | None:
+    """Number of classes if `output` (B, C >= 2) and integer `labels` (B,) are a classifier's, else None."""
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
+        return None
+    return int(output.shape[1]) if labels.ndim == 1 and _is_integer(labels) else None
+
+
+def check_labels(labels: Tensor, classes: int, argument: str = "data") -> None:
+    """Raise `LabelRangeError` unless every label is one of ``0 ... classes - 1``."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        found = f"labels from {low} to {high} for {classes} outputs"
+        remedy = f"number the classes 0 to {classes - 1}; make the labels float if they are no classes"
+        raise LabelRangeError(argument, found, remedy)
+
+
+def check_loss(loss: Any) -> Tensor:
+    """Return `loss` if it is a scalar tensor, else raise `ArgumentError`."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ArgumentError("loss_fn", f"returned {found}", "return the mean loss as a scalar tensor")
+    return loss
+
+
+def positive_integer(argument: str, value: Any) -> int:
+    """Return `value` if it is a positive integer, else raise `ArgumentError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(argument, f"{value!r}", "pass a positive integer")
+    return value
+
+
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
+def _is_integer(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
+def _subset(batch: Batch, samples: int | None, seed: int | None) -> Batch:
+    if samples is None or seed is None:
+        return batch
+    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(seed))
+    return batch.take(order[:samples])
+
+
+def _guarded(data: Data, argument: str) -> Iterator[Any]:
+    """The items of `data`; whatever it raises becomes a `DataLoaderError`."""
+    number = 0
+    try:
+        source = iter(data)
+        while True:
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            yield item
+            number += 1
+    except Exception as error:
+        found = f"raised {type(error).__name__} at batch {number}: {error}"
+        raise DataLoaderError(argument, found, "repair the data; the network is as it was") from error
+
+
+def _as_batch(item: Any, argument: str, number: int) -> Batch:
+    remedy = "yield pairs (x, y) of tensors whose first axis counts the samples"
+    if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[1], Tensor):
+        parts = f" of {len(item)}" if isinstance(item, tuple | list) else ""
+        raise BatchFormatError(argument, f"batch {number} is a {type(item).__name__}{parts}", remedy)
+    inputs, labels = item
+    sizes: list[int] = []
+    try:
+        map_tensors(lambda x: sizes.append(x.shape[0] if x.ndim else -1), inputs)
+    except TypeError as error:
+        raise BatchFormatError(argument, f"batch {number}: {error}", remedy) from error
+    if labels.ndim == 0 or not sizes or any(size != labels.shape[0] for size in sizes):
+        found = f"batch {number}: inputs of {sizes} samples, labels of shape {tuple(labels.shape)}"
+        raise BatchFormatError(argument, found, remedy)
+    return Batch(inputs=inputs, labels=labels)
+
+
+def _join(batches: list[Batch], argument: str) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    try:
+        inputs = map_tensors(lambda *parts: torch.cat(parts), *(batch.inputs for batch in batches))
+        labels = torch.cat([batch.labels for batch in batches])
+    except RuntimeError as error:
+        remedy = "pad all samples to one shape"
+        raise BatchFormatError(argument, f"batches of different shapes ({error})", remedy) from error
+    return Batch(inputs=inputs, labels=labels)

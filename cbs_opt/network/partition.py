@@ -1,0 +1,229 @@
+"""Which weights may be pruned, their order in one flat vector, and the blocks it is cut into."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cbs_opt.errors import PartitionMismatchError
+from cbs_opt.network.targets import Globs, eligible_parameters, names_by_parameter
+from formulations.errors import ArgumentError, NonFiniteError, ShapeError
+
+if TYPE_CHECKING:
+    pass
+
+BlockRule = str | int
+"""How a partition forms blocks: "global", "layer", "row", or a block size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSpan:
+    """One parameter tensor and its range ``start:stop`` in the flat vector (row-major).
+
+    `aliases` are the further names of the same tensor where a network ties it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpan:
+    """One block: the contiguous range ``start:stop`` of the flat vector."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """The weights that may be pruned, as one flat vector cut into blocks.
+
+    The flat vector holds the parameters in `named_parameters` order, each row-major, so that every
+    block is a contiguous range. Build one with `from_model`.
+
+    Parameters
+    ----------
+    parameters : tuple of ParameterSpan
+        Tile ``0:n`` in order.
+    blocks : tuple of BlockSpan
+        Tile ``0:n`` in order.
+    """
+
+    parameters: tuple[ParameterSpan, ...]
+    blocks: tuple[BlockSpan, ...]
+
+    def __post_init__(self) -> None:
+        _check_tiling("parameters", self.parameters, self.n)
+        _check_tiling("blocks", self.blocks, self.n)
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, *, target: Globs | None = None, ignore: Globs = (), blocks: BlockRule = "layer"
+    ) -> Partition:
+        """Choose the weights of `model` that may be pruned and cut them into blocks.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network. Only trainable floating-point parameters are eligible.
+        target : str or sequence of str, optional
+            Globs on parameter names, such as ``"layer*.conv?.weight"``. By default the weights of
+            `nn.Linear` and `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: no biases, no norms.
+        ignore : str or sequence of str, default ()
+            Globs on parameter names to leave alone, applied after `target`.
+        blocks : {"global", "layer", "row"} or int, default "layer"
+            One block in all, one a parameter, one an output channel (first axis), or blocks of at
+            most that many weights cut within each parameter in flat order.
+
+        Returns
+        -------
+        Partition
+            A tied parameter appears once, under its first name; a glob may use any of its names.
+
+        Raises
+        ------
+        NoEligibleWeightsError
+            If nothing is left to prune.
+        UnmatchedPatternError
+            If a glob matches no parameter name.
+        ArgumentError
+            If `blocks` is none of the above.
+        """
+        rule = checked_rule("blocks", blocks)
+        names = names_by_parameter(model)
+        chosen = eligible_parameters(model, names, target, ignore)
+        spans: list[ParameterSpan] = []
+        start = 0
+        for parameter in chosen:
+            first, *aliases = names[parameter]
+            stop = start + parameter.numel()
+            shape = tuple(parameter.shape)
+            spans.append(
+                ParameterSpan(name=first, shape=shape, start=start, stop=stop, aliases=tuple(aliases))
+            )
+            start = stop
+        if rule == "global":
+            cut = [BlockSpan(name="global", start=0, stop=start)]
+        else:
+            cut = list(chain.from_iterable(_cut(span, rule) for span in spans))
+        return cls(parameters=tuple(spans), blocks=tuple(cut))
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.parameters[-1].stop if self.parameters else 0
+
+    def parameters_of(self, block: BlockSpan) -> tuple[ParameterSpan, ...]:
+        """The parameters in which `block` has weights, in order; O(log + answer)."""
+        starts = [span.start for span in self.parameters]
+        first = max(bisect_right(starts, block.start) - 1, 0)
+        overlapping = (span for span in self.parameters[first:] if span.start < block.stop)
+        return tuple(span for span in overlapping if span.stop > block.start)
+
+    def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of `model` by name; `PartitionMismatchError` if names or shapes differ."""
+        present = dict(model.named_parameters())
+        for span in self.parameters:
+            found = present.get(span.name)
+            if found is None or tuple(found.shape) != span.shape:
+                what = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {span.shape}"
+                remedy = "build the partition from this network"
+                raise PartitionMismatchError("model", f"parameter {span.name} {what}", remedy)
+        return {span.name: present[span.name] for span in self.parameters}
+
+    def flatten(self, model: nn.Module) -> Tensor:
+        """A detached copy of the weights as one vector.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network the partition was built from, or one of the same shape.
+
+        Returns
+        -------
+        (n,) Tensor
+            On the device of the first parameter, in the smallest dtype that holds them all
+            (`torch.promote_types`: float16 beside float32 becomes float32).
+
+        Raises
+        ------
+        PartitionMismatchError
+            If `model` lacks a parameter or has it in another shape.
+        NonFiniteError
+            If a weight is NaN or infinite.
+        """
+        tensors = self.tensors(model)
+        if not tensors:
+            return torch.zeros(0)
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+        device = next(iter(tensors.values())).device
+        flat = torch.empty(self.n, dtype=dtype, device=device)
+        for span in self.parameters:
+            weights = tensors[span.name].detach()
+            if not bool(torch.isfinite(weights).all()):
+                bad = int((~torch.isfinite(weights)).sum())
+                found = f"{bad} of {weights.numel()} weights of {span.name} are NaN or infinite"
+                raise NonFiniteError("model", found, "load an undamaged network")
+            flat[span.start : span.stop].copy_(weights.reshape(-1))
+        return flat
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a flat (n,) vector in the shapes of the parameters, by name."""
+        if tuple(vector.shape) != (self.n,):
+            raise ShapeError(
+                "vector", f"shape {tuple(vector.shape)} for {self.n} weights", f"pass ({self.n},)"
+            )
+        return {span.name: vector[span.start : span.stop].view(span.shape) for span in self.parameters}
+
+    def keep_by_parameter(self, keep: Tensor | NDArray[np.bool_]) -> dict[str, Tensor]:
+        """Split a flat boolean (n,) `keep` (True = kept) into masks by parameter name."""
+        flat = torch.as_tensor(keep)
+        if flat.dtype != torch.bool:
+            raise ArgumentError("keep", f"dtype {flat.dtype}", "pass booleans, True where a weight is kept")
+        return self.split(flat)
+
+
+def checked_rule(argument: str, blocks: BlockRule) -> BlockRule:
+    """Return `blocks` if it is a rule that forms blocks, else raise `ArgumentError`."""
+    size = isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 0
+    if size or (isinstance(blocks, str) and blocks in ("global", "layer", "row")):
+        return blocks
+    raise ArgumentError(argument, f"{blocks!r}", 'use "global", "layer", "row" or a positive block size')
+
+
+def _cut(span: ParameterSpan, rule: BlockRule) -> Iterator[BlockSpan]:
+    n = span.stop - span.start
+    if rule == "layer":
+        yield BlockSpan(name=span.name, start=span.start, stop=span.stop)
+        return
+    size = math.prod(span.shape[1:]) if rule == "row" else int(rule)
+    for first in range(0, n, size):
+        last = min(first + size, n)
+        label = str(first // size) if rule == "row" else f"{first}:{last}"
+        yield BlockSpan(name=f"{span.name}[{label}]", start=span.start + first, stop=span.start + last)
+
+
+def _check_tiling(argument: str, spans: Sequence[ParameterSpan | BlockSpan], n: int) -> None:
+    position = 0
+    for span in spans:
+        if span.start != position or span.stop <= span.start:
+            found = f"{span.name} covers {span.start}:{span.stop} after {position}"
+            raise ArgumentError(argument, found, "make the ranges follow one another without gaps")
+        position = span.stop
+    if position != n:
+        raise ArgumentError(argument, f"cover {position} of {n} weights", "cover all of them")

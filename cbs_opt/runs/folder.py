@@ -1,0 +1,251 @@
+"""The folder of a run: what was asked for, and pieces of the result, each written at once and kept.
+
+``run.json`` is the fingerprint: everything that decides the result, as plain values. The other files are
+pieces, named by what they hold. A piece appears whole or not at all, carries a checksum and the fingerprint
+of its run, and is never changed. One that is damaged is not believed: it is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from cbs_opt.errors import RunMismatchError
+from cbs_opt.runs.lock import LOCK_FILE, RunLock
+from formulations.errors import InstanceFormatError
+from formulations.files import (
+    PARTIAL,
+    checksum,
+    json_object,
+    read_container,
+    write_atomically,
+    write_container,
+)
+
+PathLike = str | os.PathLike[str]
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+Piece = tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]
+"""Header and arrays."""
+RUN_FILE = "run.json"
+KIND = "cbs-opt piece of a run"
+VERSION = 1
+LARGEST_PIECE = 1 << 42
+SAVE_EVERY = 2.0
+"""Seconds of work that a kill may cost where small results are written together."""
+MOST_DIFFERENCES = 8
+"""Differences that a message lists."""
+
+log = logging.getLogger(__name__)
+
+
+class Pieces(Protocol):
+    """Where the pieces of a run are kept, or nowhere."""
+
+    def recall(self, name: str) -> Piece | None:
+        """The piece of that name, or None if it is not there or damaged."""
+
+    def keep(self, name: str, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
+        """Put a piece on disk."""
+
+    def drop(self, pattern: str) -> None:
+        """Remove the pieces whose names match a glob."""
+
+
+class Nowhere:
+    """The pieces of a run that keeps none."""
+
+    def recall(self, name: str) -> Piece | None:
+        return None
+
+    def keep(self, name: str, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
+        pass
+
+    def drop(self, pattern: str) -> None:
+        pass
+
+
+class RunStore:
+    """The pieces of one run in a directory, open for one process; use as a context manager.
+
+    Parameters
+    ----------
+    directory : path
+        Made if missing.
+    told : mapping
+        The fingerprint of the run; written to ``run.json`` by the first run.
+
+    Attributes
+    ----------
+    run : str
+        SHA-256 of the fingerprint, which every piece carries.
+
+    Raises
+    ------
+    RunMismatchError
+        If the directory holds another run, with every difference named, or its fingerprint is damaged.
+    RunInUseError
+        If another process is at it.
+    OSError
+        If the directory cannot be written.
+    """
+
+    def __init__(self, directory: PathLike, told: Mapping[str, Any]) -> None:
+        self.directory = Path(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise RunMismatchError("run_dir", f"{directory} is a file", "pass a directory")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(self.directory)
+        try:
+            self.run = self._agree(json.loads(json.dumps(told)))
+            # What killed writes left: no other process writes here now.
+            for path in self.directory.glob(f".*{PARTIAL}"):
+                path.unlink()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def recall(self, name: str) -> Piece | None:
+        """The piece of that name; None if it is missing, or damaged, which is logged."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            header, arrays = read_container(path, KIND, VERSION, LARGEST_PIECE)
+        except InstanceFormatError as error:
+            log.warning("%s; it is made again", error.found)
+            return None
+        if header.get("run") != self.run or header.get("piece") != name:
+            log.warning("%s is of another run or piece; it is made again", path)
+            return None
+        return header, arrays
+
+    def keep(self, name: str, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
+        """Put a piece on disk; when this returns it is there."""
+        whole = {**header, "format": KIND, "version": VERSION, "run": self.run, "piece": name}
+        write_container(self._path(name), whole, arrays, compress=compress)
+
+    def drop(self, pattern: str) -> None:
+        """Remove the pieces whose names match a glob."""
+        for path in self.directory.glob(f"{pattern}.npz"):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        self._lock.release()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.npz"
+
+    def _agree(self, told: dict[str, Any]) -> str:
+        """Write the fingerprint, or compare it with the one that is there; its checksum."""
+        path = self.directory / RUN_FILE
+        if not path.exists():
+            self._require_empty()
+            write_atomically(path, (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
+            return checksum(told)
+        try:
+            known = json_object(path.read_bytes())
+        except (OSError, ValueError) as error:
+            found = f"{path} is damaged ({error})"
+            raise RunMismatchError("run_dir", found, "use an empty directory") from error
+        changed = differences(known, told)
+        if changed:
+            more = len(changed) - MOST_DIFFERENCES
+            listed = "; ".join(changed[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            found = f"{self.directory} holds a run with another {listed}"
+            remedy = "repeat the first call exactly, or use an empty directory"
+            raise RunMismatchError("run_dir", found, remedy)
+        return checksum(known)
+
+    def _require_empty(self) -> None:
+        """Refuse a folder of other things: pieces would replace files of the same name."""
+        own = (LOCK_FILE, RUN_FILE)
+        others = sorted(path.name for path in self.directory.iterdir())
+        others = [name for name in others if name not in own and not name.startswith(".")]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            found = f"{self.directory} holds {others[0]}{more}, but no run"
+            raise RunMismatchError("run_dir", found, "use an empty or a new directory")
+
+
+class Series:
+    """Pieces of one kind in the order in which they were written, for results that come little by little.
+
+    Parameters
+    ----------
+    store : Pieces
+    name : str
+        What the names begin with.
+    """
+
+    def __init__(self, store: Pieces, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._next = 0
+        self._saved_at = time.monotonic()
+
+    def recall(self) -> Iterator[Piece]:
+        """The pieces that are there, up to the first one missing or not wanted; the next is written there."""
+        self._next = 0
+        while (piece := self._store.recall(f"{self._name}_{self._next:04d}")) is not None:
+            yield piece
+            self._next += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether so much work was done since the last piece that it is time for the next."""
+        return time.monotonic() - self._saved_at >= SAVE_EVERY
+
+    def add(self, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
+        """Write the next piece."""
+        self._store.keep(f"{self._name}_{self._next:04d}", header, arrays, compress=compress)
+        self._next += 1
+        self._saved_at = time.monotonic()
+
+
+def differences(known: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, item by item: ``options.seed (0 -> 1)``.
+
+    A fingerprint without a format is of an earlier release, and compared as far as it goes.
+    """
+    before, now = dict(_items(known)), dict(_items(told))
+    names = before.keys() | now.keys() if "format" in known else before.keys()
+    return [
+        f"{name} ({_short(before.get(name))} -> {_short(now.get(name))})"
+        for name in sorted(names)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _items(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every entry of nested mappings, by the names on the way to it."""
+    if not isinstance(value, Mapping) or not value:
+        yield name, value
+        return
+    for key, entry in value.items():
+        yield from _items(entry, f"{name}.{key}" if name else str(key))
+
+
+def _short(value: Any) -> str:
+    """A value for a message; digests are not to be read."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."

@@ -1,0 +1,1 @@
+"""Selectors of the joint program, with their linear algebra."""

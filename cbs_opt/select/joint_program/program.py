@@ -1,0 +1,203 @@
+"""The joint program of one block in the space of its rows: every figure of a kept set in O(m^2) memory.
+
+With ``a = w - g / damping``, ``M = damping I + R_K R_K^T`` and ``y = M^-1 (R w - R_K a_K)`` the best new
+weights of a kept set K are ``u_K = h_K`` with ``h = a + R^T y``, and the residual of the pruned weights is
+``damping h_P``: one vector `h`, the *level*, ranks both. With ``q_i = r_i^T M^-1 r_i``, the *leverage*,
+
+    dropping i in K costs        1/2 cost_i,  cost_i = damping h_i^2 / (1 - q_i)
+    adding j in P alone gains    1/2 gain_j,  gain_j = damping h_j^2 / (1 + q_j)
+
+since ``[H_KK^-1]_ii = (1 - q_i) / damping`` and the Schur complement of j is ``damping (1 + q_j)``
+(Woodbury). Nothing of size n^2 or s^2 is formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.channels import densified
+from cbs_opt.hessian.products import adjoint_image, column_pieces, factorise, image, inner_gram
+from cbs_opt.select.joint_program.channel_program import ChannelProgram
+from formulations.errors import NotPositiveDefiniteError
+
+SPLIT_SHARE = 0.5
+"""Share of the smallest eigenvalue that stands in for a damping of 0."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeptSet:
+    """A kept set and the small system that describes it.
+
+    Attributes
+    ----------
+    keep : (n,) bool tensor
+    gram : (m, m) float64 tensor
+        ``R_K R_K^T``.
+    target : (m,) float64 tensor
+        ``R w - R_K a_K``.
+    factor : (m, m) float64 tensor
+        Lower Cholesky factor of ``M``.
+    dual : (m,) float64 tensor
+        ``y = M^-1 target``.
+    value : float
+        Objective of the joint program.
+    """
+
+    keep: Tensor
+    gram: Tensor
+    target: Tensor
+    factor: Tensor
+    dual: Tensor
+    value: float
+
+
+class JointProgram:
+    """The joint program of one block, prepared for many evaluations.
+
+    Parameters
+    ----------
+    block : FisherBlock
+        With rows, ``m <= n`` and positive damping; `of` brings any block into that form.
+
+    Notes
+    -----
+    The rows stay in their precision; what is computed from them is accumulated in float64.
+    """
+
+    def __init__(self, block: FisherBlock) -> None:
+        assert block.rows is not None
+        self.block = block
+        self.rows = block.rows
+        self.damping = block.damping
+        weights = block.weights.double()
+        slope = torch.zeros_like(weights) if block.gradient is None else block.gradient.double()
+        self.anchor = weights - slope / block.damping
+        self.pull = image(self.rows, weights)
+        self.offset = 0.5 * float(slope @ slope) / block.damping
+
+    @classmethod
+    def of(cls, block: FisherBlock) -> JointProgram:
+        """The program of any block whose ``H`` is positive definite.
+
+        A dense Hessian, and more rows than weights, become at most n rows by an eigendecomposition,
+        O(n^3); a damping of 0 then takes half of the smallest eigenvalue.
+
+        Raises
+        ------
+        NotPositiveDefiniteError
+            If ``H`` is singular.
+        """
+        if block.channels is not None:
+            block = densified(block, "joint")
+        rows = block.rows
+        if rows is not None and rows.shape[0] <= block.n and block.damping > 0.0:
+            return cls(block)
+        if rows is not None and rows.shape[0] < block.n:
+            found = f"0 with {rows.shape[0]} rows for {block.n} weights: H is singular"
+            raise NotPositiveDefiniteError("damping", found, "use damping > 0")
+        hessian = block.hessian.double() if rows is None else inner_gram(rows.T)  # type: ignore[union-attr]
+        values, vectors = torch.linalg.eigh(hessian)
+        damping = block.damping
+        if damping == 0.0:
+            factorise(hessian, block)
+            damping = SPLIT_SHARE * float(values[0])
+            values = values - damping
+        reduced = values.clamp_min(0.0).sqrt()[:, None] * vectors.T
+        return cls(replace(block, rows=reduced, hessian=None, damping=damping))
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return self.block.n
+
+    def at(self, keep: Tensor) -> KeptSet:
+        """Evaluate a kept set from scratch; O(m^2 s + m^3)."""
+        index = keep.nonzero().squeeze(1)
+        target = self.pull - self._image_of(index)
+        return self._solved(keep, inner_gram(self.rows, index), target)
+
+    def exchanged(self, kept: KeptSet, leaving: Tensor, entering: Tensor) -> KeptSet:
+        """The kept set after an exchange of indices; O(m^2 (changes + m))."""
+        keep = kept.keep.clone()
+        keep[leaving] = False
+        keep[entering] = True
+        gram = kept.gram + inner_gram(self.rows, entering) - inner_gram(self.rows, leaving)
+        target = kept.target - self._image_of(entering) + self._image_of(leaving)
+        return self._solved(keep, gram, target)
+
+    def levels(self, kept: KeptSet) -> Tensor:
+        """``h = a + R^T y``, (n,) float64: new weights on K, residual over damping on P; O(m n)."""
+        return self.anchor + adjoint_image(self.rows, kept.dual)
+
+    def leverages(
+        self, kept: KeptSet, precision: torch.dtype = torch.float64, index: Tensor | None = None
+    ) -> Tensor:
+        """``q_i = r_i^T M^-1 r_i`` of the weights `index` (all by default), float64.
+
+        Computed in `precision`; O(m^2) a weight.
+        """
+        identity = torch.eye(len(kept.factor), dtype=torch.float64, device=kept.factor.device)
+        inverse = torch.linalg.solve_triangular(kept.factor, identity, upper=False).to(precision)
+        found = torch.empty(
+            self.n if index is None else len(index), dtype=torch.float64, device=inverse.device
+        )
+        for span, columns in column_pieces(self.rows, index, precision):
+            found[span] = (inverse @ columns).square_().sum(dim=0)
+        return found
+
+    def moved_leverages(self, leverages: Tensor, before: KeptSet, after: KeptSet) -> Tensor:
+        """`leverages` of `before` brought to `after` in the precision of the rows.
+
+        A change of b columns moves ``M^-1`` by rank b (Woodbury): O(m n b), worth it while b < m.
+        """
+        changed = (before.keep != after.keep).nonzero().squeeze(1)
+        columns = self.rows.index_select(1, changed).double()
+        solved = torch.cholesky_solve(columns, before.factor)
+        sign = torch.where(after.keep[changed], 1.0, -1.0).double()
+        core = torch.diag(sign) + columns.T @ solved
+        inverse, solved = torch.linalg.inv(core).to(self.rows.dtype), solved.T.to(self.rows.dtype)
+        moved = leverages.clone()
+        for span, piece in column_pieces(self.rows, dtype=self.rows.dtype):
+            product = solved @ piece
+            moved[span] -= (product * (inverse @ product)).sum(dim=0)
+        return moved.clamp_min_(0.0)
+
+    def weights(self, kept: KeptSet) -> Tensor:
+        """The best new weights of a kept set, (n,) float64."""
+        return torch.where(kept.keep, self.levels(kept), 0.0)
+
+    def _image_of(self, index: Tensor) -> Tensor:
+        """``R_I a_I``, (m,) float64."""
+        total = torch.zeros_like(self.pull)
+        for span, columns in column_pieces(self.rows, index):
+            total += columns @ self.anchor[index[span]]
+        return total
+
+    def _solved(self, keep: Tensor, gram: Tensor, target: Tensor) -> KeptSet:
+        damped = gram.clone()
+        damped.diagonal().add_(self.damping)
+        factor = factorise(damped, self.block)
+        dual = torch.cholesky_solve(target[:, None], factor)[:, 0]
+        removed = torch.where(keep, 0.0, self.anchor)
+        value = 0.5 * self.damping * float(dual @ target + removed @ removed) - self.offset
+        return KeptSet(keep=keep, gram=gram, target=target, factor=factor, dual=dual, value=value)
+
+
+def joint_saliency(block: FisherBlock) -> Tensor:
+    """What removing one weight costs the joint program, ``u_i^2 / (2 [H^-1]_ii)``, (n,) float64.
+
+    `u` is the minimiser of the block's model, the gradient included; without one it is `w`, and the
+    saliency is that of OBS. O(m^2 n); errors as in `JointProgram.of`.
+    """
+    everything = torch.ones(block.n, dtype=torch.bool, device=block.weights.device)
+    if block.channels is not None and block.rows is not None:
+        whole = ChannelProgram(block)
+        return 0.5 * whole.costs(whole.at(everything))
+    program = JointProgram.of(block)
+    kept = program.at(everything)
+    slack = (1.0 - program.leverages(kept)).clamp_min(torch.finfo(torch.float64).eps)
+    return 0.5 * program.damping * program.levels(kept).square() / slack

@@ -1,0 +1,258 @@
+"""Swap search on the joint program of a large block, to a proved 1-swap optimum.
+
+Two moves, each judged by the true objective after the update. *Batches*: the weights that cost least are
+exchanged for those that gain most, as many at once as still lower the objective; scores are those of single
+moves, so this is fast and proves nothing. *Pairs*: the exact change of all swaps that can improve
+(`joint_pairs`), again tried together and halved; when none is left the set is a 1-swap optimum. *Restarts*
+leave it again: descents from random sets within the core of weights whose fate is open (`joint_core`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cbs_opt.select.joint_program.core import open_core, restarted_core
+from cbs_opt.select.joint_program.pairs import ImprovingPairs, Scores, improving_pairs
+from cbs_opt.select.joint_program.program import JointProgram, KeptSet
+from formulations.solution import Limit, Limits, TracePoint
+
+TOLERANCE = 1e-9
+"""Relative improvement that counts."""
+ROUNDING = 1e-13
+"""No change below this share of the terms that cancel in the objective can be told from rounding."""
+TINY = 1e-300
+LARGEST_BATCH = 8_192
+MOVED_SHARE = 0.25
+"""Changed columns, in shares of m, up to which leverages are moved and not computed anew."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JointResult:
+    """What a joint search found.
+
+    Attributes
+    ----------
+    pruned : (n,) bool tensor
+        The pruned set; its size is that of the start.
+    value, initial_value : float
+        Joint objective after and before.
+    swaps : int
+    locally_optimal : bool
+        Proved: no single swap lowers the objective by more than the tolerance, over all pairs.
+    limit : Limit or None
+        What stopped the search before that.
+    seconds : float
+    trace : tuple of TracePoint
+        The objective after every accepted move.
+    """
+
+    pruned: Tensor
+    value: float
+    initial_value: float
+    swaps: int
+    locally_optimal: bool
+    limit: Limit | None
+    seconds: float
+    trace: tuple[TracePoint, ...]
+
+
+def joint_search(
+    program: JointProgram,
+    start: Tensor,
+    *,
+    tolerance: float = TOLERANCE,
+    max_swaps: int | None = None,
+    restarts: int = 0,
+    deadline: float | None = None,
+    seed: int = 0,
+) -> JointResult:
+    """Improve a pruned set of the joint program until no swap helps.
+
+    Parameters
+    ----------
+    program : JointProgram
+    start : (n,) bool tensor
+        Weights pruned at the start.
+    tolerance : float, default 1e-9
+        A swap counts if it lowers the objective by more than ``tolerance * |objective|``.
+    max_swaps : int, optional
+    restarts : int, default 0
+        Descents of the core from randomly changed sets, each time the search has come to a 1-swap
+        optimum; it ends when they bring nothing.
+    deadline : float, optional
+        Reading of `time.monotonic` at which to stop; looked at between products with the rows.
+    seed : int, default 0
+        Of the restarts.
+
+    Returns
+    -------
+    JointResult
+        Never worse than the start; after Ctrl-C what was found until then, with `Limit.INTERRUPTED`.
+
+    Notes
+    -----
+    O(m^2 n) for the leverages whenever many weights changed, O(m^2 b + m^3) to try b swaps. Memory beyond
+    the rows: O(m^2 + n) and some columns of the rows.
+    """
+    began = time.monotonic()
+    search = JointSearch(program, start, tolerance, max_swaps, deadline)
+    initial = search.kept.value
+    try:
+        search.run(restarts, seed)
+    except KeyboardInterrupt:
+        search.limit = Limit.INTERRUPTED
+    return JointResult(
+        pruned=~search.kept.keep,
+        value=search.kept.value,
+        initial_value=initial,
+        swaps=search.swaps,
+        locally_optimal=search.locally_optimal,
+        limit=search.limit,
+        seconds=time.monotonic() - began,
+        trace=tuple(search.trace),
+    )
+
+
+class JointSearch:
+    """State of one search: the kept set, its leverages, and what has been spent."""
+
+    def __init__(
+        self,
+        program: JointProgram,
+        start: Tensor,
+        tolerance: float,
+        max_swaps: int | None,
+        deadline: float | None,
+    ) -> None:
+        self.began = time.monotonic()
+        self.program = program
+        self.tolerance = tolerance
+        self.max_swaps = max_swaps
+        self.deadline = deadline
+        self.kept = program.at(~start)
+        self.swaps = 0
+        self.limit: Limit | None = None
+        self.locally_optimal = int(start.sum()) in (0, program.n)
+        self.trace: list[TracePoint] = []
+        self._base: tuple[KeptSet, Tensor] | None = None
+
+    def run(self, restarts: int, seed: int) -> None:
+        """Batches, then pairs, until no swap helps or a limit is reached; then again from restarts."""
+        if self.locally_optimal:
+            return
+        self._exchange_batches()
+        self._exchange_pairs()
+        while restarts and self.limit is None and self._leave_optimum(restarts, seed):
+            seed += 1
+            self._exchange_pairs()
+
+    @property
+    def threshold(self) -> float:
+        """The change of the objective that counts."""
+        cancelled = abs(self.kept.value) + 2.0 * self.program.offset
+        return max(self.tolerance * abs(self.kept.value), ROUNDING * cancelled, TINY)
+
+    def _exchange_batches(self) -> None:
+        """Swap by the scores of single moves while the objective falls."""
+        leverages, exact, cap = self._leverages(), True, LARGEST_BATCH
+        while not self._stopped():
+            scores = self._scores(leverages)
+            leaving, entering = _best_singles(scores, self.kept.keep, cap)
+            made = self._try(leaving, entering)
+            if made:
+                exact, cap = False, 2 * made
+            elif exact:
+                return
+            else:
+                # Scores of an earlier set brought it here; those of this one may lead on.
+                leverages, exact, cap = self._leverages(), True, LARGEST_BATCH
+
+    def _exchange_pairs(self) -> None:
+        """Swap by exact changes until a scan of all pairs, on figures computed anew, finds none."""
+        anew = False
+        while not self._stopped():
+            pairs = self._scan()
+            if len(pairs.leaving) and self._try(pairs.leaving, pairs.entering):
+                anew = False
+                continue
+            if self._stopped():
+                return
+            if anew:
+                # A swap that is left gains no more than rounding: nothing to prove, nothing to win.
+                self.locally_optimal = pairs.complete and len(pairs.leaving) == 0
+                return
+            self.kept, self._base, anew = self.program.at(self.kept.keep), None, True
+
+    def _leave_optimum(self, restarts: int, seed: int) -> bool:
+        """Whether descents of the core found a better set, which is then taken."""
+        core = open_core(self.program, self.kept, self._scores(self._leverages(torch.float64)))
+        left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        leaving, entering = restarted_core(core, restarts, Limits(time_limit=left, seed=seed))
+        if self.max_swaps is not None and self.swaps + len(leaving) > self.max_swaps:
+            self.limit = Limit.ITERATION
+            return False
+        found = self.program.exchanged(self.kept, leaving, entering)
+        if found.value >= self.kept.value - self.threshold:
+            return False
+        self._accept(found, len(leaving))
+        self.locally_optimal = False
+        return True
+
+    def _scan(self) -> ImprovingPairs:
+        scores = self._scores(self._leverages(torch.float64))
+        return improving_pairs(self.program, self.kept, scores, self.threshold, self.deadline)
+
+    def _scores(self, leverages: Tensor) -> Scores:
+        return Scores.of(self.program, self.kept, self.program.levels(self.kept), leverages)
+
+    def _leverages(self, precision: torch.dtype | None = None) -> Tensor:
+        """Leverages of the kept set, moved from those of an earlier set where few weights changed."""
+        if self._base is not None:
+            before, leverages = self._base
+            changes = int((before.keep != self.kept.keep).sum())
+            if changes == 0:
+                return leverages
+            if changes <= MOVED_SHARE * len(self.program.pull):
+                return self.program.moved_leverages(leverages, before, self.kept)
+        leverages = self.program.leverages(self.kept, precision or self.program.rows.dtype)
+        self._base = self.kept, leverages
+        return leverages
+
+    def _try(self, leaving: Tensor, entering: Tensor) -> int:
+        """Make as many of the swaps at once as lower the objective, halving; how many were made."""
+        size = len(leaving)
+        if self.max_swaps is not None:
+            size = min(size, self.max_swaps - self.swaps)
+        while size > 0 and not self._stopped():
+            found = self.program.exchanged(self.kept, leaving[:size], entering[:size])
+            if found.value < self.kept.value - self.threshold:
+                self._accept(found, size)
+                return size
+            size //= 2
+        return 0
+
+    def _accept(self, found: KeptSet, swaps: int) -> None:
+        self.kept = found
+        self.swaps += swaps
+        spent = time.monotonic() - self.began
+        self.trace.append(TracePoint(seconds=spent, nodes=0, objective=found.value, bound=None))
+
+    def _stopped(self) -> bool:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.limit = Limit.TIME
+        elif self.max_swaps is not None and self.swaps >= self.max_swaps:
+            self.limit = Limit.ITERATION
+        return self.limit is not None
+
+
+def _best_singles(scores: Scores, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Kept weights of least cost with pruned ones of most gain, while the gain is the larger."""
+    size = min(int(keep.sum()), int((~keep).sum()), most)
+    costs, leaving = scores.costs.topk(size, largest=False)
+    gains, entering = scores.gains.topk(size)
+    better = int((gains > costs).sum())
+    return leaving[:better], entering[:better]

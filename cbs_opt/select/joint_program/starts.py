@@ -1,0 +1,152 @@
+"""Pruned sets of the joint program to start a search from, none of them needing more than O(m^2 n) a step."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from cbs_opt.hessian.products import image
+from cbs_opt.select.joint_program.program import JointProgram
+from cbs_opt.select.saliency import lowest
+from formulations.relaxations.matrix_free import relax_joint_rows
+from formulations.solution import Limits
+
+DROPS = 12
+RELAXATION_STEPS = 40
+THRESHOLD_STEPS = 100
+HALVINGS = 30
+
+
+def greedy_obs_set(
+    program: JointProgram, count: int, *, drops: int = DROPS, deadline: float | None = None
+) -> Tensor:
+    """Greedy OBS in blocks: drop what costs least, move the rest, score again.
+
+    Parameters
+    ----------
+    program : JointProgram
+    count : int
+        Weights to prune.
+    drops : int, default 12
+        The kept count falls by the same factor each time.
+    deadline : float, optional
+        Reading of `time.monotonic` after which all that is left to drop goes at once.
+
+    Returns
+    -------
+    (n,) bool tensor
+        The pruned set.
+
+    Notes
+    -----
+    O(m^2 s) a drop of s kept weights. The scores, ``u_i^2 / (2 [H_KK^-1]_ii)``, are those of Hassibi &
+    Stork (1993); one weight at a time would be their method.
+    """
+    n, precision = program.n, program.rows.dtype
+    kept = program.at(torch.ones(n, dtype=torch.bool, device=program.rows.device))
+    size = n
+    for drop in range(1, drops + 1):
+        late = deadline is not None and time.monotonic() >= deadline
+        goal = n - count if late or drop == drops else round(n * ((n - count) / n) ** (drop / drops))
+        if goal >= size:
+            continue
+        index = kept.keep.nonzero().squeeze(1)
+        slack = 1.0 - program.leverages(kept, precision, index)
+        costs = program.levels(kept)[index].square() / slack.clamp_min(torch.finfo(precision).eps)
+        leaving = index[costs.argsort(stable=True)[: size - goal]]
+        kept = program.exchanged(kept, leaving, leaving[:0])
+        size = goal
+    return ~kept.keep
+
+
+def hard_threshold_set(
+    program: JointProgram, count: int, *, steps: int = THRESHOLD_STEPS, deadline: float | None = None
+) -> Tensor:
+    """Iterative hard thresholding: a gradient step, the largest weights stay and are solved for exactly.
+
+    Parameters
+    ----------
+    program : JointProgram
+    count : int
+        Weights to prune.
+    steps : int, default 100
+        At most; it ends when no step length lowers the objective any more.
+    deadline : float, optional
+        Reading of `time.monotonic`.
+
+    Returns
+    -------
+    (n,) bool tensor
+        The pruned set, never worse than that of magnitude pruning.
+
+    Notes
+    -----
+    O(m n) a step, and O(m^2 (changes + m)) for each length that is tried. The first length is the exact
+    one for the pruned weights alone, or as much longer as changes the set; then it is halved until the
+    objective falls. Source: Foucart
+    (2011), Hard thresholding pursuit; Blumensath & Davies (2010) for the step length; CHITA (Benbaki et
+    al., ICML 2023) uses the method for pruning.
+    """
+    kept = program.at(~lowest(program.block.weights.double().abs(), count))
+    for _ in range(steps):
+        levels = program.levels(kept)
+        slope = torch.where(kept.keep, 0.0, program.damping * levels)
+        curvature = image(program.rows, slope).square().sum() + program.damping * slope.square().sum()
+        if not bool(curvature > 0.0):
+            break
+        length, changed = float(slope.square().sum() / curvature), False
+        before = kept
+        for _ in range(HALVINGS):
+            if deadline is not None and time.monotonic() >= deadline:
+                return ~kept.keep
+            keep = ~lowest(torch.where(before.keep, levels, length * slope).abs(), count)
+            if keep.equal(before.keep):
+                if changed:
+                    break
+                length *= 2.0
+                continue
+            changed = True
+            leaving, entering = before.keep & ~keep, keep & ~before.keep
+            trial = program.exchanged(before, leaving.nonzero().squeeze(1), entering.nonzero().squeeze(1))
+            if trial.value < before.value:
+                kept = trial
+                break
+            length *= 0.5
+        if kept is before:
+            break
+    return ~kept.keep
+
+
+def relaxed_set(
+    program: JointProgram, count: int, *, steps: int = RELAXATION_STEPS, time_limit: float | None = None
+) -> Tensor:
+    """The perspective relaxation rounded: keep its largest residuals or its largest weights.
+
+    Parameters
+    ----------
+    program : JointProgram
+    count : int
+        Weights to prune.
+    steps : int, default 40
+        ADMM steps.
+    time_limit : float, optional
+        Seconds.
+
+    Returns
+    -------
+    (n,) bool tensor
+        The pruned set.
+
+    Notes
+    -----
+    O(m^2 n + m^3) once and O(m n) a step; the rows are copied to float64. See
+    `formulations.relaxations`.
+    """
+    problem = program.block.to_problem(count)
+    limits = Limits(iteration_limit=steps, time_limit=time_limit)
+    found = relax_joint_rows(problem, limits, time.perf_counter(), float("inf"))
+    # The residual, which the bound goes by, ranks best where damping dominates, the point where it does not.
+    sets = [program.at(~lowest(torch.from_numpy(v).to(program.rows.device).abs(), count)) for v in found]
+    return ~min(sets, key=lambda kept: kept.value).keep

@@ -1,0 +1,1 @@
+"""Swap search on the selection program."""

@@ -1,0 +1,225 @@
+"""Swap search on the selection program, from small dense blocks to whole networks.
+
+Small blocks are searched at once on their Gram matrix. A large block alternates between two moves
+until neither finds anything: best-improvement swaps within a pool of the most promising weights
+(their Gram matrix is small, and one product with the rows brings ``v = A y`` up to date for all),
+and a search over all pairs that discards most of them with proof (`pair_search`). When the second
+comes back empty the set is a proved 1-swap optimum of the whole block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.select.selection_program.dense import swap_dense
+from cbs_opt.select.selection_program.large import (
+    MAX_SWAPS,
+    ROUNDING,
+    TINY,
+    LargeSwapSearch,
+    relative_tolerance,
+)
+from cbs_opt.select.selection_program.program import SelectionProgram
+from formulations.solution import Limit
+
+DENSE_LIMIT = 2_048
+"""Largest block whose whole Gram matrix is formed."""
+BATCH_BYTES = 1 << 29
+"""Bytes of Gram matrices in one batch of small blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SwapResult:
+    """What a swap search found.
+
+    Attributes
+    ----------
+    pruned : (n,) bool tensor
+        The pruned set; its size is that of the start.
+    value, initial_value : float
+        Selection objective after and before, evaluated in float64.
+    swaps : int
+    locally_optimal : bool
+        No single swap lowers the objective by more than the tolerance, over all pairs.
+    limit : Limit or None
+        What stopped the search before that.
+    seconds : float
+    """
+
+    pruned: Tensor
+    value: float
+    initial_value: float
+    swaps: int
+    locally_optimal: bool
+    limit: Limit | None
+    seconds: float
+
+
+def swap_search(
+    program: SelectionProgram,
+    start: Tensor,
+    *,
+    tolerance: float | None = None,
+    max_swaps: int | None = None,
+    deadline: float | None = None,
+    seed: int = 0,
+) -> SwapResult:
+    """Improve a pruned set by best-improvement swaps until none helps.
+
+    Parameters
+    ----------
+    program : SelectionProgram
+    start : (n,) bool tensor
+        Weights pruned at the start.
+    tolerance : float, optional
+        Relative: a swap counts if it lowers the objective by more than ``tolerance * |objective|``.
+        Default 1e-10 for float64 rows and 1e-7 for lower precision.
+    max_swaps : int, optional
+    deadline : float, optional
+        Reading of `time.monotonic` at which to stop. A large block looks at it every second or so;
+        small blocks are searched to the end once begun.
+    seed : int, default 0
+        Seed of the column sample that the pair search fits its directions to.
+
+    Returns
+    -------
+    SwapResult
+        Never worse than the start.
+
+    Notes
+    -----
+    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
+    Source of the move: Yu et al. (ICML 2022), section 4.
+    """
+    if program.n <= DENSE_LIMIT:
+        return _search_dense([program], [start], tolerance, max_swaps, deadline)[0]
+    began = time.monotonic()
+    search = LargeSwapSearch(program, start, tolerance, max_swaps, deadline, seed)
+    initial = search.value
+    initial_pruned = start.clone()
+    if 0 < int(start.sum()) < program.n:
+        search.run()
+    value = search.exact_value()
+    worse = value > initial
+    return SwapResult(
+        pruned=initial_pruned if worse else search.pruned,
+        value=initial if worse else value,
+        initial_value=initial,
+        swaps=0 if worse else search.swaps,
+        locally_optimal=search.locally_optimal and not worse,
+        limit=search.limit,
+        seconds=time.monotonic() - began,
+    )
+
+
+def swap_search_batch(
+    programs: Sequence[SelectionProgram],
+    starts: Sequence[Tensor],
+    *,
+    tolerance: float | None = None,
+    max_swaps: int | None = None,
+    deadline: float | None = None,
+    seed: int = 0,
+) -> list[SwapResult]:
+    """`swap_search` on many blocks; small blocks of equal size are searched side by side.
+
+    Parameters
+    ----------
+    programs : sequence of SelectionProgram
+    starts : sequence of (n,) bool tensors
+    tolerance, max_swaps, deadline, seed
+        As in `swap_search`.
+
+    Returns
+    -------
+    list of SwapResult
+        In the order of `programs`; the seconds of a batch are spread evenly over it.
+    """
+    results: dict[int, SwapResult] = {}
+    groups: dict[tuple[int, torch.device], list[int]] = {}
+    for number, (n, device) in enumerate([(program.n, program.data.device) for program in programs]):
+        if n <= DENSE_LIMIT:
+            groups.setdefault((n, device), []).append(number)
+        else:
+            results[number] = swap_search(
+                programs[number],
+                starts[number],
+                tolerance=tolerance,
+                max_swaps=max_swaps,
+                deadline=deadline,
+                seed=seed,
+            )
+    for (n, _), members in groups.items():
+        size = max(1, BATCH_BYTES // (8 * max(1, n) ** 2))
+        for first in range(0, len(members), size):
+            batch = members[first : first + size]
+            chosen = programs.take(batch) if isinstance(programs, OnDemand) else [programs[i] for i in batch]
+            found = _search_dense(chosen, [starts[i] for i in batch], tolerance, max_swaps, deadline)
+            results.update(zip(batch, found, strict=True))
+    return [results[number] for number in range(len(programs))]
+
+
+def _grams(programs: Sequence[SelectionProgram]) -> Tensor:
+    """Gram matrices of blocks of one size, (B, n, n) float64, with one block's rows in use at a time."""
+    n, device = programs[0].n, programs[0].weights.device
+    everything = torch.arange(n, device=device)
+    grams = torch.empty(len(programs), n, n, dtype=torch.float64, device=device)
+    for own, program in zip(grams, programs, strict=True):
+        own.copy_(program.gram(everything))
+    return grams
+
+
+def _search_dense(
+    programs: Sequence[SelectionProgram],
+    starts: Sequence[Tensor],
+    tolerance: float | None,
+    max_swaps: int | None,
+    deadline: float | None,
+) -> list[SwapResult]:
+    """Blocks of one size at once, each on its whole Gram matrix."""
+    began = time.monotonic()
+    gram = _grams(programs)
+    linear = torch.stack([program.linear() for program in programs])
+    pruned = torch.stack(list(starts))
+    product = torch.einsum("bij,bj->bi", gram, pruned.double())
+    relative = torch.tensor([relative_tolerance(program, tolerance) for program in programs])
+    expired = deadline is not None and time.monotonic() >= deadline
+    most = 0 if expired else MAX_SWAPS if max_swaps is None else max_swaps
+    budget = torch.full((len(programs),), most, dtype=torch.int64, device=gram.device)
+    terms = torch.diagonal(gram, dim1=1, dim2=2).amax(1) + linear.abs().amax(1)
+    swaps = torch.zeros_like(budget)
+    while True:
+        # The threshold follows the objective down, so a pass that moves nothing ends it.
+        value = 0.5 * (product * pruned).sum(1) - (linear * pruned).sum(1)
+        rounding = ROUNDING * (terms + product.abs().amax(1)) + TINY
+        threshold = torch.maximum(relative.to(value) * value.abs(), rounding)
+        counts = swap_dense(gram, product, linear, pruned, threshold, budget - swaps)
+        swaps += counts.swaps
+        if not bool((counts.locally_optimal & (counts.swaps > 0)).any()):
+            break
+    share = (time.monotonic() - began) / len(programs)
+    limit = Limit.TIME if expired else Limit.ITERATION
+    results = []
+    for b, program in enumerate(programs):
+        initial = program.objective(starts[b])
+        final = program.objective(pruned[b])
+        worse = final > initial  # by rounding only
+        settled = bool(counts.locally_optimal[b]) and not worse
+        results.append(
+            SwapResult(
+                pruned=starts[b].clone() if worse else pruned[b],
+                value=min(final, initial),
+                initial_value=initial,
+                swaps=0 if worse else int(swaps[b]),
+                locally_optimal=settled,
+                limit=None if bool(counts.locally_optimal[b]) else limit,
+                seconds=share,
+            )
+        )
+    return results

@@ -1,0 +1,1 @@
+"""Many small prunings instead of a large one."""

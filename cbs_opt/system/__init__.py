@@ -1,0 +1,1 @@
+"""Threads, memory, versions and sizes of this process and machine."""

@@ -1,0 +1,259 @@
+"""Pruning with rows on disk: the same networks, little memory, and nothing left after a failure."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cbs_opt
+from cbs_opt import CbsError, GradientRows, Partition, StoredRows, prune, streamed_rows
+from cbs_opt.curvature.disk import RowStore
+from cbs_opt.curvature.fisher import gradient_rows
+from cbs_opt.errors import RowMemoryError, RowStoreError
+from tests.cbs_opt.small_network import assert_untouched, snapshot
+from tests.cbs_opt.small_network import data as small_data
+from tests.cbs_opt.small_network import network as small_network
+
+SAMPLES = 90
+LARGEST = 40 * 30
+"""Weights of the largest layer."""
+AT_ONCE = 4
+"""Blocks that may be open at once: the one at hand, its neighbours, and one that a loop has not let go of."""
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 20), nn.Tanh(), nn.Linear(20, 4)).eval()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(160, 30, generator=generator), torch.randint(0, 4, (160,), generator=generator)
+
+
+def pruned(row_memory: int | None, **options: Any) -> tuple[Tensor, cbs_opt.PruneReport]:
+    model = network()
+    arguments = {"samples": SAMPLES, "sparsity": 0.7, "damping": 1e-3, **options}
+    report = prune(model, data(), row_memory=row_memory, progress=False, **arguments)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), report
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of blocks that were in memory at once, whenever one came in."""
+    seen: list[int] = []
+    live: list[None] = []
+    mapped = RowStore._mapped
+
+    def counted(self: RowStore, start: int, stop: int) -> Tensor:
+        rows = mapped(self, start, stop)
+        live.append(None)
+        seen.append(len(live))
+        weakref.finalize(rows.untyped_storage(), live.pop)
+        return rows
+
+    monkeypatch.setattr(RowStore, "_mapped", counted)
+    return seen
+
+
+SELECTION: list[dict[str, Any]] = [
+    {"method": "obd", "partition": "row", "program": "selection"},
+    {"method": "obs", "partition": 150, "program": "selection"},
+    {"method": "gradient_norm", "partition": "layer", "program": "selection"},
+    {"method": "swap_search", "partition": "layer", "program": "selection"},
+    {"method": "swap_search", "partition": "row", "program": "selection"},
+]
+OTHERS: list[dict[str, Any]] = [
+    {"method": "magnitude", "partition": "layer", "gradient_term": True},
+    {"method": "obs", "partition": 150, "update": "independent", "budget": "uniform"},
+    {"method": "swap_search", "program": "selection", "partition": "layer", "layer_inputs": 1.0},
+    {"method": "swap_search", "program": "joint", "partition": "layer", "layer_inputs": 0.0},
+    {"method": "swap_search", "program": "joint", "partition": "layer", "layer_inputs": 1.0},
+    {"method": "swap_search", "program": "joint", "partition": 150, "gradient_term": True},
+    {"method": "greedy_obs", "program": "joint", "partition": "layer", "layer_inputs": 1.0},
+    {"method": "greedy_obs", "program": "joint", "partition": "layer", "layer_inputs": 0.0},
+    {"method": "iterative_hard_threshold", "program": "joint", "partition": 700, "layer_inputs": 0.0},
+    {
+        "method": "swap_search",
+        "program": "joint",
+        "partition": "layer",
+        "damping": [0.1, 0.5],
+        "relative_damping": True,
+        "update_scale": [0.5, 1.0],
+        "selection_damping": 0.3,
+        "choice_samples": 60,
+    },
+    {"method": "obs", "partition": "layer", "budget": {"0.weight": 0.5, "*": 0.8}, "samples_per_row": 3},
+    {"method": "obd", "partition": "layer", "curvature": "monte_carlo_fisher", "gradient_term": True},
+    {"method": "obd", "partition": "layer", "curvature": "sketched_fisher", "samples_per_row": 2},
+    {"method": "obs", "program": "joint", "partition": 50, "certify": True, "layer_inputs": 0.0},
+]
+
+
+@pytest.mark.parametrize(
+    "options", SELECTION + OTHERS, ids=lambda options: "-".join(map(str, options.values()))
+)
+def test_the_network_is_that_of_rows_in_memory_to_the_bit(options: dict[str, Any], stored: list[int]) -> None:
+    expected, in_memory = pruned(None, **options)
+    assert not stored
+    rows = SAMPLES // options.get("samples_per_row", 1)
+    found, on_disk = pruned(4 * rows * LARGEST, **options)
+    assert stored
+    assert max(stored) <= AT_ONCE
+    assert torch.equal(found, expected)
+    assert on_disk.predicted_loss_increase == in_memory.predicted_loss_increase
+    assert [block.n_prune for block in on_disk.blocks] == [block.n_prune for block in in_memory.blocks]
+    assert on_disk.rows == in_memory.rows == rows
+    assert on_disk.certified == in_memory.certified
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"curvature": "exact_fisher"},
+        {"curvature": "monte_carlo_fisher"},
+        {"curvature": "sketched_fisher", "samples_per_row": 4},
+        {"samples_per_row": 7},
+        {"vectorize": False},
+        {"rows_dtype": torch.float64},
+        {"memory_limit": 1},
+        {"samples": 1000},
+    ],
+    ids=str,
+)
+def test_rows_and_gradient_are_those_of_memory_to_the_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    model, loss = network(), nn.functional.cross_entropy
+    partition = Partition.from_model(model, blocks=170)
+    arguments = {"samples": SAMPLES, "progress": False, **options}
+    whole = gradient_rows(model, data(), loss, partition, **arguments)
+    limit = whole.rows.nbytes // 3
+    with streamed_rows(
+        model, data(), loss, partition, row_memory=limit, row_dir=tmp_path, **arguments
+    ) as found:  # type: ignore[union-attr]
+        assert isinstance(found, StoredRows)
+        assert list(tmp_path.iterdir()) == []
+        assert found.shape == whole.shape
+        assert (found.samples, found.curvature) == (whole.samples, whole.curvature)
+        assert torch.equal(found.gradient, whole.gradient)
+        for block in partition.blocks:
+            assert torch.equal(found.block(block.start, block.stop), whole.block(block.start, block.stop))
+        torch.testing.assert_close(found.column_squares(), whole.column_squares(), rtol=1e-14, atol=0.0)
+
+
+def test_rows_that_fit_stay_in_memory() -> None:
+    model = network()
+    partition = Partition.from_model(model, blocks="global")
+    size = 4 * 20 * partition.n
+    arguments: dict[str, Any] = {"samples": 20, "progress": False}
+    for limit in (None, size):
+        found = streamed_rows(
+            model, data(), nn.functional.cross_entropy, partition, row_memory=limit, **arguments
+        )
+        assert isinstance(found, GradientRows)
+
+
+def test_rows_on_disk_serve_several_runs_and_stay_open(stored: list[int]) -> None:
+    model = network()
+    partition = Partition.from_model(model, blocks="layer")
+    limit = 4 * SAMPLES * LARGEST
+    rows = streamed_rows(
+        model,
+        data(),
+        nn.functional.cross_entropy,
+        partition,
+        row_memory=limit,
+        samples=SAMPLES,
+        progress=False,
+    )
+    assert isinstance(rows, StoredRows)
+    for method in ("obd", "obs"):
+        expected, _ = pruned(None, method=method, partition="layer", layer_inputs=0.0)
+        found, _ = pruned(None, method=method, partition="layer", layer_inputs=0.0, curvature=rows)
+        assert torch.equal(found, expected)
+    with pytest.raises(CbsError, match="in other blocks"):
+        pruned(None, method="obd", partition="row", curvature=rows)
+    rows.close()
+    with pytest.raises(RowStoreError, match="closed"):
+        pruned(None, method="obd", partition="layer", curvature=rows)
+
+
+@pytest.mark.parametrize("partition", ["global", "layer", 1000])
+def test_a_block_that_does_not_fit_is_refused_with_the_size_that_does(partition: str | int) -> None:
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(RowMemoryError, match="cut blocks of at most 100 weights"):
+        prune(model, data(), sparsity=0.5, samples=SAMPLES, row_memory=4 * SAMPLES * 100, partition=partition)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2GB"])
+def test_a_budget_that_is_no_size_is_refused(value: Any) -> None:
+    with pytest.raises(CbsError, match="row_memory"):
+        prune(network(), data(), sparsity=0.5, row_memory=value)
+
+
+def test_stages_keep_their_rows_in_memory() -> None:
+    with pytest.raises(CbsError, match="row_memory: given for a run in stages"):
+        prune(network(), data(), sparsity=0.5, stages=2, row_memory=1000)
+
+
+def failing(call: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose call of that number raises."""
+    made = 0
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == call:
+            raise error
+        return function(*arguments, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [1, 2, 5])
+@pytest.mark.parametrize("where", ["write", "read"])
+def test_after_a_failure_the_network_is_as_it_was_and_no_file_is_left(
+    kind: type[BaseException], call: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, error = small_network(), kind(28, "No space left on device")
+    before = snapshot(model)
+    open_files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    with monkeypatch.context() as patched:
+        if where == "write":
+            patched.setattr(os, "pwrite", failing(call, error, os.pwrite))
+        else:
+            patched.setattr(RowStore, "_mapped", failing(call, error, RowStore._mapped))
+        with pytest.raises((RowStoreError, OSError, KeyboardInterrupt)) as raised:
+            prune(
+                model,
+                small_data(),
+                sparsity=0.5,
+                samples=30,
+                partition="row",
+                method="obs",
+                damping=0.1,
+                row_memory=4 * 30 * 10,
+                row_dir=tmp_path,
+                progress=False,
+            )
+    if where == "write" and kind is OSError:
+        assert isinstance(raised.value, RowStoreError)
+        assert "No space left" in str(raised.value)
+    assert_untouched(model, before)
+    assert list(tmp_path.iterdir()) == []
+    # The exception has frames in which blocks of rows are still open.
+    del raised, error
+    gc.collect()
+    if open_files:
+        assert len(os.listdir("/proc/self/fd")) == open_files

@@ -1,0 +1,228 @@
+"""Second moments of layer inputs: w.A w is the mean squared response of the layer itself to weights w."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cbs_opt as cbs
+from cbs_opt.curvature import layer_inputs
+from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
+from cbs_opt.hessian.channels import ChannelTerm
+from cbs_opt.network.partition import Partition
+from formulations.errors import ArgumentError, NonFiniteError, ShapeError
+
+SAMPLES = 12
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(SAMPLES, *shape, generator=generator)
+
+
+def labels() -> Tensor:
+    return torch.zeros(SAMPLES, dtype=torch.int64)
+
+
+def moments_of(layer: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    model = nn.Sequential(layer).eval()
+    return input_moments(model, (x, labels()), Partition.from_model(model), samples=SAMPLES, **options)[
+        "0.weight"
+    ]
+
+
+def mean_squared_responses(layer: nn.Module, x: Tensor) -> Tensor:
+    """Of every output channel, summed over positions, without the bias; (channels,) float64."""
+    with torch.no_grad():
+        if layer.bias is not None:
+            layer.bias.zero_()
+        y = layer(x).double()
+    y = y.movedim(-1, 1) if isinstance(layer, nn.Linear) else y
+    return y.flatten(2).square().sum(2).mean(0) if y.ndim > 2 else y.square().mean(0)
+
+
+CONVOLUTIONS: tuple[dict[str, Any], ...] = (
+    {"stride": 2, "padding": 1},
+    {"padding": (2, 0), "dilation": (2, 1)},
+    {"padding": "same", "dilation": 2},
+    {"padding": "valid", "groups": 2},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"padding": 2, "padding_mode": "circular", "stride": (1, 2), "groups": 4},
+)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_moments_of_a_convolution(options: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    layer = nn.Conv2d(4, 8, (3, 2) if options.get("padding_mode") is None else 3, **options)
+    x = inputs(4, 7, 6)
+    found = moments_of(layer, x).reshape(layer.groups, -1, layer.weight[0].numel())
+    filters = layer.weight.detach().double().flatten(1).view(layer.groups, -1, found.shape[-1])
+    quadratic = torch.einsum("gci,gij,gcj->gc", filters, found, filters).flatten()
+    torch.testing.assert_close(quadratic, mean_squared_responses(layer, x), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [0, 2, "same"])
+def test_moments_of_a_convolution_over_sequences(padding: int | str) -> None:
+    torch.manual_seed(1)
+    layer = nn.Conv1d(3, 5, 3, padding=padding, padding_mode="reflect")
+    x = inputs(3, 9)
+    filters = layer.weight.detach().double().flatten(1)
+    quadratic = torch.einsum("ci,ij,cj->c", filters, moments_of(layer, x), filters)
+    torch.testing.assert_close(quadratic, mean_squared_responses(layer, x), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)])
+def test_moments_of_a_linear_layer_sum_over_tokens(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    layer, x = nn.Linear(6, 4), inputs(*shape)
+    filters = layer.weight.detach().double()
+    quadratic = torch.einsum("ci,ij,cj->c", filters, moments_of(layer, x), filters)
+    torch.testing.assert_close(quadratic, mean_squared_responses(layer, x), rtol=1e-5, atol=1e-9)
+
+
+def test_moments_are_positive_semidefinite_symmetric_and_the_same_every_time() -> None:
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    first = moments_of(layer, inputs(4, 5, 5))
+    assert torch.equal(first, moments_of(layer, inputs(4, 5, 5)))
+    torch.testing.assert_close(first, first.T)
+    assert float(torch.linalg.eigvalsh(first)[0]) > -1e-6 * float(first.diagonal().max())
+
+
+def test_moments_grow_with_the_square_of_the_inputs() -> None:
+    layer, x = nn.Linear(6, 4), inputs(6)
+    torch.testing.assert_close(moments_of(layer, 4.0 * x), 16.0 * moments_of(layer, x))
+
+
+def test_patches_in_small_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Conv2d(4, 6, 3, padding=1), inputs(4, 5, 5)
+    whole = moments_of(layer, x)
+    monkeypatch.setattr(layer_inputs, "PATCH_NUMBERS", 1)
+    torch.testing.assert_close(moments_of(layer, x), whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moments_in_other_precisions(dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(6, 4), inputs(5, 6)
+    expected = moments_of(layer, x)
+    found = moments_of(layer.to(dtype), x.to(dtype))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.diagonal().max()))
+
+
+class Tied(nn.Module):
+    """One matrix used by two layers, and one layer called with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5, bias=False)
+        self.second = nn.Linear(5, 5, bias=False)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(5, 3)
+        self.unused = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(input=self.second(self.first(x).relu()).relu())
+        return y
+
+
+def test_uses_of_tied_weights_are_added_up_and_unused_layers_left_out() -> None:
+    torch.manual_seed(2)
+    model, x = Tied().eval(), inputs(5)
+    found = input_moments(model, (x, labels()), Partition.from_model(model), samples=SAMPLES)
+    hidden = model.first(x).relu().detach()
+    expected = (x.T @ x + hidden.T @ hidden).double() / SAMPLES
+    torch.testing.assert_close(found["first.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert sorted(found) == ["first.weight", "head.weight"]
+
+
+def test_a_layer_of_another_kind_gets_a_multiple_of_the_identity() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(), nn.Linear(24, 4)).eval()
+    partition = Partition.from_model(model, blocks="global")
+    data = inputs(2, 3, 3, 3), torch.arange(SAMPLES) % 4
+    rows = cbs.gradient_rows(model, data, nn.functional.cross_entropy, partition, samples=SAMPLES)
+    found = with_layer_inputs(rows, model, data, partition, weight=2.0)
+    assert found.channels is not None
+    size = 2 * 2**3
+    first = found.channels.within(0, size).dense()
+    mean = float(rows.rows[:, :size].double().square().sum(0).mean())
+    torch.testing.assert_close(first, 2.0 * mean * torch.eye(size, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_channels_of_groups_take_the_moments_of_their_own_group() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(54, 4)).eval()
+    partition = Partition.from_model(model, blocks="row")
+    x = inputs(4, 5, 5)
+    x[:, 2:] *= 3.0
+    moments = input_moments(model, (x, labels()), partition, samples=SAMPLES)
+    term = ChannelTerm.matched(moments, partition, torch.ones(1, partition.n))
+    for number in range(6):
+        own = moments["0.weight"][number // 3]
+        expected = own / own.diagonal().mean()
+        block = partition.blocks[number]
+        torch.testing.assert_close(term.within(block.start, block.stop).dense(), expected)
+
+
+def test_dead_inputs_leave_zero_rows_and_a_dead_channel_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with torch.no_grad():
+        model[0].bias[2] = -1e3
+    partition = Partition.from_model(model, blocks="global")
+    x = inputs(6)
+    x[:, 1] = 0.0
+    data = x, torch.arange(SAMPLES) % 3
+    rows = cbs.gradient_rows(model, data, nn.functional.cross_entropy, partition, samples=SAMPLES)
+    found = with_layer_inputs(rows, model, data, partition)
+    assert found.channels is not None
+    diagonal = found.channels.diagonal()
+    assert bool(torch.isfinite(diagonal).all())
+    first = diagonal[:30].view(5, 6)
+    assert bool((first[2] == 0.0).all())
+    assert bool((first[:, 1] == 0.0).all())
+    assert bool((first[[0, 1, 3, 4]][:, [0, 2, 3, 4, 5]] > 0.0).all())
+
+
+def test_moments_of_another_network_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    partition = Partition.from_model(model)
+    with pytest.raises(ShapeError, match=r"0\.weight"):
+        ChannelTerm.matched({"0.weight": torch.eye(5)}, partition, torch.ones(2, 30))
+
+
+def test_bad_arguments_are_named() -> None:
+    layer = nn.Linear(6, 4)
+    model = nn.Sequential(layer).eval()
+    with pytest.raises(ArgumentError, match="samples"):
+        input_moments(model, (inputs(6), labels()), Partition.from_model(model), samples=0)
+    x = inputs(6)
+    x[2] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"inputs of 0\.weight"):
+        moments_of(layer, x)
+    assert not layer._forward_pre_hooks
+
+
+def test_autocast_does_not_round_the_sums() -> None:
+    """Inputs may come in half precision, but their moments must stay positive semidefinite."""
+
+    class Autocast(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output: Tensor = self.layer(x).float()
+            return output
+
+    x = inputs(40).bfloat16().float()
+    layer = nn.Linear(40, 3)
+    plain = moments_of(layer, x)
+    model = Autocast(layer).eval()
+    found = input_moments(model, (x, labels()), Partition.from_model(model), samples=SAMPLES)["layer.weight"]
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)

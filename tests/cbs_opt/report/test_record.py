@@ -1,0 +1,180 @@
+"""PruneReport: totals, tables, and files that read back as they were written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbs_opt.network.evaluation import Evaluation
+from cbs_opt.report.comparison import comparison_frame
+from cbs_opt.report.files import ReportFormatError, plain
+from cbs_opt.report.histogram import shared_histograms
+from cbs_opt.report.record import LAYERS_CSV, MASKS_FILE, REPORT_HTML, REPORT_JSON, LayerSummary, PruneReport
+from formulations.errors import ArgumentError
+from tests.cbs_opt.reports import made_report
+
+
+def same(first: PruneReport, second: PruneReport) -> bool:
+    """Equal in every field that JSON carries."""
+    return (
+        first.to_dict() == second.to_dict()
+        and first.layers == second.layers
+        and first.blocks == second.blocks
+    )
+
+
+def test_layer_summary_counts_zeros_and_kept_weights() -> None:
+    before = torch.linspace(-1, 1, 40).view(5, 8)
+    keep = before.abs() > 0.5
+    layer = LayerSummary.from_weights("a", before, before * keep * 1.5, keep)
+    assert (layer.n, layer.n_prune, layer.shape) == (40, int((~keep).sum()), (5, 8))
+    assert layer.sparsity == layer.n_prune / 40
+    assert layer.weight_histogram_before is not None
+    assert layer.weight_histogram_after is not None
+    assert layer.weight_histogram_before.total == 40
+    assert layer.weight_histogram_after.total == 40 - layer.n_prune
+    assert layer.weight_histogram_before.edges == layer.weight_histogram_after.edges
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-1e6, 1e6, width=32), max_size=50),
+    st.lists(st.floats(-1e6, 1e6, width=32), max_size=50),
+)
+def test_histograms_lose_no_value(first: list[float], second: list[float]) -> None:
+    left, right = shared_histograms(torch.tensor(first), torch.tensor(second))
+    assert (left.total, right.total) == (len(first), len(second))
+    assert len(left.edges) == len(left.counts) + 1
+    assert list(left.edges) == sorted(left.edges)
+
+
+def test_histograms_leave_out_what_is_not_finite() -> None:
+    left, _ = shared_histograms(torch.tensor([1.0, math.nan, math.inf]), torch.tensor([2.0]))
+    assert left.total == 1
+
+
+def test_frames_agree_with_the_totals() -> None:
+    report = made_report()
+    frame = report.to_frame()
+    assert frame.n_prune.sum() == report.n_prune == frame.attrs["n_prune"]
+    assert frame.n.sum() == report.n
+    assert (frame.n_keep + frame.n_prune == frame.n).all()
+    assert report.sparsity == report.n_prune / report.n
+    assert list(frame.index) == [layer.name for layer in report.layers]
+    blocks = report.blocks_frame()
+    assert blocks.n_prune.sum() == report.n_prune
+    assert blocks.selection_loss.sum() == pytest.approx(report.predicted_selection_loss)
+
+
+def test_summary_tells_prediction_and_measurement_apart() -> None:
+    text = made_report(loss=0.1).summary()
+    for part in ("predicted 0.15", "0.3 before the update", "actual 0.2", "97.00% -> 87.00%", "swap_search"):
+        assert part in text
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    report = PruneReport.from_dict(made_report(evaluated=False).to_dict() | {"train_after": None})
+    assert report.actual_loss_increase is None
+    assert "actual" not in report.summary()
+    assert math.isnan(comparison_frame([report]).actual_loss_increase[0])
+
+
+def test_dict_round_trip_is_exact_through_json_text() -> None:
+    report = made_report()
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert same(PruneReport.from_dict(json.loads(text)), report)
+
+
+@pytest.mark.parametrize("loss", [math.inf, -math.inf])
+def test_losses_that_are_not_finite_survive(loss: float) -> None:
+    data = made_report().to_dict() | {"train_after": plain(Evaluation(loss=loss, accuracy=0.1, samples=3))}
+    read = PruneReport.from_dict(json.loads(json.dumps(data, allow_nan=False)))
+    assert read.train_after is not None
+    assert read.train_after.loss == loss
+
+
+def test_save_and_load_keep_everything(tmp_path: Path) -> None:
+    report = made_report()
+    folder = report.save(tmp_path / "deep" / "run")
+    assert {path.name for path in folder.iterdir()} == {REPORT_JSON, LAYERS_CSV, MASKS_FILE, REPORT_HTML}
+    read = PruneReport.load(folder)
+    assert same(read, report)
+    assert set(read.masks) == set(report.masks)
+    assert all(torch.equal(read.masks[name], keep) for name, keep in report.masks.items())
+    layers = pd.read_csv(folder / LAYERS_CSV, index_col="layer")
+    assert (layers.n_prune == report.to_frame().n_prune).all()
+
+
+def test_saving_again_replaces_and_leaves_no_masks_of_another_run(tmp_path: Path) -> None:
+    made_report().save(tmp_path)
+    second = PruneReport.from_dict(made_report("magnitude", update=False).to_dict())
+    second.save(tmp_path)
+    read = PruneReport.load(tmp_path)
+    assert read.method == "magnitude"
+    assert not read.masks
+    assert not (tmp_path / MASKS_FILE).exists()
+
+
+def test_a_failed_save_leaves_no_report_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_report().save(tmp_path)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("cbs_opt.report.html.write_comparison", fail)
+    with pytest.raises(OSError, match="no space"):
+        made_report("magnitude").save(tmp_path)
+    with pytest.raises(ReportFormatError, match=r"no report\.json"):
+        PruneReport.load(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_save_refuses_a_file(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    with pytest.raises(ArgumentError, match="is a file"):
+        made_report().save(taken)
+    assert taken.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "another"},
+        {"version": 99},
+        {"n": "many"},
+        {"n": None},
+        {"layers": [{"name": "a"}]},
+        {"blocks": 3},
+        {"unheard_of": 1},
+    ],
+)
+def test_damaged_reports_are_named_as_such(change: dict[str, object]) -> None:
+    with pytest.raises(ReportFormatError):
+        PruneReport.from_dict(made_report().to_dict() | change)
+
+
+def test_a_report_that_is_no_json_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / REPORT_JSON).write_text("{")
+    with pytest.raises(ReportFormatError, match="damaged"):
+        PruneReport.load(tmp_path)
+
+
+def test_settings_become_plain_values() -> None:
+    values = {
+        "f": torch.nn.functional.cross_entropy,
+        "t": torch.tensor(2),
+        "s": {3, 1},
+        "p": Path("a"),
+        "x": math.nan,
+    }
+    assert plain(values) == {"f": "cross_entropy", "t": 2, "s": ["1", "3"], "p": "a", "x": "nan"}

@@ -1,0 +1,79 @@
+"""The compiled and the torch kernels make the same best-improvement swaps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cbs_opt.select.selection_program import dense as dense_swaps
+from cbs_opt.select.selection_program.dense import SwapCounts, swap_dense
+from tests.cbs_opt.fisher import KINDS, dense_form, fisher_block, random_set, swap_changes
+
+ENGINES = (dense_swaps._swap_compiled, dense_swaps._swap_torch)
+
+
+def batch_of(kinds: tuple[str, ...], n: int, n_prune: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forms = [dense_form(fisher_block(kind, n, 9)) for kind in kinds]
+    gram = torch.stack([matrix for matrix, _ in forms])
+    linear = torch.stack([c for _, c in forms])
+    pruned = torch.stack([random_set(n, n_prune, seed) for seed in range(len(kinds))])
+    return gram, (gram @ pruned.double()[:, :, None])[:, :, 0], linear, pruned
+
+
+def run(engine, gram, product, linear, pruned, budget) -> tuple[Tensor, Tensor, SwapCounts]:  # type: ignore[no-untyped-def]
+    v, y = product.clone(), pruned.clone()
+    tolerance = torch.full((len(gram),), 1e-9, dtype=torch.float64)
+    counts = engine(gram, v, linear, y, tolerance, torch.as_tensor(budget).expand(len(gram)).contiguous())
+    return v, y, counts
+
+
+def test_every_step_is_the_best_swap() -> None:
+    for kind in KINDS:
+        block = fisher_block(kind, 20, 9)
+        gram, product, linear, pruned = batch_of((kind,), 20, 8)
+        for _ in range(4):
+            changes, inside, outside = swap_changes(block, pruned[0])
+            product, after, counts = run(swap_dense, gram, product, linear, pruned, 1)
+            if float(changes.min()) >= -1e-9:
+                assert after.equal(pruned)
+                assert bool(counts.locally_optimal)
+                break
+            out, into = (pruned & ~after)[0].nonzero().item(), (after & ~pruned)[0].nonzero().item()
+            made = changes[(inside == out).nonzero().item(), (outside == into).nonzero().item()]
+            assert float(made) == pytest.approx(float(changes.min()), rel=1e-9)
+            pruned = after
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3, 10_000])
+def test_both_engines_agree(budget: int) -> None:
+    kinds = ("flat", "decaying", "gradient", "hessian")  # no ties
+    data = batch_of(kinds, 24, 10)
+    compiled, tensors = (run(engine, *data, budget) for engine in ENGINES)
+    assert compiled[1].equal(tensors[1])
+    torch.testing.assert_close(compiled[0], tensors[0])
+    assert compiled[2].swaps.equal(tensors[2].swaps)
+    assert compiled[2].locally_optimal.equal(tensors[2].locally_optimal)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_product_and_counts_stay_true(engine) -> None:  # type: ignore[no-untyped-def]
+    gram, product, linear, pruned = batch_of(KINDS, 24, 10)
+    budget = torch.tensor([0, 1, 2, 5, 100, 100, 100])
+    v, y, counts = run(engine, gram, product, linear, pruned, budget)
+    assert y.sum(dim=1).tolist() == [10] * len(KINDS)
+    torch.testing.assert_close(v, (gram @ y.double()[:, :, None])[:, :, 0], rtol=1e-10, atol=1e-12)
+    assert bool((counts.swaps <= budget).all())
+    for row, kind in enumerate(KINDS):
+        best = float(swap_changes(fisher_block(kind, 24, 9), y[row])[0].min())
+        assert not bool(counts.locally_optimal[row]) or best >= -1.001e-9
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("n_prune", [0, 24])
+def test_nothing_to_swap(engine, n_prune: int) -> None:  # type: ignore[no-untyped-def]
+    data = batch_of(("flat",), 24, n_prune)
+    _, pruned, counts = run(engine, *data, 5)
+    assert pruned.equal(data[3])
+    assert counts.swaps.tolist() == [0]
+    assert counts.locally_optimal.tolist() == [True]

@@ -1,0 +1,56 @@
+"""The registry: every method is found, lists its options and refuses others."""
+
+from __future__ import annotations
+
+import pytest
+
+from cbs_opt.select.methods import available_methods, find_method
+from formulations.errors import ArgumentError, UnknownMethodError, UnknownOptionError, UnsupportedProblemError
+from formulations.problem import PROGRAMS
+
+
+def test_names_are_unique_and_found() -> None:
+    methods = available_methods()
+    names = [method.name for method in methods]
+    assert len(set(names)) == len(names)
+    for method in methods:
+        assert method.summary
+        assert method.kind in ("saliency", "search", "exact", "bound", "solver")
+        for program in method.programs:
+            assert find_method(method.name, program).name == method.name
+            assert callable(method.engine(program))
+
+
+def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UnknownMethodError, match="swap_search") as caught:
+        find_method("swap_serch", "selection")
+    assert caught.value.argument == "method"
+    with pytest.raises(ArgumentError) as caught:
+        find_method("magnitude", "both")
+    assert caught.value.argument == "program"
+
+
+def test_options_are_those_of_the_engine() -> None:
+    for method in available_methods():
+        for program in method.programs:
+            known = method.options(program)
+            assert not {"limits", "incumbent", "warm", "blocks", "counts", "problem"} & set(known)
+            method.check_options(dict(known), program)
+            with pytest.raises(UnknownOptionError) as caught:
+                method.check_options({"no_such_option": 1}, program)
+            assert all(name in caught.value.remedy for name in known)
+
+
+def test_a_solver_is_a_method_and_a_model_fixes_its_program() -> None:
+    method = find_method("highs:selection_glover", "selection")
+    assert method.programs == ("selection",)
+    assert method.kind == "solver"
+    with pytest.raises(UnsupportedProblemError) as caught:
+        find_method("highs:selection_glover", "joint")
+    assert caught.value.argument == "program"
+
+
+def test_both_programs_have_a_search_and_an_exact_method() -> None:
+    for program in PROGRAMS:
+        kinds = {method.kind for method in available_methods() if program in method.programs}
+        assert {"saliency", "search", "exact"} <= kinds

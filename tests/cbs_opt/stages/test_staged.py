@@ -1,0 +1,410 @@
+"""Pruning in stages: exact counts, no step worse than its alternatives, runs that resume bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cbs_opt.curvature.layer_inputs import input_moments
+from cbs_opt.errors import RunMismatchError
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.channels import ChannelTerm
+from cbs_opt.hessian.spectrum import RowSpectrum
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.partition import Partition
+from cbs_opt.pruning import prune
+from cbs_opt.report.record import PruneReport
+from cbs_opt.select.saliency import inverse_diagonal
+from cbs_opt.stages.model import StageModel
+from cbs_opt.stages.state import StageResult
+from formulations.errors import ArgumentError, InstanceFormatError
+from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
+
+N = 72
+ELIGIBLE = ("0.weight", "3.weight")
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.75,
+    "stages": 3,
+    "method": "obs",
+    "samples": 20,
+    "damping": (0.1, 1.0, 10.0),
+    "relative_damping": True,
+    "update_scale": (0.5, 1.0),
+    "updates_per_stage": 2,
+    "final_updates": 2,
+    "progress": False,
+}
+
+
+def run(model: nn.Module, train: Any = None, **options: Any) -> PruneReport:
+    return prune(model, data() if train is None else train, **{**OPTIONS, **options})
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((model.state_dict()[name] == 0.0).sum()) for name in ELIGIBLE)
+
+
+@pytest.mark.parametrize("gradient_term", [False, True])
+@pytest.mark.parametrize("method", ["magnitude", "obs", "swap_search"])
+def test_one_stage_is_the_one_shot_run(method: str, gradient_term: bool) -> None:
+    models = network(), network()
+    options = {"sparsity": 0.6, "samples": 40, "damping": (0.01, 0.1), "progress": False, "method": method}
+    options |= {"gradient_term": gradient_term}
+    once = prune(models[0], data(), **options)  # type: ignore[arg-type]
+    staged = prune(models[1], data(), stages=1, schedule="linear", **options)  # type: ignore[arg-type]
+    assert once.stages == staged.stages == ()
+    for name, tensor in models[0].state_dict().items():
+        assert tensor.equal(models[1].state_dict()[name])
+
+
+@pytest.mark.parametrize("partition", ["global", "layer", "row", 7])
+@pytest.mark.parametrize("budget", ["global", "uniform", {"0.*": 0.5, "3.*": 0.9}])
+def test_counts_are_exact_at_every_stage(partition: str | int, budget: Any) -> None:
+    if partition == "global" and not isinstance(budget, str):
+        pytest.skip("sparsities by parameter need blocks within parameters")
+    model = network()
+    before = snapshot(model)
+    seen: list[int] = []
+
+    def on_stage(result: StageResult) -> None:
+        pruned = sum(int((~keep).sum()) for keep in result.keep.values())
+        seen.append(pruned)
+        assert all(record.n_prune == pruned for record in result.records[-1:])
+        assert_untouched(model, before)
+
+    schedule = (0.2, 0.5, 0.75)
+    if isinstance(budget, dict):
+        schedule = (0.2, 0.5, 43 / 72)
+    report = run(
+        model, partition=partition, budget=budget, schedule=schedule, sparsity=schedule[-1], on_stage=on_stage
+    )
+    wanted = [round(share * N) for share in schedule]
+    if isinstance(budget, dict):
+        assert seen == sorted(seen)
+        assert seen[-1] == 24 + 22 == report.n_prune == zeros(model)
+    else:
+        assert seen == [*wanted, wanted[-1]]
+        assert report.n_prune == wanted[-1] == zeros(model)
+    for name in ELIGIBLE:
+        assert bool((model.state_dict()[name][~report.masks[name]] == 0.0).all())
+    for name, tensor in before.items():
+        if name not in ELIGIBLE:
+            assert tensor.equal(model.state_dict()[name])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "obd", "obs", "swap_search"])
+@pytest.mark.parametrize("layer_inputs", [None, 1.0])
+@pytest.mark.parametrize("curvature", ["empirical_fisher", "sketched_fisher"])
+def test_a_step_is_never_worse_than_its_alternatives(
+    method: str, curvature: str, layer_inputs: float | None
+) -> None:
+    report = run(network(), method=method, curvature=curvature, layer_inputs=layer_inputs)
+    assert len(report.stages) >= 7
+    for record in report.stages:
+        if record.accepted:
+            assert record.best_rejected is None or record.loss <= record.best_rejected
+        else:
+            assert record.best_rejected is not None
+            assert record.loss == record.loss_before <= record.best_rejected
+        if record.update > 0:
+            assert record.accepted == (record.loss < record.loss_before)
+    frame = report.stages_frame()
+    assert list(frame["samples"]) == sorted(frame["samples"])
+    assert frame["n_prune"].is_monotonic_increasing
+
+
+def test_stages_lower_the_training_loss_that_one_stage_leaves() -> None:
+    x, y = data(200)
+    once, staged = network(), network()
+    prune(once, (x, y), **{**OPTIONS, "stages": 1, "updates_per_stage": None, "final_updates": None})
+    run(staged, (x, y), samples=200)
+    losses = [evaluate(model, (x, y), cross_entropy).loss for model in (once, staged)]
+    assert losses[1] < losses[0]
+
+
+def test_the_last_network_of_on_stage_is_what_is_written() -> None:
+    model, outputs = network(), []
+    x = data()[0]
+
+    def on_stage(result: StageResult) -> None:
+        assert result.stages == 4
+        outputs.append(result.network(x).detach().clone())
+
+    run(model, on_stage=on_stage)
+    assert len(outputs) == 4
+    assert outputs[-1].equal(model(x))
+
+
+def test_without_update_kept_weights_stay() -> None:
+    model = network()
+    before = snapshot(model)
+    report = run(model, update=False, updates_per_stage=1, final_updates=0)
+    for name in ELIGIBLE:
+        keep = report.masks[name]
+        assert model.state_dict()[name][keep].equal(before[name][keep])
+    assert zeros(model) == round(0.75 * N)
+
+
+class Stop(Exception):
+    """Ends a run from within."""
+
+
+class SeededLoader:
+    """Batches that change from pass to pass, the same ones for the same pass."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = data()
+        generator = torch.Generator().manual_seed(self.epoch)
+        noise = 0.1 * torch.randn(x.shape, generator=generator)
+        order = torch.randperm(len(x), generator=generator)
+        yield from zip((x + noise)[order].split(16), y[order].split(16), strict=True)
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_a_run_that_is_killed_between_any_two_stages_ends_the_same(tmp_path: Path, loader: bool) -> None:
+    def source() -> Any:
+        return SeededLoader() if loader else data()
+
+    straight = network()
+    whole = run(straight, source())
+    for last in range(4):
+        directory = tmp_path / str(last)
+        model = network()
+        before = snapshot(model)
+
+        def on_stage(result: StageResult, last: int = last) -> None:
+            if result.stage == last:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(model, source(), run_dir=directory, on_stage=on_stage)
+        assert_untouched(model, before)
+        told: list[int] = []
+        resumed = run(
+            model, source(), run_dir=directory, on_stage=lambda result, told=told: told.append(result.stage)
+        )
+        assert told == [0, 1, 2, 3]
+        for name, tensor in straight.state_dict().items():
+            assert tensor.equal(model.state_dict()[name]), (last, name)
+        table, expected = (r.stages_frame().drop(columns="seconds") for r in (resumed, whole))
+        assert table.equals(expected)
+
+
+def test_an_interruption_within_a_stage_leaves_the_network_and_the_stages_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cbs_opt.stages import staged as stages
+
+    model = network()
+    before = snapshot(model)
+    real, calls = stages.mean_gradient, []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(stages, "mean_gradient", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, run_dir=tmp_path, gradient_term=True)
+    assert_untouched(model, before)
+    assert [path.name for path in tmp_path.glob("stage_*")] == ["stage_0001.npz"]
+    of_the_stage = {"stage_0001", "rows_s0001", "moments_s0", "step_0001_"}
+    assert {path.name[:10] for path in tmp_path.glob("*.npz")} <= of_the_stage
+    monkeypatch.undo()
+    run(model, run_dir=tmp_path, gradient_term=True)
+    other = network()
+    run(other, gradient_term=True)
+    assert model[0].weight.equal(other[0].weight)  # type: ignore[index, union-attr]
+
+
+def test_a_finished_run_is_read_again_without_work(tmp_path: Path) -> None:
+    first, second = network(), network()
+    run(first, run_dir=tmp_path)
+    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    stages: list[int] = []
+    run(second, run_dir=tmp_path, on_stage=lambda result: stages.append(result.stage))
+    assert stages == [0, 1, 2, 3]
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+    assert first[0].weight.equal(second[0].weight)  # type: ignore[index, union-attr]
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    run(network(), run_dir=tmp_path)
+    for change in ({"seed": 1}, {"damping": 0.5}, {"final_updates": 3}, {"loss_fn": nn.functional.nll_loss}):
+        with pytest.raises(RunMismatchError):
+            run(network(), run_dir=tmp_path, **change)
+    with pytest.raises(RunMismatchError, match="network"):
+        run(network(1), run_dir=tmp_path)
+    x, y = data()
+    with pytest.raises(RunMismatchError, match="data"):
+        run(network(), (x + 1.0, y), run_dir=tmp_path)
+
+
+def test_a_damaged_stage_is_reported(tmp_path: Path) -> None:
+    run(network(), run_dir=tmp_path)
+    last = max(tmp_path.glob("stage_*.npz"))
+    last.write_bytes(last.read_bytes()[:-40])
+    with pytest.raises(InstanceFormatError, match="stage_"):
+        run(network(), run_dir=tmp_path)
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("")
+    with pytest.raises(RunMismatchError, match="file"):
+        run(network(), run_dir=tmp_path)
+
+
+def test_the_table_of_stages_survives_saving(tmp_path: Path) -> None:
+    report = run(network())
+    report.save(tmp_path / "saved")
+    assert PruneReport.load(tmp_path / "saved").stages == report.stages
+
+
+def test_the_last_stage_ends_when_nothing_improves() -> None:
+    report = run(network(), damping=1e-8, update_scale=1e12, final_updates=50)
+    final = [record for record in report.stages if record.stage == 3]
+    assert len(final) < 50
+    assert not final[-1].accepted
+    assert not final[-2].accepted
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"stages": 0}, "stages"),
+        ({"stages": True}, "stages"),
+        ({"schedule": "steps"}, "schedule"),
+        ({"schedule": (0.5, 0.4, 0.75)}, "schedule"),
+        ({"schedule": (0.5, 0.75)}, "schedule"),
+        ({"start_sparsity": 0.8}, "start_sparsity"),
+        ({"updates_per_stage": 0}, "updates_per_stage"),
+        ({"final_updates": -1}, "final_updates"),
+        ({"gradient_samples": 0}, "gradient_samples"),
+        ({"update": "independent"}, "update"),
+        ({"update": False}, "update"),
+        ({"certify": True}, "certify"),
+        ({"layer_inputs": (0.1, 1.0)}, "layer_inputs"),
+        ({"stages": 1, "updates_per_stage": None, "final_updates": None, "gradient_samples": 5}, "gradient"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], argument: str) -> None:
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(ArgumentError, match=argument):
+        run(model, **options)
+    assert_untouched(model, before)
+
+
+def test_no_data_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="data"):
+        prune(network(), None, **OPTIONS)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (6, 6)])
+def test_the_spectrum_inverts(shape: tuple[int, int]) -> None:
+    rows = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    spectrum = RowSpectrum(rows)
+    for damping in (1e-3, 1.0, 50.0):
+        dense = rows.T @ rows + damping * torch.eye(shape[1], dtype=torch.float64)
+        torch.testing.assert_close(spectrum.inverse_diagonal(damping), torch.linalg.inv(dense).diagonal())
+        block = FisherBlock(
+            name="b", start=0, stop=shape[1], weights=torch.ones(shape[1]), rows=rows, damping=damping
+        )
+        torch.testing.assert_close(inverse_diagonal(block), spectrum.inverse_diagonal(damping))
+
+
+@pytest.mark.parametrize("partition", ["global", "layer"])
+def test_the_model_minimises_what_it_states(partition: str) -> None:
+    """At the minimum of the model no direction goes down; fewer weights are the model of those alone."""
+    model = network(dtype=torch.float64)
+    parts = Partition.from_model(model, blocks=partition)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    keep = torch.rand(N, generator=generator) < 0.6
+    kept = int(keep.sum())
+    rows = torch.randn(10, kept, dtype=torch.float64, generator=generator)
+    weights = parts.flatten(model)[keep]
+    gradient = torch.randn(kept, dtype=torch.float64, generator=generator)
+    quadratic = StageModel(parts, keep, rows)
+    none = torch.zeros(kept, dtype=torch.bool)
+    target = quadratic.updates(weights, gradient, none, [0.3])[0]
+    hessian = torch.zeros(kept, kept, dtype=torch.float64)
+    for block in quadratic.blocks(weights, None, 0.3):
+        part = rows[:, block.start : block.stop]
+        own = part.T @ part + 0.3 * torch.eye(block.n, dtype=torch.float64)
+        hessian[block.start : block.stop, block.start : block.stop] = own
+    torch.testing.assert_close(hessian @ (target - weights), -gradient)
+    fewer = keep.clone()
+    fewer[keep.nonzero().squeeze(1)[::3]] = False
+    torch.testing.assert_close(quadratic.restricted(fewer).rows, rows[:, fewer[keep]])
+    assert quadratic.unit == pytest.approx(float(rows.square().sum() / kept))
+
+
+@pytest.mark.parametrize("m", [9, 90])
+def test_the_channel_term_is_the_metric_of_the_trust_region(m: int) -> None:
+    """The minimum of the model with a channel term solves ``(R^T R + d (C / unit + share I)) x = -g``."""
+    model = network(dtype=torch.float64)
+    parts = Partition.from_model(model, blocks="global")
+    generator = torch.Generator().manual_seed(4)
+    keep = torch.rand(N, generator=generator) < 0.7
+    kept = int(keep.sum())
+    everything = torch.randn(m, N, dtype=torch.float64, generator=generator)
+    moments = input_moments(model, data(dtype=torch.float64), parts, samples=30)
+    channels = ChannelTerm.matched(moments, parts, everything).restricted(keep)
+    quadratic = StageModel(parts, keep, everything[:, keep], channels)
+    weights = parts.flatten(model)[keep]
+    gradient = torch.randn(kept, dtype=torch.float64, generator=generator)
+    none = torch.zeros(kept, dtype=torch.bool)
+    identity = torch.eye(kept, dtype=torch.float64)
+    metric = channels.dense() / quadratic.unit + 0.01 * identity
+    rows = everything[:, keep]
+    for damping in (0.1, 2.0):
+        target = quadratic.updates(weights, gradient, none, [damping])[0]
+        hessian = rows.T @ rows + damping * metric
+        shifted = hessian + damping * 0.99 * identity
+        torch.testing.assert_close(shifted @ (target - weights), -gradient)
+        (block,) = quadratic.around_minimum(weights, gradient, damping, factorised=True)
+        torch.testing.assert_close(block.weights, target)
+        torch.testing.assert_close(inverse_diagonal(block), torch.linalg.inv(hessian).diagonal())
+        pruned = torch.rand(kept, generator=generator) < 0.3
+        moved = quadratic.updates(weights, gradient, pruned, [damping])[0]
+        assert bool((moved[pruned] == 0.0).all())
+        residual = hessian @ (moved - weights) + gradient
+        torch.testing.assert_close(residual[~pruned], torch.zeros_like(residual[~pruned]))
+        (plain,) = quadratic.around_minimum(weights, None, damping, factorised=False)
+        torch.testing.assert_close(plain.dense_hessian() + plain.damping * torch.eye(kept), hessian)
+
+
+def test_what_stages_do_by_default() -> None:
+    model, other = network(), network()
+    common = {"sparsity": 0.6, "samples": 30, "stages": 2, "updates_per_stage": 1, "final_updates": 1}
+    report = prune(model, data(), progress=False, **common)
+    named = prune(
+        other,
+        data(),
+        progress=False,
+        program="joint",
+        method="greedy_obs",
+        method_options={"drops": 3},
+        gradient_term=False,
+        layer_inputs=1.0,
+        damping=0.1,
+        relative_damping=True,
+        **common,
+    )
+    assert report.method == "greedy_obs"
+    assert all(value.equal(other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert named.settings["method_options"] == report.settings["method_options"]
+    assert prune(network(), data(), progress=False, program="selection", **common).method == "swap_search"
