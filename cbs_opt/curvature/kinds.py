@@ -1,0 +1,100 @@
+"""Which Fisher matrix is sampled, and from how many samples: one record a kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from cbs_opt.system.checks import whole_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fisher:
+    """What every kind has: samples, and how many of them make one row."""
+
+    kind: ClassVar[str]
+
+    samples: int = 1000
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value: Any = getattr(self, entry.name)
+            object.__setattr__(self, entry.name, whole_number(f"curvature.{entry.name}", value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmpiricalFisher(_Fisher):
+    """Gradients at the labels of the data.
+
+    Parameters
+    ----------
+    samples : int, default 1000
+        Training samples to use.
+    per_row : int, default 1
+        Average that many samples into each row. A row is then the gradient of their mean loss, without
+        a factor to make up for the smaller variance, as is usual in the pruning literature.
+
+    Notes
+    -----
+    Kunstner, Balles, Hennig, "Limitations of the empirical Fisher approximation for natural gradient
+    descent", NeurIPS 2019. Averaged rows: Singh, Alistarh, "WoodFisher", NeurIPS 2020.
+    """
+
+    kind: ClassVar[str] = "empirical_fisher"
+
+    per_row: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactFisher(_Fisher):
+    """One row ``sqrt(p_c) grad log p_c`` a sample and class: the Gauss-Newton matrix of cross-entropy.
+
+    Parameters
+    ----------
+    samples : int, default 1000
+        Training samples to use; each gives as many rows as there are classes.
+    """
+
+    kind: ClassVar[str] = "exact_fisher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonteCarloFisher(_Fisher):
+    """Gradients at labels drawn from the network's own distribution.
+
+    Parameters
+    ----------
+    samples : int, default 1000
+        Training samples to use.
+    per_row : int, default 1
+        Samples averaged into each row.
+    """
+
+    kind: ClassVar[str] = "monte_carlo_fisher"
+
+    per_row: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchedFisher(_Fisher):
+    """Rows of the exact Fisher of several samples added up with random signs, one backward pass a row.
+
+    Parameters
+    ----------
+    samples : int, default 1000
+        Training samples to use.
+    per_row : int, default 1
+        Samples added up in each row. All of them count: in expectation the model is the exact Fisher.
+    """
+
+    kind: ClassVar[str] = "sketched_fisher"
+
+    per_row: int = 1
+
+
+Fisher = EmpiricalFisher | ExactFisher | MonteCarloFisher | SketchedFisher
+"""The kinds of gradient rows that `prune` computes."""
+FISHERS: dict[str, type[Fisher]] = {
+    record.kind: record for record in (EmpiricalFisher, ExactFisher, MonteCarloFisher, SketchedFisher)
+}
+"""The kinds by name."""
