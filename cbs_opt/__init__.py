@@ -8,8 +8,6 @@ from cbs_opt.execution.blocks import solve_blocks
 from cbs_opt.network.batchnorm import recalibrate_batchnorm
 from cbs_opt.network.masks import apply_masks, load_masks, save_masks
 from cbs_opt.network.partition import Partition
-from cbs_opt.plan.prune_plan import PrunePlan
-from cbs_opt.planning import plan
 from cbs_opt.pruning import prune
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.methods import available_methods
@@ -26,7 +24,6 @@ __all__ = [
     "CbsError",
     "GradientRows",
     "Partition",
-    "PrunePlan",
     "PruneReport",
     "StoredRows",
     "Termination",
@@ -39,7 +36,6 @@ __all__ = [
     "gradient_rows",
     "load_masks",
     "lower_bound",
-    "plan",
     "prune",
     "recalibrate_batchnorm",
     "save_masks",

@@ -83,3 +83,7 @@ class RowStoreError(ArgumentError):
 
 class RowMemoryError(ArgumentError):
     """Gradient rows do not fit into the memory that was allowed for them, in any way the run could use."""
+
+
+class RecipeFileError(ArgumentError):
+    """A recipe file is no TOML, of another version, or has a field that does not exist."""

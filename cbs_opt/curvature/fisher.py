@@ -57,6 +57,15 @@ class GradientRows:
     curvature: str = "empirical_fisher"
     channels: ChannelTerm | None = None
 
+    in_memory = True
+    kind = property(lambda self: self.curvature)
+
+    def close(self) -> None:
+        pass
+
+    def check_blocks(self, p) -> None:
+        pass
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(m, n)``."""

@@ -80,13 +80,13 @@ def term_work(partition: Partition) -> float:
     )
 
 
-def default_layer_inputs(partition: Partition) -> tuple[float, ...]:
+def default_layer_inputs(partition: Partition) -> float:
     """The weight of the term where none is asked for: 1, or 0 where layers are too wide to factorise it."""
     work = term_work(partition)
     if work <= TERM_WORK:
-        return (1.0,)
+        return 1.0
     log.info("layer-input term left out: %.1e multiplications a factorisation; layer_inputs=1 insists", work)
-    return (0.0,)
+    return 0.0
 
 
 def input_moments(

@@ -47,6 +47,12 @@ class StoredRows:
     curvature: str = "empirical_fisher"
     channels: ChannelTerm | None = None
 
+    in_memory = False
+    kind = property(lambda self: self.curvature)
+
+    def check_blocks(self, p) -> None:
+        pass
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(m, n)``."""
@@ -214,3 +220,6 @@ rows_dtype, vectorize, journal
     return GradientRows(
         rows=target.rows, gradient=mean, samples=builder.samples, seconds=seconds, curvature=curvature
     )
+
+
+Rows = GradientRows | StoredRows

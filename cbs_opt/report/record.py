@@ -14,10 +14,10 @@ from cbs_opt.certify.certificates import CertifiedSum
 from cbs_opt.certify.files import CERTIFICATES, load_certificates, save_certificates
 from cbs_opt.network.evaluation import Evaluation
 from cbs_opt.network.masks import load_masks, save_masks
+from cbs_opt.recipe.records import Request
 from cbs_opt.report import files as report_format
 from cbs_opt.report import text as report_text
 from cbs_opt.report.histogram import Histogram, shared_histograms
-from cbs_opt.select.saliency import SALIENCIES
 from cbs_opt.stages.state import StageRecord
 from formulations.errors import ArgumentError
 from formulations.files import sealed_json, write_atomically
@@ -188,8 +188,10 @@ class PruneReport:
     seed : int
     masks : dict of str to Tensor
         Boolean `keep` (True = kept) by parameter name. Not part of the JSON.
-    settings : dict
-        Every argument of the call that describes it, as plain values.
+    request : Request, optional
+        What the run was asked for, with every default made concrete; saved as ``recipe.toml``.
+    kind : str
+        Kind of the method: "saliency", "search", "exact", "bound" or "solver".
     versions : dict of str to str
         Versions of Python and of the libraries that took part.
     certified : CertifiedSum, optional
@@ -224,7 +226,8 @@ class PruneReport:
     update_scale: float | None = None
     seed: int = 0
     masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    request: Request | None = field(default=None, repr=False)
+    kind: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     certified: CertifiedSum | None = None
     certificates: tuple[BlockSolution, ...] = field(default=(), repr=False)
@@ -241,7 +244,7 @@ class PruneReport:
 
         The program is named where the method looks at it, and is not "selection".
         """
-        searched = self.method not in (*SALIENCIES, "randomized_magnitude")
+        searched = self.kind != "saliency"
         marks = ["joint"] if self.program == "joint" and searched else []
         marks += ["layer inputs"] if self.layer_inputs else []
         name = f"{self.method} ({', '.join(marks)})" if marks else self.method

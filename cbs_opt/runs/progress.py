@@ -89,6 +89,11 @@ class RunProgress:
         self._pieces: Pieces = Nowhere() if store is None else store
         self._device = torch.device("cpu") if device is None else device
 
+    @property
+    def store(self) -> RunStore | None:
+        """The run folder, if there is one."""
+        return self._store
+
     def rows(self, step: str = "") -> RowJournal | None:
         """Of the gradient rows of a step; None where nothing is kept."""
         return None if self._store is None else RowJournal(self._store, f"rows{step}")
