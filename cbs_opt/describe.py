@@ -6,7 +6,7 @@ from cbs_opt.candidates import block_summaries, layer_summaries, library_version
 from cbs_opt.certify.certificates import certify_report
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
-from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, selects_by_rows
+from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
 from cbs_opt.report.record import PruneReport
 from cbs_opt.stages.state import StageState
@@ -34,7 +34,6 @@ def describe(
         At the end of a run in stages.
     """
     request, recipe, partition = task.request, best.recipe, task.partition
-    assert recipe.select is not None and recipe.layer_inputs is not None
     after = task.trial(best.weights)
     with task.clock.phase("evaluation"):
         train_before, train_after = task.loss(task.model), task.loss(after)
@@ -45,7 +44,7 @@ def describe(
     rows = None if model is None else model.rows
     model = LossModel(partition, task.weights, None) if model is None else model
     blocks = block_summaries(
-        model.blocks(best.damping, recipe.layer_inputs, gradient=recipe.gradient),
+        model.blocks(best.damping, term_of(recipe), gradient=recipe.gradient),
         best,
         modelled=rows is not None,
         by_rows=selects_by_rows(recipe),
@@ -58,9 +57,9 @@ def describe(
         samples = state.samples
         n_rows = max(1, recipe.samples // getattr(recipe.curvature, "per_row", 1))
     return PruneReport(
-        method=recipe.select.method,
+        method=select_of(recipe).method,
         kind=method_of(recipe).kind,
-        program=recipe.select.program,
+        program=select_of(recipe).program,
         update=recipe.update is not None,
         curvature=recipe.curvature.kind,
         partition=recipe.weights.blocks or "global",
@@ -81,7 +80,7 @@ def describe(
         samples=samples,
         rows=n_rows,
         damping=best.damping,
-        layer_inputs=recipe.layer_inputs,
+        layer_inputs=term_of(recipe),
         update_scale=best.scale,
         seed=request.seed,
         masks={name: mask.cpu() for name, mask in keep.items()},
@@ -94,15 +93,15 @@ def describe(
 def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport) -> PruneReport:
     """Return the report with a bound and its certificate for every block, for the sets that were chosen."""
     recipe, certify = best.recipe, task.request.certify
-    assert recipe.select is not None and recipe.layer_inputs is not None and certify is not None
+    assert certify is not None
     damping, proved = best.damping, [choice.bound for choice in best.choices]
     if recipe.selection_damping is not None:
-        if recipe.select.program == "selection":
+        if select_of(recipe).program == "selection":
             damping = in_units(recipe.selection_damping, model.unit)
         else:
             # The sets were chosen for another Hessian than the one that the update minimises.
             proved = [None] * len(proved)
-    layer_inputs = 0.0 if selects_by_rows(recipe) else recipe.layer_inputs
+    layer_inputs = 0.0 if selects_by_rows(recipe) else term_of(recipe)
     with task.clock.phase("certificates"):
         return certify_report(
             report,

@@ -26,6 +26,7 @@ from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.recipe.records import Recipe, Request, in_units
+from cbs_opt.recipe.select import Select
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.choice import Choice
 from cbs_opt.select.methods import Method, find_method
@@ -170,18 +171,28 @@ class LossModel:
         return list(blocks) if rows is None or rows.in_memory else blocks
 
 
+def select_of(recipe: Recipe) -> Select:
+    """Return how a recipe selects, after its defaults were made concrete."""
+    assert recipe.select is not None
+    return recipe.select
+
+
+def term_of(recipe: Recipe) -> float:
+    """Return the weight of the layer-input term of a recipe, after its defaults were made concrete."""
+    assert recipe.layer_inputs is not None
+    return recipe.layer_inputs
+
+
 def method_of(recipe: Recipe) -> Method:
     """Return the registered method of a recipe."""
-    assert recipe.select is not None
-    return find_method(recipe.select.method, recipe.select.program)
+    return find_method(select_of(recipe).method, select_of(recipe).program)
 
 
 def scoring_of(recipe: Recipe) -> Method:
     """Return the method whose saliency spends a global budget."""
     if recipe.weights.budget_score is not None:
         return find_method(recipe.weights.budget_score, "selection")
-    assert recipe.select is not None
-    return method_of(recipe).scoring(recipe.select.program)
+    return method_of(recipe).scoring(select_of(recipe).program)
 
 
 def needs_curvature(request: Request) -> bool:
@@ -194,8 +205,7 @@ def needs_curvature(request: Request) -> bool:
 
 def selects_by_rows(recipe: Recipe) -> bool:
     """Whether the method leaves the layer-input term out: searches of the selection program do."""
-    assert recipe.select is not None
-    return recipe.select.program == "selection" and method_of(recipe).kind != "saliency"
+    return select_of(recipe).program == "selection" and method_of(recipe).kind != "saliency"
 
 
 def choose(
@@ -208,8 +218,7 @@ def choose(
     ledger: Any = None,
 ) -> list[Choice]:
     """Select the pruned set of every block by the method of a recipe."""
-    select = recipe.select
-    assert select is not None
+    select = select_of(recipe)
     method = method_of(recipe)
     limits = Limits(time_limit=select.time_limit, seed=seed)
     options = {**select.method_options, **({} if ledger is None else {"ledger": ledger})}
@@ -282,14 +291,13 @@ def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
     selections = 0
     for group in grouped(task.request.recipes, _set_key):
         recipe = group[0]
-        assert recipe.select is not None and recipe.layer_inputs is not None
         damping = in_units(_selecting(recipe), model.unit)
         counts = _counts(task, model, recipe, damping)
         scored = method_of(recipe).kind == "saliency"
-        for attempt in range(recipe.select.tries):
+        for attempt in range(select_of(recipe).tries):
             blocks = model.blocks(
                 damping,
-                0.0 if selects_by_rows(recipe) else recipe.layer_inputs,
+                0.0 if selects_by_rows(recipe) else term_of(recipe),
                 gradient=recipe.gradient or scored,
             )
             ledger = task.done.selection(
@@ -341,9 +349,8 @@ def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> lis
     budget = recipe.weights.budget
     if budget != "uniform" and len(task.partition.blocks) > 1:
         scoring = scoring_of(recipe)
-        assert recipe.layer_inputs is not None
         blocks = model.blocks(
-            damping, recipe.layer_inputs, gradient=recipe.gradient or scoring.kind == "saliency"
+            damping, term_of(recipe), gradient=recipe.gradient or scoring.kind == "saliency"
         )
         scores = torch.cat([scoring.score(block) for block in blocks])
     return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
@@ -361,8 +368,7 @@ def _updated(
         update = members[0].update
         targets: list[Tensor] = []
         if update is not None:
-            assert members[0].layer_inputs is not None
-            blocks = model.blocks(dampings[0], members[0].layer_inputs, gradient=members[0].gradient)
+            blocks = model.blocks(dampings[0], term_of(members[0]), gradient=members[0].gradient)
             with task.clock.phase("update"):
                 moved = grams.updates(UPDATERS[update.kind], blocks, sets, dampings)
             targets = [torch.cat(pieces) for pieces in zip(*moved, strict=True)]
@@ -404,6 +410,5 @@ def check_data(request: Request, data: Data | None) -> None:
         rows is None or rows.channels is None
     )
     if (needs_curvature(request) and (rows is None or lacks_term)) or request.candidates > 1:
-        assert recipe.select is not None
         remedy = "pass training data, or use Magnitude() with update=None"
-        raise ArgumentError("data", f"None, but {recipe.select.method} needs it", remedy)
+        raise ArgumentError("data", f"None, but {select_of(recipe).method} needs it", remedy)

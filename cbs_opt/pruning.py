@@ -26,6 +26,7 @@ from cbs_opt.oneshot import (
     needs_curvature,
     one_shot,
     scoring_of,
+    select_of,
     selects_by_rows,
     take_rows,
 )
@@ -38,6 +39,7 @@ from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.methods import available_methods
 from cbs_opt.stages.staged import Passes, StagedRun
+from cbs_opt.system.checks import within
 from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, ShapeError, UnknownMethodError, UnsupportedProblemError
 
@@ -197,9 +199,10 @@ def _prepared(
     request = replace(request, recipes=tuple(_with_method(entry, request) for entry in request.recipes))
     _check_methods(request, resources)
     weights = request.recipes[0].weights
-    partition = Partition.from_model(
-        model, target=weights.target, ignore=weights.ignore, blocks=weights.blocks or "global"
-    )
+    with within("weights", "target", "ignore", "blocks", **{"target, ignore": "target, ignore"}):
+        partition = Partition.from_model(
+            model, target=weights.target, ignore=weights.ignore, blocks=weights.blocks or "global"
+        )
     request = replace(
         request, recipes=tuple(_with_layer_inputs(entry, request, partition) for entry in request.recipes)
     )
@@ -232,10 +235,11 @@ def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -
 def _check_methods(request: Request, resources: Resources) -> None:
     """Raise `ArgumentError` for a method, an option or a score that cannot be used."""
     for recipe in request.recipes:
-        select = recipe.select
-        assert select is not None
-        method = method_of(recipe)
-        method.check_options(select.method_options, select.program)
+        select = select_of(recipe)
+        with within("select", "method", "program"):
+            method = method_of(recipe)
+        with within("select", method_options="options"):
+            method.check_options(select.method_options, select.program)
         score = recipe.weights.budget_score
         scores = [entry.name for entry in available_methods() if entry.kind == "saliency"]
         if score is not None and score not in scores:

@@ -13,7 +13,6 @@ from typing import Any
 
 from cbs_opt.curvature.kinds import FISHERS, Fisher
 from cbs_opt.errors import RecipeFileError
-from cbs_opt.recipe.named import NAMED, recipe_by_name
 from cbs_opt.recipe.records import Absolute, Certify, Recipe, Request, Stages, Update, Weights
 from cbs_opt.recipe.select import SELECTS, Exact, Select
 from formulations.errors import ArgumentError
@@ -36,8 +35,8 @@ def request_to_plain(request: Request) -> dict[str, Any]:
     return document
 
 
-def request_from_plain(document: Mapping[str, Any]) -> Request:
-    """Return the request that `request_to_plain` wrote.
+def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = None) -> Request:
+    """Return the request that `request_to_plain` wrote, at another sparsity if one is given.
 
     Raises
     ------
@@ -51,17 +50,18 @@ def request_from_plain(document: Mapping[str, Any]) -> Request:
         found = "no format" if version is None else f"format {version!r}"
         raise RecipeFileError("format", found, f"this version reads and writes format = {FORMAT}")
     _known("", document, TOP)
-    if "sparsity" not in document:
+    sparsity = document.get("sparsity") if sparsity is None else sparsity
+    if sparsity is None:
         raise RecipeFileError("sparsity", "missing", "add a line such as sparsity = 0.9")
     recipes = document.get("recipe", [{}])
     recipes = [recipes] if isinstance(recipes, Mapping) else recipes
     if not isinstance(recipes, list) or not all(isinstance(entry, Mapping) for entry in recipes):
         raise RecipeFileError("recipe", f"{recipes!r}", "write [recipe], or [[recipe]] for each of several")
     return Request(
-        sparsity=document["sparsity"],
+        sparsity=sparsity,
         recipes=tuple(_recipe_from_plain(entry) for entry in recipes),
-        stages=_record("stages", document["stages"], Stages) if "stages" in document else None,
-        certify=_record("certify", document["certify"], Certify) if "certify" in document else None,
+        stages=_optional("stages", document.get("stages"), Stages),
+        certify=_optional("certify", document.get("certify"), Certify),
         seed=document.get("seed", 0),
     )
 
@@ -71,8 +71,8 @@ def save_request(request: Request, path: str | Path) -> None:
     write_atomically(Path(path), (HEAD + to_toml(request_to_plain(request))).encode())
 
 
-def load_request(path: str | Path) -> Request:
-    """Read a request from a TOML file.
+def load_request(path: str | Path, *, sparsity: float | None = None) -> Request:
+    """Read a request from a TOML file, at another sparsity if one is given.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def load_request(path: str | Path) -> Request:
     except tomllib.TOMLDecodeError as error:
         raise RecipeFileError("recipe", f"{path} is no TOML: {error}", "repair that line") from error
     try:
-        return request_from_plain(document)
+        return request_from_plain(document, sparsity=sparsity)
     except ArgumentError as error:
         place = _line(text, error.argument)
         found = f"{path}{f', line {place}' if place else ''}: {error.found}"
@@ -126,9 +126,8 @@ def with_fields(request: Request, assignments: Iterable[str]) -> Request:
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator or not name:
-            raise ArgumentError(
-                "--set", f"{assignment!r}", "write field=value, such as curvature.samples=8000"
-            )
+            remedy = "write field=value, such as curvature.samples=8000"
+            raise ArgumentError("set", f"{assignment!r}", remedy)
         path = name.strip().split(".")
         roots = [document] if path[0] in ("stages", "certify", "sparsity", "seed") else document["recipe"]
         for root in roots:
@@ -176,6 +175,12 @@ def _fields(record: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None
     }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
@@ -253,6 +258,11 @@ def _record(argument: str, value: Any, kind: type[Any], beside: str = "") -> Any
     return kind(**table)
 
 
+def _optional(argument: str, value: Any, kind: type[Any]) -> Any:
+    """A record from its table; a number or flag stands for itself."""
+    return _record(argument, value, kind) if isinstance(value, Mapping) else value
+
+
 def _table(argument: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise RecipeFileError(argument, f"{value!r}", f"write a table [{argument}] with its fields")
@@ -309,13 +319,3 @@ def _line(text: str, dotted: str) -> int | None:
         elif re.match(rf'\s*"?{re.escape(name)}"?\s*=', line) and (not tables or table in tables[-1]):
             return number
     return None
-
-
-def recipes_named(value: str) -> Request | list[Recipe]:
-    """Return the recipe of a name, or the request in a file whose name ends in ``.toml``."""
-    if value.endswith(".toml"):
-        return load_request(value)
-    if value not in NAMED:
-        remedy = f"choose among {', '.join(NAMED)}, or name a .toml file"
-        raise ArgumentError("recipe", f"{value!r}", remedy)
-    return [recipe_by_name(value)]

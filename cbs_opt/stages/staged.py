@@ -215,7 +215,8 @@ class StagedRun:
         """Return the model at `weights` of those still there, with the channel term if there is to be one."""
         task, step = self.task, f"_s{self.state.stages:04d}"
         curvature = task.recipe.curvature
-        assert isinstance(curvature, Fisher) and task.data is not None
+        assert isinstance(curvature, Fisher)
+        assert task.data is not None
         with task.clock.phase("curvature"):
             rows = gradient_rows(
                 task.model,

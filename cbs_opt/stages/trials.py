@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.budget.remaining import counts_left
-from cbs_opt.oneshot import SEED_STEP, choose, grouped, method_of, scoring_of, selects_by_rows
+from cbs_opt.oneshot import SEED_STEP, choose, grouped, method_of, scoring_of, select_of, selects_by_rows
 from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
@@ -102,8 +102,7 @@ def selections(
     """Yield sets at `sparsity` for every method, seed and damping, each with its updates and without."""
     for group in grouped(request.recipes, lambda recipe: (recipe.select, recipe.selection_damping)):
         recipe = group[0]
-        assert recipe.select is not None
-        for attempt in range(recipe.select.tries):
+        for attempt in range(select_of(recipe).tries):
             pairs: list[tuple[float, tuple[float, ...]]] = [(damping, (damping,)) for damping in dampings]
             if recipe.selection_damping is not None:
                 pairs = [(number_of(recipe.selection_damping), dampings)]
