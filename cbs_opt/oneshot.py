@@ -16,9 +16,9 @@ from tqdm import tqdm
 from cbs_opt.budget.counts import allocate
 from cbs_opt.candidates import Candidate, block_summaries, layer_summaries, library_versions, peak_memory
 from cbs_opt.certify.certificates import PathLike, certify_report
-from cbs_opt.curvature.fisher import GradientRows
+from cbs_opt.curvature.fisher import gradient_rows
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
-from cbs_opt.curvature.rows import RowPlace, StoredRows, streamed_rows
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import OnDemand
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
@@ -29,12 +29,13 @@ from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
-from cbs_opt.runs.progress import LossLedger, RunProgress
+from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.choice import Choice
 from cbs_opt.select.selectors import without_channels
+from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from cbs_opt.update.grams import SharedGrams
-from formulations.errors import ArgumentError, ShapeError
+from formulations.errors import ArgumentError
 
 Sample = list[tuple[Any, Tensor]]
 """Batches of inputs and labels that networks are compared on."""
@@ -50,14 +51,11 @@ class PruneRun:
         partition: Partition,
         options: PruneOptions,
         loss_fn: LossFunction,
-        curvature: GradientRows | StoredRows | None,
+        curvature: Rows | None,
         progress: bool,
     ) -> None:
-        if curvature is not None and curvature.shape[1] != partition.n:
-            found = f"rows of shape {curvature.shape} for {partition.n} weights"
-            raise ShapeError("curvature", found, "compute them with the same target and ignore")
-        if isinstance(curvature, StoredRows) and curvature.partition.blocks != partition.blocks:
-            raise ShapeError("curvature", "rows on disk in other blocks", "use one partition for both")
+        if curvature is not None:
+            curvature.check(partition)
         self.model = model
         self.partition = partition
         self.options = options
@@ -68,7 +66,7 @@ class PruneRun:
         self.curvature = self._given = curvature
         self.grams = SharedGrams(len(partition.blocks))
         self.sample: Sample | None = None
-        self.row_place = RowPlace()
+        self.resources = Resources()
         self.done = RunProgress()
         self._best: Candidate | None = None
         self._selections = 0
@@ -119,17 +117,13 @@ class PruneRun:
             return
         if options.needs_curvature and self.curvature is None:
             with self._phase("curvature"):
-                self.curvature = streamed_rows(
+                self.curvature = gradient_rows(
                     self.model,
                     data,
                     self.loss_fn,
                     self.partition,
-                    row_memory=self.row_place.memory,
-                    row_dir=self.row_place.folder,
-                    curvature=options.curvature,
-                    samples=options.samples,
-                    samples_per_row=options.samples_per_row,
-                    memory_limit=memory_limit,
+                    curvature=options.fisher,
+                    resources=self.resources,
                     seed=options.seed,
                     progress=self.progress,
                     journal=self.done.rows(),
@@ -143,7 +137,7 @@ class PruneRun:
 
     def close(self) -> None:
         """Give back the disk space of rows that this run took."""
-        if isinstance(self.curvature, StoredRows) and self.curvature is not self._given:
+        if self.curvature is not None and self.curvature is not self._given:
             self.curvature.close()
 
     def best_candidate(self) -> Candidate:
@@ -285,7 +279,7 @@ class PruneRun:
             )
 
         blocks = OnDemand(block, len(self.partition.blocks))
-        return blocks if isinstance(self.curvature, StoredRows) else list(blocks)
+        return blocks if self.curvature is not None and self.curvature.on_disk else list(blocks)
 
     def _mean_diagonal(self) -> float:
         """Mean diagonal entry of the Fisher matrix, without damping."""
@@ -332,50 +326,32 @@ class PruneRun:
     def _updated(
         self, choices: list[Choice], dampings: list[float], layer_inputs: float
     ) -> Iterator[Candidate]:
-        """The networks that one selection gives, one a damping and step length.
-
-        Those of a run that goes on are left out where their losses are known and not the lowest so far.
-        """
+        """The networks that one selection gives, one a damping and step length."""
         options = self.options
         sets = [choice.pruned for choice in choices]
         pruned = torch.cat(sets)
         before = self.weights.double()
-        scales = options.update_scale if options.update is not None else (1.0,)
-        losses = self.done.losses(self._selections, len(dampings) * len(scales))
         if options.update is None:
             removed = torch.where(pruned, 0.0, self.weights)
-            yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs, losses, 0)
+            yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs)
             return
         blocks = self._blocks(dampings[0], layer_inputs, gradient=options.gradient_term)
-        lowest = losses.lowest()
-        if self._best is not None and lowest is not None and lowest >= self._best.rank:
-            if options.update == "cbs":
-                self.grams.pass_over(blocks, sets)
-            return
         with self._phase("update"):
             found = self.grams.updates(UPDATERS[options.update], blocks, sets, dampings)
-        number = itertools.count()
         for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
             target = torch.cat(pieces)
-            for scale in scales:
+            for scale in options.update_scale:
                 moved = torch.where(pruned, 0.0, before + scale * (target - before))
-                yield self._candidate(choices, moved, damping, scale, layer_inputs, losses, next(number))
+                yield self._candidate(choices, moved, damping, scale, layer_inputs)
 
     def _candidate(
-        self,
-        choices: list[Choice],
-        weights: Tensor,
-        damping: float,
-        scale: float,
-        layer_inputs: float,
-        losses: LossLedger,
-        number: int,
+        self, choices: list[Choice], weights: Tensor, damping: float, scale: float, layer_inputs: float
     ) -> Candidate:
         loss = None
         if self.options.candidates > 1:
             with self._phase("choice"):
                 network = TrialNetwork(self.model, self.partition, weights)
-                loss = losses.loss(number, lambda: evaluate(network, self.sample or [], self.loss_fn).loss)
+                loss = evaluate(network, self.sample or [], self.loss_fn).loss
         return Candidate(
             choices=choices,
             weights=weights,

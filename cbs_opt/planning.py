@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from cbs_opt.network.data import Data
-from cbs_opt.plan.prune_plan import PrunePlan
 from cbs_opt.pruning import prune
+from cbs_opt.run_size import RunSize
 from formulations.errors import ArgumentError
 
 
@@ -17,7 +17,7 @@ class _StatedError(Exception):
     """The plan is known; nothing more is wanted of the run."""
 
 
-def plan(model: nn.Module, data: Data | None, **options: Any) -> PrunePlan:
+def plan(model: nn.Module, data: Data | None, **options: Any) -> RunSize:
     """State the size of a run of `prune` and its peak memory.
 
     Parameters
@@ -30,7 +30,7 @@ def plan(model: nn.Module, data: Data | None, **options: Any) -> PrunePlan:
 
     Returns
     -------
-    PrunePlan
+    RunSize
 
     Raises
     ------
@@ -43,9 +43,9 @@ def plan(model: nn.Module, data: Data | None, **options: Any) -> PrunePlan:
     """
     if "on_plan" in options:
         raise ArgumentError("on_plan", "given to plan", "use what plan returns")
-    stated: list[PrunePlan] = []
+    stated: list[RunSize] = []
 
-    def stop(found: PrunePlan) -> None:
+    def stop(found: RunSize) -> None:
         stated.append(found)
         raise _StatedError
 

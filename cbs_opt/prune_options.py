@@ -9,8 +9,8 @@ from numbers import Real
 from typing import Any
 
 from cbs_opt.budget.counts import Budget, checked_sparsity
+from cbs_opt.curvature.kinds import FISHERS, ExactFisher, Fisher
 from cbs_opt.execution.selector import by_workers
-from cbs_opt.execution.workers import Workers
 from cbs_opt.hessian.block import DENSE_LIMIT
 from cbs_opt.network.partition import BlockRule, checked_rule
 from cbs_opt.select.choice import Selector
@@ -31,7 +31,7 @@ class PruneOptions:
     """What `prune` was asked for; see there for the meaning of each field.
 
     `update` is "cbs", "independent" or None; `damping`, `update_scale`, `method_options` and
-    `layer_inputs` are grids, the last one None where the term is left to the curvature. `executor` is
+    `layer_inputs` are grids, the last one None where the term is left to the curvature. `workers` is
     no setting: where blocks are solved decides nothing.
     """
 
@@ -58,7 +58,7 @@ class PruneOptions:
     certify_time_limit: float | None = None
     seed: int = 0
     layer_inputs: tuple[float, ...] | None = None
-    executor: Workers | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         checked_sparsity("sparsity", self.sparsity)
@@ -81,15 +81,29 @@ class PruneOptions:
             raise ArgumentError(
                 "restarts", f"{self.restarts} for {self.method}", "it has no random choice: use 1"
             )
-        if self.executor is not None and self.chosen_method.selector(self.program) is not None:
+        if self.workers is not None and self.chosen_method.selector(self.program) is not None:
             found = f"given for {self.method} on program {self.program!r}, which takes all blocks at once"
             remedy = "leave it out, or use a method that takes one block at a time, such as branch_and_bound"
-            raise ArgumentError("executor", found, remedy)
+            raise ArgumentError("workers", found, remedy)
 
     @property
     def chosen_method(self) -> Method:
         """The registered method."""
         return find_method(self.method, self.program)
+
+    @property
+    def fisher(self) -> Fisher:
+        """The record of the gradient rows."""
+        if self.curvature not in FISHERS:
+            raise ArgumentError("curvature", f"{self.curvature!r}", f"use one of {', '.join(FISHERS)}")
+        if self.curvature == "exact_fisher":
+            if self.samples_per_row > 1:
+                found = f"{self.samples_per_row} with the exact Fisher"
+                raise ArgumentError("samples_per_row", found, "use 1: its rows are one a class, not averages")
+            return ExactFisher(samples=self.samples)
+        kind: Any = FISHERS[self.curvature]
+        record: Fisher = kind(samples=self.samples, per_row=self.samples_per_row)
+        return record
 
     @property
     def engine(self) -> Selector:
@@ -99,8 +113,8 @@ class PruneOptions:
         if selector is not None:
             return selector
         assert method.solver is not None
-        if self.executor is not None:
-            return by_workers(method.solver, method.name, self.program, self.executor)
+        if self.workers is not None:
+            return by_workers(method.solver, method.name, self.program, self.workers)
         return by_solver(method.solver, method.name, self.program)
 
     @property
@@ -140,7 +154,7 @@ class PruneOptions:
 
     def settings(self) -> dict[str, Any]:
         """Plain values for the report."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "executor"}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "workers"}
 
 
 def check_certifiable(options: PruneOptions, largest: int, *, given_term: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,17 +12,14 @@ from torch import nn
 
 from cbs_opt.budget.counts import Budget
 from cbs_opt.budget.schedule import Schedule
-from cbs_opt.curvature.fisher import MEMORY_LIMIT, GradientRows
 from cbs_opt.curvature.layer_inputs import default_layer_inputs
-from cbs_opt.curvature.rows import RowPlace, StoredRows
-from cbs_opt.execution.workers import Workers, lasting
-from cbs_opt.network.data import Data, LossFunction
+from cbs_opt.curvature.rows import Rows
+from cbs_opt.network.data import Data, LossFunction, sample_count
 from cbs_opt.network.guard import unchanged
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.targets import Globs
 from cbs_opt.network.trial import write_back
 from cbs_opt.oneshot import PruneRun
-from cbs_opt.plan.prune_plan import OnPlan, plan_of
 from cbs_opt.prune_options import (
     DAMPING,
     PruneOptions,
@@ -35,9 +31,12 @@ from cbs_opt.prune_options import (
     update_kind,
 )
 from cbs_opt.report.record import PruneReport
+from cbs_opt.run_size import RunSize, check_fits, run_size
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.stage_options import check_one_stage, check_stageable, stage_options
 from cbs_opt.stages.staged import OnStage, StagedRun
+from cbs_opt.system.checks import whole_number
+from cbs_opt.system.resources import CHUNK_MEMORY, Resources
 from formulations.errors import ArgumentError
 
 
@@ -51,7 +50,7 @@ def prune(
     method: str | None = None,
     update: bool | str = True,
     update_scale: float | Sequence[float] = 1.0,
-    curvature: str | GradientRows | StoredRows = "empirical_fisher",
+    curvature: str | Rows = "empirical_fisher",
     samples: int = 1000,
     samples_per_row: int = 1,
     damping: float | Sequence[float] | None = None,
@@ -77,14 +76,14 @@ def prune(
     gradient_samples: int | None = None,
     on_stage: OnStage | None = None,
     run_dir: str | os.PathLike[str] | None = None,
-    executor: Workers | Executor | Callable[[], Executor] | int | None = None,
+    workers: int | None = None,
     certify: bool = False,
     certify_time_limit: float | None = None,
     block_dir: str | os.PathLike[str] | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int = CHUNK_MEMORY,
     row_memory: int | None = None,
     row_dir: str | os.PathLike[str] | None = None,
-    on_plan: OnPlan | None = None,
+    on_plan: Callable[[RunSize], object] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PruneReport:
@@ -116,7 +115,7 @@ def prune(
         Move the kept weights by CBS-U; "independent" adds up single-weight OBS updates instead.
     update_scale : float or sequence of float, default 1
         Step length of the update, or a grid to choose from by training loss.
-    curvature : str, GradientRows or StoredRows, default "empirical_fisher"
+    curvature : str, Rows, default "empirical_fisher"
         What `gradient_rows` computes: "empirical_fisher", "exact_fisher", "monte_carlo_fisher" or
         "sketched_fisher"; or its result for these very weights: computed once, it serves many
         sparsities and methods.
@@ -137,7 +136,7 @@ def prune(
         Weight of the layer-input term, or a grid to choose from by training loss: a block-diagonal part
         of the Hessian, one block an output channel, made of the second moments of what its layer is fed
         and scaled to this many times the mean diagonal of the rows there. It has full rank, where the
-        rows leave most directions unseen. 0 is without. By default 1; for given `GradientRows` what they
+        rows leave most directions unseen. 0 is without. By default 1; for given `Rows` what they
         bring; and 0 where layers are so wide that factorising the term, ``sum out * fan_in^3``, takes
         over 10^12 multiplications. Saliencies, the update and, under the joint program, `greedy_obs` and
         `swap_search` take it in blocks of any size, certificates and dense methods up to 4 096 weights;
@@ -191,10 +190,10 @@ def prune(
         directory of other files.
         The rows take as much space there as in memory, until the run is finished. A loader must give the same
         samples again in every pass; a time limit counts anew, and what it cuts short may differ.
-    executor : Executor, int, callable or Workers, optional
-        Where the blocks are solved, for methods that take one block at a time (such as
-        "branch_and_bound" with ``partition="row"``); see `cbs_opt.execution.workers.Workers`. The result does
-        not depend on it, as long as no time limit is met.
+    workers : int, optional
+        Processes that solve blocks, for methods that take one block at a time (such as
+        "branch_and_bound" with ``partition="row"``); see `solve_blocks`. The result does not depend on it,
+        as long as no time limit is met.
     certify : bool, default False
         Bound the optimum of `program` in every block from below, in float64 on the CPU, block after
         block, and report how far above it the chosen set can be at most. The sum over blocks bounds
@@ -216,7 +215,7 @@ def prune(
         Folder for that file; by default the system's place for temporary files. Nothing is left of it,
         whatever ends the run.
     on_plan : callable, optional
-        Called with the `PrunePlan` of the run, which states sizes and peak memory, before any gradient
+        Called with the `RunSize` of the run, which estimates the peak of memory, before any gradient
         is computed. See `plan`.
     seed : int, default 0
     progress : bool, default True
@@ -245,14 +244,18 @@ def prune(
         final_updates=final_updates,
         gradient_samples=gradient_samples,
     )
-    if not isinstance(curvature, str | GradientRows | StoredRows):
-        remedy = "pass the name of a curvature, or GradientRows"
+    if not isinstance(curvature, str | Rows):
+        remedy = "pass the name of a curvature, or Rows"
         raise ArgumentError("curvature", f"a {type(curvature).__name__}", remedy)
     if selection_damping is not None and damping is None and not relative_damping:
         remedy = "give damping too, or relative_damping=True"
         raise ArgumentError("selection_damping", "given without damping", remedy)
-    place = RowPlace(memory=row_memory, folder=row_dir)
-    workers, ended = lasting(executor)
+    resources = Resources(
+        workers=workers,
+        row_memory=row_memory,
+        row_dir=row_dir,
+        chunk_memory=whole_number("memory_limit", memory_limit),
+    )
     method, alternative = chosen_method(method, method_options, program, staged=plan is not None)
     options = PruneOptions(
         sparsity=sparsity,
@@ -280,7 +283,7 @@ def prune(
         certify_time_limit=certify_time_limit,
         seed=seed,
         layer_inputs=None if layer_inputs is None else grid("layer_inputs", layer_inputs, positive=False),
-        executor=workers,
+        workers=resources.workers,
     )
     parts = Partition.from_model(model, target=target, ignore=ignore, blocks=partition)
     if layer_inputs is None and isinstance(curvature, str) and options.needs_curvature:
@@ -296,12 +299,23 @@ def prune(
         if row_memory is not None:
             raise ArgumentError("row_memory", "given for a run in stages", "use one stage, or leave it out")
         run = StagedRun(model, parts, options, loss_fn, plan, progress, on_stage=on_stage)
-    run.row_place = place
-    with ended, unchanged(model, parts), ExitStack() as opened:
+    run.resources = resources
+    with unchanged(model, parts), ExitStack() as opened:
         opened.callback(run.close)
         run.draw_sample(data)
+        fresh = given or (options.fisher if options.needs_curvature else None)
+        size = run_size(
+            parts,
+            fresh,
+            layer_inputs=any(options.layer_inputs or ()),
+            resources=resources,
+            itemsize=max(4, run.weights.element_size()),
+            available=None if data is None else sample_count(data),
+            staged=plan is not None,
+        )
+        check_fits(size)
         if on_plan is not None:
-            on_plan(plan_of(run, memory_limit, staged=plan is not None, kept=run_dir is not None))
+            on_plan(size)
         if run_dir is not None:
             told = run.fingerprint(memory_limit, evaluate)
             run.go_on(opened.enter_context(RunStore(run_dir, told)))

@@ -32,7 +32,7 @@ OPTIONS = {
     "certify_time_limit": "--certify-time-limit",
     "curvature": "--curvature",
     "damping": "--damping",
-    "executor": "--workers",
+    "workers": "--workers",
     "final_updates": "--final-updates",
     "gradient_samples": "--gradient-samples",
     "ignore": "--ignore",

@@ -221,7 +221,7 @@ def run(
                 final_updates=final_updates,
                 gradient_samples=gradient_samples,
                 run_dir=state,
-                executor=workers,
+                workers=workers,
                 row_memory=parse_size(row_memory, "--row-memory"),
                 row_dir=row_dir,
                 on_plan=partial(state_plan, dry_run=dry_run, wanted=row_memory is not None, as_json=as_json),

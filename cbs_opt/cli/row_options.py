@@ -11,7 +11,7 @@ import typer
 from cbs_opt.system.sizes import parsed
 
 if TYPE_CHECKING:
-    from cbs_opt.plan.prune_plan import PrunePlan
+    from cbs_opt.run_size import RunSize
 
 RowMemory = Annotated[
     str | None,
@@ -34,7 +34,7 @@ def parse_size(text: str | None, hint: str) -> int | None:
         raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
-def state_plan(plan: PrunePlan, *, dry_run: bool, wanted: bool, as_json: bool) -> None:
+def state_plan(plan: RunSize, *, dry_run: bool, wanted: bool, as_json: bool) -> None:
     """Tell the plan before the run starts if it is wanted, or instead of it."""
     if dry_run:
         typer.echo(json.dumps(plan.to_dict(), allow_nan=False) if as_json else plan.summary())

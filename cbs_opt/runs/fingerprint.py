@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.curvature.fisher import GradientRows
-from cbs_opt.curvature.rows import StoredRows
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.partition import Partition
 from cbs_opt.prune_options import PruneOptions
@@ -32,7 +31,7 @@ def run_fingerprint(
     *,
     memory_limit: int,
     plan: object = None,
-    curvature: GradientRows | StoredRows | None = None,
+    curvature: Rows | None = None,
     held_out: Data | None = None,
 ) -> dict[str, Any]:
     """The fingerprint of a run of `prune`.
@@ -46,7 +45,7 @@ def run_fingerprint(
         The samples of the first pass over the training data, in order.
     plan : object, optional
         Of a run in stages.
-    curvature : GradientRows or StoredRows, optional
+    curvature : Rows, optional
         Rows that the caller computed.
     held_out : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
         Of an iterable the first batch is looked at: it may be long.
@@ -81,12 +80,12 @@ def _first_batch(data: Data) -> str:
     return samples_digest([(batch.inputs, batch.labels)])
 
 
-def _tensors(found: GradientRows | StoredRows, partition: Partition) -> Iterable[Tensor]:
+def _tensors(rows: Rows, partition: Partition) -> Iterable[Tensor]:
     for span in partition.blocks:
-        yield found.block(span.start, span.stop)
-    yield found.gradient
+        yield rows.block(span.start, span.stop)
+    yield rows.gradient
     moment = None
-    for channel in () if found.channels is None else found.channels.channels:
+    for channel in () if rows.channels is None else rows.channels.channels:
         if channel.moment is not moment:
             moment = channel.moment
             yield moment

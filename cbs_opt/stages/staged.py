@@ -26,14 +26,15 @@ from cbs_opt.oneshot import PruneRun, Sample
 from cbs_opt.prune_options import PruneOptions
 from cbs_opt.report.files import plain
 from cbs_opt.report.record import PruneReport
-from cbs_opt.runs.folder import PathLike, RunStore
+from cbs_opt.runs.folder import PathLike
 from cbs_opt.select.choice import Choice
 from cbs_opt.stage_options import StageOptions
 from cbs_opt.stages.model import StageModel
-from cbs_opt.stages.state import StageRecord, StageResult, StageState, StepState
-from cbs_opt.stages.store import StageStore
+from cbs_opt.stages.state import StageRecord, StageResult, StageState
+from cbs_opt.stages.store import keep_stage, stored_stages
 from cbs_opt.stages.trials import Expansion, Proposal, judged, selections, updates
 from cbs_opt.stages.trust_region import DampingSearch
+from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError
 
 PATIENCE = 2
@@ -70,7 +71,6 @@ class StagedRun(PruneRun):
     ) -> None:
         super().__init__(model, partition, options, loss_fn, None, progress)
         self.plan = plan
-        self.states: StageStore | None = None
         self.on_stage = on_stage
         self.passes = 0
         self.samples = 0
@@ -91,11 +91,6 @@ class StagedRun(PruneRun):
         """As for one stage, with the plan."""
         return {**super().fingerprint(memory_limit, held_out), "plan": plain(self.plan)}
 
-    def go_on(self, store: RunStore) -> None:
-        """Keep every stage, and begin after those that are there."""
-        super().go_on(store)
-        self.states = StageStore(store, device=self.weights.device)
-
     def finished(self, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
         """Weights and report, if the run is finished, after its stages were told."""
         found = super().finished(block_dir)
@@ -115,8 +110,7 @@ class StagedRun(PruneRun):
         with tqdm(total=total, initial=self.state.stages, desc="stages", unit="stage", disable=silent) as bar:
             while self.state.stages < total:
                 self.state = self._next_stage(self.state)
-                if self.states is not None:
-                    self.states.add(self.state)
+                keep_stage(self.done.pieces, self.state)
                 self.done.forget_steps()
                 self._announce()
                 bar.update()
@@ -154,29 +148,16 @@ class StagedRun(PruneRun):
         weights = state.weights
         model = self._curvature(weights, state.keep)
         for update in range(self.plan.updates[stage]):
-            step = f"step_{stage:04d}_{update:04d}"
-            known = self.done.step(step)
-            if known is None:
-                prunes = round(self.plan.sparsity(stage) * self.partition.n) > int((~model.keep).sum())
-                search = pruning if prunes else updating
-                best, record = self._step(model, weights, search, stage, update, prunes)
-                accepted = record.accepted
-                known = StepState(
-                    weights=best.weights if accepted else weights,
-                    keep=best.keep if accepted else model.keep,
-                    damping=pruning.centre,
-                    update_damping=updating.centre,
-                    passes=self.passes,
-                    record=replace(record, seconds=time.perf_counter() - began),
-                )
-                self.done.keep_step(step, known)
+            prunes = round(self.plan.sparsity(stage) * self.partition.n) > int((~model.keep).sum())
+            search = pruning if prunes else updating
+            best, record = self._step(model, weights, search, stage, update, prunes)
+            records.append(replace(record, seconds=time.perf_counter() - began))
             began = time.perf_counter()
-            weights, self.passes, self.samples = known.weights, known.passes, known.record.samples
-            pruning.centre, updating.centre = known.damping, known.update_damping
-            records.append(known.record)
-            refused = 0 if known.record.accepted else refused + 1
-            if not known.keep.equal(model.keep):
-                model = model.restricted(known.keep)
+            refused = 0 if record.accepted else refused + 1
+            if record.accepted:
+                weights = best.weights
+                if not best.keep.equal(model.keep):
+                    model = model.restricted(best.keep)
             if refused == PATIENCE and stage == len(self.plan.sparsities):
                 break
         return StageState(
@@ -250,10 +231,8 @@ class StagedRun(PruneRun):
                 self.data,
                 self.loss_fn,
                 self.partition,
-                curvature=options.curvature,
-                samples=options.samples,
-                samples_per_row=options.samples_per_row,
-                memory_limit=self.memory_limit,
+                curvature=options.fisher,
+                resources=Resources(chunk_memory=self.memory_limit),
                 seed=self._next_pass(),
                 weights=weights,
                 # A channel's slope is that of all its weights, pruned ones as well.
@@ -329,7 +308,7 @@ class StagedRun(PruneRun):
 
     def _read_states(self) -> None:
         """Take over the stages on disk."""
-        for state in () if self.states is None else self.states.states():
+        for state in stored_stages(self.done.pieces, self.weights.device):
             self.state = state
             self._announce()
 
