@@ -92,11 +92,11 @@ class StagedRun(PruneRun):
         return {**super().fingerprint(memory_limit, held_out), "plan": plain(self.plan)}
 
     def finished(self, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
-        """Weights and report, if the run is finished, after its stages were told."""
-        found = super().finished(block_dir)
-        if found is not None:
+        """Return the stored result, if any, after replaying `on_stage`; None if a stage is missing."""
+        result = super().finished(block_dir)
+        if result is not None:
             self._read_states()
-        return found
+        return result if self.state.stages == len(self.plan.updates) else None
 
     def take_curvature(self, data: Data | None, memory_limit: int) -> None:
         """Every stage takes its own."""
@@ -309,8 +309,9 @@ class StagedRun(PruneRun):
     def _read_states(self) -> None:
         """Take over the stages on disk."""
         for state in stored_stages(self.done.pieces, self.weights.device):
-            self.state = state
-            self._announce()
+            if state.stages > self.state.stages:
+                self.state = state
+                self._announce()
 
     def _announce(self) -> None:
         if self.on_stage is None:

@@ -19,10 +19,10 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
-
-from cbs_opt import solve_blocks
 from cbs_opt.execution.array_store import SHARED_FROM
 from cbs_opt.execution.workers import Processes
+
+from cbs_opt import solve_blocks
 from experiments.benchmarks.digits_blocks import synthetic_block
 from experiments.benchmarks.farm_simulation import Costs, simulate
 from experiments.benchmarks.paced import paced
@@ -87,7 +87,6 @@ def dask_executor(workers: int) -> Iterator[Executor]:
 def ray_executor(workers: int) -> Iterator[Executor]:
     """A local Ray cluster."""
     import ray
-
     from cbs_opt.execution.ray import RayExecutor
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from cbs_opt.plan.allocation_meter import extrapolated, peak_of
+from cbs_opt.plan.working_set import BlockSize, score_bytes, update_bytes
 from torch import Tensor
 
 import cbs_opt
@@ -16,8 +18,6 @@ from cbs_opt import PrunePlan, plan, prune
 from cbs_opt.errors import RowMemoryError, RowStoreError
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.products import hessian_diagonal
-from cbs_opt.plan.allocation_meter import extrapolated, peak_of
-from cbs_opt.plan.working_set import BlockSize, score_bytes, update_bytes
 from cbs_opt.select.joint_program.program import joint_saliency
 from cbs_opt.select.saliency import obs
 from cbs_opt.system.sizes import parsed, readable

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from cbs_opt.execution.workers import Workers
 from joblib.externals import loky
 
 from cbs_opt import PruneReport, prune
 from cbs_opt.errors import ExecutorError
-from cbs_opt.execution.workers import Workers
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from cbs_opt.execution.array_store import SHARED_FROM, ArrayCache, ArrayStore, content_digest
+from cbs_opt.execution.workers import Workers
 from joblib.externals import loky
 
 from cbs_opt import solve, solve_blocks
 from cbs_opt.errors import ExecutorError
-from cbs_opt.execution.array_store import SHARED_FROM, ArrayCache, ArrayStore, content_digest
 from cbs_opt.execution.blocks import block_seed
-from cbs_opt.execution.workers import Workers
 from formulations import BlockProblem, BlockSolution, Termination
 from formulations.errors import ArgumentError, UnknownMethodError, UnknownOptionError
 from formulations.incumbents import greedy
