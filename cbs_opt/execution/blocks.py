@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
@@ -47,7 +48,7 @@ def solve_blocks(
     Parameters
     ----------
     problems : iterable of BlockProblem
-        A generator is read two blocks a worker ahead, so blocks need not fit in memory together.
+        A generator is read as workers become free, so blocks need not fit in memory together.
     method : str or callable, default "swap_search"
         As in `solve`, or a function ``method(problem, program, *, limits, incumbent, **options)``
         that workers can import.
@@ -184,7 +185,10 @@ def run_blocks(
         return solutions, waiting
     finally:
         if results is not None:
-            results.close()
+            with warnings.catch_warnings():
+                # joblib says how many blocks are cancelled; the caller knows.
+                warnings.filterwarnings("ignore", ".*tasks which were still being processed", UserWarning)
+                results.close()
     return solutions, None
 
 

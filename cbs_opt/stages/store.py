@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -10,6 +11,8 @@ import torch
 from cbs_opt.report.files import plain
 from cbs_opt.runs.folder import Pieces
 from cbs_opt.stages.state import StageRecord, StageState
+
+log = logging.getLogger(__name__)
 
 FIELDS = ("stages", "damping", "update_damping", "passes", "samples")
 
@@ -27,12 +30,17 @@ def stored_stages(pieces: Pieces, device: torch.device) -> Iterator[StageState]:
     stages = 1
     while (piece := pieces.recall(_name(stages))) is not None:
         header, arrays = piece
-        yield StageState(
-            weights=torch.tensor(arrays["weights"], device=device),
-            keep=torch.tensor(arrays["keep"], device=device),
-            records=tuple(StageRecord.from_plain(entry) for entry in header["records"]),
-            **{name: header[name] for name in FIELDS},
-        )
+        try:
+            state = StageState(
+                weights=torch.tensor(arrays["weights"], device=device),
+                keep=torch.tensor(arrays["keep"], device=device),
+                records=tuple(StageRecord.from_plain(entry) for entry in header["records"]),
+                **{name: header[name] for name in FIELDS},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("stage %d is none of this release (%s); it is made again", stages, error)
+            return
+        yield state
         stages += 1
 
 
