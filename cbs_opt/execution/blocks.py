@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, effective_n_jobs
 
 from cbs_opt.errors import ExecutorError
 from cbs_opt.execution.jobs import BlockCall, BlockMethod, solve_block, unsolved
@@ -23,6 +23,8 @@ from formulations.solution import BlockSolution, Limit, Limits
 OnSolution = Callable[[int, BlockSolution], object]
 Pair = tuple[BlockProblem, BlockSolution | None]
 """A block and its warm start."""
+ROUND = 8
+"""Blocks a worker that are handed out at a time where joblib's backend has no generators."""
 
 log = logging.getLogger(__name__)
 
@@ -168,11 +170,10 @@ def run_blocks(
             reading.append(error)
             raise
 
-    results: Any = None
+    answers = _answers(workers, tasks())
     try:
         with thread_limit(call.limits.threads):
-            results = _next_of(lambda: _parallel(workers)(tasks()), reading)
-            while (answer := _next_of(lambda: next(results, None), reading)) is not None:
+            while (answer := _next_of(answers, reading)) is not None:
                 index, solution = answer
                 solutions[index] = solution
                 del waiting[index]
@@ -184,23 +185,35 @@ def run_blocks(
         log.warning("interrupted with %d blocks solved", len(solutions))
         return solutions, waiting
     finally:
-        if results is not None:
-            with warnings.catch_warnings():
-                # joblib says how many blocks are cancelled; the caller knows.
-                warnings.filterwarnings("ignore", ".*tasks which were still being processed", UserWarning)
-                results.close()
+        with warnings.catch_warnings():
+            # joblib says how many blocks are cancelled; the caller knows.
+            warnings.filterwarnings("ignore", ".*tasks which were still being processed", UserWarning)
+            answers.close()
     return solutions, None
 
 
-def _parallel(workers: int | None) -> Parallel:
+def _answers(workers: int | None, tasks: Iterator[Any]) -> Generator[tuple[int, BlockSolution], None, None]:
+    """Run tasks by joblib and yield what comes back, in any order."""
     # Batches would be sized by the clock, and read further ahead.
-    return Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-
-
-def _next_of(step: Callable[[], Any], reading: Sequence[Exception]) -> Any:
-    """Run a step of joblib; what it raises is the caller's where the blocks were read, else its workers'."""
+    options = {"n_jobs": workers, "batch_size": 1}
     try:
-        return step()
+        parallel = Parallel(return_as="generator_unordered", **options)
+    except ValueError:
+        # Ray's backend answers with whole lists: some blocks a worker at a time.
+        size = ROUND * effective_n_jobs(workers)
+        with Parallel(**options) as parallel:
+            while batch := list(islice(tasks, size)):
+                yield from parallel(batch)
+    else:
+        yield from parallel(tasks)
+
+
+def _next_of(
+    answers: Iterator[tuple[int, BlockSolution]], reading: Sequence[Exception]
+) -> tuple[int, BlockSolution] | None:
+    """Return the next answer; an error is the caller's where the blocks were read, else the workers'."""
+    try:
+        return next(answers, None)
     except Exception as error:
         if reading:
             raise reading[0] from None
