@@ -21,6 +21,7 @@ from cbs_opt.certify import certificates as certification
 from cbs_opt.certify.certificates import MEANING, NOT_REACHED, certify_block
 from cbs_opt.certify.files import CERTIFICATES, block_path, certificate_path, check_certificates
 from cbs_opt.curvature.fisher import fisher_blocks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.pruning import prune
 from cbs_opt.report.record import PruneReport
 from cbs_opt.report.text import bound_text, gap_text
@@ -52,7 +53,7 @@ def blocks_of(
         data(dtype=dtype),
         loss_fn=nn.functional.cross_entropy,
         partition=partition,
-        samples=40,
+        curvature=EmpiricalFisher(samples=40),
         damping=0.01,
         progress=False,
     )
