@@ -248,7 +248,8 @@ def _prepared(
     if asked is None:
         rule, row_memory = fitting_blocks(size)
         if rule != "global":
-            logger.warning(
+            text = 'rows of %s weights do not fit in memory: blocks are cut by "%s"'
+            logger.warning(text, partition.n, rule)
                 'rows of %s weights do not fit in memory: blocks are cut by "%s"', partition.n, rule
             )
             partition = _partition(model, request.recipes[0].weights, rule)
