@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +19,10 @@ from cbs_opt.curvature.fisher import GradientRows
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import RowPlace, StoredRows, streamed_rows
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.hessian.operators import Hessian
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
@@ -31,7 +33,6 @@ from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import LossLedger, RunProgress
 from cbs_opt.select.choice import Choice
-from cbs_opt.select.selectors import without_channels
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from cbs_opt.update.grams import SharedGrams
 from formulations.errors import ArgumentError, ShapeError
@@ -248,7 +249,7 @@ class PruneRun:
             return certify_report(
                 report,
                 self._blocks(damping, layer_inputs, gradient=options.gradient_term),
-                [~choice.pruned for choice in best.choices],
+                [choice.keep for choice in best.choices],
                 proved=proved,
                 time_limit=options.certify_time_limit,
                 block_dir=block_dir,
@@ -271,17 +272,19 @@ class PruneRun:
         def block(number: int) -> FisherBlock:
             span = self.partition.blocks[number]
             weights = self.weights[span.start : span.stop]
+            rows = weights.new_zeros((0, len(weights)))
+            if self.curvature is not None:
+                rows = self.curvature.block(span.start, span.stop)
+            plain = RowsHessian(rows, self.grams.of(span.name, rows.shape[0]))
+            hessian: Hessian = plain
+            if term is not None:
+                hessian = ChannelHessian(plain, term.within(span.start, span.stop))
             return FisherBlock(
                 name=span.name,
-                start=span.start,
-                stop=span.stop,
                 weights=weights,
-                rows=weights.new_zeros((0, len(weights)))
-                if self.curvature is None
-                else self.curvature.block(span.start, span.stop),
-                gradient=None if slope is None else slope[span.start : span.stop],
+                hessian=hessian,
                 damping=damping,
-                channels=None if term is None else term.within(span.start, span.stop),
+                gradient=None if slope is None else slope[span.start : span.stop],
             )
 
         blocks = OnDemand(block, len(self.partition.blocks))
@@ -314,17 +317,15 @@ class PruneRun:
         scored = options.chosen_method.kind == "saliency"
         blocks = self._blocks(damping, layer_inputs, gradient=options.gradient_term or scored)
         if options.selects_by_rows:
-            blocks = without_channels(blocks)
+            blocks = _mapped(FisherBlock.without_channels, blocks)
         ledger = self.done.selection(self._selections, [block.n for block in blocks])
         self._selections += 1
         if ledger.complete:
             return ledger.choices()
         engine = options.engine
-        takes = "ledger" in inspect.signature(engine).parameters
-        known = {"ledger": ledger} if takes else {}
         with self._phase("selection"):
             choices: list[Choice] = engine(
-                blocks, counts, limits=options.limits(restart), **known, **alternative
+                blocks, counts, limits=options.limits(restart), ledger=ledger, **alternative
             )
             ledger.close(choices)
         return choices
@@ -337,28 +338,24 @@ class PruneRun:
         Those of a run that goes on are left out where their losses are known and not the lowest so far.
         """
         options = self.options
-        sets = [choice.pruned for choice in choices]
-        pruned = torch.cat(sets)
+        keep = torch.cat([choice.keep for choice in choices])
         before = self.weights.double()
         scales = options.update_scale if options.update is not None else (1.0,)
         losses = self.done.losses(self._selections, len(dampings) * len(scales))
         if options.update is None:
-            removed = torch.where(pruned, 0.0, self.weights)
+            removed = torch.where(keep, self.weights, 0.0)
             yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs, losses, 0)
             return
         blocks = self._blocks(dampings[0], layer_inputs, gradient=options.gradient_term)
-        lowest = losses.lowest()
-        if self._best is not None and lowest is not None and lowest >= self._best.rank:
-            if options.update == "cbs":
-                self.grams.pass_over(blocks, sets)
-            return
         with self._phase("update"):
-            found = self.grams.updates(UPDATERS[options.update], blocks, sets, dampings)
+            update = UPDATERS[options.update]
+            # No block outlives its turn.
+            found = [update(blocks[i], choice.keep, dampings) for i, choice in enumerate(choices)]
         number = itertools.count()
         for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
             target = torch.cat(pieces)
             for scale in scales:
-                moved = torch.where(pruned, 0.0, before + scale * (target - before))
+                moved = torch.where(keep, before + scale * (target - before), 0.0)
                 yield self._candidate(choices, moved, damping, scale, layer_inputs, losses, next(number))
 
     def _candidate(
@@ -379,7 +376,7 @@ class PruneRun:
         return Candidate(
             choices=choices,
             weights=weights,
-            keep=~torch.cat([choice.pruned for choice in choices]),
+            keep=torch.cat([choice.keep for choice in choices]),
             damping=damping,
             scale=scale,
             loss=loss,
@@ -388,3 +385,11 @@ class PruneRun:
 
     def _loss(self, network: nn.Module) -> Evaluation | None:
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
+
+
+def _mapped(
+    change: Callable[[FisherBlock], FisherBlock], blocks: Sequence[FisherBlock]
+) -> Sequence[FisherBlock]:
+    """Return the changed blocks, on demand if they are made on demand."""
+    changed = OnDemand(lambda number: change(blocks[number]), len(blocks))
+    return changed if isinstance(blocks, OnDemand) else list(changed)

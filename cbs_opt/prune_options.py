@@ -11,11 +11,10 @@ from typing import Any
 from cbs_opt.budget.counts import Budget, checked_sparsity
 from cbs_opt.execution.selector import by_workers
 from cbs_opt.execution.workers import Workers
-from cbs_opt.hessian.block import DENSE_LIMIT
+from cbs_opt.hessian.channel_system import DENSE_LIMIT
 from cbs_opt.network.partition import BlockRule, checked_rule
 from cbs_opt.select.choice import Selector
 from cbs_opt.select.methods import Method, available_methods, find_method
-from cbs_opt.select.selectors import by_solver
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 from formulations.solution import Limits
 
@@ -81,7 +80,7 @@ class PruneOptions:
             raise ArgumentError(
                 "restarts", f"{self.restarts} for {self.method}", "it has no random choice: use 1"
             )
-        if self.executor is not None and self.chosen_method.selector(self.program) is not None:
+        if self.executor is not None and not self.chosen_method.blockwise:
             found = f"given for {self.method} on program {self.program!r}, which takes all blocks at once"
             remedy = "leave it out, or use a method that takes one block at a time, such as branch_and_bound"
             raise ArgumentError("executor", found, remedy)
@@ -95,13 +94,9 @@ class PruneOptions:
     def engine(self) -> Selector:
         """What chooses the sets: the method on all blocks at once, or its dense form block by block."""
         method = self.chosen_method
-        selector = method.selector(self.program)
-        if selector is not None:
-            return selector
-        assert method.solver is not None
         if self.executor is not None:
-            return by_workers(method.solver, method.name, self.program, self.executor)
-        return by_solver(method.solver, method.name, self.program)
+            return by_workers(method.engine, method.name, self.program, self.executor)
+        return method.selector(self.program)
 
     @property
     def candidates(self) -> int:
@@ -116,7 +111,7 @@ class PruneOptions:
         """The method whose saliency spends a global budget."""
         if self.budget_score is not None:
             return find_method(self.budget_score, "selection")
-        return self.chosen_method.scoring(self.program)
+        return self.chosen_method
 
     @property
     def needs_curvature(self) -> bool:

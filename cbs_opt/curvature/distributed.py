@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from cbs_opt.curvature.fisher import GradientRows, gradient_rows
 from cbs_opt.errors import EmptyDataError, PeerError
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.dense import DenseHessian
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, positive_integer
 from cbs_opt.network.partition import BlockSpan, Partition
 from formulations.errors import ArgumentError, ShapeError
@@ -110,20 +112,16 @@ class RowShard:
         if partition.n != n or tuple(weights.shape) != (n,):
             found = f"{tuple(weights.shape)} for a partition of {partition.n} and rows of {n} weights"
             raise ShapeError("weights", found, "pass the partition and weights that the rows were made with")
-        rank = dist.get_rank(self.group)
         own: dict[int, FisherBlock] = {}
         for number, owner in enumerate(owners(partition.blocks, len(self.counts))):
             span = partition.blocks[number]
             by_rows = self.m < span.stop - span.start
             reduced = (self.columns if by_rows else self.hessian)(span.start, span.stop, owner)
-            if owner == rank:
+            if reduced is not None:
                 own[number] = FisherBlock(
                     name=span.name,
-                    start=span.start,
-                    stop=span.stop,
                     weights=weights[span.start : span.stop],
-                    rows=reduced if by_rows else None,
-                    hessian=None if by_rows else reduced,
+                    hessian=RowsHessian(reduced) if by_rows else DenseHessian(reduced),
                     gradient=self.gradient[span.start : span.stop],
                     damping=damping,
                 )

@@ -18,6 +18,7 @@ from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channels import ChannelTerm
 from cbs_opt.hessian.products import column_squares
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate, positive_integer, regroup, section
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.targets import Globs
@@ -359,10 +360,8 @@ rows_dtype, vectorize
     return [
         FisherBlock(
             name=block.name,
-            start=block.start,
-            stop=block.stop,
             weights=weights[block.start : block.stop],
-            rows=found.rows[:, block.start : block.stop],
+            hessian=RowsHessian(found.rows[:, block.start : block.stop]),
             gradient=found.gradient[block.start : block.stop],
             damping=float(damping),
         )

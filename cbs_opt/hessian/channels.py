@@ -14,18 +14,12 @@ Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored App
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-from cbs_opt.hessian.block import DENSE_LIMIT, FisherBlock
-from cbs_opt.hessian.products import column_squares
-from cbs_opt.network.partition import ParameterSpan, Partition
-from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,51 +79,6 @@ class ChannelTerm:
 
     channels: tuple[Channel, ...]
     weight: float = 1.0
-
-    @classmethod
-    def matched(
-        cls, moments: Mapping[str, Tensor], partition: Partition, rows: Tensor, *, weight: float = 1.0
-    ) -> ChannelTerm:
-        """The term whose mean diagonal in every channel is `weight` times that of ``rows^T rows``.
-
-        Parameters
-        ----------
-        moments : mapping of parameter name to (f, f) or (groups, f, f) Tensor
-            See `cbs_opt.curvature.layer_inputs.input_moments`. A parameter without moments, or with moments
-            that are zero, gets a multiple of the identity.
-        partition : Partition
-        rows : (m, n) Tensor
-            Of all its weights.
-        weight : float, default 1
-
-        Raises
-        ------
-        ArgumentError
-            If `weight` is not positive.
-        ShapeError
-            If a moment does not fit its parameter.
-        """
-        return cls.matched_to(moments, partition, column_squares(rows), weight=weight)
-
-    @classmethod
-    def matched_to(
-        cls, moments: Mapping[str, Tensor], partition: Partition, squares: Tensor, *, weight: float = 1.0
-    ) -> ChannelTerm:
-        """`matched` from ``diag(rows^T rows)``, (n,) float64, in place of the rows."""
-        if not weight > 0.0:
-            raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
-        channels: list[Channel] = []
-        for span in partition.parameters:
-            groups = _by_group(span, moments.get(span.name), squares)
-            size = groups[0].shape[0]
-            members = span.shape[0] // len(groups)
-            own = squares[span.start : span.stop].view(-1, size).mean(dim=1).tolist()
-            for number, mean in enumerate(own):
-                moment = groups[number // members]
-                first = span.start + number * size
-                scale = weight * mean / float(moment.diagonal().mean())
-                channels.append(Channel(start=first, stop=first + size, moment=moment, scale=scale))
-        return cls(channels=tuple(channels), weight=weight)
 
     def scaled(self, factor: float) -> ChannelTerm:
         """The term times a number >= 0; moments are shared."""
@@ -213,31 +162,3 @@ class ChannelTerm:
         device = self.channels[0].moment.device if self.channels else None
         everything = torch.arange(self.n, device=device)
         return self.entries(everything, everything)
-
-
-def _by_group(span: ParameterSpan, moment: Tensor | None, squares: Tensor) -> list[Tensor]:
-    """The (f, f) moments of each group of output channels; the identity where nothing is known."""
-    size = math.prod(span.shape[1:])
-    if moment is None:
-        moment = torch.eye(size, dtype=torch.float64, device=squares.device)
-    found = list(moment.double().reshape(-1, *moment.shape[-2:]))
-    if any(group.shape != (size, size) for group in found) or span.shape[0] % len(found):
-        shape = f"shape {tuple(moment.shape)} for {span.name} of shape {span.shape}"
-        raise ShapeError("moments", shape, "compute them for this network")
-    identity = torch.eye(size, dtype=torch.float64, device=squares.device)
-    return [group if bool(group.diagonal().any()) else identity for group in found]
-
-
-def densified(block: FisherBlock, program: str) -> FisherBlock:
-    """A small block with its channel term inside a dense Hessian.
-
-    Raises
-    ------
-    UnsupportedProblemError
-        If the block is larger than `DENSE_LIMIT`.
-    """
-    if block.n > DENSE_LIMIT:
-        found = f"this search of the {program} program on {block.n} weights with a layer-input term"
-        remedy = f'cut blocks of at most {DENSE_LIMIT}, or use method="greedy_obs", program="joint"'
-        raise UnsupportedProblemError("partition", found, remedy)
-    return replace(block, rows=None, hessian=block.dense_hessian(), channels=None, spectrum=None)

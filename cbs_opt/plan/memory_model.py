@@ -236,7 +236,7 @@ class MemoryModel:
 
     def _score(self, size: BlockSize) -> int:
         options = self._options
-        joint = options.budget_score is None and options.chosen_method.score_joint is not None
+        joint = options.budget_score is None and options.chosen_method.kind == "search"
         if joint and options.program == "joint":
             return score_bytes("joint", size)
         scoring = options.scoring

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from cbs_opt.hessian.channel_system import GROUP
 from cbs_opt.hessian.products import COLUMN_CHUNK, ROW_CHUNK
 from cbs_opt.select.joint_program.selectors import DENSE_JOINT
-from cbs_opt.select.selection_program.large import POOL
 from cbs_opt.select.selection_program.pair_scan import DIRECTIONS
-from cbs_opt.select.selection_program.swap_search import BATCH_BYTES, DENSE_LIMIT
+from cbs_opt.select.selection_program.tuning import TUNING
 
 DOUBLE = 8
 PANEL = 64 << 20
@@ -109,11 +108,11 @@ def selection_bytes(method: str, program: str, size: BlockSize) -> int | None:
 
 def _selection_swaps(size: BlockSize) -> int:
     """Whole Gram matrices of a batch, or that of a pool and the pairs."""
-    if size.n <= DENSE_LIMIT:
+    if size.n <= TUNING.dense_limit:
         own = DOUBLE * size.n**2
-        batch = min(size.alike, max(1, BATCH_BYTES // own))
+        batch = min(size.alike, max(1, TUNING.batch_bytes // own))
         return batch * own + size.gathered(size.n) + 3 * own
-    pool = min(POOL // 2, size.n_keep) + min(POOL // 2, size.n - size.n_keep)
+    pool = min(TUNING.pool // 2, size.n_keep) + min(TUNING.pool // 2, size.n - size.n_keep)
     pools = 3 * DOUBLE * pool**2 + size.m * pool * DOUBLE
     pairs = 4 * DIRECTIONS * size.n
     return PRODUCT_VECTORS * DOUBLE * size.n + max(pools, pairs)

@@ -122,7 +122,7 @@ class StagedRun(PruneRun):
                 bar.update()
         last = self.state.records[-1]
         return Candidate(
-            choices=[Choice(pruned=~self.state.keep[s.start : s.stop]) for s in self.partition.blocks],
+            choices=[Choice(keep=self.state.keep[s.start : s.stop]) for s in self.partition.blocks],
             weights=self.state.weights,
             keep=self.state.keep,
             damping=last.damping,

@@ -43,30 +43,30 @@ class Expansion:
         """The weights still there."""
         return self.weights[self.model.keep]
 
-    def proposal(self, kept: Tensor, pruned: Tensor, damping: float, scale: float) -> Proposal:
-        """The network whose kept weights are `kept` (n_kept,) but for the `pruned` ones."""
+    def proposal(self, kept: Tensor, staying: Tensor, damping: float, scale: float) -> Proposal:
+        """Return the network whose kept weights are `kept` (n_kept,), of which those `staying` stay."""
         weights = torch.zeros_like(self.weights)
         keep = torch.zeros_like(self.model.keep)
-        weights[self.model.keep] = torch.where(pruned, 0.0, kept)
-        keep[self.model.keep] = ~pruned
+        weights[self.model.keep] = torch.where(staying, kept, 0.0)
+        keep[self.model.keep] = staying
         return Proposal(weights=weights, keep=keep, damping=damping, scale=scale)
 
     def steps(
-        self, target: Tensor, pruned: Tensor, damping: float, scales: tuple[float, ...]
+        self, target: Tensor, staying: Tensor, damping: float, scales: tuple[float, ...]
     ) -> Iterator[Proposal]:
         """The networks between the present one and `target` (n_kept,)."""
         start = self.kept_weights
         for scale in scales:
-            yield self.proposal(start + scale * (target - start), pruned, damping, scale)
+            yield self.proposal(start + scale * (target - start), staying, damping, scale)
 
 
 def updates(expansion: Expansion, options: PruneOptions, dampings: tuple[float, ...]) -> Iterator[Proposal]:
     """Damped Newton steps that prune nothing, one for every damping and step length."""
-    pruned = torch.zeros_like(expansion.kept_weights, dtype=torch.bool)
+    staying = torch.ones_like(expansion.kept_weights, dtype=torch.bool)
     absolute = [damping * expansion.unit for damping in dampings]
-    targets = expansion.model.updates(expansion.kept_weights, expansion.gradient, pruned, absolute)
+    targets = expansion.model.updates(expansion.kept_weights, expansion.gradient, staying, absolute)
     for damping, target in zip(dampings, targets, strict=True):
-        yield from expansion.steps(target, pruned, damping, options.update_scale)
+        yield from expansion.steps(target, staying, damping, options.update_scale)
 
 
 def selections(
@@ -78,18 +78,18 @@ def selections(
         if options.selection_damping is not None:
             groups = [(options.selection_damping, dampings)]
         for selecting, updating in groups:
-            pruned = _pruned(expansion, options, selecting, sparsity, restart, alternative)
+            staying = _staying(expansion, options, selecting, sparsity, restart, alternative)
             start = expansion.kept_weights
-            yield expansion.proposal(start, pruned, updating[0], 0.0)
+            yield expansion.proposal(start, staying, updating[0], 0.0)
             if options.update is None:
                 continue
             absolute = [damping * expansion.unit for damping in updating]
-            targets = expansion.model.updates(start, expansion.gradient, pruned, absolute)
+            targets = expansion.model.updates(start, expansion.gradient, staying, absolute)
             for damping, target in zip(updating, targets, strict=True):
-                yield from expansion.steps(target, pruned, damping, options.update_scale)
+                yield from expansion.steps(target, staying, damping, options.update_scale)
 
 
-def _pruned(
+def _staying(
     expansion: Expansion,
     options: PruneOptions,
     damping: float,
@@ -97,7 +97,7 @@ def _pruned(
     restart: int,
     alternative: Mapping[str, Any],
 ) -> Tensor:
-    """What the method prunes of the kept weights, (n_kept,) bool."""
+    """Return what the method keeps of the weights still there, (n_kept,) bool."""
     model = expansion.model
     method = options.chosen_method
     if method.kind == "search" and options.program == "selection":
@@ -119,7 +119,7 @@ def _pruned(
         blocks=blocks,
     )
     choices = options.engine(blocks, counts, limits=options.limits(restart), **alternative)
-    return torch.cat([choice.pruned for choice in choices])
+    return torch.cat([choice.keep for choice in choices])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,16 +13,13 @@ from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.select.selection_program.pair_scan import Projection, project
 from cbs_opt.select.selection_program.pair_search import Pairs, SwapChanges, improving_pairs
 from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.solution import Limit
 
-POOL = 2_048
-"""Weights in a pool."""
 NEARLY = 5e-6
 """Pairs that miss an improvement by less than this share of the objective are collected at first."""
 POOL_YIELD = 100.0
 """Pools go on while one lowers the objective by this many thresholds; then pairs are searched."""
-SWAPS_A_LOOK = 128
-"""Swaps within a pool between two looks at the clock."""
 FRESH_SHARE = 1e-6
 """The image is computed anew at the end where its square has shrunk below this share."""
 MAX_SWAPS = 2**31 - 1
@@ -37,7 +34,7 @@ def relative_tolerance(program: SelectionProgram, tolerance: float | None) -> fl
     """The relative improvement that counts: as given, else by the precision of the data."""
     if tolerance is not None:
         return tolerance
-    return 1e-10 if program.data.dtype == torch.float64 else 1e-7
+    return 1e-10 if program.precision == torch.float64 else 1e-7
 
 
 class LargeSwapSearch:
@@ -46,14 +43,16 @@ class LargeSwapSearch:
     def __init__(
         self,
         program: SelectionProgram,
-        start: Tensor,
+        keep: Tensor,
         tolerance: float | None,
         max_swaps: int | None,
         deadline: float | None,
         seed: int,
+        tuning: SwapTuning = TUNING,
     ) -> None:
         self.program = program
-        self.pruned = start.clone()
+        self.tuning = tuning
+        self.pruned = ~keep
         self.tolerance = relative_tolerance(program, tolerance)
         self.budget = MAX_SWAPS if max_swaps is None else max_swaps
         self.deadline = deadline
@@ -67,7 +66,7 @@ class LargeSwapSearch:
         self.resume = 0
         self.swaps = 0
         self.moved = 0
-        self.locally_optimal = int(start.sum()) in (0, program.n)
+        self.locally_optimal = int(keep.sum()) in (0, program.n)
         self.limit: Limit | None = None
 
     def run(self) -> None:
@@ -77,14 +76,14 @@ class LargeSwapSearch:
             self.limit = Limit.ITERATION
         if self.limit is not None:
             return
-        if self.program.rows is None:
+        if not self.program.hessian.by_rows:
             self._improve_whole()
             return
         self._improve_by_pools()
         self.reach = NEARLY * abs(self.value)
         projection: Projection | None = None
         while self.limit is None:
-            projection = projection or project(self.program, self.squares, self.seed)
+            projection = projection or project(self.program, self.squares, self.seed, self.tuning)
             if not self._improve_by_pairs(projection):
                 break
             self._improve_by_pools()
@@ -97,18 +96,18 @@ class LargeSwapSearch:
         square = float(self.image.square().sum())
         if self.moved <= int(self.pruned.sum()) and square >= FRESH_SHARE * self.initial_square:
             return self.value
-        return self.program.objective(self.pruned)
+        return self.program.objective(~self.pruned)
 
     def _read_data(self) -> None:
         """Image, diagonal and squared norms of the columns, in one pass over the rows."""
         program = self.program
         x = program.weights.double() * self.pruned
-        if program.rows is None:
+        if not program.hessian.by_rows:
             self.image = program.image(self.pruned.double())
             self.half_diagonal = 0.5 * program.diagonal()
             return
         squares, image = torch.zeros_like(x), []
-        for part in double_chunks(program.rows):
+        for part in double_chunks(program.hessian.data):
             image.append(part @ x)
             squares += part.square().sum(dim=0)
         self.image = torch.cat(image) if image else x.new_zeros(0)
@@ -152,7 +151,7 @@ class LargeSwapSearch:
         picks = []
         for side in (self.pruned, ~self.pruned):
             masked = torch.where(side, cost, torch.inf)
-            picks.append(masked.topk(min(POOL // 2, int(side.sum())), largest=False).indices)
+            picks.append(masked.topk(min(self.tuning.pool // 2, int(side.sum())), largest=False).indices)
         return torch.cat(picks)
 
     def _improve_by_pairs(self, projection: Projection) -> bool:
@@ -172,6 +171,7 @@ class LargeSwapSearch:
             reach=reach,
             start=self.resume,
             deadline=self.deadline,
+            tuning=self.tuning,
         )
         self.resume = pairs.resume
         improves = bool((pairs.change < improving).any())
@@ -180,11 +180,11 @@ class LargeSwapSearch:
             return False
         self._check_time()
         at_first = self.swaps
-        for start in range(0, pairs.out.numel(), POOL // 2):
+        for start in range(0, pairs.out.numel(), self.tuning.pool // 2):
             if self.limit is not None:
                 return False
             before = self.swaps
-            part = slice(start, start + POOL // 2)
+            part = slice(start, start + self.tuning.pool // 2)
             self._improve_within(torch.unique(torch.cat([pairs.out[part], pairs.into[part]])))
             self._check_time()
             if self.swaps == before:
@@ -196,7 +196,7 @@ class LargeSwapSearch:
 
     def _cost_error(self, projection: Projection) -> Tensor | float:
         """What `_costs` may be too high by where the product with the rows is not in float64."""
-        if self.program.data.dtype == torch.float64:
+        if self.program.precision == torch.float64:
             return 0.0
         return COST_SLACK * float(self.image.norm()) * projection.norm
 
@@ -205,7 +205,7 @@ class LargeSwapSearch:
         if reach <= 0.0:
             return
         if pairs.complete and not pairs.crowded:
-            self.reach = 4.0 * reach if pairs.out.numel() < 2 * POOL else reach
+            self.reach = 4.0 * reach if pairs.out.numel() < 2 * self.tuning.pool else reach
         else:
             self.reach = reach / 4.0 if reach > self._threshold() else -torch.inf
 
@@ -237,7 +237,7 @@ class LargeSwapSearch:
         swaps = 0
         while True:
             left = self.budget - self.swaps - swaps
-            most = left if self.deadline is None else min(left, SWAPS_A_LOOK)
+            most = left if self.deadline is None else min(left, self.tuning.swaps_a_look)
             counts = swap_dense(
                 gram,
                 product,
@@ -245,6 +245,7 @@ class LargeSwapSearch:
                 pruned[None],
                 threshold,
                 torch.tensor([most], device=pool.device),
+                compiled=self.tuning.compiled,
             )
             swaps += int(counts.swaps)
             if bool(counts.locally_optimal):

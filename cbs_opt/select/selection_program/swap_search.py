@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,12 +27,8 @@ from cbs_opt.select.selection_program.large import (
     relative_tolerance,
 )
 from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.solution import Limit
-
-DENSE_LIMIT = 2_048
-"""Largest block whose whole Gram matrix is formed."""
-BATCH_BYTES = 1 << 29
-"""Bytes of Gram matrices in one batch of small blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,8 +37,8 @@ class SwapResult:
 
     Attributes
     ----------
-    pruned : (n,) bool tensor
-        The pruned set; its size is that of the start.
+    keep : (n,) bool tensor
+        The kept set; its size is that of the start.
     value, initial_value : float
         Selection objective after and before, evaluated in float64.
     swaps : int
@@ -52,7 +49,7 @@ class SwapResult:
     seconds : float
     """
 
-    pruned: Tensor
+    keep: Tensor
     value: float
     initial_value: float
     swaps: int
@@ -69,14 +66,15 @@ def swap_search(
     max_swaps: int | None = None,
     deadline: float | None = None,
     seed: int = 0,
+    tuning: SwapTuning = TUNING,
 ) -> SwapResult:
-    """Improve a pruned set by best-improvement swaps until none helps.
+    """Improve a kept set by best-improvement swaps until none helps.
 
     Parameters
     ----------
     program : SelectionProgram
     start : (n,) bool tensor
-        Weights pruned at the start.
+        Weights kept at the start.
     tolerance : float, optional
         Relative: a swap counts if it lowers the objective by more than ``tolerance * |objective|``.
         Default 1e-10 for float64 rows and 1e-7 for lower precision.
@@ -86,6 +84,7 @@ def swap_search(
         small blocks are searched to the end once begun.
     seed : int, default 0
         Seed of the column sample that the pair search fits its directions to.
+    tuning : SwapTuning
 
     Returns
     -------
@@ -97,18 +96,17 @@ def swap_search(
     Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
     Source of the move: Yu et al. (ICML 2022), section 4.
     """
-    if program.n <= DENSE_LIMIT:
-        return _search_dense([program], [start], tolerance, max_swaps, deadline)[0]
+    if program.n <= tuning.dense_limit:
+        return _search_dense([program], [start], tolerance, max_swaps, deadline, tuning)[0]
     began = time.monotonic()
-    search = LargeSwapSearch(program, start, tolerance, max_swaps, deadline, seed)
+    search = LargeSwapSearch(program, start, tolerance, max_swaps, deadline, seed, tuning)
     initial = search.value
-    initial_pruned = start.clone()
     if 0 < int(start.sum()) < program.n:
         search.run()
     value = search.exact_value()
     worse = value > initial
     return SwapResult(
-        pruned=initial_pruned if worse else search.pruned,
+        keep=start.clone() if worse else ~search.pruned,
         value=initial if worse else value,
         initial_value=initial,
         swaps=0 if worse else search.swaps,
@@ -126,6 +124,7 @@ def swap_search_batch(
     max_swaps: int | None = None,
     deadline: float | None = None,
     seed: int = 0,
+    tuning: SwapTuning = TUNING,
 ) -> list[SwapResult]:
     """`swap_search` on many blocks; small blocks of equal size are searched side by side.
 
@@ -133,7 +132,7 @@ def swap_search_batch(
     ----------
     programs : sequence of SelectionProgram
     starts : sequence of (n,) bool tensors
-    tolerance, max_swaps, deadline, seed
+    tolerance, max_swaps, deadline, seed, tuning
         As in `swap_search`.
 
     Returns
@@ -143,8 +142,8 @@ def swap_search_batch(
     """
     results: dict[int, SwapResult] = {}
     groups: dict[tuple[int, torch.device], list[int]] = {}
-    for number, (n, device) in enumerate([(program.n, program.data.device) for program in programs]):
-        if n <= DENSE_LIMIT:
+    for number, (n, device) in enumerate([(program.n, program.weights.device) for program in programs]):
+        if n <= tuning.dense_limit:
             groups.setdefault((n, device), []).append(number)
         else:
             results[number] = swap_search(
@@ -154,15 +153,20 @@ def swap_search_batch(
                 max_swaps=max_swaps,
                 deadline=deadline,
                 seed=seed,
+                tuning=tuning,
             )
     for (n, _), members in groups.items():
-        size = max(1, BATCH_BYTES // (8 * max(1, n) ** 2))
+        size = max(1, tuning.batch_bytes // (8 * max(1, n) ** 2))
         for first in range(0, len(members), size):
             batch = members[first : first + size]
-            chosen = programs.take(batch) if isinstance(programs, OnDemand) else [programs[i] for i in batch]
-            found = _search_dense(chosen, [starts[i] for i in batch], tolerance, max_swaps, deadline)
-            results.update(zip(batch, found, strict=True))
+            chosen = OnDemand(partial(_member, programs, batch), len(batch))
+            ends = _search_dense(chosen, [starts[i] for i in batch], tolerance, max_swaps, deadline, tuning)
+            results.update(zip(batch, ends, strict=True))
     return [results[number] for number in range(len(programs))]
+
+
+def _member(programs: Sequence[SelectionProgram], batch: Sequence[int], place: int) -> SelectionProgram:
+    return programs[batch[place]]
 
 
 def _grams(programs: Sequence[SelectionProgram]) -> Tensor:
@@ -181,12 +185,13 @@ def _search_dense(
     tolerance: float | None,
     max_swaps: int | None,
     deadline: float | None,
+    tuning: SwapTuning,
 ) -> list[SwapResult]:
     """Blocks of one size at once, each on its whole Gram matrix."""
     began = time.monotonic()
     gram = _grams(programs)
     linear = torch.stack([program.linear() for program in programs])
-    pruned = torch.stack(list(starts))
+    pruned = ~torch.stack(list(starts))
     product = torch.einsum("bij,bj->bi", gram, pruned.double())
     relative = torch.tensor([relative_tolerance(program, tolerance) for program in programs])
     expired = deadline is not None and time.monotonic() >= deadline
@@ -199,7 +204,9 @@ def _search_dense(
         value = 0.5 * (product * pruned).sum(1) - (linear * pruned).sum(1)
         rounding = ROUNDING * (terms + product.abs().amax(1)) + TINY
         threshold = torch.maximum(relative.to(value) * value.abs(), rounding)
-        counts = swap_dense(gram, product, linear, pruned, threshold, budget - swaps)
+        counts = swap_dense(
+            gram, product, linear, pruned, threshold, budget - swaps, compiled=tuning.compiled
+        )
         swaps += counts.swaps
         if not bool((counts.locally_optimal & (counts.swaps > 0)).any()):
             break
@@ -208,12 +215,12 @@ def _search_dense(
     results = []
     for b, program in enumerate(programs):
         initial = program.objective(starts[b])
-        final = program.objective(pruned[b])
+        final = program.objective(~pruned[b])
         worse = final > initial  # by rounding only
         settled = bool(counts.locally_optimal[b]) and not worse
         results.append(
             SwapResult(
-                pruned=starts[b].clone() if worse else pruned[b],
+                keep=starts[b].clone() if worse else ~pruned[b],
                 value=min(final, initial),
                 initial_value=initial,
                 swaps=0 if worse else int(swaps[b]),
