@@ -16,10 +16,8 @@ DENSE_BLOCK = 4_096
 """Largest block that is handed to a dense method."""
 
 
-def by_solver(
-    solver: Callable[..., BlockSolution], name: str, program: str, *, largest: int = DENSE_BLOCK
-) -> Selector:
-    """Return the selector that solves every block of at most `largest` weights with a dense method."""
+def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> Selector:
+    """Return the selector that solves every block on its own with a dense method of `formulations`."""
 
     def select(
         blocks: Sequence[FisherBlock],
@@ -35,7 +33,7 @@ def by_solver(
         for number, block in enumerate(blocks):
             choice = ledger.choice(number)
             if choice is None:
-                require_dense(block, name, program, largest)
+                require_dense(block, name, program)
                 solution = solver(block.to_problem(counts[number]), program, limits=limits, **options)
                 choice = Choice.of_solution(block, checked_solution(block, solution, name))
                 if choice.limit is Limit.INTERRUPTED:
@@ -47,11 +45,11 @@ def by_solver(
     return select
 
 
-def require_dense(block: FisherBlock, name: str, program: str, largest: int = DENSE_BLOCK) -> None:
+def require_dense(block: FisherBlock, name: str, program: str) -> None:
     """Raise `UnsupportedProblemError` if a block is too large for a dense method."""
-    if block.n > largest:
+    if block.n > DENSE_BLOCK:
         found = f"block {block.name!r} of {block.n} weights for {name} on program {program!r}"
-        remedy = f'cut blocks of at most {largest}: partition="row" or a block size'
+        remedy = f'cut blocks of at most {DENSE_BLOCK}: partition="row" or a block size'
         raise UnsupportedProblemError("partition", found, remedy)
 
 

@@ -69,10 +69,10 @@ def blocks_differ(shard: RowShard, partition: Partition, weights: Tensor, rows: 
     if set(own) != {number for number, owner in enumerate(chosen) if owner == rank}:
         return torch.tensor(torch.inf)
     worst = torch.tensor(0.0, dtype=torch.float64)
-    for block in own.values():
-        columns = rows[:, block.start : block.stop].double()
-        model = block.hessian if block.hessian is not None else block.rows.T @ block.rows
-        worst = torch.maximum(worst, far(model, columns.T @ columns))
+    for number, block in own.items():
+        span = partition.blocks[number]
+        columns = rows[:, span.start : span.stop].double()
+        worst = torch.maximum(worst, far(block.hessian.dense(), columns.T @ columns))
     return worst
 
 

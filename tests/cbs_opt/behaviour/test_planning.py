@@ -15,10 +15,10 @@ import cbs_opt
 from cbs_opt import PrunePlan, plan, prune
 from cbs_opt.errors import RowMemoryError, RowStoreError
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.products import hessian_diagonal
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.plan.allocation_meter import extrapolated, peak_of
 from cbs_opt.plan.working_set import BlockSize, score_bytes, update_bytes
-from cbs_opt.select.joint_program.program import joint_saliency
+from cbs_opt.select.joint_program.channel_program import joint_saliency
 from cbs_opt.select.saliency import obs
 from cbs_opt.system.sizes import parsed, readable
 from cbs_opt.update.cbs import cbs_update
@@ -164,20 +164,18 @@ def test_working_sets_are_those_that_are_allocated(m: int, n: int, what: str) ->
     generator = torch.Generator().manual_seed(n)
     block = FisherBlock(
         name="b",
-        start=0,
-        stop=n,
         weights=torch.randn(n, generator=generator),
-        rows=torch.randn(m, n, generator=generator) / m**0.5,
+        hessian=RowsHessian(torch.randn(m, n, generator=generator) / m**0.5),
         damping=0.1,
     )
     n_keep = n // 2 if what == "much updated" else n // 5
-    pruned = torch.arange(n) >= n_keep
+    keep = torch.arange(n) < n_keep
     size = BlockSize(n=n, n_keep=n_keep, m=m, itemsize=4, factors=0)
     run: Callable[[], object]
     if what.endswith("updated") or what == "update":
-        stated, run = update_bytes("cbs", size), lambda: cbs_update(block, pruned)
+        stated, run = update_bytes("cbs", size), lambda: cbs_update(block, keep)
     else:
-        score = {"obd": hessian_diagonal, "obs": obs, "joint": joint_saliency}[what]
+        score = {"obd": FisherBlock.diagonal, "obs": obs, "joint": joint_saliency}[what]
         stated, run = score_bytes(what, size), lambda: score(block)
     assert stated == pytest.approx(allocated(run), rel=0.15)
 

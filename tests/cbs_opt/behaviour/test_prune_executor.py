@@ -93,6 +93,6 @@ def test_a_broken_or_interrupted_executor_leaves_the_network_alone(error, expect
 
 
 def test_blocks_too_large_for_dense_methods_are_named(monkeypatch):
-    monkeypatch.setattr("cbs_opt.select.selectors.DENSE_BLOCK", 4)
+    monkeypatch.setattr("cbs_opt.select.blockwise.DENSE_BLOCK", 4)
     with pytest.raises(UnsupportedProblemError, match="partition"), ThreadPoolExecutor(1) as executor:
         pruned(executor=executor)

@@ -9,16 +9,16 @@ from formulations.errors import ArgumentError, UnknownMethodError, UnknownOption
 from formulations.problem import PROGRAMS
 
 
-def test_names_are_unique_and_found() -> None:
+def test_every_name_has_one_entry_a_program() -> None:
     methods = available_methods()
-    names = [method.name for method in methods]
-    assert len(set(names)) == len(names)
+    entries = [(method.name, program) for method in methods for program in method.programs]
+    assert len(set(entries)) == len(entries)
     for method in methods:
         assert method.summary
         assert method.kind in ("saliency", "search", "exact", "bound", "solver")
         for program in method.programs:
-            assert find_method(method.name, program).name == method.name
-            assert callable(method.engine(program))
+            assert find_method(method.name, program) is method
+            assert callable(method.engine)
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
@@ -33,7 +33,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
 def test_options_are_those_of_the_engine() -> None:
     for method in available_methods():
         for program in method.programs:
-            known = method.options(program)
+            known = method.options
             assert not {"limits", "incumbent", "warm", "blocks", "counts", "problem"} & set(known)
             method.check_options(dict(known), program)
             with pytest.raises(UnknownOptionError) as caught:
