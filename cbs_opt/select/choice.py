@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +57,41 @@ class Choice:
             status=f"{solution.termination.value}{limit}",
             limit=solution.limit,
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SearchResult:
+    """What a search of one block found.
+
+    Attributes
+    ----------
+    keep : (n,) bool tensor
+        The kept set; its size is that of the start.
+    value, initial_value : float
+        Objective of the program after and before, in float64.
+    swaps : int
+    locally_optimal : bool
+        Proved: no single swap lowers the objective by more than the tolerance, over all pairs.
+    limit : Limit or None
+        What stopped the search before that.
+    seconds : float
+    trace : tuple of TracePoint
+        The objective after every accepted move, of searches that follow it.
+    """
+
+    keep: Tensor
+    value: float
+    initial_value: float
+    swaps: int
+    locally_optimal: bool
+    limit: Limit | None
+    seconds: float
+    trace: tuple[TracePoint, ...] = ()
+
+    @property
+    def ending(self) -> str:
+        """How the search ended, in a few words."""
+        return ending(self.locally_optimal, self.limit)
 
 
 def ending(locally_optimal: bool, limit: Limit | None) -> str:

@@ -148,6 +148,10 @@ def _search(name: str, program: str, summary: str, function: str) -> Method:
     )
 
 
+def _dense(name: str, kind: str, summary: str, function: str) -> Method:
+    return Method(name=name, kind=kind, summary=summary, function=function)
+
+
 SWAPS = "best-improvement swaps to a proved 1-swap optimum"
 GREEDY = "what costs least goes, the rest moves, again; one by one in small blocks"
 BUILT_IN = (
@@ -181,29 +185,29 @@ BUILT_IN = (
         "gradient steps on the weights, each keeping the largest",
         f"{JOINT}:by_iterative_hard_threshold",
     ),
-    Method(
-        name="enumeration",
-        kind="exact",
-        summary="every set: the oracle, n up to about 24",
-        function="formulations.enumeration:enumerate_optimum",
+    _dense(
+        "enumeration",
+        "exact",
+        "every set: the oracle, n up to about 24",
+        "formulations.enumeration:enumerate_optimum",
     ),
-    Method(
-        name="branch_and_bound",
-        kind="exact",
-        summary="our branch and bound, with certified bounds",
-        function="formulations.branch_and_bound:branch_and_bound",
+    _dense(
+        "branch_and_bound",
+        "exact",
+        "our branch and bound, with certified bounds",
+        "formulations.branch_and_bound:branch_and_bound",
     ),
-    Method(
-        name="outer_approximation",
-        kind="exact",
-        summary="cuts on a HiGHS integer program",
-        function="formulations.outer_approximation:outer_approximation",
+    _dense(
+        "outer_approximation",
+        "exact",
+        "cuts on a HiGHS integer program",
+        "formulations.outer_approximation:outer_approximation",
     ),
-    Method(
-        name="lower_bound",
-        kind="bound",
-        summary="certified relaxation bound and its rounding",
-        function="formulations.relaxations:lower_bound",
+    _dense(
+        "lower_bound",
+        "bound",
+        "certified relaxation bound and its rounding",
+        "formulations.relaxations:lower_bound",
     ),
 )
 """Our methods."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar, Generic
 
 import torch
 from torch import Tensor
 
+from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet
 from cbs_opt.select.joint_program.core import open_core, restarted_core
 from cbs_opt.select.joint_program.pairs import ImprovingPairs, Scores, improving_pairs
@@ -37,36 +37,6 @@ MOVED_SHARE = 0.25
 """Changed columns, in shares of m, up to which leverages are moved and not computed anew."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class JointResult:
-    """What a joint search found.
-
-    Attributes
-    ----------
-    keep : (n,) bool tensor
-        The kept set; its size is that of the start.
-    value, initial_value : float
-        Joint objective after and before.
-    swaps : int
-    locally_optimal : bool
-        Proved: no single swap lowers the objective by more than the tolerance, over all pairs.
-    limit : Limit or None
-        What stopped the search before that.
-    seconds : float
-    trace : tuple of TracePoint
-        The objective after every accepted move.
-    """
-
-    keep: Tensor
-    value: float
-    initial_value: float
-    swaps: int
-    locally_optimal: bool
-    limit: Limit | None
-    seconds: float
-    trace: tuple[TracePoint, ...]
-
-
 def joint_search(
     program: JointProgram | ChannelProgram,
     start: Tensor,
@@ -76,7 +46,7 @@ def joint_search(
     restarts: int = 0,
     deadline: float | None = None,
     seed: int = 0,
-) -> JointResult:
+) -> SearchResult:
     """Improve a kept set of the joint program until no swap helps, or no batch beside a channel term.
 
     Parameters
@@ -97,7 +67,7 @@ def joint_search(
 
     Returns
     -------
-    JointResult
+    SearchResult
         Never worse than the start; after Ctrl-C what was found until then, with `Limit.INTERRUPTED`.
 
     Notes
@@ -117,7 +87,7 @@ def joint_search(
         search.run(restarts, seed)
     except KeyboardInterrupt:
         search.limit = Limit.INTERRUPTED
-    return JointResult(
+    return SearchResult(
         keep=search.kept.keep,
         value=search.kept.value,
         initial_value=initial,

@@ -262,7 +262,7 @@ def _large_search(
             seed=seed,
         )
         settled = beside_channels and result.limit is None
-        status = "no batch of swaps improves" if settled else ending(result.locally_optimal, result.limit)
+        status = "no batch of swaps improves" if settled else result.ending
         choice = Choice(
             keep=result.keep,
             iterations=result.swaps,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.products import double_chunks
+from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.select.selection_program.pair_scan import Projection, project
 from cbs_opt.select.selection_program.pair_search import Pairs, SwapChanges, improving_pairs
@@ -50,8 +51,10 @@ class LargeSwapSearch:
         seed: int,
         tuning: SwapTuning = TUNING,
     ) -> None:
+        self.began = time.monotonic()
         self.program = program
         self.tuning = tuning
+        self.start = keep
         self.pruned = ~keep
         self.tolerance = relative_tolerance(program, tolerance)
         self.budget = MAX_SWAPS if max_swaps is None else max_swaps
@@ -60,7 +63,7 @@ class LargeSwapSearch:
         self.linear = program.linear()
         self._read_data()
         self.initial_square = float(self.image.square().sum())
-        self.value = program.value(self.image, self.pruned.double())
+        self.value = self.initial = program.value(self.image, self.pruned.double())
         self.noise = TINY
         self.reach = 0.0
         self.resume = 0
@@ -69,8 +72,23 @@ class LargeSwapSearch:
         self.locally_optimal = int(keep.sum()) in (0, program.n)
         self.limit: Limit | None = None
 
-    def run(self) -> None:
-        """Search until no swap helps or a limit is reached."""
+    def result(self) -> SearchResult:
+        """Search until no swap helps or a limit is reached; never worse than the start."""
+        if not self.locally_optimal:
+            self._run()
+        value = self._exact_value()
+        worse = value > self.initial
+        return SearchResult(
+            keep=self.start.clone() if worse else ~self.pruned,
+            value=self.initial if worse else value,
+            initial_value=self.initial,
+            swaps=0 if worse else self.swaps,
+            locally_optimal=self.locally_optimal and not worse,
+            limit=self.limit,
+            seconds=time.monotonic() - self.began,
+        )
+
+    def _run(self) -> None:
         self._check_time()
         if self.limit is None and self.budget == 0:
             self.limit = Limit.ITERATION
@@ -88,7 +106,7 @@ class LargeSwapSearch:
                 break
             self._improve_by_pools()
 
-    def exact_value(self) -> float:
+    def _exact_value(self) -> float:
         """The objective, from a fresh image where updates may have left more rounding than a fresh one.
 
         An update adds a column for each weight that moved, a fresh image one for each pruned weight.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import OnDemand
-from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, ending
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchResult
 from cbs_opt.select.scores import STARTS, start_set
 from cbs_opt.select.selection_program.program import SelectionProgram
-from cbs_opt.select.selection_program.swap_search import SwapResult, swap_search_batch
+from cbs_opt.select.selection_program.swap_search import swap_search_batch
 from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
@@ -68,7 +68,7 @@ def by_swap_search(
     if not isinstance(blocks, OnDemand):
         programs = list(programs)
     deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
-    ends: list[list[SwapResult]] = []
+    ends: list[list[SearchResult]] = []
     for name in names if warm is None else ["warm"]:
         starts = warm or [
             start_set(name, block, counts[number], limits.seed + number, spread)
@@ -87,7 +87,7 @@ def by_swap_search(
     return [choice_of(min(results, key=lambda result: result.value)) for results in zip(*ends, strict=True)]
 
 
-def choice_of(result: SwapResult) -> Choice:
+def choice_of(result: SearchResult) -> Choice:
     """Return what a swap search found as a choice."""
     return Choice(
         keep=result.keep,
@@ -95,6 +95,6 @@ def choice_of(result: SwapResult) -> Choice:
         iterations=result.swaps,
         locally_optimal=result.locally_optimal,
         seconds=result.seconds,
-        status=ending(result.locally_optimal, result.limit),
+        status=result.ending,
         limit=result.limit,
     )

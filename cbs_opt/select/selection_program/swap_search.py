@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.select.selection_program.large import (
     MAX_SWAPS,
@@ -31,49 +32,27 @@ from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.solution import Limit
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SwapResult:
-    """What a swap search found.
-
-    Attributes
-    ----------
-    keep : (n,) bool tensor
-        The kept set; its size is that of the start.
-    value, initial_value : float
-        Selection objective after and before, evaluated in float64.
-    swaps : int
-    locally_optimal : bool
-        No single swap lowers the objective by more than the tolerance, over all pairs.
-    limit : Limit or None
-        What stopped the search before that.
-    seconds : float
-    """
-
-    keep: Tensor
-    value: float
-    initial_value: float
-    swaps: int
-    locally_optimal: bool
-    limit: Limit | None
-    seconds: float
+def swap_search(program: SelectionProgram, start: Tensor, **options: Any) -> SearchResult:
+    """Return `swap_search_batch` of one block, with its options."""
+    return swap_search_batch([program], [start], **options)[0]
 
 
-def swap_search(
-    program: SelectionProgram,
-    start: Tensor,
+def swap_search_batch(
+    programs: Sequence[SelectionProgram],
+    starts: Sequence[Tensor],
     *,
     tolerance: float | None = None,
     max_swaps: int | None = None,
     deadline: float | None = None,
     seed: int = 0,
     tuning: SwapTuning = TUNING,
-) -> SwapResult:
-    """Improve a kept set by best-improvement swaps until none helps.
+) -> list[SearchResult]:
+    """Improve kept sets by best-improvement swaps until none helps, equal small blocks side by side.
 
     Parameters
     ----------
-    program : SelectionProgram
-    start : (n,) bool tensor
+    programs : sequence of SelectionProgram
+    starts : sequence of (n,) bool tensors
         Weights kept at the start.
     tolerance : float, optional
         Relative: a swap counts if it lowers the objective by more than ``tolerance * |objective|``.
@@ -88,73 +67,24 @@ def swap_search(
 
     Returns
     -------
-    SwapResult
-        Never worse than the start.
+    list of SearchResult
+        In the order of `programs`, never worse than the start; the seconds of a batch are spread evenly.
 
     Notes
     -----
     Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
     Source of the move: Yu et al. (ICML 2022), section 4.
     """
-    if program.n <= tuning.dense_limit:
-        return _search_dense([program], [start], tolerance, max_swaps, deadline, tuning)[0]
-    began = time.monotonic()
-    search = LargeSwapSearch(program, start, tolerance, max_swaps, deadline, seed, tuning)
-    initial = search.value
-    if 0 < int(start.sum()) < program.n:
-        search.run()
-    value = search.exact_value()
-    worse = value > initial
-    return SwapResult(
-        keep=start.clone() if worse else ~search.pruned,
-        value=initial if worse else value,
-        initial_value=initial,
-        swaps=0 if worse else search.swaps,
-        locally_optimal=search.locally_optimal and not worse,
-        limit=search.limit,
-        seconds=time.monotonic() - began,
-    )
-
-
-def swap_search_batch(
-    programs: Sequence[SelectionProgram],
-    starts: Sequence[Tensor],
-    *,
-    tolerance: float | None = None,
-    max_swaps: int | None = None,
-    deadline: float | None = None,
-    seed: int = 0,
-    tuning: SwapTuning = TUNING,
-) -> list[SwapResult]:
-    """`swap_search` on many blocks; small blocks of equal size are searched side by side.
-
-    Parameters
-    ----------
-    programs : sequence of SelectionProgram
-    starts : sequence of (n,) bool tensors
-    tolerance, max_swaps, deadline, seed, tuning
-        As in `swap_search`.
-
-    Returns
-    -------
-    list of SwapResult
-        In the order of `programs`; the seconds of a batch are spread evenly over it.
-    """
-    results: dict[int, SwapResult] = {}
+    results: dict[int, SearchResult] = {}
     groups: dict[tuple[int, torch.device], list[int]] = {}
     for number, (n, device) in enumerate([(program.n, program.weights.device) for program in programs]):
         if n <= tuning.dense_limit:
             groups.setdefault((n, device), []).append(number)
         else:
-            results[number] = swap_search(
-                programs[number],
-                starts[number],
-                tolerance=tolerance,
-                max_swaps=max_swaps,
-                deadline=deadline,
-                seed=seed,
-                tuning=tuning,
+            search = LargeSwapSearch(
+                programs[number], starts[number], tolerance, max_swaps, deadline, seed, tuning
             )
+            results[number] = search.result()
     for (n, _), members in groups.items():
         size = max(1, tuning.batch_bytes // (8 * max(1, n) ** 2))
         for first in range(0, len(members), size):
@@ -186,7 +116,7 @@ def _search_dense(
     max_swaps: int | None,
     deadline: float | None,
     tuning: SwapTuning,
-) -> list[SwapResult]:
+) -> list[SearchResult]:
     """Blocks of one size at once, each on its whole Gram matrix."""
     began = time.monotonic()
     gram = _grams(programs)
@@ -219,7 +149,7 @@ def _search_dense(
         worse = final > initial  # by rounding only
         settled = bool(counts.locally_optimal[b]) and not worse
         results.append(
-            SwapResult(
+            SearchResult(
                 keep=starts[b].clone() if worse else ~pruned[b],
                 value=min(final, initial),
                 initial_value=initial,

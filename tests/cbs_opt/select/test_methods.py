@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from cbs_opt.select.methods import available_methods, find_method
@@ -54,3 +58,18 @@ def test_both_programs_have_a_search_and_an_exact_method() -> None:
     for program in PROGRAMS:
         kinds = {method.kind for method in available_methods() if program in method.programs}
         assert {"saliency", "search", "exact"} <= kinds
+
+
+def test_to_list_the_methods_loads_no_engine() -> None:
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('cbs_opt')\n"
+        "package.__path__ = ['cbs_opt']\n"
+        "sys.modules['cbs_opt'] = package\n"
+        "from cbs_opt.select.methods import available_methods, find_method\n"
+        "assert available_methods() and find_method('swap_search', 'joint')\n"
+        "sys.exit(' '.join({'torch', 'numba', 'pyomo', 'highspy', 'ortools'} & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

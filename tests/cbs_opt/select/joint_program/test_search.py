@@ -28,18 +28,18 @@ def value_of(block: FisherBlock, keep: Tensor) -> float:
     return loss.joint_loss(block.to_problem(int((~keep).sum())), keep.numpy())
 
 
-def best_swap(block: FisherBlock, pruned: Tensor) -> float:
+def best_swap(block: FisherBlock, kept: Tensor) -> float:
     """Change by the best swap relative to the objective, from the dense swept tableau."""
-    problem = block.to_problem(int(pruned.sum()))
+    problem = block.to_problem(int((~kept).sum()))
     form = dense_form(problem, "joint")
-    keep = (~pruned).numpy()
+    keep = kept.numpy()
     table, state = joint_tableau(form.matrix, form.linear, keep)
     inverse, cross = -table[keep][:, keep].diagonal(), table[keep][:, ~keep]
     step = state[keep] / inverse
     moved = state[~keep] + cross * step[:, None]
     gain = moved**2 / (table[~keep][:, ~keep].diagonal() + cross**2 / inverse[:, None])
     change = 0.5 * ((state[keep] * step)[:, None] - gain) * form.scale
-    return float(change.min()) / abs(value_of(block, pruned))
+    return float(change.min()) / abs(value_of(block, kept))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -53,7 +53,7 @@ def test_it_ends_at_a_proved_1_swap_optimum(
     found = joint_search(JointProgram(block), start)
     assert found.locally_optimal
     assert found.limit is None
-    assert int((~found.keep).sum()) == int(start.sum())
+    assert int(found.keep.sum()) == int(start.sum())
     assert found.value == pytest.approx(value_of(block, found.keep), rel=1e-7, abs=1e-10)
     assert found.initial_value == pytest.approx(value_of(block, start), rel=1e-7, abs=1e-10)
     assert best_swap(block, found.keep) > -1e-7

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
+from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.saliency import magnitude, without_lowest
 from cbs_opt.select.selection_program.large import relative_tolerance
 from cbs_opt.select.selection_program.program import SelectionProgram
-from cbs_opt.select.selection_program.swap_search import SwapResult, swap_search, swap_search_batch
+from cbs_opt.select.selection_program.swap_search import swap_search, swap_search_batch
 from cbs_opt.select.selection_program.tuning import SwapTuning
 from formulations.enumeration import enumerate_optimum
 from formulations.solution import Limit
@@ -43,7 +44,7 @@ SMALL = SwapTuning(
 """The path of large blocks, on small ones."""
 
 
-def check(block: FisherBlock, start: Tensor, result: SwapResult) -> None:
+def check(block: FisherBlock, start: Tensor, result: SearchResult) -> None:
     """Everything a result promises, against the dense matrix."""
     assert int(result.keep.sum()) == int(start.sum())
     assert result.value <= result.initial_value
