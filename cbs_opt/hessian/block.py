@@ -64,15 +64,15 @@ class FisherBlock:
         return self.gradient.double()
 
     def product(self, x: Tensor) -> Tensor:
-        """``H x`` for float64 `x`, (n,)."""
+        """Return ``H x`` for float64 `x`, (n,)."""
         return self.hessian.product(x) + self.damping * self.hessian.metric(x)
 
     def diagonal(self) -> Tensor:
-        """``diag(H)``, (n,) float64."""
+        """Return ``diag(H)``, (n,) float64."""
         return self.hessian.diagonal() + self.damping * self.hessian.metric_diagonal()
 
     def inverse_diagonal(self) -> Tensor:
-        """``diag(H^-1)``, (n,) float64.
+        """Return ``diag(H^-1)``, (n,) float64.
 
         Raises
         ------
@@ -82,17 +82,17 @@ class FisherBlock:
         return next(iter(self.hessian.factored([self.damping], name=self.name))).inverse_diagonal()
 
     def step_loss(self, step: Tensor) -> float:
-        """Loss increase ``g.d + 1/2 d.H d`` that the model predicts for a float64 step (n,)."""
+        """Return the loss increase ``g.d + 1/2 d.H d`` that the model predicts for a float64 step (n,)."""
         quadratic = self.hessian.quadratic(step) + self.damping * self.hessian.metric_quadratic(step)
         linear = 0.0 if self.gradient is None else float(self.gradient.double() @ step)
         return linear + 0.5 * quadratic
 
     def without_channels(self) -> FisherBlock:
-        """The block whose Hessian has no term over channels."""
+        """Return the block whose Hessian has no term over channels."""
         return replace(self, hessian=self.hessian.without_channels())
 
     def to_problem(self, n_prune: int) -> BlockProblem:
-        """The block as a `BlockProblem` that removes `n_prune` weights.
+        """Return the block as a `BlockProblem` that removes `n_prune` weights.
 
         Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared,
         not copied, so do not write to them while the problem is in use. With a channel term the

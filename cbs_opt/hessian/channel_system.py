@@ -96,7 +96,7 @@ class ChannelHessian(Hessian):
         name: str = "",
         precision: torch.dtype | None = None,
     ) -> ChannelSystem:
-        """``H_KK`` for one damping, in the precision of the rows or another."""
+        """Return ``H_KK`` for one damping, in the precision of the rows or another."""
         kept = torch.arange(self.n, device=self.base.data.device)
         kept = kept if keep is None else keep.nonzero().squeeze(1)
         return ChannelSystem(self, kept, damping, name, precision or self.base.precision)
@@ -160,7 +160,7 @@ class ChannelSystem:
         return factorise(matrix, self.name, self.damping)
 
     def _factored(self) -> list[_Factored]:
-        """The factors of D, in one piece of memory: between temporaries they would leave holes."""
+        """Return the factors of D, in one piece of memory: between temporaries they would leave holes."""
         channels = self.channels.channels
         squares = [(channel.stop - channel.start) ** 2 for channel in channels]
         storage = torch.empty(sum(squares), dtype=torch.float64, device=self.kept.device)
@@ -188,7 +188,7 @@ class ChannelSystem:
         return solution
 
     def inverse_diagonal(self) -> Tensor:
-        """``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s)."""
+        """Return ``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s)."""
         if self.whole is not None:
             diagonal: Tensor = torch.cholesky_inverse(self.whole).diagonal()
             return diagonal
@@ -202,7 +202,7 @@ class ChannelSystem:
         return torch.cat(diagonals)
 
     def schur_diagonal(self) -> Tensor:
-        """``diag(H_PP - H_PK H_KK^-1 H_KP)`` of the weights P that are not kept, (n - s,) float64.
+        """Return ``diag(H_PP - H_PK H_KK^-1 H_KP)`` of the weights P that are not kept, (n - s,) float64.
 
         In the precision of the system; O(m^2 (n - s) + sum of m k p over channels of k kept weights and
         p others).
@@ -233,7 +233,7 @@ class ChannelSystem:
         return torch.cat(diagonals) if diagonals else torch.zeros_like(self.inner[0, :0])
 
     def _inverse_factor(self) -> Tensor:
-        """``L^-1`` with ``L L^T = M``, in the precision of the products."""
+        """Return ``L^-1`` with ``L L^T = M``, in the precision of the products."""
         identity = torch.eye(len(self.inner), dtype=torch.float64, device=self.inner.device)
         inverse: Tensor = torch.linalg.solve_triangular(self.inner, identity, upper=False)
         return inverse.to(self.precision)
@@ -249,13 +249,13 @@ class ChannelSystem:
         return torch.cat(pieces)
 
     def _dense(self) -> Tensor:
-        """``H_KK``, (s, s) float64."""
+        """Return ``H_KK``, (s, s) float64."""
         matrix = self.hessian.base.part(self.kept) + self.channels.dense()
         matrix.diagonal().add_(self.damping)
         return matrix
 
     def _inner_matrix(self) -> Tensor:
-        """``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
+        """Return ``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
         inner = torch.eye(self.rows.shape[0], dtype=torch.float64, device=self.kept.device)
         for group in _groups(self.parts):
             half = torch.cat([self._half(part) for part in group])
@@ -263,24 +263,24 @@ class ChannelSystem:
         return inner
 
     def _half(self, part: _Factored) -> Tensor:
-        """``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
+        """Return ``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
         columns = self.rows.index_select(1, part.index).to(self.precision)
         half: Tensor = torch.linalg.solve_triangular(part.factor.to(self.precision), columns.T, upper=False)
         return half
 
     def _spread(self, part: _Factored) -> Tensor:
-        """``D_k^-1 R_k^T``, (k, m)."""
+        """Return ``D_k^-1 R_k^T``, (k, m)."""
         upper = part.factor.to(self.precision).T
         spread: Tensor = torch.linalg.solve_triangular(upper, self._half(part), upper=True)
         return spread
 
     def _apply_inverse(self, right: Tensor) -> Tensor:
-        """``H_KK^-1 right`` as far as the precision of M goes, by a fixed symmetric positive matrix."""
+        """Return ``H_KK^-1 right`` as far as the precision of M goes, by a fixed positive matrix."""
         first = self._by_channel(right)
         return first - self._by_channel(self._back(solved(self.inner, self._image(first))))
 
     def _refined(self, right: Tensor) -> tuple[Tensor, bool]:
-        """Conjugate gradients preconditioned by `_apply_inverse`, and whether they came to the goal."""
+        """Run conjugate gradients preconditioned by `_apply_inverse`, and whether they came to the goal."""
         solution = self._apply_inverse(right)
         goal = RESIDUAL**2 * float(right @ solution)
         residual = right - self._product(solution)
@@ -299,27 +299,27 @@ class ChannelSystem:
         return solution, 0.0 <= square <= goal
 
     def _product(self, x: Tensor) -> Tensor:
-        """``H_KK x``, (s,) float64."""
+        """Return ``H_KK x``, (s,) float64."""
         return self._back(self._image(x)) + self.channels.product(x) + self.damping * x
 
     def _image(self, x: Tensor) -> Tensor:
-        """``R_K x``, (m,) float64."""
+        """Return ``R_K x``, (m,) float64."""
         scattered = x.new_zeros(self.hessian.n)
         scattered[self.kept] = x
         return image(self.rows, scattered)
 
     def _back(self, y: Tensor) -> Tensor:
-        """``R_K^T y``, (s,) float64."""
+        """Return ``R_K^T y``, (s,) float64."""
         return adjoint_image(self.rows, y)[self.kept]
 
     def _by_channel(self, right: Tensor) -> Tensor:
-        """``D^-1 right``."""
+        """Return ``D^-1 right``."""
         pieces = torch.split(right, [len(part.index) for part in self.parts])
         return torch.cat([solved(part.factor, piece) for piece, part in zip(pieces, self.parts, strict=True)])
 
 
 def _groups(parts: list[_Factored]) -> Iterator[list[_Factored]]:
-    """Neighbouring channels with at most `GROUP` kept weights together (or one channel alone)."""
+    """Return neighbouring channels with at most `GROUP` kept weights together (or one channel alone)."""
     group: list[_Factored] = []
     size = 0
     for part in parts:

@@ -48,17 +48,17 @@ class Channel:
         return slice(None) if self.index is None else self.index
 
     def matrix(self, part: Tensor | None = None) -> Tensor:
-        """``scale * E[x x^T]``, (k, k) float64, of the weights at positions `part` (k,), or of all."""
+        """Return ``scale * E[x x^T]``, (k, k) float64, of the weights at positions `part` (k,), or of all."""
         index = self.index if part is None else part if self.index is None else self.index[part]
         moment = self.moment if index is None else self.moment.index_select(0, index).index_select(1, index)
         return self.scale * moment
 
     def diagonal(self) -> Tensor:
-        """The diagonal of `matrix`."""
+        """Return the diagonal of `matrix`."""
         return self.scale * self.moment.diagonal()[self.inputs]
 
     def taken(self, part: Tensor, start: int) -> Channel:
-        """The weights at positions `part` in increasing order, at a new place."""
+        """Return the weights at positions `part` in increasing order, at a new place."""
         if len(part) == self.stop - self.start:
             return replace(self, start=start, stop=start + len(part))
         index = part if self.index is None else self.index[part]
@@ -81,7 +81,7 @@ class ChannelTerm:
     weight: float = 1.0
 
     def scaled(self, factor: float) -> ChannelTerm:
-        """The term times a number >= 0; moments are shared."""
+        """Return the term times a number >= 0; moments are shared."""
         return ChannelTerm(
             channels=tuple(replace(channel, scale=factor * channel.scale) for channel in self.channels),
             weight=factor * self.weight,
@@ -93,7 +93,7 @@ class ChannelTerm:
         return self.channels[-1].stop if self.channels else 0
 
     def within(self, start: int, stop: int) -> ChannelTerm:
-        """The term of the weights ``start:stop``, whose indices count from `start`."""
+        """Return the term of the weights ``start:stop``, whose indices count from `start`."""
         if (start, stop) == (0, self.n):
             return self
         first = bisect_right(self.channels, start, key=lambda channel: channel.start) - 1
@@ -107,7 +107,7 @@ class ChannelTerm:
         return ChannelTerm(channels=tuple(channels), weight=self.weight)
 
     def restricted(self, keep: Tensor) -> ChannelTerm:
-        """The term of the weights where `keep` (n,) is True; moments are shared, not copied."""
+        """Return the term of the weights where `keep` (n,) is True; moments are shared, not copied."""
         channels: list[Channel] = []
         start = 0
         for channel in self.channels:
@@ -118,7 +118,7 @@ class ChannelTerm:
         return ChannelTerm(channels=tuple(channels), weight=self.weight)
 
     def product(self, x: Tensor) -> Tensor:
-        """The matrix times a float64 vector (n,): one product of matrices for all channels of a layer."""
+        """Return the matrix times a float64 vector (n,): one product for all channels of a layer."""
         result = torch.empty_like(x)
         for run in self._runs():
             spread = x.new_zeros(len(run), run[0].moment.shape[0])
@@ -130,17 +130,17 @@ class ChannelTerm:
         return result
 
     def _runs(self) -> Iterator[list[Channel]]:
-        """Neighbouring channels that share their moments."""
+        """Return neighbouring channels that share their moments."""
         for _, run in itertools.groupby(self.channels, key=lambda channel: id(channel.moment)):
             yield list(run)
 
     def diagonal(self) -> Tensor:
-        """(n,) float64."""
+        """Return the diagonal of the matrix, (n,) float64."""
         parts = [channel.diagonal() for channel in self.channels]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def entries(self, left: Tensor, right: Tensor) -> Tensor:
-        """The entries at `left` (a,) and `right` (b,), both in increasing order, (a, b) float64."""
+        """Return the entries at `left` (a,) and `right` (b,), both in increasing order, (a, b) float64."""
         found = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
         stops = torch.tensor(
             [channel.stop for channel in self.channels], dtype=torch.int64, device=left.device
@@ -158,7 +158,7 @@ class ChannelTerm:
         return found
 
     def dense(self) -> Tensor:
-        """The matrix itself, (n, n) float64: for small blocks."""
+        """Return the matrix itself, (n, n) float64: for small blocks."""
         device = self.channels[0].moment.device if self.channels else None
         everything = torch.arange(self.n, device=device)
         return self.entries(everything, everything)

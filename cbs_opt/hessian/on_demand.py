@@ -30,5 +30,5 @@ class OnDemand(Sequence[T]):
         return self._make(chosen) if isinstance(chosen, int) else self.take(chosen)
 
     def take(self, chosen: Sequence[int]) -> OnDemand[T]:
-        """The entries at `chosen`."""
+        """Return the entries at `chosen`."""
         return OnDemand(lambda index: self._make(chosen[index]), len(chosen))

@@ -20,7 +20,7 @@ class Factor(Protocol):
     """``H_KK`` for one damping, factored when it is first needed."""
 
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
-        """``H_KK^-1 (right + H_KP removed_P)``, (s,) float64.
+        """Return ``H_KK^-1 (right + H_KP removed_P)``, (s,) float64.
 
         Parameters
         ----------
@@ -31,7 +31,7 @@ class Factor(Protocol):
         ...
 
     def inverse_diagonal(self) -> Tensor:
-        """``diag(H_KK^-1)``, (s,) float64."""
+        """Return ``diag(H_KK^-1)``, (s,) float64."""
         ...
 
 
@@ -57,23 +57,23 @@ class Hessian(ABC):
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """``A x`` for float64 `x`, (n,); the way back is in the precision of the rows."""
+        """Return ``A x`` for float64 `x`, (n,); the way back is in the precision of the rows."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
-        """``diag(A)``, (n,) float64."""
+        """Return ``diag(A)``, (n,) float64."""
 
     @abstractmethod
     def quadratic(self, step: Tensor) -> float:
-        """``d.A d`` for a float64 step (n,)."""
+        """Return ``d.A d`` for a float64 step (n,)."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """A itself, (n, n) float64; O(m n^2), for small blocks."""
+        """Return a itself, (n, n) float64; O(m n^2), for small blocks."""
 
     @abstractmethod
     def plain(self, purpose: str) -> PlainHessian:
-        """A as rows or as one matrix.
+        """Return a as rows or as one matrix.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class Hessian(ABC):
     def factored(
         self, dampings: Sequence[float], keep: Tensor | None = None, name: str = ""
     ) -> Iterator[Factor]:
-        """``H_KK`` for each damping, with what they share computed once.
+        """Return ``H_KK`` for each damping, with what they share computed once.
 
         Parameters
         ----------
@@ -102,23 +102,23 @@ class Hessian(ABC):
         """
 
     def without_channels(self) -> Hessian:
-        """A without its term over channels, if it has one."""
+        """Return a without its term over channels, if it has one."""
         return self
 
     def prepared(self) -> Hessian:
-        """The same A where the inverse's diagonal is wanted for many dampings, one after another."""
+        """Return the same A where the inverse's diagonal is wanted for many dampings, one after another."""
         return self
 
     def metric(self, x: Tensor) -> Tensor:
-        """``M x``, (n,) float64."""
+        """Return ``M x``, (n,) float64."""
         return x
 
     def metric_diagonal(self) -> Tensor | float:
-        """``diag(M)``."""
+        """Return ``diag(M)``."""
         return 1.0
 
     def metric_quadratic(self, step: Tensor) -> float:
-        """``d.M d``."""
+        """Return ``d.M d``."""
         return float(step.square().sum())
 
 
@@ -146,40 +146,40 @@ class PlainHessian(Hessian):
         return torch.float64
 
     def plain(self, purpose: str) -> PlainHessian:
-        """The operator itself."""
+        """Return the operator itself."""
         return self
 
     def image(self, x: Tensor) -> Tensor:
-        """``F x`` in float64."""
+        """Return ``F x`` in float64."""
         return image(self.data, x)
 
     def columns(self, index: Tensor) -> Tensor:
-        """Columns `index` of F, (m, p) float64."""
+        """Return columns `index` of F, (m, p) float64."""
         return self.data.index_select(1, index).double()
 
     @abstractmethod
     def back(self, image: Tensor) -> Tensor:
-        """``A x`` from the image of x, (n,) float64."""
+        """Return ``A x`` from the image of x, (n,) float64."""
 
     @abstractmethod
     def back_at(self, index: Tensor, image: Tensor) -> Tensor:
-        """Entries `index` of ``A x``, (p,) float64; O(m p)."""
+        """Return entries `index` of ``A x``, (p,) float64; O(m p)."""
 
     @abstractmethod
     def square(self, image: Tensor, x: Tensor) -> Tensor:
-        """``x.A x`` from x and its image."""
+        """Return ``x.A x`` from x and its image."""
 
     @abstractmethod
     def entries(self, left: Tensor, right: Tensor) -> Tensor:
-        """The entries at `left` (a,) and `right` (b,), (a, b) float64."""
+        """Return the entries at `left` (a,) and `right` (b,), (a, b) float64."""
 
     @abstractmethod
     def part(self, index: Tensor, *, precise: bool = True) -> Tensor:
-        """``A[index, index]``, (p, p) float64; not `precise`: products in the precision of the rows."""
+        """Return ``A[index, index]``, (p, p) float64; not `precise`: in the precision of the rows."""
 
     @abstractmethod
     def cross(self, kept: Tensor, removed: Tensor) -> Tensor:
-        """``A_K removed`` of the weights `kept`, (s,) float64."""
+        """Return ``A_K removed`` of the weights `kept`, (s,) float64."""
 
     @abstractmethod
     def row_form(self, damping: float, name: str) -> tuple[Tensor, float]:

@@ -17,13 +17,13 @@ COLUMN_CHUNK = 1_024
 
 
 def image(data: Tensor, x: Tensor) -> Tensor:
-    """``data x`` in float64, (m,), for `data` (m, n) of any precision."""
+    """Return ``data x`` in float64, (m,), for `data` (m, n) of any precision."""
     parts = [part @ x for part in double_chunks(data)]
     return torch.cat(parts) if parts else x.new_zeros(0)
 
 
 def adjoint_image(data: Tensor, y: Tensor) -> Tensor:
-    """``data^T y`` in float64, (n,), for `data` (m, n) of any precision."""
+    """Return ``data^T y`` in float64, (n,), for `data` (m, n) of any precision."""
     total = torch.zeros(data.shape[1], dtype=torch.float64, device=data.device)
     first = 0
     for part in double_chunks(data):
@@ -33,7 +33,7 @@ def adjoint_image(data: Tensor, y: Tensor) -> Tensor:
 
 
 def column_squares(rows: Tensor) -> Tensor:
-    """Squared column norms accumulated in float64, (n,)."""
+    """Return squared column norms accumulated in float64, (n,)."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in double_chunks(rows):
         total += part.square().sum(dim=0)
@@ -41,7 +41,7 @@ def column_squares(rows: Tensor) -> Tensor:
 
 
 def weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
-    """``sum_k weights_k rows_ki^2`` for float64 `weights` (m,), (n,) float64."""
+    """Return ``sum_k weights_k rows_ki^2`` for float64 `weights` (m,), (n,) float64."""
     total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
     for span, columns in column_pieces(rows):
         total[span] = weights @ columns.square()
@@ -49,7 +49,7 @@ def weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def double_chunks(data: Tensor) -> Iterator[Tensor]:
-    """The rows of `data` in float64, a few at a time; each chunk is gone when the next one comes."""
+    """Return the rows of `data` in float64, a few at a time; each chunk is gone when the next one comes."""
     if data.dtype == torch.float64:
         yield from torch.split(data, ROW_CHUNK)
         return
@@ -62,7 +62,7 @@ def double_chunks(data: Tensor) -> Iterator[Tensor]:
 def column_pieces(
     rows: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float64
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The columns `index` (all by default) of `rows` (m, n) in `dtype`, at most `COLUMN_CHUNK` at a time.
+    """Yield the columns `index` (all by default) of `rows` (m, n) in `dtype`, `COLUMN_CHUNK` at a time.
 
     Yields their positions among those columns, and the piece, (m, k), which is valid until the next one
     comes and not to be written to. Pieces that have to be made share one buffer: freed and made anew, they
@@ -84,7 +84,7 @@ def column_pieces(
 
 
 def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
-    """``R_I R_I^T`` over the columns `index` (all by default), (m, m) float64; O(m^2 |I|)."""
+    """Return ``R_I R_I^T`` over the columns `index` (all by default), (m, m) float64; O(m^2 |I|)."""
     gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
     for _, columns in column_pieces(rows, index):
         gram.addmm_(columns, columns.T)
@@ -92,7 +92,7 @@ def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
 
 
 def kept_adjoint(rows: Tensor, kept: Tensor, y: Tensor) -> Tensor:
-    """``R_K^T y`` in float64, (s,), in chunks of columns."""
+    """Return ``R_K^T y`` in float64, (s,), in chunks of columns."""
     product = torch.empty(len(kept), dtype=torch.float64, device=rows.device)
     for span, columns in column_pieces(rows, kept):
         product[span] = columns.T @ y
@@ -100,14 +100,14 @@ def kept_adjoint(rows: Tensor, kept: Tensor, y: Tensor) -> Tensor:
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
-    """``matrix + damping I``, a copy."""
+    """Return ``matrix + damping I``, a copy."""
     result = matrix.clone()
     result.diagonal().add_(damping)
     return result
 
 
 def factorise(matrix: Tensor, name: str, damping: float) -> Tensor:
-    """Cholesky factor of a matrix of block `name` that `damping` is in, or `NotPositiveDefiniteError`."""
+    """Return the Cholesky factor of a matrix of block `name` with `damping` in it."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
@@ -118,7 +118,7 @@ def factorise(matrix: Tensor, name: str, damping: float) -> Tensor:
 
 
 def solved(factor: Tensor, right: Tensor) -> Tensor:
-    """The solution (s,) of a system with the Cholesky factor `factor`."""
+    """Return the solution (s,) of a system with the Cholesky factor `factor`."""
     solution: Tensor = torch.cholesky_solve(right[:, None], factor)[:, 0]
     return solution
 

@@ -40,7 +40,7 @@ class KeptGram:
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def of(self, rows: Tensor, keep: Tensor) -> Tensor:
-        """The Gram matrix of the columns where `keep` (n,) is True, (m, m) float64; do not write to it."""
+        """Return the Gram matrix of the columns where `keep` (n,) is True, (m, m) float64, read-only."""
         if self._seen is None or int((keep != self._seen[0]).sum()) > int(keep.sum()):
             nothing = rows.new_zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
             self._seen = torch.zeros_like(keep), nothing
@@ -165,17 +165,13 @@ class _KeptRows:
         return self._matrix
 
     def image(self, x: Tensor) -> Tensor:
-        """``R x``, once for all dampings."""
+        """Return ``R x``, or ``R_K x`` for `x` (s,): once for all dampings."""
         if id(x) not in self._images:
-            self._images[id(x)] = x, image(self.rows, x)
-        return self._images[id(x)][1]
-
-    def kept_image(self, x: Tensor) -> Tensor:
-        """``R_K x``, once for all dampings."""
-        if id(x) not in self._images:
-            scattered = torch.zeros(self.hessian.n, dtype=torch.float64, device=x.device)
-            scattered[self.kept] = x
-            self._images[id(x)] = x, image(self.rows, scattered)
+            whole = x
+            if len(x) < self.hessian.n:
+                whole = torch.zeros(self.hessian.n, dtype=torch.float64, device=x.device)
+                whole[self.kept] = x
+            self._images[id(x)] = x, image(self.rows, whole)
         return self._images[id(x)][1]
 
 
@@ -190,7 +186,7 @@ class RowsFactor:
         return self.solve_pulled(right, None if removed is None else self.shared.image(removed))
 
     def solve_pulled(self, right: Tensor, pulled: Tensor | None) -> Tensor:
-        """``H_KK^-1 (right + R_K^T pulled)`` for `pulled` (m,) float64.
+        """Return ``H_KK^-1 (right + R_K^T pulled)`` for `pulled` (m,) float64.
 
         ``(damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping``, and applied to
         ``B^T z`` it is ``B^T (damping I + B B^T)^-1 z``, where nothing cancels however small the damping.
@@ -202,11 +198,11 @@ class RowsFactor:
             if pulled is not None:
                 right = right + shared.hessian.columns(shared.kept).T @ pulled
             return solved(self._factor, right)
-        outer = (0.0 if pulled is None else pulled) - shared.kept_image(right) / self.damping
+        outer = (0.0 if pulled is None else pulled) - shared.image(right) / self.damping
         return right / self.damping + kept_adjoint(shared.rows, shared.kept, solved(self._factor, outer))
 
     def inverse_diagonal(self) -> Tensor:
-        """``diag(H_KK^-1)``, (s,) float64; O(m^2 s), or O(s^3) where that is less."""
+        """Return ``diag(H_KK^-1)``, (s,) float64; O(m^2 s), or O(s^3) where that is less."""
         shared = self.shared
         index = None if shared.keep is None else shared.kept
         if not shared.wide:
@@ -248,7 +244,7 @@ class SpectralHessian(RowsHessian):
             yield _SpectralFactor(shared, damping)
 
     def inverse_diagonal(self, damping: float) -> Tensor:
-        """``diag((R^T R + damping I)^-1)``; `damping` > 0 unless R has full column rank."""
+        """Return ``diag((R^T R + damping I)^-1)``; `damping` > 0 unless R has full column rank."""
         values, vectors = self._eigenvectors()
         weights = 1.0 / (values + damping)
         if self.rank >= self.n:
@@ -257,7 +253,7 @@ class SpectralHessian(RowsHessian):
         return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / damping
 
     def _eigenvectors(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of ``R^T R`` with its eigenvectors, as rows times their roots where m < n."""
+        """Return eigenvalues of ``R^T R`` with its eigenvectors, as rows times their roots where m < n."""
         if self._eigen is None:
             rows = self.rows
             if self.rank >= self.n:

@@ -123,7 +123,7 @@ class _Whitened:
         self._eigen: tuple[Tensor, Tensor] | None = None
 
     def inverse_diagonal(self, damping: float) -> Tensor:
-        """``diag((R^T R + damping M)^-1)``, (n,) float64."""
+        """Return ``diag((R^T R + damping M)^-1)``, (n,) float64."""
         values, vectors = self._eigenvectors()
         seen = weighted_squares(vectors, 1.0 / (values + damping))
         if self._rows.shape[0] >= self._rows.shape[1]:
@@ -132,7 +132,7 @@ class _Whitened:
         return (own - seen).maximum(torch.finfo(self._rows.dtype).eps * own) / damping
 
     def _eigenvectors(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of ``W^T W``; its eigenvectors as rows, times their roots if m < n, times L^-1."""
+        """Return eigenvalues of ``W^T W``, and eigenvectors as rows, times roots if m < n, times L^-1."""
         if self._eigen is None:
             rows = self._rows
             if rows.shape[0] < rows.shape[1]:
@@ -151,7 +151,7 @@ class _Whitened:
         return self._eigen
 
     def by_channel(self, x: Tensor, *, transposed: bool) -> Tensor:
-        """``L^-1 x``, or ``L^-T x``."""
+        """Return ``L^-1 x``, or ``L^-T x``."""
         result = torch.empty_like(x)
         for (start, stop), factor in zip(self._spans, self._factors, strict=True):
             matrix = factor.T if transposed else factor

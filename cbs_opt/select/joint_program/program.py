@@ -178,7 +178,7 @@ class JointProgram:
         return found
 
     def moved_leverages(self, leverages: Tensor, before: KeptSet, after: KeptSet) -> Tensor:
-        """`leverages` of `before` brought to `after` in the precision of the rows.
+        """Return `leverages` of `before` brought to `after` in the precision of the rows.
 
         A change of b columns moves ``M^-1`` by rank b (Woodbury): O(m n b), worth it while b < m.
         """

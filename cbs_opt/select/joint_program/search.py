@@ -189,21 +189,11 @@ class RowSearch(Search[KeptSet]):
     """The search by rows, with the leverages of the kept set."""
 
     program: JointProgram
-
-    def __init__(
-        self,
-        program: JointProgram,
-        start: Tensor,
-        tolerance: float,
-        max_swaps: int | None,
-        deadline: float | None,
-    ) -> None:
-        super().__init__(program, start, tolerance, max_swaps, deadline)
-        self._base: tuple[KeptSet, Tensor] | None = None
-        self._batch: tuple[KeptSet, Tensor] | None = None
+    _base: tuple[KeptSet, Tensor] | None = None
+    _batch: tuple[KeptSet, Tensor] | None = None
 
     def run(self, restarts: int, seed: int) -> None:
-        """Batches, then pairs, until no swap helps or a limit is reached; then again from restarts."""
+        """Exchange batches, then pairs, until no swap helps or a limit is reached; then from restarts."""
         if self.locally_optimal:
             return
         self._exchange_batches(LARGEST_BATCH)
@@ -245,7 +235,7 @@ class RowSearch(Search[KeptSet]):
             self.kept, self._base, anew = self.program.at(self.kept.keep), None, True
 
     def _leave_optimum(self, restarts: int, seed: int) -> bool:
-        """Whether descents of the core found a better set, which is then taken."""
+        """Return whether descents of the core found a better set, which is then taken."""
         core = open_core(self.program, self.kept, self._scores(self._leverages(torch.float64)))
         left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
         leaving, entering = restarted_core(core, restarts, Limits(time_limit=left, seed=seed))
@@ -267,7 +257,7 @@ class RowSearch(Search[KeptSet]):
         return Scores.of(self.program, self.kept, self.program.levels(self.kept), leverages)
 
     def _leverages(self, precision: torch.dtype | None = None) -> Tensor:
-        """Leverages of the kept set, moved from those of an earlier set where few weights changed."""
+        """Return leverages of the kept set, moved from those of an earlier set where few weights changed."""
         if self._base is not None:
             before, leverages = self._base
             changes = int((before.keep != self.kept.keep).sum())
@@ -288,7 +278,7 @@ class ChannelSearch(Search[ChannelSet]):
     grows = False
 
     def run(self, restarts: int, seed: int) -> None:
-        """Batches until they yield little or a limit is reached."""
+        """Exchange batches until they yield little or a limit is reached."""
         if not self.locally_optimal:
             self._exchange_batches(max(1, round(LARGEST_SHARE * int(self.kept.keep.sum()))))
 

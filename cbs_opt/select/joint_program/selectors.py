@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from cbs_opt.select.saliency import magnitude, without_lowest
 from cbs_opt.select.scores import STARTS, start_set
 from formulations import incumbents
 from formulations.errors import ArgumentError, UnsupportedProblemError
+from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limit, Limits
 
 DENSE_JOINT = 1_024
@@ -125,8 +128,8 @@ def by_joint_swap_search(
     )
 
     def search(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
-        prepare = _dense_search if block.n <= dense_limit else _large_search
-        return _best_of_starts(prepare(block, count, number, deadline, request), number, request)
+        engine = _DenseSearch if block.n <= dense_limit else _LargeSearch
+        return engine(block, count, number, deadline, request).best()
 
     return _each(blocks, counts, limits, ledger, search)
 
@@ -213,132 +216,122 @@ def _each(
     return choices
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A block that is ready to be searched from any start.
+class _Search(ABC):
+    """One block that is searched from several starts."""
 
-    `descend` gives the objective and the choice that a start leads to; `defaults` are the starts where none
-    is asked for, None the search's own.
-    """
+    def __init__(
+        self, block: FisherBlock, count: int, number: int, deadline: float | None, request: _Request
+    ) -> None:
+        self.block, self.count, self.deadline, self.request = block, count, deadline, request
+        self.seed = request.seed + number
+        self.warm = None if request.warm is None else request.warm[number]
 
-    start: Callable[[str], Tensor]
-    descend: Callable[[Tensor | None], tuple[float, Choice]]
-    defaults: tuple[str | None, ...]
+    @cached_property
+    def program(self) -> JointProgram | ChannelProgram:
+        """The program that large blocks are searched by, and that the starts of all are made with."""
+        return JointProgram(self.block)
+
+    @cached_property
+    def problem(self) -> BlockProblem:
+        """The block as a dense problem."""
+        return self.block.to_problem(self.count)
+
+    @property
+    @abstractmethod
+    def default_start(self) -> str | None:
+        """The start where none is asked for, or None where the search has its own."""
+
+    @abstractmethod
+    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
+        """Return the objective and the choice that a start leads to."""
+
+    def best(self) -> Choice:
+        """Return the lowest end of all starts; an interrupt ends the walk over them."""
+        names = self.request.starts or (self.default_start,)
+        best: tuple[float, Choice] | None = None
+        for name in names if self.warm is None else (None,):
+            value, choice = self.descend(self.warm if name is None else self.start(name))
+            if best is None or value < best[0]:
+                best = value, choice
+            if choice.limit is Limit.INTERRUPTED:
+                return replace(best[1], status=choice.status, limit=choice.limit)
+        assert best is not None
+        return best[1]
+
+    def start(self, name: str) -> Tensor:
+        """Return the kept set of a start of `JOINT_STARTS`; magnitude's where no time or choice is left."""
+        block, count, left, program = self.block, self.count, _left(self.deadline), self.program
+        if isinstance(program, ChannelProgram) and name not in ("greedy_obs", *STARTS):
+            found = f"{name!r} on {block.n} weights with a layer-input term"
+            raise UnsupportedProblemError("start", found, f"use greedy_obs, or one of {', '.join(STARTS)}")
+        if left == 0.0 or count in (0, block.n):
+            return without_lowest(magnitude(block), count)
+        if name == "greedy_obs":
+            return greedy_obs_set(program, count, drops=self.request.drops, deadline=self.deadline)
+        if isinstance(program, JointProgram) and name == "relaxation":
+            return relaxed_set(program, count, time_limit=left)
+        if isinstance(program, JointProgram) and name == "iterative_hard_threshold":
+            return hard_threshold_set(program, count, deadline=self.deadline)
+        return start_set(name, block, count, self.seed, self.request.spread)
 
 
-def _best_of_starts(block: _Prepared, number: int, request: _Request) -> Choice:
-    """Return the lowest end of all starts; an interrupt ends the walk over them."""
-    best: tuple[float, Choice] | None = None
-    warm = None if request.warm is None else request.warm[number]
-    names = ("warm",) if warm is not None else request.starts or block.defaults
-    for name in names:
-        start = warm if warm is not None or name is None else block.start(name)
-        value, choice = block.descend(start)
-        if best is None or value < best[0]:
-            best = value, choice
-        if choice.limit is Limit.INTERRUPTED:
-            return replace(best[1], status=choice.status, limit=choice.limit)
-    assert best is not None
-    return best[1]
+class _LargeSearch(_Search):
+    """The search by rows, or by batches beside a channel term."""
 
+    @cached_property
+    def program(self) -> JointProgram | ChannelProgram:
+        return joint_program(self.block)
 
-def _large_search(
-    block: FisherBlock, count: int, number: int, deadline: float | None, request: _Request
-) -> _Prepared:
-    """Prepare the search by rows, or by batches beside a channel term."""
-    program = joint_program(block)
-    beside_channels = isinstance(program, ChannelProgram)
-    seed = request.seed + number
+    @property
+    def default_start(self) -> str:
+        return "greedy_obs" if isinstance(self.program, ChannelProgram) else "relaxation"
 
-    def descend(start: Tensor | None) -> tuple[float, Choice]:
+    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
         assert start is not None
         result = joint_search(
-            program,
+            self.program,
             start,
-            tolerance=request.tolerance,
-            max_swaps=request.max_swaps,
-            restarts=request.restarts,
-            deadline=deadline,
-            seed=seed,
+            tolerance=self.request.tolerance,
+            max_swaps=self.request.max_swaps,
+            restarts=self.request.restarts,
+            deadline=self.deadline,
+            seed=self.seed,
         )
-        settled = beside_channels and result.limit is None
-        status = "no batch of swaps improves" if settled else result.ending
+        settled = isinstance(self.program, ChannelProgram) and result.limit is None
         choice = Choice(
             keep=result.keep,
             iterations=result.swaps,
             locally_optimal=result.locally_optimal,
-            status=status,
+            status="no batch of swaps improves" if settled else result.ending,
             limit=result.limit,
         )
         return result.value, choice
 
-    return _Prepared(
-        start=lambda name: _start(name, block, program, count, seed, deadline, request),
-        descend=descend,
-        defaults=("greedy_obs",) if beside_channels else ("relaxation",),
-    )
 
+class _DenseSearch(_Search):
+    """The search on the swept tableau."""
 
-def _dense_search(
-    block: FisherBlock, count: int, number: int, deadline: float | None, request: _Request
-) -> _Prepared:
-    """Prepare the search on the swept tableau."""
-    problem = block.to_problem(count)
-    seed = request.seed + number
-    programs: list[JointProgram] = []
+    default_start = None
 
-    def start(name: str) -> Tensor:
-        if not programs:
-            programs.append(JointProgram(block))
-        return _start(name, block, programs[0], count, seed, deadline, request)
-
-    def descend(keep: Tensor | None) -> tuple[float, Choice]:
+    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
+        request, incumbent = self.request, None
+        if start is not None:
+            keep = start.cpu().numpy()
+            incumbent = BlockSolution(
+                keep=keep, weights=None, objective=None, program="joint", method="start"
+            )
         solution = incumbents.swap_search(
-            problem,
+            self.problem,
             "joint",
-            limits=Limits(time_limit=_left(deadline), iteration_limit=request.max_swaps, seed=seed),
-            incumbent=None if keep is None else _as_incumbent(keep),
+            limits=Limits(time_limit=_left(self.deadline), iteration_limit=request.max_swaps, seed=self.seed),
+            incumbent=incumbent,
             restarts=request.restarts,
         )
         assert solution.objective is not None
         settled = solution.limit is None
-        choice = Choice.of_solution(block, solution)
         status = ending(settled, solution.limit)
+        choice = Choice.of_solution(self.block, solution)
         return solution.objective, replace(choice, locally_optimal=settled, status=status)
-
-    return _Prepared(start=start, descend=descend, defaults=(None,))
-
-
-def _start(
-    name: str,
-    block: FisherBlock,
-    program: JointProgram | ChannelProgram,
-    count: int,
-    seed: int,
-    deadline: float | None,
-    request: _Request,
-) -> Tensor:
-    """Return the kept set of a start of `JOINT_STARTS`; magnitude's where no time or choice is left."""
-    left = _left(deadline)
-    by_rows = isinstance(program, JointProgram)
-    if not by_rows and name not in ("greedy_obs", *STARTS):
-        found = f"{name!r} on {block.n} weights with a layer-input term"
-        raise UnsupportedProblemError("start", found, f"use greedy_obs, or one of {', '.join(STARTS)}")
-    if left == 0.0 or count in (0, block.n):
-        return without_lowest(magnitude(block), count)
-    if name == "greedy_obs":
-        return greedy_obs_set(program, count, drops=request.drops, deadline=deadline)
-    if isinstance(program, JointProgram) and name == "relaxation":
-        return relaxed_set(program, count, time_limit=left)
-    if isinstance(program, JointProgram) and name == "iterative_hard_threshold":
-        return hard_threshold_set(program, count, deadline=deadline)
-    return start_set(name, block, count, seed, request.spread)
-
-
-def _as_incumbent(keep: Tensor) -> BlockSolution:
-    return BlockSolution(
-        keep=keep.cpu().numpy(), weights=None, objective=None, program="joint", method="start"
-    )
 
 
 def _left(deadline: float | None) -> float | None:

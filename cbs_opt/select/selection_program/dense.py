@@ -149,7 +149,7 @@ def _best_pair(
     entering: NDArray[np.int64],
     threshold: float,
 ) -> tuple[int, int]:
-    """Pair (out of P, into P) with the lowest change below `threshold`, or (-1, -1)."""
+    """Return the pair (out of P, into P) with the lowest change below `threshold`, or (-1, -1)."""
     n = v.shape[0]
     first_out, first_in = -1, -1
     norm_out, norm_in = 0.0, 0.0

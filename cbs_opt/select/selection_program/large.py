@@ -32,7 +32,7 @@ COST_SLACK = 2e-6
 
 
 def relative_tolerance(program: SelectionProgram, tolerance: float | None) -> float:
-    """The relative improvement that counts: as given, else by the precision of the data."""
+    """Return the relative improvement that counts: as given, else by the precision of the data."""
     if tolerance is not None:
         return tolerance
     return 1e-10 if program.precision == torch.float64 else 1e-7
@@ -107,7 +107,7 @@ class LargeSwapSearch:
             self._improve_by_pools()
 
     def _exact_value(self) -> float:
-        """The objective, from a fresh image where updates may have left more rounding than a fresh one.
+        """Return the objective, from a fresh image where updates may have left more rounding.
 
         An update adds a column for each weight that moved, a fresh image one for each pruned weight.
         """
@@ -117,7 +117,7 @@ class LargeSwapSearch:
         return self.program.objective(~self.pruned)
 
     def _read_data(self) -> None:
-        """Image, diagonal and squared norms of the columns, in one pass over the rows."""
+        """Take the image, the diagonal and squared norms of the columns, in one pass over the rows."""
         program = self.program
         x = program.weights.double() * self.pruned
         if not program.hessian.by_rows:
@@ -140,7 +140,7 @@ class LargeSwapSearch:
         return max(self.tolerance * abs(self.value), ROUNDING * terms, self.noise)
 
     def _costs(self) -> Tensor:
-        """``p_i`` of pruned and ``q_j`` of kept weights, (n,)."""
+        """Return ``p_i`` of pruned and ``q_j`` of kept weights, (n,)."""
         slope = self.program.product(self.image, self.pruned.double()) - self.linear
         return self.half_diagonal + torch.where(self.pruned, -slope, slope)
 
@@ -213,13 +213,13 @@ class LargeSwapSearch:
         return self.limit is None
 
     def _cost_error(self, projection: Projection) -> Tensor | float:
-        """What `_costs` may be too high by where the product with the rows is not in float64."""
+        """Return what `_costs` may be too high by where the product with the rows is not in float64."""
         if self.program.precision == torch.float64:
             return 0.0
         return COST_SLACK * float(self.image.norm()) * projection.norm
 
     def _adapt_reach(self, reach: float, pairs: Pairs) -> None:
-        """Reach less far after a crowded sweep, or one cut short; further after a meagre one."""
+        """Set the reach: less far after a crowded sweep, or one cut short; further after a meagre one."""
         if reach <= 0.0:
             return
         if pairs.complete and not pairs.crowded:
@@ -228,7 +228,7 @@ class LargeSwapSearch:
             self.reach = reach / 4.0 if reach > self._threshold() else -torch.inf
 
     def _improve_within(self, pool: Tensor, *, precise: bool = True) -> None:
-        """Best-improvement swaps among `pool`, then bring the image up to date."""
+        """Make best-improvement swaps among `pool`, then bring the image up to date."""
         program = self.program
         before = self.pruned[pool]
         after = before.clone()

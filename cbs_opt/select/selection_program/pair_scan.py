@@ -83,7 +83,7 @@ def project(program: SelectionProgram, squares: Tensor, seed: int, tuning: SwapT
 
 
 def _leading_directions(columns: Tensor, generator: torch.Generator) -> Tensor:
-    """Orthonormal leading left singular vectors, (m, d), most energy first, by subspace iteration."""
+    """Return orthonormal leading left singular vectors, (m, d), most energy first, by subspace iteration."""
     width = min(DIRECTIONS, *columns.shape)
     probe = torch.randn(columns.shape[1], width, generator=generator, dtype=torch.float64)
     span = columns @ probe.to(columns)
@@ -99,7 +99,7 @@ class PairScan(Protocol):
     """Looks for partners among the kept weights."""
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs ``(rows[row], into)`` that may change the objective by less than `threshold`.
+        """Return pairs ``(rows[row], into)`` that may change the objective by less than `threshold`.
 
         Returns ``row`` in ascending order, ``into``, and `crowded`: positions in `rows` of weights
         with more such partners than `SwapTuning.gathered`, none of which is listed.
@@ -187,7 +187,7 @@ class TorchScan:
 
 
 def _grouped(norm: Tensor, cost: Tensor) -> Tensor:
-    """Order in which runs of `GROUP` weights have similar norms and similar costs."""
+    """Return order in which runs of `GROUP` weights have similar norms and similar costs."""
     by_norm = norm.argsort()
     strip = torch.empty_like(by_norm)
     strip[by_norm] = torch.arange(norm.numel()) // (GROUP * GROUPS_A_STRIP)
@@ -242,7 +242,7 @@ def _scan_row(
     threshold: float,
     chosen: NDArray[np.int32],
 ) -> int:
-    """Partners of one pruned weight that no bound excludes; returns their number, or one too many."""
+    """Return partners of one pruned weight that no bound excludes; returns their number, or one too many."""
     found = 0
     width = q_coordinates.shape[1]
     coarse = min(COARSE, width)

@@ -38,19 +38,19 @@ class SwapChanges:
         self.half_diagonal, self.linear = half_diagonal, linear
 
     def leaving(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of pruned weights, (m, p), and ``p_i``, (p,)."""
+        """Return columns of pruned weights, (m, p), and ``p_i``, (p,)."""
         columns = self.program.columns(index)
         own = self.program.damping * self.program.weights[index].double().square()
         slope = columns.T @ self.image + own - self.linear[index]
         return columns, self.half_diagonal[index] - slope
 
     def entering(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of kept weights, (m, p), and ``q_j``, (p,)."""
+        """Return columns of kept weights, (m, p), and ``q_j``, (p,)."""
         columns = self.program.columns(index)
         return columns, self.half_diagonal[index] + columns.T @ self.image - self.linear[index]
 
     def of(self, out: Tensor, into: Tensor) -> Tensor:
-        """Change by each swap ``(out, into)``, (c,); O(m c)."""
+        """Return change by each swap ``(out, into)``, (c,); O(m c)."""
         left, p = self.leaving(out)
         right, q = self.entering(into)
         return p + q - (left * right).sum(dim=0)
@@ -95,7 +95,7 @@ def improving_pairs(
     deadline: float | None = None,
     tuning: SwapTuning = TUNING,
 ) -> Pairs:
-    """Pairs (out of P, into P) that improve, and pairs within reach that do not quite.
+    """Return pairs (out of P, into P) that improve, and pairs within reach that do not quite.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ class _Sweep:
         self.change = changes.linear.new_empty(0)
 
     def over(self) -> bool:
-        """Whether enough improving pairs are in hand, or the time is up."""
+        """Return whether enough improving pairs are in hand, or the time is up."""
         return self.found >= self.tuning.enough or self._late()
 
     def _late(self) -> bool:
@@ -231,6 +231,6 @@ class _Sweep:
         self.pairs, self.change = self.pairs[order], self.change[order]
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The best pairs, best first: ``out``, ``into`` and their changes."""
+        """Return the best pairs, best first: ``out``, ``into`` and their changes."""
         self._forget()
         return self.pairs[:, 0], self.pairs[:, 1], self.change

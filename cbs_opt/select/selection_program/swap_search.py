@@ -100,7 +100,7 @@ def _member(programs: Sequence[SelectionProgram], batch: Sequence[int], place: i
 
 
 def _grams(programs: Sequence[SelectionProgram]) -> Tensor:
-    """Gram matrices of blocks of one size, (B, n, n) float64, with one block's rows in use at a time."""
+    """Return Gram matrices of blocks of one size, (B, n, n) float64, one block's rows in use at a time."""
     n, device = programs[0].n, programs[0].weights.device
     everything = torch.arange(n, device=device)
     grams = torch.empty(len(programs), n, n, dtype=torch.float64, device=device)
@@ -117,7 +117,7 @@ def _search_dense(
     deadline: float | None,
     tuning: SwapTuning,
 ) -> list[SearchResult]:
-    """Blocks of one size at once, each on its whole Gram matrix."""
+    """Search blocks of one size at once, each on its whole Gram matrix."""
     began = time.monotonic()
     gram = _grams(programs)
     linear = torch.stack([program.linear() for program in programs])
