@@ -195,10 +195,10 @@ class ChannelSystem:
         inverse = self._inverse_factor()
         diagonals = []
         for group in _groups(self.parts):
-            own = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
+            alone = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
             spread = torch.cat([self._spread(part) for part in group])
             seen = (spread @ inverse.T).square_().sum(dim=1).double()
-            diagonals.append((own - seen).maximum(torch.finfo(self.precision).eps * own))
+            diagonals.append((alone - seen).maximum(torch.finfo(self.precision).eps * alone))
         return torch.cat(diagonals)
 
     def schur_diagonal(self) -> Tensor:
@@ -215,20 +215,20 @@ class ChannelSystem:
         diagonals = []
         for channel in self.hessian.channels.channels:
             member = torch.zeros(channel.stop - channel.start, dtype=torch.bool, device=self.kept.device)
-            own = part if part is not None and int(part.index[0]) < channel.stop else None
-            if own is not None:
-                member[own.index - channel.start] = True
+            inside = part if part is not None and int(part.index[0]) < channel.stop else None
+            if inside is not None:
+                member[inside.index - channel.start] = True
                 part = next(parts, None)
             others = (~member).nonzero().squeeze(1)
             if not len(others):
                 continue
             outer = self.rows.index_select(1, others + channel.start).to(self.precision).T
             diagonal = channel.diagonal()[others] + self.damping
-            if own is not None:
+            if inside is not None:
                 cross = channel.matrix()[member][:, others]
-                cross = torch.linalg.solve_triangular(own.factor, cross, upper=False)
+                cross = torch.linalg.solve_triangular(inside.factor, cross, upper=False)
                 diagonal = (diagonal - cross.square().sum(dim=0)).clamp_min(self.damping)
-                outer = outer - cross.to(self.precision).T @ self._half(own)
+                outer = outer - cross.to(self.precision).T @ self._half(inside)
             diagonals.append(diagonal + (outer @ inverse.T).square_().sum(dim=1).double())
         return torch.cat(diagonals) if diagonals else torch.zeros_like(self.inner[0, :0])
 

@@ -57,7 +57,7 @@ class Channel:
         """Return the diagonal of `matrix`."""
         return self.scale * self.moment.diagonal()[self.inputs]
 
-    def taken(self, part: Tensor, start: int) -> Channel:
+    def part_of(self, part: Tensor, start: int) -> Channel:
         """Return the weights at positions `part` in increasing order, at a new place."""
         if len(part) == self.stop - self.start:
             return replace(self, start=start, stop=start + len(part))
@@ -100,10 +100,10 @@ class ChannelTerm:
         last = bisect_left(self.channels, stop, key=lambda channel: channel.start)
         channels = []
         for channel in self.channels[first:last]:
-            own = torch.arange(
+            place = torch.arange(
                 max(start, channel.start), min(stop, channel.stop), device=channel.moment.device
             )
-            channels.append(channel.taken(own - channel.start, int(own[0]) - start))
+            channels.append(channel.part_of(place - channel.start, int(place[0]) - start))
         return ChannelTerm(channels=tuple(channels), weight=self.weight)
 
     def restricted(self, keep: Tensor) -> ChannelTerm:
@@ -113,7 +113,7 @@ class ChannelTerm:
         for channel in self.channels:
             part = keep[channel.start : channel.stop].nonzero().squeeze(1)
             if len(part):
-                channels.append(channel.taken(part, start))
+                channels.append(channel.part_of(part, start))
                 start += len(part)
         return ChannelTerm(channels=tuple(channels), weight=self.weight)
 
@@ -141,7 +141,7 @@ class ChannelTerm:
 
     def entries(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the entries at `left` (a,) and `right` (b,), both in increasing order, (a, b) float64."""
-        found = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+        entries = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
         stops = torch.tensor(
             [channel.stop for channel in self.channels], dtype=torch.int64, device=left.device
         )
@@ -153,9 +153,9 @@ class ChannelTerm:
                 rows = torch.arange(channel.moment.shape[0], device=left.device)[channel.inputs]
                 above = rows[left[a:row_end] - channel.start]
                 across = rows[right[b:column_end] - channel.start]
-                found[a:row_end, b:column_end] = channel.scale * channel.moment[above][:, across]
+                entries[a:row_end, b:column_end] = channel.scale * channel.moment[above][:, across]
             a, b = row_end, column_end
-        return found
+        return entries
 
     def dense(self) -> Tensor:
         """Return the matrix itself, (n, n) float64: for small blocks."""

@@ -128,8 +128,8 @@ class _Whitened:
         seen = weighted_squares(vectors, 1.0 / (values + damping))
         if self._rows.shape[0] >= self._rows.shape[1]:
             return seen
-        own = torch.cat([torch.cholesky_inverse(factor).diagonal() for factor in self._factors])
-        return (own - seen).maximum(torch.finfo(self._rows.dtype).eps * own) / damping
+        alone = torch.cat([torch.cholesky_inverse(factor).diagonal() for factor in self._factors])
+        return (alone - seen).maximum(torch.finfo(self._rows.dtype).eps * alone) / damping
 
     def _eigenvectors(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues of ``W^T W``, and eigenvectors as rows, times roots if m < n, times L^-1."""

@@ -302,6 +302,6 @@ def find_method(name: str, program: str) -> Method:
     for entry in entries:
         if program in entry.programs:
             return entry
-    programs = [known for entry in entries for known in entry.programs]
+    programs = [each for entry in entries for each in entry.programs]
     remedy = f"it takes program {' or '.join(map(repr, programs))}"
     raise UnsupportedProblemError("program", f"{program!r} for {name}", remedy)

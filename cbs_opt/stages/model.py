@@ -159,9 +159,9 @@ class StageModel:
         """Return CBS-U for a kept set `keep` (n_kept,) of the weights still there, (n_kept,) float64 each."""
         moved = []
         for piece in self._pieces:
-            own = keep[piece.part]
-            hessian = piece.moving if bool(own.all()) else piece.pruning
-            moved.append(cbs_updates(self._block(piece, hessian, weights, gradient, 0.0), own, dampings))
+            part = keep[piece.part]
+            hessian = piece.moving if bool(part.all()) else piece.pruning
+            moved.append(cbs_updates(self._block(piece, hessian, weights, gradient, 0.0), part, dampings))
         return [torch.cat(parts) for parts in zip(*moved, strict=True)]
 
     def predicted_change(self, weights: Tensor, gradient: Tensor | None, moved: Tensor) -> float:

@@ -68,7 +68,7 @@ def restarted_core(core: Core, restarts: int, limits: Limits) -> tuple[Tensor, T
     warm = BlockSolution(
         keep=core.keep.cpu().numpy(), weights=None, objective=None, program="joint", method="swap_search"
     )
-    found = swap_search(core.problem, "joint", limits=limits, incumbent=warm, restarts=restarts)
-    assert found.keep is not None
-    keep = torch.tensor(found.keep, device=core.index.device)
+    solution = swap_search(core.problem, "joint", limits=limits, incumbent=warm, restarts=restarts)
+    assert solution.keep is not None
+    keep = torch.tensor(solution.keep, device=core.index.device)
     return core.index[core.keep & ~keep], core.index[~core.keep & keep]

@@ -104,7 +104,7 @@ def improving_pairs(
     """
     candidates, reach, pull = _candidates(kept, scores, threshold)
     nothing = candidates[:0]
-    found = [(nothing, nothing, scores.costs[nothing])]
+    parts = [(nothing, nothing, scores.costs[nothing])]
     complete, number, computed = True, 0, 0
     for first in range(0, len(candidates), LEAVING_CHUNK):
         chunk = candidates[first : first + LEAVING_CHUNK]
@@ -120,8 +120,8 @@ def improving_pairs(
         changes, best = _best_partners(program, kept, scores, chunk, entering)
         better = changes < -threshold
         number += int(better.sum())
-        found.append((chunk[better], best[better], changes[better]))
-    leaving, entering, changes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append((chunk[better], best[better], changes[better]))
+    leaving, entering, changes = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     order = changes.argsort(stable=True)
     order = order[_first_of_each(entering[order])]
     return ImprovingPairs(

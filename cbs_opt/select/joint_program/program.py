@@ -170,12 +170,12 @@ class JointProgram:
         """
         identity = torch.eye(len(kept.factor), dtype=torch.float64, device=kept.factor.device)
         inverse = torch.linalg.solve_triangular(kept.factor, identity, upper=False).to(precision)
-        found = torch.empty(
+        leverages = torch.empty(
             self.n if index is None else len(index), dtype=torch.float64, device=inverse.device
         )
         for span, columns in column_pieces(self.rows, index, precision):
-            found[span] = (inverse @ columns).square_().sum(dim=0)
-        return found
+            leverages[span] = (inverse @ columns).square_().sum(dim=0)
+        return leverages
 
     def moved_leverages(self, leverages: Tensor, before: KeptSet, after: KeptSet) -> Tensor:
         """Return `leverages` of `before` brought to `after` in the precision of the rows.

@@ -164,18 +164,18 @@ class Search(ABC, Generic[Kept]):
         if self.max_swaps is not None:
             size = min(size, self.max_swaps - self.swaps)
         while size > 0 and not self._stopped():
-            found = self.program.exchanged(self.kept, leaving[:size], entering[:size])
-            if found.value < self.kept.value - self.threshold:
-                self._accept(found, size)
+            trial = self.program.exchanged(self.kept, leaving[:size], entering[:size])
+            if trial.value < self.kept.value - self.threshold:
+                self._accept(trial, size)
                 return size
             size //= 2
         return 0
 
-    def _accept(self, found: Kept, swaps: int) -> None:
-        self.kept = found
+    def _accept(self, trial: Kept, swaps: int) -> None:
+        self.kept = trial
         self.swaps += swaps
         spent = time.monotonic() - self.began
-        self.trace.append(TracePoint(seconds=spent, nodes=0, objective=found.value, bound=None))
+        self.trace.append(TracePoint(seconds=spent, nodes=0, objective=trial.value, bound=None))
 
     def _stopped(self) -> bool:
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -242,10 +242,10 @@ class RowSearch(Search[KeptSet]):
         if self.max_swaps is not None and self.swaps + len(leaving) > self.max_swaps:
             self.limit = Limit.ITERATION
             return False
-        found = self.program.exchanged(self.kept, leaving, entering)
-        if found.value >= self.kept.value - self.threshold:
+        trial = self.program.exchanged(self.kept, leaving, entering)
+        if trial.value >= self.kept.value - self.threshold:
             return False
-        self._accept(found, len(leaving))
+        self._accept(trial, len(leaving))
         self.locally_optimal = False
         return True
 

@@ -243,7 +243,7 @@ def _scan_row(
     chosen: NDArray[np.int32],
 ) -> int:
     """Return partners of one pruned weight that no bound excludes; returns their number, or one too many."""
-    found = 0
+    listed = 0
     width = q_coordinates.shape[1]
     coarse = min(COARSE, width)
     scaled = p_norm * (1.0 + SLACK)
@@ -263,8 +263,8 @@ def _scan_row(
                 partial += p_coordinates[d] * q_coordinates[j, d]
             if p + q[j] - partial - p_rest[1] * q_rest[j, 1] - slack >= threshold:
                 continue
-            if found == chosen.shape[0]:
-                return found + 1
-            chosen[found] = j
-            found += 1
-    return found
+            if listed == chosen.shape[0]:
+                return listed + 1
+            chosen[listed] = j
+            listed += 1
+    return listed

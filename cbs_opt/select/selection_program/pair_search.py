@@ -40,8 +40,8 @@ class SwapChanges:
     def leaving(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return columns of pruned weights, (m, p), and ``p_i``, (p,)."""
         columns = self.program.columns(index)
-        own = self.program.damping * self.program.weights[index].double().square()
-        slope = columns.T @ self.image + own - self.linear[index]
+        damped = self.program.damping * self.program.weights[index].double().square()
+        slope = columns.T @ self.image + damped - self.linear[index]
         return columns, self.half_diagonal[index] - slope
 
     def entering(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,13 +162,13 @@ class _Sweep:
         self.improving, self.reach, self.deadline, self.tuning = improving, reach, deadline, tuning
         self.step = columns_at_once(changes.program, tuning.cells)
         self.crowded = False
-        self.found = 0
+        self.number = 0
         self.pairs = outside.new_empty((0, 2))
         self.change = changes.linear.new_empty(0)
 
     def over(self) -> bool:
         """Return whether enough improving pairs are in hand, or the time is up."""
-        return self.found >= self.tuning.enough or self._late()
+        return self.number >= self.tuning.enough or self._late()
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
@@ -218,7 +218,7 @@ class _Sweep:
         return True
 
     def _remember(self, out: Tensor, into: Tensor, change: Tensor) -> None:
-        self.found += int((change < self.improving).sum())
+        self.number += int((change < self.improving).sum())
         within = change < self.reach
         self.pairs = torch.cat([self.pairs, torch.stack([out[within], into[within]], dim=1)])
         self.change = torch.cat([self.change, change[within]])

@@ -104,8 +104,8 @@ def _grams(programs: Sequence[SelectionProgram]) -> Tensor:
     n, device = programs[0].n, programs[0].weights.device
     everything = torch.arange(n, device=device)
     grams = torch.empty(len(programs), n, n, dtype=torch.float64, device=device)
-    for own, program in zip(grams, programs, strict=True):
-        own.copy_(program.gram(everything))
+    for gram, program in zip(grams, programs, strict=True):
+        gram.copy_(program.gram(everything))
     return grams
 
 
