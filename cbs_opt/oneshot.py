@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import RowPlace, StoredRows, streamed_rows
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian
-from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.hessian.on_demand import OnDemand, mapped
 from cbs_opt.hessian.operators import Hessian
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
@@ -317,7 +317,7 @@ class PruneRun:
         scored = options.chosen_method.kind == "saliency"
         blocks = self._blocks(damping, layer_inputs, gradient=options.gradient_term or scored)
         if options.selects_by_rows:
-            blocks = _mapped(FisherBlock.without_channels, blocks)
+            blocks = mapped(FisherBlock.without_channels, blocks)
         ledger = self.done.selection(self._selections, [block.n for block in blocks])
         self._selections += 1
         if ledger.complete:
@@ -385,11 +385,3 @@ class PruneRun:
 
     def _loss(self, network: nn.Module) -> Evaluation | None:
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
-
-
-def _mapped(
-    change: Callable[[FisherBlock], FisherBlock], blocks: Sequence[FisherBlock]
-) -> Sequence[FisherBlock]:
-    """Return the changed blocks, on demand if they are made on demand."""
-    changed = OnDemand(lambda number: change(blocks[number]), len(blocks))
-    return changed if isinstance(blocks, OnDemand) else list(changed)

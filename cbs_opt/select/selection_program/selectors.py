@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.hessian.on_demand import mapped
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchResult
 from cbs_opt.select.scores import STARTS, start_set
 from cbs_opt.select.selection_program.program import SelectionProgram
@@ -62,11 +62,7 @@ def by_swap_search(
     names = [start] if isinstance(start, str) else list(start)
     if not names or any(name not in STARTS for name in names):
         raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(STARTS)}")
-    programs: Sequence[SelectionProgram] = OnDemand(
-        lambda number: SelectionProgram(blocks[number]), len(blocks)
-    )
-    if not isinstance(blocks, OnDemand):
-        programs = list(programs)
+    programs = mapped(SelectionProgram, blocks)
     deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     ends: list[list[SearchResult]] = []
     for name in names if warm is None else ["warm"]:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.hessian.on_demand import chosen
 from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.select.selection_program.large import (
@@ -89,14 +88,11 @@ def swap_search_batch(
         size = max(1, tuning.batch_bytes // (8 * max(1, n) ** 2))
         for first in range(0, len(members), size):
             batch = members[first : first + size]
-            chosen = OnDemand(partial(_member, programs, batch), len(batch))
-            ends = _search_dense(chosen, [starts[i] for i in batch], tolerance, max_swaps, deadline, tuning)
+            ends = _search_dense(
+                chosen(programs, batch), [starts[i] for i in batch], tolerance, max_swaps, deadline, tuning
+            )
             results.update(zip(batch, ends, strict=True))
     return [results[number] for number in range(len(programs))]
-
-
-def _member(programs: Sequence[SelectionProgram], batch: Sequence[int], place: int) -> SelectionProgram:
-    return programs[batch[place]]
 
 
 def _grams(programs: Sequence[SelectionProgram]) -> Tensor:
