@@ -7,14 +7,13 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.products import step_loss
 from cbs_opt.network.partition import Partition
 from cbs_opt.report.record import BlockSummary, LayerSummary
 from cbs_opt.select.choice import Choice
@@ -47,18 +46,20 @@ def block_summaries(
     without the layer-input term.
     """
     summaries = []
+    start = 0
     for block, choice in zip(blocks, best.choices, strict=True):
         before = block.weights.double()
         selection = updated = None
         if modelled:
-            chosen = replace(block, channels=None) if by_rows else block
-            selection = step_loss(chosen, torch.where(choice.pruned, -before, 0.0))
-            updated = step_loss(block, best.weights[block.start : block.stop].double() - before)
+            chosen = block.without_channels() if by_rows else block
+            selection = chosen.step_loss(torch.where(choice.keep, 0.0, -before))
+            updated = block.step_loss(best.weights[start : start + block.n].double() - before)
+        start += block.n
         summaries.append(
             BlockSummary(
                 name=block.name,
                 n=block.n,
-                n_prune=int(choice.pruned.sum()),
+                n_prune=int((~choice.keep).sum()),
                 selection_loss=selection,
                 updated_loss=updated,
                 initial_loss=choice.initial_value,

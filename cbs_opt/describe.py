@@ -108,7 +108,7 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
         return certify_report(
             report,
             model.blocks(damping, layer_inputs, gradient=recipe.gradient),
-            [~choice.pruned for choice in best.choices],
+            [choice.keep for choice in best.choices],
             proved=proved,
             time_limit=certify.time_limit,
             block_dir=certify.block_dir,

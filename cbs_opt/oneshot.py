@@ -20,7 +20,10 @@ from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.execution.selector import by_workers
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.hessian.operators import Hessian
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
@@ -28,7 +31,7 @@ from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.recipe.records import Recipe, Request, in_units
 from cbs_opt.recipe.select import Select
 from cbs_opt.runs.progress import RunProgress
-from cbs_opt.select.choice import Choice
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger
 from cbs_opt.select.methods import Method, find_method
 from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
@@ -123,6 +126,9 @@ class Candidate:
 class LossModel:
     """The quadratic model of the loss at the trained weights, block by block.
 
+    Gram matrices of kept sets are shared by all blocks of a name, and brought from one set to the next:
+    the order of the updates decides their rounding.
+
     Parameters
     ----------
     partition : Partition
@@ -136,6 +142,7 @@ class LossModel:
         self.weights = weights
         self.rows = rows
         self._unit: float | None = None
+        self._grams = SharedGrams(len(partition.blocks))
 
     @property
     def unit(self) -> float:
@@ -154,17 +161,19 @@ class LossModel:
         def block(number: int) -> FisherBlock:
             span = self.partition.blocks[number]
             weights = self.weights[span.start : span.stop]
+            piece = weights.new_zeros((0, len(weights)))
+            if rows is not None:
+                piece = rows.block(span.start, span.stop)
+            plain = RowsHessian(piece, self._grams.of(span.name, piece.shape[0]))
+            hessian: Hessian = plain
+            if term is not None:
+                hessian = ChannelHessian(plain, term.within(span.start, span.stop))
             return FisherBlock(
                 name=span.name,
-                start=span.start,
-                stop=span.stop,
                 weights=weights,
-                rows=weights.new_zeros((0, len(weights)))
-                if rows is None
-                else rows.block(span.start, span.stop),
-                gradient=None if slope is None else slope[span.start : span.stop],
+                hessian=hessian,
                 damping=damping,
-                channels=None if term is None else term.within(span.start, span.stop),
+                gradient=None if slope is None else slope[span.start : span.stop],
             )
 
         blocks = OnDemand(block, len(self.partition.blocks))
@@ -192,7 +201,7 @@ def scoring_of(recipe: Recipe) -> Method:
     """Return the method whose saliency spends a global budget."""
     if recipe.weights.budget_score is not None:
         return find_method(recipe.weights.budget_score, "selection")
-    return method_of(recipe).scoring(select_of(recipe).program)
+    return method_of(recipe)
 
 
 def needs_curvature(request: Request) -> bool:
@@ -215,27 +224,15 @@ def choose(
     *,
     seed: int,
     resources: Resources,
-    ledger: Any = None,
+    ledger: Ledger = NO_LEDGER,
 ) -> list[Choice]:
-    """Select the pruned set of every block by the method of a recipe."""
-    select = select_of(recipe)
-    method = method_of(recipe)
-    limits = Limits(time_limit=select.time_limit, seed=seed)
-    options = {**select.method_options, **({} if ledger is None else {"ledger": ledger})}
+    """Select the kept set of every block by the method of a recipe."""
+    select, method = select_of(recipe), method_of(recipe)
     engine = method.selector(select.program)
-    if engine is None:
-        from cbs_opt.select.selectors import by_solver
-
-        assert method.solver is not None
-        if resources.workers is not None:
-            engine = by_workers(method.solver, method.name, select.program, resources.workers)
-        else:
-            engine = by_solver(method.solver, method.name, select.program)
-    import inspect
-
-    if "ledger" not in inspect.signature(engine).parameters:
-        options.pop("ledger", None)
-    return engine(blocks, counts, limits=limits, **options)
+    if method.blockwise and resources.workers is not None:
+        engine = by_workers(method.engine, method.name, select.program, resources.workers)
+    limits = Limits(time_limit=select.time_limit, seed=seed)
+    return engine(blocks, counts, limits=limits, ledger=ledger, **select.method_options)
 
 
 def one_shot(task: Task, rows: Rows | None) -> tuple[Candidate, LossModel]:
@@ -283,11 +280,7 @@ def take_rows(task: Task) -> Rows | None:
 
 
 def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
-    """Yield the network of every recipe and seed; recipes with the same sets share the selection.
-
-    Gram matrices are shared by all, so the order decides the rounding.
-    """
-    grams = SharedGrams(len(task.partition.blocks))
+    """Yield the network of every recipe and seed; recipes with the same sets share the selection."""
     selections = 0
     for group in grouped(task.request.recipes, _set_key):
         recipe = group[0]
@@ -317,7 +310,7 @@ def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
                         ledger=ledger,
                     )
                     ledger.close(choices)
-            yield from _updated(task, model, group, choices, grams)
+            yield from _updated(task, model, group, choices)
 
 
 def grouped(recipes: Iterable[Recipe], key: Callable[[Recipe], object]) -> list[list[Recipe]]:
@@ -356,12 +349,9 @@ def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> lis
     return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
 
 
-def _updated(
-    task: Task, model: LossModel, group: list[Recipe], choices: list[Choice], grams: SharedGrams
-) -> Iterator[Candidate]:
+def _updated(task: Task, model: LossModel, group: list[Recipe], choices: list[Choice]) -> Iterator[Candidate]:
     """Yield the networks that one selection gives, one a recipe."""
-    sets = [choice.pruned for choice in choices]
-    pruned = torch.cat(sets)
+    keep = torch.cat([choice.keep for choice in choices])
     before = task.weights.double()
     for members in grouped(group, lambda recipe: recipe.update and recipe.update.kind):
         dampings = list(dict.fromkeys(in_units(recipe.damping, model.unit) for recipe in members))
@@ -370,15 +360,17 @@ def _updated(
         if update is not None:
             blocks = model.blocks(dampings[0], term_of(members[0]), gradient=members[0].gradient)
             with task.clock.phase("update"):
-                moved = grams.updates(UPDATERS[update.kind], blocks, sets, dampings)
+                move = UPDATERS[update.kind]
+                # No block outlives its turn: rows on disk leave memory with it.
+                moved = [move(blocks[i], choice.keep, dampings) for i, choice in enumerate(choices)]
             targets = [torch.cat(pieces) for pieces in zip(*moved, strict=True)]
         for recipe in members:
             damping = in_units(recipe.damping, model.unit)
             if recipe.update is None:
-                weights, scale = torch.where(pruned, 0.0, task.weights), None
+                weights, scale = torch.where(keep, task.weights, 0.0), None
             else:
                 target, scale = targets[dampings.index(damping)], recipe.update.scale
-                weights = torch.where(pruned, 0.0, before + scale * (target - before))
+                weights = torch.where(keep, before + scale * (target - before), 0.0)
             loss = None
             if task.request.candidates > 1:
                 with task.clock.phase("choice"):
@@ -386,7 +378,7 @@ def _updated(
             yield Candidate(
                 choices=choices,
                 weights=weights,
-                keep=~pruned,
+                keep=keep,
                 recipe=recipe,
                 damping=damping,
                 scale=scale,

@@ -14,7 +14,7 @@ from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import default_layer_inputs
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.describe import certified, describe
-from cbs_opt.hessian.block import DENSE_LIMIT
+from cbs_opt.hessian.channel_system import DENSE_LIMIT
 from cbs_opt.network.data import Data, LossFunction, sample_count
 from cbs_opt.network.guard import unchanged
 from cbs_opt.network.partition import BlockRule, Partition
@@ -250,8 +250,6 @@ def _prepared(
         if rule != "global":
             text = 'rows of %s weights do not fit in memory: blocks are cut by "%s"'
             logger.warning(text, partition.n, rule)
-                'rows of %s weights do not fit in memory: blocks are cut by "%s"', partition.n, rule
-            )
             partition = _partition(model, request.recipes[0].weights, rule)
             resources = replace(resources, row_memory=row_memory)
             size = _size(request, partition, resources, data)
@@ -324,7 +322,7 @@ def _check_methods(request: Request, resources: Resources) -> None:
         if select.tries > 1 and not method.randomized:
             found = f"{select.tries} for {method.name}"
             raise ArgumentError("select.repeats", found, "it has no random choice: use 1")
-        if resources.workers is not None and method.selector(select.program) is not None:
+        if resources.workers is not None and not method.blockwise:
             found = f"given for {method.name} on program {select.program!r}, which takes all blocks at once"
             remedy = (
                 'leave it out, or use a method that takes one block at a time, such as "branch_and_bound"'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 import warnings
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.joint_program.selectors import SearchInterruptedError
+from cbs_opt.hessian.dense import DenseHessian
+from cbs_opt.hessian.rows import RowsHessian
+from cbs_opt.select.choice import SearchInterruptedError
 from cbs_opt.select.methods import Method, available_methods, find_method
 from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
@@ -100,11 +101,9 @@ def solve(
     )
     if program == "joint":
         problem.require_definite()
-    if chosen.selector(program) is not None:
+    if not chosen.blockwise:
         return _select(chosen, problem, program, limits, incumbent, options)
-    solution: BlockSolution = chosen.engine(program)(
-        problem, program, limits=limits, incumbent=incumbent, **options
-    )
+    solution: BlockSolution = chosen.engine(problem, program, limits=limits, incumbent=incumbent, **options)
     return solution
 
 
@@ -257,16 +256,16 @@ def _select(
     incumbent: BlockSolution | None,
     options: Mapping[str, Any],
 ) -> BlockSolution:
-    """A method of `cbs_opt.select.selectors` on one block, evaluated under the program."""
+    """Run a `Selector` on one block, evaluated under the program."""
     began = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
-    if pool.keep is not None and "warm" in inspect.signature(method.engine(program)).parameters:
-        options = {**options, "warm": [torch.from_numpy(~pool.keep)]}
+    warm = None if pool.keep is None else [torch.from_numpy(pool.keep)]
     try:
-        choice = method.engine(program)([_as_block(problem)], [problem.n_prune], limits=limits, **options)[0]
+        select = method.selector(program)
+        choice = select([_as_block(problem)], [problem.n_prune], limits=limits, warm=warm, **options)[0]
     except SearchInterruptedError as stop:
         choice = stop.choice
-    pool.offer(~choice.pruned.numpy())
+    pool.offer(choice.keep.numpy())
     stats = SolveStats(
         seconds=time.perf_counter() - began, iterations=choice.iterations, message=choice.status
     )
@@ -276,21 +275,15 @@ def _select(
 
 
 def _as_block(problem: BlockProblem) -> FisherBlock:
-    tensors = {
-        name: None if array is None else _view(array)
-        for name in ("weights", "rows", "hessian", "gradient")
-        for array in [getattr(problem, name)]
-    }
-    assert tensors["weights"] is not None
+    data = problem.rows if problem.rows is not None else problem.hessian
+    assert data is not None
+    matrix = _view(data)
     return FisherBlock(
         name=problem.name,
-        start=0,
-        stop=problem.n,
-        weights=tensors["weights"],
-        rows=tensors["rows"],
-        hessian=tensors["hessian"],
-        gradient=tensors["gradient"],
+        weights=_view(problem.weights),
+        hessian=DenseHessian(matrix) if problem.rows is None else RowsHessian(matrix),
         damping=problem.damping,
+        gradient=None if problem.gradient is None else _view(problem.gradient),
     )
 
 

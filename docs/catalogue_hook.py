@@ -28,23 +28,23 @@ def methods_table() -> str:
             method.kind,
             method.summary.replace("|", "\\|"),
             _words(method.programs),
-            _words([program for program in method.programs if method.selector(program)]) or "-",
+            "-" if method.blockwise else "yes",
             "yes" if method.randomized else "-",
             "yes" if method.needs_curvature else "-",
         )
         for method in available_methods()
     ]
-    head = ("method", "kind", "what it does", "programs", "matrix-free for", "random", "needs curvature")
+    head = ("method", "kind", "what it does", "programs", "matrix-free", "random", "needs curvature")
     return _table(head, rows)
 
 
 def options_table() -> str:
     """One row a method and program that takes options, with their defaults."""
     rows = [
-        (f"`{method.name}`", program, _defaults(method, program))
+        (f"`{method.name}`", program, _defaults(method))
         for method in available_methods()
         for program in method.programs
-        if method.options(program)
+        if method.options
     ]
     return _table(("method", "program", "options and defaults"), rows)
 
@@ -82,8 +82,8 @@ TABLES = {
 }
 
 
-def _defaults(method: Method, program: str) -> str:
-    return ", ".join(f"`{name}={default!r}`" for name, default in method.options(program).items())
+def _defaults(method: Method) -> str:
+    return ", ".join(f"`{name}={default!r}`" for name, default in method.options.items())
 
 
 def _words(names: Any) -> str:

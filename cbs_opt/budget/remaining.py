@@ -23,7 +23,7 @@ def counts_left(
     scoring: Method,
     blocks: Sequence[FisherBlock],
 ) -> list[int]:
-    """Weights to prune now in each of `blocks`, the blocks that have any left.
+    """Return the weights to prune now in each of `blocks`, the blocks that have any left.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ def run(as_json: AsJson = False) -> None:
                     "name": method.name,
                     "kind": method.kind,
                     "programs": method.programs,
-                    "options": {program: method.options(program) for program in method.programs},
+                    "options": dict.fromkeys(method.programs, method.options),
                     "summary": method.summary,
                 }
                 for method in methods
@@ -38,6 +38,4 @@ def run(as_json: AsJson = False) -> None:
 
 
 def _options(method: Method) -> str:
-    """Names of the options for any program, each once."""
-    names = dict.fromkeys(name for program in method.programs for name in method.options(program))
-    return " ".join(names) or "-"
+    return " ".join(method.options) or "-"

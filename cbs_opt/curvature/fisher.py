@@ -18,6 +18,7 @@ from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate, regroup, sample_count
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.targets import Globs
@@ -293,10 +294,8 @@ def fisher_blocks(
     return [
         FisherBlock(
             name=block.name,
-            start=block.start,
-            stop=block.stop,
             weights=weights[block.start : block.stop],
-            rows=rows.block(block.start, block.stop),
+            hessian=RowsHessian(rows.block(block.start, block.stop)),
             gradient=rows.gradient[block.start : block.stop],
             damping=damping,
         )

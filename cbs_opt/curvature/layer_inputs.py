@@ -16,12 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from cbs_opt.curvature.gradients import require_evaluation_mode
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.hessian.channels import ChannelTerm
+from cbs_opt.hessian.channels import Channel, ChannelTerm
 from cbs_opt.network.data import Data, device_of, forward, iterate
-from cbs_opt.network.partition import Partition
+from cbs_opt.network.partition import ParameterSpan, Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.system.checks import whole_number
-from formulations.errors import NonFiniteError
+from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,59 @@ def with_layer_inputs(
     """
     if moments is None:
         moments = input_moments(model, data, partition, samples=samples, seed=seed, weights=weights)
-    term = ChannelTerm.matched_to(moments, partition, rows.column_squares(), weight=weight)
+    term = matched_term(moments, partition, rows.column_squares(), weight=weight)
     return replace(rows, channels=term)
+
+
+def matched_term(
+    moments: Mapping[str, Tensor], partition: Partition, squares: Tensor, *, weight: float = 1.0
+) -> ChannelTerm:
+    """Return the term whose mean diagonal in every channel is `weight` times that of the rows.
+
+    Parameters
+    ----------
+    moments : mapping of parameter name to (f, f) or (groups, f, f) Tensor
+        See `input_moments`. A parameter without moments, or with moments that are zero, gets a multiple of
+        the identity.
+    partition : Partition
+    squares : (n,) float64 Tensor
+        ``diag(rows^T rows)`` of all its weights.
+    weight : float, default 1
+
+    Raises
+    ------
+    ArgumentError
+        If `weight` is not positive.
+    ShapeError
+        If a moment does not fit its parameter.
+    """
+    if not weight > 0.0:
+        raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
+    channels: list[Channel] = []
+    for span in partition.parameters:
+        groups = _by_group(span, moments.get(span.name), squares)
+        size = groups[0].shape[0]
+        members = span.shape[0] // len(groups)
+        means = squares[span.start : span.stop].view(-1, size).mean(dim=1).tolist()
+        for number, mean in enumerate(means):
+            moment = groups[number // members]
+            first = span.start + number * size
+            scale = weight * mean / float(moment.diagonal().mean())
+            channels.append(Channel(start=first, stop=first + size, moment=moment, scale=scale))
+    return ChannelTerm(channels=tuple(channels), weight=weight)
+
+
+def _by_group(span: ParameterSpan, moment: Tensor | None, squares: Tensor) -> list[Tensor]:
+    """Return the (f, f) moments of each group of output channels; the identity where nothing is known."""
+    size = math.prod(span.shape[1:])
+    if moment is None:
+        moment = torch.eye(size, dtype=torch.float64, device=squares.device)
+    blocks = list(moment.double().reshape(-1, *moment.shape[-2:]))
+    if any(group.shape != (size, size) for group in blocks) or span.shape[0] % len(blocks):
+        shape = f"shape {tuple(moment.shape)} for {span.name} of shape {span.shape}"
+        raise ShapeError("moments", shape, "compute them for this network")
+    identity = torch.eye(size, dtype=torch.float64, device=squares.device)
+    return [group if bool(group.diagonal().any()) else identity for group in blocks]
 
 
 def term_work(partition: Partition) -> float:

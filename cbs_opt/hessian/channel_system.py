@@ -11,15 +11,20 @@ the solution to double precision in a few steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.products import adjoint_image, factorise, hessian_diagonal, image
+from cbs_opt.hessian.channels import ChannelTerm
+from cbs_opt.hessian.dense import DenseHessian
+from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
+from cbs_opt.hessian.products import adjoint_image, factorise, image, solved
+from formulations.errors import ShapeError, UnsupportedProblemError
 
+DENSE_LIMIT = 4_096
+"""Largest block whose whole Hessian is formed because of its term over channels."""
 GROUP = 2_048
 """Columns of neighbouring channels that one product takes at once."""
 SINGLE_LIMIT = 1e4
@@ -37,16 +42,77 @@ class _Factored:
     factor: Tensor
 
 
-class ChannelSystem:
-    """``H_KK`` of a block with a channel term, factored once for solves and its inverse's diagonal.
+class ChannelHessian(Hessian):
+    """``A = R^T R + C`` with C block-diagonal over output channels, or a matrix in the place of ``R^T R``.
 
     Parameters
     ----------
-    block : FisherBlock
-        With channels.
+    base : PlainHessian
+        ``R^T R``, or the matrix.
+    channels : ChannelTerm
+        C, of the same n weights.
+    """
+
+    def __init__(self, base: PlainHessian, channels: ChannelTerm) -> None:
+        if channels.n != base.n:
+            found = f"a term of {channels.n} weights beside {base.n}"
+            raise ShapeError("channels", found, "take the term within the range of the block")
+        self.base, self.channels = base, channels
+        self.n = base.n
+        self.by_channels = base.by_rows
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.base.product(x) + self.channels.product(x)
+
+    def diagonal(self) -> Tensor:
+        return self.base.diagonal() + self.channels.diagonal()
+
+    def quadratic(self, step: Tensor) -> float:
+        return self.base.quadratic(step) + float(step @ self.channels.product(step))
+
+    def dense(self) -> Tensor:
+        return self.base.dense() + self.channels.dense()
+
+    def plain(self, purpose: str) -> PlainHessian:
+        if self.n > DENSE_LIMIT:
+            found = f"{purpose} on {self.n} weights with a layer-input term"
+            remedy = f"cut blocks of at most {DENSE_LIMIT}, leave the term out, or search by greedy_obs"
+            raise UnsupportedProblemError("partition", found, f'{remedy}, program="joint"')
+        return DenseHessian(self.dense())
+
+    def without_channels(self) -> Hessian:
+        return self.base
+
+    def factored(
+        self, dampings: Sequence[float], keep: Tensor | None = None, name: str = ""
+    ) -> Iterator[Factor]:
+        for damping in dampings:
+            yield self.system(damping, keep, name)
+
+    def system(
+        self,
+        damping: float,
+        keep: Tensor | None = None,
+        name: str = "",
+        precision: torch.dtype | None = None,
+    ) -> ChannelSystem:
+        """Return ``H_KK`` for one damping, in the precision of the rows or another."""
+        kept = torch.arange(self.n, device=self.base.data.device)
+        kept = kept if keep is None else keep.nonzero().squeeze(1)
+        return ChannelSystem(self, kept, damping, name, precision or self.base.precision)
+
+
+class ChannelSystem:
+    """``H_KK`` of a `ChannelHessian`, factored once for solves and its inverse's diagonal: a `Factor`.
+
+    Parameters
+    ----------
+    hessian : ChannelHessian
     kept : (s,) int64 Tensor
         Kept weights in increasing order.
     damping : float
+    name : str
+        Of the block, for messages.
     precision : torch.dtype, default float64
         Of the products with the rows, where the work is. Solutions are in float64 whatever it is; the
         diagonal of the inverse is not.
@@ -59,34 +125,42 @@ class ChannelSystem:
     Notes
     -----
     O(m^2 s + sum of m k^2 over channels of k kept weights); memory beyond the block O(m^2 + sum of
-    k^2). Where ``s <= m``, or the block has a Hessian for rows, ``H_KK`` is formed instead: O(m s^2).
+    k^2). Where ``s <= m``, or there is a matrix for rows, ``H_KK`` is formed instead: O(m s^2).
     """
 
     def __init__(
-        self, block: FisherBlock, kept: Tensor, damping: float, precision: torch.dtype = torch.float64
+        self,
+        hessian: ChannelHessian,
+        kept: Tensor,
+        damping: float,
+        name: str = "",
+        precision: torch.dtype = torch.float64,
     ) -> None:
-        assert block.channels is not None
-        self.block = block
+        self.hessian = hessian
         self.kept = kept
         self.damping = damping
+        self.name = name
         self.precision = precision
-        member = torch.zeros(block.n, dtype=torch.bool, device=kept.device)
-        member[kept] = True
-        self.channels = block.channels.restricted(member)
+        self.member = torch.zeros(hessian.n, dtype=torch.bool, device=kept.device)
+        self.member[kept] = True
+        self.channels = hessian.channels.restricted(self.member)
         self.whole: Tensor | None = None
-        if block.rows is None or len(kept) <= block.rows.shape[0]:
-            self.whole = factorise(self._dense(), block)
+        if len(kept) <= hessian.base.rank:
+            self.whole = self._factorise(self._dense())
             return
-        self.rows = block.rows
+        self.rows = hessian.base.data
         self.parts = self._factored()
         inner = self._inner_matrix()
         if precision != torch.float64 and float(inner.diagonal().amax()) > SINGLE_LIMIT:
             self.precision = torch.float64
             inner = self._inner_matrix()
-        self.inner = factorise(inner, block)
+        self.inner = self._factorise(inner)
+
+    def _factorise(self, matrix: Tensor) -> Tensor:
+        return factorise(matrix, self.name, self.damping)
 
     def _factored(self) -> list[_Factored]:
-        """The factors of D, in one piece of memory: between temporaries they would leave holes."""
+        """Return the factors of D, in one piece of memory: between temporaries they would leave holes."""
         channels = self.channels.channels
         squares = [(channel.stop - channel.start) ** 2 for channel in channels]
         storage = torch.empty(sum(squares), dtype=torch.float64, device=self.kept.device)
@@ -95,111 +169,93 @@ class ChannelSystem:
             matrix = channel.matrix()
             matrix.diagonal().add_(self.damping)
             # By columns, as LAPACK has it.
-            factor = piece.view_as(matrix).T.copy_(factorise(matrix, self.block))
+            factor = piece.view_as(matrix).T.copy_(self._factorise(matrix))
             parts.append(_Factored(index=self.kept[channel.start : channel.stop], factor=factor))
         return parts
 
-    def solve(self, right: Tensor) -> Tensor:
-        """``H_KK^-1 right`` for `right` (s,) float64."""
+    def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
+        """See `Factor`."""
+        if removed is not None:
+            right = right + self.hessian.channels.product(removed)[self.kept]
+            right = right + self.hessian.base.cross(self.kept, removed)
         if self.whole is not None:
-            solved: Tensor = torch.cholesky_solve(right[:, None], self.whole)[:, 0]
-            return solved
+            return solved(self.whole, right)
         solution, settled = self._refined(right)
         if not settled and self.precision != torch.float64:
             self.precision = torch.float64
-            self.inner = factorise(self._inner_matrix(), self.block)
+            self.inner = self._factorise(self._inner_matrix())
             solution, _ = self._refined(right)
         return solution
 
     def inverse_diagonal(self) -> Tensor:
-        """``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s)."""
+        """Return ``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s)."""
         if self.whole is not None:
             diagonal: Tensor = torch.cholesky_inverse(self.whole).diagonal()
             return diagonal
         inverse = self._inverse_factor()
         diagonals = []
         for group in _groups(self.parts):
-            own = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
+            alone = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
             spread = torch.cat([self._spread(part) for part in group])
             seen = (spread @ inverse.T).square_().sum(dim=1).double()
-            diagonals.append((own - seen).maximum(torch.finfo(self.precision).eps * own))
+            diagonals.append((alone - seen).maximum(torch.finfo(self.precision).eps * alone))
         return torch.cat(diagonals)
 
     def schur_diagonal(self) -> Tensor:
-        """``diag(H_PP - H_PK H_KK^-1 H_KP)`` of the weights P that are not kept, (n - s,) float64.
+        """Return ``diag(H_PP - H_PK H_KK^-1 H_KP)`` of the weights P that are not kept, (n - s,) float64.
 
         In the precision of the system; O(m^2 (n - s) + sum of m k p over channels of k kept weights and
         p others).
         """
-        assert self.block.channels is not None
         if self.whole is not None:
             return self._dense_schur_diagonal(self.whole)
         inverse = self._inverse_factor()
         parts = iter(self.parts)
         part = next(parts, None)
         diagonals = []
-        for channel in self.block.channels.channels:
+        for channel in self.hessian.channels.channels:
             member = torch.zeros(channel.stop - channel.start, dtype=torch.bool, device=self.kept.device)
-            own = part if part is not None and int(part.index[0]) < channel.stop else None
-            if own is not None:
-                member[own.index - channel.start] = True
+            inside = part if part is not None and int(part.index[0]) < channel.stop else None
+            if inside is not None:
+                member[inside.index - channel.start] = True
                 part = next(parts, None)
             others = (~member).nonzero().squeeze(1)
             if not len(others):
                 continue
             outer = self.rows.index_select(1, others + channel.start).to(self.precision).T
             diagonal = channel.diagonal()[others] + self.damping
-            if own is not None:
+            if inside is not None:
                 cross = channel.matrix()[member][:, others]
-                cross = torch.linalg.solve_triangular(own.factor, cross, upper=False)
+                cross = torch.linalg.solve_triangular(inside.factor, cross, upper=False)
                 diagonal = (diagonal - cross.square().sum(dim=0)).clamp_min(self.damping)
-                outer = outer - cross.to(self.precision).T @ self._half(own)
+                outer = outer - cross.to(self.precision).T @ self._half(inside)
             diagonals.append(diagonal + (outer @ inverse.T).square_().sum(dim=1).double())
         return torch.cat(diagonals) if diagonals else torch.zeros_like(self.inner[0, :0])
 
     def _inverse_factor(self) -> Tensor:
-        """``L^-1`` with ``L L^T = M``, in the precision of the products."""
+        """Return ``L^-1`` with ``L L^T = M``, in the precision of the products."""
         identity = torch.eye(len(self.inner), dtype=torch.float64, device=self.inner.device)
         inverse: Tensor = torch.linalg.solve_triangular(self.inner, identity, upper=False)
         return inverse.to(self.precision)
 
     def _dense_schur_diagonal(self, factor: Tensor) -> Tensor:
-        member = torch.zeros(self.block.n, dtype=torch.bool, device=self.kept.device)
-        member[self.kept] = True
-        diagonal = hessian_diagonal(self.block) - self.block.damping + self.damping
+        diagonal = self.hessian.diagonal() + self.damping
         pieces = [diagonal[:0]]
-        for others in torch.split((~member).nonzero().squeeze(1), GROUP):
-            cross = self._dense_columns(others)
+        for others in torch.split((~self.member).nonzero().squeeze(1), GROUP):
+            cross = self.hessian.base.entries(self.kept, others)
+            cross = cross + self.hessian.channels.entries(self.kept, others)
             cross = torch.linalg.solve_triangular(factor, cross, upper=False)
             pieces.append((diagonal[others] - cross.square().sum(dim=0)).clamp_min(self.damping))
         return torch.cat(pieces)
 
-    def _dense_columns(self, others: Tensor) -> Tensor:
-        """``H_KJ`` of weights `others` that are not kept, (s, j) float64."""
-        block = self.block
-        assert block.channels is not None
-        if block.rows is None:
-            assert block.hessian is not None
-            columns = block.hessian.index_select(0, self.kept).index_select(1, others).double()
-        else:
-            columns = block.rows.index_select(1, self.kept).double().T
-            columns = columns @ block.rows.index_select(1, others).double()
-        return columns + block.channels.entries(self.kept, others)
-
     def _dense(self) -> Tensor:
-        """``H_KK``, (s, s) float64."""
-        if self.block.rows is None:
-            assert self.block.hessian is not None
-            matrix = self.block.hessian.index_select(0, self.kept).index_select(1, self.kept).double()
-        else:
-            columns = self.block.rows.index_select(1, self.kept).double()
-            matrix = columns.T @ columns
-        matrix = matrix + self.channels.dense()
+        """Return ``H_KK``, (s, s) float64."""
+        matrix = self.hessian.base.part(self.kept) + self.channels.dense()
         matrix.diagonal().add_(self.damping)
         return matrix
 
     def _inner_matrix(self) -> Tensor:
-        """``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
+        """Return ``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
         inner = torch.eye(self.rows.shape[0], dtype=torch.float64, device=self.kept.device)
         for group in _groups(self.parts):
             half = torch.cat([self._half(part) for part in group])
@@ -207,25 +263,24 @@ class ChannelSystem:
         return inner
 
     def _half(self, part: _Factored) -> Tensor:
-        """``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
+        """Return ``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
         columns = self.rows.index_select(1, part.index).to(self.precision)
         half: Tensor = torch.linalg.solve_triangular(part.factor.to(self.precision), columns.T, upper=False)
         return half
 
     def _spread(self, part: _Factored) -> Tensor:
-        """``D_k^-1 R_k^T``, (k, m)."""
+        """Return ``D_k^-1 R_k^T``, (k, m)."""
         upper = part.factor.to(self.precision).T
         spread: Tensor = torch.linalg.solve_triangular(upper, self._half(part), upper=True)
         return spread
 
     def _apply_inverse(self, right: Tensor) -> Tensor:
-        """``H_KK^-1 right`` as far as the precision of M goes, by a fixed symmetric positive matrix."""
+        """Return ``H_KK^-1 right`` as far as the precision of M goes, by a fixed positive matrix."""
         first = self._by_channel(right)
-        dual = torch.cholesky_solve(self._image(first)[:, None], self.inner)[:, 0]
-        return first - self._by_channel(self._back(dual))
+        return first - self._by_channel(self._back(solved(self.inner, self._image(first))))
 
     def _refined(self, right: Tensor) -> tuple[Tensor, bool]:
-        """Conjugate gradients preconditioned by `_apply_inverse`, and whether they came to the goal."""
+        """Run conjugate gradients preconditioned by `_apply_inverse`, and whether they came to the goal."""
         solution = self._apply_inverse(right)
         goal = RESIDUAL**2 * float(right @ solution)
         residual = right - self._product(solution)
@@ -244,32 +299,27 @@ class ChannelSystem:
         return solution, 0.0 <= square <= goal
 
     def _product(self, x: Tensor) -> Tensor:
-        """``H_KK x``, (s,) float64."""
+        """Return ``H_KK x``, (s,) float64."""
         return self._back(self._image(x)) + self.channels.product(x) + self.damping * x
 
     def _image(self, x: Tensor) -> Tensor:
-        """``R_K x``, (m,) float64."""
-        scattered = x.new_zeros(self.block.n)
+        """Return ``R_K x``, (m,) float64."""
+        scattered = x.new_zeros(self.hessian.n)
         scattered[self.kept] = x
         return image(self.rows, scattered)
 
     def _back(self, y: Tensor) -> Tensor:
-        """``R_K^T y``, (s,) float64."""
+        """Return ``R_K^T y``, (s,) float64."""
         return adjoint_image(self.rows, y)[self.kept]
 
     def _by_channel(self, right: Tensor) -> Tensor:
-        """``D^-1 right``."""
+        """Return ``D^-1 right``."""
         pieces = torch.split(right, [len(part.index) for part in self.parts])
-        return torch.cat(
-            [
-                torch.cholesky_solve(piece[:, None], part.factor)[:, 0]
-                for piece, part in zip(pieces, self.parts, strict=True)
-            ]
-        )
+        return torch.cat([solved(part.factor, piece) for piece, part in zip(pieces, self.parts, strict=True)])
 
 
 def _groups(parts: list[_Factored]) -> Iterator[list[_Factored]]:
-    """Neighbouring channels with at most `GROUP` kept weights together (or one channel alone)."""
+    """Return neighbouring channels with at most `GROUP` kept weights together (or one channel alone)."""
     group: list[_Factored] = []
     size = 0
     for part in parts:

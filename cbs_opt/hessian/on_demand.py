@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar, overload
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -26,9 +27,16 @@ class OnDemand(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> OnDemand[T]: ...
     def __getitem__(self, index: int | slice) -> T | OnDemand[T]:
-        chosen = range(self._length)[index]
-        return self._make(chosen) if isinstance(chosen, int) else self.take(chosen)
+        places = range(self._length)[index]
+        return self._make(places) if isinstance(places, int) else chosen(self, places)
 
-    def take(self, chosen: Sequence[int]) -> OnDemand[T]:
-        """The entries at `chosen`."""
-        return OnDemand(lambda index: self._make(chosen[index]), len(chosen))
+
+def chosen(entries: Sequence[T], places: Sequence[int]) -> OnDemand[T]:
+    """Return the entries at `places`, each taken when it is asked for."""
+    return OnDemand(lambda index: entries[places[index]], len(places))
+
+
+def mapped(change: Callable[[S], T], entries: Sequence[S]) -> Sequence[T]:
+    """Return what `change` makes of every entry, on demand if the entries are."""
+    changed = OnDemand(lambda index: change(entries[index]), len(entries))
+    return changed if isinstance(entries, OnDemand) else list(changed)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from cbs_opt.hessian.block import FisherBlock
 from formulations.errors import NotPositiveDefiniteError
 
 ROW_CHUNK = 8
@@ -17,13 +17,13 @@ COLUMN_CHUNK = 1_024
 
 
 def image(data: Tensor, x: Tensor) -> Tensor:
-    """``data x`` in float64, (m,), for `data` (m, n) of any precision."""
+    """Return ``data x`` in float64, (m,), for `data` (m, n) of any precision."""
     parts = [part @ x for part in double_chunks(data)]
     return torch.cat(parts) if parts else x.new_zeros(0)
 
 
 def adjoint_image(data: Tensor, y: Tensor) -> Tensor:
-    """``data^T y`` in float64, (n,), for `data` (m, n) of any precision."""
+    """Return ``data^T y`` in float64, (n,), for `data` (m, n) of any precision."""
     total = torch.zeros(data.shape[1], dtype=torch.float64, device=data.device)
     first = 0
     for part in double_chunks(data):
@@ -33,7 +33,7 @@ def adjoint_image(data: Tensor, y: Tensor) -> Tensor:
 
 
 def column_squares(rows: Tensor) -> Tensor:
-    """Squared column norms accumulated in float64, (n,)."""
+    """Return squared column norms accumulated in float64, (n,)."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in double_chunks(rows):
         total += part.square().sum(dim=0)
@@ -41,7 +41,7 @@ def column_squares(rows: Tensor) -> Tensor:
 
 
 def weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
-    """``sum_k weights_k rows_ki^2`` for float64 `weights` (m,), (n,) float64."""
+    """Return ``sum_k weights_k rows_ki^2`` for float64 `weights` (m,), (n,) float64."""
     total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
     for span, columns in column_pieces(rows):
         total[span] = weights @ columns.square()
@@ -49,7 +49,7 @@ def weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def double_chunks(data: Tensor) -> Iterator[Tensor]:
-    """The rows of `data` in float64, a few at a time; each chunk is gone when the next one comes."""
+    """Return the rows of `data` in float64, a few at a time; each chunk is gone when the next one comes."""
     if data.dtype == torch.float64:
         yield from torch.split(data, ROW_CHUNK)
         return
@@ -62,7 +62,7 @@ def double_chunks(data: Tensor) -> Iterator[Tensor]:
 def column_pieces(
     rows: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float64
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The columns `index` (all by default) of `rows` (m, n) in `dtype`, at most `COLUMN_CHUNK` at a time.
+    """Yield the columns `index` (all by default) of `rows` (m, n) in `dtype`, `COLUMN_CHUNK` at a time.
 
     Yields their positions among those columns, and the piece, (m, k), which is valid until the next one
     comes and not to be written to. Pieces that have to be made share one buffer: freed and made anew, they
@@ -84,88 +84,46 @@ def column_pieces(
 
 
 def inner_gram(rows: Tensor, index: Tensor | None = None) -> Tensor:
-    """``R_I R_I^T`` over the columns `index` (all by default), (m, m) float64; O(m^2 |I|)."""
+    """Return ``R_I R_I^T`` over the columns `index` (all by default), (m, m) float64; O(m^2 |I|)."""
     gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
     for _, columns in column_pieces(rows, index):
         gram.addmm_(columns, columns.T)
     return gram
 
 
-class KeptGram:
-    """``R_K R_K^T`` of a kept set that changes little from one call to the next.
-
-    Parameters
-    ----------
-    rows : (m, n) tensor
-
-    Notes
-    -----
-    Only columns that enter or leave K are multiplied: O(m^2 |change|), from the empty set at first. `rows`
-    may be taken away between two calls and given back.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self.members = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
-        self.gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
-
-    def of(self, keep: Tensor) -> Tensor:
-        """The Gram matrix of the columns where `keep` (n,) is True, (m, m) float64; do not write to it."""
-        changes = keep != self.members
-        if int(changes.sum()) > int(keep.sum()):
-            self.members, self.gram, changes = torch.zeros_like(keep), torch.zeros_like(self.gram), keep
-        entering = (changes & keep).nonzero().squeeze(1)
-        leaving = (changes & ~keep).nonzero().squeeze(1)
-        self.gram = self.gram + inner_gram(self.rows, entering) - inner_gram(self.rows, leaving)
-        self.members = keep.clone()
-        return self.gram
+def kept_adjoint(rows: Tensor, kept: Tensor, y: Tensor) -> Tensor:
+    """Return ``R_K^T y`` in float64, (s,), in chunks of columns."""
+    product = torch.empty(len(kept), dtype=torch.float64, device=rows.device)
+    for span, columns in column_pieces(rows, kept):
+        product[span] = columns.T @ y
+    return product
 
 
-def hessian_product(block: FisherBlock, x: Tensor) -> Tensor:
-    """``H x`` of a block for float64 `x`, (n,); the way back is in the precision of the rows."""
-    if block.rows is not None:
-        back = (block.rows.T @ image(block.rows, x).to(block.rows.dtype)).double()
-    else:
-        assert block.hessian is not None
-        back = image(block.hessian, x)
-    if block.channels is not None:
-        back = back + block.channels.product(x)
-    return back + block.damping * x
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """Return ``matrix + damping I``, a copy."""
+    result = matrix.clone()
+    result.diagonal().add_(damping)
+    return result
 
 
-def hessian_diagonal(block: FisherBlock) -> Tensor:
-    """``diag(H)`` of a block, (n,) float64."""
-    if block.rows is not None:
-        diagonal = column_squares(block.rows)
-    else:
-        assert block.hessian is not None
-        diagonal = torch.diagonal(block.hessian).double()
-    if block.channels is not None:
-        diagonal = diagonal + block.channels.diagonal()
-    return diagonal + block.damping
-
-
-def step_loss(block: FisherBlock, step: Tensor) -> float:
-    """Loss increase ``g.d + 1/2 d.H d`` that the block's model predicts for a float64 step (n,)."""
-    if block.rows is not None:
-        quadratic = image(block.rows, step).square().sum()
-    else:
-        assert block.hessian is not None
-        quadratic = step @ image(block.hessian, step)
-    if block.channels is not None:
-        quadratic = quadratic + step @ block.channels.product(step)
-    quadratic = quadratic + block.damping * step.square().sum()
-    linear = 0.0 if block.gradient is None else block.gradient.double() @ step
-    return float(linear + 0.5 * quadratic)
-
-
-def factorise(matrix: Tensor, block: FisherBlock) -> Tensor:
-    """Cholesky factor of a damped matrix of `block`, or `NotPositiveDefiniteError`."""
+def factorise(matrix: Tensor, name: str, damping: float) -> Tensor:
+    """Return the Cholesky factor of a matrix of block `name` with `damping` in it."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
     floor = torch.finfo(factor.dtype).eps * len(pivots) * max(pivots.tolist(), default=0.0)
     if int(info) != 0 or not bool((pivots > floor).all()):  # NaN fails as well
-        found = f"{block.damping:g}: the Hessian of block {block.name!r} is singular to rounding"
-        raise NotPositiveDefiniteError("damping", found, "use a larger damping")
+        raise_singular(name, damping, "the Hessian is singular to rounding")
     return factor
+
+
+def solved(factor: Tensor, right: Tensor) -> Tensor:
+    """Return the solution (s,) of a system with the Cholesky factor `factor`."""
+    solution: Tensor = torch.cholesky_solve(right[:, None], factor)[:, 0]
+    return solution
+
+
+def raise_singular(name: str, damping: float, why: str) -> NoReturn:
+    """Raise `NotPositiveDefiniteError` for a block and its damping."""
+    found = f"{damping:g} for block {name!r}: {why}"
+    raise NotPositiveDefiniteError("damping", found, "use a larger damping")

@@ -40,8 +40,8 @@ class ChoiceLedger:
         for piece in self._series.recall():
             self._known |= _decoded(piece, sizes, device)
 
-    def known(self, index: int) -> Choice | None:
-        """The choice for a block, if it was made."""
+    def choice(self, index: int) -> Choice | None:
+        """Return the choice for a block, if it was made."""
         return self._known.get(index)
 
     @property
@@ -78,7 +78,7 @@ def _encoded(choices: dict[int, Choice]) -> Piece:
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "index": np.array(list(choices), dtype=np.float64),
         "ending": np.array([distinct.index(ending) for ending in endings], dtype=np.float64),
-        "pruned": torch.cat([choice.pruned for choice in choices.values()]).cpu().numpy(),
+        "keep": torch.cat([choice.keep for choice in choices.values()]).cpu().numpy(),
     }
     for name in NUMBERS:
         values = [getattr(choice, name) for choice in choices.values()]
@@ -89,20 +89,20 @@ def _encoded(choices: dict[int, Choice]) -> Piece:
 def _decoded(piece: Piece, sizes: Sequence[int], device: torch.device) -> dict[int, Choice]:
     header, arrays = piece
     indices = [int(index) for index in arrays["index"]]
-    sets = torch.split(torch.from_numpy(arrays["pruned"]).to(device), [sizes[index] for index in indices])
+    sets = torch.split(torch.from_numpy(arrays["keep"]).to(device), [sizes[index] for index in indices])
     return {
-        index: _choice(header, arrays, row, pruned)
-        for row, (index, pruned) in enumerate(zip(indices, sets, strict=True))
+        index: _choice(header, arrays, row, keep)
+        for row, (index, keep) in enumerate(zip(indices, sets, strict=True))
     }
 
 
 def _choice(
-    header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]], row: int, pruned: Tensor
+    header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]], row: int, keep: Tensor
 ) -> Choice:
     status, limit = header["endings"][int(arrays["ending"][row])]
     initial, iterations, optimal, seconds, bound = (float(arrays[name][row]) for name in NUMBERS)
     return Choice(
-        pruned=pruned,
+        keep=keep,
         initial_value=None if math.isnan(initial) else initial,
         iterations=int(iterations),
         locally_optimal=None if math.isnan(optimal) else bool(optimal),

@@ -1,23 +1,26 @@
-"""The chosen set of one block, and what chooses it."""
+"""The chosen set of one block, what chooses it, and where choices are put down."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from formulations.solution import Limit
+from cbs_opt.hessian.block import FisherBlock
+from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """The pruned set of one block and how it was found.
+    """The kept set of one block and how it was chosen.
 
     Attributes
     ----------
-    pruned : (n,) bool tensor
-        True where the weight goes.
+    keep : (n,) bool tensor
+        True where the weight stays.
     initial_value : float or None
         Selection objective that a search started from.
     iterations : int
@@ -33,7 +36,7 @@ class Choice:
         What stopped it early.
     """
 
-    pruned: Tensor
+    keep: Tensor
     initial_value: float | None = None
     iterations: int = 0
     locally_optimal: bool | None = None
@@ -42,10 +45,126 @@ class Choice:
     status: str = ""
     limit: Limit | None = None
 
+    @classmethod
+    def of_solution(cls, block: FisherBlock, solution: BlockSolution) -> Choice:
+        """Return what a method of `formulations` found on a block as a choice."""
+        limit = "" if solution.limit is None else f", {solution.limit.value} limit"
+        return cls(
+            keep=torch.tensor(solution.keep, device=block.weights.device),
+            iterations=solution.stats.iterations,
+            seconds=solution.stats.seconds,
+            bound=solution.bound,
+            status=f"{solution.termination.value}{limit}",
+            limit=solution.limit,
+        )
 
-Selector = Callable[..., list[Choice]]
-"""``selector(blocks, counts, *, limits, **options)``: one choice a block, in order.
 
-One that takes a block at a time may take a `ChoiceLedger` as `ledger`: it leaves out the blocks that are
-known there, and adds the others as they are done.
-"""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SearchResult:
+    """What a search of one block found.
+
+    Attributes
+    ----------
+    keep : (n,) bool tensor
+        The kept set; its size is that of the start.
+    value, initial_value : float
+        Objective of the program after and before, in float64.
+    swaps : int
+    locally_optimal : bool
+        Proved: no single swap lowers the objective by more than the tolerance, over all pairs.
+    limit : Limit or None
+        What stopped the search before that.
+    seconds : float
+    trace : tuple of TracePoint
+        The objective after every accepted move, of searches that follow it.
+    """
+
+    keep: Tensor
+    value: float
+    initial_value: float
+    swaps: int
+    locally_optimal: bool
+    limit: Limit | None
+    seconds: float
+    trace: tuple[TracePoint, ...] = ()
+
+    @property
+    def ending(self) -> str:
+        """How the search ended, in a few words."""
+        return ending(self.locally_optimal, self.limit)
+
+
+def ending(locally_optimal: bool, limit: Limit | None) -> str:
+    """Return how a search ended, in a few words."""
+    if locally_optimal:
+        return "1-swap optimal"
+    if limit is None:
+        return "start kept: nothing better beyond rounding"
+    return f"stopped: {limit.value} limit"
+
+
+class SearchInterruptedError(KeyboardInterrupt):
+    """Ctrl-C during a selection, with the choice for the block at which it came."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self.choice = choice
+
+
+class Ledger(Protocol):
+    """The choices that are made already, and where further ones are put down."""
+
+    def choice(self, index: int) -> Choice | None:
+        """Return the choice for a block, if it was made."""
+        ...
+
+    def add(self, index: int, choice: Choice) -> None:
+        """Put down the choice for a block."""
+        ...
+
+
+class NoLedger:
+    """A `Ledger` that knows nothing and forgets everything."""
+
+    def choice(self, index: int) -> Choice | None:
+        """Return None."""
+        return None
+
+    def add(self, index: int, choice: Choice) -> None:
+        """Do nothing."""
+
+
+NO_LEDGER = NoLedger()
+
+
+class Selector(Protocol):
+    """What chooses the kept sets of blocks."""
+
+    def __call__(
+        self,
+        blocks: Sequence[FisherBlock],
+        counts: Sequence[int],
+        *,
+        limits: Limits,
+        warm: Sequence[Tensor] | None = None,
+        ledger: Ledger = NO_LEDGER,
+        **options: Any,
+    ) -> list[Choice]:
+        """Return one choice a block, in order.
+
+        Parameters
+        ----------
+        blocks : sequence of FisherBlock
+        counts : sequence of int
+            Weights to remove in each block.
+        limits : Limits
+            Of all blocks together.
+        warm : sequence of (n,) bool tensors, optional
+            A kept set for each block that a search starts from.
+        ledger : Ledger
+            A selector that takes a block at a time leaves out the blocks that have a choice there, and adds
+            the others as they are done.
+        **options
+            Of the method.
+        """
+        ...

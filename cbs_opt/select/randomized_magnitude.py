@@ -11,7 +11,7 @@ from formulations.errors import ArgumentError
 
 
 def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, seed: int = 0) -> Tensor:
-    """Draw a pruned set whose weights are small, but not exactly the smallest.
+    """Draw a kept set that lacks small weights, but not exactly the smallest.
 
     The ``n_prune + spread * n_keep`` weights of least magnitude are sorted and cut into about
     ``sqrt(n)`` buckets of similar magnitude; from every bucket the same share is drawn at random,
@@ -28,7 +28,7 @@ def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, 
     Returns
     -------
     (n,) bool tensor
-        True where pruned, exactly `n_prune` of them, on the device of `weights`.
+        True where kept, all but `n_prune` of them, on the device of `weights`.
 
     Notes
     -----
@@ -40,14 +40,14 @@ def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, 
     generator = torch.Generator().manual_seed(seed)
     candidates = min(n, n_prune + round(spread * (n - n_prune)))
     order = weights.detach().double().abs().cpu().argsort(stable=True)[:candidates]
-    pruned = torch.zeros(n, dtype=torch.bool)
+    keep = torch.ones(n, dtype=torch.bool)
     if candidates > 0:
         size = max(1, math.isqrt(n))
-        taken = 0
+        drawn = 0
         for start in range(0, candidates, size):
             bucket = order[start : start + size]
             # Cumulative rounding: what brings the total to this bucket's share of n_prune.
-            take = round((start + bucket.numel()) * n_prune / candidates) - taken
-            pruned[bucket[torch.randperm(bucket.numel(), generator=generator)[:take]]] = True
-            taken += take
-    return pruned.to(weights.device)
+            take = round((start + bucket.numel()) * n_prune / candidates) - drawn
+            keep[bucket[torch.randperm(bucket.numel(), generator=generator)[:take]]] = False
+            drawn += take
+    return keep.to(weights.device)

@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.channels import ChannelTerm
-from cbs_opt.hessian.products import KeptGram, column_squares, image, step_loss
-from cbs_opt.hessian.spectrum import RowSpectrum
-from cbs_opt.hessian.whitened import WhitenedRows
+from cbs_opt.hessian.operators import Hessian
+from cbs_opt.hessian.products import column_squares
+from cbs_opt.hessian.rows import KeptGram, RowsHessian
+from cbs_opt.hessian.whitened import MetricHessian
 from cbs_opt.network.partition import BlockSpan, Partition
 from cbs_opt.update.cbs import cbs_updates
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Piece:
-    """What is left of one block: its place among the kept weights, and the Gram matrix of its rows."""
-
-    span: BlockSpan
-    start: int
-    stop: int
-    gram: KeptGram
-
 
 IDENTITY_SHARE = 0.01
 """Of the identity in the metric beside the channel term, for steps that prune."""
 UPDATE_SHARE = 1.0
 """The same for updates alone: gradients are noisy in every direction, also where layers are fed little."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Piece:
+    """What is left of one block: its place among the kept weights, and its Hessian in several forms.
+
+    `metric` is the channel part of the metric, None where the metric is the identity.
+    """
+
+    span: BlockSpan
+    start: int
+    stop: int
+    rows: RowsHessian
+    metric: ChannelTerm | None
+
+    @property
+    def part(self) -> slice:
+        """Its range among the kept weights."""
+        return slice(self.start, self.stop)
+
+    @cached_property
+    def pruning(self) -> Hessian:
+        """With the metric of steps that prune."""
+        return self._with_metric(IDENTITY_SHARE)
+
+    @cached_property
+    def moving(self) -> Hessian:
+        """With the metric of steps that prune nothing."""
+        return self._with_metric(UPDATE_SHARE)
+
+    @cached_property
+    def scoring(self) -> Hessian:
+        """Ready to give the diagonal of its inverse for many dampings."""
+        return self.pruning.prepared()
+
+    def _with_metric(self, share: float) -> Hessian:
+        return self.rows if self.metric is None else MetricHessian(self.rows.rows, self.metric, share)
 
 
 class StageModel:
@@ -61,15 +90,20 @@ class StageModel:
         self.rows = rows
         self.channels = channels
         self._diagonal = column_squares(rows)
-        self._spectra: dict[str, RowSpectrum] = {}
-        self._whitened_rows: dict[tuple[str, float], WhitenedRows] = {}
+        metric = None if channels is None else channels.scaled(1.0 / self.unit)
         self._pieces: list[_Piece] = []
         start = 0
         for span in partition.blocks:
             stop = start + int(keep[span.start : span.stop].sum())
             if stop > start:
-                gram = KeptGram(rows[:, start:stop])
-                self._pieces.append(_Piece(span=span, start=start, stop=stop, gram=gram))
+                piece = _Piece(
+                    span=span,
+                    start=start,
+                    stop=stop,
+                    rows=RowsHessian(rows[:, start:stop], KeptGram()),
+                    metric=None if metric is None else metric.within(start, stop),
+                )
+                self._pieces.append(piece)
             start = stop
 
     @property
@@ -83,120 +117,67 @@ class StageModel:
         return [piece.span for piece in self._pieces]
 
     def restricted(self, keep: Tensor) -> StageModel:
-        """The model of fewer weights, `keep` (n,) within the own one."""
+        """Return the model of fewer weights, `keep` (n,) within the present one."""
         kept = keep[self.keep]
         channels = None if self.channels is None else self.channels.restricted(kept)
         return StageModel(self.partition, keep, self.rows[:, kept], channels)
 
     def blocks(self, weights: Tensor, gradient: Tensor | None, damping: float) -> list[FisherBlock]:
-        """One block a span of `spans`, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
-        channels = None
+        """Return one block a span of `spans`, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
+        hessians: list[Hessian] = [piece.rows for piece in self._pieces]
         if self.channels is not None and damping > 0.0:
-            channels = self.channels.scaled(damping / self.unit)
+            term = self.channels.scaled(damping / self.unit)
             damping *= IDENTITY_SHARE
+            hessians = [
+                ChannelHessian(piece.rows, term.within(piece.start, piece.stop)) for piece in self._pieces
+            ]
         return [
-            FisherBlock(
-                name=piece.span.name,
-                start=piece.start,
-                stop=piece.stop,
-                weights=weights[piece.start : piece.stop],
-                rows=self.rows[:, piece.start : piece.stop],
-                gradient=None if gradient is None else gradient[piece.start : piece.stop],
-                damping=damping,
-                channels=None if channels is None else channels.within(piece.start, piece.stop),
-            )
-            for piece in self._pieces
+            self._block(piece, hessian, weights, gradient, damping)
+            for piece, hessian in zip(self._pieces, hessians, strict=True)
         ]
 
     def around_minimum(
         self, weights: Tensor, gradient: Tensor | None, damping: float, *, factorised: bool
     ) -> list[FisherBlock]:
-        """The blocks at the minimum of the model, where it has no gradient.
+        """Return the blocks at the minimum of the model, where it has no gradient.
 
         Pruning from there is pruning from `weights` with the gradient in the model, up to a constant:
         ``1/2 (u - u*).H (u - u*)`` for the minimum u*. Saliencies see the weights as they would be
-        after a Newton step. `factorised` blocks carry the diagonal of their inverse, and no channel term.
+        after a Newton step. The inverse of `factorised` blocks is cheap for all dampings but the first.
         """
         minimum = weights
         if gradient is not None:
-            pruned = torch.zeros_like(weights, dtype=torch.bool)
-            minimum = self.updates(weights, gradient, pruned, [damping])[0]
+            keep = torch.ones_like(weights, dtype=torch.bool)
+            minimum = self.updates(weights, gradient, keep, [damping])[0]
         if not factorised:
             return self.blocks(minimum, None, damping)
-        if self.channels is not None:
-            plain = self.blocks(minimum, None, 0.0)
-            return [
-                replace(block, damping=damping, spectrum=self._whitened(block, IDENTITY_SHARE))
-                for block in plain
-            ]
-        return [
-            replace(block, spectrum=self._spectrum(piece))
-            for block, piece in zip(self.blocks(minimum, None, damping), self._pieces, strict=True)
-        ]
+        return [self._block(piece, piece.scoring, minimum, None, damping) for piece in self._pieces]
 
     def updates(
-        self, weights: Tensor, gradient: Tensor | None, pruned: Tensor, dampings: Sequence[float]
+        self, weights: Tensor, gradient: Tensor | None, keep: Tensor, dampings: Sequence[float]
     ) -> list[Tensor]:
-        """CBS-U of the kept weights for a `pruned` set of them, (n_kept,) float64 each."""
-        if self.channels is not None:
-            found = [
-                self._piece_updates(block, pruned[block.start : block.stop], dampings)
-                for block in self.blocks(weights, gradient, 0.0)
-            ]
-        else:
-            found = [
-                cbs_updates(block, pruned[piece.start : piece.stop], dampings, piece.gram)
-                for block, piece in zip(self.blocks(weights, gradient, 0.0), self._pieces, strict=True)
-            ]
-        return [torch.cat(parts) for parts in zip(*found, strict=True)]
-
-    def _piece_updates(self, block: FisherBlock, pruned: Tensor, dampings: Sequence[float]) -> list[Tensor]:
-        """CBS-U of one block in the metric of its channel term, of which `block` knows nothing."""
-        assert block.rows is not None
-        weights = block.weights.double()
-        kept = ~pruned
-        if not bool(kept.any()):
-            return [torch.zeros_like(weights) for _ in dampings]
-        removed = torch.where(pruned, weights, 0.0)
-        metric = self._metric(block)
-        pull = metric.product(removed) + IDENTITY_SHARE * removed  # 0 where nothing is pruned
-        slope = torch.zeros_like(weights) if block.gradient is None else block.gradient.double()
-        if bool(pruned.any()):
-            rows = WhitenedRows(block.rows[:, kept], metric.restricted(kept), IDENTITY_SHARE, block.name)
-        else:
-            rows = self._whitened(block, UPDATE_SHARE)
-        rights = [(damping * pull - slope)[kept] for damping in dampings]
-        results = []
-        for step in rows.solve(rights, dampings, image(block.rows, removed)):
-            moved = torch.zeros_like(weights)
-            moved[kept] = weights[kept] + step
-            results.append(moved)
-        return results
+        """Return CBS-U for a kept set `keep` (n_kept,) of the weights still there, (n_kept,) float64 each."""
+        moved = []
+        for piece in self._pieces:
+            part = keep[piece.part]
+            hessian = piece.moving if bool(part.all()) else piece.pruning
+            moved.append(cbs_updates(self._block(piece, hessian, weights, gradient, 0.0), part, dampings))
+        return [torch.cat(parts) for parts in zip(*moved, strict=True)]
 
     def predicted_change(self, weights: Tensor, gradient: Tensor | None, moved: Tensor) -> float:
-        """What the model, without damping, says of going from `weights` to `moved` (both (n_kept,))."""
+        """Return what the model, without damping, says of going from `weights` to `moved`, both (n_kept,)."""
         step = moved - weights
-        return sum(
-            step_loss(block, step[block.start : block.stop]) for block in self.blocks(weights, gradient, 0.0)
+        blocks = self.blocks(weights, gradient, 0.0)
+        pairs = zip(blocks, self._pieces, strict=True)
+        return sum(block.step_loss(step[piece.part]) for block, piece in pairs)
+
+    def _block(
+        self, piece: _Piece, hessian: Hessian, weights: Tensor, gradient: Tensor | None, damping: float
+    ) -> FisherBlock:
+        return FisherBlock(
+            name=piece.span.name,
+            weights=weights[piece.part],
+            hessian=hessian,
+            damping=damping,
+            gradient=None if gradient is None else gradient[piece.part],
         )
-
-    def _spectrum(self, piece: _Piece) -> RowSpectrum:
-        name = piece.span.name
-        if name not in self._spectra:
-            everything = torch.ones(piece.stop - piece.start, dtype=torch.bool, device=self.rows.device)
-            rows = self.rows[:, piece.start : piece.stop]
-            gram = piece.gram.of(everything) if rows.shape[0] < rows.shape[1] else None
-            self._spectra[name] = RowSpectrum(rows, gram)
-        return self._spectra[name]
-
-    def _metric(self, block: FisherBlock) -> ChannelTerm:
-        """The channel part of the metric of one block."""
-        assert self.channels is not None
-        return self.channels.scaled(1.0 / self.unit).within(block.start, block.stop)
-
-    def _whitened(self, block: FisherBlock, share: float) -> WhitenedRows:
-        if (block.name, share) not in self._whitened_rows:
-            assert block.rows is not None
-            rows = WhitenedRows(block.rows, self._metric(block), share, block.name)
-            self._whitened_rows[block.name, share] = rows
-        return self._whitened_rows[block.name, share]

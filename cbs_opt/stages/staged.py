@@ -114,7 +114,7 @@ class StagedRun:
                 bar.update()
         last = self.state.records[-1]
         return Candidate(
-            choices=[Choice(pruned=~self.state.keep[s.start : s.stop]) for s in self.task.partition.blocks],
+            choices=[Choice(keep=self.state.keep[s.start : s.stop]) for s in self.task.partition.blocks],
             weights=self.state.weights,
             keep=self.state.keep,
             recipe=self.task.recipe,

@@ -45,17 +45,17 @@ class Expansion:
         return self.weights[self.model.keep]
 
     def proposal(
-        self, kept: Tensor, pruned: Tensor, damping: float, scale: float, recipe: Recipe
+        self, kept: Tensor, staying: Tensor, damping: float, scale: float, recipe: Recipe
     ) -> Proposal:
-        """Return the network whose kept weights are `kept` (n_kept,) but for the `pruned` ones."""
+        """Return the network whose kept weights are `kept` (n_kept,), of which those `staying` stay."""
         weights = torch.zeros_like(self.weights)
         keep = torch.zeros_like(self.model.keep)
-        weights[self.model.keep] = torch.where(pruned, 0.0, kept)
-        keep[self.model.keep] = ~pruned
+        weights[self.model.keep] = torch.where(staying, kept, 0.0)
+        keep[self.model.keep] = staying
         return Proposal(weights=weights, keep=keep, damping=damping, scale=scale, recipe=recipe)
 
     def updates(
-        self, pruned: Tensor, dampings: tuple[float, ...], recipes: Iterable[Recipe]
+        self, staying: Tensor, dampings: tuple[float, ...], recipes: Iterable[Recipe]
     ) -> Iterator[Proposal]:
         """Yield the networks between the present one and the minimum of the model, by damping and recipe.
 
@@ -64,12 +64,12 @@ class Expansion:
         start = self.kept_weights
         absolute = [damping * self.unit for damping in dampings]
         recipes = list(recipes)
-        targets = self.model.updates(start, self.gradient, pruned, absolute)
+        targets = self.model.updates(start, self.gradient, staying, absolute)
         for damping, target in zip(dampings, targets, strict=True):
             for recipe in recipes:
                 assert recipe.update is not None
                 scale = recipe.update.scale
-                yield self.proposal(start + scale * (target - start), pruned, damping, scale, recipe)
+                yield self.proposal(start + scale * (target - start), staying, damping, scale, recipe)
 
 
 def number_of(damping: Damping) -> float:
@@ -84,12 +84,12 @@ def first_dampings(request: Request) -> tuple[float, ...]:
 
 def updates(expansion: Expansion, request: Request, dampings: tuple[float, ...]) -> Iterator[Proposal]:
     """Yield damped Newton steps that prune nothing, one for every damping and step length."""
-    pruned = torch.zeros_like(expansion.kept_weights, dtype=torch.bool)
+    staying = torch.ones_like(expansion.kept_weights, dtype=torch.bool)
     movers = [recipe for recipe in _by_scale(request.recipes) if recipe.update is not None]
     if movers:
-        yield from expansion.updates(pruned, dampings, movers)
+        yield from expansion.updates(staying, dampings, movers)
     else:
-        yield expansion.proposal(expansion.kept_weights, pruned, dampings[0], 0.0, request.recipes[0])
+        yield expansion.proposal(expansion.kept_weights, staying, dampings[0], 0.0, request.recipes[0])
 
 
 def selections(
@@ -107,11 +107,11 @@ def selections(
             if recipe.selection_damping is not None:
                 pairs = [(number_of(recipe.selection_damping), dampings)]
             for selecting, updating in pairs:
-                pruned = _pruned(expansion, request, recipe, resources, selecting, sparsity, attempt)
-                yield expansion.proposal(expansion.kept_weights, pruned, updating[0], 0.0, recipe)
+                staying = _staying(expansion, request, recipe, resources, selecting, sparsity, attempt)
+                yield expansion.proposal(expansion.kept_weights, staying, updating[0], 0.0, recipe)
                 movers = [entry for entry in _by_scale(group) if entry.update is not None]
                 if movers:
-                    yield from expansion.updates(pruned, updating, movers)
+                    yield from expansion.updates(staying, updating, movers)
 
 
 def _by_scale(recipes: Iterable[Recipe]) -> list[Recipe]:
@@ -119,7 +119,7 @@ def _by_scale(recipes: Iterable[Recipe]) -> list[Recipe]:
     return [members[0] for members in grouped(recipes, lambda recipe: recipe.update)]
 
 
-def _pruned(
+def _staying(
     expansion: Expansion,
     request: Request,
     recipe: Recipe,
@@ -128,7 +128,7 @@ def _pruned(
     sparsity: float,
     attempt: int,
 ) -> Tensor:
-    """Return what the method prunes of the kept weights, (n_kept,) bool."""
+    """Return what the method keeps of the weights still there, (n_kept,) bool."""
     model = expansion.model
     if selects_by_rows(recipe) and method_of(recipe).kind == "search":
         blocks = model.blocks(expansion.kept_weights, expansion.gradient, damping * expansion.unit)
@@ -149,7 +149,7 @@ def _pruned(
         blocks=blocks,
     )
     choices = choose(recipe, blocks, counts, seed=request.seed + SEED_STEP * attempt, resources=resources)
-    return torch.cat([choice.pruned for choice in choices])
+    return torch.cat([choice.keep for choice in choices])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -33,7 +33,6 @@ METHOD = Method(
     name="random_sets",
     kind="search",
     summary="the best of many random sets",
-    solver=solve,
-    select_programs=(),
+    function=solve,
     randomized=True,
 )

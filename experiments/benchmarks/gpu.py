@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from cbs_opt.curvature.fisher import gradient_rows
 from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.partition import Partition
 from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.update.cbs import cbs_update
@@ -257,15 +258,10 @@ def update_lines(sizes: Sizes, device: torch.device) -> list[Line]:
     lines, reference = [], None
     for place in dict.fromkeys((torch.device("cpu"), device)):
         block = FisherBlock(
-            name="one",
-            start=0,
-            stop=sizes.update_n,
-            weights=weights.to(place),
-            rows=rows.to(place),
-            damping=0.1,
+            name="one", weights=weights.to(place), hessian=RowsHessian(rows.to(place)), damping=0.1
         )
-        pruned = block.weights.abs() < block.weights.abs().median()
-        found, count, seconds = timed(lambda b=block, p=pruned: (cbs_update(b, p), 1), place)  # type: ignore[misc]
+        keep = block.weights.abs() >= block.weights.abs().median()
+        found, count, seconds = timed(lambda b=block, k=keep: (cbs_update(b, k), 1), place)  # type: ignore[misc]
         reference = found if reference is None else reference
         lines.append(
             Line(

@@ -36,7 +36,7 @@ from cbs_opt.hessian.products import adjoint_image, image
 from cbs_opt.select.joint_program.program import JointProgram
 from cbs_opt.select.joint_program.search import joint_search
 from cbs_opt.select.joint_program.starts import greedy_obs_set, hard_threshold_set, relaxed_set
-from cbs_opt.select.saliency import lowest, magnitude, obs
+from cbs_opt.select.saliency import magnitude, obs, without_lowest
 from experiments.benchmarks.swap_search import DAMPING, PeakMemory, whole_network
 from formulations.errors import CbsError
 
@@ -44,8 +44,8 @@ STARTS: Mapping[str, Callable[[JointProgram, int], Tensor]] = {
     "relaxation": relaxed_set,
     "iterative_hard_threshold": hard_threshold_set,
     "greedy_obs": greedy_obs_set,
-    "magnitude": lambda program, count: lowest(magnitude(program.block), count),
-    "obs": lambda program, count: lowest(obs(program.block), count),
+    "magnitude": lambda program, count: without_lowest(magnitude(program.block), count),
+    "obs": lambda program, count: without_lowest(obs(program.block), count),
 }
 RIVAL = "plain_hard_threshold"
 LEVELS = (5.0, 1.0, 0.1)
@@ -55,7 +55,7 @@ PLAIN_STEPS = 100
 
 def plain_hard_threshold(program: JointProgram, count: int) -> Tensor:
     """Hard thresholding by gradient steps of the exact length on the support, halved until it descends."""
-    point = torch.where(lowest(magnitude(program.block), count), 0.0, program.block.weights.double())
+    point = torch.where(without_lowest(magnitude(program.block), count), program.block.weights.double(), 0.0)
     residual = image(program.rows, point) - program.pull
     value = _value(program, point, residual)
     for _ in range(PLAIN_STEPS):
@@ -65,7 +65,7 @@ def plain_hard_threshold(program: JointProgram, count: int) -> Tensor:
         length, descended = float(inside.square().sum() / curvature), False
         while length > 0.0 and not descended:
             moved = point - length * slope
-            trial = torch.where(lowest(moved.abs(), count), 0.0, moved)
+            trial = torch.where(without_lowest(moved.abs(), count), moved, 0.0)
             trial_residual = image(program.rows, trial) - program.pull
             trial_value = _value(program, trial, trial_residual)
             descended = trial_value < value
@@ -76,7 +76,7 @@ def plain_hard_threshold(program: JointProgram, count: int) -> Tensor:
             length *= 0.5
         if not descended:
             break
-    return lowest(point.abs(), count)
+    return without_lowest(point.abs(), count)
 
 
 def _value(program: JointProgram, point: Tensor, residual: Tensor) -> float:
@@ -93,7 +93,7 @@ def measure(
         start = plain_hard_threshold(program, count) if name == RIVAL else STARTS[name](program, count)
         prepared = time.monotonic() - began
         if name == RIVAL:
-            first = last = program.at(~start).value
+            first = last = program.at(start).value
             trace, ended = [(time.monotonic() - began, last)], {}
         else:
             found = joint_search(program, start, deadline=began + time_limit, restarts=restarts)
@@ -150,7 +150,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     for damping in given.damping:
         damped = replace(block, gradient=None, damping=damping)
-        program = JointProgram.of(damped)
+        program = JointProgram(damped)
         for sparsity in given.sparsity:
             count = round(sparsity * block.n)
             bound, seconds = certified(damped, count)

@@ -22,7 +22,7 @@ import torch
 
 import cbs_opt
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.saliency import lowest, magnitude
+from cbs_opt.select.saliency import magnitude, without_lowest
 from cbs_opt.select.selection_program.program import SelectionProgram
 from cbs_opt.select.selection_program.swap_search import swap_search
 from cbs_opt.update.cbs import cbs_update
@@ -84,17 +84,17 @@ def whole_network(
 def measure(block: FisherBlock, sparsity: float) -> dict[str, Any]:
     """Search from the magnitude set and update; what it took."""
     n_prune = round(sparsity * block.n)
-    start = lowest(magnitude(block), n_prune)
-    program = SelectionProgram.of(block)
+    start = without_lowest(magnitude(block), n_prune)
+    program = SelectionProgram(block)
     swap_search(program, start, max_swaps=1)  # compiles the kernels
     with PeakMemory() as memory:
         found = swap_search(program, start)
         began = time.perf_counter()
-        cbs_update(block, found.pruned)
+        cbs_update(block, found.keep)
         update_seconds = time.perf_counter() - began
     return {
         "n": block.n,
-        "n_prune": int(found.pruned.sum()),
+        "n_prune": int((~found.keep).sum()),
         "swaps": found.swaps,
         "locally_optimal": found.locally_optimal,
         "objective_before": found.initial_value,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.channels import Channel, ChannelTerm
+from cbs_opt.hessian.rows import RowsHessian
+from tests.cbs_opt.fisher import data_of
 
 SIZES = (6, 6, 6, 9, 9)
 """Weights of the channels: two layers."""
@@ -37,25 +43,35 @@ def channel_block(
         scale = float(torch.rand((), generator=generator)) + 0.1
         channels.append(Channel(start=start, stop=start + size, moment=moments[size], scale=scale))
         start += size
+    term = ChannelTerm(channels=tuple(channels))
     return FisherBlock(
         name="test",
-        start=0,
-        stop=N,
         weights=normal(N).to(dtype),
-        rows=(normal(m, N) / m**0.5).to(dtype),
+        hessian=ChannelHessian(RowsHessian((normal(m, N) / m**0.5).to(dtype)), term),
         gradient=0.1 * normal(N).to(dtype) if gradient else None,
         damping=damping,
-        channels=ChannelTerm(channels=tuple(channels)),
     )
+
+
+def term_of(block: FisherBlock) -> ChannelTerm:
+    """The term of a block over channels."""
+    assert isinstance(block.hessian, ChannelHessian)
+    return block.hessian.channels
+
+
+def changed(
+    block: FisherBlock, rows: Tensor | None = None, term: ChannelTerm | None = None, **fields: Any
+) -> FisherBlock:
+    """The block with other rows or another term."""
+    base = RowsHessian(data_of(block) if rows is None else rows)
+    return replace(block, hessian=ChannelHessian(base, term or term_of(block)), **fields)
 
 
 def dense(block: FisherBlock, damping: float | None = None) -> Tensor:
     """``R^T R + C + damping I``, put together entry by entry."""
-    assert block.rows is not None
-    assert block.channels is not None
-    rows = block.rows.double()
+    rows = data_of(block).double()
     hessian = rows.T @ rows
-    for channel in block.channels.channels:
+    for channel in term_of(block).channels:
         part = slice(channel.start, channel.stop)
         hessian[part, part] += channel.scale * channel.moment
     shift = block.damping if damping is None else damping

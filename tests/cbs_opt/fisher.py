@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.dense import DenseHessian
+from cbs_opt.hessian.operators import PlainHessian
+from cbs_opt.hessian.rows import RowsHessian
 
 KINDS = ("flat", "decaying", "duplicates", "zeros", "gradient", "undamped", "hessian")
 
@@ -33,23 +39,31 @@ def fisher_block(
     hessian = rows.T @ rows + 0.1 * torch.eye(n, dtype=torch.float64) if kind == "hessian" else None
     return FisherBlock(
         name=kind,
-        start=0,
-        stop=n,
         weights=weights.to(dtype),
-        rows=None if hessian is not None else rows.to(dtype),
-        hessian=None if hessian is None else (0.5 * (hessian + hessian.T)).to(dtype),
+        hessian=RowsHessian(rows.to(dtype))
+        if hessian is None
+        else DenseHessian((0.5 * (hessian + hessian.T)).to(dtype)),
         gradient=None if gradient is None else gradient.to(dtype),
         damping=0.0 if kind == "undamped" else 0.01,
     )
 
 
+def data_of(block: FisherBlock) -> Tensor:
+    """The rows of a block, or its matrix."""
+    hessian = block.hessian.without_channels()
+    assert isinstance(hessian, PlainHessian)
+    return hessian.data
+
+
+def with_rows(block: FisherBlock, rows: Tensor, **changes: Any) -> FisherBlock:
+    """The block with other rows."""
+    return replace(block, hessian=RowsHessian(rows), **changes)
+
+
 def dense_hessian(block: FisherBlock) -> Tensor:
     """``H`` in float64, (n, n)."""
-    if block.rows is None:
-        assert block.hessian is not None
-        hessian = block.hessian.double().clone()
-    else:
-        hessian = block.rows.double().T @ block.rows.double()
+    data = data_of(block).double()
+    hessian = data.T @ data if block.hessian.by_rows else data.clone()
     hessian.diagonal().add_(block.damping)
     return hessian
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.channel_system import ChannelSystem
-from cbs_opt.hessian.products import hessian_product
+from cbs_opt.hessian.channel_system import ChannelHessian, ChannelSystem
+from cbs_opt.select.joint_program.program import JointProgram
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,11 +60,14 @@ class ChannelProgram:
     values are those of float64.
     """
 
+    offset = 0.0
+
     def __init__(self, block: FisherBlock) -> None:
-        assert block.rows is not None
+        assert isinstance(block.hessian, ChannelHessian)
         self.block = block
+        self.hessian = block.hessian
         self.anchor = block.weights.double()
-        self.linear = torch.zeros_like(self.anchor) if block.gradient is None else block.gradient.double()
+        self.linear = block.slope
 
     @property
     def n(self) -> int:
@@ -72,24 +75,54 @@ class ChannelProgram:
         return self.block.n
 
     def at(self, keep: Tensor) -> ChannelSet:
-        """Evaluate a kept set; O(m^2 s + m^3 + sum of m k^2 over channels of k kept weights)."""
-        assert self.block.rows is not None
-        kept = keep.nonzero().squeeze(1)
-        system = ChannelSystem(self.block, kept, self.block.damping, self.block.rows.dtype)
+        """Return a kept set, evaluated; O(m^2 s + m^3 + sum of m k^2 over channels of k kept weights)."""
+        system = self.hessian.system(self.block.damping, keep, self.block.name)
         removal = torch.where(keep, 0.0, -self.anchor)
         weights = torch.zeros_like(self.anchor)
-        slope = hessian_product(self.block, removal) + self.linear
-        weights[kept] = self.anchor[kept] - system.solve(slope[kept])
+        slope = self.block.product(removal) + self.linear
+        weights[keep] = self.anchor[keep] - system.solve(slope[keep])
         step = weights - self.anchor
-        curved = hessian_product(self.block, step)
+        curved = self.block.product(step)
         value = float(self.linear @ step + 0.5 * (step @ curved))
         slope = torch.where(keep, 0.0, curved + self.linear)
         return ChannelSet(keep=keep, system=system, weights=weights, slope=slope, value=value)
 
+    def exchanged(self, kept: ChannelSet, leaving: Tensor, entering: Tensor) -> ChannelSet:
+        """Return the kept set after an exchange of indices, evaluated as by `at`."""
+        keep = kept.keep.clone()
+        keep[leaving] = False
+        keep[entering] = True
+        return self.at(keep)
+
     def costs(self, kept: ChannelSet) -> Tensor:
-        """``cost_i``, (s,) float64; O(m^2 s)."""
+        """Return ``cost_i``, (s,) float64; O(m^2 s)."""
         return kept.weights[kept.keep].square() / kept.system.inverse_diagonal()
 
     def gains(self, kept: ChannelSet) -> Tensor:
-        """``gain_j``, (n - s,) float64; O(m^2 (n - s) + sum of m k p over channels)."""
+        """Return ``gain_j``, (n - s,) float64; O(m^2 (n - s) + sum of m k p over channels)."""
         return kept.slope[~kept.keep].square() / kept.system.schur_diagonal()
+
+    def saliency(self) -> Tensor:
+        """Return what removing each weight alone costs, (n,) float64."""
+        everything = torch.ones(self.n, dtype=torch.bool, device=self.anchor.device)
+        return 0.5 * self.costs(self.at(everything))
+
+
+def joint_program(block: FisherBlock) -> JointProgram | ChannelProgram:
+    """Return the joint program of a block in the space where its Hessian is factored.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If ``H`` is singular.
+    """
+    return ChannelProgram(block) if block.hessian.by_channels else JointProgram(block)
+
+
+def joint_saliency(block: FisherBlock) -> Tensor:
+    """Return what removing one weight costs the joint program, ``u_i^2 / (2 [H^-1]_ii)``, (n,) float64.
+
+    `u` is the minimiser of the block's model, the gradient included; without one it is `w`, and the
+    saliency is that of OBS. O(m^2 n); errors as of `joint_program`.
+    """
+    return joint_program(block).saliency()

@@ -38,7 +38,7 @@ class Core:
 
 
 def open_core(program: JointProgram, kept: KeptSet, scores: Scores, size: int = CORE) -> Core:
-    """The kept weights that cost least and the pruned ones that gain most, as a dense block.
+    """Return the kept weights that cost least and the pruned ones that gain most, as a dense block.
 
     Notes
     -----
@@ -64,11 +64,11 @@ def open_core(program: JointProgram, kept: KeptSet, scores: Scores, size: int = 
 
 
 def restarted_core(core: Core, restarts: int, limits: Limits) -> tuple[Tensor, Tensor]:
-    """Descents of the core from randomly changed sets: which weights then leave and which enter."""
+    """Run descents of the core from randomly changed sets: which weights then leave and which enter."""
     warm = BlockSolution(
         keep=core.keep.cpu().numpy(), weights=None, objective=None, program="joint", method="swap_search"
     )
-    found = swap_search(core.problem, "joint", limits=limits, incumbent=warm, restarts=restarts)
-    assert found.keep is not None
-    keep = torch.tensor(found.keep, device=core.index.device)
+    solution = swap_search(core.problem, "joint", limits=limits, incumbent=warm, restarts=restarts)
+    assert solution.keep is not None
+    keep = torch.tensor(solution.keep, device=core.index.device)
     return core.index[core.keep & ~keep], core.index[~core.keep & keep]

@@ -48,7 +48,7 @@ class Scores:
 
     @classmethod
     def of(cls, program: JointProgram, kept: KeptSet, levels: Tensor, leverages: Tensor) -> Scores:
-        """The scores of a kept set from its levels and leverages."""
+        """Return the scores of a kept set from its levels and leverages."""
         square = program.damping * levels.square()
         # Rounding may bring a leverage to 1, which only a damping of 0 does.
         slack = (1.0 - leverages).clamp_min(torch.finfo(torch.float64).eps)
@@ -86,7 +86,7 @@ class ImprovingPairs:
 def improving_pairs(
     program: JointProgram, kept: KeptSet, scores: Scores, threshold: float, deadline: float | None
 ) -> ImprovingPairs:
-    """Swaps that lower the objective by more than `threshold`, each kept weight with its best partner.
+    """Return swaps that lower the objective by more than `threshold`, each kept weight with its best partner.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def improving_pairs(
     """
     candidates, reach, pull = _candidates(kept, scores, threshold)
     nothing = candidates[:0]
-    found = [(nothing, nothing, scores.costs[nothing])]
+    parts = [(nothing, nothing, scores.costs[nothing])]
     complete, number, computed = True, 0, 0
     for first in range(0, len(candidates), LEAVING_CHUNK):
         chunk = candidates[first : first + LEAVING_CHUNK]
@@ -120,8 +120,8 @@ def improving_pairs(
         changes, best = _best_partners(program, kept, scores, chunk, entering)
         better = changes < -threshold
         number += int(better.sum())
-        found.append((chunk[better], best[better], changes[better]))
-    leaving, entering, changes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append((chunk[better], best[better], changes[better]))
+    leaving, entering, changes = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     order = changes.argsort(stable=True)
     order = order[_first_of_each(entering[order])]
     return ImprovingPairs(
@@ -134,7 +134,7 @@ def improving_pairs(
 
 
 def _candidates(kept: KeptSet, scores: Scores, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept weights that may leave, the most promising first; ``y`` of the pruned and ``x`` of the kept."""
+    """Return kept weights that may leave, the best first; ``y`` of the pruned and ``x`` of the kept."""
     gains = scores.gains.clamp_min(0.0)
     reach = (gains * scores.leverages / (1.0 + scores.leverages)).sqrt()
     finite = torch.where(kept.keep, scores.costs, 0.0)
@@ -151,7 +151,7 @@ def _candidates(kept: KeptSet, scores: Scores, threshold: float) -> tuple[Tensor
 def _best_partners(
     program: JointProgram, kept: KeptSet, scores: Scores, leaving: Tensor, entering: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Least change and the partner that brings it, for each of `leaving` among `entering`."""
+    """Return least change and the partner that brings it, for each of `leaving` among `entering`."""
     out = program.rows.index_select(1, leaving).double()
     solved = torch.cholesky_solve(out, kept.factor).T
     inner = 1.0 / (1.0 - scores.leverages[leaving]).clamp_min(torch.finfo(torch.float64).eps)
@@ -172,7 +172,7 @@ def _best_partners(
 
 
 def _first_of_each(values: Tensor) -> Tensor:
-    """Positions of the first occurrence of each value, ascending."""
+    """Return positions of the first occurrence of each value, ascending."""
     order = values.argsort(stable=True)
     sorted_values = values[order]
     first = torch.ones_like(sorted_values, dtype=torch.bool)

@@ -14,18 +14,72 @@ since ``[H_KK^-1]_ii = (1 - q_i) / damping`` and the Schur complement of j is ``
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.channels import densified
-from cbs_opt.hessian.products import adjoint_image, column_pieces, factorise, image, inner_gram
-from cbs_opt.select.joint_program.channel_program import ChannelProgram
-from formulations.errors import NotPositiveDefiniteError
+from cbs_opt.hessian.products import (
+    adjoint_image,
+    column_pieces,
+    damped,
+    factorise,
+    image,
+    inner_gram,
+    solved,
+)
+from cbs_opt.hessian.rows import RowsHessian
 
-SPLIT_SHARE = 0.5
-"""Share of the smallest eigenvalue that stands in for a damping of 0."""
+
+class Evaluated(Protocol):
+    """A kept set (n,) with its objective, and whatever its program needs to know of it."""
+
+    @property
+    def keep(self) -> Tensor:
+        """True where the weight stays, (n,) bool."""
+        ...
+
+    @property
+    def value(self) -> float:
+        """Objective of the joint program."""
+        ...
+
+
+Kept = TypeVar("Kept", bound=Evaluated)
+
+
+class Program(Protocol[Kept]):
+    """The joint program of a block, as the searches see it.
+
+    Attributes
+    ----------
+    n : int
+    anchor : (n,) float64 tensor
+        What the levels of the weights are counted from.
+    offset : float
+        What is taken off at the end of an evaluation, so that its rounding is known.
+    """
+
+    anchor: Tensor
+    offset: float
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        ...
+
+    def at(self, keep: Tensor) -> Kept:
+        """Return a kept set, evaluated from scratch."""
+        ...
+
+    def exchanged(self, kept: Kept, leaving: Tensor, entering: Tensor) -> Kept:
+        """Return the kept set after an exchange of indices."""
+        ...
+
+    def costs(self, kept: Kept) -> Tensor:
+        """Return twice what dropping each kept weight costs, (s,) float64."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +115,13 @@ class JointProgram:
     Parameters
     ----------
     block : FisherBlock
-        With rows, ``m <= n`` and positive damping; `of` brings any block into that form.
+        A dense Hessian, and more rows than weights, become at most n rows by an eigendecomposition,
+        O(n^3); a damping of 0 then takes half of the smallest eigenvalue.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If ``H`` is singular.
 
     Notes
     -----
@@ -69,45 +129,13 @@ class JointProgram:
     """
 
     def __init__(self, block: FisherBlock) -> None:
-        assert block.rows is not None
-        self.block = block
-        self.rows = block.rows
-        self.damping = block.damping
-        weights = block.weights.double()
-        slope = torch.zeros_like(weights) if block.gradient is None else block.gradient.double()
-        self.anchor = weights - slope / block.damping
+        plain = block.hessian.plain("this search of the joint program")
+        self.rows, self.damping = plain.row_form(block.damping, block.name)
+        self.block = replace(block, hessian=RowsHessian(self.rows), damping=self.damping)
+        weights, slope = block.weights.double(), block.slope
+        self.anchor = weights - slope / self.damping
         self.pull = image(self.rows, weights)
-        self.offset = 0.5 * float(slope @ slope) / block.damping
-
-    @classmethod
-    def of(cls, block: FisherBlock) -> JointProgram:
-        """The program of any block whose ``H`` is positive definite.
-
-        A dense Hessian, and more rows than weights, become at most n rows by an eigendecomposition,
-        O(n^3); a damping of 0 then takes half of the smallest eigenvalue.
-
-        Raises
-        ------
-        NotPositiveDefiniteError
-            If ``H`` is singular.
-        """
-        if block.channels is not None:
-            block = densified(block, "joint")
-        rows = block.rows
-        if rows is not None and rows.shape[0] <= block.n and block.damping > 0.0:
-            return cls(block)
-        if rows is not None and rows.shape[0] < block.n:
-            found = f"0 with {rows.shape[0]} rows for {block.n} weights: H is singular"
-            raise NotPositiveDefiniteError("damping", found, "use damping > 0")
-        hessian = block.hessian.double() if rows is None else inner_gram(rows.T)  # type: ignore[union-attr]
-        values, vectors = torch.linalg.eigh(hessian)
-        damping = block.damping
-        if damping == 0.0:
-            factorise(hessian, block)
-            damping = SPLIT_SHARE * float(values[0])
-            values = values - damping
-        reduced = values.clamp_min(0.0).sqrt()[:, None] * vectors.T
-        return cls(replace(block, rows=reduced, hessian=None, damping=damping))
+        self.offset = 0.5 * float(slope @ slope) / self.damping
 
     @property
     def n(self) -> int:
@@ -115,13 +143,13 @@ class JointProgram:
         return self.block.n
 
     def at(self, keep: Tensor) -> KeptSet:
-        """Evaluate a kept set from scratch; O(m^2 s + m^3)."""
+        """Return a kept set, evaluated from scratch; O(m^2 s + m^3)."""
         index = keep.nonzero().squeeze(1)
         target = self.pull - self._image_of(index)
         return self._solved(keep, inner_gram(self.rows, index), target)
 
     def exchanged(self, kept: KeptSet, leaving: Tensor, entering: Tensor) -> KeptSet:
-        """The kept set after an exchange of indices; O(m^2 (changes + m))."""
+        """Return the kept set after an exchange of indices; O(m^2 (changes + m))."""
         keep = kept.keep.clone()
         keep[leaving] = False
         keep[entering] = True
@@ -130,27 +158,27 @@ class JointProgram:
         return self._solved(keep, gram, target)
 
     def levels(self, kept: KeptSet) -> Tensor:
-        """``h = a + R^T y``, (n,) float64: new weights on K, residual over damping on P; O(m n)."""
+        """Return ``h = a + R^T y``, (n,) float64: new weights on K, residual over damping on P; O(m n)."""
         return self.anchor + adjoint_image(self.rows, kept.dual)
 
     def leverages(
         self, kept: KeptSet, precision: torch.dtype = torch.float64, index: Tensor | None = None
     ) -> Tensor:
-        """``q_i = r_i^T M^-1 r_i`` of the weights `index` (all by default), float64.
+        """Return ``q_i = r_i^T M^-1 r_i`` of the weights `index` (all by default), float64.
 
         Computed in `precision`; O(m^2) a weight.
         """
         identity = torch.eye(len(kept.factor), dtype=torch.float64, device=kept.factor.device)
         inverse = torch.linalg.solve_triangular(kept.factor, identity, upper=False).to(precision)
-        found = torch.empty(
+        leverages = torch.empty(
             self.n if index is None else len(index), dtype=torch.float64, device=inverse.device
         )
         for span, columns in column_pieces(self.rows, index, precision):
-            found[span] = (inverse @ columns).square_().sum(dim=0)
-        return found
+            leverages[span] = (inverse @ columns).square_().sum(dim=0)
+        return leverages
 
     def moved_leverages(self, leverages: Tensor, before: KeptSet, after: KeptSet) -> Tensor:
-        """`leverages` of `before` brought to `after` in the precision of the rows.
+        """Return `leverages` of `before` brought to `after` in the precision of the rows.
 
         A change of b columns moves ``M^-1`` by rank b (Woodbury): O(m n b), worth it while b < m.
         """
@@ -166,38 +194,32 @@ class JointProgram:
             moved[span] -= (product * (inverse @ product)).sum(dim=0)
         return moved.clamp_min_(0.0)
 
+    def costs(self, kept: KeptSet, precision: torch.dtype | None = None) -> Tensor:
+        """Return ``cost_i``, (s,) float64, with leverages in the precision of the rows or another."""
+        index = kept.keep.nonzero().squeeze(1)
+        precision = precision or self.rows.dtype
+        slack = (1.0 - self.leverages(kept, precision, index)).clamp_min(torch.finfo(precision).eps)
+        return self.damping * self.levels(kept)[index].square() / slack
+
     def weights(self, kept: KeptSet) -> Tensor:
-        """The best new weights of a kept set, (n,) float64."""
+        """Return the best new weights of a kept set, (n,) float64."""
         return torch.where(kept.keep, self.levels(kept), 0.0)
 
+    def saliency(self) -> Tensor:
+        """Return what removing each weight alone costs, (n,) float64."""
+        everything = torch.ones(self.n, dtype=torch.bool, device=self.rows.device)
+        return 0.5 * self.costs(self.at(everything), torch.float64)
+
     def _image_of(self, index: Tensor) -> Tensor:
-        """``R_I a_I``, (m,) float64."""
+        """Return ``R_I a_I``, (m,) float64."""
         total = torch.zeros_like(self.pull)
         for span, columns in column_pieces(self.rows, index):
             total += columns @ self.anchor[index[span]]
         return total
 
     def _solved(self, keep: Tensor, gram: Tensor, target: Tensor) -> KeptSet:
-        damped = gram.clone()
-        damped.diagonal().add_(self.damping)
-        factor = factorise(damped, self.block)
-        dual = torch.cholesky_solve(target[:, None], factor)[:, 0]
+        factor = factorise(damped(gram, self.damping), self.block.name, self.damping)
+        dual = solved(factor, target)
         removed = torch.where(keep, 0.0, self.anchor)
         value = 0.5 * self.damping * float(dual @ target + removed @ removed) - self.offset
         return KeptSet(keep=keep, gram=gram, target=target, factor=factor, dual=dual, value=value)
-
-
-def joint_saliency(block: FisherBlock) -> Tensor:
-    """What removing one weight costs the joint program, ``u_i^2 / (2 [H^-1]_ii)``, (n,) float64.
-
-    `u` is the minimiser of the block's model, the gradient included; without one it is `w`, and the
-    saliency is that of OBS. O(m^2 n); errors as in `JointProgram.of`.
-    """
-    everything = torch.ones(block.n, dtype=torch.bool, device=block.weights.device)
-    if block.channels is not None and block.rows is not None:
-        whole = ChannelProgram(block)
-        return 0.5 * whole.costs(whole.at(everything))
-    program = JointProgram.of(block)
-    kept = program.at(everything)
-    slack = (1.0 - program.leverages(kept)).clamp_min(torch.finfo(torch.float64).eps)
-    return 0.5 * program.damping * program.levels(kept).square() / slack

@@ -1,23 +1,26 @@
-"""Swap search on the joint program of a large block, to a proved 1-swap optimum.
+"""Exchanges of kept and pruned weights in the joint program of a large block.
 
-Two moves, each judged by the true objective after the update. *Batches*: the weights that cost least are
-exchanged for those that gain most, as many at once as still lower the objective; scores are those of single
-moves, so this is fast and proves nothing. *Pairs*: the exact change of all swaps that can improve
-(`joint_pairs`), again tried together and halved; when none is left the set is a 1-swap optimum. *Restarts*
-leave it again: descents from random sets within the core of weights whose fate is open (`joint_core`).
+*Batches*: the weights that cost least are exchanged for those that gain most, as many at once as still lower
+the true objective after the update; scores are those of single moves, so this is fast and proves nothing.
+Blocks with a channel term are searched by batches alone. By rows follow *pairs*: the exact change of all
+swaps that can improve (`pairs`), again tried together and halved; when none is left, a 1-swap optimum.
+*Restarts* leave it again: descents from random sets within the core of weights whose fate is open (`core`).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic
 
 import torch
 from torch import Tensor
 
+from cbs_opt.select.choice import SearchResult
+from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet
 from cbs_opt.select.joint_program.core import open_core, restarted_core
 from cbs_opt.select.joint_program.pairs import ImprovingPairs, Scores, improving_pairs
-from cbs_opt.select.joint_program.program import JointProgram, KeptSet
+from cbs_opt.select.joint_program.program import JointProgram, Kept, KeptSet, Program
 from formulations.solution import Limit, Limits, TracePoint
 
 TOLERANCE = 1e-9
@@ -26,42 +29,16 @@ ROUNDING = 1e-13
 """No change below this share of the terms that cancel in the objective can be told from rounding."""
 TINY = 1e-300
 LARGEST_BATCH = 8_192
+LARGEST_SHARE = 0.1
+"""Of the kept weights that the first batch beside a channel term may exchange."""
+LEAST_YIELD = 1e-3
+"""Relative fall of the objective in one round below which exchanges beside a channel term end."""
 MOVED_SHARE = 0.25
 """Changed columns, in shares of m, up to which leverages are moved and not computed anew."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class JointResult:
-    """What a joint search found.
-
-    Attributes
-    ----------
-    pruned : (n,) bool tensor
-        The pruned set; its size is that of the start.
-    value, initial_value : float
-        Joint objective after and before.
-    swaps : int
-    locally_optimal : bool
-        Proved: no single swap lowers the objective by more than the tolerance, over all pairs.
-    limit : Limit or None
-        What stopped the search before that.
-    seconds : float
-    trace : tuple of TracePoint
-        The objective after every accepted move.
-    """
-
-    pruned: Tensor
-    value: float
-    initial_value: float
-    swaps: int
-    locally_optimal: bool
-    limit: Limit | None
-    seconds: float
-    trace: tuple[TracePoint, ...]
-
-
 def joint_search(
-    program: JointProgram,
+    program: JointProgram | ChannelProgram,
     start: Tensor,
     *,
     tolerance: float = TOLERANCE,
@@ -69,20 +46,20 @@ def joint_search(
     restarts: int = 0,
     deadline: float | None = None,
     seed: int = 0,
-) -> JointResult:
-    """Improve a pruned set of the joint program until no swap helps.
+) -> SearchResult:
+    """Improve a kept set of the joint program until no swap helps, or no batch beside a channel term.
 
     Parameters
     ----------
-    program : JointProgram
+    program : JointProgram or ChannelProgram
     start : (n,) bool tensor
-        Weights pruned at the start.
+        Weights kept at the start.
     tolerance : float, default 1e-9
         A swap counts if it lowers the objective by more than ``tolerance * |objective|``.
     max_swaps : int, optional
     restarts : int, default 0
         Descents of the core from randomly changed sets, each time the search has come to a 1-swap
-        optimum; it ends when they bring nothing.
+        optimum; it ends when they bring nothing. Of no use beside a channel term.
     deadline : float, optional
         Reading of `time.monotonic` at which to stop; looked at between products with the rows.
     seed : int, default 0
@@ -90,7 +67,7 @@ def joint_search(
 
     Returns
     -------
-    JointResult
+    SearchResult
         Never worse than the start; after Ctrl-C what was found until then, with `Limit.INTERRUPTED`.
 
     Notes
@@ -99,14 +76,19 @@ def joint_search(
     the rows: O(m^2 + n) and some columns of the rows.
     """
     began = time.monotonic()
-    search = JointSearch(program, start, tolerance, max_swaps, deadline)
+    arguments = (start, tolerance, max_swaps, deadline)
+    search: RowSearch | ChannelSearch
+    if isinstance(program, ChannelProgram):
+        search = ChannelSearch(program, *arguments)
+    else:
+        search = RowSearch(program, *arguments)
     initial = search.kept.value
     try:
         search.run(restarts, seed)
     except KeyboardInterrupt:
         search.limit = Limit.INTERRUPTED
-    return JointResult(
-        pruned=~search.kept.keep,
+    return SearchResult(
+        keep=search.kept.keep,
         value=search.kept.value,
         initial_value=initial,
         swaps=search.swaps,
@@ -117,12 +99,17 @@ def joint_search(
     )
 
 
-class JointSearch:
-    """State of one search: the kept set, its leverages, and what has been spent."""
+class Search(ABC, Generic[Kept]):
+    """State of one search: the kept set, and what has been spent."""
+
+    least_yield: ClassVar[float] = 0.0
+    """Relative fall of the objective in a batch at which batches end."""
+    grows: ClassVar[bool] = True
+    """Whether a batch may become larger than the one before."""
 
     def __init__(
         self,
-        program: JointProgram,
+        program: Program[Kept],
         start: Tensor,
         tolerance: float,
         max_swaps: int | None,
@@ -133,22 +120,23 @@ class JointSearch:
         self.tolerance = tolerance
         self.max_swaps = max_swaps
         self.deadline = deadline
-        self.kept = program.at(~start)
+        self.kept = program.at(start)
         self.swaps = 0
         self.limit: Limit | None = None
         self.locally_optimal = int(start.sum()) in (0, program.n)
         self.trace: list[TracePoint] = []
-        self._base: tuple[KeptSet, Tensor] | None = None
 
+    @abstractmethod
     def run(self, restarts: int, seed: int) -> None:
-        """Batches, then pairs, until no swap helps or a limit is reached; then again from restarts."""
-        if self.locally_optimal:
-            return
-        self._exchange_batches()
-        self._exchange_pairs()
-        while restarts and self.limit is None and self._leave_optimum(restarts, seed):
-            seed += 1
-            self._exchange_pairs()
+        """Search until nothing helps or a limit is reached."""
+
+    @abstractmethod
+    def _singles(self, most: int) -> tuple[Tensor, Tensor]:
+        """Return kept weights of least cost with pruned ones of most gain, while the gain is the larger."""
+
+    def _renewed(self) -> bool:
+        """Return whether scores of an earlier set led here, and are now those of the present one."""
+        return False
 
     @property
     def threshold(self) -> float:
@@ -156,20 +144,79 @@ class JointSearch:
         cancelled = abs(self.kept.value) + 2.0 * self.program.offset
         return max(self.tolerance * abs(self.kept.value), ROUNDING * cancelled, TINY)
 
-    def _exchange_batches(self) -> None:
+    def _exchange_batches(self, largest: int) -> None:
         """Swap by the scores of single moves while the objective falls."""
-        leverages, exact, cap = self._leverages(), True, LARGEST_BATCH
+        cap = largest
         while not self._stopped():
-            scores = self._scores(leverages)
-            leaving, entering = _best_singles(scores, self.kept.keep, cap)
-            made = self._try(leaving, entering)
-            if made:
-                exact, cap = False, 2 * made
-            elif exact:
-                return
+            before = self.kept.value
+            made = self._try(*self._singles(cap))
+            if made and before - self.kept.value > self.least_yield * abs(before):
+                cap = 2 * made if self.grows else min(cap, 2 * made)
+            elif self._renewed():
+                cap = largest
             else:
-                # Scores of an earlier set brought it here; those of this one may lead on.
-                leverages, exact, cap = self._leverages(), True, LARGEST_BATCH
+                self._stopped()
+                return
+
+    def _try(self, leaving: Tensor, entering: Tensor) -> int:
+        """Make as many of the swaps at once as lower the objective, halving; how many were made."""
+        size = len(leaving)
+        if self.max_swaps is not None:
+            size = min(size, self.max_swaps - self.swaps)
+        while size > 0 and not self._stopped():
+            trial = self.program.exchanged(self.kept, leaving[:size], entering[:size])
+            if trial.value < self.kept.value - self.threshold:
+                self._accept(trial, size)
+                return size
+            size //= 2
+        return 0
+
+    def _accept(self, trial: Kept, swaps: int) -> None:
+        self.kept = trial
+        self.swaps += swaps
+        spent = time.monotonic() - self.began
+        self.trace.append(TracePoint(seconds=spent, nodes=0, objective=trial.value, bound=None))
+
+    def _stopped(self) -> bool:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.limit = Limit.TIME
+        elif self.max_swaps is not None and self.swaps >= self.max_swaps:
+            self.limit = Limit.ITERATION
+        return self.limit is not None
+
+
+class RowSearch(Search[KeptSet]):
+    """The search by rows, with the leverages of the kept set."""
+
+    program: JointProgram
+    _base: tuple[KeptSet, Tensor] | None = None
+    _batch: tuple[KeptSet, Tensor] | None = None
+
+    def run(self, restarts: int, seed: int) -> None:
+        """Exchange batches, then pairs, until no swap helps or a limit is reached; then from restarts."""
+        if self.locally_optimal:
+            return
+        self._exchange_batches(LARGEST_BATCH)
+        self._exchange_pairs()
+        while restarts and self.limit is None and self._leave_optimum(restarts, seed):
+            seed += 1
+            self._exchange_pairs()
+
+    def _singles(self, most: int) -> tuple[Tensor, Tensor]:
+        if self._batch is None:
+            self._batch = self.kept, self._leverages()
+        scores, keep = self._scores(self._batch[1]), self.kept.keep
+        size = min(int(keep.sum()), int((~keep).sum()), most)
+        costs, leaving = scores.costs.topk(size, largest=False)
+        gains, entering = scores.gains.topk(size)
+        better = int((gains > costs).sum())
+        return leaving[:better], entering[:better]
+
+    def _renewed(self) -> bool:
+        if self._batch is None or self._batch[0] is self.kept:
+            return False
+        self._batch = self.kept, self._leverages()
+        return True
 
     def _exchange_pairs(self) -> None:
         """Swap by exact changes until a scan of all pairs, on figures computed anew, finds none."""
@@ -188,17 +235,17 @@ class JointSearch:
             self.kept, self._base, anew = self.program.at(self.kept.keep), None, True
 
     def _leave_optimum(self, restarts: int, seed: int) -> bool:
-        """Whether descents of the core found a better set, which is then taken."""
+        """Return whether descents of the core found a better set, which is then taken."""
         core = open_core(self.program, self.kept, self._scores(self._leverages(torch.float64)))
         left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
         leaving, entering = restarted_core(core, restarts, Limits(time_limit=left, seed=seed))
         if self.max_swaps is not None and self.swaps + len(leaving) > self.max_swaps:
             self.limit = Limit.ITERATION
             return False
-        found = self.program.exchanged(self.kept, leaving, entering)
-        if found.value >= self.kept.value - self.threshold:
+        trial = self.program.exchanged(self.kept, leaving, entering)
+        if trial.value >= self.kept.value - self.threshold:
             return False
-        self._accept(found, len(leaving))
+        self._accept(trial, len(leaving))
         self.locally_optimal = False
         return True
 
@@ -210,7 +257,7 @@ class JointSearch:
         return Scores.of(self.program, self.kept, self.program.levels(self.kept), leverages)
 
     def _leverages(self, precision: torch.dtype | None = None) -> Tensor:
-        """Leverages of the kept set, moved from those of an earlier set where few weights changed."""
+        """Return leverages of the kept set, moved from those of an earlier set where few weights changed."""
         if self._base is not None:
             before, leverages = self._base
             changes = int((before.keep != self.kept.keep).sum())
@@ -222,37 +269,23 @@ class JointSearch:
         self._base = self.kept, leverages
         return leverages
 
-    def _try(self, leaving: Tensor, entering: Tensor) -> int:
-        """Make as many of the swaps at once as lower the objective, halving; how many were made."""
-        size = len(leaving)
-        if self.max_swaps is not None:
-            size = min(size, self.max_swaps - self.swaps)
-        while size > 0 and not self._stopped():
-            found = self.program.exchanged(self.kept, leaving[:size], entering[:size])
-            if found.value < self.kept.value - self.threshold:
-                self._accept(found, size)
-                return size
-            size //= 2
-        return 0
 
-    def _accept(self, found: KeptSet, swaps: int) -> None:
-        self.kept = found
-        self.swaps += swaps
-        spent = time.monotonic() - self.began
-        self.trace.append(TracePoint(seconds=spent, nodes=0, objective=found.value, bound=None))
+class ChannelSearch(Search[ChannelSet]):
+    """The search beside a channel term: batches, and no proof."""
 
-    def _stopped(self) -> bool:
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.limit = Limit.TIME
-        elif self.max_swaps is not None and self.swaps >= self.max_swaps:
-            self.limit = Limit.ITERATION
-        return self.limit is not None
+    program: ChannelProgram
+    least_yield = LEAST_YIELD
+    grows = False
 
+    def run(self, restarts: int, seed: int) -> None:
+        """Exchange batches until they yield little or a limit is reached."""
+        if not self.locally_optimal:
+            self._exchange_batches(max(1, round(LARGEST_SHARE * int(self.kept.keep.sum()))))
 
-def _best_singles(scores: Scores, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Kept weights of least cost with pruned ones of most gain, while the gain is the larger."""
-    size = min(int(keep.sum()), int((~keep).sum()), most)
-    costs, leaving = scores.costs.topk(size, largest=False)
-    gains, entering = scores.gains.topk(size)
-    better = int((gains > costs).sum())
-    return leaving[:better], entering[:better]
+    def _singles(self, most: int) -> tuple[Tensor, Tensor]:
+        inside, outside = self.kept.keep.nonzero().squeeze(1), (~self.kept.keep).nonzero().squeeze(1)
+        size = min(most, len(inside), len(outside))
+        costs, leaving = self.program.costs(self.kept).topk(size, largest=False)
+        gains, entering = self.program.gains(self.kept).topk(size)
+        better = int((gains > costs).sum())
+        return inside[leaving[:better]], outside[entering[:better]]

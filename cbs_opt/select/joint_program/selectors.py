@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.runs.choices import ChoiceLedger
-from cbs_opt.select.choice import Choice
-from cbs_opt.select.joint_program.channel_program import ChannelProgram
-from cbs_opt.select.joint_program.channel_search import exchange_channel_set, greedy_channel_set
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchInterruptedError, ending
+from cbs_opt.select.joint_program.channel_program import ChannelProgram, joint_program
 from cbs_opt.select.joint_program.program import JointProgram
-from cbs_opt.select.joint_program.search import TOLERANCE, JointResult, joint_search
+from cbs_opt.select.joint_program.search import TOLERANCE, joint_search
 from cbs_opt.select.joint_program.starts import (
     DROPS,
     THRESHOLD_STEPS,
@@ -22,10 +22,11 @@ from cbs_opt.select.joint_program.starts import (
     hard_threshold_set,
     relaxed_set,
 )
-from cbs_opt.select.saliency import lowest, magnitude
-from cbs_opt.select.selectors import STARTS, choice_of_solution, ending, start_set
+from cbs_opt.select.saliency import magnitude, without_lowest
+from cbs_opt.select.scores import STARTS, start_set
 from formulations import incumbents
 from formulations.errors import ArgumentError, UnsupportedProblemError
+from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limit, Limits
 
 DENSE_JOINT = 1_024
@@ -33,25 +34,18 @@ DENSE_JOINT = 1_024
 JOINT_STARTS = ("relaxation", "greedy_obs", "iterative_hard_threshold", *STARTS)
 
 
-class SearchInterruptedError(KeyboardInterrupt):
-    """Ctrl-C during a selection, with the choice for the block at which it came."""
-
-    def __init__(self, choice: Choice) -> None:
-        super().__init__()
-        self.choice = choice
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     """What a joint swap search was asked for, beside its blocks."""
 
     starts: tuple[str, ...]
+    warm: Sequence[Tensor] | None
     spread: float
     max_swaps: int | None
     restarts: int
     drops: int
     tolerance: float
-    limits: Limits
+    seed: int
 
 
 def by_joint_swap_search(
@@ -65,22 +59,22 @@ def by_joint_swap_search(
     restarts: int = 0,
     drops: int = DROPS,
     tolerance: float = TOLERANCE,
+    dense_limit: int = DENSE_JOINT,
     warm: Sequence[Tensor] | None = None,
-    ledger: ChoiceLedger | None = None,
+    ledger: Ledger = NO_LEDGER,
 ) -> list[Choice]:
-    """Swap search on the joint program of every block, to proved 1-swap optima.
+    """Search by swaps on the joint program of every block, to proved 1-swap optima.
 
     Parameters
     ----------
-    blocks : sequence of FisherBlock
-    counts : sequence of int
-        Weights to remove in each block.
+    blocks, counts, warm, ledger
+        As of `Selector`; from a warm start the result is never worse.
     limits : Limits
         `time_limit` for all blocks together, shared by their size.
     start : str or sequence of str, optional
         Sets to start from: "relaxation", "greedy_obs", "iterative_hard_threshold", a saliency or
         "randomized_magnitude". Of several, the one that ends lowest in each block is kept. By
-        default the rounded relaxation, and greedy elimination in blocks of at most `DENSE_JOINT`.
+        default the rounded relaxation, and greedy elimination in small blocks and beside a channel term.
     spread : float, default 0.1
         Of "randomized_magnitude" starts.
     max_swaps : int, optional
@@ -91,10 +85,8 @@ def by_joint_swap_search(
         Of greedy elimination in large blocks.
     tolerance : float, default 1e-9
         Relative improvement that counts in large blocks.
-    warm : sequence of (n,) bool tensors, optional
-        A pruned set for each block to start from, instead of `start`; the result is never worse.
-    ledger : ChoiceLedger, optional
-        Of the blocks that are done: see `Selector`.
+    dense_limit : int, default 1024
+        Largest block whose Hessian is formed.
 
     Returns
     -------
@@ -111,10 +103,10 @@ def by_joint_swap_search(
 
     Notes
     -----
-    Blocks of up to `DENSE_JOINT` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
+    Blocks of up to `dense_limit` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
     `cbs_opt.select.joint_program.search`, O(m^2 n) whenever many weights have changed. A Hessian without
     rows, and more rows than weights, cost an eigendecomposition there. Larger ones with a layer-input
-    term: `cbs_opt.select.joint_program.channel_search`, from greedy OBS or a saliency, batches of swaps
+    term: the same from greedy OBS or a saliency, by batches of swaps
     without a proof of 1-swap optimality and without restarts.
     """
     names = (start,) if isinstance(start, str) else tuple(start or ())
@@ -125,21 +117,19 @@ def by_joint_swap_search(
     if drops < 1:
         raise ArgumentError("drops", f"{drops}", "pass 1 or more")
     request = _Request(
-        starts=names if warm is None else (),
+        starts=names,
+        warm=warm,
         spread=spread,
         max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
         restarts=restarts,
         drops=drops,
         tolerance=tolerance,
-        limits=limits,
+        seed=limits.seed,
     )
 
     def search(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
-        given = None if warm is None else warm[number]
-        engine = _search_dense if block.n <= DENSE_JOINT else _search_large
-        if engine is _search_large and block.channels is not None and block.rows is not None:
-            engine = _search_channels
-        return engine(block, count, number, given, deadline, request)
+        engine = _DenseSearch if block.n <= dense_limit else _LargeSearch
+        return engine(block, count, number, deadline, request).best()
 
     return _each(blocks, counts, limits, ledger, search)
 
@@ -150,9 +140,11 @@ def by_joint_greedy_obs(
     *,
     limits: Limits,
     drops: int = DROPS,
-    ledger: ChoiceLedger | None = None,
+    dense_limit: int = DENSE_JOINT,
+    warm: Sequence[Tensor] | None = None,
+    ledger: Ledger = NO_LEDGER,
 ) -> list[Choice]:
-    """Greedy OBS on every block: one weight at a time in small blocks, `drops` times in large ones.
+    """Return the sets of greedy OBS: one weight at a time in small blocks, `drops` times in large ones.
 
     Parameters and errors as in `by_joint_swap_search`.
     """
@@ -160,14 +152,11 @@ def by_joint_greedy_obs(
         raise ArgumentError("drops", f"{drops}", "pass 1 or more")
 
     def drop(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
-        if block.n <= DENSE_JOINT:
+        if block.n <= dense_limit:
             left = Limits(time_limit=_left(deadline))
-            return choice_of_solution(block, incumbents.greedy(block.to_problem(count), "joint", limits=left))
-        if block.channels is not None and block.rows is not None:
-            pruned = greedy_channel_set(block, count, drops=drops, deadline=deadline)
-        else:
-            pruned = greedy_obs_set(JointProgram.of(block), count, drops=drops, deadline=deadline)
-        return _finished(pruned, deadline)
+            return Choice.of_solution(block, incumbents.greedy(block.to_problem(count), "joint", limits=left))
+        keep = greedy_obs_set(joint_program(block), count, drops=drops, deadline=deadline)
+        return _finished(keep, deadline)
 
     return _each(blocks, counts, limits, ledger, drop)
 
@@ -178,9 +167,10 @@ def by_iterative_hard_threshold(
     *,
     limits: Limits,
     steps: int = THRESHOLD_STEPS,
-    ledger: ChoiceLedger | None = None,
+    warm: Sequence[Tensor] | None = None,
+    ledger: Ledger = NO_LEDGER,
 ) -> list[Choice]:
-    """Iterative hard thresholding on every block, at most `steps` gradient steps.
+    """Return the sets of iterative hard thresholding on every block, after at most `steps` gradient steps.
 
     Parameters and errors as in `by_joint_swap_search`.
     """
@@ -188,8 +178,8 @@ def by_iterative_hard_threshold(
         raise ArgumentError("steps", f"{steps}", "pass 0 or more")
 
     def threshold(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
-        pruned = hard_threshold_set(JointProgram.of(block), count, steps=steps, deadline=deadline)
-        return _finished(pruned, deadline)
+        keep = hard_threshold_set(JointProgram(block), count, steps=steps, deadline=deadline)
+        return _finished(keep, deadline)
 
     return _each(blocks, counts, limits, ledger, threshold)
 
@@ -198,10 +188,10 @@ def _each(
     blocks: Sequence[FisherBlock],
     counts: Sequence[int],
     limits: Limits,
-    ledger: ChoiceLedger | None,
+    ledger: Ledger,
     method: Callable[[FisherBlock, int, int, float | None], Choice],
 ) -> list[Choice]:
-    """`method` on every block not known, with a share of the time left in proportion to its size."""
+    """Run `method` on every block without a choice, in a share of the time left in proportion to its size."""
     ends = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     rest = sum(block.n for block in blocks)
     choices = []
@@ -210,169 +200,146 @@ def _each(
         began = time.monotonic()
         deadline = None if ends is None else began + max(0.0, ends - began) * block.n / max(1, rest)
         rest -= block.n
-        known = None if ledger is None else ledger.known(number)
-        if known is not None:
-            choices.append(known)
-            continue
-        try:
-            choice = method(block, counts[number], number, deadline)
-        except KeyboardInterrupt:
-            pruned = lowest(magnitude(block), counts[number])
-            choice = Choice(pruned=pruned, status=ending(False, Limit.INTERRUPTED), limit=Limit.INTERRUPTED)
-        choices.append(replace(choice, seconds=time.monotonic() - began))
-        if choice.limit is Limit.INTERRUPTED:
-            raise SearchInterruptedError(choice)
-        if ledger is not None:
-            ledger.add(number, choices[-1])
+        choice = ledger.choice(number)
+        if choice is None:
+            try:
+                choice = method(block, counts[number], number, deadline)
+            except KeyboardInterrupt:
+                keep = without_lowest(magnitude(block), counts[number])
+                status = ending(False, Limit.INTERRUPTED)
+                choice = Choice(keep=keep, status=status, limit=Limit.INTERRUPTED)
+            choice = replace(choice, seconds=time.monotonic() - began)
+            if choice.limit is Limit.INTERRUPTED:
+                raise SearchInterruptedError(choice)
+            ledger.add(number, choice)
+        choices.append(choice)
     return choices
 
 
-def _search_large(
-    block: FisherBlock,
-    count: int,
-    number: int,
-    warm: Tensor | None,
-    deadline: float | None,
-    request: _Request,
-) -> Choice:
-    """The search by rows, from every start; the lowest end."""
-    program = JointProgram.of(block)
-    seed = request.limits.seed + number
-    names = request.starts or ("relaxation",)
-    best: JointResult | None = None
-    for name in ("warm",) if warm is not None else names:
-        start = warm if warm is not None else _start(name, block, program, count, seed, deadline, request)
-        found = joint_search(
-            program,
-            start,
-            tolerance=request.tolerance,
-            max_swaps=request.max_swaps,
-            restarts=request.restarts,
-            deadline=deadline,
-            seed=seed,
-        )
-        if best is None or found.value < best.value:
-            best = found
-        if found.limit is Limit.INTERRUPTED:
-            break
-    assert best is not None
-    limit = found.limit if found.limit is Limit.INTERRUPTED else best.limit
-    return Choice(
-        pruned=best.pruned,
-        iterations=best.swaps,
-        locally_optimal=best.locally_optimal,
-        status=ending(best.locally_optimal, limit),
-        limit=limit,
-    )
+class _Search(ABC):
+    """One block that is searched from several starts."""
 
+    def __init__(
+        self, block: FisherBlock, count: int, number: int, deadline: float | None, request: _Request
+    ) -> None:
+        self.block, self.count, self.deadline, self.request = block, count, deadline, request
+        self.seed = request.seed + number
+        self.warm = None if request.warm is None else request.warm[number]
 
-def _search_channels(
-    block: FisherBlock,
-    count: int,
-    number: int,
-    warm: Tensor | None,
-    deadline: float | None,
-    request: _Request,
-) -> Choice:
-    """Exchanges in batches with the layer-input term, from every start; the lowest end."""
-    program = ChannelProgram(block)
-    best: JointResult | None = None
-    for name in request.starts or ("greedy_obs",):
-        start = warm
-        if start is None and name == "greedy_obs":
-            start = greedy_channel_set(block, count, drops=request.drops, deadline=deadline)
-        elif start is None and name in STARTS:
-            start = start_set(name, block, count, request.limits.seed + number, request.spread)
-        if start is None:
+    @cached_property
+    def program(self) -> JointProgram | ChannelProgram:
+        """The program that large blocks are searched by, and that the starts of all are made with."""
+        return JointProgram(self.block)
+
+    @cached_property
+    def problem(self) -> BlockProblem:
+        """The block as a dense problem."""
+        return self.block.to_problem(self.count)
+
+    @property
+    @abstractmethod
+    def default_start(self) -> str | None:
+        """The start where none is asked for, or None where the search has its own."""
+
+    @abstractmethod
+    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
+        """Return the objective and the choice that a start leads to."""
+
+    def best(self) -> Choice:
+        """Return the lowest end of all starts; an interrupt ends the walk over them."""
+        names = self.request.starts or (self.default_start,)
+        best: tuple[float, Choice] | None = None
+        for name in names if self.warm is None else (None,):
+            value, choice = self.descend(self.warm if name is None else self.start(name))
+            if best is None or value < best[0]:
+                best = value, choice
+            if choice.limit is Limit.INTERRUPTED:
+                return replace(best[1], status=choice.status, limit=choice.limit)
+        assert best is not None
+        return best[1]
+
+    def start(self, name: str) -> Tensor:
+        """Return the kept set of a start of `JOINT_STARTS`; magnitude's where no time or choice is left."""
+        block, count, left, program = self.block, self.count, _left(self.deadline), self.program
+        if isinstance(program, ChannelProgram) and name not in ("greedy_obs", *STARTS):
             found = f"{name!r} on {block.n} weights with a layer-input term"
             raise UnsupportedProblemError("start", found, f"use greedy_obs, or one of {', '.join(STARTS)}")
-        result = exchange_channel_set(
-            program, start, tolerance=request.tolerance, max_swaps=request.max_swaps, deadline=deadline
+        if left == 0.0 or count in (0, block.n):
+            return without_lowest(magnitude(block), count)
+        if name == "greedy_obs":
+            return greedy_obs_set(program, count, drops=self.request.drops, deadline=self.deadline)
+        if isinstance(program, JointProgram) and name == "relaxation":
+            return relaxed_set(program, count, time_limit=left)
+        if isinstance(program, JointProgram) and name == "iterative_hard_threshold":
+            return hard_threshold_set(program, count, deadline=self.deadline)
+        return start_set(name, block, count, self.seed, self.request.spread)
+
+
+class _LargeSearch(_Search):
+    """The search by rows, or by batches beside a channel term."""
+
+    @cached_property
+    def program(self) -> JointProgram | ChannelProgram:
+        return joint_program(self.block)
+
+    @property
+    def default_start(self) -> str:
+        return "greedy_obs" if isinstance(self.program, ChannelProgram) else "relaxation"
+
+    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
+        assert start is not None
+        result = joint_search(
+            self.program,
+            start,
+            tolerance=self.request.tolerance,
+            max_swaps=self.request.max_swaps,
+            restarts=self.request.restarts,
+            deadline=self.deadline,
+            seed=self.seed,
         )
-        if best is None or result.value < best.value:
-            best = result
-        if result.limit is Limit.INTERRUPTED:
-            break
-    assert best is not None
-    limit = result.limit if result.limit is Limit.INTERRUPTED else best.limit
-    status = "no batch of swaps improves" if limit is None else ending(best.locally_optimal, limit)
-    return Choice(
-        pruned=best.pruned,
-        iterations=best.swaps,
-        locally_optimal=best.locally_optimal,
-        status=status,
-        limit=limit,
-    )
+        settled = isinstance(self.program, ChannelProgram) and result.limit is None
+        choice = Choice(
+            keep=result.keep,
+            iterations=result.swaps,
+            locally_optimal=result.locally_optimal,
+            status="no batch of swaps improves" if settled else result.ending,
+            limit=result.limit,
+        )
+        return result.value, choice
 
 
-def _search_dense(
-    block: FisherBlock,
-    count: int,
-    number: int,
-    warm: Tensor | None,
-    deadline: float | None,
-    request: _Request,
-) -> Choice:
-    """The search on the swept tableau, from every start; the lowest end."""
-    problem = block.to_problem(count)
-    seed = request.limits.seed + number
-    starts: list[Tensor | None] = [warm]
-    if warm is None and request.starts:
-        program = JointProgram.of(block)
-        starts = [_start(name, block, program, count, seed, deadline, request) for name in request.starts]
-    best: BlockSolution | None = None
-    for start in starts:
-        found = incumbents.swap_search(
-            problem,
+class _DenseSearch(_Search):
+    """The search on the swept tableau."""
+
+    default_start = None
+
+    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
+        request, incumbent = self.request, None
+        if start is not None:
+            keep = start.cpu().numpy()
+            incumbent = BlockSolution(
+                keep=keep, weights=None, objective=None, program="joint", method="start"
+            )
+        solution = incumbents.swap_search(
+            self.problem,
             "joint",
-            limits=Limits(time_limit=_left(deadline), iteration_limit=request.max_swaps, seed=seed),
-            incumbent=None if start is None else _as_incumbent(start),
+            limits=Limits(time_limit=_left(self.deadline), iteration_limit=request.max_swaps, seed=self.seed),
+            incumbent=incumbent,
             restarts=request.restarts,
         )
-        assert found.objective is not None
-        if best is None or best.objective is None or found.objective < best.objective:
-            best = found
-    assert best is not None
-    settled = best.limit is None
-    return replace(
-        choice_of_solution(block, best), locally_optimal=settled, status=ending(settled, best.limit)
-    )
-
-
-def _start(
-    name: str,
-    block: FisherBlock,
-    program: JointProgram,
-    count: int,
-    seed: int,
-    deadline: float | None,
-    request: _Request,
-) -> Tensor:
-    """The pruned set of a start of `JOINT_STARTS`; the smallest weights where no time or choice is left."""
-    left = _left(deadline)
-    if left == 0.0 or count in (0, block.n):
-        return lowest(magnitude(block), count)
-    if name == "relaxation":
-        return relaxed_set(program, count, time_limit=left)
-    if name == "greedy_obs":
-        return greedy_obs_set(program, count, drops=request.drops, deadline=deadline)
-    if name == "iterative_hard_threshold":
-        return hard_threshold_set(program, count, deadline=deadline)
-    return start_set(name, block, count, seed, request.spread)
-
-
-def _as_incumbent(pruned: Tensor) -> BlockSolution:
-    keep = (~pruned).cpu().numpy()
-    return BlockSolution(keep=keep, weights=None, objective=None, program="joint", method="start")
+        assert solution.objective is not None
+        settled = solution.limit is None
+        status = ending(settled, solution.limit)
+        choice = Choice.of_solution(self.block, solution)
+        return solution.objective, replace(choice, locally_optimal=settled, status=status)
 
 
 def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
-def _finished(pruned: Tensor, deadline: float | None) -> Choice:
-    """The choice of a method that hurries once its time is over."""
+def _finished(keep: Tensor, deadline: float | None) -> Choice:
+    """Return the choice of a method that hurries once its time is over."""
     late = deadline is not None and time.monotonic() >= deadline
-    return Choice(
-        pruned=pruned, status=Limit.TIME.value + " limit" if late else "", limit=Limit.TIME if late else None
-    )
+    limit = Limit.TIME if late else None
+    return Choice(keep=keep, status="" if limit is None else f"{limit.value} limit", limit=limit)

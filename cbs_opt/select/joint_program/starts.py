@@ -1,15 +1,16 @@
-"""Pruned sets of the joint program to start a search from, none of them needing more than O(m^2 n) a step."""
+"""Kept sets of the joint program to start a search from, none of them needing more than O(m^2 n) a step."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.products import image
-from cbs_opt.select.joint_program.program import JointProgram
-from cbs_opt.select.saliency import lowest
+from cbs_opt.select.joint_program.program import JointProgram, Program
+from cbs_opt.select.saliency import without_lowest
 from formulations.relaxations.matrix_free import relax_joint_rows
 from formulations.solution import Limits
 
@@ -20,13 +21,13 @@ HALVINGS = 30
 
 
 def greedy_obs_set(
-    program: JointProgram, count: int, *, drops: int = DROPS, deadline: float | None = None
+    program: Program[Any], count: int, *, drops: int = DROPS, deadline: float | None = None
 ) -> Tensor:
-    """Greedy OBS in blocks: drop what costs least, move the rest, score again.
+    """Return the set of greedy OBS in blocks: drop what costs least, move the rest, score again.
 
     Parameters
     ----------
-    program : JointProgram
+    program : Program
     count : int
         Weights to prune.
     drops : int, default 12
@@ -37,34 +38,36 @@ def greedy_obs_set(
     Returns
     -------
     (n,) bool tensor
-        The pruned set.
+        The kept set.
 
     Notes
     -----
-    O(m^2 s) a drop of s kept weights. The scores, ``u_i^2 / (2 [H_KK^-1]_ii)``, are those of Hassibi &
-    Stork (1993); one weight at a time would be their method.
+    O(m^2 s) a drop of s kept weights. The scores, ``u_i^2 / (2 [H_KK^-1]_ii)`` of the moved weights u, are
+    those of Hassibi & Stork (1993); one weight at a time would be their method. The weights are those of the
+    trained network throughout: the model stays one quadratic, only the kept set shrinks.
     """
-    n, precision = program.n, program.rows.dtype
-    kept = program.at(torch.ones(n, dtype=torch.bool, device=program.rows.device))
+    n = program.n
+    keep = torch.ones(n, dtype=torch.bool, device=program.anchor.device)
+    kept = None
+    nothing = leaving = keep.nonzero().squeeze(1)[:0]
     size = n
     for drop in range(1, drops + 1):
         late = deadline is not None and time.monotonic() >= deadline
         goal = n - count if late or drop == drops else round(n * ((n - count) / n) ** (drop / drops))
         if goal >= size:
             continue
-        index = kept.keep.nonzero().squeeze(1)
-        slack = 1.0 - program.leverages(kept, precision, index)
-        costs = program.levels(kept)[index].square() / slack.clamp_min(torch.finfo(precision).eps)
-        leaving = index[costs.argsort(stable=True)[: size - goal]]
-        kept = program.exchanged(kept, leaving, leaving[:0])
+        kept = program.at(keep) if kept is None else program.exchanged(kept, leaving, nothing)
+        leaving = keep.nonzero().squeeze(1)[program.costs(kept).argsort(stable=True)[: size - goal]]
+        keep = keep.clone()
+        keep[leaving] = False
         size = goal
-    return ~kept.keep
+    return keep
 
 
 def hard_threshold_set(
     program: JointProgram, count: int, *, steps: int = THRESHOLD_STEPS, deadline: float | None = None
 ) -> Tensor:
-    """Iterative hard thresholding: a gradient step, the largest weights stay and are solved for exactly.
+    """Return the set of iterative hard thresholding: a gradient step, then a solve for the largest weights.
 
     Parameters
     ----------
@@ -79,7 +82,7 @@ def hard_threshold_set(
     Returns
     -------
     (n,) bool tensor
-        The pruned set, never worse than that of magnitude pruning.
+        The kept set, never worse than that of magnitude pruning.
 
     Notes
     -----
@@ -89,7 +92,7 @@ def hard_threshold_set(
     (2011), Hard thresholding pursuit; Blumensath & Davies (2010) for the step length; CHITA (Benbaki et
     al., ICML 2023) uses the method for pruning.
     """
-    kept = program.at(~lowest(program.block.weights.double().abs(), count))
+    kept = program.at(without_lowest(program.block.weights.double().abs(), count))
     for _ in range(steps):
         levels = program.levels(kept)
         slope = torch.where(kept.keep, 0.0, program.damping * levels)
@@ -100,8 +103,8 @@ def hard_threshold_set(
         before = kept
         for _ in range(HALVINGS):
             if deadline is not None and time.monotonic() >= deadline:
-                return ~kept.keep
-            keep = ~lowest(torch.where(before.keep, levels, length * slope).abs(), count)
+                return kept.keep
+            keep = without_lowest(torch.where(before.keep, levels, length * slope).abs(), count)
             if keep.equal(before.keep):
                 if changed:
                     break
@@ -116,13 +119,13 @@ def hard_threshold_set(
             length *= 0.5
         if kept is before:
             break
-    return ~kept.keep
+    return kept.keep
 
 
 def relaxed_set(
     program: JointProgram, count: int, *, steps: int = RELAXATION_STEPS, time_limit: float | None = None
 ) -> Tensor:
-    """The perspective relaxation rounded: keep its largest residuals or its largest weights.
+    """Return the perspective relaxation rounded: keep its largest residuals or its largest weights.
 
     Parameters
     ----------
@@ -137,7 +140,7 @@ def relaxed_set(
     Returns
     -------
     (n,) bool tensor
-        The pruned set.
+        The kept set.
 
     Notes
     -----
@@ -146,7 +149,9 @@ def relaxed_set(
     """
     problem = program.block.to_problem(count)
     limits = Limits(iteration_limit=steps, time_limit=time_limit)
-    found = relax_joint_rows(problem, limits, time.perf_counter(), float("inf"))
+    points = relax_joint_rows(problem, limits, time.perf_counter(), float("inf"))
     # The residual, which the bound goes by, ranks best where damping dominates, the point where it does not.
-    sets = [program.at(~lowest(torch.from_numpy(v).to(program.rows.device).abs(), count)) for v in found]
-    return ~min(sets, key=lambda kept: kept.value).keep
+    sets = [
+        program.at(without_lowest(torch.from_numpy(v).to(program.rows.device).abs(), count)) for v in points
+    ]
+    return min(sets, key=lambda kept: kept.value).keep

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from formulations.compiled import compiled
+from formulations.compiled import compiled as kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,14 @@ class SwapCounts:
 
 
 def swap_dense(
-    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, budget: Tensor
+    gram: Tensor,
+    product: Tensor,
+    linear: Tensor,
+    pruned: Tensor,
+    tolerance: Tensor,
+    budget: Tensor,
+    *,
+    compiled: bool = True,
 ) -> SwapCounts:
     """Run best-improvement swaps in place on a batch of dense blocks until none helps.
 
@@ -47,6 +54,8 @@ def swap_dense(
         A swap must lower the objective by more than this.
     budget : (B,) int64 tensor
         Most swaps to make in each block.
+    compiled : bool, default True
+        Use the compiled kernel on the CPU.
 
     Returns
     -------
@@ -57,7 +66,7 @@ def swap_dense(
     O(n) to O(n^2) a swap and block. The CPU kernel and the torch path make the same swaps, up to
     ties within rounding.
     """
-    if gram.device.type == "cpu":
+    if compiled and gram.device.type == "cpu":
         return _swap_compiled(gram, product, linear, pruned, tolerance, budget)
     return _swap_torch(gram, product, linear, pruned, tolerance, budget)
 
@@ -99,7 +108,7 @@ def _swap_blocks(
         )
 
 
-@compiled
+@kernel
 def _swap_one_block(
     a: NDArray[np.float64],
     v: NDArray[np.float64],
@@ -128,7 +137,7 @@ def _swap_one_block(
     return max_swaps, False
 
 
-@compiled
+@kernel
 def _best_pair(
     a: NDArray[np.float64],
     v: NDArray[np.float64],
@@ -140,7 +149,7 @@ def _best_pair(
     entering: NDArray[np.int64],
     threshold: float,
 ) -> tuple[int, int]:
-    """Pair (out of P, into P) with the lowest change below `threshold`, or (-1, -1)."""
+    """Return the pair (out of P, into P) with the lowest change below `threshold`, or (-1, -1)."""
     n = v.shape[0]
     first_out, first_in = -1, -1
     norm_out, norm_in = 0.0, 0.0

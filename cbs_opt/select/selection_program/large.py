@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.products import double_chunks
+from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.select.selection_program.pair_scan import Projection, project
 from cbs_opt.select.selection_program.pair_search import Pairs, SwapChanges, improving_pairs
 from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.solution import Limit
 
-POOL = 2_048
-"""Weights in a pool."""
 NEARLY = 5e-6
 """Pairs that miss an improvement by less than this share of the objective are collected at first."""
 POOL_YIELD = 100.0
 """Pools go on while one lowers the objective by this many thresholds; then pairs are searched."""
-SWAPS_A_LOOK = 128
-"""Swaps within a pool between two looks at the clock."""
 FRESH_SHARE = 1e-6
 """The image is computed anew at the end where its square has shrunk below this share."""
 MAX_SWAPS = 2**31 - 1
@@ -34,10 +32,10 @@ COST_SLACK = 2e-6
 
 
 def relative_tolerance(program: SelectionProgram, tolerance: float | None) -> float:
-    """The relative improvement that counts: as given, else by the precision of the data."""
+    """Return the relative improvement that counts: as given, else by the precision of the data."""
     if tolerance is not None:
         return tolerance
-    return 1e-10 if program.data.dtype == torch.float64 else 1e-7
+    return 1e-10 if program.precision == torch.float64 else 1e-7
 
 
 class LargeSwapSearch:
@@ -46,14 +44,18 @@ class LargeSwapSearch:
     def __init__(
         self,
         program: SelectionProgram,
-        start: Tensor,
+        keep: Tensor,
         tolerance: float | None,
         max_swaps: int | None,
         deadline: float | None,
         seed: int,
+        tuning: SwapTuning = TUNING,
     ) -> None:
+        self.began = time.monotonic()
         self.program = program
-        self.pruned = start.clone()
+        self.tuning = tuning
+        self.start = keep
+        self.pruned = ~keep
         self.tolerance = relative_tolerance(program, tolerance)
         self.budget = MAX_SWAPS if max_swaps is None else max_swaps
         self.deadline = deadline
@@ -61,54 +63,69 @@ class LargeSwapSearch:
         self.linear = program.linear()
         self._read_data()
         self.initial_square = float(self.image.square().sum())
-        self.value = program.value(self.image, self.pruned.double())
+        self.value = self.initial = program.value(self.image, self.pruned.double())
         self.noise = TINY
         self.reach = 0.0
         self.resume = 0
         self.swaps = 0
         self.moved = 0
-        self.locally_optimal = int(start.sum()) in (0, program.n)
+        self.locally_optimal = int(keep.sum()) in (0, program.n)
         self.limit: Limit | None = None
 
-    def run(self) -> None:
-        """Search until no swap helps or a limit is reached."""
+    def result(self) -> SearchResult:
+        """Search until no swap helps or a limit is reached; never worse than the start."""
+        if not self.locally_optimal:
+            self._run()
+        value = self._exact_value()
+        worse = value > self.initial
+        return SearchResult(
+            keep=self.start.clone() if worse else ~self.pruned,
+            value=self.initial if worse else value,
+            initial_value=self.initial,
+            swaps=0 if worse else self.swaps,
+            locally_optimal=self.locally_optimal and not worse,
+            limit=self.limit,
+            seconds=time.monotonic() - self.began,
+        )
+
+    def _run(self) -> None:
         self._check_time()
         if self.limit is None and self.budget == 0:
             self.limit = Limit.ITERATION
         if self.limit is not None:
             return
-        if self.program.rows is None:
+        if not self.program.hessian.by_rows:
             self._improve_whole()
             return
         self._improve_by_pools()
         self.reach = NEARLY * abs(self.value)
         projection: Projection | None = None
         while self.limit is None:
-            projection = projection or project(self.program, self.squares, self.seed)
+            projection = projection or project(self.program, self.squares, self.seed, self.tuning)
             if not self._improve_by_pairs(projection):
                 break
             self._improve_by_pools()
 
-    def exact_value(self) -> float:
-        """The objective, from a fresh image where updates may have left more rounding than a fresh one.
+    def _exact_value(self) -> float:
+        """Return the objective, from a fresh image where updates may have left more rounding.
 
         An update adds a column for each weight that moved, a fresh image one for each pruned weight.
         """
         square = float(self.image.square().sum())
         if self.moved <= int(self.pruned.sum()) and square >= FRESH_SHARE * self.initial_square:
             return self.value
-        return self.program.objective(self.pruned)
+        return self.program.objective(~self.pruned)
 
     def _read_data(self) -> None:
-        """Image, diagonal and squared norms of the columns, in one pass over the rows."""
+        """Take the image, the diagonal and squared norms of the columns, in one pass over the rows."""
         program = self.program
         x = program.weights.double() * self.pruned
-        if program.rows is None:
+        if not program.hessian.by_rows:
             self.image = program.image(self.pruned.double())
             self.half_diagonal = 0.5 * program.diagonal()
             return
         squares, image = torch.zeros_like(x), []
-        for part in double_chunks(program.rows):
+        for part in double_chunks(program.hessian.data):
             image.append(part @ x)
             squares += part.square().sum(dim=0)
         self.image = torch.cat(image) if image else x.new_zeros(0)
@@ -123,7 +140,7 @@ class LargeSwapSearch:
         return max(self.tolerance * abs(self.value), ROUNDING * terms, self.noise)
 
     def _costs(self) -> Tensor:
-        """``p_i`` of pruned and ``q_j`` of kept weights, (n,)."""
+        """Return ``p_i`` of pruned and ``q_j`` of kept weights, (n,)."""
         slope = self.program.product(self.image, self.pruned.double()) - self.linear
         return self.half_diagonal + torch.where(self.pruned, -slope, slope)
 
@@ -152,7 +169,7 @@ class LargeSwapSearch:
         picks = []
         for side in (self.pruned, ~self.pruned):
             masked = torch.where(side, cost, torch.inf)
-            picks.append(masked.topk(min(POOL // 2, int(side.sum())), largest=False).indices)
+            picks.append(masked.topk(min(self.tuning.pool // 2, int(side.sum())), largest=False).indices)
         return torch.cat(picks)
 
     def _improve_by_pairs(self, projection: Projection) -> bool:
@@ -172,6 +189,7 @@ class LargeSwapSearch:
             reach=reach,
             start=self.resume,
             deadline=self.deadline,
+            tuning=self.tuning,
         )
         self.resume = pairs.resume
         improves = bool((pairs.change < improving).any())
@@ -180,11 +198,11 @@ class LargeSwapSearch:
             return False
         self._check_time()
         at_first = self.swaps
-        for start in range(0, pairs.out.numel(), POOL // 2):
+        for start in range(0, pairs.out.numel(), self.tuning.pool // 2):
             if self.limit is not None:
                 return False
             before = self.swaps
-            part = slice(start, start + POOL // 2)
+            part = slice(start, start + self.tuning.pool // 2)
             self._improve_within(torch.unique(torch.cat([pairs.out[part], pairs.into[part]])))
             self._check_time()
             if self.swaps == before:
@@ -195,22 +213,22 @@ class LargeSwapSearch:
         return self.limit is None
 
     def _cost_error(self, projection: Projection) -> Tensor | float:
-        """What `_costs` may be too high by where the product with the rows is not in float64."""
-        if self.program.data.dtype == torch.float64:
+        """Return what `_costs` may be too high by where the product with the rows is not in float64."""
+        if self.program.precision == torch.float64:
             return 0.0
         return COST_SLACK * float(self.image.norm()) * projection.norm
 
     def _adapt_reach(self, reach: float, pairs: Pairs) -> None:
-        """Reach less far after a crowded sweep, or one cut short; further after a meagre one."""
+        """Set the reach: less far after a crowded sweep, or one cut short; further after a meagre one."""
         if reach <= 0.0:
             return
         if pairs.complete and not pairs.crowded:
-            self.reach = 4.0 * reach if pairs.out.numel() < 2 * POOL else reach
+            self.reach = 4.0 * reach if pairs.out.numel() < 2 * self.tuning.pool else reach
         else:
             self.reach = reach / 4.0 if reach > self._threshold() else -torch.inf
 
     def _improve_within(self, pool: Tensor, *, precise: bool = True) -> None:
-        """Best-improvement swaps among `pool`, then bring the image up to date."""
+        """Make best-improvement swaps among `pool`, then bring the image up to date."""
         program = self.program
         before = self.pruned[pool]
         after = before.clone()
@@ -237,7 +255,7 @@ class LargeSwapSearch:
         swaps = 0
         while True:
             left = self.budget - self.swaps - swaps
-            most = left if self.deadline is None else min(left, SWAPS_A_LOOK)
+            most = left if self.deadline is None else min(left, self.tuning.swaps_a_look)
             counts = swap_dense(
                 gram,
                 product,
@@ -245,6 +263,7 @@ class LargeSwapSearch:
                 pruned[None],
                 threshold,
                 torch.tensor([most], device=pool.device),
+                compiled=self.tuning.compiled,
             )
             swaps += int(counts.swaps)
             if bool(counts.locally_optimal):

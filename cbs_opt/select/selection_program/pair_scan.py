@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.compiled import compiled
 
 COARSE = 16
@@ -37,17 +38,13 @@ GROUP = 32
 """Kept weights that are tested together first."""
 GROUPS_A_STRIP = 16
 """Groups of similar norm that are told apart by cost."""
-GATHERED = 32
-"""Partners listed for one pruned weight; of one with more, a table over all partners is cheaper."""
-CELLS = 1 << 21
-"""Entries of the columns that are held in float64 at a time."""
 TABLE = 1 << 22
 """Entries of a table of bounds on devices without the compiled kernel."""
 
 
-def columns_at_once(program: SelectionProgram) -> int:
-    """How many columns of `program` make up `CELLS` entries."""
-    return max(1, CELLS // max(1, program.data.shape[0]))
+def columns_at_once(program: SelectionProgram, cells: int) -> int:
+    """Return how many columns of `program` make up `cells` entries."""
+    return max(1, cells // max(1, program.hessian.data.shape[0]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,12 +60,12 @@ class Projection:
     remainder: Tensor
 
 
-def project(program: SelectionProgram, squares: Tensor, seed: int) -> Projection:
+def project(program: SelectionProgram, squares: Tensor, seed: int, tuning: SwapTuning = TUNING) -> Projection:
     """Project the columns of a program with rows on their leading directions; O(m n d).
 
     `squares` (n,) are the squared norms of the columns in float64.
     """
-    step = columns_at_once(program)
+    step = columns_at_once(program, tuning.cells)
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(program.n, generator=generator)[: min(SAMPLE, 2 * step)].to(squares.device)
     basis = _leading_directions(program.columns(sample), generator)
@@ -86,7 +83,7 @@ def project(program: SelectionProgram, squares: Tensor, seed: int) -> Projection
 
 
 def _leading_directions(columns: Tensor, generator: torch.Generator) -> Tensor:
-    """Orthonormal leading left singular vectors, (m, d), most energy first, by subspace iteration."""
+    """Return orthonormal leading left singular vectors, (m, d), most energy first, by subspace iteration."""
     width = min(DIRECTIONS, *columns.shape)
     probe = torch.randn(columns.shape[1], width, generator=generator, dtype=torch.float64)
     span = columns @ probe.to(columns)
@@ -102,19 +99,18 @@ class PairScan(Protocol):
     """Looks for partners among the kept weights."""
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs ``(rows[row], into)`` that may change the objective by less than `threshold`.
+        """Return pairs ``(rows[row], into)`` that may change the objective by less than `threshold`.
 
         Returns ``row`` in ascending order, ``into``, and `crowded`: positions in `rows` of weights
-        with more than `GATHERED` such partners, none of which is listed.
+        with more such partners than `SwapTuning.gathered`, none of which is listed.
         """
         ...
 
 
-def pair_scan(projection: Projection, cost: Tensor, outside: Tensor) -> PairScan:
-    """The scan of the device over partners `outside`, at costs ``p_i``, ``q_j`` or less, (n,)."""
-    if cost.device.type == "cpu":
-        return CompiledScan(projection, cost, outside)
-    return TorchScan(projection, cost, outside)
+def pair_scan(projection: Projection, cost: Tensor, outside: Tensor, tuning: SwapTuning = TUNING) -> PairScan:
+    """Return the scan of the device over partners `outside`, at costs ``p_i``, ``q_j`` or less, (n,)."""
+    scan = CompiledScan if tuning.compiled and cost.device.type == "cpu" else TorchScan
+    return scan(projection, cost, outside, tuning.gathered)
 
 
 class CompiledScan:
@@ -124,8 +120,10 @@ class CompiledScan:
     comparison.
     """
 
-    def __init__(self, projection: Projection, cost: Tensor, outside: Tensor) -> None:
-        self.projection, self.cost = projection, cost
+    def __init__(
+        self, projection: Projection, cost: Tensor, outside: Tensor, gathered: int = TUNING.gathered
+    ) -> None:
+        self.projection, self.cost, self.gathered = projection, cost, gathered
         self.outside = outside[_grouped(projection.norm[outside], cost[outside])]
         self.right = self._arrays(self.outside)
         starts = np.arange(0, outside.numel(), GROUP)
@@ -141,24 +139,28 @@ class CompiledScan:
         )
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = np.empty((rows.numel(), GATHERED), dtype=np.int32)
+        most = self.gathered
+        chosen = np.empty((rows.numel(), most), dtype=np.int32)
         count = np.empty(rows.numel(), dtype=np.int64)
         _scan_rows(*self._arrays(rows), *self.right, self.cheapest, self.longest, threshold, chosen, count)
         counts = torch.from_numpy(count)
-        listed = torch.arange(GATHERED)[None, :] < torch.where(counts > GATHERED, 0, counts)[:, None]
+        listed = torch.arange(most)[None, :] < torch.where(counts > most, 0, counts)[:, None]
         row, place = listed.nonzero().unbind(1)
-        return row, self.outside[torch.from_numpy(chosen)[row, place].long()], _above(counts)
+        return row, self.outside[torch.from_numpy(chosen)[row, place].long()], _above(counts, most)
 
 
-def _above(counts: Tensor) -> Tensor:
-    return (counts > GATHERED).nonzero().squeeze(1)
+def _above(counts: Tensor, most: int) -> Tensor:
+    return (counts > most).nonzero().squeeze(1)
 
 
 class TorchScan:
     """`PairScan` on any device: tables of the bound, `TABLE` entries at a time."""
 
-    def __init__(self, projection: Projection, cost: Tensor, outside: Tensor) -> None:
+    def __init__(
+        self, projection: Projection, cost: Tensor, outside: Tensor, gathered: int = TUNING.gathered
+    ) -> None:
         self.projection, self.cost, self.outside = projection, cost, outside
+        self.gathered = gathered
         self.wide = torch.cat([projection.coordinates, projection.remainder[:, 1:].float()], dim=1)
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,17 +177,17 @@ class TorchScan:
                 hits = change < threshold
                 counts[start : start + step] += hits.sum(dim=1)
                 # A weight already known to have too many partners lists no more of them.
-                hits &= (counts[start : start + step] <= GATHERED)[:, None]
+                hits &= (counts[start : start + step] <= self.gathered)[:, None]
                 place, partner = hits.nonzero().unbind(1)
                 pieces.append(torch.stack([start + place, right[partner]], dim=1))
         pairs = torch.cat(pieces)
-        pairs = pairs[counts[pairs[:, 0]] <= GATHERED]
+        pairs = pairs[counts[pairs[:, 0]] <= self.gathered]
         pairs = pairs[pairs[:, 0].argsort(stable=True)]
-        return pairs[:, 0], pairs[:, 1], _above(counts)
+        return pairs[:, 0], pairs[:, 1], _above(counts, self.gathered)
 
 
 def _grouped(norm: Tensor, cost: Tensor) -> Tensor:
-    """Order in which runs of `GROUP` weights have similar norms and similar costs."""
+    """Return order in which runs of `GROUP` weights have similar norms and similar costs."""
     by_norm = norm.argsort()
     strip = torch.empty_like(by_norm)
     strip[by_norm] = torch.arange(norm.numel()) // (GROUP * GROUPS_A_STRIP)
@@ -240,8 +242,8 @@ def _scan_row(
     threshold: float,
     chosen: NDArray[np.int32],
 ) -> int:
-    """Partners of one pruned weight that no bound excludes; returns their number, or one too many."""
-    found = 0
+    """Return partners of one pruned weight that no bound excludes; returns their number, or one too many."""
+    listed = 0
     width = q_coordinates.shape[1]
     coarse = min(COARSE, width)
     scaled = p_norm * (1.0 + SLACK)
@@ -261,8 +263,8 @@ def _scan_row(
                 partial += p_coordinates[d] * q_coordinates[j, d]
             if p + q[j] - partial - p_rest[1] * q_rest[j, 1] - slack >= threshold:
                 continue
-            if found == chosen.shape[0]:
-                return found + 1
-            chosen[found] = j
-            found += 1
-    return found
+            if listed == chosen.shape[0]:
+                return listed + 1
+            chosen[listed] = j
+            listed += 1
+    return listed

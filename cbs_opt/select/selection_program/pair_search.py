@@ -14,19 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbs_opt.select.selection_program.pair_scan import Projection, columns_at_once, pair_scan
+from cbs_opt.select.selection_program.pair_scan import PairScan, Projection, columns_at_once, pair_scan
 from cbs_opt.select.selection_program.program import SelectionProgram
-
-SCAN_ROWS = 8_192
-"""Pruned weights whose partners are scanned at a time."""
-TABLE_ROWS, TABLE_COLUMNS = 1_024, 2_048
-"""Pruned and kept weights in a table of exact changes."""
-PARTNERS = 16
-"""Best partners that are kept of each weight in such a table."""
-MOST_PAIRS = 65_536
-"""Pairs that are returned, the best ones."""
-ENOUGH = 4_096
-"""A sweep ends early once it has found this many improving pairs."""
+from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 
 
 class SwapChanges:
@@ -48,19 +38,19 @@ class SwapChanges:
         self.half_diagonal, self.linear = half_diagonal, linear
 
     def leaving(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of pruned weights, (m, p), and ``p_i``, (p,)."""
+        """Return columns of pruned weights, (m, p), and ``p_i``, (p,)."""
         columns = self.program.columns(index)
-        own = self.program.damping * self.program.weights[index].double().square()
-        slope = columns.T @ self.image + own - self.linear[index]
+        damped = self.program.damping * self.program.weights[index].double().square()
+        slope = columns.T @ self.image + damped - self.linear[index]
         return columns, self.half_diagonal[index] - slope
 
     def entering(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of kept weights, (m, p), and ``q_j``, (p,)."""
+        """Return columns of kept weights, (m, p), and ``q_j``, (p,)."""
         columns = self.program.columns(index)
         return columns, self.half_diagonal[index] + columns.T @ self.image - self.linear[index]
 
     def of(self, out: Tensor, into: Tensor) -> Tensor:
-        """Change by each swap ``(out, into)``, (c,); O(m c)."""
+        """Return change by each swap ``(out, into)``, (c,); O(m c)."""
         left, p = self.leaving(out)
         right, q = self.entering(into)
         return p + q - (left * right).sum(dim=0)
@@ -103,8 +93,9 @@ def improving_pairs(
     reach: float,
     start: int = 0,
     deadline: float | None = None,
+    tuning: SwapTuning = TUNING,
 ) -> Pairs:
-    """Pairs (out of P, into P) that improve, and pairs within reach that do not quite.
+    """Return pairs (out of P, into P) that improve, and pairs within reach that do not quite.
 
     Parameters
     ----------
@@ -117,13 +108,14 @@ def improving_pairs(
     pruned : (n,) bool tensor
         With at least one weight on either side.
     improving : float
-        Pairs whose change is below it are looked for until `ENOUGH` are found.
+        Pairs whose change is below it are looked for until ``tuning.enough`` are found.
     reach : float
         At least `improving`; pairs below it that come up on the way are returned as well.
     start : int, default 0
         Pruned weights, by rank of their cost, that are left for the end of the sweep.
     deadline : float, optional
         Reading of `time.monotonic`; looked at between chunks and tables.
+    tuning : SwapTuning
 
     Returns
     -------
@@ -134,13 +126,14 @@ def improving_pairs(
     O(n_prune n_keep COARSE) for the bounds, O(m) for each pair that they leave. Memory: O(n), of
     which 4 DIRECTIONS bytes for each kept weight, and less than 128 MiB beyond.
     """
-    inside = pruned.nonzero().squeeze(1)
+    inside, outside = pruned.nonzero().squeeze(1), (~pruned).nonzero().squeeze(1)
     start %= inside.numel()
     order = inside[cost[inside].argsort()].roll(-start)
-    sweep = _Sweep(changes, projection, cost, (~pruned).nonzero().squeeze(1), improving, reach, deadline)
+    scan = pair_scan(projection, cost, outside, tuning)
+    sweep = _Sweep(changes, scan, outside, improving, reach, deadline, tuning)
     done = 0
     while done < order.numel() and not sweep.over():
-        done += sweep.examine(order[done : done + SCAN_ROWS])
+        done += sweep.examine(order[done : done + tuning.scan_rows])
     out, into, change = sweep.best()
     return Pairs(
         out=out,
@@ -158,25 +151,24 @@ class _Sweep:
     def __init__(
         self,
         changes: SwapChanges,
-        projection: Projection,
-        cost: Tensor,
+        scan: PairScan,
         outside: Tensor,
         improving: float,
         reach: float,
         deadline: float | None,
+        tuning: SwapTuning,
     ) -> None:
-        self.changes, self.outside = changes, outside
-        self.scan = pair_scan(projection, cost, outside)
-        self.improving, self.reach, self.deadline = improving, reach, deadline
-        self.step = columns_at_once(changes.program)
+        self.changes, self.scan, self.outside = changes, scan, outside
+        self.improving, self.reach, self.deadline, self.tuning = improving, reach, deadline, tuning
+        self.step = columns_at_once(changes.program, tuning.cells)
         self.crowded = False
-        self.found = 0
+        self.number = 0
         self.pairs = outside.new_empty((0, 2))
-        self.change = cost.new_empty(0)
+        self.change = changes.linear.new_empty(0)
 
     def over(self) -> bool:
-        """Whether enough improving pairs are in hand, or the time is up."""
-        return self.found >= ENOUGH or self._late()
+        """Return whether enough improving pairs are in hand, or the time is up."""
+        return self.number >= self.tuning.enough or self._late()
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
@@ -198,46 +190,47 @@ class _Sweep:
             part = slice(start, start + self.step)
             out = rows[row[part]]
             self._remember(out, into[part], self.changes.of(out, into[part]))
-        for start in range(0, crowded.numel(), TABLE_ROWS):
-            batch = rows[crowded[start : start + TABLE_ROWS]]
+        for start in range(0, crowded.numel(), self.tuning.table_rows):
+            batch = rows[crowded[start : start + self.tuning.table_rows]]
             if self.over() or not self._examine_table(batch):
                 return int(crowded[start])
         return rows.numel()
 
     def _examine_table(self, out: Tensor) -> bool:
         """Examine `out` against all kept weights; False if the time did not suffice."""
+        best_of = self.tuning.partners
         for some in torch.split(out, self.step):
             left, p = self.changes.leaving(some)
-            values = p.new_full((some.numel(), PARTNERS), torch.inf)
-            partners = some.new_zeros((some.numel(), PARTNERS))
-            for into in torch.split(self.outside, min(self.step, TABLE_COLUMNS)):
+            values = p.new_full((some.numel(), best_of), torch.inf)
+            partners = some.new_zeros((some.numel(), best_of))
+            for into in torch.split(self.outside, min(self.step, self.tuning.table_columns)):
                 if self._late():
                     return False
                 right, q = self.changes.entering(into)
                 table = torch.addmm(p[:, None] + q[None, :], left.T, right, alpha=-1.0)
                 hit = (table.amin(dim=1) < self.reach).nonzero().squeeze(1)
-                best = table[hit].topk(min(PARTNERS, into.numel()), dim=1, largest=False)
+                best = table[hit].topk(min(best_of, into.numel()), dim=1, largest=False)
                 both = torch.cat([values[hit], best.values], dim=1)
                 names = torch.cat([partners[hit], into[best.indices]], dim=1)
-                values[hit], place = both.topk(PARTNERS, dim=1, largest=False)
+                values[hit], place = both.topk(best_of, dim=1, largest=False)
                 partners[hit] = names.gather(1, place)
-            self._remember(some.repeat_interleave(PARTNERS), partners.flatten(), values.flatten())
+            self._remember(some.repeat_interleave(best_of), partners.flatten(), values.flatten())
         return True
 
     def _remember(self, out: Tensor, into: Tensor, change: Tensor) -> None:
-        self.found += int((change < self.improving).sum())
+        self.number += int((change < self.improving).sum())
         within = change < self.reach
         self.pairs = torch.cat([self.pairs, torch.stack([out[within], into[within]], dim=1)])
         self.change = torch.cat([self.change, change[within]])
-        if self.change.numel() > 2 * MOST_PAIRS:
+        if self.change.numel() > 2 * self.tuning.most_pairs:
             self._forget()
 
     def _forget(self) -> None:
         """Drop all but the best pairs, and sort them."""
-        order = self.change.argsort(stable=True)[:MOST_PAIRS]
+        order = self.change.argsort(stable=True)[: self.tuning.most_pairs]
         self.pairs, self.change = self.pairs[order], self.change[order]
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The best pairs, best first: ``out``, ``into`` and their changes."""
+        """Return the best pairs, best first: ``out``, ``into`` and their changes."""
         self._forget()
         return self.pairs[:, 0], self.pairs[:, 1], self.change

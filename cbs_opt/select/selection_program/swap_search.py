@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cbs_opt.hessian.on_demand import OnDemand
+from cbs_opt.hessian.on_demand import chosen
+from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.select.selection_program.large import (
     MAX_SWAPS,
@@ -26,96 +27,13 @@ from cbs_opt.select.selection_program.large import (
     relative_tolerance,
 )
 from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.solution import Limit
 
-DENSE_LIMIT = 2_048
-"""Largest block whose whole Gram matrix is formed."""
-BATCH_BYTES = 1 << 29
-"""Bytes of Gram matrices in one batch of small blocks."""
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SwapResult:
-    """What a swap search found.
-
-    Attributes
-    ----------
-    pruned : (n,) bool tensor
-        The pruned set; its size is that of the start.
-    value, initial_value : float
-        Selection objective after and before, evaluated in float64.
-    swaps : int
-    locally_optimal : bool
-        No single swap lowers the objective by more than the tolerance, over all pairs.
-    limit : Limit or None
-        What stopped the search before that.
-    seconds : float
-    """
-
-    pruned: Tensor
-    value: float
-    initial_value: float
-    swaps: int
-    locally_optimal: bool
-    limit: Limit | None
-    seconds: float
-
-
-def swap_search(
-    program: SelectionProgram,
-    start: Tensor,
-    *,
-    tolerance: float | None = None,
-    max_swaps: int | None = None,
-    deadline: float | None = None,
-    seed: int = 0,
-) -> SwapResult:
-    """Improve a pruned set by best-improvement swaps until none helps.
-
-    Parameters
-    ----------
-    program : SelectionProgram
-    start : (n,) bool tensor
-        Weights pruned at the start.
-    tolerance : float, optional
-        Relative: a swap counts if it lowers the objective by more than ``tolerance * |objective|``.
-        Default 1e-10 for float64 rows and 1e-7 for lower precision.
-    max_swaps : int, optional
-    deadline : float, optional
-        Reading of `time.monotonic` at which to stop. A large block looks at it every second or so;
-        small blocks are searched to the end once begun.
-    seed : int, default 0
-        Seed of the column sample that the pair search fits its directions to.
-
-    Returns
-    -------
-    SwapResult
-        Never worse than the start.
-
-    Notes
-    -----
-    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
-    Source of the move: Yu et al. (ICML 2022), section 4.
-    """
-    if program.n <= DENSE_LIMIT:
-        return _search_dense([program], [start], tolerance, max_swaps, deadline)[0]
-    began = time.monotonic()
-    search = LargeSwapSearch(program, start, tolerance, max_swaps, deadline, seed)
-    initial = search.value
-    initial_pruned = start.clone()
-    if 0 < int(start.sum()) < program.n:
-        search.run()
-    value = search.exact_value()
-    worse = value > initial
-    return SwapResult(
-        pruned=initial_pruned if worse else search.pruned,
-        value=initial if worse else value,
-        initial_value=initial,
-        swaps=0 if worse else search.swaps,
-        locally_optimal=search.locally_optimal and not worse,
-        limit=search.limit,
-        seconds=time.monotonic() - began,
-    )
+def swap_search(program: SelectionProgram, start: Tensor, **options: Any) -> SearchResult:
+    """Return `swap_search_batch` of one block, with its options."""
+    return swap_search_batch([program], [start], **options)[0]
 
 
 def swap_search_batch(
@@ -126,52 +44,64 @@ def swap_search_batch(
     max_swaps: int | None = None,
     deadline: float | None = None,
     seed: int = 0,
-) -> list[SwapResult]:
-    """`swap_search` on many blocks; small blocks of equal size are searched side by side.
+    tuning: SwapTuning = TUNING,
+) -> list[SearchResult]:
+    """Improve kept sets by best-improvement swaps until none helps, equal small blocks side by side.
 
     Parameters
     ----------
     programs : sequence of SelectionProgram
     starts : sequence of (n,) bool tensors
-    tolerance, max_swaps, deadline, seed
-        As in `swap_search`.
+        Weights kept at the start.
+    tolerance : float, optional
+        Relative: a swap counts if it lowers the objective by more than ``tolerance * |objective|``.
+        Default 1e-10 for float64 rows and 1e-7 for lower precision.
+    max_swaps : int, optional
+    deadline : float, optional
+        Reading of `time.monotonic` at which to stop. A large block looks at it every second or so;
+        small blocks are searched to the end once begun.
+    seed : int, default 0
+        Seed of the column sample that the pair search fits its directions to.
+    tuning : SwapTuning
 
     Returns
     -------
-    list of SwapResult
-        In the order of `programs`; the seconds of a batch are spread evenly over it.
+    list of SearchResult
+        In the order of `programs`, never worse than the start; the seconds of a batch are spread evenly.
+
+    Notes
+    -----
+    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
+    Source of the move: Yu et al. (ICML 2022), section 4.
     """
-    results: dict[int, SwapResult] = {}
+    results: dict[int, SearchResult] = {}
     groups: dict[tuple[int, torch.device], list[int]] = {}
-    for number, (n, device) in enumerate([(program.n, program.data.device) for program in programs]):
-        if n <= DENSE_LIMIT:
+    for number, (n, device) in enumerate([(program.n, program.weights.device) for program in programs]):
+        if n <= tuning.dense_limit:
             groups.setdefault((n, device), []).append(number)
         else:
-            results[number] = swap_search(
-                programs[number],
-                starts[number],
-                tolerance=tolerance,
-                max_swaps=max_swaps,
-                deadline=deadline,
-                seed=seed,
+            search = LargeSwapSearch(
+                programs[number], starts[number], tolerance, max_swaps, deadline, seed, tuning
             )
+            results[number] = search.result()
     for (n, _), members in groups.items():
-        size = max(1, BATCH_BYTES // (8 * max(1, n) ** 2))
+        size = max(1, tuning.batch_bytes // (8 * max(1, n) ** 2))
         for first in range(0, len(members), size):
             batch = members[first : first + size]
-            chosen = programs.take(batch) if isinstance(programs, OnDemand) else [programs[i] for i in batch]
-            found = _search_dense(chosen, [starts[i] for i in batch], tolerance, max_swaps, deadline)
-            results.update(zip(batch, found, strict=True))
+            ends = _search_dense(
+                chosen(programs, batch), [starts[i] for i in batch], tolerance, max_swaps, deadline, tuning
+            )
+            results.update(zip(batch, ends, strict=True))
     return [results[number] for number in range(len(programs))]
 
 
 def _grams(programs: Sequence[SelectionProgram]) -> Tensor:
-    """Gram matrices of blocks of one size, (B, n, n) float64, with one block's rows in use at a time."""
+    """Return Gram matrices of blocks of one size, (B, n, n) float64, one block's rows in use at a time."""
     n, device = programs[0].n, programs[0].weights.device
     everything = torch.arange(n, device=device)
     grams = torch.empty(len(programs), n, n, dtype=torch.float64, device=device)
-    for own, program in zip(grams, programs, strict=True):
-        own.copy_(program.gram(everything))
+    for gram, program in zip(grams, programs, strict=True):
+        gram.copy_(program.gram(everything))
     return grams
 
 
@@ -181,12 +111,13 @@ def _search_dense(
     tolerance: float | None,
     max_swaps: int | None,
     deadline: float | None,
-) -> list[SwapResult]:
-    """Blocks of one size at once, each on its whole Gram matrix."""
+    tuning: SwapTuning,
+) -> list[SearchResult]:
+    """Search blocks of one size at once, each on its whole Gram matrix."""
     began = time.monotonic()
     gram = _grams(programs)
     linear = torch.stack([program.linear() for program in programs])
-    pruned = torch.stack(list(starts))
+    pruned = ~torch.stack(list(starts))
     product = torch.einsum("bij,bj->bi", gram, pruned.double())
     relative = torch.tensor([relative_tolerance(program, tolerance) for program in programs])
     expired = deadline is not None and time.monotonic() >= deadline
@@ -199,7 +130,9 @@ def _search_dense(
         value = 0.5 * (product * pruned).sum(1) - (linear * pruned).sum(1)
         rounding = ROUNDING * (terms + product.abs().amax(1)) + TINY
         threshold = torch.maximum(relative.to(value) * value.abs(), rounding)
-        counts = swap_dense(gram, product, linear, pruned, threshold, budget - swaps)
+        counts = swap_dense(
+            gram, product, linear, pruned, threshold, budget - swaps, compiled=tuning.compiled
+        )
         swaps += counts.swaps
         if not bool((counts.locally_optimal & (counts.swaps > 0)).any()):
             break
@@ -208,12 +141,12 @@ def _search_dense(
     results = []
     for b, program in enumerate(programs):
         initial = program.objective(starts[b])
-        final = program.objective(pruned[b])
+        final = program.objective(~pruned[b])
         worse = final > initial  # by rounding only
         settled = bool(counts.locally_optimal[b]) and not worse
         results.append(
-            SwapResult(
-                pruned=starts[b].clone() if worse else pruned[b],
+            SearchResult(
+                keep=starts[b].clone() if worse else ~pruned[b],
                 value=min(final, initial),
                 initial_value=initial,
                 swaps=0 if worse else int(swaps[b]),

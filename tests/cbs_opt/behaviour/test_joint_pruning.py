@@ -14,8 +14,10 @@ from cbs_opt.pruning import prune
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.joint_program import search as joint_search
 from cbs_opt.select.joint_program import selectors as joint_selection
-from cbs_opt.select.joint_program.program import joint_saliency
+from cbs_opt.select.joint_program.channel_program import joint_saliency
 from cbs_opt.select.methods import available_methods, find_method
+from cbs_opt.select.saliency import magnitude
+from tests.cbs_opt.fisher import fisher_block
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
 
@@ -34,15 +36,14 @@ def run(**options: Any) -> PruneReport:
 
 @pytest.mark.parametrize("dense_limit", [0, 1_000])
 @pytest.mark.parametrize("partition", ["global", "layer", "row", 9])
-def test_no_other_method_predicts_a_lower_loss_on_any_block(
-    partition: str | int, dense_limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(joint_selection, "DENSE_JOINT", dense_limit)
-    searched = run(partition=partition, budget="uniform", method_options={"restarts": 3})
+def test_no_other_method_predicts_a_lower_loss_on_any_block(partition: str | int, dense_limit: int) -> None:
+    options = {"restarts": 3, "dense_limit": dense_limit}
+    searched = run(partition=partition, budget="uniform", method_options=options)
     assert searched.n_prune == round(0.6 * searched.n)
     assert all(block.locally_optimal for block in searched.blocks)
     for method in ("magnitude", "obs", "iterative_hard_threshold", "greedy_obs"):
-        other = run(partition=partition, budget="uniform", method=method)
+        limits = {"dense_limit": dense_limit} if method == "greedy_obs" else None
+        other = run(partition=partition, budget="uniform", method=method, method_options=limits)
         for mine, theirs in zip(searched.blocks, other.blocks, strict=True):
             assert mine.n_prune == theirs.n_prune
             assert mine.updated_loss is not None
@@ -71,8 +72,6 @@ def test_a_global_budget_is_spent_by_the_joint_saliency() -> None:
 
 
 def test_an_interrupt_leaves_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_selection, "DENSE_JOINT", 0)
-
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -80,17 +79,17 @@ def test_an_interrupt_leaves_the_network_alone(monkeypatch: pytest.MonkeyPatch) 
     model = network(dtype=torch.float64)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        run(model=model)
+        run(model=model, method_options={"dense_limit": 0})
     assert_untouched(model, before)
 
 
 def test_methods_know_their_engines_and_scores() -> None:
-    swap = find_method("swap_search", "joint")
+    swap, other = find_method("swap_search", "joint"), find_method("swap_search", "selection")
     assert swap.selector("joint") is joint_selection.by_joint_swap_search
-    assert swap.selector("selection") is not swap.selector("joint")
-    assert swap.scoring("joint").score is joint_saliency
-    assert swap.scoring("selection") is swap
-    assert {"start", "max_swaps", "restarts", "tolerance"} <= set(swap.options("joint"))
+    assert other.selector("selection") is not swap.selector("joint")
+    block = fisher_block("gradient", 20, 8)
+    assert swap.score(block).equal(joint_saliency(block))
+    assert other.score(block).equal(magnitude(block))
+    assert {"start", "max_swaps", "restarts", "tolerance"} <= set(swap.options)
     for method in available_methods():
-        for program in method.programs:
-            assert method.selector(program) is not None or method.solver is not None
+        assert all(callable(method.selector(program)) for program in method.programs)

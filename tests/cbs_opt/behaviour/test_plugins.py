@@ -65,7 +65,7 @@ def with_foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 def test_a_foreign_method_takes_part(block: cbs.BlockProblem) -> None:
     method = find_method("consecutive", "joint")
     assert method.summary == "Prune consecutive weights, from a given one on."
-    assert dict(method.options("joint")) == {"shift": 0}
+    assert dict(method.options) == {"shift": 0}
     solution = cbs.solve(block, "consecutive", program="selection", shift=2)
     assert list(solution.pruned) == [2, 3, 4, 5, 6, 7]
     table = cbs.compare(block, program="joint", methods=["consecutive", "enumeration"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import cbs_opt as cbs
 from cbs_opt.curvature import layer_inputs
 from cbs_opt.curvature.layer_inputs import term_work, with_layer_inputs
+from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.network.partition import Partition
 from formulations.errors import ArgumentError, UnsupportedProblemError
 
@@ -189,8 +190,8 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
         curvature=cbs.EmpiricalFisher(samples=16),
         progress=False,
     )[0]
-    with_term = replace(block, channels=rows.channels)
-    monkeypatch.setattr("cbs_opt.hessian.block.DENSE_LIMIT", 20)
+    with_term = replace(block, hessian=ChannelHessian(block.hessian, rows.channels))
+    monkeypatch.setattr("cbs_opt.hessian.channel_system.DENSE_LIMIT", 20)
     assert block.to_problem(5).n == block.n
     with pytest.raises(UnsupportedProblemError, match="layer-input term"):
         with_term.to_problem(5)

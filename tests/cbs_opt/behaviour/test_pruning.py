@@ -470,7 +470,7 @@ def test_a_damping_too_small_to_divide_by_writes_nothing() -> None:
 
 
 def test_dense_methods_refuse_blocks_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cbs_opt.select import selectors as selection
+    from cbs_opt.select import blockwise as selection
 
     monkeypatch.setattr(selection, "DENSE_BLOCK", 50)
     model = network()

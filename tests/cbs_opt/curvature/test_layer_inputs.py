@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import cbs_opt as cbs
 from cbs_opt.curvature import layer_inputs
-from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
-from cbs_opt.hessian.channels import ChannelTerm
+from cbs_opt.curvature.layer_inputs import input_moments, matched_term, with_layer_inputs
 from cbs_opt.network.partition import Partition
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
@@ -162,7 +161,7 @@ def test_channels_of_groups_take_the_moments_of_their_own_group() -> None:
     x = inputs(4, 5, 5)
     x[:, 2:] *= 3.0
     moments = input_moments(model, (x, labels()), partition, samples=SAMPLES)
-    term = ChannelTerm.matched(moments, partition, torch.ones(1, partition.n))
+    term = matched_term(moments, partition, torch.ones(partition.n))
     for number in range(6):
         own = moments["0.weight"][number // 3]
         expected = own / own.diagonal().mean()
@@ -196,7 +195,7 @@ def test_moments_of_another_network_are_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 5)).eval()
     partition = Partition.from_model(model)
     with pytest.raises(ShapeError, match=r"0\.weight"):
-        ChannelTerm.matched({"0.weight": torch.eye(5)}, partition, torch.ones(2, 30))
+        matched_term({"0.weight": torch.eye(5)}, partition, torch.ones(30))
 
 
 def test_bad_arguments_are_named() -> None:

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt as cbs
-from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
+from cbs_opt.curvature.layer_inputs import input_moments, matched_term, with_layer_inputs
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.channel_system import ChannelSystem
-from cbs_opt.hessian.channels import ChannelTerm, densified
-from cbs_opt.hessian.products import hessian_diagonal, hessian_product, step_loss
+from cbs_opt.hessian.channel_system import ChannelHessian
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.partition import Partition
-from cbs_opt.select.joint_program.channel_search import greedy_channel_set
-from cbs_opt.select.saliency import inverse_diagonal
+from cbs_opt.select.joint_program.channel_program import ChannelProgram
+from cbs_opt.select.joint_program.starts import greedy_obs_set
 from cbs_opt.update.cbs import cbs_updates
 from formulations import incumbents
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
+from tests.cbs_opt.channels import term_of
+from tests.cbs_opt.fisher import data_of
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -44,13 +45,11 @@ def block() -> FisherBlock:
         model, data(), nn.functional.cross_entropy, partition, curvature=cbs.EmpiricalFisher(samples=20)
     )
     found = with_layer_inputs(rows, model, data(), partition, weight=0.5)
+    assert found.channels is not None
     return FisherBlock(
         name="global",
-        start=0,
-        stop=partition.n,
         weights=partition.flatten(model),
-        rows=found.rows,
-        channels=found.channels,
+        hessian=ChannelHessian(RowsHessian(found.rows), found.channels),
         damping=1e-3,
     )
 
@@ -81,32 +80,31 @@ def test_moments_at_other_weights() -> None:
 
 
 def test_the_term_has_the_mean_diagonal_of_the_rows_in_every_channel(block: FisherBlock) -> None:
-    assert block.channels is not None
-    squares = block.rows.double().square().sum(0)
-    for channel in block.channels.channels:
+    squares = data_of(block).double().square().sum(0)
+    for channel in term_of(block).channels:
         own = squares[channel.start : channel.stop].mean()
         assert float(channel.diagonal().mean()) == pytest.approx(0.5 * float(own), rel=1e-9)
 
 
 def test_products_agree_with_the_dense_hessian(block: FisherBlock) -> None:
-    dense = block.dense_hessian() + block.damping * torch.eye(block.n, dtype=torch.float64)
+    dense = block.hessian.dense() + block.damping * torch.eye(block.n, dtype=torch.float64)
     x = torch.randn(block.n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(hessian_product(block, x), dense @ x, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(hessian_diagonal(block), dense.diagonal())
-    assert step_loss(block, x) == pytest.approx(0.5 * float(x @ dense @ x), rel=1e-6)
+    torch.testing.assert_close(block.product(x), dense @ x, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(block.diagonal(), dense.diagonal())
+    assert block.step_loss(x) == pytest.approx(0.5 * float(x @ dense @ x), rel=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
 def test_system_solves_and_inverts_the_kept_block(block: FisherBlock, share: float) -> None:
-    kept = (torch.rand(block.n, generator=torch.Generator().manual_seed(3)) >= share).nonzero().squeeze(1)
-    dense = densified(block, "joint").hessian[kept][:, kept]
+    keep = torch.rand(block.n, generator=torch.Generator().manual_seed(3)) >= share
+    dense = block.hessian.dense()[keep][:, keep]
     dense.diagonal().add_(block.damping)
-    system = ChannelSystem(block, kept, block.damping)
-    right = torch.randn(len(kept), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    system = block.hessian.system(block.damping, keep, precision=torch.float64)
+    right = torch.randn(len(dense), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(system.solve(right), torch.linalg.solve(dense, right), rtol=1e-7, atol=1e-9)
     expected = torch.linalg.inv(dense).diagonal()
     torch.testing.assert_close(system.inverse_diagonal(), expected, rtol=1e-7, atol=1e-9)
-    rough = ChannelSystem(block, kept, block.damping, torch.float32).inverse_diagonal()
+    rough = block.hessian.system(block.damping, keep).inverse_diagonal()
     torch.testing.assert_close(rough, expected, rtol=1e-2, atol=1e-4)
 
 
@@ -114,28 +112,27 @@ def test_update_leaves_no_gradient_on_kept_weights(block: FisherBlock) -> None:
     pruned = torch.rand(block.n, generator=torch.Generator().manual_seed(6)) < 0.5
     slope = torch.randn(block.n, generator=torch.Generator().manual_seed(7)) * 1e-2
     block = replace(block, gradient=slope)
-    (moved,) = cbs_updates(block, pruned, [block.damping])
+    (moved,) = cbs_updates(block, ~pruned, [block.damping])
     assert bool((moved[pruned] == 0.0).all())
     step = moved - block.weights.double()
-    residual = hessian_product(block, step) + slope.double()
+    residual = block.product(step) + slope.double()
     assert float(residual[~pruned].abs().max()) < 1e-6
 
 
 def test_inverse_diagonal_of_the_whole_block(block: FisherBlock) -> None:
-    dense = block.dense_hessian() + block.damping * torch.eye(block.n, dtype=torch.float64)
+    dense = block.hessian.dense() + block.damping * torch.eye(block.n, dtype=torch.float64)
     # The rows are in single precision, and so are their products with one another.
     rounding = 10.0 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(
-        inverse_diagonal(block), torch.linalg.inv(dense).diagonal(), rtol=rounding, atol=0
+        block.inverse_diagonal(), torch.linalg.inv(dense).diagonal(), rtol=rounding, atol=0
     )
 
 
 def test_parts_of_the_term_are_its_submatrices(block: FisherBlock) -> None:
-    assert block.channels is not None
-    dense = block.channels.dense()
-    torch.testing.assert_close(block.channels.within(10, 40).dense(), dense[10:40, 10:40])
+    dense = term_of(block).dense()
+    torch.testing.assert_close(term_of(block).within(10, 40).dense(), dense[10:40, 10:40])
     keep = torch.rand(block.n, generator=torch.Generator().manual_seed(8)) < 0.5
-    part = block.channels.restricted(keep)
+    part = term_of(block).restricted(keep)
     torch.testing.assert_close(part.dense(), dense[keep][:, keep])
     some = torch.rand(part.n, generator=torch.Generator().manual_seed(9)) < 0.5
     torch.testing.assert_close(part.restricted(some).dense(), dense[keep][:, keep][some][:, some])
@@ -143,7 +140,7 @@ def test_parts_of_the_term_are_its_submatrices(block: FisherBlock) -> None:
 
 def test_problem_of_a_small_block_holds_the_term(block: FisherBlock) -> None:
     problem = block.to_problem(5)
-    dense = block.dense_hessian() + block.damping * torch.eye(block.n, dtype=torch.float64)
+    dense = block.hessian.dense() + block.damping * torch.eye(block.n, dtype=torch.float64)
     torch.testing.assert_close(torch.tensor(problem.dense_hessian()), dense)
 
 
@@ -153,37 +150,32 @@ def test_weight_must_be_positive(weight: float) -> None:
     partition = Partition.from_model(model, blocks="global")
     moments = input_moments(model, data(), partition)
     with pytest.raises(ArgumentError, match="weight"):
-        ChannelTerm.matched(moments, partition, torch.ones(2, partition.n), weight=weight)
+        matched_term(moments, partition, torch.ones(partition.n), weight=weight)
 
 
 def test_greedy_obs_with_one_weight_a_drop_is_the_dense_method(block: FisherBlock) -> None:
     part = slice(0, 54)  # the convolution
-    assert block.channels is not None
-    assert block.rows is not None
     small = FisherBlock(
         name="small",
-        start=0,
-        stop=54,
         weights=block.weights[part],
-        rows=block.rows[:, part].double(),
-        channels=block.channels.within(0, 54),
+        hessian=ChannelHessian(RowsHessian(data_of(block)[:, part].double()), term_of(block).within(0, 54)),
         damping=block.damping,
     )
     problem = small.to_problem(20)
     expected = incumbents.greedy(problem, "joint", limits=Limits())
-    found = greedy_channel_set(small, 20, drops=2_000)
+    keep = greedy_obs_set(ChannelProgram(small), 20, drops=2_000)
     assert expected.keep is not None
-    assert (~found).tolist() == expected.keep.tolist()
+    assert keep.tolist() == expected.keep.tolist()
 
 
 def test_more_drops_lower_the_joint_objective(block: FisherBlock) -> None:
     count = round(0.8 * block.n)
 
     def value(drops: int) -> float:
-        pruned = greedy_channel_set(block, count, drops=drops)
-        assert int(pruned.sum()) == count
-        (moved,) = cbs_updates(block, pruned, [block.damping])
-        return step_loss(block, moved - block.weights.double())
+        keep = greedy_obs_set(ChannelProgram(block), count, drops=drops)
+        assert int((~keep).sum()) == count
+        (moved,) = cbs_updates(block, keep, [block.damping])
+        return block.step_loss(moved - block.weights.double())
 
     assert value(20) < value(1)
 

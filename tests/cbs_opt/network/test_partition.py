@@ -9,6 +9,8 @@ from torch import nn
 
 from cbs_opt.errors import NoEligibleWeightsError, PartitionMismatchError, UnmatchedPatternError
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.dense import DenseHessian
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.partition import BlockSpan, ParameterSpan, Partition
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
@@ -168,24 +170,29 @@ def test_problem_of_a_block_shares_float64_and_converts_the_rest():
     rows = torch.randn(4, 3, generator=generator)
     for dtype in (torch.float32, torch.float64):
         weights, gradient = torch.randn(2, 3, generator=generator).to(dtype)
+        kept = rows.to(dtype)
         block = FisherBlock(
-            name="b", start=5, stop=8, weights=weights, rows=rows.to(dtype), gradient=gradient, damping=0.5
+            name="b", weights=weights, hessian=RowsHessian(kept), gradient=gradient, damping=0.5
         )
         problem = block.to_problem(2)
         assert (problem.n, problem.n_prune, problem.damping, problem.name) == (3, 2, 0.5, "b")
         np.testing.assert_array_equal(problem.rows, rows.double().numpy())
         np.testing.assert_array_equal(problem.gradient, gradient.double().numpy())
-        shared = problem.rows.ctypes.data == block.rows.data_ptr()
+        shared = problem.rows.ctypes.data == kept.data_ptr()
         assert shared == (dtype == torch.float64)
-    hessian = FisherBlock(name="b", start=0, stop=3, weights=weights, hessian=(rows.T @ rows).double())
+    hessian = FisherBlock(name="b", weights=weights, hessian=DenseHessian((rows.T @ rows).double()))
     np.testing.assert_allclose(hessian.to_problem(1).dense_hessian(), (rows.T @ rows).double().numpy())
 
 
-def test_a_block_needs_one_curvature_of_its_size():
-    weights = torch.ones(3)
-    with pytest.raises(ArgumentError, match="neither"):
-        FisherBlock(name="b", start=0, stop=3, weights=weights)
-    with pytest.raises(ArgumentError, match="both"):
-        FisherBlock(name="b", start=0, stop=3, weights=weights, rows=torch.ones(2, 3), hessian=torch.eye(3))
+def test_a_block_needs_a_hessian_of_its_size():
+    for rows in (torch.ones(2, 4), torch.ones(0, 2)):
+        with pytest.raises(ShapeError, match="weights"):
+            FisherBlock(name="b", weights=torch.ones(3), hessian=RowsHessian(rows))
+    with pytest.raises(ShapeError, match="gradient"):
+        FisherBlock(
+            name="b", weights=torch.ones(3), hessian=DenseHessian(torch.eye(3)), gradient=torch.ones(2)
+        )
     with pytest.raises(ShapeError, match="rows"):
-        FisherBlock(name="b", start=0, stop=3, weights=weights, rows=torch.ones(2, 4))
+        RowsHessian(torch.ones(3))
+    with pytest.raises(ShapeError, match="hessian"):
+        DenseHessian(torch.ones(3, 4))

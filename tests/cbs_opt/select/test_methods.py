@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from cbs_opt.select.methods import available_methods, find_method
@@ -9,16 +13,16 @@ from formulations.errors import ArgumentError, UnknownMethodError, UnknownOption
 from formulations.problem import PROGRAMS
 
 
-def test_names_are_unique_and_found() -> None:
+def test_every_name_has_one_entry_a_program() -> None:
     methods = available_methods()
-    names = [method.name for method in methods]
-    assert len(set(names)) == len(names)
+    entries = [(method.name, program) for method in methods for program in method.programs]
+    assert len(set(entries)) == len(entries)
     for method in methods:
         assert method.summary
         assert method.kind in ("saliency", "search", "exact", "bound", "solver")
         for program in method.programs:
-            assert find_method(method.name, program).name == method.name
-            assert callable(method.engine(program))
+            assert find_method(method.name, program) is method
+            assert callable(method.engine)
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
@@ -33,7 +37,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
 def test_options_are_those_of_the_engine() -> None:
     for method in available_methods():
         for program in method.programs:
-            known = method.options(program)
+            known = method.options
             assert not {"limits", "incumbent", "warm", "blocks", "counts", "problem"} & set(known)
             method.check_options(dict(known), program)
             with pytest.raises(UnknownOptionError) as caught:
@@ -54,3 +58,18 @@ def test_both_programs_have_a_search_and_an_exact_method() -> None:
     for program in PROGRAMS:
         kinds = {method.kind for method in available_methods() if program in method.programs}
         assert {"saliency", "search", "exact"} <= kinds
+
+
+def test_to_list_the_methods_loads_no_engine() -> None:
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('cbs_opt')\n"
+        "package.__path__ = ['cbs_opt']\n"
+        "sys.modules['cbs_opt'] = package\n"
+        "from cbs_opt.select.methods import available_methods, find_method\n"
+        "assert available_methods() and find_method('swap_search', 'joint')\n"
+        "sys.exit(' '.join({'torch', 'numba', 'pyomo', 'highspy', 'ortools'} & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

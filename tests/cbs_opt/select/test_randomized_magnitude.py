@@ -22,7 +22,7 @@ def test_the_count_is_exact_and_nothing_outside_the_draw_goes(
 ) -> None:
     n_prune = data.draw(st.integers(0, n))
     weights = weights_of(n, seed % 17)
-    pruned = randomized_magnitude(weights, n_prune, spread=spread, seed=seed)
+    pruned = ~randomized_magnitude(weights, n_prune, spread=spread, seed=seed)
     assert pruned.dtype == torch.bool
     assert int(pruned.sum()) == n_prune
     candidates = min(n, n_prune + round(spread * (n - n_prune)))
@@ -33,7 +33,7 @@ def test_the_count_is_exact_and_nothing_outside_the_draw_goes(
 @pytest.mark.parametrize("n_prune", [0, 1, 250, 499, 500])
 def test_no_spread_is_magnitude(n_prune: int) -> None:
     weights = weights_of(500)
-    pruned = randomized_magnitude(weights, n_prune, spread=0.0, seed=3)
+    pruned = ~randomized_magnitude(weights, n_prune, spread=0.0, seed=3)
     assert pruned.equal(
         torch.zeros(500, dtype=torch.bool).index_fill(0, weights.abs().argsort()[:n_prune], True)
     )
@@ -48,7 +48,7 @@ def test_a_seed_gives_one_set_and_another_seed_another() -> None:
 
 def test_every_size_of_weight_is_drawn_with_the_same_share() -> None:
     weights = weights_of(10_000)
-    pruned = randomized_magnitude(weights, 5_000, spread=0.5)
+    pruned = ~randomized_magnitude(weights, 5_000, spread=0.5)
     shares = pruned[weights.abs().argsort()[:7_500]].double().view(15, 500).mean(dim=1)
     torch.testing.assert_close(shares, torch.full((15,), 2 / 3, dtype=torch.float64), rtol=0.0, atol=0.03)
 

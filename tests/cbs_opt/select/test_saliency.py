@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,22 +13,14 @@ from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select import saliency
 from formulations import loss
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
-from tests.cbs_opt.fisher import KINDS, dense_hessian, fisher_block
+from tests.cbs_opt.fisher import KINDS, data_of, dense_hessian, fisher_block
 
 close = torch.testing.assert_close
 DAMPED = [kind for kind in KINDS if kind != "undamped"]
 
 
 def without_gradient(block: FisherBlock) -> FisherBlock:
-    return FisherBlock(
-        name=block.name,
-        start=0,
-        stop=block.n,
-        weights=block.weights,
-        rows=block.rows,
-        hessian=block.hessian,
-        damping=block.damping,
-    )
+    return replace(block, gradient=None)
 
 
 @pytest.mark.parametrize("kind", DAMPED)
@@ -73,25 +67,25 @@ def test_inverse_diagonal(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, c
         for m in (6, 60):
             block = fisher_block(kind, 30, m, dtype=dtype)
             expected = torch.linalg.inv(dense_hessian(block)).diagonal()
-            close(saliency.inverse_diagonal(block), expected, rtol=1e-9, atol=0.0)
+            close(block.inverse_diagonal(), expected, rtol=1e-9, atol=0.0)
 
 
 @pytest.mark.parametrize("m", [3, 12])
 def test_a_singular_hessian_is_named(m: int) -> None:
     block = fisher_block("undamped", 8, m)
-    assert block.rows is not None
-    block.rows[:, 0] = block.rows[:, 1]
-    block.rows[:, 2] = 0.0
+    rows = data_of(block)
+    rows[:, 0] = rows[:, 1]
+    rows[:, 2] = 0.0
     with pytest.raises(NotPositiveDefiniteError) as caught:
         saliency.obs(block)
     assert caught.value.argument == "damping"
 
 
-def test_lowest_takes_exactly_the_count_and_the_first_of_ties() -> None:
+def test_the_lowest_go_exactly_by_the_count_and_the_first_of_ties() -> None:
     scores = torch.tensor([2.0, 1.0, 1.0, 1.0, 3.0, torch.inf])
     for n_prune in range(7):
-        pruned = saliency.lowest(scores, n_prune)
+        pruned = ~saliency.without_lowest(scores, n_prune)
         assert int(pruned.sum()) == n_prune
         if 0 < n_prune < 6:
             assert scores[pruned].max() <= scores[~pruned].min()
-    assert saliency.lowest(scores, 2).tolist() == [False, True, True, False, False, False]
+    assert saliency.without_lowest(scores, 2).tolist() == [True, False, False, True, True, True]

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cbs_opt.curvature.layer_inputs import input_moments
+from cbs_opt.curvature.layer_inputs import input_moments, matched_term
 from cbs_opt.errors import RunMismatchError
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.channels import ChannelTerm
-from cbs_opt.hessian.spectrum import RowSpectrum
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
 from cbs_opt.report.record import PruneReport
-from cbs_opt.select.saliency import inverse_diagonal
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult
 from formulations.errors import ArgumentError
@@ -327,14 +325,17 @@ def test_no_data_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5), (6, 6)])
 def test_the_spectrum_inverts(shape: tuple[int, int]) -> None:
     rows = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    spectrum = RowSpectrum(rows)
+    spectrum = RowsHessian(rows).prepared()
     for damping in (1e-3, 1.0, 50.0):
         dense = rows.T @ rows + damping * torch.eye(shape[1], dtype=torch.float64)
-        torch.testing.assert_close(spectrum.inverse_diagonal(damping), torch.linalg.inv(dense).diagonal())
+        (factor,) = spectrum.factored([damping])
+        torch.testing.assert_close(factor.inverse_diagonal(), torch.linalg.inv(dense).diagonal())
         block = FisherBlock(
-            name="b", start=0, stop=shape[1], weights=torch.ones(shape[1]), rows=rows, damping=damping
+            name="b", weights=torch.ones(shape[1]), hessian=RowsHessian(rows), damping=damping
         )
-        torch.testing.assert_close(inverse_diagonal(block), spectrum.inverse_diagonal(damping))
+        torch.testing.assert_close(block.inverse_diagonal(), factor.inverse_diagonal())
+        right = torch.ones(shape[1], dtype=torch.float64)
+        torch.testing.assert_close(factor.solve(right), torch.linalg.solve(dense, right))
 
 
 @pytest.mark.parametrize("partition", ["global", "layer"])
@@ -349,13 +350,15 @@ def test_the_model_minimises_what_it_states(partition: str) -> None:
     weights = parts.flatten(model)[keep]
     gradient = torch.randn(kept, dtype=torch.float64, generator=generator)
     quadratic = StageModel(parts, keep, rows)
-    none = torch.zeros(kept, dtype=torch.bool)
-    target = quadratic.updates(weights, gradient, none, [0.3])[0]
+    everything_stays = torch.ones(kept, dtype=torch.bool)
+    target = quadratic.updates(weights, gradient, everything_stays, [0.3])[0]
     hessian = torch.zeros(kept, kept, dtype=torch.float64)
+    start = 0
     for block in quadratic.blocks(weights, None, 0.3):
-        part = rows[:, block.start : block.stop]
-        own = part.T @ part + 0.3 * torch.eye(block.n, dtype=torch.float64)
-        hessian[block.start : block.stop, block.start : block.stop] = own
+        place = slice(start, start + block.n)
+        part = rows[:, place]
+        hessian[place, place] = part.T @ part + 0.3 * torch.eye(block.n, dtype=torch.float64)
+        start += block.n
     torch.testing.assert_close(hessian @ (target - weights), -gradient)
     fewer = keep.clone()
     fewer[keep.nonzero().squeeze(1)[::3]] = False
@@ -373,29 +376,29 @@ def test_the_channel_term_is_the_metric_of_the_trust_region(m: int) -> None:
     kept = int(keep.sum())
     everything = torch.randn(m, N, dtype=torch.float64, generator=generator)
     moments = input_moments(model, data(dtype=torch.float64), parts, samples=30)
-    channels = ChannelTerm.matched(moments, parts, everything).restricted(keep)
+    channels = matched_term(moments, parts, everything.square().sum(0)).restricted(keep)
     quadratic = StageModel(parts, keep, everything[:, keep], channels)
     weights = parts.flatten(model)[keep]
     gradient = torch.randn(kept, dtype=torch.float64, generator=generator)
-    none = torch.zeros(kept, dtype=torch.bool)
+    everything_stays = torch.ones(kept, dtype=torch.bool)
     identity = torch.eye(kept, dtype=torch.float64)
     metric = channels.dense() / quadratic.unit + 0.01 * identity
     rows = everything[:, keep]
     for damping in (0.1, 2.0):
-        target = quadratic.updates(weights, gradient, none, [damping])[0]
+        target = quadratic.updates(weights, gradient, everything_stays, [damping])[0]
         hessian = rows.T @ rows + damping * metric
         shifted = hessian + damping * 0.99 * identity
         torch.testing.assert_close(shifted @ (target - weights), -gradient)
         (block,) = quadratic.around_minimum(weights, gradient, damping, factorised=True)
         torch.testing.assert_close(block.weights, target)
-        torch.testing.assert_close(inverse_diagonal(block), torch.linalg.inv(hessian).diagonal())
+        torch.testing.assert_close(block.inverse_diagonal(), torch.linalg.inv(hessian).diagonal())
         pruned = torch.rand(kept, generator=generator) < 0.3
-        moved = quadratic.updates(weights, gradient, pruned, [damping])[0]
+        moved = quadratic.updates(weights, gradient, ~pruned, [damping])[0]
         assert bool((moved[pruned] == 0.0).all())
         residual = hessian @ (moved - weights) + gradient
         torch.testing.assert_close(residual[~pruned], torch.zeros_like(residual[~pruned]))
         (plain,) = quadratic.around_minimum(weights, None, damping, factorised=False)
-        torch.testing.assert_close(plain.dense_hessian() + plain.damping * torch.eye(kept), hessian)
+        torch.testing.assert_close(plain.hessian.dense() + plain.damping * torch.eye(kept), hessian)
 
 
 def test_what_stages_do_by_default() -> None:

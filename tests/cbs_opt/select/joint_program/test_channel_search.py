@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.joint_program import selectors as joint_selection
-from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet
-from cbs_opt.select.joint_program.channel_search import exchange_channel_set, greedy_channel_set
-from cbs_opt.select.joint_program.program import joint_saliency
+from cbs_opt.hessian.channel_system import ChannelHessian
+from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet, joint_saliency
+from cbs_opt.select.joint_program.search import joint_search
 from cbs_opt.select.joint_program.selectors import (
     by_iterative_hard_threshold,
     by_joint_greedy_obs,
     by_joint_swap_search,
 )
-from cbs_opt.select.saliency import lowest, magnitude
+from cbs_opt.select.joint_program.starts import greedy_obs_set
+from cbs_opt.select.saliency import magnitude, without_lowest
 from formulations import incumbents
 from formulations.errors import UnsupportedProblemError
 from formulations.loss import joint_loss
@@ -27,9 +27,9 @@ from formulations.solution import Limit, Limits
 from tests.cbs_opt.channels import N, channel_block, some
 
 
-def objective(block: FisherBlock, pruned: Tensor) -> float:
-    problem = block.to_problem(int(pruned.sum()))
-    return joint_loss(problem, (~pruned).numpy())
+def objective(block: FisherBlock, keep: Tensor) -> float:
+    problem = block.to_problem(int((~keep).sum()))
+    return joint_loss(problem, keep.numpy())
 
 
 @pytest.mark.parametrize("m", [0, 8, 80])
@@ -38,7 +38,7 @@ def test_value_slope_and_single_moves_are_exact(m: int) -> None:
     program = ChannelProgram(block)
     pruned = some(0.4)
     kept = program.at(~pruned)
-    assert kept.value == pytest.approx(objective(block, pruned), rel=1e-9)
+    assert kept.value == pytest.approx(objective(block, ~pruned), rel=1e-9)
     for index, gain in zip(pruned.nonzero().squeeze(1), program.gains(kept), strict=True):
         more = pruned.clone()
         more[index] = False
@@ -53,40 +53,40 @@ def test_greedy_with_one_weight_a_drop_is_the_dense_method() -> None:
     block = channel_block(gradient=False)
     dense = incumbents.greedy(block.to_problem(20), "joint", limits=Limits())
     assert dense.keep is not None
-    assert (~greedy_channel_set(block, 20, drops=10_000)).tolist() == dense.keep.tolist()
+    assert greedy_obs_set(ChannelProgram(block), 20, drops=10_000).tolist() == dense.keep.tolist()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_exchanges_lower_the_objective_and_keep_the_count(seed: int) -> None:
     block = channel_block(seed=seed)
-    start = lowest(magnitude(block), 22)
-    found = exchange_channel_set(ChannelProgram(block), start)
-    assert int(found.pruned.sum()) == 22
+    start = without_lowest(magnitude(block), 22)
+    found = joint_search(ChannelProgram(block), start)
+    assert int((~found.keep).sum()) == 22
     assert found.initial_value == pytest.approx(objective(block, start), rel=1e-9)
-    assert found.value == pytest.approx(objective(block, found.pruned), rel=1e-9)
+    assert found.value == pytest.approx(objective(block, found.keep), rel=1e-9)
     assert found.value < found.initial_value
     assert not found.locally_optimal
     falls = [found.initial_value, *(point.objective for point in found.trace)]
     assert falls == sorted(falls, reverse=True)
-    again = exchange_channel_set(ChannelProgram(block), found.pruned)
+    again = joint_search(ChannelProgram(block), found.keep)
     assert again.value <= found.value
 
 
 def test_limits_are_kept_and_named() -> None:
-    block, start = channel_block(), lowest(magnitude(channel_block()), 22)
+    block, start = channel_block(), without_lowest(magnitude(channel_block()), 22)
     program = ChannelProgram(block)
-    none = exchange_channel_set(program, start, max_swaps=0)
+    none = joint_search(program, start, max_swaps=0)
     assert (none.swaps, none.limit) == (0, Limit.ITERATION)
-    assert torch.equal(none.pruned, start)
-    assert exchange_channel_set(program, start, max_swaps=1).swaps <= 1
-    late = exchange_channel_set(program, start, deadline=time.monotonic())
+    assert torch.equal(none.keep, start)
+    assert joint_search(program, start, max_swaps=1).swaps <= 1
+    late = joint_search(program, start, deadline=time.monotonic())
     assert late.limit is Limit.TIME
-    assert torch.equal(late.pruned, start)
+    assert torch.equal(late.keep, start)
 
 
 def test_time_that_runs_out_while_batches_are_tried_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("cbs_opt.select.joint_program.channel_search.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cbs_opt.select.joint_program.search.time.monotonic", lambda: now[0])
     evaluate = ChannelProgram.at
 
     def slow(program: ChannelProgram, keep: Tensor) -> ChannelSet:
@@ -95,8 +95,8 @@ def test_time_that_runs_out_while_batches_are_tried_is_named(monkeypatch: pytest
 
     monkeypatch.setattr(ChannelProgram, "at", slow)
     block = channel_block()
-    start = lowest(magnitude(block), 22)
-    found = exchange_channel_set(ChannelProgram(block), start, deadline=1.5)
+    start = without_lowest(magnitude(block), 22)
+    found = joint_search(ChannelProgram(block), start, deadline=1.5)
     assert found.limit is Limit.TIME
     assert found.value <= found.initial_value
 
@@ -104,39 +104,39 @@ def test_time_that_runs_out_while_batches_are_tried_is_named(monkeypatch: pytest
 @pytest.mark.parametrize("count", [0, N])
 def test_no_choice(count: int) -> None:
     block = channel_block()
-    start = lowest(magnitude(block), count)
-    found = exchange_channel_set(ChannelProgram(block), start)
-    assert torch.equal(found.pruned, start)
+    start = without_lowest(magnitude(block), count)
+    found = joint_search(ChannelProgram(block), start)
+    assert torch.equal(found.keep, start)
     assert found.locally_optimal
-    assert int(greedy_channel_set(block, count, drops=3).sum()) == count
+    assert int((~greedy_obs_set(ChannelProgram(block), count, drops=3)).sum()) == count
 
 
 def test_large_blocks_with_the_term_are_searched_without_their_hessian(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(joint_selection, "DENSE_JOINT", 0)
-    monkeypatch.setattr(FisherBlock, "dense_hessian", lambda _: pytest.fail("formed"))
+    monkeypatch.setattr(ChannelHessian, "dense", lambda _: pytest.fail("formed"))
     block = channel_block()
     limits = Limits(seed=1)
-    greedy = by_joint_greedy_obs([block], [22], limits=limits)[0]
-    swapped = by_joint_swap_search([block], [22], limits=limits)[0]
-    best = by_joint_swap_search([block], [22], limits=limits, start=["greedy_obs", "magnitude", "obs"])[0]
-    warm = by_joint_swap_search([block], [22], limits=limits, warm=[greedy.pruned])[0]
+    greedy = by_joint_greedy_obs([block], [22], dense_limit=0, limits=limits)[0]
+    swapped = by_joint_swap_search([block], [22], dense_limit=0, limits=limits)[0]
+    best = by_joint_swap_search(
+        [block], [22], dense_limit=0, limits=limits, start=["greedy_obs", "magnitude", "obs"]
+    )[0]
+    warm = by_joint_swap_search([block], [22], dense_limit=0, limits=limits, warm=[greedy.keep])[0]
     assert not swapped.locally_optimal
     assert swapped.status == "no batch of swaps improves"
     monkeypatch.undo()
-    values = [objective(block, choice.pruned) for choice in (greedy, swapped, best, warm)]
+    values = [objective(block, choice.keep) for choice in (greedy, swapped, best, warm)]
     assert values[1] <= values[0] + 1e-12
     assert values[2] <= values[1] + 1e-12
     assert values[3] == pytest.approx(values[1], rel=1e-12)
 
 
 def test_methods_that_need_the_rows_alone_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_selection, "DENSE_JOINT", 0)
-    monkeypatch.setattr("cbs_opt.hessian.channels.DENSE_LIMIT", 10)
+    monkeypatch.setattr("cbs_opt.hessian.channel_system.DENSE_LIMIT", 10)
     block = channel_block()
     with pytest.raises(UnsupportedProblemError, match="relaxation"):
-        by_joint_swap_search([block], [22], limits=Limits(), start="relaxation")
+        by_joint_swap_search([block], [22], dense_limit=0, limits=Limits(), start="relaxation")
     with pytest.raises(UnsupportedProblemError, match="layer-input term"):
         by_iterative_hard_threshold([block], [22], limits=Limits())
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.select.joint_program.channel_program import joint_saliency
 from cbs_opt.select.joint_program.core import open_core
 from cbs_opt.select.joint_program.pairs import Scores, improving_pairs
-from cbs_opt.select.joint_program.program import JointProgram, joint_saliency
+from cbs_opt.select.joint_program.program import JointProgram
 from cbs_opt.select.saliency import obs
 from formulations import loss
 from formulations.errors import NotPositiveDefiniteError
-from tests.cbs_opt.fisher import KINDS, dense_hessian, fisher_block, random_set
+from tests.cbs_opt.fisher import KINDS, data_of, dense_hessian, fisher_block, random_set, with_rows
 
 SHAPES = [(kind, n, m) for kind in KINDS for n, m in ((24, 9), (24, 60)) if kind != "undamped" or m > n]
 
@@ -34,7 +33,7 @@ def test_a_kept_set_has_the_value_weights_and_leverages_of_dense_algebra(
 ) -> None:
     block = fisher_block(kind, n, m, dtype=dtype)
     pruned = random_set(n, n_prune)
-    program = JointProgram.of(block)
+    program = JointProgram(block)
     kept = program.at(~pruned)
     problem = block.to_problem(n_prune)
     assert kept.value == pytest.approx(loss.joint_loss(problem, kept.keep.numpy()), rel=1e-8, abs=1e-10)
@@ -47,7 +46,7 @@ def test_a_kept_set_has_the_value_weights_and_leverages_of_dense_algebra(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_an_exchange_agrees_with_a_fresh_start(dtype: torch.dtype) -> None:
-    program = JointProgram.of(fisher_block("gradient", 60, 20, dtype=dtype))
+    program = JointProgram(fisher_block("gradient", 60, 20, dtype=dtype))
     before, after = ~random_set(60, 40, 1), ~random_set(60, 40, 2)
     kept = program.at(before)
     moved = program.exchanged(kept, (before & ~after).nonzero()[:, 0], (~before & after).nonzero()[:, 0])
@@ -65,7 +64,7 @@ def test_an_exchange_agrees_with_a_fresh_start(dtype: torch.dtype) -> None:
 def test_scores_are_the_changes_by_single_moves(kind: str, n: int, m: int) -> None:
     block = fisher_block(kind, n, m)
     pruned = random_set(n, 10)
-    program = JointProgram.of(block)
+    program = JointProgram(block)
     kept = program.at(~pruned)
     scores = Scores.of(program, kept, program.levels(kept), program.leverages(kept))
     for i in range(n):
@@ -80,7 +79,7 @@ def test_scores_are_the_changes_by_single_moves(kind: str, n: int, m: int) -> No
 def test_the_scan_finds_the_best_partner_of_every_weight_that_may_leave(kind: str, n: int, m: int) -> None:
     block = fisher_block(kind, n, m)
     pruned = random_set(n, 14)
-    program = JointProgram.of(block)
+    program = JointProgram(block)
     kept = program.at(~pruned)
     scores = Scores.of(program, kept, program.levels(kept), program.leverages(kept))
     found = improving_pairs(program, kept, scores, 0.0, None)
@@ -108,7 +107,7 @@ def test_the_scan_finds_the_best_partner_of_every_weight_that_may_leave(kind: st
 def test_the_core_values_its_sets_as_the_block_does() -> None:
     block = fisher_block("gradient", 40, 15)
     pruned = random_set(40, 20)
-    program = JointProgram.of(block)
+    program = JointProgram(block)
     kept = program.at(~pruned)
     core = open_core(
         program, kept, Scores.of(program, kept, program.levels(kept), program.leverages(kept)), 12
@@ -141,9 +140,8 @@ def test_the_saliency_counts_the_gradient() -> None:
 def test_a_singular_hessian_is_named() -> None:
     wide = fisher_block("undamped", 12, 5)
     with pytest.raises(NotPositiveDefiniteError, match="5 rows for 12 weights"):
-        JointProgram.of(wide)
+        JointProgram(wide)
     tall = fisher_block("undamped", 5, 12)
-    assert tall.rows is not None
-    repeated = replace(tall, rows=tall.rows[:, [0, 0, 1, 2, 3]])
+    repeated = with_rows(tall, data_of(tall)[:, [0, 0, 1, 2, 3]])
     with pytest.raises(NotPositiveDefiniteError):
-        JointProgram.of(repeated)
+        JointProgram(repeated)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.selection_program import pair_scan, pair_search
+from cbs_opt.hessian.rows import RowsHessian
+from cbs_opt.select.selection_program import pair_scan
 from cbs_opt.select.selection_program.pair_scan import CompiledScan, Projection, TorchScan
 from cbs_opt.select.selection_program.pair_search import SwapChanges, improving_pairs
 from cbs_opt.select.selection_program.program import SelectionProgram
-from tests.cbs_opt.fisher import dense_form, fisher_block, random_set, swap_changes
+from cbs_opt.select.selection_program.tuning import SwapTuning
+from tests.cbs_opt.fisher import data_of, dense_form, fisher_block, random_set, swap_changes
 
 WITH_ROWS = ("flat", "decaying", "duplicates", "zeros", "gradient", "undamped")
 SCANS = (CompiledScan, TorchScan)
@@ -31,14 +33,13 @@ def exact(block: FisherBlock, pruned: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def changes_of(block: FisherBlock, pruned: Tensor) -> SwapChanges:
-    program = SelectionProgram.of(block)
+    program = SelectionProgram(block)
     return SwapChanges(program, program.image(pruned.double()), 0.5 * program.diagonal(), program.linear())
 
 
 def projection_of(block: FisherBlock, seed: int = 0) -> Projection:
-    assert block.rows is not None
-    columns = block.rows.double() * block.weights.double()
-    return pair_scan.project(SelectionProgram.of(block), columns.square().sum(dim=0), seed)
+    columns = data_of(block).double() * block.weights.double()
+    return pair_scan.project(SelectionProgram(block), columns.square().sum(dim=0), seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -89,22 +90,15 @@ def test_the_bound_discards_most_pairs_of_a_decaying_spectrum(scan) -> None:  # 
 
 @pytest.mark.parametrize("gathered", [0, 4, 150])
 @pytest.mark.parametrize("kind", WITH_ROWS)
-def test_lists_and_tables_find_the_same_pairs(
-    monkeypatch: pytest.MonkeyPatch, kind: str, gathered: int
-) -> None:
-    monkeypatch.setattr(pair_scan, "CELLS", 30 * 20)
-    monkeypatch.setattr(pair_scan, "GATHERED", gathered)
-    monkeypatch.setattr(pair_search, "SCAN_ROWS", 32)
-    monkeypatch.setattr(pair_search, "TABLE_ROWS", 8)
-    monkeypatch.setattr(pair_search, "PARTNERS", 150)
+def test_lists_and_tables_find_the_same_pairs(kind: str, gathered: int) -> None:
+    sizes = {"cells": 30 * 20, "gathered": gathered, "scan_rows": 32, "table_rows": 8, "partners": 150}
     block = fisher_block(kind, 150, 30)
     pruned = random_set(150, 70)
     cost, table = exact(block, pruned)
     finite = table[table.isfinite()].sort().values
     rank = 300 + int((finite[300:].diff() > 1e-9).nonzero()[0])  # ties stay on one side
     threshold = float(0.5 * (finite[rank] + finite[rank + 1]))
-    for scan in SCANS:
-        monkeypatch.setattr(pair_search, "pair_scan", scan)
+    for compiled in (True, False):
         pairs = improving_pairs(
             changes_of(block, pruned),
             projection_of(block),
@@ -113,6 +107,7 @@ def test_lists_and_tables_find_the_same_pairs(
             improving=threshold,
             reach=threshold,
             start=17,
+            tuning=SwapTuning(**sizes, compiled=compiled),
         )
         assert pairs.complete
         assert pairs.resume == 17
@@ -123,10 +118,8 @@ def test_lists_and_tables_find_the_same_pairs(
         }
 
 
-def test_a_sweep_that_has_enough_is_not_called_complete_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_search, "ENOUGH", 40)
-    monkeypatch.setattr(pair_search, "MOST_PAIRS", 25)
-    monkeypatch.setattr(pair_search, "TABLE_ROWS", 4)
+def test_a_sweep_that_has_enough_is_not_called_complete_and_resumes() -> None:
+    tuning = SwapTuning(enough=40, most_pairs=25, table_rows=4)
     block = fisher_block("flat", 100, 9)
     pruned = random_set(100, 50)
     cost, table = exact(block, pruned)
@@ -140,6 +133,7 @@ def test_a_sweep_that_has_enough_is_not_called_complete_and_resumes(monkeypatch:
             improving=torch.inf,
             reach=torch.inf,
             start=start,
+            tuning=tuning,
         )
         assert not pairs.complete
         assert pairs.out.numel() == 25
@@ -152,8 +146,6 @@ def test_a_sweep_that_has_enough_is_not_called_complete_and_resumes(monkeypatch:
 
 @pytest.mark.parametrize("gathered", [0, 150])
 def test_the_clock_is_looked_at_within_a_sweep(monkeypatch: pytest.MonkeyPatch, gathered: int) -> None:
-    monkeypatch.setattr(pair_scan, "CELLS", 30 * 20)
-    monkeypatch.setattr(pair_scan, "GATHERED", gathered)
     block = fisher_block("flat", 150, 30)
     pruned = random_set(150, 70)
     cost, _ = exact(block, pruned)
@@ -167,6 +159,7 @@ def test_the_clock_is_looked_at_within_a_sweep(monkeypatch: pytest.MonkeyPatch, 
         improving=torch.inf,
         reach=torch.inf,
         deadline=5.0,
+        tuning=SwapTuning(cells=30 * 20, gathered=gathered),
     )
     assert not pairs.complete
     assert next(ticks) <= 10
@@ -177,8 +170,7 @@ def test_projection_bounds_every_inner_product(dtype: torch.dtype) -> None:
     for seed, kind in enumerate(WITH_ROWS):
         block = fisher_block(kind, 120, 90, dtype=dtype)
         projection = projection_of(block, seed)
-        assert block.rows is not None
-        columns = block.rows.double() * block.weights.double()
+        columns = data_of(block).double() * block.weights.double()
         inner = columns.T @ columns
         norms = projection.norm[:, None] * projection.norm[None, :]
         torch.testing.assert_close(projection.norm.square(), inner.diagonal())
@@ -196,7 +188,7 @@ def test_a_column_inside_the_directions_still_has_its_remainder() -> None:
     rows[:64, 2:] = torch.randn(64, 298, generator=generator) * 10.0
     rows[:64, 0], rows[100, 0] = 1.0, 8e-4
     rows[100, 1] = 1.0
-    block = FisherBlock(name="", start=0, stop=300, weights=torch.ones(300), rows=rows)
+    block = FisherBlock(name="", weights=torch.ones(300), hessian=RowsHessian(rows))
     projection = projection_of(block)
     bound = (
         projection.coordinates[0] @ projection.coordinates[1]

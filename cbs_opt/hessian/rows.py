@@ -1,0 +1,285 @@
+"""``A = R^T R`` from gradient rows R, and what its solves share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
+from cbs_opt.hessian.products import (
+    column_pieces,
+    column_squares,
+    damped,
+    factorise,
+    image,
+    inner_gram,
+    kept_adjoint,
+    raise_singular,
+    solved,
+    weighted_squares,
+)
+from formulations.errors import ShapeError
+
+SPLIT_SHARE = 0.5
+"""Share of the smallest eigenvalue that stands in for a damping of 0."""
+
+
+class KeptGram:
+    """``R_K R_K^T`` of a kept set that changes little from one call to the next.
+
+    Notes
+    -----
+    Only columns that enter or leave K are multiplied: O(m^2 |change|), from the empty set at first. The rows
+    have to be the same in every call; they are not held in between. The rounding depends on all sets seen.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def of(self, rows: Tensor, keep: Tensor) -> Tensor:
+        """Return the Gram matrix of the columns where `keep` (n,) is True, (m, m) float64, read-only."""
+        if self._seen is None or int((keep != self._seen[0]).sum()) > int(keep.sum()):
+            nothing = rows.new_zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
+            self._seen = torch.zeros_like(keep), nothing
+        members, gram = self._seen
+        entering = (keep & ~members).nonzero().squeeze(1)
+        leaving = (members & ~keep).nonzero().squeeze(1)
+        gram = gram + inner_gram(rows, entering) - inner_gram(rows, leaving)
+        self._seen = keep.clone(), gram
+        return gram
+
+
+class RowsHessian(PlainHessian):
+    """``A = R^T R``.
+
+    Parameters
+    ----------
+    rows : (m, n) tensor
+        R, of any precision; often a view of the rows of the whole network.
+    gram : KeptGram, optional
+        Shared by operators of the same rows whose kept sets differ little.
+
+    Notes
+    -----
+    `factored` solves through the kept block where it is no larger than m, and through the m x m Woodbury
+    system otherwise: O(m s min(m, s)) for the first damping and O(m^3 + m s) for the others. No array of the
+    size of the rows is made.
+    """
+
+    by_rows: ClassVar[bool] = True
+
+    def __init__(self, rows: Tensor, gram: KeptGram | None = None) -> None:
+        if rows.ndim != 2:
+            raise ShapeError("rows", f"shape {tuple(rows.shape)}", "pass one row a sample, (m, n)")
+        self.data = rows
+        self.gram = gram
+        self.rank, self.n = rows.shape
+
+    @property
+    def rows(self) -> Tensor:
+        """R."""
+        return self.data
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self.data.dtype
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.back(image(self.data, x))
+
+    def diagonal(self) -> Tensor:
+        return column_squares(self.data)
+
+    def quadratic(self, step: Tensor) -> float:
+        return float(image(self.data, step).square().sum())
+
+    def dense(self) -> Tensor:
+        rows = self.data.double()
+        return rows.T @ rows
+
+    def back(self, image: Tensor) -> Tensor:
+        return (self.data.T @ image.to(self.data.dtype)).double()
+
+    def back_at(self, index: Tensor, image: Tensor) -> Tensor:
+        return self.columns(index).T @ image
+
+    def square(self, image: Tensor, x: Tensor) -> Tensor:
+        return image @ image
+
+    def entries(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.columns(left).T @ self.columns(right)
+
+    def part(self, index: Tensor, *, precise: bool = True) -> Tensor:
+        columns = self.data.index_select(1, index)
+        columns = columns.double() if precise else columns
+        return (columns.T @ columns).double()
+
+    def cross(self, kept: Tensor, removed: Tensor) -> Tensor:
+        return kept_adjoint(self.data, kept, image(self.data, removed))
+
+    def row_form(self, damping: float, name: str) -> tuple[Tensor, float]:
+        if self.rank <= self.n and damping > 0.0:
+            return self.data, damping
+        if self.rank < self.n:
+            raise_singular(name, damping, f"H is singular with {self.rank} rows for {self.n} weights")
+        return reduced_rows(inner_gram(self.data.T), damping, name)
+
+    def prepared(self) -> Hessian:
+        return SpectralHessian(self.data, self.gram)
+
+    def factored(
+        self, dampings: Sequence[float], keep: Tensor | None = None, name: str = ""
+    ) -> Iterator[Factor]:
+        shared = _KeptRows(self, keep, name)
+        if shared.wide and min(dampings) == 0.0:
+            why = f"H is singular with {self.rank} rows for {len(shared.kept)} kept weights"
+            raise_singular(name, 0.0, why)
+        for damping in dampings:
+            yield RowsFactor(shared, damping)
+
+
+class _KeptRows:
+    """What the factors of all dampings share: the kept columns of R, their small matrix and some images."""
+
+    def __init__(self, hessian: RowsHessian, keep: Tensor | None, name: str) -> None:
+        self.hessian, self.keep, self.name = hessian, keep, name
+        self.rows = hessian.rows
+        self.kept = hessian.kept(keep)
+        self.wide = len(self.kept) > self.rows.shape[0]
+        self._matrix: Tensor | None = None
+        self._images: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def matrix(self) -> Tensor:
+        """``R_K R_K^T`` (m, m) where s > m, else ``R_K^T R_K`` (s, s)."""
+        if self._matrix is None:
+            if not self.wide:
+                self._matrix = self.hessian.part(self.kept)
+            else:
+                keep = torch.ones(self.hessian.n, dtype=torch.bool, device=self.rows.device)
+                gram = self.hessian.gram or KeptGram()
+                self._matrix = gram.of(self.rows, keep if self.keep is None else self.keep)
+        return self._matrix
+
+    def image(self, x: Tensor) -> Tensor:
+        """Return ``R x``, or ``R_K x`` for `x` (s,): once for all dampings."""
+        if id(x) not in self._images:
+            whole = x
+            if len(x) < self.hessian.n:
+                whole = torch.zeros(self.hessian.n, dtype=torch.float64, device=x.device)
+                whole[self.kept] = x
+            self._images[id(x)] = x, image(self.rows, whole)
+        return self._images[id(x)][1]
+
+
+class RowsFactor:
+    """`Factor` of a `RowsHessian`."""
+
+    def __init__(self, shared: _KeptRows, damping: float) -> None:
+        self.shared, self.damping = shared, damping
+        self._factor: Tensor | None = None
+
+    def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
+        return self.solve_pulled(right, None if removed is None else self.shared.image(removed))
+
+    def solve_pulled(self, right: Tensor, pulled: Tensor | None) -> Tensor:
+        """Return ``H_KK^-1 (right + R_K^T pulled)`` for `pulled` (m,) float64.
+
+        ``(damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping``, and applied to
+        ``B^T z`` it is ``B^T (damping I + B B^T)^-1 z``, where nothing cancels however small the damping.
+        """
+        shared = self.shared
+        if self._factor is None:
+            self._factor = factorise(damped(shared.matrix, self.damping), shared.name, self.damping)
+        if not shared.wide:
+            if pulled is not None:
+                right = right + shared.hessian.columns(shared.kept).T @ pulled
+            return solved(self._factor, right)
+        outer = (0.0 if pulled is None else pulled) - shared.image(right) / self.damping
+        return right / self.damping + kept_adjoint(shared.rows, shared.kept, solved(self._factor, outer))
+
+    def inverse_diagonal(self) -> Tensor:
+        """Return ``diag(H_KK^-1)``, (s,) float64; O(m^2 s), or O(s^3) where that is less."""
+        shared = self.shared
+        index = None if shared.keep is None else shared.kept
+        if not shared.wide:
+            rows = shared.rows if index is None else shared.rows.index_select(1, index)
+            matrix = inner_gram(rows.T)
+            factor = factorise(damped(matrix, self.damping), shared.name, self.damping)
+            return torch.diagonal(torch.cholesky_inverse(factor))
+        # H^-1 = (I - R^T (damping I + R R^T)^-1 R) / damping, so its diagonal needs |L^-1 R_i|^2.
+        matrix = damped(inner_gram(shared.rows, index), self.damping)
+        factor = factorise(matrix, shared.name, self.damping)
+        seen = torch.empty(len(shared.kept), dtype=torch.float64, device=matrix.device)
+        for span, columns in column_pieces(shared.rows, index):
+            seen[span] = torch.linalg.solve_triangular(factor, columns, upper=False).square_().sum(dim=0)
+        return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / self.damping
+
+
+class SpectralHessian(RowsHessian):
+    """``A = R^T R`` with its eigenvectors, so that the inverse's diagonal is cheap after the first.
+
+    Notes
+    -----
+    O(m n min(m, n)) once; then O(n min(m, n)) a damping. The eigenvectors are kept in the precision of the
+    rows and take as much memory as they do.
+    """
+
+    _eigen: tuple[Tensor, Tensor] | None = None
+
+    def prepared(self) -> Hessian:
+        return self
+
+    def factored(
+        self, dampings: Sequence[float], keep: Tensor | None = None, name: str = ""
+    ) -> Iterator[Factor]:
+        if keep is not None and not bool(keep.all()):
+            yield from super().factored(dampings, keep, name)
+            return
+        shared = _KeptRows(self, None, name)
+        for damping in dampings:
+            yield _SpectralFactor(shared, damping)
+
+    def inverse_diagonal(self, damping: float) -> Tensor:
+        """Return ``diag((R^T R + damping I)^-1)``; `damping` > 0 unless R has full column rank."""
+        values, vectors = self._eigenvectors()
+        weights = 1.0 / (values + damping)
+        if self.rank >= self.n:
+            return vectors.square() @ weights
+        seen = weighted_squares(vectors, weights)
+        return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / damping
+
+    def _eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues of ``R^T R`` with its eigenvectors, as rows times their roots where m < n."""
+        if self._eigen is None:
+            rows = self.rows
+            if self.rank >= self.n:
+                values, vectors = torch.linalg.eigh(inner_gram(rows.T))
+            else:
+                everything = torch.ones(self.n, dtype=torch.bool, device=rows.device)
+                values, vectors = torch.linalg.eigh(
+                    inner_gram(rows) if self.gram is None else self.gram.of(rows, everything)
+                )
+                vectors = vectors.T.to(rows.dtype) @ rows
+            self._eigen = values.clamp_min(0.0), vectors
+        return self._eigen
+
+
+class _SpectralFactor(RowsFactor):
+    def inverse_diagonal(self) -> Tensor:
+        hessian = self.shared.hessian
+        assert isinstance(hessian, SpectralHessian)
+        return hessian.inverse_diagonal(self.damping)
+
+
+def reduced_rows(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
+    """Return rows whose Gram matrix is `matrix`, or less by what a damping of 0 then takes."""
+    values, vectors = torch.linalg.eigh(matrix)
+    if damping == 0.0:
+        factorise(matrix, name, damping)
+        damping = SPLIT_SHARE * float(values[0])
+        values = values - damping
+    return values.clamp_min(0.0).sqrt()[:, None] * vectors.T, damping

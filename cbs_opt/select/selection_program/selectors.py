@@ -1,0 +1,96 @@
+"""Which weights go under the selection program: swap search on every block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.on_demand import mapped
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchResult
+from cbs_opt.select.scores import STARTS, start_set
+from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.selection_program.swap_search import swap_search_batch
+from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
+from formulations.errors import ArgumentError
+from formulations.solution import Limits
+
+
+def by_swap_search(
+    blocks: Sequence[FisherBlock],
+    counts: Sequence[int],
+    *,
+    limits: Limits,
+    start: str | Sequence[str] = "magnitude",
+    spread: float = 0.1,
+    max_swaps: int | None = None,
+    tolerance: float | None = None,
+    warm: Sequence[Tensor] | None = None,
+    ledger: Ledger = NO_LEDGER,
+    tuning: SwapTuning = TUNING,
+) -> list[Choice]:
+    """Search by swaps on the selection program of every block.
+
+    Parameters
+    ----------
+    blocks, counts, warm, ledger
+        As of `Selector`. All blocks are searched at once, so the ledger is not asked.
+    limits : Limits
+        `time_limit` for all blocks and starts together.
+    start : str or sequence of str, default "magnitude"
+        Sets to start from: a saliency or "randomized_magnitude". Of several, the one that ends
+        lowest in each block is kept.
+    spread : float, default 0.1
+        Of "randomized_magnitude" starts.
+    max_swaps : int, optional
+        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
+    tolerance : float, optional
+        Of `swap_search`.
+    tuning : SwapTuning
+
+    Returns
+    -------
+    list of Choice
+
+    Raises
+    ------
+    ArgumentError
+        If a start is unknown.
+    """
+    names = [start] if isinstance(start, str) else list(start)
+    if not names or any(name not in STARTS for name in names):
+        raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(STARTS)}")
+    programs = mapped(SelectionProgram, blocks)
+    deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
+    ends: list[list[SearchResult]] = []
+    for name in names if warm is None else ["warm"]:
+        starts = warm or [
+            start_set(name, block, counts[number], limits.seed + number, spread)
+            for number, block in enumerate(blocks)
+        ]
+        results = swap_search_batch(
+            programs,
+            starts,
+            tolerance=tolerance,
+            max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
+            deadline=deadline,
+            seed=limits.seed,
+            tuning=tuning,
+        )
+        ends.append(results)
+    return [choice_of(min(results, key=lambda result: result.value)) for results in zip(*ends, strict=True)]
+
+
+def choice_of(result: SearchResult) -> Choice:
+    """Return what a swap search found as a choice."""
+    return Choice(
+        keep=result.keep,
+        initial_value=result.initial_value,
+        iterations=result.swaps,
+        locally_optimal=result.locally_optimal,
+        seconds=result.seconds,
+        status=result.ending,
+        limit=result.limit,
+    )
