@@ -193,7 +193,8 @@ def main() -> None:
         budget = f"{found['budget_mib']:.0f}" if found["on_disk"] else "in memory"
         typer.echo(
             f"| {name} | {found['n']} x {found['rows']} | {found['row_mib']:.0f} | {budget} "
-            f"| {estimated:.0f} | {increase:.0f} | {estimated / increase:.2f} | {found['peak_mib']:.0f} | {seconds:.0f} |",
+            f"| {estimated:.0f} | {increase:.0f} | {estimated / increase:.2f} "
+            f"| {found['peak_mib']:.0f} | {seconds:.0f} |",
         )
 
 

@@ -166,17 +166,16 @@ def test_a_block_that_the_method_cannot_take_does_not_stop_the_others(backend):
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["loky", "dask"])
-def test_lost_workers_end_the_call_and_the_next_one_has_new_ones(name, request, tmp_path):
+def test_lost_workers_end_the_call_and_the_next_one_has_new_ones(tmp_path):
     problems = blocks(6)
     problems[2] = named(problems[2], "fatal")
-    with backend_of(name, request):
-        with pytest.raises(ExecutorError, match="workers: lost"):
-            solve_blocks(problems, block_methods.fatal, program="joint", folder=str(tmp_path), deaths=99)
-        same(
-            solve_blocks(problems, "greedy_obs", program="joint"),
-            [greedy(problem, "joint") for problem in problems],
-        )
+    options = {"folder": str(tmp_path), "deaths": 99}
+    with pytest.raises(ExecutorError, match="workers: lost"):
+        solve_blocks(problems, block_methods.fatal, program="joint", workers=2, **options)
+    same(
+        solve_blocks(problems, "greedy_obs", program="joint", workers=2),
+        [greedy(problem, "joint") for problem in problems],
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
