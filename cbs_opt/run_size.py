@@ -156,7 +156,7 @@ def run_size(
         return dict(sorted(sizes.items(), key=lambda entry: -entry[1])[:LARGEST_ARRAYS])
 
     now = resident()
-    taken = arrays(held, size)
+    largest_arrays = arrays(held, size)
     alternatives = {}
     if fresh and not staged:
         for rule, most in (("layer", max(n for n, _ in spans)), ("row", max(fan for _, fan in spans))):
@@ -174,9 +174,9 @@ def run_size(
         row_dir=None if folder is None else str(folder),
         disk_bytes=0 if folder is None else stored_bytes(partition, rows, itemsize),
         disk_free_bytes=shutil.disk_usage(folder).free if folder is not None and folder.is_dir() else 0,
-        arrays=taken,
+        arrays=largest_arrays,
         resident_bytes=now,
-        peak_bytes=now + sum(taken.values()),
+        peak_bytes=now + sum(largest_arrays.values()),
         alternatives=alternatives,
     )
 

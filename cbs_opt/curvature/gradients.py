@@ -97,39 +97,46 @@ class NetworkFunction:
         return other
 
     def mean_gradient(self, batch: Batch, chunk: int) -> Gradients:
-        """Gradient of the mean loss of `batch`, `chunk` samples at a time; one backward pass each."""
-        leaves = {name: value.requires_grad_() for name, value in _detached(self.parameters).items()}
-        total: Gradients = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
-        for start in range(0, batch.size, chunk):
-            part = batch.take(slice(start, start + chunk))
-            with torch.enable_grad():
-                loss = self.loss(leaves, part.inputs, part.labels)
-                found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            for name, gradient in zip(leaves, found, strict=True):
-                if gradient is not None:
-                    total[name].add_(gradient, alpha=part.size / batch.size)
-        return total
+        """Return the gradient of the mean loss of `batch`, `chunk` samples in a backward pass."""
+
+        def loss(leaves: Gradients, part: Batch, start: int) -> tuple[Tensor, Tensor | None, float]:
+            return self.loss(leaves, part.inputs, part.labels), None, part.size / batch.size
+
+        return self._added_up(batch, chunk, loss)
 
     def sketched_gradient(self, batch: Batch, signs: Tensor, chunk: int) -> Gradients:
-        """``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e (B, C), `chunk` samples at a time.
+        """Return ``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e (B, C), `chunk` samples at a time.
 
         ``L = (I - p 1^T) diag(sqrt(p))`` factors the Hessian ``diag(p) - p p^T`` of cross-entropy in
         the logits, so that with independent signs the outer product of the sum with itself is the
         Gauss-Newton matrix averaged over the batch, in expectation. One backward pass a chunk.
         """
+
+        def sketch(leaves: Gradients, part: Batch, start: int) -> tuple[Tensor, Tensor | None, float]:
+            logits: Tensor = self.output(leaves, part.inputs)
+            probability = torch.softmax(logits.detach(), dim=1)
+            draws = probability.sqrt() * signs[start : start + chunk].to(probability)
+            seeds = draws - probability * draws.sum(dim=1, keepdim=True)
+            return logits, seeds, 1.0 / math.sqrt(batch.size)
+
+        return self._added_up(batch, chunk, sketch)
+
+    def _added_up(
+        self,
+        batch: Batch,
+        chunk: int,
+        forward: Callable[[Gradients, Batch, int], tuple[Tensor, Tensor | None, float]],
+    ) -> Gradients:
+        """Add up the gradients of what `forward` returns for each chunk: output, its seeds, and a factor."""
         leaves = {name: value.requires_grad_() for name, value in _detached(self.parameters).items()}
         total: Gradients = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         for start in range(0, batch.size, chunk):
-            part, sign = batch.take(slice(start, start + chunk)), signs[start : start + chunk]
             with torch.enable_grad():
-                logits = self.output(leaves, part.inputs)
-                probability = torch.softmax(logits.detach(), dim=1)
-                draws = probability.sqrt() * sign.to(probability)
-                seeds = draws - probability * draws.sum(dim=1, keepdim=True)
-                found = torch.autograd.grad(logits, list(leaves.values()), seeds, allow_unused=True)
-            for name, gradient in zip(leaves, found, strict=True):
+                output, seeds, factor = forward(leaves, batch.take(slice(start, start + chunk)), start)
+                gradients = torch.autograd.grad(output, list(leaves.values()), seeds, allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    total[name].add_(gradient, alpha=1.0 / math.sqrt(batch.size))
+                    total[name].add_(gradient, alpha=factor)
         return total
 
     def sample_gradients(self, batch: Batch) -> Gradients:

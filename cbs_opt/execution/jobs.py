@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cbs_opt.solving import solve
-from cbs_opt.system.threads import limit_numba, limit_process, limit_thread
+from cbs_opt.system.threads import limit_numba, limit_thread
 from formulations.errors import CbsError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem
@@ -62,15 +62,11 @@ class BlockCall:
         )
 
     def limit_threads(self) -> None:
-        """Hold this worker to the threads of the call; the process of the caller holds itself."""
-        threads = self.limits.threads
-        if this_process() != self.home:
-            limit_process(threads)
-            limit_numba(threads)
-        elif threading.current_thread() is not threading.main_thread():
-            limit_thread(threads)
+        """Hold this worker to the threads of the call; the main thread of the caller holds itself."""
+        if this_process() != self.home or threading.current_thread() is not threading.main_thread():
+            limit_thread(self.limits.threads)
         else:
-            limit_numba(threads)
+            limit_numba(self.limits.threads)
 
 
 def solve_block(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,22 +31,11 @@ def thread_limit(threads: int) -> Iterator[None]:
         numba.set_num_threads(numba_before)
 
 
-@functools.lru_cache(maxsize=1)
-def limit_process(threads: int) -> None:
-    """Hold BLAS, OpenMP and torch to `threads` threads for good, as in a worker process.
-
-    Setting the same limit again costs nothing: looking through the loaded libraries takes
-    milliseconds, which small blocks would notice.
-    """
-    threadpool_limits(limits=threads)
-    torch.set_num_threads(threads)
-
-
 def limit_thread(threads: int) -> None:
-    """Hold what the calling thread starts to `threads` threads for good, as in a worker thread.
+    """Hold what the calling thread starts to `threads` threads for good, as in a worker.
 
-    OpenMP and numba keep a limit of their own for every thread, which `thread_limit` around the pool
-    does not reach. BLAS keeps one for the process, which that sets back.
+    OpenMP and numba keep a limit of their own for every thread, which `thread_limit` elsewhere does not
+    reach; BLAS keeps one for the process. Setting the same limit again costs nothing.
     """
     if getattr(_LIMITED, "threads", None) != threads:
         threadpool_limits(limits=threads)

@@ -29,17 +29,17 @@ PACKAGES = (
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Versions of Python, of every package that a result may depend on, and of plug-ins."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     for group in (METHODS, SOLVERS):
         for point in metadata.entry_points(group=group):
             if point.dist is not None:
-                found[point.dist.name] = point.dist.version
-    return found
+                installed[point.dist.name] = point.dist.version
+    return installed
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,17 @@ def thread_count(
     problem: BlockProblem, program: str, *, limits: Limits, incumbent: BlockSolution | None
 ) -> BlockSolution:
     """Report how many threads the libraries of the worker may use, the largest of them."""
-    import torch
-
-    most = max(
-        [numba.get_num_threads(), torch.get_num_threads(), *(i["num_threads"] for i in threadpool_info())]
-    )
     pool = IncumbentPool(problem, program)
     pool.offer_magnitude_if_empty()
-    return pool.solution(method="thread_count", stats=SolveStats(message=str(most)))
+    return pool.solution(method="thread_count", stats=SolveStats(message=str(most_threads())))
+
+
+def most_threads() -> int:
+    """Threads that the libraries of this process may use."""
+    import torch
+
+    pools = [info["num_threads"] for info in threadpool_info()]
+    return max([numba.get_num_threads(), torch.get_num_threads(), *pools])
 
 
 def sleeping(
@@ -95,3 +99,19 @@ def fingerprint(
     pool = IncumbentPool(problem, program)
     pool.offer_magnitude_if_empty()
     return pool.solution(method="fingerprint", stats=SolveStats(message=problem.fingerprint()))
+
+
+def varied(
+    problem: BlockProblem,
+    program: str,
+    *,
+    limits: Limits,
+    incumbent: BlockSolution | None,
+    delay: float,
+) -> BlockSolution:
+    """As `drawn`, or raise; report process, threads and the SHA-256 of the data."""
+    if problem.name == "raises":
+        raise ZeroDivisionError("no such luck")
+    solution = drawn(problem, program, limits=limits, incumbent=incumbent, delay=delay)
+    message = f"{os.getpid()} {most_threads()} {problem.fingerprint()}"
+    return replace(solution, stats=SolveStats(message=message))

@@ -85,12 +85,11 @@ def backend_of(name: str, request: pytest.FixtureRequest) -> AbstractContextMana
     return joblib.parallel_config(backend=name, n_jobs=2)
 
 
-CLUSTERS = [pytest.param("dask", marks=SLOW), pytest.param("ray", marks=SLOW)]
-RESTARTED = ["threading", pytest.param("loky", marks=SLOW), *CLUSTERS]
+RESTARTED = ["threading", pytest.param("loky", marks=SLOW)]
 """Of tests after which processes are started anew, which takes seconds."""
 
 
-@pytest.fixture(params=["threading", "loky", *CLUSTERS])
+@pytest.fixture(params=["threading", "loky"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Two workers of a backend, which the calls within a test use."""
     with backend_of(request.param, request):
@@ -167,17 +166,16 @@ def test_a_block_that_the_method_cannot_take_does_not_stop_the_others(backend):
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["loky", "dask"])
-def test_lost_workers_end_the_call_and_the_next_one_has_new_ones(name, request, tmp_path):
+def test_lost_workers_end_the_call_and_the_next_one_has_new_ones(tmp_path):
     problems = blocks(6)
     problems[2] = named(problems[2], "fatal")
-    with backend_of(name, request):
-        with pytest.raises(ExecutorError, match="workers: lost"):
-            solve_blocks(problems, block_methods.fatal, program="joint", folder=str(tmp_path), deaths=99)
-        same(
-            solve_blocks(problems, "greedy_obs", program="joint"),
-            [greedy(problem, "joint") for problem in problems],
-        )
+    options = {"folder": str(tmp_path), "deaths": 99}
+    with pytest.raises(ExecutorError, match="workers: lost"):
+        solve_blocks(problems, block_methods.fatal, program="joint", workers=2, **options)
+    same(
+        solve_blocks(problems, "greedy_obs", program="joint", workers=2),
+        [greedy(problem, "joint") for problem in problems],
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -260,6 +258,36 @@ def worker_processes() -> set[int]:
     """Worker processes of loky that this process has started and that run a block."""
     children = psutil.Process().children()
     return {child.pid for child in children if "LokyProcess" in " ".join(child.cmdline())}
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_clusters_give_what_one_process_gives(name, request):
+    """Large arrays, a block that raises, and blocks that finish out of order, in one call."""
+    problems = [*sharing(4), *blocks(6)]
+    problems[5] = named(problems[5], "raises")
+    finished: list[int] = []
+
+    def call(workers: int | None) -> list[BlockSolution]:
+        return solve_blocks(
+            problems,
+            block_methods.varied,
+            program="selection",
+            seed=1,
+            workers=workers,
+            delay=0.3,
+            on_solution=lambda index, _: finished.append(index),
+        )
+
+    with backend_of(name, request):
+        spread = call(None)
+    assert sorted(finished) == list(range(10))
+    same(spread, call(1))
+    assert [s.termination is Termination.ERROR for s in spread] == [index == 5 for index in range(10)]
+    good = [(p, s.stats.message.split()) for p, s in zip(problems, spread, strict=True) if p.name != "raises"]
+    assert len({words[0] for _, words in good}) == 2, "both workers took part"
+    assert {words[1] for _, words in good} == {"1"}, "threads"
+    assert [words[2] for _, words in good] == [problem.fingerprint() for problem, _ in good]
 
 
 @SLOW
