@@ -7,9 +7,8 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,6 +20,9 @@ from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 from formulations.solvers import available_solvers, models_for
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +181,8 @@ def compare(
             on_row(name)
         if rows[-1]["status"].endswith(INTERRUPTED):
             break
+    import pandas as pd
+
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
     best = table["objective"].min()
     table["excess"] = (table["objective"] - best) / max(abs(best), 1e-12)

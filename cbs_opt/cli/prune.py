@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from cbs_opt.cli.errors import GOES_ON, NOTHING_WRITTEN, reported
-from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
-from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
 from cbs_opt.cli.row_options import DryRun, RowDir, RowMemory, parse_size, state_plan
 
 Model = Annotated[
@@ -183,6 +181,8 @@ def run(
     """
     goes_on = resume or run_dir is not None
     with reported(debug, stopped=GOES_ON if goes_on else NOTHING_WRITTEN):
+        from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
+        from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
         from cbs_opt.pruning import prune
 
         require_free(out, force, resume)
