@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.preparation import prepare
 from cbs_opt.select.joint_program.selectors import SearchInterruptedError
 from cbs_opt.select.methods import Method, available_methods, find_method
 from formulations.errors import CbsError, UnsupportedProblemError
@@ -92,6 +93,7 @@ def solve(
     """
     chosen = find_method(method, program)
     chosen.check_options(options, program)
+    prepare(method, program)
     limits = Limits(
         time_limit=time_limit,
         rel_gap=rel_gap,
@@ -171,6 +173,7 @@ def compare(
         except UnsupportedProblemError:
             # Known, but not for this program: a row with the reason.
             continue
+        prepare(name, program)
     rows: list[Mapping[str, Any]] = []
     for name in names:
         if unasked and find_method(name, program).kind in DENSE_KINDS:
