@@ -6,6 +6,8 @@ from functools import cache
 
 from formulations import preparation
 from formulations.preparation import BOUND, SWAP_SEARCH, make_ready_named
+from formulations.problem import PROGRAMS
+from formulations.solvers import BRIDGES
 
 DENSE = "cbs_opt.select.selection_program.dense"
 SCAN = "cbs_opt.select.selection_program.pair_scan"
@@ -31,7 +33,7 @@ def prepare(method: str, program: str) -> None:
     ----------
     method : str
         A name of `available_methods`. A saliency and a method of another package compile nothing of ours,
-        a solver what it needs for a first set of weights, when it is called.
+        the name of a solver stands for what any solver needs, a first set of weights.
     program : {"selection", "joint"}
 
     Notes
@@ -40,5 +42,13 @@ def prepare(method: str, program: str) -> None:
     a second in every other process; costs nothing after that. `formulations` does the same for
     its methods when they are called directly.
     """
-    preparation.prepare(method, program)
+    solver = method.partition(":")[0] in (*BRIDGES, "pyomo")
+    preparation.prepare("greedy_obs" if solver else method, program)
     make_ready_named(KERNELS.get((method, program), ()), method, program)
+
+
+def prepare_all() -> None:
+    """Have every method ready for both programs."""
+    for program in PROGRAMS:
+        for method in (*preparation.KERNELS, *(name for name, _ in KERNELS)):
+            prepare(method, program)

@@ -24,6 +24,7 @@ from cbs_opt.network.targets import Globs
 from cbs_opt.network.trial import write_back
 from cbs_opt.oneshot import PruneRun
 from cbs_opt.plan.prune_plan import OnPlan, plan_of
+from cbs_opt.preparation import prepare
 from cbs_opt.prune_options import (
     DAMPING,
     PruneOptions,
@@ -307,6 +308,9 @@ def prune(
             run.go_on(opened.enter_context(RunStore(run_dir, told)))
         result = run.finished(block_dir)
         if result is None:
+            prepare(options.method, options.program)
+            if certify:
+                prepare("lower_bound", options.program)
             run.take_curvature(data, memory_limit)
             best = run.best_candidate()
             report = run.report(best, evaluate)

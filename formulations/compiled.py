@@ -97,7 +97,7 @@ def _compile(kernel: Any) -> None:
     kernel.compile(kernel.entry_types)
 
 
-class _Announcement(event.Listener):  # type: ignore[misc]
+class _Announcement(event.Listener):
     """Says once that compilation has begun, when it has."""
 
     def __init__(self, purpose: str, kernels: Sequence[Any]) -> None:

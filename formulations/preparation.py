@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 
@@ -45,7 +45,7 @@ NODES = {
     "joint": (f"{JOINT_NODES}:evaluate_joint", f"{JOINT_NODES}:improve_joint"),
     "selection": (f"{SELECTION_NODES}:evaluate_selection", f"{SELECTION_NODES}:improve_selection"),
 }
-KERNELS = {
+KERNELS: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
     "greedy_obs": (GREEDY,),
     "swap_search": (SWAP_SEARCH,),
     "enumeration": (

@@ -19,6 +19,7 @@ from cbs_opt.errors import ExecutorError
 from cbs_opt.execution.array_store import ArrayStore, PackedProblem
 from cbs_opt.execution.jobs import BlockMethod, Parcel, Recipe, solve_parcel, this_process, unsolved
 from cbs_opt.execution.workers import Pool, Workers
+from cbs_opt.preparation import prepare
 from cbs_opt.select.methods import find_method
 from cbs_opt.system.threads import thread_limit
 from formulations.errors import ArgumentError
@@ -107,6 +108,7 @@ def solve_blocks(
     """
     if isinstance(method, str):
         find_method(method, program).check_options(options, program)
+        prepare(method, program)
     elif not callable(method):
         raise ArgumentError("method", f"{method!r}", "pass the name of a method, or a function")
     limits = Limits(

@@ -42,5 +42,5 @@ class NodeRules(NamedTuple):
     tolerance: float
 
 
-RULES = numba.typeof(NodeRules(True, True, 0, 0, 0.0, 0, 0.0))
+RULES = numba.typeof(NodeRules(True, True, 0, 0, 0.0, 0, 0.0))  # type: ignore[no-untyped-call]
 """Their type in a kernel."""

@@ -73,7 +73,7 @@ class Subproblems:
             status,
             node.split,
             node.warm,
-            cutoff - self.constant,
+            float(cutoff - self.constant),
             NodeRules(
                 fixing=self.fixing,
                 positive_split=self.program == "joint",
