@@ -1,41 +1,152 @@
-"""cbs-opt: pruning neural networks by combinatorial optimisation, with proof."""
+"""cbs-opt: pruning neural networks by combinatorial optimisation, with proof.
 
-from importlib.metadata import version
+A name is imported when it is first used: ``import cbs_opt`` alone loads neither torch nor a solver.
+"""
 
-from cbs_opt.curvature.fisher import fisher_blocks, gradient_rows
-from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, MonteCarloFisher, SketchedFisher
-from cbs_opt.curvature.rows import Rows
-from cbs_opt.execution.blocks import solve_blocks
-from cbs_opt.network.batchnorm import recalibrate_batchnorm
-from cbs_opt.network.masks import apply_masks, load_masks, save_masks
-from cbs_opt.network.partition import Partition
-from cbs_opt.pruning import plan, prune
-from cbs_opt.report.record import PruneReport
-from cbs_opt.run_size import RunSize
-from cbs_opt.select.methods import available_methods
-from cbs_opt.solving import compare, solve
-from cbs_opt.system.resources import Resources
-from formulations import BlockProblem, BlockSolution, CbsError, Termination, verify
-from formulations.relaxations import lower_bound
-from formulations.solvers import available_solvers
+from __future__ import annotations
 
-__version__ = version("cbs-opt")
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cbs_opt.curvature.fisher import fisher_blocks, gradient_rows
+    from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, MonteCarloFisher, SketchedFisher
+    from cbs_opt.curvature.rows import Rows
+    from cbs_opt.curvature.run_size import RunSize
+    from cbs_opt.execution.blocks import solve_blocks
+    from cbs_opt.network.batchnorm import recalibrate_batchnorm
+    from cbs_opt.network.masks import apply_masks, load_masks, save_masks
+    from cbs_opt.network.partition import Partition
+    from cbs_opt.pruning import plan, prune
+    from cbs_opt.recipe.files import load_recipe, load_request, save_recipe
+    from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Update, Weights, absolute
+    from cbs_opt.recipe.select import (
+        OBD,
+        OBS,
+        Exact,
+        GradientNorm,
+        GreedyOBS,
+        HardThreshold,
+        LossPreservation,
+        Magnitude,
+        RandomizedMagnitude,
+        SwapSearch,
+    )
+    from cbs_opt.report.record import PruneReport
+    from cbs_opt.select.methods import available_methods
+    from cbs_opt.solving import compare, solve
+    from cbs_opt.system.resources import Resources
+    from formulations.errors import CbsError
+    from formulations.loss import verify
+    from formulations.problem import BlockProblem
+    from formulations.relaxations.bounds import lower_bound
+    from formulations.solution import BlockSolution, Termination
+    from formulations.solvers import available_solvers
+
+    __version__: str
+
+_MODULES = {
+    "cbs_opt.curvature.fisher": (
+        "fisher_blocks",
+        "gradient_rows",
+    ),
+    "cbs_opt.curvature.kinds": (
+        "EmpiricalFisher",
+        "ExactFisher",
+        "MonteCarloFisher",
+        "SketchedFisher",
+    ),
+    "cbs_opt.curvature.rows": ("Rows",),
+    "cbs_opt.curvature.run_size": ("RunSize",),
+    "cbs_opt.execution.blocks": ("solve_blocks",),
+    "cbs_opt.network.batchnorm": ("recalibrate_batchnorm",),
+    "cbs_opt.network.masks": (
+        "apply_masks",
+        "load_masks",
+        "save_masks",
+    ),
+    "cbs_opt.network.partition": ("Partition",),
+    "cbs_opt.pruning": (
+        "plan",
+        "prune",
+    ),
+    "cbs_opt.recipe.files": (
+        "load_recipe",
+        "load_request",
+        "save_recipe",
+    ),
+    "cbs_opt.recipe.records": (
+        "Certify",
+        "Recipe",
+        "Request",
+        "Stages",
+        "Update",
+        "Weights",
+        "absolute",
+    ),
+    "cbs_opt.recipe.select": (
+        "Exact",
+        "GradientNorm",
+        "GreedyOBS",
+        "HardThreshold",
+        "LossPreservation",
+        "Magnitude",
+        "OBD",
+        "OBS",
+        "RandomizedMagnitude",
+        "SwapSearch",
+    ),
+    "cbs_opt.report.record": ("PruneReport",),
+    "cbs_opt.select.methods": ("available_methods",),
+    "cbs_opt.solving": (
+        "compare",
+        "solve",
+    ),
+    "cbs_opt.system.resources": ("Resources",),
+    "formulations.errors": ("CbsError",),
+    "formulations.loss": ("verify",),
+    "formulations.problem": ("BlockProblem",),
+    "formulations.relaxations.bounds": ("lower_bound",),
+    "formulations.solution": (
+        "BlockSolution",
+        "Termination",
+    ),
+    "formulations.solvers": ("available_solvers",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "OBD",
+    "OBS",
     "BlockProblem",
     "BlockSolution",
     "CbsError",
+    "Certify",
     "EmpiricalFisher",
+    "Exact",
     "ExactFisher",
+    "GradientNorm",
+    "GreedyOBS",
+    "HardThreshold",
+    "LossPreservation",
+    "Magnitude",
     "MonteCarloFisher",
     "Partition",
     "PruneReport",
+    "RandomizedMagnitude",
+    "Recipe",
+    "Request",
     "Resources",
     "Rows",
     "RunSize",
     "SketchedFisher",
+    "Stages",
+    "SwapSearch",
     "Termination",
+    "Update",
+    "Weights",
     "__version__",
+    "absolute",
     "apply_masks",
     "available_methods",
     "available_solvers",
@@ -43,11 +154,29 @@ __all__ = [
     "fisher_blocks",
     "gradient_rows",
     "load_masks",
+    "load_recipe",
+    "load_request",
     "lower_bound",
+    "plan",
     "prune",
     "recalibrate_batchnorm",
     "save_masks",
+    "save_recipe",
     "solve",
     "solve_blocks",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("cbs-opt")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from cbs_opt.budget.counts import checked_sparsity
@@ -66,6 +65,8 @@ def digits_data(seed: int = 0) -> tuple[Pair, Pair]:
     train, test : pairs (X, y)
         ``X`` (samples, 64) float32 in [0, 1], ``y`` (samples,) int64.
     """
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     x = torch.as_tensor(images[order] / 16.0, dtype=torch.float32)

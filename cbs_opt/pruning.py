@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import default_layer_inputs
 from cbs_opt.curvature.rows import Rows
+from cbs_opt.curvature.run_size import RunSize, check_fits, fitting_blocks, run_size
 from cbs_opt.describe import certified, describe
 from cbs_opt.hessian.channel_system import DENSE_LIMIT
 from cbs_opt.network.data import Data, LossFunction, sample_count
@@ -35,11 +36,11 @@ from cbs_opt.recipe.named import recipe_by_name
 from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights
 from cbs_opt.recipe.select import GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
-from cbs_opt.run_size import RunSize, check_fits, fitting_blocks, run_size
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.methods import available_methods
+from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
 from cbs_opt.system.checks import within
 from cbs_opt.system.resources import Resources
@@ -130,6 +131,11 @@ def prune(
     job = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
     check_fits(job.size)
     partition, request = job.partition, job.request
+    for recipe_used in request.recipes:
+        select = select_of(recipe_used)
+        prepare(select.method, select.program)
+        if request.certify is not None:
+            prepare("lower_bound", select.program)
     with unchanged(model, partition), ExitStack() as opened:
         check_data(request, data)
         task = Task(

@@ -6,9 +6,8 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -17,11 +16,15 @@ from cbs_opt.hessian.dense import DenseHessian
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.select.choice import SearchInterruptedError
 from cbs_opt.select.methods import Method, available_methods, find_method
+from cbs_opt.select.preparation import prepare
 from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 from formulations.solvers import available_solvers, models_for
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ def solve(
     """
     chosen = find_method(method, program)
     chosen.check_options(options, program)
+    prepare(method, program)
     limits = Limits(
         time_limit=time_limit,
         rel_gap=rel_gap,
@@ -168,6 +172,7 @@ def compare(
         except UnsupportedProblemError:
             # Known, but not for this program: a row with the reason.
             continue
+        prepare(name, program)
     rows: list[Mapping[str, Any]] = []
     for name in names:
         if unasked and find_method(name, program).kind in DENSE_KINDS:
@@ -178,6 +183,8 @@ def compare(
             on_row(name)
         if rows[-1]["status"].endswith(INTERRUPTED):
             break
+    import pandas as pd
+
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
     best = table["objective"].min()
     table["excess"] = (table["objective"] - best) / max(abs(best), 1e-12)

@@ -1,23 +1,119 @@
-"""One typed decorator for the numba kernels of this package."""
+"""The numba kernels of this package: how they are compiled, kept on disk and made ready in time.
+
+Compiling all that an exact method uses takes about half a minute. It happens once an installation: the
+result is kept beside the source or, where that cannot be written, in the user's cache folder. And it
+happens in `make_ready`, before the clock of a method starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numba
+from numba.core import event
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
+CUBE = numba.float64[:, :, ::1]
+MATRIX = numba.float64[:, ::1]
+VECTOR = numba.float64[::1]
+INDICES = numba.int64[::1]
+FLAGS = numba.boolean[::1]
+FLAG_ROWS = numba.boolean[:, ::1]
+REAL = numba.float64
+INTEGER = numba.int64
+SWITCH = numba.boolean
+
+SAVING_TRIES = 100
+"""Kernels within a kernel whose saving may fail on a full disk before the error counts."""
+
 
 def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Compile a kernel with numba, cached on disk.
+    """Compile a kernel when it is first used, and keep the result on disk where a folder can be written.
 
     Sums may be reassociated (that vectorises them), NaN and infinity keep their meaning, and a
     division by zero gives infinity as in numpy instead of raising.
     """
-    kernel: Callable[Arguments, Result] = numba.njit(
-        cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
-    )(function)
+    kernel = numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})(function)
+    return kept_on_disk(kernel)  # type: ignore[no-any-return]
+
+
+def kept_on_disk(kernel: Any) -> Any:
+    """Keep what numba compiles for `kernel` on disk; leave it in memory where no folder can be written."""
+    try:
+        kernel.enable_caching()
+    except (RuntimeError, OSError) as refusal:
+        logger.debug("%s: %s", kernel.__name__, refusal)
     return kernel
+
+
+def entry(*types: Any) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Declare the types that Python calls a kernel with, so that `make_ready` can compile it for them."""
+
+    def declare(kernel: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        kernel.entry_types = types  # type: ignore[attr-defined]
+        return kernel
+
+    return declare
+
+
+def make_ready(kernels: Sequence[Callable[..., Any]], purpose: str) -> None:
+    """Compile the kernels that are not compiled yet, or load them from disk.
+
+    Parameters
+    ----------
+    kernels : sequence of kernels with an `entry`
+    purpose : str
+        What they are for, as in "branch_and_bound (joint)". A warning says so if one has to be
+        compiled; loading is silent, and takes some tenths of a second.
+    """
+    waiting: list[Any] = [kernel for kernel in kernels if not _is_ready(kernel)]
+    if not waiting:
+        return
+    with event.install_listener("numba:compile", _Announcement(purpose, waiting)):
+        for kernel in waiting:
+            _compile(kernel)
+
+
+def _is_ready(kernel: Any) -> bool:
+    return kernel.entry_types in kernel.overloads
+
+
+def _compile(kernel: Any) -> None:
+    """Compile one kernel; what cannot be saved stays in memory."""
+    for _ in range(SAVING_TRIES):
+        try:
+            kernel.compile(kernel.entry_types)
+        except OSError as error:
+            # Each try has compiled one more of the kernels that this one calls.
+            logger.warning("%s cannot be kept on disk and will be compiled again: %s", kernel.__name__, error)
+        if _is_ready(kernel):
+            return
+    kernel.compile(kernel.entry_types)
+
+
+class _Announcement(event.Listener):
+    """Says once that compilation has begun, when it has."""
+
+    def __init__(self, purpose: str, kernels: Sequence[Any]) -> None:
+        self.purpose = purpose
+        self.kernels = kernels
+        self.is_said = False
+
+    def on_start(self, event: Any) -> None:
+        if self.is_said:
+            return
+        self.is_said = True
+        if all(kernel.stats.cache_path for kernel in self.kernels):
+            often = "once after an installation"
+        else:
+            often = "in every process, as no folder can be written for the result (set NUMBA_CACHE_DIR)"
+        logger.warning("compiling %s, %s; this takes up to a minute", self.purpose, often)
+
+    def on_end(self, event: Any) -> None:
+        pass

@@ -7,10 +7,11 @@ import time
 
 import numpy as np
 
-from formulations.compiled import compiled
+from formulations.compiled import CUBE, INDICES, INTEGER, MATRIX, VECTOR, compiled, entry
 from formulations.dense_forms import DenseForm, dense_form
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
+from formulations.preparation import prepare
 from formulations.problem import BlockProblem, FloatArray, IntArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 
@@ -61,6 +62,7 @@ def enumerate_optimum(
     """
     check_program(program)
     limits = limits or Limits()
+    prepare("enumeration", program)
     started = time.perf_counter()
     sets = math.comb(problem.n, problem.n_prune)
     if sets > max_sets:
@@ -128,6 +130,7 @@ def _visit_all(
     return (best if best[0] >= 0 else None), bool(depth[0] < 0)
 
 
+@entry(MATRIX, MATRIX, VECTOR, INDICES, INDICES, INDICES, VECTOR, INTEGER)
 @compiled
 def _advance_selection(
     matrix: FloatArray,
@@ -173,6 +176,7 @@ def _advance_selection(
     depth[0] = d
 
 
+@entry(CUBE, MATRIX, VECTOR, INDICES, INDICES, INDICES, VECTOR, INTEGER)
 @compiled
 def _advance_joint(
     schur: FloatArray,

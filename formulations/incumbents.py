@@ -9,6 +9,7 @@ import numpy as np
 from formulations.dense_forms import DenseForm, dense_form
 from formulations.errors import ArgumentError, ShapeError
 from formulations.loss import objective, solved_weights
+from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import (
     BlockSolution,
@@ -152,6 +153,8 @@ def greedy(
     O(n^3) joint, O(n k) selection after the dense form. Source: Hassibi & Stork (1993).
     """
     limits = limits or Limits()
+    check_program(program)
+    prepare("greedy_obs", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     limit: Limit | None = Limit.TIME
@@ -216,6 +219,8 @@ def swap_search(
     if restarts < 0:
         raise ArgumentError("restarts", f"{restarts}", "pass 0 or more")
     limits = limits or Limits()
+    check_program(program)
+    prepare("swap_search", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     swaps = 0

@@ -23,6 +23,7 @@ from scipy.sparse import csr_matrix
 from formulations.cut_planes import Cut, CutSource, JointCuts, SelectionCuts
 from formulations.incumbents import swap_search
 from formulations.models.scaling import diagonal_split, scale_block
+from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
@@ -186,9 +187,10 @@ def outer_approximation(
     ArgumentError
         If the incumbent does not fit the block.
     """
+    check_program(program)
+    prepare(METHOD, program)
     began = time.perf_counter()
     limits = limits or Limits()
-    check_program(program)
     if program == "joint":
         problem.require_definite()
     known = known_set(problem, program, METHOD, limits, incumbent)

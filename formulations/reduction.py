@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.compiled import compiled
+from formulations.compiled import INDICES, MATRIX, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor
 from formulations.problem import FloatArray, IntArray
 
@@ -13,6 +13,7 @@ KEPT = 1
 PRUNED = -1
 
 
+@entry(MATRIX, VECTOR, INDICES, INDICES)
 @compiled
 def reduce_joint(
     matrix: FloatArray, linear: FloatArray, kept: IntArray, free: IntArray
@@ -63,6 +64,7 @@ def reduce_joint(
     return True, reduced, reduced_linear, -0.5 * np.dot(moved, moved)
 
 
+@entry(MATRIX, VECTOR, INDICES, INDICES)
 @compiled
 def reduce_selection(
     matrix: FloatArray, linear: FloatArray, pruned: IntArray, free: IntArray

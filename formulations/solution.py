@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -78,6 +78,11 @@ class Limits:
         _require_at_least("seed", self.seed, 0, whole=True, optional=False)
         if self.seed >= LARGEST_SEED:
             raise ArgumentError("seed", f"{self.seed}", "pass one that fits in 63 bits")
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if isinstance(value, np.generic):
+                # What is computed from a limit keeps its type: a kernel would be compiled for it.
+                object.__setattr__(self, limit.name, value.item())
 
 
 def _require_at_least(

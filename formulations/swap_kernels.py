@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.compiled import compiled
+from formulations.compiled import FLAGS, INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.problem import BoolArray, FloatArray
 
 IMPROVEMENT = 1e-11
 """A swap counts when it gains more than this share of the terms it is the difference of."""
 
 
+@entry(MATRIX, VECTOR, INTEGER)
 @compiled
 def prune_selection(matrix: FloatArray, linear: FloatArray, n_prune: int) -> BoolArray:
     """Pruned set of greedy selection: each step adds the index of least marginal cost."""
@@ -30,6 +31,7 @@ def prune_selection(matrix: FloatArray, linear: FloatArray, n_prune: int) -> Boo
     return pruned
 
 
+@entry(MATRIX, VECTOR, INTEGER)
 @compiled
 def prune_joint(inverse: FloatArray, minimiser: FloatArray, n_prune: int) -> BoolArray:
     """Pruned set of greedy OBS; `inverse` = ``M^-1`` and `minimiser` = ``M^-1 l`` are overwritten."""
@@ -59,6 +61,7 @@ def prune_joint(inverse: FloatArray, minimiser: FloatArray, n_prune: int) -> Boo
     return pruned
 
 
+@entry(MATRIX, VECTOR, FLAGS, INTEGER)
 @compiled
 def swap_selection(matrix: FloatArray, linear: FloatArray, pruned: BoolArray, max_swaps: int) -> int:
     """Best-improvement swaps on the selection program; `pruned` is changed in place.
@@ -108,6 +111,7 @@ def swap_selection(matrix: FloatArray, linear: FloatArray, pruned: BoolArray, ma
     return swaps
 
 
+@entry(MATRIX, VECTOR, INTEGER, REAL)
 @compiled
 def sweep(table: FloatArray, state: FloatArray, pivot_index: int, sign: float) -> None:
     """Sweep one index into the kept set (``sign = 1``) or out of it (``-1``), in place, O(n^2)."""
@@ -130,6 +134,7 @@ def sweep(table: FloatArray, state: FloatArray, pivot_index: int, sign: float) -
     state[pivot_index] = sign * moved
 
 
+@entry(MATRIX, VECTOR, FLAGS, INTEGER)
 @compiled
 def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps: int) -> int:
     """Best-improvement swaps on the joint program; all three arrays are changed in place.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cbs_opt.cli import blocks, compare, demo, methods, prune, report, study, verify
+from cbs_opt.cli import blocks, compare, demo, methods, prepare, prune, report, study, verify
 
 EPILOG = "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."
 
@@ -34,6 +34,7 @@ app.command("solvers", epilog=EPILOG)(compare.solvers)
 app.command("library", epilog=EPILOG)(blocks.library)
 app.command("study", epilog=EPILOG)(study.run)
 app.command("report", epilog=EPILOG)(report.run)
+app.command("prepare", epilog=EPILOG)(prepare.run)
 
 
 def main() -> None:

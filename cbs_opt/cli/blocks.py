@@ -6,21 +6,18 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbs_opt import solving
 from cbs_opt.cli.errors import ERROR, INTERRUPTED, reported
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
-from cbs_opt.report.files import plain
-from cbs_opt.report.text import bound_text
-from formulations import instances
-from formulations.loss import Verification
-from formulations.loss import verify as verify_solution
-from formulations.problem import PROGRAMS, BlockProblem
-from formulations.solution import BlockSolution, Limit
+
+if TYPE_CHECKING:
+    from formulations.loss import Verification
+    from formulations.problem import BlockProblem
+    from formulations.solution import BlockSolution
 
 Block = Annotated[
     str,
@@ -85,6 +82,9 @@ def solve(
     are printed and written as usual; the exit code is then 130.
     """
     with reported(debug):
+        from cbs_opt import solving
+        from formulations import instances
+
         problem = load_block(block)
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         free = _free_options(option or [])
@@ -125,6 +125,9 @@ def bound(
     effective rank.
     """
     with reported(debug):
+        from cbs_opt import solving
+        from formulations import instances
+
         problem = load_block(block)
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         solution = solving.solve(
@@ -150,6 +153,9 @@ def export(
 ) -> None:
     """Write one formulation of a block for another solver."""
     with reported(debug):
+        from cbs_opt.report.files import plain
+        from formulations import instances
+
         problem = load_block(block)
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         written = instances.export_model(problem, model, out, format, incumbent=warm)
@@ -163,6 +169,9 @@ def export(
 def library(as_json: AsJson = False) -> None:
     """List the shipped blocks with their proven optima, or the best values known."""
     with reported(debug=False):
+        from formulations import instances
+        from formulations.problem import PROGRAMS
+
         shipped = {name: instances.load_library(name) for name in instances.library()}
         if as_json:
             echo_json(
@@ -194,6 +203,8 @@ def load_block(name: str) -> BlockProblem:
     InstanceFormatError
         If the file is not a block.
     """
+    from formulations import instances
+
     if Path(name).is_file():
         return instances.read_instance(name)[0]
     if name in instances.library():
@@ -209,11 +220,15 @@ def number(value: float | None) -> str:
 
 def lower(bound: float | None) -> str:
     """A lower bound to nine digits, rounded down: what is printed is a bound too."""
+    from cbs_opt.report.text import bound_text
+
     return MISSING if bound is None else bound_text(bound, 9)
 
 
 def _free_options(pairs: list[str]) -> dict[str, Any]:
     """Options of the method itself; those that `solve` names have their own switches."""
+    from cbs_opt import solving
+
     options = parse_options(pairs, "--option")
     for name in options:
         if name in inspect.signature(solving.solve).parameters:
@@ -226,6 +241,10 @@ def _free_options(pairs: list[str]) -> dict[str, Any]:
 
 def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as_json: bool) -> None:
     """Check, write and print a solution; an interrupted one ends with the exit code of an interrupt."""
+    from formulations import instances
+    from formulations.loss import verify as verify_solution
+    from formulations.solution import Limit
+
     checked = verify_solution(problem, solution)
     if out is not None:
         instances.write_solution(out, problem, solution)
@@ -268,6 +287,8 @@ def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Ve
 def _solution_lines(
     problem: BlockProblem, solution: BlockSolution, checked: Verification
 ) -> Mapping[str, str]:
+    from cbs_opt import solving
+
     return {
         "block": f"{problem.name or 'unnamed'}: {problem.n} weights, {problem.n_prune} pruned",
         "program": solution.program,
@@ -325,6 +346,8 @@ def aligned(lines: Mapping[str, str]) -> list[str]:
 
 
 def echo_json(value: Any) -> None:
+    from cbs_opt.report.files import plain
+
     typer.echo(json.dumps(plain(value), allow_nan=False))
 
 

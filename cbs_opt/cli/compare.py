@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
-from tqdm import tqdm
 
-from cbs_opt import solving
 from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Threads, load_block, lower, number
 from cbs_opt.cli.errors import ERROR, INTERRUPTED, reported
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
-from cbs_opt.report.files import plain
-from formulations.instances import load_library
-from formulations.problem import PROGRAMS
-from formulations.solvers import SolverInfo, available_solvers, models_for
+
+if TYPE_CHECKING:
+    from formulations.solvers import SolverInfo
 
 CHECK_BLOCK = "digits_12_s50"
 CHECK_SECONDS = 60.0
@@ -56,6 +52,11 @@ def compare(
     table with the method that it stopped; the exit code is then 130.
     """
     with reported(debug):
+        from tqdm import tqdm
+
+        from cbs_opt import solving
+        from cbs_opt.report.files import plain
+
         problem = load_block(block)
         if method:
             names = [name.strip() for entry in method for name in entry.split(",") if name.strip()]
@@ -86,6 +87,10 @@ def compare(
 def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False) -> None:
     """List the solvers: versions, licences, size limits, what they can take."""
     with reported(debug):
+        from cbs_opt.report.files import plain
+        from formulations.problem import PROGRAMS
+        from formulations.solvers import available_solvers, models_for
+
         infos = available_solvers()
         with solver_messages_on_stderr():
             checks = {info.name: _check(info) for info in infos if check and info.available}
@@ -105,6 +110,11 @@ def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False)
 
 def _check(info: SolverInfo) -> dict[str, str]:
     """For each program that the solver poses: "ok" if it proves the known optimum, else what it did."""
+    from cbs_opt import solving
+    from formulations.instances import load_library
+    from formulations.problem import PROGRAMS
+    from formulations.solvers import models_for
+
     problem, known = load_library(CHECK_BLOCK)
     found: dict[str, str] = {}
     for program in PROGRAMS:
@@ -125,6 +135,8 @@ def _check(info: SolverInfo) -> dict[str, str]:
 
 
 def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
+    import pandas as pd
+
     return {str(key): None if pd.isna(value) else value for key, value in row.items()}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from cbs_opt.cli.errors import reported
 
@@ -33,6 +32,8 @@ def run(
     writes report.html with pictures.
     """
     with reported(debug):
+        from tqdm import tqdm
+
         from cbs_opt.cli.tables import comparison_lines
         from cbs_opt.demo import CONTENDERS, SPARSITIES, compare_on_digits
         from cbs_opt.report.comparison import comparison_frame

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cbs_opt.cli.errors import reported
 from cbs_opt.cli.tables import text_table
-from cbs_opt.report.files import plain
-from cbs_opt.select.methods import Method, available_methods
+
+if TYPE_CHECKING:
+    from cbs_opt.select.methods import Method
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -18,6 +19,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 def run(as_json: AsJson = False) -> None:
     """List the methods, the programs they take and their options."""
     with reported(debug=False):
+        from cbs_opt.report.files import plain
+        from cbs_opt.select.methods import available_methods
+
         methods = available_methods()
         if as_json:
             listed = [

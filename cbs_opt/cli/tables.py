@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from cbs_opt.network.evaluation import Evaluation
-from cbs_opt.report.comparison import evaluations
-from cbs_opt.report.record import PruneReport
-from cbs_opt.report.text import gap_text
+if TYPE_CHECKING:
+    from cbs_opt.network.evaluation import Evaluation
+    from cbs_opt.report.record import PruneReport
 
 MISSING = "-"
 
@@ -28,6 +28,9 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
 def comparison_lines(reports: Sequence[PruneReport]) -> list[str]:
     """One line a report, under the accuracy of the network before pruning."""
+    from cbs_opt.report.comparison import evaluations
+    from cbs_opt.report.text import gap_text
+
     headings = (
         "method",
         "sparsity",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from tqdm import tqdm
 
 from cbs_opt.cli.blocks import AsJson, Debug, aligned, echo_json, load_block, lower, number, yes_no
 from cbs_opt.cli.errors import ERROR, reported
 from cbs_opt.cli.tables import MISSING, text_table
-from formulations import instances
-from formulations.loss import Verification
-from formulations.loss import verify as verify_solution
+
+if TYPE_CHECKING:
+    from formulations.loss import Verification
 
 Subject = Annotated[
     str,
@@ -45,6 +44,9 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
             return
         if solution is None:
             raise typer.BadParameter("name the solution of this block", param_hint="SOLUTION")
+        from formulations import instances
+        from formulations.loss import verify as verify_solution
+
         problem = load_block(block)
         found = verify_solution(problem, instances.read_solution(solution, problem))
         if as_json:
@@ -56,6 +58,8 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
 
 
 def _verify_run(directory: Path, as_json: bool) -> None:
+    from tqdm import tqdm
+
     from cbs_opt.certify.files import check_certificates
 
     blocks = list(tqdm(check_certificates(directory), desc="blocks", unit="block", disable=None))

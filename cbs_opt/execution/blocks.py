@@ -14,6 +14,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 from cbs_opt.errors import ExecutorError
 from cbs_opt.execution.jobs import BlockCall, BlockMethod, solve_block, unsolved
 from cbs_opt.select.methods import find_method
+from cbs_opt.select.preparation import prepare
 from cbs_opt.system.checks import whole_number
 from cbs_opt.system.threads import thread_limit
 from formulations.errors import ArgumentError
@@ -104,6 +105,7 @@ def solve_blocks(
     """
     if isinstance(method, str):
         find_method(method, program).check_options(options, program)
+        prepare(method, program)
     elif not callable(method):
         raise ArgumentError("method", f"{method!r}", "pass the name of a method, or a function")
     limits = Limits(

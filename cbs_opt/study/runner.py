@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from cbs_opt.select.preparation import prepare
 from cbs_opt.study.config import Study
 from cbs_opt.study.errors import ChangedInputsError
 from cbs_opt.study.estimate import TimeLeft
@@ -118,6 +119,8 @@ def run_study(
         write_plan(journal.folder, study.name, study.description, plan)
         todo = [run for run in selected if is_to_do(run, journal.rows, retry)]
         _warn_of_other_versions(row for run in selected if (row := journal.rows.get(run.fingerprint)))
+        for method, program in sorted({(run.method, run.program) for run in todo}):
+            prepare(method, program)
         session = _Session(journal, todo, len(selected), jobs, on_row)
         interrupted = session.work()
         rows = journal.rows

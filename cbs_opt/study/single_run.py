@@ -12,6 +12,7 @@ from typing import Any
 
 from cbs_opt import solving
 from cbs_opt.report.files import plain
+from cbs_opt.select.preparation import prepare
 from cbs_opt.study.expansion import Run
 from cbs_opt.study.statuses import INVALID, OUT_OF_MEMORY, REFUSED, UNAVAILABLE
 from cbs_opt.system import memory
@@ -82,6 +83,7 @@ class RunSolver:
         cpu, began = _processor_seconds(), time.perf_counter()
         try:
             problem = self._block(run)
+            prepare(run.method, run.program)
             cpu, began = _processor_seconds(), time.perf_counter()
             solution = _solve(problem, run, run.limits.time_limit)
         except MemoryError:

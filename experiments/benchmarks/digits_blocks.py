@@ -7,9 +7,6 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier
 
 from formulations import BlockProblem
 from formulations.problem import FloatArray
@@ -40,6 +37,10 @@ class HiddenLayer:
 @functools.lru_cache(maxsize=2)
 def trained_layer(epochs: int = 60) -> HiddenLayer:
     """Train 64-128-128-10 on scikit-learn's digits; fewer `epochs` leave a larger Fisher."""
+    from sklearn.datasets import load_digits
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
     images, labels = load_digits(return_X_y=True)
     images = images[:TRAINED_ON] / 16.0
     labels = labels[:TRAINED_ON]

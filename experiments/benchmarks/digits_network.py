@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 HIDDEN = 24
@@ -15,6 +14,8 @@ STEPS = 60
 
 @functools.cache
 def _samples() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
 

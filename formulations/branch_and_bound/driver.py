@@ -13,6 +13,7 @@ from formulations.branch_and_bound.tree import Search
 from formulations.dense_forms import DenseForm, dense_form
 from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool, descend, greedy_keep, kicked
+from formulations.preparation import prepare
 from formulations.problem import BlockProblem, check_program
 from formulations.solution import BlockSolution, Certificate, Limit, Limits, SolveStats, Termination
 
@@ -85,6 +86,7 @@ def branch_and_bound(
     if search not in SEARCHES:
         raise ArgumentError("search", f"{search!r}", 'use "best" or "depth"')
     limits = limits or Limits()
+    prepare("branch_and_bound", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     if limits.time_limit == 0.0:

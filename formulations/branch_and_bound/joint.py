@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from formulations.branch_and_bound.node_rules import REDUCED_AGAIN, RULES, WORTH_A_ROUND, NodeRules
 from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, FAILED, LEAF
-from formulations.compiled import compiled
+from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, inverse_from_factor
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint
@@ -19,6 +20,7 @@ from formulations.relaxations.support_norm import prox_support_norm
 from formulations.swap_kernels import swap_joint, sweep
 
 
+@entry(MATRIX, VECTOR, INTEGER, INDICES, VECTOR, VECTOR, REAL, RULES)
 @compiled
 def evaluate_joint(
     matrix: FloatArray,
@@ -28,10 +30,7 @@ def evaluate_joint(
     split: FloatArray,
     warm: FloatArray,
     cutoff: float,
-    fixing: bool,
-    split_rounds: int,
-    patience: int,
-    barrier_share: float,
+    rules: NodeRules,
 ) -> tuple[int, float, int, bool]:
     """Bound one node of the joint form; `status`, `split` and `warm` are updated in place.
 
@@ -73,7 +72,13 @@ def evaluate_joint(
                     smooth[p, q] = reduced[p, q] / (root[p] * root[q])
                 smooth[p, p] -= 1.0
             value, point, residual, _ = solve_perspective(
-                smooth, reduced_linear / root, size, start * root, cutoff - constant, 150, 1e-3
+                smooth,
+                reduced_linear / root,
+                size,
+                start * root,
+                cutoff - constant,
+                rules.steps,
+                rules.tolerance,
             )
             bound = value + constant - dual_rounding(smooth, reduced_linear / root, point, residual, size)
             start = point / root
@@ -85,15 +90,15 @@ def evaluate_joint(
                     split[free[p]] = local[p]
             if best >= cutoff or value + constant >= cutoff:
                 return CLOSED, best, -1, False
-            if fixing:
+            if rules.fixing:
                 fixed = fix_joint(residual, size, bound, cutoff, free, status)
-                refresh = fixed >= max(1.0, 0.08 * m)
+                refresh = fixed >= max(1.0, REDUCED_AGAIN * m)
             else:
                 fixed = 0
             if refresh:
                 break
             gap = cutoff - best
-            if rounds >= split_rounds or (rounds > patience and gained < 0.1 * gap):
+            if rounds >= rules.split_rounds or (rounds > rules.patience and gained < WORTH_A_ROUND * gap):
                 if fixed > 0 and np.count_nonzero(status == FREE) < 2:
                     refresh = True
                     break
@@ -101,7 +106,7 @@ def evaluate_joint(
                 return BRANCH, best, index, keep_first
             rounds += 1
             slopes = split_slopes(start, point, residual, size)
-            barrier_step(reduced, local, slopes, barrier_share * gap / m, True)
+            barrier_step(reduced, local, slopes, rules.barrier_share * gap / m, rules.positive_split)
 
 
 @compiled
@@ -197,6 +202,7 @@ def branch_joint(
     return free[chosen], keep_first
 
 
+@entry(MATRIX, VECTOR, INTEGER, INDICES, VECTOR, INTEGER)
 @compiled
 def improve_joint(
     matrix: FloatArray, linear: FloatArray, n_keep: int, status: IntArray, warm: FloatArray, max_swaps: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from formulations.branch_and_bound.node_rules import REDUCED_AGAIN, RULES, WORTH_A_ROUND, NodeRules
 from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, LEAF
-from formulations.compiled import compiled
+from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, inverse_from_factor
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_selection
@@ -23,6 +24,7 @@ INSIDE = 1e-7
 """An entry at least this far from 0 and 1 counts as fractional."""
 
 
+@entry(MATRIX, VECTOR, INTEGER, INDICES, VECTOR, VECTOR, REAL, RULES)
 @compiled
 def evaluate_selection(
     matrix: FloatArray,
@@ -32,10 +34,7 @@ def evaluate_selection(
     split: FloatArray,
     warm: FloatArray,
     cutoff: float,
-    fixing: bool,
-    split_rounds: int,
-    patience: int,
-    barrier_share: float,
+    rules: NodeRules,
 ) -> tuple[int, float, int, bool]:
     """Bound one node of the selection form; `status`, `split` and `warm` are updated in place.
 
@@ -76,7 +75,7 @@ def evaluate_selection(
                 smooth[p, p] -= local[p]
             shifted = reduced_linear + 0.5 * local
             value, start, slope, _ = solve_capped_simplex(
-                smooth, shifted, count, metric, start, cutoff - constant, 150, 1e-3
+                smooth, shifted, count, metric, start, cutoff - constant, rules.steps, rules.tolerance
             )
             bound = value + constant - linearisation_rounding(smooth, shifted, start, slope, count)
             gained = bound - best
@@ -88,20 +87,20 @@ def evaluate_selection(
             if best >= cutoff or value + constant >= cutoff:
                 return CLOSED, best, -1, False
             fixed = 0
-            if fixing:
+            if rules.fixing:
                 fixed = fix_selection(slope, count, bound, cutoff, free, status)
-                refresh = fixed >= max(1.0, 0.08 * m)
+                refresh = fixed >= max(1.0, REDUCED_AGAIN * m)
             if refresh:
                 break
             gap = cutoff - best
-            if rounds >= split_rounds or (rounds > patience and gained < 0.1 * gap):
+            if rounds >= rules.split_rounds or (rounds > rules.patience and gained < WORTH_A_ROUND * gap):
                 if fixed > 0 and np.count_nonzero(status == FREE) < 2:
                     break
                 index, keep_first = branch_selection(smooth, start, gap, free, status)
                 return BRANCH, best, index, keep_first
             rounds += 1
             slopes = shift_slopes(start)
-            barrier_step(reduced, local, slopes, barrier_share * gap / m, False)
+            barrier_step(reduced, local, slopes, rules.barrier_share * gap / m, rules.positive_split)
 
 
 @compiled
@@ -176,6 +175,7 @@ def branch_selection(
     return free[chosen], keep_first
 
 
+@entry(MATRIX, VECTOR, INTEGER, INDICES, VECTOR, INTEGER)
 @compiled
 def improve_selection(
     matrix: FloatArray, linear: FloatArray, n_prune: int, status: IntArray, warm: FloatArray, max_swaps: int

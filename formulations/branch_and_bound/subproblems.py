@@ -8,6 +8,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from formulations.branch_and_bound.joint import evaluate_joint, improve_joint
+from formulations.branch_and_bound.node_rules import NodeRules
 from formulations.branch_and_bound.outcomes import BRANCH, FAILED
 from formulations.branch_and_bound.selection import evaluate_selection, improve_selection
 from formulations.branch_and_bound.tree import Node
@@ -20,6 +21,10 @@ NODE_SPLIT_ROUNDS = 1
 """Barrier steps on the diagonal split in a node of the tree."""
 BARRIER_SHARE = 0.3
 """Barrier weight times order, as a share of the node's gap."""
+RELAXATION_STEPS = 150
+"""Most steps of the relaxation of one node."""
+RELAXATION_TOLERANCE = 1e-3
+"""Share of a node's gap that the relaxation has to gain to go on."""
 IMPROVING_SWAPS = 300
 """Swaps of one descent inside a node."""
 
@@ -68,11 +73,16 @@ class Subproblems:
             status,
             node.split,
             node.warm,
-            cutoff - self.constant,
-            self.fixing,
-            rounds if self.diagonal_split else 0,
-            patience,
-            BARRIER_SHARE,
+            float(cutoff - self.constant),
+            NodeRules(
+                fixing=self.fixing,
+                positive_split=self.program == "joint",
+                split_rounds=rounds if self.diagonal_split else 0,
+                patience=patience,
+                barrier_share=BARRIER_SHARE,
+                steps=RELAXATION_STEPS,
+                tolerance=RELAXATION_TOLERANCE,
+            ),
         )
         if outcome == FAILED:
             raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use a larger damping")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyomo.environ as pyo
-from pyomo.gdp import Disjunct, Disjunction
-from pyomo.repn import generate_standard_repn
 from scipy.sparse import csr_matrix
 
 from formulations.models.standard_form import Indicator, Row, StandardForm, Terms
 from formulations.problem import FloatArray
+
+if TYPE_CHECKING:
+    import pyomo.environ as pyo
 
 
 @dataclass
@@ -33,6 +33,10 @@ class _Columns:
 
 def standard_form(model: pyo.ConcreteModel) -> StandardForm:
     """Return the arrays of a model of this package; linear in the number of its terms."""
+    import pyomo.environ as pyo
+    from pyomo.gdp import Disjunct, Disjunction
+    from pyomo.repn import generate_standard_repn
+
     columns = _Columns()
     decision_variables = model.kept if hasattr(model, "kept") else model.pruned
     decision = [columns.add(decision_variables[i]) for i in model.weights]
@@ -75,7 +79,9 @@ def standard_form(model: pyo.ConcreteModel) -> StandardForm:
 
 
 def _cardinality(model: Any) -> int:
-    count: int = round(pyo.value(model.count.upper))
+    from pyomo.environ import value
+
+    count: int = round(value(model.count.upper))
     return count if hasattr(model, "kept") else len(model.weights) - count
 
 
@@ -94,14 +100,17 @@ def _plain_name(name: str) -> str:
 
 
 def _row(constraint: Any, columns: _Columns) -> Row:
+    from pyomo.environ import value
+    from pyomo.repn import generate_standard_repn
+
     repn = generate_standard_repn(constraint.body, quadratic=True, compute_values=True)
     shift = float(repn.constant)
     return Row(
         name=_plain_name(constraint.name),
         index=np.array([columns.add(v) for v in repn.linear_vars], dtype=np.int64),
         value=np.array(repn.linear_coefs, dtype=np.float64),
-        lower=-np.inf if constraint.lower is None else float(pyo.value(constraint.lower)) - shift,
-        upper=np.inf if constraint.upper is None else float(pyo.value(constraint.upper)) - shift,
+        lower=-np.inf if constraint.lower is None else float(value(constraint.lower)) - shift,
+        upper=np.inf if constraint.upper is None else float(value(constraint.upper)) - shift,
         terms=_terms(repn, columns),
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
+from formulations.preparation import prepare
 from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
 from formulations.relaxations.certificate import RelaxationCertificate
@@ -80,6 +81,7 @@ def lower_bound(
     """
     _check_relaxation(program, relaxation, fix)
     limits = limits or Limits()
+    prepare("lower_bound", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     wanted = pool.objective - limits.rel_gap * max(abs(pool.objective), 1e-12)

@@ -135,7 +135,14 @@ def relax_selection(
         smooth = form.matrix.copy()
         smooth[np.diag_indices(n)] -= current
         value, start, _, _ = solve_capped_simplex(
-            smooth, form.linear + 0.5 * current, n_prune, metric, start, cutoff - form.constant, 300, 1e-5
+            smooth,
+            form.linear + 0.5 * current,
+            n_prune,
+            metric,
+            start,
+            float(cutoff - form.constant),
+            300,
+            1e-5,
         )
         bound = value + form.constant
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0

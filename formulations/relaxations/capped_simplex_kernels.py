@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.compiled import compiled
+from formulations.compiled import INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
 from formulations.relaxations.perspective_kernels import ROUNDOFF
-from formulations.relaxations.support_norm import largest_sum
+from formulations.relaxations.support_norm import copy_into, largest_sum
 
 NEWTON_PERIOD = 6
 """ADMM steps between two active-set climbs."""
@@ -40,6 +40,7 @@ ON_BOUND = 1e-9
 """An entry this close to 0 or 1 counts as there."""
 
 
+@entry(VECTOR, VECTOR, INTEGER, VECTOR)
 @compiled
 def project_capped_simplex(point: FloatArray, metric: FloatArray, count: int, image: FloatArray) -> None:
     """Projection onto ``{0 <= y <= 1, sum y = count}`` in the norm ``sum_i metric_i y_i^2``.
@@ -66,6 +67,7 @@ def project_capped_simplex(point: FloatArray, metric: FloatArray, count: int, im
         image[i] = min(max(point[i] - theta / metric[i], 0.0), 1.0)
 
 
+@entry(VECTOR, INTEGER)
 @compiled
 def smallest_sum(values: FloatArray, count: int) -> float:
     """Sum of the `count` smallest of `values`."""
@@ -193,13 +195,14 @@ def climb_simplex(
         if value > best:
             misses = 0
             best = value
-            best_point[:] = newton
-            best_slope[:] = slope
+            copy_into(best_point, newton)
+            copy_into(best_slope, slope)
         if best >= cutoff or move_places(newton, slope, multiplier, place) == 0:
             return best, True
     return best, False
 
 
+@entry(MATRIX, VECTOR, INTEGER, VECTOR, VECTOR, REAL, INTEGER, REAL)
 @compiled
 def solve_capped_simplex(
     smooth: FloatArray,
@@ -257,8 +260,8 @@ def solve_capped_simplex(
         value = -0.5 * np.dot(solved, product) + smallest_sum(product + linear, count)
         if value > best:
             best = value
-            best_point[:] = solved
-            best_slope[:] = product + linear
+            copy_into(best_point, solved)
+            copy_into(best_slope, product + linear)
         relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * guess
         project_capped_simplex(relaxed + dual, metric, count, guess)
         dual += relaxed - guess
@@ -273,6 +276,7 @@ def solve_capped_simplex(
     return best, best_point, best_slope, steps
 
 
+@entry(VECTOR)
 @compiled
 def shift_slopes(point: FloatArray) -> FloatArray:
     """Supergradient of the bound in the shift, ``1/2 y_i (1 - y_i)``, with a floor."""

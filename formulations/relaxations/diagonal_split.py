@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.compiled import compiled
+from formulations.compiled import MATRIX, REAL, SWITCH, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, inverse_from_factor, solve_factored
 from formulations.problem import FloatArray
 
@@ -20,6 +20,7 @@ INTERIOR_SHARE = 0.7
 INTERIOR_STEP = 0.01
 
 
+@entry(MATRIX, VECTOR, VECTOR, REAL, SWITCH)
 @compiled
 def barrier_step(
     matrix: FloatArray, split: FloatArray, slopes: FloatArray, weight: float, positive: bool

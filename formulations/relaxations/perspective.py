@@ -134,7 +134,7 @@ def relax_joint(
         smooth = form.matrix / root[:, None] / root[None, :]
         smooth[np.diag_indices(root.size)] -= 1.0
         value, point, residual, _ = solve_perspective(
-            smooth, form.linear / root, n_keep, start * root, cutoff - form.constant, 300, 1e-5
+            smooth, form.linear / root, n_keep, start * root, float(cutoff - form.constant), 300, 1e-5
         )
         start = point / root
         bound = value + form.constant

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.compiled import compiled
+from formulations.compiled import INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
-from formulations.relaxations.support_norm import largest_sum, prox_support_norm
+from formulations.relaxations.support_norm import copy_into, largest_sum, prox_support_norm
 
 NEWTON_PERIOD = 6
 """ADMM steps between two active-set climbs."""
@@ -197,8 +197,8 @@ def climb_support(
         if value > best:
             misses = 0
             best = value
-            best_point[:] = newton
-            best_residual[:] = residual
+            copy_into(best_point, newton)
+            copy_into(best_residual, residual)
         if best >= cutoff or move_support(newton, residual, level, size, place, sign) == 0:
             return best, True
     return best, False
@@ -217,6 +217,7 @@ def name_places(
         sign[i] = 1.0 if image[i] >= 0.0 else -1.0
 
 
+@entry(MATRIX, VECTOR, INTEGER, VECTOR, REAL, INTEGER, REAL)
 @compiled
 def solve_perspective(
     smooth: FloatArray,
@@ -263,7 +264,7 @@ def solve_perspective(
     for i in range(n):
         shifted[i, i] += 1.0
     inverse = np.linalg.inv(shifted)
-    shrunk[:] = best_point
+    copy_into(shrunk, best_point)
     dual = best_residual.copy()
     steps = 0
     stalled = 0
@@ -276,8 +277,8 @@ def solve_perspective(
         value = dual_value(solved, product, linear, ones, size)
         if value > best:
             best = value
-            best_point[:] = solved
-            best_residual[:] = linear - product
+            copy_into(best_point, solved)
+            copy_into(best_residual, linear - product)
         relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * shrunk
         target = relaxed + dual
         name_places(target, size, order, shrunk, place, sign)
@@ -294,6 +295,7 @@ def solve_perspective(
     return best, best_point, best_residual, steps
 
 
+@entry(VECTOR, VECTOR, VECTOR, INTEGER)
 @compiled
 def split_slopes(u: FloatArray, point: FloatArray, residual: FloatArray, size: int) -> FloatArray:
     """Supergradient of the bound in the split, ``1/2 u_i^2 (1 / z_i - 1)``."""

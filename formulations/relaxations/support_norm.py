@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.compiled import compiled
+from formulations.compiled import INDICES, INTEGER, REAL, VECTOR, compiled, entry
 from formulations.problem import FloatArray, IntArray
 
 
+@entry(VECTOR, INTEGER, REAL, INDICES, VECTOR)
 @compiled
 def prox_support_norm(
     point: FloatArray, size: int, step: float, order: IntArray, image: FloatArray
@@ -28,7 +29,9 @@ def prox_support_norm(
             order[i] = i
         return n, n
     magnitude = np.abs(point)
-    order[:] = np.argsort(-magnitude)
+    ranked = np.argsort(-magnitude)
+    for q in range(n):
+        order[q] = ranked[q]
     if size <= 0:
         image[:] = 0.0
         return 0, 0
@@ -68,6 +71,14 @@ def prox_support_norm(
     return left, right
 
 
+@compiled
+def copy_into(target: FloatArray, source: FloatArray) -> None:
+    """Copy `source` entry by entry; assigning to a slice would compile the text of an error too."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+@entry(VECTOR, INTEGER)
 @compiled
 def largest_sum(values: FloatArray, count: int) -> float:
     """Sum of the `count` largest of `values`, by quickselect; O(n) on average."""

@@ -21,6 +21,7 @@ from formulations.loss import objective, solved_weights
 from formulations.models import model_spec
 from formulations.models.standard_form import StandardForm
 from formulations.models.translation import standard_form
+from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, check_program
 from formulations.solution import (
     BlockSolution,
@@ -70,6 +71,7 @@ def solve_model(
     NotPositiveDefiniteError
         If the program is joint and ``H`` is singular.
     """
+    prepare("greedy_obs", check_program(program))
     began = time.perf_counter()
     check_poses(solver, check_program(program))
     spec = model_spec(model, program)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from formulations import BlockProblem, objective
 
@@ -21,6 +20,8 @@ def block(kind: str, n: int, n_prune: int, seed: int) -> BlockProblem:
     weights = generator.normal(size=n)
     gradient = generator.normal(size=n) * 0.3 if kind in ("gradient", "zeros") else None
     if kind == "real":
+        from sklearn.datasets import load_digits
+
         images = load_digits().data
         columns = generator.choice(np.flatnonzero(images.std(axis=0) > 0.1), n, replace=False)
         rows = images[:300, columns] / 16.0 / np.sqrt(300.0)

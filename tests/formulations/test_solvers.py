@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -37,11 +38,17 @@ from formulations.solvers import (
     solve_with,
     solver_names,
 )
-from formulations.solvers.base import Probe, RawResult, Solver
+from formulations.solvers.base import Probe, RawResult, Solver, SolverInfo
 from formulations.solvers.conclusion import solve_model
 from tests.formulations.blocks import KINDS, block, brute_force, slack
 
-AVAILABLE = {info.name: info for info in available_solvers()}
+
+@functools.cache
+def installed() -> dict[str, SolverInfo]:
+    """Every solver by name, asked once and not while tests are collected: Pyomo takes a second."""
+    return {info.name: info for info in available_solvers()}
+
+
 PAIRS = [
     (solver, program, model)
     for solver in solver_names()
@@ -51,8 +58,8 @@ PAIRS = [
 
 
 def require(solver: str) -> None:
-    if not AVAILABLE[solver].available:
-        pytest.skip(AVAILABLE[solver].reason)
+    if not installed()[solver].available:
+        pytest.skip(installed()[solver].reason)
 
 
 def hard_block(n: int = 60) -> BlockProblem:
@@ -145,7 +152,7 @@ def test_time_limit_is_kept_and_the_warm_start_too(solver):
 def test_bridges_work_side_by_side_in_threads():
     problem = block("real", 8, 4, seed=2)
     names = [
-        name for name in solver_names() if AVAILABLE[name].available and not name.startswith("pyomo")
+        name for name in solver_names() if installed()[name].available and not name.startswith("pyomo")
     ] * 2
     limits = Limits(rel_gap=1e-3, time_limit=60)
     with ThreadPoolExecutor(3) as pool:
@@ -341,7 +348,7 @@ def test_licence_limit_is_checked_before_building():
 
 def test_restricted_gurobi_licence_is_reported_as_such():
     require("gurobi")
-    info = AVAILABLE["gurobi"]
+    info = installed()["gurobi"]
     if info.limits is None:
         pytest.skip("full licence")
     assert "licence" in info.reason

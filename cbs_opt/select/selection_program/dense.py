@@ -17,7 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from formulations.compiled import compiled as kernel
+from formulations.compiled import (
+    CUBE,
+    FLAG_ROWS,
+    FLAGS,
+    INDICES,
+    INTEGER,
+    MATRIX,
+    REAL,
+    VECTOR,
+    compiled,
+    entry,
+    kept_on_disk,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +103,9 @@ def _swap_compiled(
     return SwapCounts(swaps=torch.from_numpy(swaps), locally_optimal=torch.from_numpy(settled))
 
 
-@numba.njit(cache=True, parallel=True)
+@entry(CUBE, MATRIX, MATRIX, FLAG_ROWS, VECTOR, INDICES, INDICES, FLAGS)
+@kept_on_disk
+@numba.njit(parallel=True)
 def _swap_blocks(
     gram: NDArray[np.float64],
     v: NDArray[np.float64],
@@ -108,7 +122,8 @@ def _swap_blocks(
         )
 
 
-@kernel
+@entry(MATRIX, VECTOR, VECTOR, FLAGS, REAL, INTEGER)
+@compiled
 def _swap_one_block(
     a: NDArray[np.float64],
     v: NDArray[np.float64],
@@ -137,7 +152,7 @@ def _swap_one_block(
     return max_swaps, False
 
 
-@kernel
+@compiled
 def _best_pair(
     a: NDArray[np.float64],
     v: NDArray[np.float64],

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cbs_opt.select.selection_program.program import SelectionProgram
 from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
-from formulations.compiled import compiled
+from formulations.compiled import INDICES, MATRIX, REAL, VECTOR, compiled, entry, kept_on_disk
 
 COARSE = 16
 """Directions tested first; the rest only for pairs that pass."""
@@ -194,7 +194,23 @@ def _grouped(norm: Tensor, cost: Tensor) -> Tensor:
     return torch.from_numpy(np.lexsort((cost.numpy(), strip.numpy())))
 
 
-@numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract"})
+@entry(
+    VECTOR,
+    VECTOR,
+    MATRIX,
+    numba.float32[:, ::1],
+    VECTOR,
+    VECTOR,
+    MATRIX,
+    numba.float32[:, ::1],
+    VECTOR,
+    VECTOR,
+    REAL,
+    numba.int32[:, ::1],
+    INDICES,
+)
+@kept_on_disk
+@numba.njit(parallel=True, fastmath={"reassoc", "contract"})
 def _scan_rows(
     p: NDArray[np.float64],
     p_norm: NDArray[np.float64],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import os
 import resource
@@ -104,13 +105,13 @@ def export(folder: Path, version: int) -> None:
     export_model(block("random", 6, version, seed=0), "joint_big_m", folder / "x", "lp")
 
 
+@functools.cache
 def exported(version: int) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         export(Path(folder), version)
         return (Path(folder) / "x").read_bytes()
 
 
-EXPORTED = [b"", exported(1), exported(2)]
 WRITERS = {
     "block": Writer(
         lambda folder, version: write_instance(folder / "b", block("random", 6, version, seed=0)),
@@ -123,7 +124,7 @@ WRITERS = {
     ),
     "model": Writer(
         export,
-        lambda folder: EXPORTED.index((folder / "x").read_bytes()),
+        lambda folder: [exported(1), exported(2)].index((folder / "x").read_bytes()) + 1,
     ),
     "report": Writer(
         save_report, lambda folder: PruneReport.load(folder / "run").seed, torn=(ReportFormatError,)

@@ -27,8 +27,8 @@ from cbs_opt import (
 )
 from cbs_opt.curvature.disk import RowsInMemory
 from cbs_opt.curvature.rows import Rows
+from cbs_opt.curvature.run_size import check_fits, fitting_blocks, run_size
 from cbs_opt.errors import RowMemoryError, RowStoreError
-from cbs_opt.run_size import check_fits, fitting_blocks, run_size
 from cbs_opt.system.sizes import parsed, readable
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 

@@ -1,0 +1,114 @@
+"""What loads what: the front, the command line and the methods load a library when they use it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import cbs_opt
+import formulations
+from cbs_opt.cli.app import app
+
+HEAVY = {
+    "torch",
+    "numba",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "sklearn",
+    "pyomo",
+    "highspy",
+    "ortools",
+    "pyscipopt",
+    "gurobipy",
+}
+SOLVERS = {"pyomo", "highspy", "ortools", "pyscipopt", "gurobipy"}
+COMMANDS = tuple(command.name for command in app.registered_commands)
+OVERHEAD = 0.5
+"""Processor seconds that `import cbs_opt` may take beyond `import torch`, and a message of the command."""
+
+
+def loaded_by(code: str, libraries: set[str]) -> set[str]:
+    """Libraries among `libraries` that a fresh process has loaded after `code`."""
+    script = f"import sys\n{code}\nprint(*({libraries!r} & set(sys.modules)), file=sys.__stdout__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def command(*words: str) -> str:
+    """Code that runs `cbs-opt` with these words."""
+    return (
+        f"sys.argv = ['cbs-opt', *{words!r}]\n"
+        "from cbs_opt.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nprint()"
+    )
+
+
+@pytest.mark.parametrize("package", ["cbs_opt", "formulations"])
+def test_the_front_loads_nothing_heavy(package):
+    assert not loaded_by(f"import {package}", HEAVY)
+
+
+@pytest.mark.parametrize("name", ["prune", "Partition", "solve", "available_methods", "PruneReport"])
+def test_names_of_the_front_load_no_solver(name):
+    unused = SOLVERS | {"sklearn", "matplotlib"}
+    assert not loaded_by(f"import cbs_opt\ncbs_opt.{name}", unused)
+
+
+def test_solving_loads_no_library_of_tables():
+    code = """
+import numpy as np
+from cbs_opt import BlockProblem, solve
+block = BlockProblem(weights=np.ones(4), n_prune=2, rows=np.eye(4), damping=0.1)
+solve(block, "branch_and_bound", program="joint")
+"""
+    assert not loaded_by(code, SOLVERS | {"pandas", "matplotlib", "sklearn"})
+
+
+@pytest.mark.parametrize("package", [cbs_opt, formulations])
+def test_the_front_names_what_it_has(package):
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+MESSAGES = [
+    ("--help",),
+    ("--version",),
+    ("unknown",),
+    ("--unknown",),
+    *((name, "--help") for name in COMMANDS),
+    *((name, "--unknown") for name in COMMANDS),
+    ("prune",),
+    ("solve",),
+    ("compare", "block"),
+]
+
+
+def test_messages_of_the_command_line_load_neither_torch_nor_numpy():
+    code = "\n".join(command(*words) for words in MESSAGES)
+    assert not loaded_by(code, HEAVY | {"numpy", "scipy"})
+
+
+def processor_seconds(code: str) -> float:
+    """Least processor seconds of `code` in two fresh processes, the start of Python not counted."""
+    script = f"import sys, time\nbegan = time.process_time()\n{code}\nprint(time.process_time() - began)"
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    return min(float(run.stdout.splitlines()[-1]) for run in runs)
+
+
+def test_the_front_costs_little_more_than_torch():
+    allowed = processor_seconds("import torch") + OVERHEAD
+    assert processor_seconds("import cbs_opt") <= allowed
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("solve", "block", "--unknown")])
+def test_messages_of_the_command_line_come_at_once(words):
+    assert processor_seconds(command(*words)) <= OVERHEAD
