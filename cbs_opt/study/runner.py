@@ -18,7 +18,7 @@ from cbs_opt.study.expansion import Plan, Run, expand, select
 from cbs_opt.study.pool import Worker
 from cbs_opt.study.results import write_parquet
 from cbs_opt.study.statuses import FAILURES
-from cbs_opt.study.store import Journal, Row, superseded, write_plan
+from cbs_opt.study.store import Journal, Row, read_rows, superseded
 from cbs_opt.system.versions import versions
 from formulations.errors import ArgumentError
 
@@ -115,12 +115,13 @@ def run_study(
     with Journal(Path(folder)) as journal:
         if not force:
             _check_unchanged(plan, journal)
-        write_plan(journal.folder, study.name, study.description, plan)
+        journal.write_plan(study.name, study.description, plan)
         todo = [run for run in selected if is_to_do(run, journal.rows, retry)]
         _warn_of_other_versions(row for run in selected if (row := journal.rows.get(run.fingerprint)))
         session = _Session(journal, todo, len(selected), jobs, on_row)
         interrupted = session.work()
-        rows = journal.rows
+        # Ctrl-C may come between the disk and the memory: the disk counts.
+        rows = read_rows(journal.folder)
         write_parquet(journal.folder, (rows[run.fingerprint] for run in plan.runs if run.fingerprint in rows))
     done = [rows[run.fingerprint] for run in selected if run.fingerprint in rows]
     return Outcome(
