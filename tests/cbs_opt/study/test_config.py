@@ -91,6 +91,39 @@ def test_what_cannot_be_run_is_named_before_anything_runs(
         expand(parse_study(document(**changes), folder=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("line", "instead", "message"),
+    [
+        (2, "limits = { tme_limit = 5 }", r"limits.tme_limit: unknown \(line 2 .*did you mean time_limit"),
+        (6, "librry = 3", r"instances\[1\].librry: unknown \(line 6"),
+        (8, "", r"methods\[0\].program: none \(line 7"),
+        (11, "method = 'obs'", r"methods\[1\].method: unknown \(line 11"),
+        (13, "depth = []", r"methods\[1\].options.depth: an empty list \(line 13"),
+        (13, "depth = [[1]]", r"methods\[1\].options.depth: \[1\] \(line 13"),
+    ],
+)
+def test_the_line_of_what_is_wrong_is_named(line: int, instead: str, message: str, tmp_path: Path) -> None:
+    lines = [
+        'name = "a"',
+        "limits = { time_limit = 5 }  # of each run",
+        "[[instances]]",
+        "library = 'digits_12_s50'",
+        "[[instances]]",
+        "library = 'digits_12_s80'",
+        "[[methods]]",
+        "program = 'joint'",
+        "methods = 'obs'",
+        "[[methods]]",
+        "methods = 'branch_and_bound'",
+        "[methods.options]",
+        "depth = 3",
+    ]
+    lines[line - 1] = instead
+    (tmp_path / "study.toml").write_text("\n".join(lines))
+    with pytest.raises(StudyConfigError, match=message):
+        read_study(tmp_path / "study.toml")
+
+
 def test_files_are_read_from_the_folder_of_the_study(tmp_path: Path) -> None:
     with pytest.raises(StudyConfigError, match="no such file"):
         read_study(tmp_path / "study.toml")
