@@ -19,11 +19,9 @@ from cbs_opt.report.figure_style import INK, WIDTH, Style, dress, marker, number
 from cbs_opt.study.statistics import (
     CLOCKS,
     HEURISTIC,
-    SHIFT_SECONDS,
-    charged_seconds,
     clock,
     performance_profile,
-    shifted_geometric_mean,
+    ranking,
 )
 from formulations.problem import FloatArray
 
@@ -42,16 +40,7 @@ def styles(table: pd.DataFrame) -> dict[str, Style]:
 
     Exact methods come in the order of what they proved: pictures draw the first few, whose colours differ.
     """
-    costs = table.assign(charged=charged_seconds(table)).groupby("label", sort=False)
-    ranks = {
-        str(label): (
-            -int(rows["proved"].sum()),
-            shifted_geometric_mean(rows["charged"].to_numpy(float), SHIFT_SECONDS),
-        )
-        if not rows["kind"].isin(HEURISTIC).all()
-        else (1, 0.0)
-        for label, rows in costs
-    }
+    ranks = ranking(table)
     return {label: numbered_style(i) for i, label in enumerate(sorted(ranks, key=ranks.__getitem__))}
 
 
