@@ -93,6 +93,11 @@ class Task:
         return min(max(1e-2 * self.limits.rel_gap, 1e-9), 1e-6)
 
     @property
+    def shortfall(self) -> float:
+        """How far below the optimum the tolerances may keep the bound of a finished solve."""
+        return 10.0 * self.feasibility_tolerance if self.form.is_quadratic else 0.0
+
+    @property
     def start_values(self) -> FloatArray:
         """Values of the decision binaries at the warm start, (n,)."""
         ones = self.start if self.form.one_means_kept else ~self.start

@@ -165,7 +165,7 @@ def _report(gurobipy: Any, model: Any, task: Task, columns: Any) -> RawResult:
         point=np.asarray(columns.X) if model.SolCount > 0 else None,
         bound=bound if abs(bound) < gurobipy.GRB.INFINITY else None,
         bound_error=dual_error(task.form) + conic,
-        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=named.get(status),
         nodes=int(model.NodeCount),
         iterations=int(model.IterCount),

@@ -140,7 +140,7 @@ def _report(mathopt: Any, task: Task, result: Any, columns: list[Any]) -> RawRes
         point=point,
         bound=float(bound) if np.isfinite(bound) else None,
         bound_error=dual_error(task.form),
-        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=None if named is None else _limit(mathopt, named),
         nodes=int(result.solve_stats.node_count),
         iterations=int(result.solve_stats.simplex_iterations),

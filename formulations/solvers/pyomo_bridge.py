@@ -83,7 +83,7 @@ def _report(task: Task, form: StandardForm, results: Any) -> RawResult:
         point=_point(task, results) if has_point else None,
         bound=None if bound is None or not np.isfinite(bound) else float(bound),
         bound_error=dual_error(form) + (gurobi.cone_error(float(bound or 0.0)) if quadratic else 0.0),
-        shortfall=10.0 * task.feasibility_tolerance if quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=named.get(condition),
         message=f"Pyomo: {condition.name}",
     )

@@ -134,7 +134,7 @@ def _report(scip: Any, task: Task, columns: list[Any]) -> RawResult:
         point=point,
         bound=None if abs(bound) >= scip.infinity() else bound,
         bound_error=dual_error(task.form),
-        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=_LIMITS.get(status),
         nodes=int(scip.getNTotalNodes()),
         iterations=int(scip.getNLPIterations()),
