@@ -5,17 +5,15 @@ The file says *what* to run; `cbs_opt.study.expansion` turns it into single runs
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cbs_opt.study.errors import StudyConfigError
 from cbs_opt.system.checks import finite_number, one_of, whole_number
+from cbs_opt.system.documents import known_names, read_document
 from formulations.errors import ArgumentError
 from formulations.problem import PROGRAMS
 
@@ -140,23 +138,13 @@ def read_study(path: str | os.PathLike[str]) -> Study:
 
     Raises
     ------
-    StudyConfigError
+    ArgumentError
         If it is absent, not TOML, or does not state a study; the message names the entry and its line.
     """
     source = Path(path)
-    try:
-        text = source.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except FileNotFoundError:
-        raise StudyConfigError("study", f"{source}: no such file", "check the name") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise StudyConfigError("study", f"{source} is not TOML: {error}", "mend the file") from error
-    try:
-        return parse_study(document, folder=source.resolve().parent, default_name=source.stem)
-    except StudyConfigError as error:
-        line = _line(text, error.argument)
-        where = "" if line is None else f" (line {line} of {source})"
-        raise StudyConfigError(error.argument, f"{error.found}{where}", error.remedy) from error
+    parse = partial(parse_study, folder=source.resolve().parent, default_name=source.stem)
+    study: Study = read_document(source, "study", parse)
+    return study
 
 
 def parse_study(document: Mapping[str, Any], *, folder: Path = Path(), default_name: str = "study") -> Study:
@@ -173,24 +161,19 @@ def parse_study(document: Mapping[str, Any], *, folder: Path = Path(), default_n
 
     Raises
     ------
-    StudyConfigError
+    ArgumentError
         If an entry is missing, unknown or impossible.
     """
-    try:
-        readers = {"name": _text, "description": _text, "seeds": _seeds}
-        fields = _fields("", document, readers, "limits", "instances", "methods")
-        shared = {"seeds": fields.pop("seeds", (0,)), "limits": RunLimits()}
-        shared["limits"] = _limits("limits", document.get("limits", {}), RunLimits())
-        return Study(
-            **{"name": default_name, **fields},
-            folder=folder,
-            instances=tuple(_instance_group(where, table) for where, table in _tables("instances", document)),
-            methods=tuple(
-                _method_group(where, table, shared) for where, table in _tables("methods", document)
-            ),
-        )
-    except ArgumentError as error:
-        raise StudyConfigError(error.argument, error.found, error.remedy) from error
+    readers = {"name": _text, "description": _text, "seeds": _seeds}
+    fields = _fields("", document, readers, "limits", "instances", "methods")
+    limits = _limits("limits", document.get("limits", {}), RunLimits())
+    shared = {"seeds": fields.pop("seeds", (0,)), "limits": limits}
+    return Study(
+        **{"name": default_name, **fields},
+        folder=folder,
+        instances=tuple(_instance_group(where, table) for where, table in _tables("instances", document)),
+        methods=tuple(_method_group(where, table, shared) for where, table in _tables("methods", document)),
+    )
 
 
 def _instance_group(where: str, table: Any) -> InstanceGroup:
@@ -237,15 +220,8 @@ Reader = Callable[[str, Any], Any]
 
 def _fields(where: str, table: Any, readers: Mapping[str, Reader], *others: str) -> dict[str, Any]:
     """Return what the readers make of a table; refuse entries with no reader that are not `others` either."""
-    if not isinstance(table, Mapping):
-        raise ArgumentError(where, f"{table!r}", "write a table")
-    names = [*readers, *others]
+    known_names(where, table, (*readers, *others))
     prefix = where and f"{where}."
-    for name in table:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ArgumentError(f"{prefix}{name}", "unknown", f"{hint}known: {', '.join(names)}")
     return {name: read(f"{prefix}{name}", table[name]) for name, read in readers.items() if name in table}
 
 
@@ -295,16 +271,3 @@ _scalars = _several(_scalar, least=1)
 def _grid(where: str, table: Any) -> dict[str, tuple[Any, ...]]:
     """Return values by name; a single value counts as a list of one."""
     return _fields(where, table, dict.fromkeys(table, _scalars) if isinstance(table, Mapping) else {})
-
-
-def _line(text: str, argument: str) -> int | None:
-    """Return the number of the line that an entry such as ``methods[1].options`` stands in, if it does."""
-    lines = [line.partition("#")[0] for line in text.splitlines()]
-    at = None
-    for name, index in re.findall(r"(\w+)(?:\[(\d+)\])?", argument):
-        entry = rf"\[\[\s*{name}\s*\]\]" if index else rf"(?<![\w-]){name}[\"']?\s*[\].=]"
-        places = [i for i, line in enumerate(lines) if i >= (at or 0) and re.search(entry, line)]
-        if len(places) <= int(index or 0):
-            break
-        at = places[int(index or 0)]
-    return None if at is None else at + 1

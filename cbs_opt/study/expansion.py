@@ -13,7 +13,6 @@ from typing import Any
 
 from cbs_opt.select.methods import Method, find_method
 from cbs_opt.study.config import MethodGroup, RunLimits, Study
-from cbs_opt.study.errors import FilterError, StudyConfigError
 from cbs_opt.study.instances import InstanceRecipe, recipes
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solvers import check_native_options, models_for
@@ -109,7 +108,7 @@ def expand(study: Study) -> Plan:
 
     Raises
     ------
-    StudyConfigError
+    ArgumentError
         If a method or an option is unknown, nothing is left to run, or a run is asked for twice with
         different limits.
     """
@@ -134,10 +133,10 @@ def expand(study: Study) -> Plan:
             )
             if runs.setdefault(run.key, run).fingerprint != run.fingerprint:
                 found = f"{run.method} is there twice, with other limits"
-                raise StudyConfigError("methods", found, "merge them")
+                raise ArgumentError("methods", found, "merge them")
     if not runs:
         why = "; ".join(left_out)
-        raise StudyConfigError("methods", f"nothing to run ({why})", "choose other solvers or formulations")
+        raise ArgumentError("methods", f"nothing to run ({why})", "choose other solvers or formulations")
     return Plan(runs=tuple(runs.values()), left_out=tuple(left_out))
 
 
@@ -161,7 +160,7 @@ def _posed(study: Study) -> tuple[list[Posed], list[str]]:
                 except UnsupportedProblemError as error:
                     left_out.append(f"{name}: {error.found}, {error.remedy}")
                 except ArgumentError as error:
-                    raise StudyConfigError(f"methods[{number}]", error.found, error.remedy) from error
+                    raise ArgumentError(f"methods[{number}]", error.found, error.remedy) from error
     return posed, left_out
 
 
@@ -171,7 +170,7 @@ def _names(where: str, group: MethodGroup, program: str, left_out: list[str]) ->
         try:
             models = models_for(solver, program)
         except UnsupportedProblemError as error:
-            raise StudyConfigError(f"{where}.solvers", error.found, error.remedy) from error
+            raise ArgumentError(f"{where}.solvers", error.found, error.remedy) from error
         wanted = [
             model
             for model in models
@@ -209,7 +208,7 @@ def select(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
 
     Raises
     ------
-    FilterError
+    ArgumentError
         If a filter is not of that form.
     """
     chosen = list(runs)
@@ -218,7 +217,7 @@ def select(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
         name = name.strip()
         if not separator or not (name in FILTERS or name.startswith(OPTION)):
             remedy = f"write NAME=GLOB with {', '.join(FILTERS)} or {OPTION}NAME"
-            raise FilterError("filter", f"{text!r}", remedy)
+            raise ArgumentError("filter", f"{text!r}", remedy)
         globs = [pattern.strip() for pattern in patterns.split(",")]
         chosen = [
             run for run in chosen if any(fnmatch.fnmatchcase(_value(run, name), glob) for glob in globs)

@@ -99,7 +99,7 @@ def run_study(
 
     Raises
     ------
-    StudyConfigError, FilterError
+    ArgumentError
         If the study or a filter makes no sense; nothing is run then.
     ChangedInputsError
         If rows were made from other data or limits and `force` is not given.
