@@ -204,7 +204,7 @@ def _optional_number(value: Any) -> float | None:
 
 
 def _chain(header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Header entries of the certificate and its bases; files from before fixings name the kind alone."""
+    """Return header entries of the certificate and its bases; old files name the kind alone."""
     kind = header["certificate"]
     return list(header.get("certificate_chain") or ([] if kind is None else [{"kind": kind}]))
 

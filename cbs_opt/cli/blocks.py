@@ -186,7 +186,7 @@ def library(as_json: AsJson = False) -> None:
 
 
 def load_block(name: str) -> BlockProblem:
-    """The block in a file, or a shipped one.
+    """Return the block in a file, or a shipped one.
 
     Raises
     ------
@@ -204,17 +204,17 @@ def load_block(name: str) -> BlockProblem:
 
 
 def number(value: float | None) -> str:
-    """An objective to nine digits, as many as a gap of 1e-6 needs and some more."""
+    """Return an objective to nine digits, as many as a gap of 1e-6 needs and some more."""
     return MISSING if value is None else f"{value:.9g}"
 
 
 def lower(bound: float | None) -> str:
-    """A lower bound to nine digits, rounded down: what is printed is a bound too."""
+    """Return a lower bound to nine digits, rounded down: what is printed is a bound too."""
     return MISSING if bound is None else bound_text(bound, 9)
 
 
 def _free_options(pairs: list[str]) -> dict[str, Any]:
-    """Options of the method itself; those that `solve` names have their own switches."""
+    """Return options of the method itself; those that `solve` names have their own switches."""
     options = parse_options(pairs, "--option")
     for name in options:
         if name in inspect.signature(solving.solve).parameters:
@@ -286,7 +286,7 @@ def _solution_lines(
 
 
 def certificate_values(problem: BlockProblem, solution: BlockSolution) -> dict[str, Any]:
-    """The kind of the certificate, and what it says of the block; None where there is none."""
+    """Return kind and numbers of the certificate; None where there is none."""
     evidence = solution.certificate
     rank = None if evidence is None else evidence.effective_rank
     return {

@@ -85,7 +85,7 @@ def run(
 
 
 def duration(seconds: float) -> str:
-    """A time in words, to two digits or so."""
+    """Return a time in words, to two digits or so."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     if seconds < 99.5 * 60.0:
@@ -102,7 +102,7 @@ def _outcome_lines(outcome: Outcome) -> list[str]:
 
 
 def _echo_plan(plan: Plan, chosen: list[Run], todo: list[Run], jobs: int, as_json: bool) -> None:
-    """What would run, by method and program, and the longest that it can take."""
+    """Print what would run, by method and program, and the longest that it can take."""
     at_most = longest(todo, jobs)
     if as_json:
         content = {

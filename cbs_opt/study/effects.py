@@ -27,7 +27,7 @@ class Interval:
 
 
 def bootstrap_mean(values: FloatArray, groups: Sequence[object], seed: int = 0) -> Interval:
-    """Percentile interval of a mean, drawing whole groups: runs on one block are not independent.
+    """Return the percentile interval of a mean, drawing whole groups: runs on a block are not independent.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class Effect:
 
 
 def effects(table: pd.DataFrame) -> list[Effect]:
-    """The effect of every option that was varied, from pairs of runs that differ in it alone.
+    """Return the effect of every option that was varied, from pairs of runs that differ in it alone.
 
     Times and nodes of exact methods, times and objectives of heuristics. A run without a proof counts
     with its whole time limit, so a ratio says at least so much.
@@ -96,7 +96,7 @@ def effects(table: pd.DataFrame) -> list[Effect]:
 def _pairs(
     rows: pd.DataFrame, options: Sequence[dict[str, object]], name: str, base: str, value: str
 ) -> pd.DataFrame:
-    """Runs with `base` beside those with `value`, everything else equal."""
+    """Return runs with `base` beside those with `value`, everything else equal."""
     keys = ["instance", "seed", "rest"]
     rest = [json.dumps({k: v for k, v in c.items() if k != name}, sort_keys=True) for c in options]
     mine = [json.dumps(chosen.get(name)) for chosen in options]

@@ -52,7 +52,7 @@ class TimeLeft:
 
 
 def longest(runs: Iterable[Run], jobs: int) -> float:
-    """Upper bound on the wall-clock seconds of `runs`: every one at its limit and its grace.
+    """Return upper bound on the wall-clock seconds of `runs`: every one at its limit and its grace.
 
     Starting processes and the untimed warm-up of each method come on top.
     """

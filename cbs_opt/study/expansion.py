@@ -54,7 +54,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What names the run; two runs of a study never agree in it."""
+        """Names of the run; two runs of a study never agree in them."""
         return {
             "instance": self.recipe.name,
             "program": self.program,
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What may change under the same name: the data of the block, and the limits."""
+        """Inputs that may change under the same name: the data of the block, and the limits."""
         limits = asdict(self.limits)
         # How long an untimed solve may take decides nothing about the timed one.
         del limits["warm_up"]
@@ -73,7 +73,7 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """`identity` as one string."""
+        """Canonical JSON of `identity`."""
         return json.dumps(self.identity, sort_keys=True)
 
     @cached_property
@@ -83,7 +83,7 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """The columns of a row that are known before the run."""
+        """Return the columns of a row that are known before the run."""
         return {
             "run": self.fingerprint,
             **self.identity,
@@ -104,7 +104,7 @@ class Plan:
 
 
 def expand(study: Study) -> Plan:
-    """All runs of a study, block by block; every block is read once for its fingerprint.
+    """Return all runs of a study, block by block; every block is read once for its fingerprint.
 
     Raises
     ------
@@ -144,7 +144,7 @@ Posed = tuple[str, Method, dict[str, Any], int, RunLimits]
 
 
 def _posed(study: Study) -> tuple[list[Posed], list[str]]:
-    """Program, method, options, seed and limits of every run, without the blocks."""
+    """Return program, method, options, seed and limits of every run, without the blocks."""
     posed: list[Posed] = []
     left_out: list[str] = []
     for number, group in enumerate(study.methods):
@@ -184,7 +184,7 @@ def _names(where: str, group: MethodGroup, program: str, left_out: list[str]) ->
 
 
 def combinations(grid: Mapping[str, Sequence[Any]], vary: str) -> Iterator[dict[str, Any]]:
-    """Choices of one value for each name: all, or those that differ from the first in one name."""
+    """Return choices of one value for each name: all, or those that differ from the first in one name."""
     if vary == "all":
         for values in itertools.product(*grid.values()):
             yield dict(zip(grid, values, strict=True))
@@ -197,7 +197,7 @@ def combinations(grid: Mapping[str, Sequence[Any]], vary: str) -> Iterator[dict[
 
 
 def select(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
-    """The runs that every filter lets through.
+    """Return the runs that every filter lets through.
 
     Parameters
     ----------

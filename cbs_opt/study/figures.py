@@ -38,7 +38,7 @@ FEW_DECADES = 100.0
 
 
 def styles(table: pd.DataFrame) -> dict[str, Style]:
-    """A style for each label, the same in every picture of a study.
+    """Return a style for each label, the same in every picture of a study.
 
     Exact methods come in the order of what they proved: pictures draw the first few, whose colours differ.
     """
@@ -47,7 +47,7 @@ def styles(table: pd.DataFrame) -> dict[str, Style]:
 
 
 def profile_figure(table: pd.DataFrame) -> Figure | None:
-    """Share of cases that each exact method proves within a factor of the fastest one's time.
+    """Draw the share of cases that each method proves within a factor of the fastest one's time.
 
     Methods that proved nothing have no line; of more than `MOST_LINES` those that proved most and
     fastest are drawn. The legend has the cases proved.
@@ -80,7 +80,7 @@ def profile_figure(table: pd.DataFrame) -> Figure | None:
 
 
 def gap_figure(table: pd.DataFrame) -> Figure | None:
-    """Median gap over all cases against time, as the traces of the runs tell; 100 % without a bound."""
+    """Draw the median gap over all cases against time, as the traces tell; 100 % without a bound."""
     exact = table[~table["kind"].isin(HEURISTIC)]
     exact = exact[exact["bound"].notna()]
     if exact.empty:
@@ -118,7 +118,7 @@ def gap_figure(table: pd.DataFrame) -> Figure | None:
 
 
 def traces_figure(table: pd.DataFrame) -> Figure | None:
-    """Incumbent and bound against time on the blocks with the longest traces, a panel each.
+    """Draw incumbent and bound against time on the blocks with the longest traces, a panel each.
 
     Both relative to the best objective of the study on that block.
     """
@@ -197,7 +197,7 @@ def plain_ticks(axis: Axis, locator: Locator) -> None:
 
 
 def _gap_at(run: pd.Series, times: FloatArray) -> FloatArray:
-    """The gap of a run at given times: 1 before its first bound, its last one after its end."""
+    """Return the gap of a run at given times: 1 before its first bound, its last one after its end."""
     gaps = np.ones(times.size)
     points = [(p["seconds"], p["objective"], p["bound"]) for p in run["trace"]]
     if pd.notna(run["bound"]):
@@ -210,7 +210,7 @@ def _gap_at(run: pd.Series, times: FloatArray) -> FloatArray:
 
 
 def _spread(points: int) -> Sequence[int]:
-    """Indices of a few markers along a line."""
+    """Return indices of a few markers along a line."""
     return sorted({round(i) for i in np.linspace(0, points - 1, min(points, MARKERS_ON_LINE))})
 
 
@@ -220,7 +220,7 @@ def series(style: Style) -> dict[str, Any]:
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """The legend under the picture, where no line passes; long names in one column."""
+    """Put the legend under the picture, where no line passes; long names in one column."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if max(map(len, labels)) <= LONGEST_OF_TWO else 1
     where: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 8}

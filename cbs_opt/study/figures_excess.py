@@ -27,7 +27,7 @@ NARROW, WIDE = 5.0, 1e3
 
 
 def excess_figure(table: pd.DataFrame) -> Figure | None:
-    """Excess of each heuristic over the proved optimum: a mark a run, the mean, how many are optimal."""
+    """Draw the excess of heuristics over proved optima: a mark a run, the mean, how many are optimal."""
     rows = _heuristics(table)
     if rows.empty:
         return None
@@ -55,7 +55,7 @@ def excess_figure(table: pd.DataFrame) -> Figure | None:
 
 
 def excess_against_figure(table: pd.DataFrame, column: str, title: str) -> Figure | None:
-    """Mean excess of each heuristic over `column`, with the interval over blocks; None for one value.
+    """Draw the mean excess of heuristics over `column`, with the interval over blocks; None for one value.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def excess_against_figure(table: pd.DataFrame, column: str, title: str) -> Figur
 
 
 def effects_figure(effects: Sequence[Effect]) -> Figure | None:
-    """Factor by which changing one option changes time and nodes (or objective), with intervals."""
+    """Draw the factors by which options change time and nodes (or objective), with intervals."""
     if not effects:
         return None
     keys = list(dict.fromkeys((e.method, e.option, e.base, e.value) for e in effects))[:MOST_ROWS]
@@ -145,13 +145,13 @@ def effects_figure(effects: Sequence[Effect]) -> Figure | None:
 
 
 def _heuristics(table: pd.DataFrame) -> pd.DataFrame:
-    """Runs of heuristics on blocks whose optimum is proved."""
+    """Return runs of heuristics on blocks whose optimum is proved."""
     rows = with_excess(table)
     return rows[rows["kind"].isin(HEURISTIC) & rows["excess"].notna()]
 
 
 def _beside(x: FloatArray, places: Sequence[float], number: float) -> FloatArray:
-    """Places moved a little, so that the intervals of several methods stand beside one another."""
+    """Return places moved a little, so that the intervals of several methods stand side by side."""
     share = 0.025 * number
     if places[0] > 0.0 and places[-1] / places[0] > 4.0:
         return np.asarray(x * (places[-1] / places[0]) ** (share / len(places)))
@@ -163,7 +163,7 @@ def _floored(values: ArrayLike) -> FloatArray:
 
 
 def _excess_axis(axes: Axes, values: pd.Series, *, along: str) -> None:
-    """Per cent on a log axis that ends where a proof no longer tells excesses apart."""
+    """Set a log axis of per cent that ends where a proof no longer tells excesses apart."""
     top = 100.0 * max(2.0 * float(values.max()), 100.0 * FLOOR)
     floor = 100.0 * FLOOR
     scale, limits = (axes.set_xscale, axes.set_xlim) if along == "x" else (axes.set_yscale, axes.set_ylim)
@@ -178,7 +178,7 @@ def _excess_axis(axes: Axes, values: pd.Series, *, along: str) -> None:
 
 
 def _ratio_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Plain numbers, the more to a decade the narrower the range, with some room at both ends."""
+    """Write plain numbers, the more to a decade the narrower the range, with room at both ends."""
     low, high = min(*values, 0.8), max(*values, 1.25)
     axes.set_xlim(low / 1.2, high * 1.2)
     subs: tuple[float, ...] = (1.0,)

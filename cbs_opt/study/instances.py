@@ -42,7 +42,7 @@ class InstanceRecipe:
     sparsity: float | None = None
 
     def load(self) -> BlockProblem:
-        """The block.
+        """Return the block.
 
         Raises
         ------
@@ -89,7 +89,7 @@ def _says_it_makes_blocks(factory: object) -> bool:
 
 
 def recipes(study: Study) -> list[InstanceRecipe]:
-    """Every block of a study, in the order of its file.
+    """Return every block of a study, in the order of its file.
 
     Raises
     ------

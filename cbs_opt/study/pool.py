@@ -81,7 +81,7 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether it can be given a run."""
+        """True if it can be given a run."""
         return self.ready and self.run is None
 
     def submit(self, run: Run, warm_up: bool) -> None:
@@ -125,7 +125,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it can go on to another run."""
+        """True if it can go on to another run."""
         return self._process.poll() is None
 
     def stop(self) -> None:
@@ -202,7 +202,7 @@ class Worker:
             return None
 
     def _tail(self) -> str:
-        """What it wrote last, on one line; of a fatal error the kind and the innermost calls."""
+        """Return what it wrote last, on one line; of a fatal error the kind and the innermost calls."""
         self._log.seek(0)
         text = self._log.read().decode(errors="replace")
         fatal = text.rfind(FATAL)

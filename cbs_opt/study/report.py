@@ -225,7 +225,7 @@ def _lead(results: Results) -> str:
 
 
 def _clock_note(table: pd.DataFrame) -> str:
-    """Which time is meant, and how much of a processor the runs had."""
+    """Say which time is meant, and how much of a processor the runs had."""
     share = processor_share(table)
     had = "" if math.isnan(share) else f" Runs of .1 s and more had {share:.0%} of one in the median."
     if clock(table) == PROCESSOR:

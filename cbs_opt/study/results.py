@@ -80,7 +80,7 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
 
 
 def results_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows as a data frame.
+    """Return rows as a data frame.
 
     Returns
     -------

@@ -135,7 +135,7 @@ def run_study(
 
 
 def is_to_do(run: Run, rows: dict[str, Row], retry: bool) -> bool:
-    """Whether a run has no row, or with `retry` one that says it failed."""
+    """Return whether a run has no row, or with `retry` one that says it failed."""
     row = rows.get(run.fingerprint)
     return row is None or (retry and row["status"] in FAILURES)
 
@@ -150,7 +150,7 @@ def _check_unchanged(plan: Plan, journal: Journal) -> None:
 
 
 def _warn_of_other_versions(rows: Iterable[Row]) -> None:
-    """Rows made with other software stay, but nobody should find out later."""
+    """Warn of rows made with other software: they stay, but nobody should find out later."""
     now = versions()
     differing: dict[str, set[str]] = {}
     for row in rows:
@@ -221,7 +221,7 @@ class _Session:
             self._workers.append(Worker(self._queue[0].limits.threads))
 
     def _next(self) -> Run | None:
-        """The first run whose method no other worker is compiling for the first time."""
+        """Return the first run whose method no other worker is compiling for the first time."""
         compiling = {
             _what(worker.run) for worker in self._workers if worker.run and worker.started is None
         } - self._warm

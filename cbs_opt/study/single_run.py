@@ -63,7 +63,7 @@ class RunSolver:
             logger.info("%s: %s", run.recipe.name, error)
 
     def _block(self, run: Run) -> BlockProblem:
-        """The block of a run; the last few are kept, since runs come block by block."""
+        """Return the block of a run; the last few are kept, since runs come block by block."""
         what = (run.recipe.name, run.block)
         if what not in self._blocks:
             problem = run.recipe.load()
@@ -103,7 +103,7 @@ class RunSolver:
 
 
 def _processor_seconds() -> float:
-    """Processor time of this process, all threads, and of the processes that it started and waited for."""
+    """Return the processor time of this process and of those that it started and waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -125,7 +125,7 @@ def _solve(problem: BlockProblem, run: Run, time_limit: float) -> BlockSolution:
 
 
 def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
-    """What a solution says, with its objective recomputed; `INVALID` if it contradicts itself."""
+    """Return what a solution says, its objective recomputed; `INVALID` if it contradicts itself."""
     if not isinstance(solution, BlockSolution):
         return {"status": INVALID, "note": f"returned a {type(solution).__name__}, not a BlockSolution"}
     found = verify(problem, solution)
@@ -155,7 +155,7 @@ def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
 
 
 def _trace(points: Sequence[TracePoint]) -> list[dict[str, Any]]:
-    """At most `LONGEST_TRACE` points, evenly chosen, the last one among them."""
+    """Return at most `LONGEST_TRACE` points, evenly chosen, the last one among them."""
     count = min(len(points), LONGEST_TRACE)
     chosen = [points[round((i + 1) * len(points) / count) - 1] for i in range(count)]
     return [

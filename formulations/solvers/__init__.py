@@ -23,13 +23,13 @@ PYOMO_BRIDGES = ("pyomo:highs", "pyomo:scip", "pyomo:gurobi")
 
 
 def solver_names() -> tuple[str, ...]:
-    """Names of all bridges, installed or not, those of other packages last."""
+    """Return names of all bridges, installed or not, those of other packages last."""
     return (*BRIDGES, *PYOMO_BRIDGES, *_plugged_in())
 
 
 @cache
 def _plugged_in() -> Mapping[str, Solver]:
-    """Bridges that other packages add, imported once."""
+    """Return bridges that other packages add, imported once."""
     return load_plugins(SOLVERS, _adapted, BRIDGES + PYOMO_BRIDGES)
 
 

@@ -94,7 +94,7 @@ class Task:
 
     @property
     def shortfall(self) -> float:
-        """How far below the optimum the tolerances may keep the bound of a finished solve."""
+        """Distance below the optimum at which the tolerances may keep the bound of a finished solve."""
         return 10.0 * self.feasibility_tolerance if self.form.is_quadratic else 0.0
 
     @property
@@ -365,7 +365,7 @@ def probe_package(distribution: str, extra: str = "") -> Probe:
 
 
 def dual_error(form: StandardForm, tolerance: float = DUAL_TOLERANCE) -> float:
-    """Largest error of a linear-programming bound with dual infeasibilities up to `tolerance`.
+    """Return the largest error of a linear bound with dual infeasibilities up to `tolerance`.
 
     The Lagrangian bound ``y.b + sum_j min_x (c_j - y.a_j) x_j`` over the variables' ranges loses at
     most ``tolerance * width_j`` for each reduced cost of the wrong sign.

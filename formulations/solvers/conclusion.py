@@ -78,7 +78,7 @@ def only_set(problem: BlockProblem, known: BlockSolution, began: float) -> Block
 
 
 def trivial_bound(problem: BlockProblem) -> float | None:
-    """0 where the gradient vanishes (the loss model is then never negative), else None."""
+    """Return 0 where the gradient vanishes (the loss model is then never negative), else None."""
     return None if np.any(problem.gradient_or_zero) else 0.0
 
 
@@ -163,7 +163,7 @@ def conclude(
 def _status(
     value: float, bound: float | None, limits: Limits, finished: bool, slack: float, failure: str
 ) -> tuple[Termination, float | None]:
-    """Termination, and the gap to which it is meant when it is a proof."""
+    """Return termination, and the gap to which it is meant when it is a proof."""
     scale = max(abs(value), 1e-12)
     if failure:
         return Termination.ERROR, None

@@ -68,7 +68,7 @@ def _run(task: Task) -> RawResult:
 
 
 def _limit(task: Task) -> Limit:
-    """CP-SAT does not say why it stopped: out of time, or else Ctrl-C."""
+    """Return the time limit or Ctrl-C: CP-SAT does not say why it stopped."""
     timed_out = task.deadline is not None and time.perf_counter() >= task.deadline - CLOCK_MARGIN
     return Limit.TIME if timed_out else Limit.INTERRUPTED
 
@@ -98,7 +98,7 @@ def _configure(solver: Any, task: Task, options: dict[str, Any]) -> None:
 
 
 def _rounding_error(form: StandardForm, rounded: FloatArray) -> float:
-    """Most by which the rounded costs can exceed the true ones at any set of the right size."""
+    """Return the most by which rounded costs can exceed the true ones at a set of the right size."""
     excess = np.maximum(rounded - form.linear, 0.0)
     n_prune = form.decision.size - form.n_keep
     single = np.sort(excess[form.decision])[::-1][:n_prune]

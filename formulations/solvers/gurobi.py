@@ -174,7 +174,7 @@ def _report(gurobipy: Any, model: Any, task: Task, columns: Any) -> RawResult:
 
 
 def cone_error(bound: float) -> float:
-    """How far a conic relaxation may have lifted a bound, in the model's units."""
+    """Return how far a conic relaxation may have lifted a bound, in the model's units."""
     return CONE_ERROR * max(abs(bound), 1.0)
 
 

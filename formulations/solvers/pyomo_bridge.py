@@ -90,7 +90,7 @@ def _report(task: Task, form: StandardForm, results: Any) -> RawResult:
 
 
 def _point(task: Task, results: Any) -> Any:
-    """Values of the decision binaries in their columns; the rest is not needed."""
+    """Return values of the decision binaries in their columns; the rest is not needed."""
     values = results.solution_loader.get_vars()
     model = task.model
     binaries = model.kept if task.form.one_means_kept else model.pruned
