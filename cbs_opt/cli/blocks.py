@@ -86,23 +86,10 @@ def solve(
     are printed and written as usual; the exit code is then 130.
     """
     with reported(debug, BLOCK_OPTIONS):
-        problem = load_block(block)
-        warm = None if incumbent is None else instances.read_solution(incumbent, problem)
-        free = _free_options(option or [])
-        with solver_messages_on_stderr():
-            solution = solving.solve(
-                problem,
-                method,
-                program=program,
-                incumbent=warm,
-                time_limit=time_limit,
-                rel_gap=rel_gap,
-                node_limit=node_limit,
-                iteration_limit=iteration_limit,
-                threads=threads,
-                seed=seed,
-                **free,
-            )
+        limits = {"time_limit": time_limit, "node_limit": node_limit, "iteration_limit": iteration_limit}
+        options: dict[str, Any] = {**limits, "rel_gap": rel_gap, "threads": threads, "seed": seed}
+        options |= _free_options(option or [])
+        problem, solution = _solved(block, method, incumbent, program=program, **options)
         _finish(problem, solution, out, as_json)
 
 
@@ -126,17 +113,9 @@ def bound(
     effective rank.
     """
     with reported(debug, BLOCK_OPTIONS):
-        problem = load_block(block)
-        warm = None if incumbent is None else instances.read_solution(incumbent, problem)
-        solution = solving.solve(
-            problem,
-            "lower_bound",
-            program=program,
-            time_limit=time_limit,
-            iteration_limit=iteration_limit,
-            incumbent=warm,
-            **{"relaxation": relaxation, "fix": fix, **_free_options(option or [])},
-        )
+        options: dict[str, Any] = {"time_limit": time_limit, "iteration_limit": iteration_limit}
+        options |= {"relaxation": relaxation, "fix": fix, **_free_options(option or [])}
+        problem, solution = _solved(block, "lower_bound", incumbent, program=program, **options)
         _finish(problem, solution, out, as_json)
 
 
@@ -151,8 +130,7 @@ def export(
 ) -> None:
     """Write one formulation of a block for another solver."""
     with reported(debug, BLOCK_OPTIONS):
-        problem = load_block(block)
-        warm = None if incumbent is None else instances.read_solution(incumbent, problem)
+        problem, warm = _loaded(block, incumbent)
         written = instances.export_model(problem, model, out, format, incumbent=warm)
         if as_json:
             echo_json(written)
@@ -203,6 +181,21 @@ def load_block(name: str) -> BlockProblem:
     raise typer.BadParameter(found, param_hint="BLOCK")
 
 
+def _loaded(block: str, incumbent: Path | None) -> tuple[BlockProblem, BlockSolution | None]:
+    """Return a block and the warm start."""
+    problem = load_block(block)
+    return problem, None if incumbent is None else instances.read_solution(incumbent, problem)
+
+
+def _solved(
+    block: str, method: str, incumbent: Path | None, **options: Any
+) -> tuple[BlockProblem, BlockSolution]:
+    """Return a block and its solution."""
+    problem, warm = _loaded(block, incumbent)
+    with solver_messages_on_stderr():
+        return problem, solving.solve(problem, method, incumbent=warm, **options)
+
+
 def number(value: float | None) -> str:
     """Return an objective to nine digits, as many as a gap of 1e-6 needs and some more."""
     return MISSING if value is None else f"{value:.9g}"
@@ -243,26 +236,18 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
 
 
 def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Verification) -> dict[str, Any]:
-    stats = solution.stats
+    answer = ("program", "method", "termination", "limit", "objective", "bound", "rel_gap")
+    effort = ("seconds", "nodes", "iterations", "message")
     return {
         "block": problem.name,
         "n": problem.n,
         "n_prune": problem.n_prune,
-        "program": solution.program,
-        "method": solution.method,
-        "termination": solution.termination,
-        "limit": solution.limit,
-        "objective": solution.objective,
-        "bound": solution.bound,
+        **{name: getattr(solution, name) for name in answer},
         "gap": None if solution.bound is None else solution.gap,
-        "rel_gap": solution.rel_gap,
         "pruned": None if solution.keep is None else solution.pruned.tolist(),
         **certificate_values(problem, solution),
         "verification": checked,
-        "seconds": stats.seconds,
-        "nodes": stats.nodes,
-        "iterations": stats.iterations,
-        "message": stats.message,
+        **{name: getattr(solution.stats, name) for name in effort},
     }
 
 

@@ -96,14 +96,14 @@ def recipes(study: Study) -> list[InstanceRecipe]:
     ArgumentError
         If a pattern matches nothing, or two different blocks have one name.
     """
-    found: dict[str, InstanceRecipe] = {}
+    by_name: dict[str, InstanceRecipe] = {}
     for number, group in enumerate(study.instances):
         for recipe in _of_group(f"instances[{number}]", group, study.folder):
-            earlier = found.setdefault(recipe.name, recipe)
+            earlier = by_name.setdefault(recipe.name, recipe)
             if earlier != recipe:
                 remedy = "rename a file, or leave one out"
                 raise ArgumentError("instances", f"two blocks are called {recipe.name!r}", remedy)
-    return list(found.values())
+    return list(by_name.values())
 
 
 def _of_group(where: str, group: InstanceGroup, folder: Path) -> Iterator[InstanceRecipe]:

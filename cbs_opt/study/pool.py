@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing import Pipe
 from typing import Any
 
 import psutil
@@ -58,13 +57,13 @@ class Worker:
         self.run: Run | None = None
         self.ready = False
         self.started: float | None = None
-        self._given = time.perf_counter()
+        self._submitted = time.perf_counter()
         self._largest = 0
         self._at_rest: int | None = None
         self._killed = False
         # Opened for appending, so that it can be emptied while the process writes to it.
-        self._log = tempfile.NamedTemporaryFile("a+b", prefix="cbs-opt-worker-")  # noqa: SIM115
-        ours, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
+        self.connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cbs_opt.study.worker", str(theirs.fileno()), str(os.getpid())],
@@ -76,7 +75,6 @@ class Worker:
                 start_new_session=True,
                 env=_environment(threads),
             )
-        self.connection = Connection(ours.detach())
         self._gauge = psutil.Process(self._process.pid)
 
     @property
@@ -87,7 +85,7 @@ class Worker:
     def submit(self, run: Run, warm_up: bool) -> None:
         """Let it solve `run`, after a warm-up of the method if this process has had none."""
         self.run, self.started = run, None
-        self._given = time.perf_counter()
+        self._submitted = time.perf_counter()
         self._largest = 0
         os.ftruncate(self._log.fileno(), 0)
         try:
@@ -157,7 +155,7 @@ class Worker:
     def _overdue(self) -> dict[str, Any] | None:
         now = time.perf_counter()
         if self.run is None:
-            if not self.ready and now - self._given > START_PATIENCE:
+            if not self.ready and now - self._submitted > START_PATIENCE:
                 self._kill()
                 raise WorkerStartError(f"a worker process did not start in {START_PATIENCE:g} s")
             return None
@@ -171,7 +169,7 @@ class Worker:
             self._kill()
             note = f"killed: still running {limits.grace:g} s past its limit of {limits.time_limit:g} s"
             return self._outcome(TIMED_OUT, note)
-        if self.started is None and now - self._given > limits.warm_up + LOAD_PATIENCE:
+        if self.started is None and now - self._submitted > limits.warm_up + LOAD_PATIENCE:
             self._kill()
             return self._outcome(TIMED_OUT, "killed: the block was not read, or the warm-up did not end")
         return None
@@ -222,9 +220,5 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _exit_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
+    names = {entry.value: entry.name for entry in signal.Signals}
+    return f"exit code {code}" if code >= 0 else f"signal {names.get(-code, -code)}"

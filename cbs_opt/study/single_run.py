@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -128,8 +129,8 @@ def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
     """Return what a solution says, its objective recomputed; `INVALID` if it contradicts itself."""
     if not isinstance(solution, BlockSolution):
         return {"status": INVALID, "note": f"returned a {type(solution).__name__}, not a BlockSolution"}
-    found = verify(problem, solution)
-    wrong = list(found.notes) if not found.ok else []
+    checked = verify(problem, solution)
+    wrong = list(checked.notes) if not checked.ok else []
     if solution.program != run.program:
         wrong.append(f"it solved program {solution.program!r}")
     stats = solution.stats
@@ -138,20 +139,22 @@ def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
         "note": "; ".join(wrong) or stats.message,
         "nodes": stats.nodes,
         "iterations": stats.iterations,
-        "certified_bound": _number(found.bound),
+        "certified_bound": _number(checked.bound),
         "trace": _trace(solution.trace),
         "extra": plain(stats.extra),
     }
-    if wrong:
-        return columns
-    gap = solution.gap if solution.bound is not None else None
-    return columns | {
-        "limit": None if solution.limit is None else solution.limit.value,
-        "objective": _number(found.objective),
-        "bound": _number(solution.bound),
-        "gap": _number(gap),
-        "proved": solution.proved,
-    }
+    return (
+        columns
+        if wrong
+        else columns
+        | {
+            "limit": None if solution.limit is None else solution.limit.value,
+            "objective": _number(checked.objective),
+            "bound": _number(solution.bound),
+            "gap": None if solution.bound is None else _number(solution.gap),
+            "proved": solution.proved,
+        }
+    )
 
 
 def _trace(points: Sequence[TracePoint]) -> list[dict[str, Any]]:
@@ -159,12 +162,7 @@ def _trace(points: Sequence[TracePoint]) -> list[dict[str, Any]]:
     count = min(len(points), LONGEST_TRACE)
     chosen = [points[round((i + 1) * len(points) / count) - 1] for i in range(count)]
     return [
-        {
-            "seconds": point.seconds,
-            "nodes": point.nodes,
-            "objective": _number(point.objective),
-            "bound": _number(point.bound),
-        }
+        {**asdict(point), "objective": _number(point.objective), "bound": _number(point.bound)}
         for point in chosen
     ]
 
