@@ -62,7 +62,6 @@ class Journal:
             raise StudyFolderError("out", f"{folder}: another study is running in it", remedy) from None
         try:
             self.rows = read_rows(folder)
-            self._connection = _connected(folder / DATABASE)
         except BaseException:
             self._lock.release()
             raise
@@ -101,12 +100,11 @@ class Journal:
 
     def _add(self, key: str, content: Mapping[str, Any]) -> None:
         sealed = sealed_json(content).decode()
-        with _named(self.folder / DATABASE):
-            self._connection.execute("INSERT INTO records VALUES (?, ?)", (key, sealed))
+        with _opened(self.folder / DATABASE) as connection:
+            connection.execute("INSERT INTO records VALUES (?, ?)", (key, sealed))
 
     def close(self) -> None:
-        """Close the file and let others have the folder."""
-        self._connection.close()
+        """Let others have the folder."""
         self._lock.release()
 
     def __enter__(self) -> Journal:
@@ -170,7 +168,7 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = folder / DATABASE
     if not path.exists():
         return
-    with _named(path), closing(_connected(path)) as connection:
+    with _opened(path) as connection:
         records = connection.execute("SELECT rowid, key, content FROM records ORDER BY rowid").fetchall()
     for number, key, sealed in records:
         try:
@@ -184,31 +182,20 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield key, content
 
 
-def _connected(path: Path) -> sqlite3.Connection:
-    """Return a connection that flushes each record to the disk; the table is made where it is missing."""
-    with _named(path):
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
-        try:
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """Give a connection that flushes each record to the disk; the table is made where it is missing."""
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous = EXTRA")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 connection.execute("CREATE TABLE IF NOT EXISTS records (key TEXT, content TEXT)")
                 connection.execute(f"PRAGMA user_version = {VERSION}")
-        except BaseException:
-            connection.close()
-            raise
-    if version not in (0, VERSION):
-        connection.close()
-        found = f"{path} is of version {version}, this release reads {VERSION}"
-        raise StudyFolderError("folder", found, "read it with the right release")
-    return connection
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file in the errors of SQLite."""
-    try:
-        yield
+            elif version != VERSION:
+                found = f"{path} is of version {version}, this release reads {VERSION}"
+                raise StudyFolderError("folder", found, "read it with the right release")
+            yield connection
     except sqlite3.Error as error:
         remedy = "make room and go on, or choose another folder"
         raise StudyFolderError("folder", f"{path} cannot be used ({error})", remedy) from error
