@@ -6,22 +6,19 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbs_opt import solving
 from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
 from cbs_opt.cli.prune import parse_options
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
-from cbs_opt.report.files import plain
-from cbs_opt.report.text import bound_text
-from formulations import instances
-from formulations.loss import Verification
-from formulations.loss import verify as verify_solution
-from formulations.problem import PROGRAMS, BlockProblem
-from formulations.solution import BlockSolution, Limit
+
+if TYPE_CHECKING:
+    from formulations.loss import Verification
+    from formulations.problem import BlockProblem
+    from formulations.solution import BlockSolution
 
 Block = Annotated[
     str,
@@ -130,6 +127,9 @@ def export(
 ) -> None:
     """Write one formulation of a block for another solver."""
     with reported(debug, BLOCK_OPTIONS):
+        from cbs_opt.report.files import plain
+        from formulations import instances
+
         problem, warm = _loaded(block, incumbent)
         written = instances.export_model(problem, model, out, format, incumbent=warm)
         if as_json:
@@ -142,6 +142,9 @@ def export(
 def library(as_json: AsJson = False) -> None:
     """List the shipped blocks with their proven optima, or the best values known."""
     with reported(debug=False):
+        from formulations import instances
+        from formulations.problem import PROGRAMS
+
         shipped = {name: instances.load_library(name) for name in instances.library()}
         if as_json:
             echo_json(
@@ -173,6 +176,8 @@ def load_block(name: str) -> BlockProblem:
     InstanceFormatError
         If the file is not a block.
     """
+    from formulations import instances
+
     if Path(name).is_file():
         return instances.read_instance(name)[0]
     if name in instances.library():
@@ -183,6 +188,8 @@ def load_block(name: str) -> BlockProblem:
 
 def _loaded(block: str, incumbent: Path | None) -> tuple[BlockProblem, BlockSolution | None]:
     """Return a block and the warm start."""
+    from formulations import instances
+
     problem = load_block(block)
     return problem, None if incumbent is None else instances.read_solution(incumbent, problem)
 
@@ -191,6 +198,8 @@ def _solved(
     block: str, method: str, incumbent: Path | None, **options: Any
 ) -> tuple[BlockProblem, BlockSolution]:
     """Return a block and its solution."""
+    from cbs_opt import solving
+
     problem, warm = _loaded(block, incumbent)
     with solver_messages_on_stderr():
         return problem, solving.solve(problem, method, incumbent=warm, **options)
@@ -203,11 +212,15 @@ def number(value: float | None) -> str:
 
 def lower(bound: float | None) -> str:
     """Return a lower bound to nine digits, rounded down: what is printed is a bound too."""
+    from cbs_opt.report.text import bound_text
+
     return MISSING if bound is None else bound_text(bound, 9)
 
 
 def _free_options(pairs: list[str]) -> dict[str, Any]:
     """Return options of the method itself; those that `solve` names have their own switches."""
+    from cbs_opt import solving
+
     options = parse_options(pairs, "--option")
     for name in options:
         if name in inspect.signature(solving.solve).parameters:
@@ -220,7 +233,11 @@ def _free_options(pairs: list[str]) -> dict[str, Any]:
 
 def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as_json: bool) -> None:
     """Check, write and print a solution; an interrupted one ends with the exit code of an interrupt."""
-    checked = verify_solution(problem, solution)
+    from formulations import instances
+    from formulations.loss import verify
+    from formulations.solution import Limit
+
+    checked = verify(problem, solution)
     if out is not None:
         instances.write_solution(out, problem, solution)
         typer.echo(f"written to {out}", err=True)
@@ -254,6 +271,8 @@ def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Ve
 def _solution_lines(
     problem: BlockProblem, solution: BlockSolution, checked: Verification
 ) -> Mapping[str, str]:
+    from cbs_opt import solving
+
     return {
         "block": f"{problem.name or 'unnamed'}: {problem.n} weights, {problem.n_prune} pruned",
         "program": solution.program,
@@ -311,4 +330,6 @@ def aligned(lines: Mapping[str, str]) -> list[str]:
 
 
 def echo_json(value: Any) -> None:
+    from cbs_opt.report.files import plain
+
     typer.echo(json.dumps(plain(value), allow_nan=False))

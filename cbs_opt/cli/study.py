@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from tqdm import tqdm
 
 from cbs_opt.cli.errors import INTERRUPTED, reported
 from cbs_opt.cli.tables import text_table
-from cbs_opt.report.files import plain
-from cbs_opt.study.config import read_study
-from cbs_opt.study.estimate import longest
-from cbs_opt.study.expansion import Plan, Run, expand, select
-from cbs_opt.study.runner import Outcome, Progress, is_to_do, run_study
-from cbs_opt.study.store import Row, read_rows
+
+if TYPE_CHECKING:
+    from cbs_opt.study.expansion import Plan, Run
+    from cbs_opt.study.runner import Outcome, Progress
+    from cbs_opt.study.store import Row
 
 OPTIONS = {"jobs": "--jobs", "filter": "--filter", "out": "--out"}
 BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
@@ -58,6 +56,14 @@ def run(
     still running.
     """
     with reported(debug, OPTIONS):
+        from tqdm import tqdm
+
+        from cbs_opt.report.files import plain
+        from cbs_opt.study.config import read_study
+        from cbs_opt.study.expansion import expand, select
+        from cbs_opt.study.runner import is_to_do, run_study
+        from cbs_opt.study.store import read_rows
+
         described = read_study(study)
         if dry_run:
             plan = expand(described)
@@ -103,6 +109,9 @@ def _outcome_lines(outcome: Outcome) -> list[str]:
 
 def _echo_plan(plan: Plan, chosen: list[Run], todo: list[Run], jobs: int, as_json: bool) -> None:
     """Print what would run, by method and program, and the longest that it can take."""
+    from cbs_opt.report.files import plain
+    from cbs_opt.study.estimate import longest
+
     at_most = longest(todo, jobs)
     if as_json:
         content = {
