@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from cbs_opt.select.methods import Method, find_method
+from cbs_opt.select.methods import find_method
 from cbs_opt.study.config import MethodGroup, RunLimits, Study
 from cbs_opt.study.instances import InstanceRecipe, recipes
 from formulations.errors import ArgumentError, UnsupportedProblemError
@@ -116,21 +116,10 @@ def expand(study: Study) -> Plan:
     runs: dict[str, Run] = {}
     for recipe in recipes(study):
         problem = recipe.load()
-        block = problem.fingerprint()
-        for program, method, options, seed, limits in posed:
-            run = Run(
-                recipe=recipe,
-                block=block,
-                n=problem.n,
-                n_prune=problem.n_prune,
-                damping=problem.damping,
-                program=program,
-                method=method.name,
-                kind=method.kind,
-                options=options,
-                seed=seed,
-                limits=limits,
-            )
+        block: dict[str, Any] = {"block": problem.fingerprint()}
+        block |= {name: getattr(problem, name) for name in ("n", "n_prune", "damping")}
+        for how in posed:
+            run = Run(recipe=recipe, **block, **how)
             if runs.setdefault(run.key, run).fingerprint != run.fingerprint:
                 found = f"{run.method} is there twice, with other limits"
                 raise ArgumentError("methods", found, "merge them")
@@ -140,12 +129,9 @@ def expand(study: Study) -> Plan:
     return Plan(runs=tuple(runs.values()), left_out=tuple(left_out))
 
 
-Posed = tuple[str, Method, dict[str, Any], int, RunLimits]
-
-
-def _posed(study: Study) -> tuple[list[Posed], list[str]]:
-    """Return program, method, options, seed and limits of every run, without the blocks."""
-    posed: list[Posed] = []
+def _posed(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return what every run has without its block, and the combinations that do not exist."""
+    posed: list[dict[str, Any]] = []
     left_out: list[str] = []
     for number, group in enumerate(study.methods):
         for program in group.programs:
@@ -156,7 +142,9 @@ def _posed(study: Study) -> tuple[list[Posed], list[str]]:
                         method.check_options(options, program)
                         if method.backend:
                             check_native_options(method.backend, options)
-                        posed += [(program, method, options, seed, group.limits) for seed in group.seeds]
+                        how: dict[str, Any] = {"program": program, "method": method.name, "kind": method.kind}
+                        how |= {"options": options, "limits": group.limits}
+                        posed += [{**how, "seed": seed} for seed in group.seeds]
                 except UnsupportedProblemError as error:
                     left_out.append(f"{name}: {error.found}, {error.remedy}")
                 except ArgumentError as error:
