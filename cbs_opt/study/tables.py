@@ -38,8 +38,8 @@ METHODS = (
 TIME, EXCESS = 4, 7
 """Columns of `METHODS` whose best cells are stressed."""
 EFFECTS = (
-    *(Column(name=name, text=name != "Method") for name in ("Method", "Option", "From", "To")),
-    Column(name="Measure"),
+    Column(name="Method"),
+    *(Column(name=name, text=True) for name in ("Option", "From", "To", "Measure")),
     Column(name="Factor", show="{:.3g}".format),
     *(Column(name=name) for name in ("95 % interval", "Pairs", "Blocks")),
 )
