@@ -51,7 +51,7 @@ def test_unknown_names_are_refused_with_a_hint_and_tables_are_tables() -> None:
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"a = ", "not TOML.*line 1"),
+        (b"a = 1\nb = ]", "not TOML.*line 2"),
         (b"\xff", "not TOML"),
         (b"b = 1", r"no \(line 1"),
     ],
