@@ -34,13 +34,8 @@ FATAL, MODULES = "Fatal Python error", "Extension modules:"
 """What `faulthandler` writes first and last."""
 KEPT_SHARE = 0.25
 """A process that holds on to more than this share of its limit between runs is replaced."""
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
+LIBRARIES = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "NUMBA_NUM", "VECLIB_MAXIMUM")
+"""What the variables begin with that end in _THREADS and hold numerical libraries to some threads."""
 
 
 class Worker:
@@ -163,18 +158,17 @@ class Worker:
         resident = self._resident() or 0
         self._largest = max(self._largest, resident)
         if resident > limits.memory_gib * 2**30:
-            self._kill()
             return self._outcome(OUT_OF_MEMORY, f"killed: over {limits.memory_gib:g} GiB of memory")
         if self.started is not None and now - self.started > limits.longest:
-            self._kill()
             note = f"killed: still running {limits.grace:g} s past its limit of {limits.time_limit:g} s"
             return self._outcome(TIMED_OUT, note)
         if self.started is None and now - self._submitted > limits.warm_up + LOAD_PATIENCE:
-            self._kill()
             return self._outcome(TIMED_OUT, "killed: the block was not read, or the warm-up did not end")
         return None
 
     def _outcome(self, status: str, note: str) -> dict[str, Any]:
+        """End the process and return the columns of the run that it did not finish."""
+        self._kill()
         self.run = None
         seconds = None if self.started is None else time.perf_counter() - self.started
         return {
@@ -203,18 +197,16 @@ class Worker:
         """Return what it wrote last, on one line; of a fatal error the kind and the innermost calls."""
         self._log.seek(0)
         text = self._log.read().decode(errors="replace")
-        fatal = text.rfind(FATAL)
-        if fatal >= 0:
-            text = text[fatal:].partition(MODULES)[0]
-            return " ".join(text[:LONGEST_TAIL].split())
-        return " ".join(text[-LONGEST_TAIL:].split())
+        _, fatal, calls = text.rpartition(FATAL)
+        shown = (fatal + calls.partition(MODULES)[0])[:LONGEST_TAIL] if fatal else text[-LONGEST_TAIL:]
+        return " ".join(shown.split())
 
 
 def _environment(threads: int) -> dict[str, str]:
     environment = dict(os.environ)
     # Threads that wait in a busy loop would take the cores of the other workers.
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+    environment |= {f"{name}_THREADS": str(threads) for name in LIBRARIES}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return environment
 
