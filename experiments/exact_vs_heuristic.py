@@ -39,6 +39,7 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import write_back
 from cbs_opt.select.saliency import SALIENCIES
 from experiments.datasets import load_dataset
+from experiments.exact_vs_heuristic_page import EXACT, RANDOM, REL_GAP, write_page
 from experiments.ledger import Ledger, settings_key
 from experiments.networks import load_network
 from formulations import BlockProblem
@@ -48,8 +49,6 @@ from formulations.solution import BlockSolution
 
 logger = logging.getLogger(__name__)
 
-EXACT = "exact"
-RANDOM = "random set"
 METHODS: dict[str, tuple[str, str]] = {
     EXACT: ("branch_and_bound", "joint"),
     "joint swap search": ("swap_search", "joint"),
@@ -58,7 +57,6 @@ METHODS: dict[str, tuple[str, str]] = {
     "magnitude": ("magnitude", "joint"),
 }
 """What is compared: a method, and the program whose objective it looks at."""
-REL_GAP = 1e-4
 LEVELS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """How far above the optimum a random set may be, relative to the optimum of its block."""
 STEPS_A_WEIGHT = 3
@@ -282,8 +280,6 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Data directory; $CBS_OPT_DATA by default.")] = None,
 ) -> None:
     """Prune a network row by row, exactly and by heuristics; print and draw what the difference is worth."""
-    from experiments.exact_vs_heuristic_page import write_page
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     levels = sparsity or [0.5, 0.7, 0.8, 0.9]
     ledger = Ledger(results)

@@ -14,9 +14,12 @@ from matplotlib.ticker import FuncFormatter
 
 from cbs_opt.report.figure_style import INK, dress, marker, numbered_style
 from cbs_opt.study.effects import Interval, bootstrap_mean
-from experiments.exact_vs_heuristic import EXACT, RANDOM, REL_GAP
 from formulations.files import write_atomically
 
+EXACT = "exact"
+RANDOM = "random set"
+REL_GAP = 1e-4
+"""Relative gap to which a choice called exact is proved."""
 SMALL = 0.1
 """Random sets up to this excess count for the worth of the last per cent."""
 FLOOR = 1e-3

@@ -6,11 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from formulations.checked_lines import checked_body, checked_line
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +47,12 @@ class Ledger:
     def add(self, key: str, result: Mapping[str, Any]) -> None:
         """Append a result and make sure it is on disk."""
         record = {**result, "key": key}
-        line = checked_line(json.dumps(record, sort_keys=True).encode())
+        body = json.dumps(record, sort_keys=True).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as stream:
             if self._cut_short():
                 stream.write(b"\n")
-            stream.write(line)
+            stream.write(_checksum(body) + b" " + body + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
         self._results[key] = record
@@ -62,9 +61,11 @@ class Ledger:
         if not self.path.is_file():
             return
         for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
-            body = line if line.startswith(OLD_START) else checked_body(line)
+            checksum, _, body = (b"", b"", line) if line.startswith(OLD_START) else line.partition(b" ")
             try:
-                record = json.loads(body or b"")
+                if checksum and checksum != _checksum(body):
+                    raise ValueError("not as it was written")
+                record = json.loads(body)
                 key = record["key"]
             except (ValueError, KeyError, TypeError):
                 log.warning("%s, line %d is not a result and is left out", self.path, number)
@@ -78,3 +79,8 @@ class Ledger:
         with self.path.open("rb") as stream:
             stream.seek(-1, os.SEEK_END)
             return stream.read(1) != b"\n"
+
+
+def _checksum(body: bytes) -> bytes:
+    """Return the CRC-32 of a line in eight hex digits."""
+    return b"%08x" % zlib.crc32(body)

@@ -109,17 +109,23 @@ def _as_evaluated(
     return AugmentedImages(*held_out, fill=black, seed=0)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    root = argparse.ArgumentParser(prog="python -m experiments.protocol_search", description=__doc__)
+def shared_parser(module: str, description: str | None, recipes: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a command line with the options of both searches."""
+    root = argparse.ArgumentParser(prog=f"python -m experiments.{module}", description=description)
     root.formatter_class = argparse.RawDescriptionHelpFormatter
     root.add_argument("--network", required=True, choices=list(NETWORKS))
-    root.add_argument("--method", required=True, choices=[name for name in METHODS if name != "magnitude"])
-    root.add_argument("--sparsity", nargs="+", type=float, default=[0.6, 0.9])
-    root.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    root.add_argument("--seeds", type=int, default=1)
+    root.add_argument("--recipes", nargs="+", choices=list(recipes), default=list(recipes))
     root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
     root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
+    return root
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    root = shared_parser("protocol_search", __doc__, list(RECIPES))
+    root.add_argument("--method", required=True, choices=[name for name in METHODS if name != "magnitude"])
+    root.add_argument("--sparsity", nargs="+", type=float, default=[0.6, 0.9])
+    root.add_argument("--seeds", type=int, default=1)
     return root
 
 

@@ -20,11 +20,11 @@ import pandas as pd
 
 from experiments.datasets import Dataset, load_dataset
 from experiments.networks import NETWORKS, load_network
+from experiments.protocol_search import shared_parser
 from experiments.trajectories import STAGES, Trajectories, family
 from formulations.errors import ArgumentError, CbsError
 
 HELD_OUT = 5_000
-DEFAULT_OUT = Path("runs/protocol_search")
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "as in the tables": {},
     "empirical Fisher": {"curvature": "empirical_fisher"},
@@ -75,15 +75,10 @@ def measure(
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    root = argparse.ArgumentParser(prog="python -m experiments.protocol_search_staged", description=__doc__)
-    root.formatter_class = argparse.RawDescriptionHelpFormatter
-    root.add_argument("--network", required=True, choices=list(NETWORKS))
-    root.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    """Return the command line."""
+    root = shared_parser("protocol_search_staged", __doc__, list(RECIPES))
     root.add_argument("--until", type=float, default=0.8, help="last sparsity (default .8)")
     root.add_argument("--seed", type=int, default=0)
-    root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
-    root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
     return root
 
 

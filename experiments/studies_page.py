@@ -21,15 +21,13 @@ import typer
 
 from cbs_opt.study import tables
 from cbs_opt.study.effects import effects
-from cbs_opt.study.report import drawings
+from cbs_opt.study.report import sections
 from cbs_opt.study.results import Results, read_results
 from cbs_opt.study.statistics import (
     CLOCKS,
-    SHIFT_SECONDS,
-    charged_seconds,
     clock,
     processor_share,
-    shifted_geometric_mean,
+    ranking,
     with_labels,
 )
 from formulations.files import write_atomically
@@ -69,8 +67,8 @@ def excerpt(name: str, results: Results) -> tuple[str, bytes]:
         own = table[table["program"] == program]
         parts += [f"*{program.capitalize()} program*"] if len(chosen.programs) > 1 else []
         parts.append(_methods(own) if chosen.table == "methods" else _effects(own))
-    first = table[table["program"] == chosen.programs[0]]
-    drawing = next(drawing for drawing in drawings(first) if drawing.name == chosen.picture)
+    first = next(section for section in sections(table) if section.program == chosen.programs[0])
+    drawing = next(drawing for drawing in first.drawings() if drawing.name == chosen.picture)
     caption = f"{chosen.programs[0].capitalize()} program. {drawing.caption}"
     parts += [f"![{results.name}](../figures/study_{name}.svg)", caption]
     content = io.BytesIO()
@@ -109,16 +107,9 @@ def _facts(results: Results) -> str:
 
 def _methods(own: pd.DataFrame) -> str:
     """The table of methods, cut to those that proved most and fastest where there are many."""
-    costs = own.assign(charged=charged_seconds(own)).groupby("label", sort=False)
-    order = {
-        str(label): (
-            -int(rows["proved"].sum()),
-            shifted_geometric_mean(rows["charged"].to_numpy(float), SHIFT_SECONDS),
-        )
-        for label, rows in costs
-    }
+    order = ranking(own)
     shown = sorted(order, key=order.__getitem__)[:MOST_METHODS] if len(order) > MOST_METHODS else list(order)
-    text = tables.markdown(tables.methods_table(own[own["label"].isin(shown)]))
+    text = tables.methods_table(own[own["label"].isin(shown)]).markdown()
     left = len(order) - len(shown)
     return f"{text}\n\nThe {left} other methods proved fewer blocks, or took longer." if left else text
 
@@ -129,7 +120,7 @@ def _effects(own: pd.DataFrame) -> str:
     clear = [effect for effect in found if not effect.ratio.low <= 1.0 <= effect.ratio.high]
     table = tables.effects_table(clear)
     words = f"{len(clear)} of {len(found)} effects have an interval without 1."
-    return words if table is None else f"{tables.markdown(table)}\n\n{words}"
+    return words if table is None else f"{table.markdown()}\n\n{words}"
 
 
 def main(

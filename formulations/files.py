@@ -52,7 +52,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def replaced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A stream whose content becomes that of `path` if the body ends without an exception.
+    """Give a stream whose content becomes that of `path` if the body ends without an exception.
 
     A temporary file in the same folder, whose name begins with a dot and ends with `PARTIAL`, is written,
     flushed to disk and renamed over `path`. Only a kill leaves it behind.
@@ -72,7 +72,7 @@ def replaced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys, and of named arrays."""
+    """Return SHA-256 of a JSON object, whatever the order of its keys, and of named arrays."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode())
     for name, array in sorted((arrays or {}).items()):
@@ -82,13 +82,13 @@ def checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None 
 
 
 def sealed_json(document: Mapping[str, Any]) -> bytes:
-    """A JSON object with a checksum of its own, as `read_sealed` takes it."""
+    """Return a JSON object with a checksum of its own, as `read_sealed` takes it."""
     sealed = {**document, CHECKSUM: checksum(document)}
     return f"{json.dumps(sealed, indent=1, allow_nan=False)}\n".encode()
 
 
 def read_sealed(content: bytes, *, required: bool = True) -> dict[str, Any]:
-    """The JSON object of `sealed_json`, without its checksum.
+    """Return the JSON object of `sealed_json`, without its checksum.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def read_sealed(content: bytes, *, required: bool = True) -> dict[str, Any]:
 
 
 def json_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in `content`; raises ValueError, with the reason, whatever else is there."""
+    """Return the JSON object in `content`; raise ValueError with the reason for anything else."""
     try:
         document = json.loads(content.decode())
     except RecursionError as error:
@@ -253,7 +253,7 @@ def _read_array(
     dtype: np.dtype[Any],
     shape: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """One array; without a `shape` it is flat and as long as it says.
+    """Return one array; without a `shape` it is flat and as long as it says.
 
     The numpy header is matched, not evaluated, and nothing is allocated for what it says.
     """

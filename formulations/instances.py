@@ -20,7 +20,6 @@ import numpy as np
 from formulations.errors import CbsError, InstanceFormatError, UnsupportedProblemError
 from formulations.files import read_container, write_atomically, write_container
 from formulations.models import model_spec
-from formulations.models.translation import standard_form
 from formulations.problem import BlockProblem
 from formulations.relaxations.storage import certificate_entries, restored_certificate
 from formulations.solution import BlockSolution, Limit, SolveStats, Termination
@@ -204,7 +203,7 @@ def _optional_number(value: Any) -> float | None:
 
 
 def _chain(header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Header entries of the certificate and its bases; files from before fixings name the kind alone."""
+    """Return header entries of the certificate and its bases; old files name the kind alone."""
     kind = header["certificate"]
     return list(header.get("certificate_chain") or ([] if kind is None else [{"kind": kind}]))
 
@@ -251,6 +250,7 @@ def export_model(
         If the model is joint and ``H`` is singular.
     """
     from formulations.model_files import lp_text, mps_text, qplib_text
+    from formulations.models.translation import standard_form
 
     writers = {"mps": mps_text, "lp": lp_text, "qplib": qplib_text}
     if format not in writers:

@@ -63,6 +63,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_carries_code_types_and_data_only(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"cbs_opt/py.typed", "formulations/py.typed", "cbs_opt/report/templates/report.html.j2"} <= names
+    assert "cbs_opt/study/templates/study.html.j2" in names
     assert {"cbs_opt/__init__.py", "formulations/__init__.py", "formulations/problem.py"} <= names
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"cbs_opt", "formulations"}

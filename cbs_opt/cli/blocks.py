@@ -82,26 +82,10 @@ def solve(
     are printed and written as usual; the exit code is then 130.
     """
     with reported(debug):
-        from cbs_opt import solving
-        from formulations import instances
-
-        problem = load_block(block)
-        warm = None if incumbent is None else instances.read_solution(incumbent, problem)
-        free = _free_options(option or [])
-        with solver_messages_on_stderr():
-            solution = solving.solve(
-                problem,
-                method,
-                program=program,
-                incumbent=warm,
-                time_limit=time_limit,
-                rel_gap=rel_gap,
-                node_limit=node_limit,
-                iteration_limit=iteration_limit,
-                threads=threads,
-                seed=seed,
-                **free,
-            )
+        limits = {"time_limit": time_limit, "node_limit": node_limit, "iteration_limit": iteration_limit}
+        options: dict[str, Any] = {**limits, "rel_gap": rel_gap, "threads": threads, "seed": seed}
+        options |= _free_options(option or [])
+        problem, solution = _solved(block, method, incumbent, program=program, **options)
         _finish(problem, solution, out, as_json)
 
 
@@ -125,20 +109,9 @@ def bound(
     effective rank.
     """
     with reported(debug):
-        from cbs_opt import solving
-        from formulations import instances
-
-        problem = load_block(block)
-        warm = None if incumbent is None else instances.read_solution(incumbent, problem)
-        solution = solving.solve(
-            problem,
-            "lower_bound",
-            program=program,
-            time_limit=time_limit,
-            iteration_limit=iteration_limit,
-            incumbent=warm,
-            **{"relaxation": relaxation, "fix": fix, **_free_options(option or [])},
-        )
+        options: dict[str, Any] = {"time_limit": time_limit, "iteration_limit": iteration_limit}
+        options |= {"relaxation": relaxation, "fix": fix, **_free_options(option or [])}
+        problem, solution = _solved(block, "lower_bound", incumbent, program=program, **options)
         _finish(problem, solution, out, as_json)
 
 
@@ -156,8 +129,7 @@ def export(
         from cbs_opt.report.files import plain
         from formulations import instances
 
-        problem = load_block(block)
-        warm = None if incumbent is None else instances.read_solution(incumbent, problem)
+        problem, warm = _loaded(block, incumbent)
         written = instances.export_model(problem, model, out, format, incumbent=warm)
         if as_json:
             echo_json(written)
@@ -194,7 +166,7 @@ def library(as_json: AsJson = False) -> None:
 
 
 def load_block(name: str) -> BlockProblem:
-    """The block in a file, or a shipped one.
+    """Return the block in a file, or a shipped one.
 
     Raises
     ------
@@ -213,20 +185,39 @@ def load_block(name: str) -> BlockProblem:
     raise typer.BadParameter(found, param_hint="BLOCK")
 
 
+def _loaded(block: str, incumbent: Path | None) -> tuple[BlockProblem, BlockSolution | None]:
+    """Return a block and the warm start."""
+    from formulations import instances
+
+    problem = load_block(block)
+    return problem, None if incumbent is None else instances.read_solution(incumbent, problem)
+
+
+def _solved(
+    block: str, method: str, incumbent: Path | None, **options: Any
+) -> tuple[BlockProblem, BlockSolution]:
+    """Return a block and its solution."""
+    from cbs_opt import solving
+
+    problem, warm = _loaded(block, incumbent)
+    with solver_messages_on_stderr():
+        return problem, solving.solve(problem, method, incumbent=warm, **options)
+
+
 def number(value: float | None) -> str:
-    """An objective to nine digits, as many as a gap of 1e-6 needs and some more."""
+    """Return an objective to nine digits, as many as a gap of 1e-6 needs and some more."""
     return MISSING if value is None else f"{value:.9g}"
 
 
 def lower(bound: float | None) -> str:
-    """A lower bound to nine digits, rounded down: what is printed is a bound too."""
+    """Return a lower bound to nine digits, rounded down: what is printed is a bound too."""
     from cbs_opt.report.text import bound_text
 
     return MISSING if bound is None else bound_text(bound, 9)
 
 
 def _free_options(pairs: list[str]) -> dict[str, Any]:
-    """Options of the method itself; those that `solve` names have their own switches."""
+    """Return options of the method itself; those that `solve` names have their own switches."""
     from cbs_opt import solving
 
     options = parse_options(pairs, "--option")
@@ -242,10 +233,10 @@ def _free_options(pairs: list[str]) -> dict[str, Any]:
 def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as_json: bool) -> None:
     """Check, write and print a solution; an interrupted one ends with the exit code of an interrupt."""
     from formulations import instances
-    from formulations.loss import verify as verify_solution
+    from formulations.loss import verify
     from formulations.solution import Limit
 
-    checked = verify_solution(problem, solution)
+    checked = verify(problem, solution)
     if out is not None:
         instances.write_solution(out, problem, solution)
         typer.echo(f"written to {out}", err=True)
@@ -261,26 +252,18 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
 
 
 def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Verification) -> dict[str, Any]:
-    stats = solution.stats
+    answer = ("program", "method", "termination", "limit", "objective", "bound", "rel_gap")
+    effort = ("seconds", "nodes", "iterations", "message")
     return {
         "block": problem.name,
         "n": problem.n,
         "n_prune": problem.n_prune,
-        "program": solution.program,
-        "method": solution.method,
-        "termination": solution.termination,
-        "limit": solution.limit,
-        "objective": solution.objective,
-        "bound": solution.bound,
+        **{name: getattr(solution, name) for name in answer},
         "gap": None if solution.bound is None else solution.gap,
-        "rel_gap": solution.rel_gap,
         "pruned": None if solution.keep is None else solution.pruned.tolist(),
         **certificate_values(problem, solution),
         "verification": checked,
-        "seconds": stats.seconds,
-        "nodes": stats.nodes,
-        "iterations": stats.iterations,
-        "message": stats.message,
+        **{name: getattr(solution.stats, name) for name in effort},
     }
 
 
@@ -306,7 +289,7 @@ def _solution_lines(
 
 
 def certificate_values(problem: BlockProblem, solution: BlockSolution) -> dict[str, Any]:
-    """The kind of the certificate, and what it says of the block; None where there is none."""
+    """Return kind and numbers of the certificate; None where there is none."""
     evidence = solution.certificate
     rank = None if evidence is None else evidence.effective_rank
     return {

@@ -26,7 +26,7 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def load_network(specification: str, weights: Path | None, device: str) -> nn.Module:
-    """The network that ``FILE.py:factory`` makes, in evaluation mode, with `weights` if given.
+    """Return the network that ``FILE.py:factory`` makes, in evaluation mode, with `weights` if given.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def load_network(specification: str, weights: Path | None, device: str) -> nn.Mo
 
 
 def load_data(specification: str, option: str, dtype: torch.dtype) -> Data:
-    """Samples from ``FILE.npz`` (arrays x and y) or from what ``FILE.py:factory`` returns.
+    """Return samples from ``FILE.npz`` (arrays x and y) or from what ``FILE.py:factory`` returns.
 
     Floating-point arrays become `dtype`; integers become int64, as class labels and embeddings
     need.
@@ -85,7 +85,7 @@ def load_data(specification: str, option: str, dtype: torch.dtype) -> Data:
 
 
 def load_loss(specification: str) -> LossFunction:
-    """A loss by name, or the function ``FILE.py:function`` itself."""
+    """Return a loss by name, or the function ``FILE.py:function`` itself."""
     if specification in LOSSES:
         return LOSSES[specification]
     if ":" not in specification:
@@ -97,7 +97,7 @@ def load_loss(specification: str) -> LossFunction:
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """The dtype of the first floating-point parameter; float32 without any."""
+    """Return the dtype of the first floating-point parameter; float32 without any."""
     for parameter in network.parameters():
         if parameter.is_floating_point():
             return parameter.dtype

@@ -55,7 +55,7 @@ def run(
     the runs that have no row. `cbs-opt report` shows the results, also those of a study that is
     still running.
     """
-    with reported(debug):
+    with reported(debug, OPTIONS.get):
         from tqdm import tqdm
 
         from cbs_opt.report.files import plain
@@ -91,7 +91,7 @@ def run(
 
 
 def duration(seconds: float) -> str:
-    """A time in words, to two digits or so."""
+    """Return a time in words, to two digits or so."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     if seconds < 99.5 * 60.0:
@@ -108,7 +108,7 @@ def _outcome_lines(outcome: Outcome) -> list[str]:
 
 
 def _echo_plan(plan: Plan, chosen: list[Run], todo: list[Run], jobs: int, as_json: bool) -> None:
-    """What would run, by method and program, and the longest that it can take."""
+    """Print what would run, by method and program, and the longest that it can take."""
     from cbs_opt.report.files import plain
     from cbs_opt.study.estimate import longest
 

@@ -6,7 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 
@@ -26,10 +26,10 @@ def embedded(figure: Figure, caption: str) -> Picture:
     return Picture(source=f"data:image/svg+xml;base64,{encoded}", caption=caption)
 
 
-def render(template: str, **values: object) -> str:
-    """A page from a template of the package; a value that it misses is an error."""
+def render(template: str, *, package: str = "cbs_opt.report", **values: object) -> str:
+    """Return a page from a template of `package` or of the report; a value that it misses is an error."""
     environment = Environment(
-        loader=PackageLoader("cbs_opt.report"),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("cbs_opt.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

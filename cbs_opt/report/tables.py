@@ -17,10 +17,25 @@ TOP_BLOCKS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of a table; text is set to the left, numbers to the right."""
+    """A column of a table; text is set to the left, numbers to the right.
+
+    Parameters
+    ----------
+    name : str
+        Its heading.
+    text : bool, default False
+    show : callable, default str
+        From a value to its cell; what is missing becomes `MISSING` without it.
+    """
 
     name: str
     text: bool = False
+    show: Callable[[Any], str] = str
+
+    def cell(self, value: Any) -> str:
+        """Return the cell of a value; None, NaN and empty text are missing."""
+        absent = value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+        return MISSING if absent else self.show(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +46,15 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     wrap: bool = False
     best: frozenset[tuple[int, int]] = frozenset()
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, cells of `best` in bold."""
+        sides = ["---" if c.text or i == 0 else "---:" for i, c in enumerate(self.columns)]
+        lines = [[column.name for column in self.columns], sides]
+        for number, row in enumerate(self.rows):
+            cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+            lines.append([f"**{c}**" if (number, i) in self.best else c for i, c in enumerate(cells)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def accuracy_table(reports: Sequence[PruneReport]) -> Table | None:

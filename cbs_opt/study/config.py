@@ -5,21 +5,20 @@ The file says *what* to run; `cbs_opt.study.expansion` turns it into single runs
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cbs_opt.study.errors import StudyConfigError
+from cbs_opt.system.checks import finite_number, one_of, whole_number
+from cbs_opt.system.documents import known_names, read_document
+from formulations.errors import ArgumentError
 from formulations.problem import PROGRAMS
 
 VARY = ("all", "one")
 SOURCES = ("library", "files", "factory")
-SCALARS = (str, int, float, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +53,12 @@ class RunLimits:
     warm_up: float = 300.0
 
     def __post_init__(self) -> None:
-        for name, lowest in (
-            ("time_limit", 0.0),
-            ("rel_gap", 0.0),
-            ("node_limit", 0),
-            ("iteration_limit", 0),
-            ("threads", 1),
-            ("grace", 0.0),
-            ("memory_gib", 0.0),
-            ("warm_up", 0.0),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("node_limit", "iteration_limit"):
-                continue
-            whole = name in ("node_limit", "iteration_limit", "threads")
-            kinds = int if whole else (int, float)
-            good = isinstance(value, kinds) and not isinstance(value, bool)
-            if not good or not math.isfinite(value) or value < lowest:
-                remedy = f"give a {'whole' if whole else 'finite'} number >= {lowest:g}"
-                raise StudyConfigError(f"limits.{name}", f"{value!r}", remedy)
+        for name in ("time_limit", "rel_gap", "grace", "memory_gib", "warm_up"):
+            finite_number(f"limits.{name}", getattr(self, name))
+        for name in ("node_limit", "iteration_limit"):
+            if getattr(self, name) is not None:
+                whole_number(f"limits.{name}", getattr(self, name), least=0)
+        whole_number("limits.threads", self.threads)
 
     @property
     def longest(self) -> float:
@@ -152,21 +138,17 @@ def read_study(path: str | os.PathLike[str]) -> Study:
 
     Raises
     ------
-    StudyConfigError
-        If it is absent, not TOML, or does not state a study; the message names the entry.
+    ArgumentError
+        If it is absent, not TOML, or does not state a study; the message names the entry and its line.
     """
     source = Path(path)
-    try:
-        document = tomllib.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StudyConfigError("study", f"{source}: no such file", "check the name") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise StudyConfigError("study", f"{source} is not TOML: {error}", "mend the file") from error
-    return parse_study(document, folder=source.resolve().parent, default_name=source.stem)
+    parse = partial(parse_study, folder=source.resolve().parent, default_name=source.stem)
+    study: Study = read_document(source, "study", parse)
+    return study
 
 
 def parse_study(document: Mapping[str, Any], *, folder: Path = Path(), default_name: str = "study") -> Study:
-    """A study from the tables of its file.
+    """Return the study that the tables of its file state.
 
     Parameters
     ----------
@@ -179,134 +161,113 @@ def parse_study(document: Mapping[str, Any], *, folder: Path = Path(), default_n
 
     Raises
     ------
-    StudyConfigError
+    ArgumentError
         If an entry is missing, unknown or impossible.
     """
-    _known("study", document, ("name", "description", "seeds", "limits", "instances", "methods"))
+    readers = {"name": _text, "description": _text, "seeds": _seeds}
+    fields = _fields("", document, readers, "limits", "instances", "methods")
     limits = _limits("limits", document.get("limits", {}), RunLimits())
-    seeds = _seeds("seeds", document.get("seeds", [0]))
+    shared = {"seeds": fields.pop("seeds", (0,)), "limits": limits}
     return Study(
-        name=_text("name", document.get("name", default_name)),
-        description=_text("description", document.get("description", "")),
+        **{"name": default_name, **fields},
         folder=folder,
-        instances=tuple(
-            _instance_group(f"instances[{i}]", table)
-            for i, table in enumerate(_tables("instances", document.get("instances")))
-        ),
-        methods=tuple(
-            _method_group(f"methods[{i}]", table, seeds, limits)
-            for i, table in enumerate(_tables("methods", document.get("methods")))
-        ),
+        instances=tuple(_instance_group(where, table) for where, table in _tables("instances", document)),
+        methods=tuple(_method_group(where, table, shared) for where, table in _tables("methods", document)),
     )
 
 
-def _instance_group(where: str, table: Mapping[str, Any]) -> InstanceGroup:
-    _known(where, table, (*SOURCES, "arguments", "damping", "sparsity"))
-    named = [source for source in SOURCES if source in table]
-    if len(named) != 1:
-        found = " and ".join(named) or "no source"
-        raise StudyConfigError(where, found, f"give exactly one of {', '.join(SOURCES)}")
-    if "arguments" in table and named != ["factory"]:
-        raise StudyConfigError(f"{where}.arguments", f"given with {named[0]}", "they are a factory's")
-    factory = _text(f"{where}.factory", table.get("factory", ""))
-    if factory and factory.count(":") != 1:
-        raise StudyConfigError(f"{where}.factory", f"{factory!r}", 'write "module:function"')
-    sparsity = _numbers(f"{where}.sparsity", table.get("sparsity", []))
-    if any(not 0.0 <= share <= 1.0 for share in sparsity):
-        raise StudyConfigError(f"{where}.sparsity", f"{list(sparsity)}", "shares lie in [0, 1]")
-    return InstanceGroup(
-        library=_texts(f"{where}.library", table.get("library", [])),
-        files=_texts(f"{where}.files", table.get("files", [])),
-        factory=factory,
-        arguments=_grid(f"{where}.arguments", table.get("arguments", {})),
-        damping=_numbers(f"{where}.damping", table.get("damping", [])),
-        sparsity=sparsity,
-    )
+def _instance_group(where: str, table: Any) -> InstanceGroup:
+    readers = {"library": _texts, "files": _texts, "factory": _text, "arguments": _grid}
+    fields = _fields(where, table, {**readers, "damping": _numbers, "sparsity": _shares})
+    sources = [source for source in SOURCES if source in fields]
+    if len(sources) != 1:
+        found = " and ".join(sources) or "no source"
+        raise ArgumentError(where, found, f"give exactly one of {', '.join(SOURCES)}")
+    if "arguments" in fields and sources != ["factory"]:
+        raise ArgumentError(f"{where}.arguments", f"given with {sources[0]}", "they are a factory's")
+    if "factory" in fields and fields["factory"].count(":") != 1:
+        raise ArgumentError(f"{where}.factory", f"{fields['factory']!r}", 'write "module:function"')
+    return InstanceGroup(**fields)
 
 
-def _method_group(
-    where: str, table: Mapping[str, Any], seeds: tuple[int, ...], limits: RunLimits
-) -> MethodGroup:
-    own = ("program", "methods", "solvers", "formulations", "options", "vary", "seeds", "limits")
-    _known(where, table, own)
-    if ("methods" in table) == ("solvers" in table):
-        found = "both" if "methods" in table else "neither"
-        raise StudyConfigError(where, f"{found} of methods and solvers", "give one of them")
-    if "formulations" in table and "solvers" not in table:
-        raise StudyConfigError(f"{where}.formulations", "without solvers", "name the solvers too")
-    programs = _texts(f"{where}.program", table.get("program", []))
-    if not programs or any(program not in PROGRAMS for program in programs):
-        raise StudyConfigError(f"{where}.program", f"{list(programs)}", f"choose from {', '.join(PROGRAMS)}")
-    vary = _text(f"{where}.vary", table.get("vary", "all"))
-    if vary not in VARY:
-        raise StudyConfigError(f"{where}.vary", f"{vary!r}", f"choose one of {', '.join(VARY)}")
-    return MethodGroup(
-        programs=programs,
-        methods=_texts(f"{where}.methods", table.get("methods", [])),
-        solvers=_texts(f"{where}.solvers", table.get("solvers", [])),
-        formulations=_texts(f"{where}.formulations", table.get("formulations", ["*"])),
-        options=_grid(f"{where}.options", table.get("options", {})),
-        vary=vary,
-        seeds=_seeds(f"{where}.seeds", table["seeds"]) if "seeds" in table else seeds,
-        limits=_limits(f"{where}.limits", table.get("limits", {}), limits),
-    )
+def _method_group(where: str, table: Any, shared: Mapping[str, Any]) -> MethodGroup:
+    readers = {"program": _programs, "methods": _texts, "solvers": _texts, "formulations": _texts}
+    readers |= {"options": _grid, "vary": _vary, "seeds": _seeds}
+    fields = _fields(where, table, readers, "limits")
+    if ("methods" in fields) == ("solvers" in fields):
+        found = "both" if "methods" in fields else "neither"
+        raise ArgumentError(where, f"{found} of methods and solvers", "give one of them")
+    if "formulations" in fields and "solvers" not in fields:
+        raise ArgumentError(f"{where}.formulations", "without solvers", "name the solvers too")
+    if "program" not in fields:
+        raise ArgumentError(f"{where}.program", "none", f"choose among {', '.join(PROGRAMS)}")
+    limits = _limits(f"{where}.limits", table.get("limits", {}), shared["limits"])
+    return MethodGroup(**{**shared, "programs": fields.pop("program"), **fields, "limits": limits})
 
 
 def _limits(where: str, table: Any, above: RunLimits) -> RunLimits:
-    """The limits of a table; what it leaves out is as in `above`."""
-    names = list(RunLimits.__dataclass_fields__)
-    _known(where, table, names)
-    return RunLimits(**{name: table.get(name, getattr(above, name)) for name in names})
+    """Return the limits of a table; what it leaves out is as in `above`."""
+    values = asdict(above)
+    _fields(where, table, {}, *values)
+    try:
+        return RunLimits(**{**values, **table})
+    except ArgumentError as error:
+        raise ArgumentError(error.argument.replace("limits", where, 1), error.found, error.remedy) from error
 
 
-def _known(where: str, table: Any, names: Any) -> None:
-    if not isinstance(table, Mapping):
-        raise StudyConfigError(where, f"{table!r}", "write a table")
-    for name in table:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise StudyConfigError(f"{where}.{name}", "unknown", f"{hint}known: {', '.join(names)}")
+Reader = Callable[[str, Any], Any]
 
 
-def _tables(where: str, value: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise StudyConfigError(where, "none", f"write at least one [[{where}]]")
-    return value
+def _fields(where: str, table: Any, readers: Mapping[str, Reader], *others: str) -> dict[str, Any]:
+    """Return what the readers make of a table; refuse entries with no reader that are not `others` either."""
+    known_names(where, table, (*readers, *others))
+    prefix = where and f"{where}."
+    return {name: read(f"{prefix}{name}", table[name]) for name, read in readers.items() if name in table}
+
+
+def _tables(name: str, document: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    tables = document.get(name)
+    if not isinstance(tables, list) or not tables:
+        raise ArgumentError(name, "none", f"write at least one [[{name}]]")
+    return [(f"{name}[{number}]", table) for number, table in enumerate(tables)]
 
 
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise StudyConfigError(where, f"{value!r}", "write a string")
+        raise ArgumentError(where, f"{value!r}", "write a string")
     return value
 
 
-def _texts(where: str, value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(_text(where, entry) for entry in values)
+def _vary(where: str, value: Any) -> str:
+    return one_of(where, value, VARY)
 
 
-def _numbers(where: str, value: Any) -> tuple[float, ...]:
-    values = value if isinstance(value, list) else [value]
-    for entry in values:
-        if isinstance(entry, bool) or not isinstance(entry, int | float) or not 0.0 <= entry < math.inf:
-            raise StudyConfigError(where, f"{entry!r}", "write finite numbers >= 0")
-    return tuple(float(entry) for entry in values)
+def _several(read: Reader, least: int = 0) -> Reader:
+    """Return a reader of a list, or of one value as a list of one."""
+
+    def read_each(where: str, value: Any) -> tuple[Any, ...]:
+        values = value if isinstance(value, list) else [value]
+        if len(values) < least:
+            raise ArgumentError(where, "an empty list", "write at least one value")
+        return tuple(read(where, entry) for entry in values)
+
+    return read_each
 
 
-def _seeds(where: str, value: Any) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not values or any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in values):
-        raise StudyConfigError(where, f"{value!r}", "write whole numbers >= 0")
-    return tuple(values)
+def _scalar(where: str, value: Any) -> str | int | float | bool:
+    if not isinstance(value, str | int | float):
+        raise ArgumentError(where, f"{value!r}", "write numbers, strings or booleans")
+    return value
+
+
+_texts = _several(_text)
+_numbers = _several(finite_number)
+_shares = _several(lambda where, value: finite_number(where, value, most=1.0))
+_seeds = _several(lambda where, value: whole_number(where, value, least=0), least=1)
+_programs = _several(lambda where, value: one_of(where, value, PROGRAMS), least=1)
+_scalars = _several(_scalar, least=1)
 
 
 def _grid(where: str, table: Any) -> dict[str, tuple[Any, ...]]:
-    """Values by name; a single value counts as a list of one."""
-    if not isinstance(table, Mapping):
-        raise StudyConfigError(where, f"{table!r}", "write a table")
-    grid = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in table.items()}
-    for name, values in grid.items():
-        if not values or not all(isinstance(value, SCALARS) for value in values):
-            raise StudyConfigError(f"{where}.{name}", f"{list(values)}", "write numbers, strings or booleans")
-    return grid
+    """Return values by name; a single value counts as a list of one."""
+    return _fields(where, table, dict.fromkeys(table, _scalars) if isinstance(table, Mapping) else {})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ class Interval:
 
 
 def bootstrap_mean(values: FloatArray, groups: Sequence[object], seed: int = 0) -> Interval:
-    """Percentile interval of a mean, drawing whole groups: runs on one block are not independent.
+    """Return the percentile interval of a mean, drawing whole groups: runs on a block are not independent.
 
     Parameters
     ----------
@@ -76,27 +77,29 @@ class Effect:
 
 
 def effects(table: pd.DataFrame) -> list[Effect]:
-    """The effect of every option that was varied, from pairs of runs that differ in it alone.
+    """Return the effect of every option that was varied, from pairs of runs that differ in it alone.
 
     Times and nodes of exact methods, times and objectives of heuristics. A run without a proof counts
     with its whole time limit, so a ratio says at least so much.
     """
     charged = table.assign(charged=charged_seconds(table))
-    found = []
+    measured: list[Effect] = []
     for method, rows in charged.groupby("method", sort=False):
         options = [json.loads(text) for text in rows["options"]]
         for name in dict.fromkeys(name for chosen in options for name in chosen):
             values = list(dict.fromkeys(json.dumps(c[name]) for c in options if name in c))
             for value in values[1:]:
                 pairs = _pairs(rows, options, name, values[0], value)
-                found += _measured(str(method), name, values[0], value, pairs)
-    return found
+                base, other = (option_text(json.loads(text)) for text in (values[0], value))
+                what = {"method": str(method), "option": name, "base": base, "value": other}
+                measured += _measured(what, pairs) if len(pairs) else []
+    return measured
 
 
 def _pairs(
     rows: pd.DataFrame, options: Sequence[dict[str, object]], name: str, base: str, value: str
 ) -> pd.DataFrame:
-    """Runs with `base` beside those with `value`, everything else equal."""
+    """Return runs with `base` beside those with `value`, everything else equal."""
     keys = ["instance", "seed", "rest"]
     rest = [json.dumps({k: v for k, v in c.items() if k != name}, sort_keys=True) for c in options]
     mine = [json.dumps(chosen.get(name)) for chosen in options]
@@ -107,13 +110,10 @@ def _pairs(
     return both.reset_index()
 
 
-def _measured(method: str, name: str, base: str, value: str, pairs: pd.DataFrame) -> list[Effect]:
-    if pairs.empty:
-        return []
+def _measured(what: Mapping[str, Any], pairs: pd.DataFrame) -> Iterator[Effect]:
     heuristic = pairs["kind_0"].isin(HEURISTIC).all()
     measures = {"time": ("charged", SHIFT_SECONDS)}
     measures |= {"objective": ("objective", 0.0)} if heuristic else {"nodes": ("nodes", SHIFT_NODES)}
-    found = []
     for measure, (column, shift) in measures.items():
         before = pairs[f"{column}_0"].to_numpy(float) + shift
         after = pairs[f"{column}_1"].to_numpy(float) + shift
@@ -122,16 +122,6 @@ def _measured(method: str, name: str, base: str, value: str, pairs: pd.DataFrame
             continue
         blocks = pairs["instance"].to_numpy()[good]
         logs = bootstrap_mean(np.log(after[good] / before[good]), list(blocks))
-        found.append(
-            Effect(
-                method=method,
-                option=name,
-                base=option_text(json.loads(base)),
-                value=option_text(json.loads(value)),
-                measure=measure,
-                ratio=Interval(value=math.exp(logs.value), low=math.exp(logs.low), high=math.exp(logs.high)),
-                pairs=int(good.sum()),
-                blocks=len(set(blocks)),
-            )
-        )
-    return found
+        ratio = Interval(value=math.exp(logs.value), low=math.exp(logs.low), high=math.exp(logs.high))
+        counts: dict[str, Any] = {"pairs": int(good.sum()), "blocks": len(set(blocks))}
+        yield Effect(**what, measure=measure, ratio=ratio, **counts)

@@ -5,14 +5,6 @@ from __future__ import annotations
 from formulations.errors import ArgumentError, CbsError
 
 
-class StudyConfigError(ArgumentError):
-    """A study file does not say what a study needs, or says something else."""
-
-
-class FilterError(ArgumentError):
-    """A filter names no column, or is not NAME=VALUE."""
-
-
 class StudyFolderError(ArgumentError):
     """The folder of results is in use, damaged, or belongs to another study."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from statistics import fmean
 
 from cbs_opt.study.expansion import Run
 
@@ -22,8 +24,7 @@ class TimeLeft:
         self._jobs = jobs
         self._waiting: Counter[tuple[str, str]] = Counter()
         self._longest: dict[tuple[str, str], float] = {}
-        self._spent: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self._done: Counter[tuple[str, str]] = Counter()
+        self._seconds: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         for run in runs:
             what = (run.method, run.program)
             self._waiting[what] += 1
@@ -31,28 +32,24 @@ class TimeLeft:
 
     def finished(self, run: Run, seconds: float) -> None:
         """Take note that a run occupied a worker for `seconds`."""
-        what = (run.method, run.program)
-        self._waiting[what] -= 1
-        self._spent[what] += seconds
-        self._done[what] += 1
+        self._waiting[run.method, run.program] -= 1
+        self._seconds[run.method, run.program].append(seconds)
 
     @property
     def seconds(self) -> float:
         """Expected wall-clock seconds until all runs are done."""
-        done = self._done.total()
-        overall = sum(self._spent.values()) / done if done else None
+        every = [seconds for times in self._seconds.values() for seconds in times]
         total = 0.0
         for what, count in self._waiting.items():
-            if self._done[what]:
-                each = self._spent[what] / self._done[what]
+            if times := self._seconds.get(what):
+                total += count * fmean(times)
             else:
-                each = self._longest[what] if overall is None else min(overall, self._longest[what])
-            total += count * each
+                total += count * min(self._longest[what], fmean(every) if every else math.inf)
         return total / self._jobs
 
 
 def longest(runs: Iterable[Run], jobs: int) -> float:
-    """Upper bound on the wall-clock seconds of `runs`: every one at its limit and its grace.
+    """Return upper bound on the wall-clock seconds of `runs`: every one at its limit and its grace.
 
     Starting processes and the untimed warm-up of each method come on top.
     """

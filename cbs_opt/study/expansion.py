@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from cbs_opt.select.methods import Method, find_method
+from cbs_opt.select.methods import find_method
 from cbs_opt.study.config import MethodGroup, RunLimits, Study
-from cbs_opt.study.errors import FilterError, StudyConfigError
 from cbs_opt.study.instances import InstanceRecipe, recipes
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solvers import check_native_options, models_for
@@ -55,7 +54,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What names the run; two runs of a study never agree in it."""
+        """Names of the run; two runs of a study never agree in them."""
         return {
             "instance": self.recipe.name,
             "program": self.program,
@@ -66,7 +65,7 @@ class Run:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What may change under the same name: the data of the block, and the limits."""
+        """Inputs that may change under the same name: the data of the block, and the limits."""
         limits = asdict(self.limits)
         # How long an untimed solve may take decides nothing about the timed one.
         del limits["warm_up"]
@@ -74,7 +73,7 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """`identity` as one string."""
+        """Canonical JSON of `identity`."""
         return json.dumps(self.identity, sort_keys=True)
 
     @cached_property
@@ -84,7 +83,7 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """The columns of a row that are known before the run."""
+        """Return the columns of a row that are known before the run."""
         return {
             "run": self.fingerprint,
             **self.identity,
@@ -105,11 +104,11 @@ class Plan:
 
 
 def expand(study: Study) -> Plan:
-    """All runs of a study, block by block; every block is read once for its fingerprint.
+    """Return all runs of a study, block by block; every block is read once for its fingerprint.
 
     Raises
     ------
-    StudyConfigError
+    ArgumentError
         If a method or an option is unknown, nothing is left to run, or a run is asked for twice with
         different limits.
     """
@@ -117,36 +116,22 @@ def expand(study: Study) -> Plan:
     runs: dict[str, Run] = {}
     for recipe in recipes(study):
         problem = recipe.load()
-        block = problem.fingerprint()
-        for program, method, options, seed, limits in posed:
-            run = Run(
-                recipe=recipe,
-                block=block,
-                n=problem.n,
-                n_prune=problem.n_prune,
-                damping=problem.damping,
-                program=program,
-                method=method.name,
-                kind=method.kind,
-                options=options,
-                seed=seed,
-                limits=limits,
-            )
+        block: dict[str, Any] = {"block": problem.fingerprint()}
+        block |= {name: getattr(problem, name) for name in ("n", "n_prune", "damping")}
+        for how in posed:
+            run = Run(recipe=recipe, **block, **how)
             if runs.setdefault(run.key, run).fingerprint != run.fingerprint:
                 found = f"{run.method} is there twice, with other limits"
-                raise StudyConfigError("methods", found, "merge them")
+                raise ArgumentError("methods", found, "merge them")
     if not runs:
         why = "; ".join(left_out)
-        raise StudyConfigError("methods", f"nothing to run ({why})", "choose other solvers or formulations")
+        raise ArgumentError("methods", f"nothing to run ({why})", "choose other solvers or formulations")
     return Plan(runs=tuple(runs.values()), left_out=tuple(left_out))
 
 
-Posed = tuple[str, Method, dict[str, Any], int, RunLimits]
-
-
-def _posed(study: Study) -> tuple[list[Posed], list[str]]:
-    """Program, method, options, seed and limits of every run, without the blocks."""
-    posed: list[Posed] = []
+def _posed(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return what every run has without its block, and the combinations that do not exist."""
+    posed: list[dict[str, Any]] = []
     left_out: list[str] = []
     for number, group in enumerate(study.methods):
         for program in group.programs:
@@ -157,11 +142,13 @@ def _posed(study: Study) -> tuple[list[Posed], list[str]]:
                         method.check_options(options, program)
                         if method.backend:
                             check_native_options(method.backend, options)
-                        posed += [(program, method, options, seed, group.limits) for seed in group.seeds]
+                        how: dict[str, Any] = {"program": program, "method": method.name, "kind": method.kind}
+                        how |= {"options": options, "limits": group.limits}
+                        posed += [{**how, "seed": seed} for seed in group.seeds]
                 except UnsupportedProblemError as error:
                     left_out.append(f"{name}: {error.found}, {error.remedy}")
                 except ArgumentError as error:
-                    raise StudyConfigError(f"methods[{number}]", error.found, error.remedy) from error
+                    raise ArgumentError(f"methods[{number}]", error.found, error.remedy) from error
     return posed, left_out
 
 
@@ -171,7 +158,7 @@ def _names(where: str, group: MethodGroup, program: str, left_out: list[str]) ->
         try:
             models = models_for(solver, program)
         except UnsupportedProblemError as error:
-            raise StudyConfigError(f"{where}.solvers", error.found, error.remedy) from error
+            raise ArgumentError(f"{where}.solvers", error.found, error.remedy) from error
         wanted = [
             model
             for model in models
@@ -185,7 +172,7 @@ def _names(where: str, group: MethodGroup, program: str, left_out: list[str]) ->
 
 
 def combinations(grid: Mapping[str, Sequence[Any]], vary: str) -> Iterator[dict[str, Any]]:
-    """Choices of one value for each name: all, or those that differ from the first in one name."""
+    """Return choices of one value for each name: all, or those that differ from the first in one name."""
     if vary == "all":
         for values in itertools.product(*grid.values()):
             yield dict(zip(grid, values, strict=True))
@@ -198,7 +185,7 @@ def combinations(grid: Mapping[str, Sequence[Any]], vary: str) -> Iterator[dict[
 
 
 def select(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
-    """The runs that every filter lets through.
+    """Return the runs that every filter lets through.
 
     Parameters
     ----------
@@ -209,7 +196,7 @@ def select(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
 
     Raises
     ------
-    FilterError
+    ArgumentError
         If a filter is not of that form.
     """
     chosen = list(runs)
@@ -218,7 +205,7 @@ def select(runs: Sequence[Run], filters: Sequence[str]) -> list[Run]:
         name = name.strip()
         if not separator or not (name in FILTERS or name.startswith(OPTION)):
             remedy = f"write NAME=GLOB with {', '.join(FILTERS)} or {OPTION}NAME"
-            raise FilterError("filter", f"{text!r}", remedy)
+            raise ArgumentError("filter", f"{text!r}", remedy)
         globs = [pattern.strip() for pattern in patterns.split(",")]
         chosen = [
             run for run in chosen if any(fnmatch.fnmatchcase(_value(run, name), glob) for glob in globs)

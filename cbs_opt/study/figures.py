@@ -7,23 +7,23 @@ returns a `matplotlib.figure.Figure`, or None where a study has nothing to show.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import Locator, LogLocator, NullFormatter
 
 from cbs_opt.report.figure_style import INK, WIDTH, Style, dress, marker, numbered_style, single
 from cbs_opt.study.statistics import (
     CLOCKS,
     HEURISTIC,
-    SHIFT_SECONDS,
-    charged_seconds,
     clock,
     performance_profile,
-    shifted_geometric_mean,
+    ranking,
 )
 from formulations.problem import FloatArray
 
@@ -38,25 +38,16 @@ FEW_DECADES = 100.0
 
 
 def styles(table: pd.DataFrame) -> dict[str, Style]:
-    """A style for each label, the same in every picture of a study.
+    """Return a style for each label, the same in every picture of a study.
 
     Exact methods come in the order of what they proved: pictures draw the first few, whose colours differ.
     """
-    costs = table.assign(charged=charged_seconds(table)).groupby("label", sort=False)
-    ranks = {
-        str(label): (
-            -int(rows["proved"].sum()),
-            shifted_geometric_mean(rows["charged"].to_numpy(float), SHIFT_SECONDS),
-        )
-        if not rows["kind"].isin(HEURISTIC).all()
-        else (1, 0.0)
-        for label, rows in costs
-    }
+    ranks = ranking(table)
     return {label: numbered_style(i) for i, label in enumerate(sorted(ranks, key=ranks.__getitem__))}
 
 
 def profile_figure(table: pd.DataFrame) -> Figure | None:
-    """Share of cases that each exact method proves within a factor of the fastest one's time.
+    """Draw the share of cases that each method proves within a factor of the fastest one's time.
 
     Methods that proved nothing have no line; of more than `MOST_LINES` those that proved most and
     fastest are drawn. The legend has the cases proved.
@@ -76,19 +67,11 @@ def profile_figure(table: pd.DataFrame) -> Figure | None:
         x = np.concatenate([[1.0], proved[label], [right]])
         y = np.concatenate([[0.0], np.arange(1, proved[label].size + 1), [proved[label].size]]) / cases
         style = palette[label]
-        axes.plot(
-            x,
-            100.0 * y,
-            drawstyle="steps-post",
-            linestyle=style.line,
-            linewidth=1.6,
-            markevery=_spread(len(x)),
-            label=f"{label} ({proved[label].size}/{cases})",
-            **marker(style),
-        )
+        how = {"drawstyle": "steps-post", "markevery": _spread(len(x)), **series(style)}
+        axes.plot(x, 100.0 * y, label=f"{label} ({proved[label].size}/{cases})", **how)
     axes.set_xscale("log", base=2 if right <= 2.0**14 else 10)
     axes.set_xlim(1.0, right)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(-2.0, 102.0)
     axes.set_xlabel(f"{CLOCKS[clock(table)]} over that of the fastest method on the case (factor)")
     axes.set_ylabel("Cases proved optimal (%)")
@@ -97,7 +80,7 @@ def profile_figure(table: pd.DataFrame) -> Figure | None:
 
 
 def gap_figure(table: pd.DataFrame) -> Figure | None:
-    """Median gap over all cases against time, as the traces of the runs tell; 100 % without a bound."""
+    """Draw the median gap over all cases against time, as the traces tell; 100 % without a bound."""
     exact = table[~table["kind"].isin(HEURISTIC)]
     exact = exact[exact["bound"].notna()]
     if exact.empty:
@@ -117,31 +100,17 @@ def gap_figure(table: pd.DataFrame) -> Figure | None:
     figure, axes = single(height=4.4)
     for label in order[:MOST_LINES]:
         style = palette[label]
-        axes.plot(
-            times,
-            100.0 * np.maximum(medians[label], floor),
-            linestyle=style.line,
-            linewidth=1.6,
-            markevery=_spread(times.size),
-            label=label,
-            **marker(style),
-        )
+        gaps = 100.0 * np.maximum(medians[label], floor)
+        axes.plot(times, gaps, label=label, markevery=_spread(times.size), **series(style))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlim(start, end)
     _time_ticks(axes)
     axes.set_ylim(100.0 * floor / 1.3, 130.0)
     axes.axhline(100.0 * floor, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-    axes.annotate(
-        "counted as optimal",
-        (0.01, 100.0 * floor),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        fontsize=8,
-        color=INK,
-    )
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate("counted as optimal", (0.01, 100.0 * floor), xytext=(0, 3), fontsize=8, color=INK, **place)
     axes.set_xlabel("Wall-clock time (s)")
     axes.set_ylabel("Median gap (%)")
     legend_below(figure, axes)
@@ -149,7 +118,7 @@ def gap_figure(table: pd.DataFrame) -> Figure | None:
 
 
 def traces_figure(table: pd.DataFrame) -> Figure | None:
-    """Incumbent and bound against time on the blocks with the longest traces, a panel each.
+    """Draw incumbent and bound against time on the blocks with the longest traces, a panel each.
 
     Both relative to the best objective of the study on that block.
     """
@@ -180,14 +149,8 @@ def traces_figure(table: pd.DataFrame) -> Figure | None:
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(str(label), handle)
-    figure.legend(
-        handles=list(entries.values()),
-        labels=list(entries),
-        loc="outside upper center",
-        ncols=2,
-        frameon=False,
-        fontsize=8,
-    )
+    where: dict[str, Any] = {"loc": "outside upper center", "ncols": 2, "frameon": False, "fontsize": 8}
+    figure.legend(handles=list(entries.values()), labels=list(entries), **where)
     return figure
 
 
@@ -215,21 +178,26 @@ def _trace_panel(axes: Axes, runs: pd.DataFrame, best: float, palette: dict[str,
     _time_ticks(axes)
     axes.set_yscale("symlog", linthresh=0.1)
     axes.margins(y=0.1)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(labelsize=8)
 
 
 def _time_ticks(axes: Axes) -> None:
-    """Plain numbers on a log axis of seconds, also within a decade, where it has no tick of its own."""
+    """Set ticks on a log axis of seconds, also within a decade, where it has no tick of its own."""
     low, high = axes.get_xlim()
     subs = (1.0, 2.0, 5.0) if high / low < FEW_DECADES else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_ticks(axes.xaxis, LogLocator(base=10, subs=subs, numticks=20))
+
+
+def plain_ticks(axis: Axis, locator: Locator) -> None:
+    """Write plain numbers at the places of `locator`, and nothing between them."""
+    axis.set_major_locator(locator)
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _gap_at(run: pd.Series, times: FloatArray) -> FloatArray:
-    """The gap of a run at given times: 1 before its first bound, its last one after its end."""
+    """Return the gap of a run at given times: 1 before its first bound, its last one after its end."""
     gaps = np.ones(times.size)
     points = [(p["seconds"], p["objective"], p["bound"]) for p in run["trace"]]
     if pd.notna(run["bound"]):
@@ -242,18 +210,18 @@ def _gap_at(run: pd.Series, times: FloatArray) -> FloatArray:
 
 
 def _spread(points: int) -> Sequence[int]:
-    """Indices of a few markers along a line."""
+    """Return indices of a few markers along a line."""
     return sorted({round(i) for i in np.linspace(0, points - 1, min(points, MARKERS_ON_LINE))})
 
 
+def series(style: Style) -> dict[str, Any]:
+    """Return the arguments of `plot` for a line with its points."""
+    return {"linestyle": style.line, "linewidth": 1.6, **marker(style)}
+
+
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """The legend under the picture, where no line passes; long names in one column."""
+    """Put the legend under the picture, where no line passes; long names in one column."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles=handles,
-        labels=labels,
-        loc="outside lower center",
-        ncols=2 if max(map(len, labels)) <= LONGEST_OF_TWO else 1,
-        frameon=False,
-        fontsize=8,
-    )
+    columns = 2 if max(map(len, labels)) <= LONGEST_OF_TWO else 1
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 8}
+    figure.legend(handles=handles, labels=labels, **where)

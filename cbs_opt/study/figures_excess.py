@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from cbs_opt.report.figure_style import GRID, INK, WIDTH, dress, marker, numbered_style, single
 from cbs_opt.study.effects import Effect, bootstrap_mean
-from cbs_opt.study.figures import legend_below, styles
+from cbs_opt.study.figures import legend_below, plain_ticks, series, styles
 from cbs_opt.study.statistics import HEURISTIC, with_excess
 from formulations.problem import FloatArray
 
@@ -26,7 +27,7 @@ NARROW, WIDE = 5.0, 1e3
 
 
 def excess_figure(table: pd.DataFrame) -> Figure | None:
-    """Excess of each heuristic over the proved optimum: a mark a run, the mean, how many are optimal."""
+    """Draw the excess of heuristics over proved optima: a mark a run, the mean, how many are optimal."""
     rows = _heuristics(table)
     if rows.empty:
         return None
@@ -36,16 +37,10 @@ def excess_figure(table: pd.DataFrame) -> Figure | None:
     figure, axes = single(height=1.1 + 0.36 * len(labels))
     for height, label in enumerate(labels):
         values = rows.loc[rows["label"] == label, "excess"].to_numpy(float)
-        style = palette[label]
         # Spread evenly in the order of the rows: nothing random in a picture.
         spread = 0.26 * np.linspace(-1.0, 1.0, values.size) if values.size > 1 else np.zeros(1)
-        axes.plot(
-            _floored(values),
-            height + spread,
-            linestyle="none",
-            alpha=0.75,
-            **{**marker(style), "markersize": 4.5},
-        )
+        points = {**marker(palette[label]), "markersize": 4.5, "linestyle": "none", "alpha": 0.75}
+        axes.plot(_floored(values), height + spread, **points)
         axes.plot([_floored(means[label])] * 2, [height - 0.38, height + 0.38], color=INK, linewidth=1.8)
     axes.plot([], [], color=INK, linewidth=1.8, label="mean")
     optimal = (rows["excess"] <= FLOOR).groupby(rows["label"]).agg(["sum", "size"])
@@ -60,7 +55,7 @@ def excess_figure(table: pd.DataFrame) -> Figure | None:
 
 
 def excess_against_figure(table: pd.DataFrame, column: str, title: str) -> Figure | None:
-    """Mean excess of each heuristic over `column`, with the interval over blocks; None for one value.
+    """Draw the mean excess of heuristics over `column`, with the interval over blocks; None for one value.
 
     Parameters
     ----------
@@ -87,17 +82,16 @@ def excess_against_figure(table: pd.DataFrame, column: str, title: str) -> Figur
         }
         style = palette[label]
         x = _beside(np.array(list(intervals), dtype=float), places, number - 0.5 * (len(labels) - 1))
-        y = _floored([interval.value for interval in intervals.values()])
-        low = _floored([interval.low for interval in intervals.values()])
-        high = _floored([interval.high for interval in intervals.values()])
+        y, low, high = (
+            _floored([getattr(interval, name) for interval in intervals.values()])
+            for name in ("value", "low", "high")
+        )
         axes.vlines(x, low, high, color=style.color, linewidth=1.0, alpha=0.8)
-        axes.plot(x, y, linestyle=style.line, linewidth=1.6, label=label, **marker(style))
+        axes.plot(x, y, label=label, **series(style))
     if column != "sparsity":
         axes.set_xscale("log", base=2 if column == "n" else 10)
     if column == "n":
-        axes.xaxis.set_major_locator(FixedLocator([float(place) for place in places]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        plain_ticks(axes.xaxis, FixedLocator([float(place) for place in places]))
     _excess_axis(axes, rows["excess"], along="y")
     axes.set_xlabel(title)
     axes.set_ylabel("Mean excess over the optimum (%)")
@@ -105,48 +99,38 @@ def excess_against_figure(table: pd.DataFrame, column: str, title: str) -> Figur
     return figure
 
 
-def effects_figure(found: Sequence[Effect]) -> Figure | None:
-    """Factor by which changing one option changes time and nodes (or objective), with intervals."""
-    if not found:
+def effects_figure(effects: Sequence[Effect]) -> Figure | None:
+    """Draw the factors by which options change time and nodes (or objective), with intervals."""
+    if not effects:
         return None
-    keys = list(dict.fromkeys((e.method, e.option, e.base, e.value) for e in found))[:MOST_ROWS]
-    measures = list(dict.fromkeys(effect.measure for effect in found))
+    keys = list(dict.fromkeys((e.method, e.option, e.base, e.value) for e in effects))[:MOST_ROWS]
+    measures = list(dict.fromkeys(effect.measure for effect in effects))
     methods = {method for method, *_ in keys}
     several = len(methods) > 1
     models = {method.partition(":")[2] for method in methods}
     # Where all solve one formulation, the name of the solver tells them apart.
-    told = {method: method.partition(":")[0] if len(models) == 1 else method for method in methods}
+    shown = {method: method.partition(":")[0] if len(models) == 1 else method for method in methods}
     figure = Figure(figsize=(WIDTH * 1.2, 1.2 + 0.42 * len(keys)), layout="constrained")
     axes = figure.subplots()
     dress(axes)
     for number, measure in enumerate(measures):
         style = numbered_style(number)
         shift = 0.22 * (number - (len(measures) - 1) / 2.0)
-        chosen = [e for e in found if e.measure == measure and (e.method, e.option, e.base, e.value) in keys]
+        chosen = [
+            e for e in effects if e.measure == measure and (e.method, e.option, e.base, e.value) in keys
+        ]
         heights = [keys.index((e.method, e.option, e.base, e.value)) + shift for e in chosen]
         values = np.array([effect.ratio.value for effect in chosen])
         lows = np.array([effect.ratio.low for effect in chosen])
         highs = np.array([effect.ratio.high for effect in chosen])
         points = {**marker(style), "markeredgecolor": style.color}
         points["fillstyle"] = "full" if number == 0 else "none"
-        axes.errorbar(
-            values,
-            heights,
-            xerr=[values - lows, highs - values],
-            linestyle="none",
-            elinewidth=1.4,
-            ecolor=style.color,
-            label=measure,
-            **{
-                **marker(style),
-                "fillstyle": "full" if number == 0 else "none",
-                "markeredgecolor": style.color,
-            },
-        )
+        lines: dict[str, Any] = {"linestyle": "none", "elinewidth": 1.4, "ecolor": style.color}
+        axes.errorbar(values, heights, xerr=[values - lows, highs - values], label=measure, **lines, **points)
     for height in range(len(keys) - 1):
         axes.axhline(height + 0.5, color=GRID, linewidth=0.8)
     names = [
-        (f"{told[method]}: " if several else "") + f"{option}: {base} → {value}"
+        (f"{shown[method]}: " if several else "") + f"{option}: {base} → {value}"
         for method, option, base, value in keys
     ]
     axes.set_yticks(range(len(keys)), names)
@@ -154,20 +138,20 @@ def effects_figure(found: Sequence[Effect]) -> Figure | None:
     axes.yaxis.grid(visible=False)
     axes.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
     axes.set_xscale("log")
-    _ratio_ticks(axes, [v for e in found for v in (e.ratio.low, e.ratio.high)])
+    _ratio_ticks(axes, [v for e in effects for v in (e.ratio.low, e.ratio.high)])
     axes.set_xlabel("Factor, after over before")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(measures), frameon=False, fontsize=8)
     return figure
 
 
 def _heuristics(table: pd.DataFrame) -> pd.DataFrame:
-    """Runs of heuristics on blocks whose optimum is proved."""
+    """Return runs of heuristics on blocks whose optimum is proved."""
     rows = with_excess(table)
     return rows[rows["kind"].isin(HEURISTIC) & rows["excess"].notna()]
 
 
 def _beside(x: FloatArray, places: Sequence[float], number: float) -> FloatArray:
-    """Places moved a little, so that the intervals of several methods stand beside one another."""
+    """Return places moved a little, so that the intervals of several methods stand side by side."""
     share = 0.025 * number
     if places[0] > 0.0 and places[-1] / places[0] > 4.0:
         return np.asarray(x * (places[-1] / places[0]) ** (share / len(places)))
@@ -179,7 +163,7 @@ def _floored(values: ArrayLike) -> FloatArray:
 
 
 def _excess_axis(axes: Axes, values: pd.Series, *, along: str) -> None:
-    """Per cent on a log axis that ends where a proof no longer tells excesses apart."""
+    """Set a log axis of per cent that ends where a proof no longer tells excesses apart."""
     top = 100.0 * max(2.0 * float(values.max()), 100.0 * FLOOR)
     floor = 100.0 * FLOOR
     scale, limits = (axes.set_xscale, axes.set_xlim) if along == "x" else (axes.set_yscale, axes.set_ylim)
@@ -194,7 +178,7 @@ def _excess_axis(axes: Axes, values: pd.Series, *, along: str) -> None:
 
 
 def _ratio_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Plain numbers, the more to a decade the narrower the range, with some room at both ends."""
+    """Write plain numbers, the more to a decade the narrower the range, with room at both ends."""
     low, high = min(*values, 0.8), max(*values, 1.25)
     axes.set_xlim(low / 1.2, high * 1.2)
     subs: tuple[float, ...] = (1.0,)
@@ -202,6 +186,4 @@ def _ratio_ticks(axes: Axes, values: Sequence[float]) -> None:
         subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     elif high / low < WIDE:
         subs = (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_ticks(axes.xaxis, LogLocator(base=10, subs=subs, numticks=20))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from cbs_opt.study.config import InstanceGroup, Study
-from cbs_opt.study.errors import StudyConfigError
+from formulations.errors import ArgumentError
 from formulations.instances import library, load_library, read_instance
 from formulations.problem import BlockProblem
 
@@ -42,11 +42,11 @@ class InstanceRecipe:
     sparsity: float | None = None
 
     def load(self) -> BlockProblem:
-        """The block.
+        """Return the block.
 
         Raises
         ------
-        StudyConfigError
+        ArgumentError
             If a factory does not exist or does not return a block.
         InstanceFormatError
             If a file is not a block.
@@ -69,15 +69,15 @@ class InstanceRecipe:
         try:
             factory = getattr(import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise StudyConfigError("factory", f"{self.locator}: {error}", "check the name") from error
+            raise ArgumentError("factory", f"{self.locator}: {error}", "check the name") from error
         if not _says_it_makes_blocks(factory):
             # A study file is data: it may not call whatever function it names, such as os.system.
             found = f"{self.locator} is not declared to return a BlockProblem"
-            raise StudyConfigError("factory", found, "annotate it: `def factory(...) -> BlockProblem`")
+            raise ArgumentError("factory", found, "annotate it: `def factory(...) -> BlockProblem`")
         problem = factory(**self.arguments)
         if not isinstance(problem, BlockProblem):
             found = f"{self.locator} returned a {type(problem).__name__}"
-            raise StudyConfigError("factory", found, "return a BlockProblem")
+            raise ArgumentError("factory", found, "return a BlockProblem")
         return problem
 
 
@@ -89,21 +89,21 @@ def _says_it_makes_blocks(factory: object) -> bool:
 
 
 def recipes(study: Study) -> list[InstanceRecipe]:
-    """Every block of a study, in the order of its file.
+    """Return every block of a study, in the order of its file.
 
     Raises
     ------
-    StudyConfigError
+    ArgumentError
         If a pattern matches nothing, or two different blocks have one name.
     """
-    found: dict[str, InstanceRecipe] = {}
+    by_name: dict[str, InstanceRecipe] = {}
     for number, group in enumerate(study.instances):
         for recipe in _of_group(f"instances[{number}]", group, study.folder):
-            earlier = found.setdefault(recipe.name, recipe)
+            earlier = by_name.setdefault(recipe.name, recipe)
             if earlier != recipe:
                 remedy = "rename a file, or leave one out"
-                raise StudyConfigError("instances", f"two blocks are called {recipe.name!r}", remedy)
-    return list(found.values())
+                raise ArgumentError("instances", f"two blocks are called {recipe.name!r}", remedy)
+    return list(by_name.values())
 
 
 def _of_group(where: str, group: InstanceGroup, folder: Path) -> Iterator[InstanceRecipe]:
@@ -120,13 +120,13 @@ def _bases(where: str, group: InstanceGroup, folder: Path) -> Iterator[InstanceR
         matching = [name for name in library() if fnmatch.fnmatchcase(name, pattern)]
         if not matching:
             remedy = "`cbs-opt library` lists the shipped blocks"
-            raise StudyConfigError(f"{where}.library", f"{pattern!r} matches none", remedy)
+            raise ArgumentError(f"{where}.library", f"{pattern!r} matches none", remedy)
         for name in matching:
             yield InstanceRecipe(name=name, source="library", locator=name)
     for pattern in group.files:
         paths = sorted(glob.glob(str(folder / pattern)))
         if not paths:
-            raise StudyConfigError(f"{where}.files", f"{pattern!r} matches no file", f"looked from {folder}")
+            raise ArgumentError(f"{where}.files", f"{pattern!r} matches no file", f"looked from {folder}")
         for path in paths:
             yield InstanceRecipe(name=Path(path).stem, source="files", locator=path)
     if group.factory:

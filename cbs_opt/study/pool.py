@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing import Pipe
 from typing import Any
 
 import psutil
@@ -35,13 +34,8 @@ FATAL, MODULES = "Fatal Python error", "Extension modules:"
 """What `faulthandler` writes first and last."""
 KEPT_SHARE = 0.25
 """A process that holds on to more than this share of its limit between runs is replaced."""
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
+LIBRARIES = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "NUMBA_NUM", "VECLIB_MAXIMUM")
+"""What the variables begin with that end in _THREADS and hold numerical libraries to some threads."""
 
 
 class Worker:
@@ -58,13 +52,13 @@ class Worker:
         self.run: Run | None = None
         self.ready = False
         self.started: float | None = None
-        self._given = time.perf_counter()
+        self._submitted = time.perf_counter()
         self._largest = 0
         self._at_rest: int | None = None
         self._killed = False
         # Opened for appending, so that it can be emptied while the process writes to it.
-        self._log = tempfile.NamedTemporaryFile("a+b", prefix="cbs-opt-worker-")  # noqa: SIM115
-        ours, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
+        self.connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cbs_opt.study.worker", str(theirs.fileno()), str(os.getpid())],
@@ -76,18 +70,17 @@ class Worker:
                 start_new_session=True,
                 env=_environment(threads),
             )
-        self.connection = Connection(ours.detach())
         self._gauge = psutil.Process(self._process.pid)
 
     @property
     def idle(self) -> bool:
-        """Whether it can be given a run."""
+        """True if it can be given a run."""
         return self.ready and self.run is None
 
     def submit(self, run: Run, warm_up: bool) -> None:
         """Let it solve `run`, after a warm-up of the method if this process has had none."""
         self.run, self.started = run, None
-        self._given = time.perf_counter()
+        self._submitted = time.perf_counter()
         self._largest = 0
         os.ftruncate(self._log.fileno(), 0)
         try:
@@ -125,7 +118,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it can go on to another run."""
+        """True if it can go on to another run."""
         return self._process.poll() is None
 
     def stop(self) -> None:
@@ -157,7 +150,7 @@ class Worker:
     def _overdue(self) -> dict[str, Any] | None:
         now = time.perf_counter()
         if self.run is None:
-            if not self.ready and now - self._given > START_PATIENCE:
+            if not self.ready and now - self._submitted > START_PATIENCE:
                 self._kill()
                 raise WorkerStartError(f"a worker process did not start in {START_PATIENCE:g} s")
             return None
@@ -165,18 +158,17 @@ class Worker:
         resident = self._resident() or 0
         self._largest = max(self._largest, resident)
         if resident > limits.memory_gib * 2**30:
-            self._kill()
             return self._outcome(OUT_OF_MEMORY, f"killed: over {limits.memory_gib:g} GiB of memory")
         if self.started is not None and now - self.started > limits.longest:
-            self._kill()
             note = f"killed: still running {limits.grace:g} s past its limit of {limits.time_limit:g} s"
             return self._outcome(TIMED_OUT, note)
-        if self.started is None and now - self._given > limits.warm_up + LOAD_PATIENCE:
-            self._kill()
+        if self.started is None and now - self._submitted > limits.warm_up + LOAD_PATIENCE:
             return self._outcome(TIMED_OUT, "killed: the block was not read, or the warm-up did not end")
         return None
 
     def _outcome(self, status: str, note: str) -> dict[str, Any]:
+        """End the process and return the columns of the run that it did not finish."""
+        self._kill()
         self.run = None
         seconds = None if self.started is None else time.perf_counter() - self.started
         return {
@@ -202,29 +194,23 @@ class Worker:
             return None
 
     def _tail(self) -> str:
-        """What it wrote last, on one line; of a fatal error the kind and the innermost calls."""
+        """Return what it wrote last, on one line; of a fatal error the kind and the innermost calls."""
         self._log.seek(0)
         text = self._log.read().decode(errors="replace")
-        fatal = text.rfind(FATAL)
-        if fatal >= 0:
-            text = text[fatal:].partition(MODULES)[0]
-            return " ".join(text[:LONGEST_TAIL].split())
-        return " ".join(text[-LONGEST_TAIL:].split())
+        _, fatal, calls = text.rpartition(FATAL)
+        shown = (fatal + calls.partition(MODULES)[0])[:LONGEST_TAIL] if fatal else text[-LONGEST_TAIL:]
+        return " ".join(shown.split())
 
 
 def _environment(threads: int) -> dict[str, str]:
     environment = dict(os.environ)
     # Threads that wait in a busy loop would take the cores of the other workers.
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+    environment |= {f"{name}_THREADS": str(threads) for name in LIBRARIES}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return environment
 
 
 def _exit_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
+    names = {entry.value: entry.name for entry in signal.Signals}
+    return f"exit code {code}" if code >= 0 else f"signal {names.get(-code, -code)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from cbs_opt.report.pages import Picture, embedded, render
 from cbs_opt.report.tables import Table
 from cbs_opt.study import figures, figures_excess, tables
-from cbs_opt.study.effects import RESAMPLES, effects
+from cbs_opt.study.effects import RESAMPLES, Effect, effects
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.results import Results
 from cbs_opt.study.statistics import (
@@ -90,13 +90,61 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """The part of the page on one program."""
+    """The part of the report on one program; `runs` are its rows, with labels."""
 
-    title: str
-    methods: Table
-    effects: Table | None
-    endings: Table | None
-    pictures: tuple[Picture, ...]
+    program: str
+    runs: pd.DataFrame
+    effects: list[Effect]
+
+    @property
+    def title(self) -> str:
+        """The heading."""
+        return PROGRAM_NOTES[self.program]
+
+    @property
+    def tables(self) -> Iterator[tuple[str, Table, str]]:
+        """Heading, table and note, those that have something to show."""
+        yield "", tables.methods_table(self.runs), f"{METHODS_NOTE} {_clock_note(self.runs)}"
+        if changed := tables.effects_table(self.effects):
+            yield "Effects of options", changed, EFFECTS_NOTE
+        if ended := tables.endings_table(self.runs):
+            yield "Runs without a usable answer", ended, ""
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The drawings, to be put into a page."""
+        return [embedded(drawing.figure, drawing.caption) for drawing in self.drawings()]
+
+    def drawings(self) -> list[Drawing]:
+        """Return every picture that the rows have something to show in."""
+        # Blocks of several sizes round the same sparsity differently: brought to twentieths.
+        sparsity = (20.0 * self.runs["n_prune"] / self.runs["n"].clip(lower=1)).round() / 20.0
+        runs = self.runs.assign(sparsity=sparsity)
+        pictures = [
+            ("profile", figures.profile_figure(runs), PROFILE),
+            ("gap", figures.gap_figure(runs), GAP),
+            ("traces", figures.traces_figure(runs), TRACES),
+            ("excess", figures_excess.excess_figure(runs), EXCESS),
+            ("effects", figures_excess.effects_figure(self.effects), EFFECTS),
+        ]
+        for column, (what, title) in AXES.items():
+            figure = figures_excess.excess_against_figure(runs, column, title)
+            pictures.append((f"excess_{column}", figure, AGAINST.format(what=what)))
+        return [
+            Drawing(name=name, figure=figure, caption=caption)
+            for name, figure, caption in pictures
+            if figure is not None
+        ]
+
+
+def sections(table: pd.DataFrame) -> list[Section]:
+    """Return a section for each program that has rows; `table` with labels."""
+    by_program = {program: table[table["program"] == program] for program in PROGRAMS}
+    return [
+        Section(program=program, runs=runs, effects=effects(runs))
+        for program, runs in by_program.items()
+        if not runs.empty
+    ]
 
 
 def write_report(results: Results, folder: Path, *, pictures: str | None = None) -> list[Path]:
@@ -121,97 +169,48 @@ def write_report(results: Results, folder: Path, *, pictures: str | None = None)
     StudyFolderError
         If no run is done yet.
     """
-    table = _labelled(results)
-    written = [folder / HTML, folder / MARKDOWN]
-    write_atomically(written[0], render_html(results).encode())
-    write_atomically(written[1], render_markdown(results).encode())
-    if pictures is not None:
-        for program in PROGRAMS:
-            for drawing in drawings(table[table["program"] == program]):
-                path = folder / f"{program}_{drawing.name}.{pictures}"
-                content = io.BytesIO()
-                drawing.figure.savefig(content, format=pictures, dpi=RESOLUTION)
-                write_atomically(path, content.getvalue())
-                written.append(path)
-    return written
+    contents = {HTML: render_html(results).encode(), MARKDOWN: render_markdown(results).encode()}
+    for section in sections(_labelled(results)) if pictures is not None else ():
+        for drawing in section.drawings():
+            stream = io.BytesIO()
+            drawing.figure.savefig(stream, format=pictures, dpi=RESOLUTION)
+            contents[f"{section.program}_{drawing.name}.{pictures}"] = stream.getvalue()
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def render_html(results: Results) -> str:
-    """The page as a string; everything is in it, nothing is fetched."""
+    """Return the page; everything is in it, nothing is fetched."""
     table = _labelled(results)
     return render(
         "study.html.j2",
+        package="cbs_opt.study",
         title=results.name,
         lead=_lead(results),
         description=results.description,
-        sections=[_section(program, own) for program, own in _by_program(table)],
-        methods_note=f"{METHODS_NOTE} {_clock_note(table)}",
-        effects_note=EFFECTS_NOTE,
+        sections=sections(table),
         settings=tables.settings_table(table),
         notes=_notes(results, table),
     )
 
 
 def render_markdown(results: Results) -> str:
-    """The tables as Markdown, without pictures."""
+    """Return the tables as Markdown, without pictures."""
     table = _labelled(results)
-    note = f"{METHODS_NOTE} {_clock_note(table)}"
-    parts = [f"# {results.name}", _lead(results)]
-    parts += [results.description] if results.description else []
-    for program, own in _by_program(table):
-        parts += [f"## {PROGRAM_NOTES[program]}", tables.markdown(tables.methods_table(own)), note]
-        changed = tables.effects_table(effects(own))
-        parts += [] if changed is None else ["### Effects of options", tables.markdown(changed), EFFECTS_NOTE]
-        ended = tables.endings_table(own)
-        parts += [] if ended is None else ["### Runs without a usable answer", tables.markdown(ended)]
-    parts += ["## Settings", tables.markdown(tables.settings_table(table)), *_notes(results, table)]
-    return "\n\n".join(parts) + "\n"
-
-
-def drawings(table: pd.DataFrame) -> list[Drawing]:
-    """Every picture that the rows of one program, with labels, have something to show in."""
-    # Blocks of several sizes round the same sparsity differently: brought to twentieths.
-    sparsity = (20.0 * table["n_prune"] / table["n"].clip(lower=1)).round() / 20.0
-    table = table.assign(sparsity=sparsity)
-    found = effects(table)
-    candidates = [
-        ("profile", figures.profile_figure(table), PROFILE),
-        ("gap", figures.gap_figure(table), GAP),
-        ("traces", figures.traces_figure(table), TRACES),
-        ("excess", figures_excess.excess_figure(table), EXCESS),
-        ("effects", figures_excess.effects_figure(found), EFFECTS),
-    ]
-    for column, (what, title) in AXES.items():
-        figure = figures_excess.excess_against_figure(table, column, title)
-        candidates.append((f"excess_{column}", figure, AGAINST.format(what=what)))
-    return [
-        Drawing(name=name, figure=figure, caption=caption)
-        for name, figure, caption in candidates
-        if figure is not None
-    ]
+    parts = [f"# {results.name}", _lead(results), results.description]
+    for section in sections(table):
+        parts.append(f"## {section.title}")
+        for heading, content, note in section.tables:
+            parts += [heading and f"### {heading}", content.markdown(), note]
+    parts += ["## Settings", tables.settings_table(table).markdown(), *_notes(results, table)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _labelled(results: Results) -> pd.DataFrame:
     if results.table.empty:
         raise StudyFolderError("folder", f"no run of {results.name!r} is done", "run `cbs-opt study` first")
     return with_labels(results.table)
-
-
-def _by_program(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for program in PROGRAMS:
-        own = table[table["program"] == program]
-        if not own.empty:
-            yield program, own
-
-
-def _section(program: str, table: pd.DataFrame) -> Section:
-    return Section(
-        title=PROGRAM_NOTES[program],
-        methods=tables.methods_table(table),
-        effects=tables.effects_table(effects(table)),
-        endings=tables.endings_table(table),
-        pictures=tuple(embedded(drawing.figure, drawing.caption) for drawing in drawings(table)),
-    )
 
 
 def _lead(results: Results) -> str:
@@ -226,7 +225,7 @@ def _lead(results: Results) -> str:
 
 
 def _clock_note(table: pd.DataFrame) -> str:
-    """Which time is meant, and how much of a processor the runs had."""
+    """Say which time is meant, and how much of a processor the runs had."""
     share = processor_share(table)
     had = "" if math.isnan(share) else f" Runs of .1 s and more had {share:.0%} of one in the median."
     if clock(table) == PROCESSOR:
@@ -234,7 +233,7 @@ def _clock_note(table: pd.DataFrame) -> str:
     return f"Time is wall-clock time.{had}"
 
 
-def _notes(results: Results, table: pd.DataFrame) -> Sequence[str]:
+def _notes(results: Results, table: pd.DataFrame) -> list[str]:
     notes = [f"Left out: {reason}." for reason in results.left_out]
     absent = tables.unavailable_only(table)
     if absent:

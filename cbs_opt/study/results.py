@@ -18,53 +18,15 @@ from formulations.files import write_atomically
 PARQUET = "results.parquet"
 
 FIRST = (
-    "run",
-    "instance",
-    "block",
-    "n",
-    "n_prune",
-    "damping",
-    "program",
-    "method",
-    "kind",
-    "options",
-    "seed",
-    "status",
-    "limit",
-    "note",
-    "objective",
-    "bound",
-    "certified_bound",
-    "gap",
-    "proved",
-    "seconds",
-    "cpu_seconds",
-    "nodes",
-    "iterations",
-    "peak_memory",
-    "time_limit",
-    "rel_gap",
-    "node_limit",
-    "iteration_limit",
-    "threads",
-    "grace",
-    "memory_gib",
-    "started",
+    *("run", "instance", "block", "n", "n_prune", "damping", "program", "method", "kind", "options", "seed"),
+    *("status", "limit", "note", "objective", "bound", "certified_bound", "gap", "proved"),
+    *("seconds", "cpu_seconds", "nodes", "iterations", "peak_memory"),
+    *("time_limit", "rel_gap", "node_limit", "iteration_limit", "threads", "grace", "memory_gib", "started"),
 )
 """Columns that every table has, in this order; an option, a version and the machine follow."""
 NUMBERS = (
-    "damping",
-    "objective",
-    "bound",
-    "certified_bound",
-    "gap",
-    "seconds",
-    "cpu_seconds",
-    "nodes",
-    "iterations",
-    "peak_memory",
-    "node_limit",
-    "iteration_limit",
+    *("damping", "objective", "bound", "certified_bound", "gap", "seconds", "cpu_seconds"),
+    *("nodes", "iterations", "peak_memory", "node_limit", "iteration_limit"),
 )
 GROUPS = {"options": "option", "versions": "version", "machine": "machine"}
 """Mappings in a row, and what their entries are called as columns: ``option.search``."""
@@ -118,7 +80,7 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
 
 
 def results_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows as a data frame.
+    """Return rows as a data frame.
 
     Returns
     -------

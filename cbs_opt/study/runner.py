@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,7 +20,7 @@ from cbs_opt.study.expansion import Plan, Run, expand, select
 from cbs_opt.study.pool import Worker
 from cbs_opt.study.results import write_parquet
 from cbs_opt.study.statuses import FAILURES
-from cbs_opt.study.store import Journal, Row, superseded, write_plan
+from cbs_opt.study.store import Journal, Row, read_rows, superseded
 from cbs_opt.system.versions import versions
 from formulations.errors import ArgumentError
 
@@ -100,7 +101,7 @@ def run_study(
 
     Raises
     ------
-    StudyConfigError, FilterError
+    ArgumentError
         If the study or a filter makes no sense; nothing is run then.
     ChangedInputsError
         If rows were made from other data or limits and `force` is not given.
@@ -116,28 +117,40 @@ def run_study(
     with Journal(Path(folder)) as journal:
         if not force:
             _check_unchanged(plan, journal)
-        write_plan(journal.folder, study.name, study.description, plan)
+        journal.write_plan(study.name, study.description, plan)
         todo = [run for run in selected if is_to_do(run, journal.rows, retry)]
         _warn_of_other_versions(row for run in selected if (row := journal.rows.get(run.fingerprint)))
         for method, program in sorted({(run.method, run.program) for run in todo}):
             prepare(method, program)
-        session = _Session(journal, todo, len(selected), jobs, on_row)
-        interrupted = session.work()
-        rows = journal.rows
+        new, interrupted, left = 0, False, TimeLeft(todo, jobs)
+        with closing(_Queue(todo, jobs).outcomes()) as outcomes:
+            try:
+                for run, outcome, occupied in outcomes:
+                    row = {**run.describe(), "versions": versions(), **outcome}
+                    journal.append(row)
+                    new += 1
+                    left.finished(run, occupied)
+                    if on_row is not None:
+                        done = len(selected) - len(todo) + new
+                        on_row(row, Progress(done=done, total=len(selected), seconds_left=left.seconds))
+            except KeyboardInterrupt:
+                interrupted = True
+        # Ctrl-C may come between the disk and the memory: the disk counts.
+        rows = read_rows(journal.folder)
         write_parquet(journal.folder, (rows[run.fingerprint] for run in plan.runs if run.fingerprint in rows))
-    done = [rows[run.fingerprint] for run in selected if run.fingerprint in rows]
+    statuses = [rows[run.fingerprint]["status"] for run in selected if run.fingerprint in rows]
     return Outcome(
         planned=len(plan.runs),
         selected=len(selected),
-        done=len(done),
-        new=session.new,
+        done=len(statuses),
+        new=new,
         interrupted=interrupted,
-        statuses=dict(Counter(row["status"] for row in done)),
+        statuses=dict(Counter(statuses)),
     )
 
 
 def is_to_do(run: Run, rows: dict[str, Row], retry: bool) -> bool:
-    """Whether a run has no row, or with `retry` one that says it failed."""
+    """Return whether a run has no row, or with `retry` one that says it failed."""
     row = rows.get(run.fingerprint)
     return row is None or (retry and row["status"] in FAILURES)
 
@@ -152,7 +165,7 @@ def _check_unchanged(plan: Plan, journal: Journal) -> None:
 
 
 def _warn_of_other_versions(rows: Iterable[Row]) -> None:
-    """Rows made with other software stay, but nobody should find out later."""
+    """Warn of rows made with other software: they stay, but nobody should find out later."""
     now = versions()
     differing: dict[str, set[str]] = {}
     for row in rows:
@@ -164,46 +177,33 @@ def _warn_of_other_versions(rows: Iterable[Row]) -> None:
         logger.warning("earlier rows were made with %s %s, now %s", name, found, now.get(name, "absent"))
 
 
-class _Session:
-    """One call's work: the queue, the workers and what they are doing."""
+class _Queue:
+    """The runs that wait, and the workers that take them."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        todo: Sequence[Run],
-        total: int,
-        jobs: int,
-        on_row: Callable[[Row, Progress], object] | None,
-    ) -> None:
-        self.new = 0
-        self._journal = journal
-        self._queue = list(todo)
-        self._total = total
-        self._before = total - len(todo)
+    def __init__(self, todo: Sequence[Run], jobs: int) -> None:
+        self._waiting = list(todo)
         self._jobs = jobs
-        self._on_row = on_row
         self._workers: list[Worker] = []
-        self._given: dict[Worker, float] = {}
-        self._time_left = TimeLeft(todo, jobs)
+        self._submitted: dict[Worker, float] = {}
         self._warm: set[tuple[str, str]] = set()
         """Methods that have been compiled and imported by some worker, or cannot be warmed up."""
         self._cold: set[tuple[str, str]] = set()
         """Methods that are run without a warm-up, because theirs took the process with it."""
 
-    def work(self) -> bool:
-        """Empty the queue; whether an interrupt came first."""
+    def outcomes(self) -> Generator[tuple[Run, dict[str, Any], float], None, None]:
+        """Give each run as it ends, with its outcome and the seconds that it occupied a worker."""
         try:
-            while self._queue or any(worker.run for worker in self._workers):
+            while self._waiting or any(worker.run for worker in self._workers):
                 self._assign()
                 wait([worker.connection for worker in self._workers], timeout=TICK)
                 for worker in list(self._workers):
-                    self._advance(worker)
-        except KeyboardInterrupt:
-            return True
+                    run = worker.run
+                    outcome = self._outcome(worker)
+                    if run is not None and outcome is not None:
+                        yield run, outcome, time.perf_counter() - self._submitted[worker]
         finally:
             for worker in self._workers:
                 worker.stop()
-        return False
 
     def _assign(self) -> None:
         """Give idle workers runs; start a worker where there are too few for what waits."""
@@ -215,48 +215,36 @@ class _Session:
                 self._replace(worker)
                 self._workers.append(Worker(run.limits.threads))
                 continue
-            self._queue.remove(run)
-            self._given[worker] = time.perf_counter()
+            self._waiting.remove(run)
+            self._submitted[worker] = time.perf_counter()
             worker.submit(run, warm_up=_what(run) not in self._cold)
         starting = sum(worker.run is None for worker in self._workers)
-        if len(self._workers) < self._jobs and starting < len(self._queue):
-            self._workers.append(Worker(self._queue[0].limits.threads))
+        if len(self._workers) < self._jobs and starting < len(self._waiting):
+            self._workers.append(Worker(self._waiting[0].limits.threads))
 
     def _next(self) -> Run | None:
-        """The first run whose method no other worker is compiling for the first time."""
+        """Return the first run whose method no other worker is compiling for the first time."""
         compiling = {
             _what(worker.run) for worker in self._workers if worker.run and worker.started is None
         } - self._warm
-        return next((run for run in self._queue if _what(run) not in compiling), None)
+        return next((run for run in self._waiting if _what(run) not in compiling), None)
 
-    def _advance(self, worker: Worker) -> None:
-        """See what a worker has to say, and write the row of a run that ended."""
+    def _outcome(self, worker: Worker) -> dict[str, Any] | None:
+        """Return the outcome of a run that ended, if one did and it says something about the run."""
         run = worker.run
         outcome = worker.step()
         if worker.started is not None and run is not None:
             self._warm.add(_what(run))
         if not worker.alive:
             self._replace(worker)
-        if run is None or outcome is None:
-            return
-        if worker.started is None and _what(run) not in self._cold:
-            # The small block of the warm-up took the process with it, which says nothing about the run.
-            logger.info("the warm-up of %s failed: %s", run.method, outcome["note"])
-            self._cold.add(_what(run))
-            self._warm.add(_what(run))
-            self._queue.insert(0, run)
-            return
-        self._finish(run, outcome, time.perf_counter() - self._given[worker])
-
-    def _finish(self, run: Run, outcome: dict[str, Any], occupied: float) -> None:
-        row = {**run.describe(), **outcome}
-        row.setdefault("versions", versions())
-        self._journal.append(row)
-        self.new += 1
-        self._time_left.finished(run, occupied)
-        if self._on_row is not None:
-            done = self._before + self.new
-            self._on_row(row, Progress(done=done, total=self._total, seconds_left=self._time_left.seconds))
+        if run is None or outcome is None or worker.started is not None or _what(run) in self._cold:
+            return outcome
+        # The small block of the warm-up took the process with it: once more without.
+        logger.info("the warm-up of %s failed: %s", run.method, outcome["note"])
+        self._cold.add(_what(run))
+        self._warm.add(_what(run))
+        self._waiting.insert(0, run)
+        return None
 
     def _replace(self, worker: Worker) -> None:
         """Drop a worker; `_assign` starts another if there is work."""

@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -64,7 +65,7 @@ class RunSolver:
             logger.info("%s: %s", run.recipe.name, error)
 
     def _block(self, run: Run) -> BlockProblem:
-        """The block of a run; the last few are kept, since runs come block by block."""
+        """Return the block of a run; the last few are kept, since runs come block by block."""
         what = (run.recipe.name, run.block)
         if what not in self._blocks:
             problem = run.recipe.load()
@@ -105,7 +106,7 @@ class RunSolver:
 
 
 def _processor_seconds() -> float:
-    """Processor time of this process, all threads, and of the processes that it started and waited for."""
+    """Return the processor time of this process and of those that it started and waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -127,11 +128,11 @@ def _solve(problem: BlockProblem, run: Run, time_limit: float) -> BlockSolution:
 
 
 def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
-    """What a solution says, with its objective recomputed; `INVALID` if it contradicts itself."""
+    """Return what a solution says, its objective recomputed; `INVALID` if it contradicts itself."""
     if not isinstance(solution, BlockSolution):
         return {"status": INVALID, "note": f"returned a {type(solution).__name__}, not a BlockSolution"}
-    found = verify(problem, solution)
-    wrong = list(found.notes) if not found.ok else []
+    checked = verify(problem, solution)
+    wrong = list(checked.notes) if not checked.ok else []
     if solution.program != run.program:
         wrong.append(f"it solved program {solution.program!r}")
     stats = solution.stats
@@ -140,33 +141,30 @@ def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
         "note": "; ".join(wrong) or stats.message,
         "nodes": stats.nodes,
         "iterations": stats.iterations,
-        "certified_bound": _number(found.bound),
+        "certified_bound": _number(checked.bound),
         "trace": _trace(solution.trace),
         "extra": plain(stats.extra),
     }
-    if wrong:
-        return columns
-    gap = solution.gap if solution.bound is not None else None
-    return columns | {
-        "limit": None if solution.limit is None else solution.limit.value,
-        "objective": _number(found.objective),
-        "bound": _number(solution.bound),
-        "gap": _number(gap),
-        "proved": solution.proved,
-    }
+    return (
+        columns
+        if wrong
+        else columns
+        | {
+            "limit": None if solution.limit is None else solution.limit.value,
+            "objective": _number(checked.objective),
+            "bound": _number(solution.bound),
+            "gap": None if solution.bound is None else _number(solution.gap),
+            "proved": solution.proved,
+        }
+    )
 
 
 def _trace(points: Sequence[TracePoint]) -> list[dict[str, Any]]:
-    """At most `LONGEST_TRACE` points, evenly chosen, the last one among them."""
+    """Return at most `LONGEST_TRACE` points, evenly chosen, the last one among them."""
     count = min(len(points), LONGEST_TRACE)
     chosen = [points[round((i + 1) * len(points) / count) - 1] for i in range(count)]
     return [
-        {
-            "seconds": point.seconds,
-            "nodes": point.nodes,
-            "objective": _number(point.objective),
-            "bound": _number(point.bound),
-        }
+        {**asdict(point), "objective": _number(point.objective), "bound": _number(point.bound)}
         for point in chosen
     ]
 

@@ -21,7 +21,7 @@ HEURISTIC = ("saliency", "search")
 
 
 def shifted_geometric_mean(values: Sequence[float] | FloatArray, shift: float) -> float:
-    """``exp(mean(log(values + shift))) - shift``; NaN of nothing.
+    """Return ``exp(mean(log(values + shift))) - shift``; NaN of nothing.
 
     Examples
     --------
@@ -39,7 +39,7 @@ def shifted_geometric_mean(values: Sequence[float] | FloatArray, shift: float) -
 
 
 def with_labels(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column `label`: the method, and those options that are not as in its first row."""
+    """Add a column `label`: the method, and those options that are not as in its first row."""
     labels = pd.Series(table["method"], index=table.index, dtype=object)
     for method, rows in table.groupby("method", sort=False):
         options = [json.loads(text) for text in rows["options"]]
@@ -54,14 +54,14 @@ def with_labels(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def option_text(value: object) -> str:
-    """An option's value as a person writes it."""
+    """Return an option's value as a person writes it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def clock(table: pd.DataFrame) -> str:
-    """`PROCESSOR` if every answer has it and all runs have one thread, else `WALL`.
+    """Return `PROCESSOR` if every answer has it and all runs have one thread, else `WALL`.
 
     Other work on the machine disturbs processor time far less; of several threads it is the sum.
     """
@@ -71,20 +71,34 @@ def clock(table: pd.DataFrame) -> str:
 
 
 def processor_share(table: pd.DataFrame) -> float:
-    """Median share of a processor that runs of .1 s and more had; NaN if there were none."""
+    """Return median share of a processor that runs of .1 s and more had; NaN if there were none."""
     long = table[table[WALL] >= SHIFT_SECONDS]
     return float((long[PROCESSOR] / long[WALL]).median())
 
 
 def charged_seconds(table: pd.DataFrame) -> pd.Series:
-    """Seconds of each run by `clock`; the limit where an exact method proved nothing, or nothing came."""
+    """Return seconds of each run by `clock`; the limit where nothing was proved, or nothing came."""
     heuristic = table["kind"].isin(HEURISTIC) & table["objective"].notna()
     counted = table["proved"] | heuristic
     return table[clock(table)].where(counted, table["time_limit"].astype(float))
 
 
+def ranking(table: pd.DataFrame) -> dict[str, tuple[int, float]]:
+    """Return what each label is ranked by: minus the runs proved, then the mean time; heuristics are last."""
+    charged = table.assign(charged=charged_seconds(table)).groupby("label", sort=False)
+    return {
+        str(label): (1, 0.0)
+        if rows["kind"].isin(HEURISTIC).all()
+        else (
+            -int(rows["proved"].sum()),
+            shifted_geometric_mean(rows["charged"].dropna().to_numpy(float), SHIFT_SECONDS),
+        )
+        for label, rows in charged
+    }
+
+
 def performance_profile(table: pd.DataFrame) -> dict[str, FloatArray]:
-    """Ratios of Dolan and More (2002): time of each method over the best on the same block and seed.
+    """Return the ratios of Dolan and More (2002): time over the best on the same block and seed.
 
     Time as `clock` says.
 
@@ -115,7 +129,7 @@ def performance_profile(table: pd.DataFrame) -> dict[str, FloatArray]:
 
 
 def optima(table: pd.DataFrame) -> pd.DataFrame:
-    """The proved optimum of each block, as far as the study has one.
+    """Return the proved optimum of each block, as far as the study has one.
 
     Returns
     -------
@@ -129,7 +143,7 @@ def optima(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_excess(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with `excess`: objective over the proved optimum, relative; NaN without a proof.
+    """Add `excess`: the objective over the proved optimum, relative; NaN without a proof.
 
     An objective within the tolerance of the proof, or below the optimum by less, has excess 0.
     """

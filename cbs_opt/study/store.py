@@ -1,41 +1,39 @@
-"""The folder of a study: a journal that survives any crash, the plan, and a lock.
+"""The folder of a study: one SQLite file with the rows and the plan, and a lock for the process that writes.
 
-Every finished run is one line of ``runs.jsonl``: a CRC-32 in hex, a space, a JSON object. A line is
-appended by one write and flushed to the disk before the next run is taken from the queue. After a
-crash the file is therefore whole, or its end is a torn line, which opening cuts off: that run is done
-again. A line that a later run of the same fingerprint follows is superseded by it. Nothing else is
-ever rewritten. ``results.parquet`` is made from the journal and can be made again.
+Every run that ends is one record, a JSON object with a checksum of its own, which SQLite commits and
+flushes to the disk before the next run is taken from the queue: a kill at any moment loses at most
+the runs under way. Records are only added; the latest one of a run counts. ``results.parquet`` is made
+from them and can be made again.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.expansion import Plan
-from formulations.checked_lines import checked_body, checked_line
-from formulations.files import json_object, read_sealed, sealed_json, write_atomically
+from formulations.files import read_sealed, sealed_json
 
-logger = logging.getLogger(__name__)
-
-JOURNAL = "runs.jsonl"
-PLAN = "plan.json"
+DATABASE = "study.db"
 LOCK = "study.lock"
-PLAN_VERSION = 1
+VERSION = 1
+PLAN = "plan"
+"""Key of the record that says which runs make up the study; that of a row is its fingerprint."""
+BUSY_SECONDS = 60.0
+"""Seconds to wait while another process reads."""
 
 Row = dict[str, Any]
 
 
 class Journal:
-    """The rows of a study, open for appending by one process; use as a context manager.
+    """The rows of a study, open for adding by one process; use as a context manager.
 
     Parameters
     ----------
@@ -50,7 +48,7 @@ class Journal:
     Raises
     ------
     StudyFolderError
-        If another process has the folder open, or a line before the last is damaged.
+        If another process has the folder open, or what it holds is damaged or of another version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,115 +61,87 @@ class Journal:
             remedy = "wait for it, or choose another folder"
             raise StudyFolderError("out", f"{folder}: another study is running in it", remedy) from None
         try:
-            rows, good = _read_lines(folder / JOURNAL)
-            self._handle = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
-            if os.fstat(self._handle).st_size > good:
-                logger.warning("the last line of %s is torn; its run will be done again", folder / JOURNAL)
-                os.ftruncate(self._handle, good)
-            os.lseek(self._handle, 0, os.SEEK_END)
-            _flush_folder(folder)
+            self.rows = read_rows(folder)
         except BaseException:
             self._lock.release()
             raise
-        self.rows = {row["run"]: row for row in rows}
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; when this returns it is on the disk.
 
         Raises
         ------
-        OSError
-            If the disk is full: what was written of the line is taken back.
+        StudyFolderError
+            If it cannot be written, as on a full disk: nothing of it is there then.
         """
-        line = _line(row)
-        start = os.lseek(self._handle, 0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._handle, line[written:])
-            os.fsync(self._handle)
-            self.rows[str(row["run"])] = dict(row)
-        except BaseException:
-            # Ctrl-C too: what is in the file and what is in memory stay the same.
-            os.ftruncate(self._handle, start)
-            raise
+        self._add(str(row["run"]), row)
+        self.rows[str(row["run"])] = dict(row)
+
+    def write_plan(self, name: str, description: str, plan: Plan) -> None:
+        """Write which runs make up the study.
+
+        Raises
+        ------
+        StudyFolderError
+            If the folder holds a study of another name.
+        """
+        earlier = dict(_records(self.folder)).get(PLAN)
+        if earlier is not None and earlier["name"] != name:
+            found = f"{self.folder} holds the study {earlier['name']!r}"
+            raise StudyFolderError("out", found, "choose another folder")
+        content = {
+            "name": name,
+            "description": description,
+            "left_out": list(plan.left_out),
+            "runs": [run.describe() for run in plan.runs],
+        }
+        if earlier != content:
+            self._add(PLAN, content)
+
+    def _add(self, key: str, content: Mapping[str, Any]) -> None:
+        sealed = sealed_json(content).decode()
+        with _opened(self.folder / DATABASE) as connection:
+            connection.execute("INSERT INTO records VALUES (?, ?)", (key, sealed))
 
     def close(self) -> None:
-        """Close the file and let others have the folder."""
-        os.close(self._handle)
+        """Let others have the folder."""
         self._lock.release()
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def write_plan(folder: Path, name: str, description: str, plan: Plan) -> None:
-    """Say in the folder which runs make up the study, atomically.
-
-    Raises
-    ------
-    StudyFolderError
-        If the folder holds a study of another name.
-    """
-    earlier = read_plan(folder) if (folder / PLAN).exists() else None
-    if earlier is not None and earlier["name"] != name:
-        found = f"{folder} holds the study {earlier['name']!r}"
-        raise StudyFolderError("out", found, "choose another folder")
-    content = {
-        "format": "cbs-opt study plan",
-        "version": PLAN_VERSION,
-        "name": name,
-        "description": description,
-        "left_out": list(plan.left_out),
-        "runs": [run.describe() for run in plan.runs],
-    }
-    if earlier != content:
-        write_atomically(folder / PLAN, sealed_json(content))
-
-
 def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan as `write_plan` wrote it.
+    """Return the plan: `name`, `description`, `left_out`, and `runs` as `Run.describe` gives them.
 
     Raises
     ------
     StudyFolderError
-        If there is none, or it is damaged or newer than this release.
+        If there is none, or the folder is damaged or of another version.
     """
-    path = folder / PLAN
-    try:
-        plan = read_sealed(path.read_bytes())
-    except FileNotFoundError:
+    plan = dict(_records(folder)).get(PLAN)
+    if plan is None:
         remedy = "name the folder that `cbs-opt study` was given with --out"
-        raise StudyFolderError("folder", f"{folder} holds no study", remedy) from None
-    except (OSError, ValueError) as error:
-        remedy = "delete it and start the study again: the rows are kept"
-        raise StudyFolderError("folder", f"{path} is damaged ({error})", remedy) from error
-    if plan.get("version") != PLAN_VERSION:
-        raise StudyFolderError("folder", f"{path} is of another version", "read it with the right release")
+        raise StudyFolderError("folder", f"{folder} holds no study", remedy)
     return plan
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """The latest row of each run by fingerprint, without the lock: a running study may be read.
+    """Return the latest row of each run by fingerprint; needs no lock, so a running study may be read.
 
     Raises
     ------
     StudyFolderError
-        If a line before the last is damaged.
+        If the folder is damaged or of another version.
     """
-    return {row["run"]: row for row in _read_lines(folder / JOURNAL)[0]}
+    return {key: content for key, content in _records(folder) if key != PLAN}
 
 
 def superseded(plan: Plan, rows: Mapping[str, Row]) -> list[str]:
-    """What changed since the rows were made: one sentence for each run that is now another.
+    """Return what changed since the rows were made: one sentence for each run that is now another.
 
     Compares the block and the limits of planned runs without a row with those of rows of the same
     instance, program, method, options and seed.
@@ -184,64 +154,48 @@ def superseded(plan: Plan, rows: Mapping[str, Row]) -> list[str]:
     for run in plan.runs:
         earlier = None if run.fingerprint in rows else by_key.get(run.key)
         if earlier is not None:
-            sentences.append(f"{run.method} on {run.recipe.name}: {_differences(earlier, run.inputs)}")
+            changes = ", ".join(
+                "the data of the block" if name == "block" else f"{name} {earlier.get(name)} -> {value}"
+                for name, value in run.inputs.items()
+                if earlier.get(name) != value
+            )
+            sentences.append(f"{run.method} on {run.recipe.name}: {changes}")
     return sentences
 
 
-def _differences(row: Row, inputs: Mapping[str, Any]) -> str:
-    words = []
-    for name, value in inputs.items():
-        if row.get(name) != value:
-            same = "the data of the block" if name == "block" else f"{name} {row.get(name)} -> {value}"
-            words.append(same)
-    return ", ".join(words)
+def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give key and content of every record, the oldest first."""
+    path = folder / DATABASE
+    if not path.exists():
+        return
+    with _opened(path) as connection:
+        records = connection.execute("SELECT rowid, key, content FROM records ORDER BY rowid").fetchall()
+    for number, key, sealed in records:
+        try:
+            content = read_sealed(sealed.encode())
+            if key not in (PLAN, content.get("run")):
+                raise ValueError("it is filed under another run")
+        except (ValueError, AttributeError) as error:
+            found = f"{path}: record {number} is damaged ({error})"
+            remedy = f"delete it: sqlite3 {path} 'DELETE FROM records WHERE rowid = {number}'"
+            raise StudyFolderError("folder", found, f"{remedy}; its run will be done again") from error
+        yield key, content
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
-    # No newline can occur inside: JSON escapes it.
-    return checked_line(json.dumps(row, allow_nan=False).encode())
-
-
-def _read_lines(path: Path) -> tuple[list[Row], int]:
-    """Rows in file order, and the length of the undamaged start of the file."""
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """Give a connection that flushes each record to the disk; the table is made where it is missing."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    rows: list[Row] = []
-    good = 0
-    while good < len(content):
-        end = content.find(b"\n", good)
-        row = None if end < 0 else _parsed(content[good:end])
-        if row is None:
-            _refuse_damage_inside(path, content[good:], len(rows) + 1)
-            break
-        rows.append(row)
-        good = end + 1
-    return rows, good
-
-
-def _refuse_damage_inside(path: Path, rest: bytes, number: int) -> None:
-    """A crash tears the last line alone: a good line after a bad one is damage of another kind."""
-    if any(_parsed(line) is not None for line in rest.split(b"\n")[1:]):
-        remedy = "delete that line: its run will be done again"
-        raise StudyFolderError("folder", f"{path}: line {number} is damaged", remedy)
-
-
-def _parsed(line: bytes) -> Row | None:
-    """The row of a line, None if the line is not as it was written."""
-    body = checked_body(line)
-    try:
-        row = None if body is None else json_object(body)
-    except ValueError:
-        return None
-    return row if row is not None and "run" in row else None
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the names of new files in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous = EXTRA")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                connection.execute("CREATE TABLE IF NOT EXISTS records (key TEXT, content TEXT)")
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+            elif version != VERSION:
+                found = f"{path} is of version {version}, this release reads {VERSION}"
+                raise StudyFolderError("folder", found, "read it with the right release")
+            yield connection
+    except sqlite3.Error as error:
+        remedy = "make room and go on, or choose another folder"
+        raise StudyFolderError("folder", f"{path} cannot be used ({error})", remedy) from error

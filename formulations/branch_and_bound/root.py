@@ -10,8 +10,9 @@ import math
 
 import numpy as np
 
+from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import BRANCH
-from formulations.branch_and_bound.tree import Node, Search
+from formulations.branch_and_bound.tree import Search
 from formulations.problem import BlockProblem
 from formulations.relaxations.capped_simplex import relax_selection
 from formulations.relaxations.perspective import relax_joint

@@ -8,10 +8,10 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from formulations.branch_and_bound.joint import evaluate_joint, improve_joint
+from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.node_rules import NodeRules
 from formulations.branch_and_bound.outcomes import BRANCH, FAILED
 from formulations.branch_and_bound.selection import evaluate_selection, improve_selection
-from formulations.branch_and_bound.tree import Node
 from formulations.dense_forms import DenseForm
 from formulations.errors import NotPositiveDefiniteError
 from formulations.problem import BoolArray, FloatArray, IntArray

@@ -7,47 +7,19 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import CLOSED, LEAF
+from formulations.branch_and_bound.subproblems import Subproblems
 from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
-from formulations.problem import BoolArray, FloatArray
+from formulations.problem import BoolArray
 from formulations.solution import Limit, Limits, TracePoint
-
-if TYPE_CHECKING:
-    from formulations.branch_and_bound.subproblems import Subproblems
 
 TRACE_INTERVAL = 0.25
 """Seconds between two trace points that only show a better bound."""
 MOST_OPEN = 200_000
 """Open nodes from which the search prefers closing nodes to raising the bound."""
-
-
-@dataclass(slots=True)
-class Node:
-    """One open subproblem.
-
-    Attributes
-    ----------
-    bound : float
-        Lower bound in form units.
-    status : (n,) int8 array
-        FREE, KEPT or PRUNED of each index of the reduced form.
-    split, warm : (n,) float64 arrays
-        Diagonal split and starting point of the relaxation; shared with the sibling, so never written
-        to in place.
-    depth : int
-    """
-
-    bound: float
-    status: NDArray[np.int8]
-    split: FloatArray
-    warm: FloatArray
-    depth: int = 0
 
 
 @dataclass

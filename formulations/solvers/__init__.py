@@ -1,6 +1,6 @@
 """Solver bridges: the models of `formulations.models` on HiGHS, OR-tools, SciPy, Pyomo, SCIP and Gurobi.
 
-One function a bridge, `solve` in its module; `solve_with` picks one by name and `available_solvers`
+One `Solver` a bridge, `SOLVER` in its module; `solve_with` picks one by name and `available_solvers`
 lists them. No solver is imported before it is used. `formulations.solvers.isolation.solve_isolated`
 runs a bridge in its own process, where a crash or a hang does no harm.
 """
@@ -13,24 +13,23 @@ from importlib import import_module
 from typing import Any
 
 from formulations.errors import UnsupportedProblemError
-from formulations.models import MODELS
 from formulations.plugins import SOLVERS, load_plugins
 from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limits
-from formulations.solvers.base import Solver, SolverInfo, check_options
+from formulations.solution import BlockSolution
+from formulations.solvers.base import Solver, SolverInfo
 
 BRIDGES = ("highs", "mathopt", "cp_sat", "scipy_milp", "scip", "gurobi")
 PYOMO_BRIDGES = ("pyomo:highs", "pyomo:scip", "pyomo:gurobi")
 
 
 def solver_names() -> tuple[str, ...]:
-    """Names of all bridges, installed or not, those of other packages last."""
+    """Return names of all bridges, installed or not, those of other packages last."""
     return (*BRIDGES, *PYOMO_BRIDGES, *_plugged_in())
 
 
 @cache
 def _plugged_in() -> Mapping[str, Solver]:
-    """Bridges that other packages add, imported once."""
+    """Return bridges that other packages add, imported once."""
     return load_plugins(SOLVERS, _adapted, BRIDGES + PYOMO_BRIDGES)
 
 
@@ -49,7 +48,7 @@ def bridge(name: str) -> Solver:
     if name in _plugged_in():
         solver = _plugged_in()[name]
     elif name.startswith("pyomo:"):
-        solver = import_module("formulations.solvers.pyomo_bridge").pyomo_solver(name.removeprefix("pyomo:"))
+        solver = import_module("formulations.solvers.pyomo_bridge").SOLVERS[name.removeprefix("pyomo:")]
     else:
         solver = import_module(f"formulations.solvers.{name}").SOLVER
     assert isinstance(solver, Solver)
@@ -63,8 +62,7 @@ def available_solvers() -> list[SolverInfo]:
 
 def models_for(name: str, program: str) -> list[str]:
     """Return the models of `program` that the solver called `name` can take."""
-    solver = bridge(name)
-    return [spec.name for spec in MODELS.values() if spec.program == program and solver.accepts(spec)]
+    return bridge(name).models_of(program)
 
 
 def check_native_options(name: str, options: Mapping[str, Any]) -> None:
@@ -74,50 +72,12 @@ def check_native_options(name: str, options: Mapping[str, Any]) -> None:
     """
     solver = bridge(name)
     if options and solver.info().available:
-        check_options(solver, options)
+        solver.check_options(options)
 
 
-def solve_with(
-    name: str,
-    problem: BlockProblem,
-    program: str,
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str | None = None,
-    **options: Any,
-) -> BlockSolution:
-    """Solve `program` with the bridge called `name`; `model` None takes the bridge's default.
-
-    Raises
-    ------
-    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
-        As the bridge's own ``solve``.
-    """
-    solver = bridge(name)
-    if name in _plugged_in():
-        # A program that it cannot take is refused there, whatever model is named.
-        posed = model or next(iter(models_for(name, program)), "")
-        solve_model = import_module("formulations.solvers.conclusion").solve_model
-        answer: BlockSolution = solve_model(
-            solver,
-            problem,
-            program,
-            model=posed,
-            limits=limits or Limits(),
-            incumbent=incumbent,
-            options=options,
-        )
-        return answer
-    chosen = {} if model is None else {"model": model}
-    if name.startswith("pyomo:"):
-        module = import_module("formulations.solvers.pyomo_bridge")
-        chosen["solver"] = name.removeprefix("pyomo:")
-    else:
-        module = import_module(f"formulations.solvers.{name}")
-    solution = module.solve(problem, program, limits=limits, incumbent=incumbent, **chosen, **options)
-    assert isinstance(solution, BlockSolution)
-    return solution
+def solve_with(name: str, problem: BlockProblem, program: str, **arguments: Any) -> BlockSolution:
+    """Solve `program` with the bridge called `name`; other arguments and errors as of `Solver.solve`."""
+    return bridge(name).solve(problem, program, **arguments)
 
 
 __all__ = ["SolverInfo", "available_solvers", "bridge", "models_for", "solve_with", "solver_names"]

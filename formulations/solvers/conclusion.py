@@ -7,22 +7,15 @@ lowered bound says so.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from formulations.incumbents import checked_incumbent, greedy
 from formulations.loss import objective, solved_weights
-from formulations.models import model_spec
-from formulations.models.standard_form import StandardForm
-from formulations.models.translation import standard_form
-from formulations.preparation import prepare
-from formulations.problem import BlockProblem, BoolArray, check_program
+from formulations.problem import BlockProblem, BoolArray
 from formulations.solution import (
     BlockSolution,
     Certificate,
@@ -32,117 +25,11 @@ from formulations.solution import (
     Termination,
     TracePoint,
 )
-from formulations.solvers.base import (
-    RawResult,
-    Solver,
-    Task,
-    check_availability,
-    check_capabilities,
-    check_options,
-    check_poses,
-)
 
 INCONSISTENCY = 1e-6
 """A bound above the objective of a known set by more than this, relative, is numerical trouble."""
 CONSTANT_ERROR = 1e-13
 """Rounding of a bound, relative to the largest term that cancels in it."""
-
-
-def solve_model(
-    solver: Solver,
-    problem: BlockProblem,
-    program: str,
-    *,
-    model: str,
-    limits: Limits,
-    incumbent: BlockSolution | None,
-    options: Mapping[str, Any],
-) -> BlockSolution:
-    """Solve one formulation with one solver; every check comes before the model is built.
-
-    Raises
-    ------
-    UnsupportedProblemError
-        If the model is not of this program, or the solver cannot take it (alternatives are named).
-    SolverUnavailableError
-        If the solver is absent, or the model exceeds what its licence allows.
-    UnknownOptionError
-        If a native option is unknown, or one that `limits` sets.
-    NotPositiveDefiniteError
-        If the program is joint and ``H`` is singular.
-    """
-    prepare("greedy_obs", check_program(program))
-    began = time.perf_counter()
-    check_poses(solver, check_program(program))
-    spec = model_spec(model, program)
-    check_capabilities(solver, spec)
-    check_availability(solver, spec, problem)
-    check_options(solver, options)
-    kind, _, backend = solver.name.partition(":")
-    method = ":".join((kind, model, backend) if backend else (kind, model))
-    known = known_set(problem, program, method, limits, incumbent)
-    if problem.n_prune in (0, problem.n):
-        return only_set(problem, known, began)
-    if limits.time_limit == 0.0:
-        return conclude(problem, known, limits, began, limit=Limit.TIME)
-    deadline = None if limits.time_limit is None else began + limits.time_limit
-    assert known.keep is not None
-    try:
-        built = spec.build(problem, incumbent=known)
-        form = standard_form(built)
-        task = Task(
-            model=built, form=form, limits=limits, deadline=deadline, options=options, start=known.keep
-        )
-        with _interrupt_handler_kept():
-            raw = solver.run(task)
-    except KeyboardInterrupt:
-        # Before the backend runs, or one that has no answer to Ctrl-C: the known set is still one.
-        return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)
-    ignored = {
-        name: getattr(limits, name)
-        for name in solver.ignores
-        if getattr(limits, name) != getattr(Limits(), name)
-    }
-    return conclude(
-        problem,
-        known,
-        limits,
-        began,
-        candidates=[] if raw.point is None else [form.keep(raw.point)],
-        bound=_lowered(raw, form),
-        slack=(raw.bound_error + raw.shortfall) * form.objective_scale,
-        finished=raw.finished,
-        limit=raw.limit,
-        failure=raw.failure,
-        stats={
-            "nodes": raw.nodes,
-            "iterations": raw.iterations,
-            "message": raw.message,
-            "extra": {**raw.extra, **({"ignored_limits": ignored} if ignored else {})},
-        },
-    )
-
-
-@contextmanager
-def _interrupt_handler_kept() -> Iterator[None]:
-    """Put Python's Ctrl-C handler back: OR-tools leaves the default one, which kills the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-
-
-def _lowered(raw: RawResult, form: StandardForm) -> float | None:
-    """The solver's bound in units of the problem, lowered by every error it may carry."""
-    if raw.bound is None or not np.isfinite(raw.bound):
-        return None
-    rounding = CONSTANT_ERROR * max(abs(form.constant), abs(raw.bound), 1.0)
-    return (raw.bound - raw.bound_error - rounding) * form.objective_scale
 
 
 def known_set(
@@ -191,7 +78,7 @@ def only_set(problem: BlockProblem, known: BlockSolution, began: float) -> Block
 
 
 def trivial_bound(problem: BlockProblem) -> float | None:
-    """0 where the gradient vanishes (the loss model is then never negative), else None."""
+    """Return 0 where the gradient vanishes (the loss model is then never negative), else None."""
     return None if np.any(problem.gradient_or_zero) else 0.0
 
 
@@ -276,7 +163,7 @@ def conclude(
 def _status(
     value: float, bound: float | None, limits: Limits, finished: bool, slack: float, failure: str
 ) -> tuple[Termination, float | None]:
-    """Termination, and the gap to which it is meant when it is a proof."""
+    """Return termination, and the gap to which it is meant when it is a proof."""
     scale = max(abs(value), 1e-12)
     if failure:
         return Termination.ERROR, None

@@ -4,13 +4,14 @@ CP-SAT takes whole coefficients only, so each cost is multiplied by ``2^bits / m
 rounded. The error is accounted for: with ``e_j = rounded_j / scale - cost_j``, a set's true objective
 is at least its scaled one less ``sum e_j`` over the terms that are on, and at most k weights and
 k (k - 1) / 2 pairs are on. The k largest positive ``e_j`` of weights and the k (k - 1) / 2 largest of
-pairs are therefore taken off the bound.
+pairs are therefore taken off the bound. Option ``bits``, 8 to 40 (default 30), is their resolution.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,63 +19,14 @@ import numpy as np
 from formulations.errors import ArgumentError
 from formulations.models import INTEGER
 from formulations.models.standard_form import StandardForm
-from formulations.problem import BlockProblem, FloatArray
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.problem import FloatArray
+from formulations.solution import Limit
 from formulations.solvers.base import RawResult, Solver, Task, probe_package
-from formulations.solvers.conclusion import solve_model
 
 MODELS = frozenset({"selection_mccormick", "selection_rlt"})
 DEFAULT_BITS = 30
 CLOCK_MARGIN = 0.1
 """Seconds before the deadline from which a stop counts as the time limit's."""
-
-
-def solve(
-    problem: BlockProblem,
-    program: str = "selection",
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str = "selection_mccormick",
-    bits: int = DEFAULT_BITS,
-    **options: Any,
-) -> BlockSolution:
-    """Solve the selection program with CP-SAT.
-
-    Parameters
-    ----------
-    problem : BlockProblem
-    program : str
-        "selection"; the joint program has continuous unknowns, which CP-SAT has not.
-    limits : Limits, optional
-        One thread is deterministic for a seed.
-    incumbent : BlockSolution, optional
-        Warm start (passed as a hint); never lost.
-    model : str
-        "selection_mccormick" or "selection_rlt".
-    bits : int, default 30
-        Resolution of the scaled costs, 8 to 40.
-    **options
-        Fields of ``SatParameters`` by name.
-
-    Raises
-    ------
-    ArgumentError
-        If `bits` is out of range.
-    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
-        As `formulations.solvers.conclusion.solve_model`.
-    """
-    if not 8 <= bits <= 40:
-        raise ArgumentError("bits", f"{bits}", "choose 8 to 40")
-    return solve_model(
-        SOLVER,
-        problem,
-        program,
-        model=model,
-        limits=limits or Limits(),
-        incumbent=incumbent,
-        options={**options, "bits": bits},
-    )
 
 
 def _run(task: Task) -> RawResult:
@@ -83,7 +35,7 @@ def _run(task: Task) -> RawResult:
     form = task.form
     options = dict(task.options)
     largest = float(np.abs(form.linear).max(initial=0.0))
-    scale = 2.0 ** int(options.pop("bits")) / (largest if largest > 0.0 else 1.0)
+    scale = 2.0 ** int(options.pop("bits", DEFAULT_BITS)) / (largest if largest > 0.0 else 1.0)
     costs = np.rint(scale * form.linear)
     model = cp_model.CpModel()
     # Every column is a Boolean: products of binaries are binary.
@@ -116,7 +68,7 @@ def _run(task: Task) -> RawResult:
 
 
 def _limit(task: Task) -> Limit:
-    """CP-SAT does not say why it stopped: out of time, or else Ctrl-C."""
+    """Return the time limit or Ctrl-C: CP-SAT does not say why it stopped."""
     timed_out = task.deadline is not None and time.perf_counter() >= task.deadline - CLOCK_MARGIN
     return Limit.TIME if timed_out else Limit.INTERRUPTED
 
@@ -146,12 +98,18 @@ def _configure(solver: Any, task: Task, options: dict[str, Any]) -> None:
 
 
 def _rounding_error(form: StandardForm, rounded: FloatArray) -> float:
-    """Most by which the rounded costs can exceed the true ones at any set of the right size."""
+    """Return the most by which rounded costs can exceed the true ones at a set of the right size."""
     excess = np.maximum(rounded - form.linear, 0.0)
     n_prune = form.decision.size - form.n_keep
     single = np.sort(excess[form.decision])[::-1][:n_prune]
     pairs = np.sort(np.delete(excess, form.decision))[::-1][: n_prune * (n_prune - 1) // 2]
     return float(single.sum() + pairs.sum())
+
+
+def _check_bits(options: Mapping[str, Any]) -> None:
+    bits = options.get("bits", DEFAULT_BITS)
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 8 <= bits <= 40:
+        raise ArgumentError("bits", f"{bits!r}", "choose 8 to 40")
 
 
 def _option_names() -> list[str]:
@@ -165,6 +123,8 @@ SOLVER = Solver(
     capabilities=frozenset({INTEGER}),
     probe=lambda: probe_package("ortools"),
     run=_run,
+    default_models={"selection": "selection_mccormick"},
+    check_values=_check_bits,
     option_names=_option_names,
     reserved={
         "max_time_in_seconds": "Limits.time_limit",

@@ -19,8 +19,7 @@ from formulations.models import (
     ModelSize,
 )
 from formulations.models.standard_form import StandardForm, Terms
-from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import Limit
 from formulations.solvers.base import (
     DUAL_TOLERANCE,
     FIXED,
@@ -31,9 +30,9 @@ from formulations.solvers.base import (
     dual_error,
     probe_package,
 )
-from formulations.solvers.conclusion import solve_model
 
-DEFAULT_MODEL = {"selection": "selection_shifted_qp", "joint": "joint_perspective"}
+DEFAULT_MODELS = {"selection": "selection_shifted_qp", "joint": "joint_perspective"}
+"""The fastest measured."""
 RESTRICTED_LICENCE = ModelSize(variables=2000, linear_rows=2000, quadratic_rows=200, quadratic_variables=200)
 """What the licence bundled with the package allows; the last figure is as measured."""
 SIZE_ERROR = 10010
@@ -42,46 +41,6 @@ BARRIER_TOLERANCE = 1e-10
 """Convergence asked of conic relaxations; at the default 1e-6 their bound lies above the optimum."""
 CONE_ERROR = 1e-8
 """Error of a bound from conic relaxations solved to `BARRIER_TOLERANCE`, absolute and relative."""
-
-
-def solve(
-    problem: BlockProblem,
-    program: str,
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str | None = None,
-    **options: Any,
-) -> BlockSolution:
-    """Solve a model with Gurobi.
-
-    Parameters
-    ----------
-    problem : BlockProblem
-    program : str
-        "selection" or "joint".
-    limits : Limits, optional
-    incumbent : BlockSolution, optional
-        Warm start; never lost.
-    model : str, optional
-        Any model of the program; the fastest measured by default.
-    **options
-        Gurobi parameters by name.
-
-    Raises
-    ------
-    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
-        As `formulations.solvers.conclusion.solve_model`.
-    """
-    return solve_model(
-        SOLVER,
-        problem,
-        program,
-        model=model or DEFAULT_MODEL.get(program, program),
-        limits=limits or Limits(),
-        incumbent=incumbent,
-        options=options,
-    )
 
 
 def _probe() -> Probe:
@@ -206,7 +165,7 @@ def _report(gurobipy: Any, model: Any, task: Task, columns: Any) -> RawResult:
         point=np.asarray(columns.X) if model.SolCount > 0 else None,
         bound=bound if abs(bound) < gurobipy.GRB.INFINITY else None,
         bound_error=dual_error(task.form) + conic,
-        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=named.get(status),
         nodes=int(model.NodeCount),
         iterations=int(model.IterCount),
@@ -215,7 +174,7 @@ def _report(gurobipy: Any, model: Any, task: Task, columns: Any) -> RawResult:
 
 
 def cone_error(bound: float) -> float:
-    """How far a conic relaxation may have lifted a bound, in the model's units."""
+    """Return how far a conic relaxation may have lifted a bound, in the model's units."""
     return CONE_ERROR * max(abs(bound), 1.0)
 
 
@@ -230,6 +189,7 @@ SOLVER = Solver(
     capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR}),
     probe=_probe,
     run=_run,
+    default_models=DEFAULT_MODELS,
     option_names=_option_names,
     reserved={
         "TimeLimit": "Limits.time_limit",

@@ -18,8 +18,8 @@ from scipy.sparse import csr_matrix
 
 from formulations.models import INTEGER
 from formulations.models.standard_form import StandardForm
-from formulations.problem import BlockProblem, BoolArray, FloatArray, IntArray
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.solution import Limit
 from formulations.solvers.base import (
     DUAL_TOLERANCE,
     FIXED,
@@ -29,7 +29,6 @@ from formulations.solvers.base import (
     dual_error,
     probe_package,
 )
-from formulations.solvers.conclusion import solve_model
 
 WATCHDOG_GRACE = 1.0
 """Seconds past the deadline at which the watchdog asks HiGHS to stop."""
@@ -76,46 +75,6 @@ class MilpControls:
     start: tuple[IntArray, FloatArray] | None = None
     on_point: Callable[[FloatArray], None] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def solve(
-    problem: BlockProblem,
-    program: str = "selection",
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str = "selection_mccormick",
-    **options: Any,
-) -> BlockSolution:
-    """Solve a mixed-integer linear model with HiGHS.
-
-    Parameters
-    ----------
-    problem : BlockProblem
-    program : str
-        "selection"; the joint program has no linear model (see `outer_approximation`).
-    limits : Limits, optional
-    incumbent : BlockSolution, optional
-        Warm start; never lost.
-    model : str
-        A linear model of `formulations.models`.
-    **options
-        Native HiGHS options by name.
-
-    Raises
-    ------
-    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
-        As `formulations.solvers.conclusion.solve_model`.
-    """
-    return solve_model(
-        SOLVER,
-        problem,
-        program,
-        model=model,
-        limits=limits or Limits(),
-        incumbent=incumbent,
-        options=options,
-    )
 
 
 def _run(task: Task) -> RawResult:
@@ -303,6 +262,7 @@ SOLVER = Solver(
     capabilities=frozenset({INTEGER}),
     probe=lambda: probe_package("highspy"),
     run=_run,
+    default_models={"selection": "selection_mccormick"},
     option_names=_option_names,
     reserved={
         "time_limit": "Limits.time_limit",

@@ -32,7 +32,7 @@ def solve_isolated(
 ) -> BlockSolution:
     """Solve with the bridge called `name` in a new process.
 
-    Parameters are those of `formulations.solvers.solve_with`. Starting the process costs a few
+    Parameters are those of `Solver.solve`. Starting the process costs a few
     seconds, which do not count against ``limits.time_limit``.
 
     Returns

@@ -3,7 +3,8 @@
 Part of the base install, and the route to SCIP without PySCIPOpt. This build is slow on dense
 quadratics and quick on sums of squares: prefer the low-rank models. MathOpt reports a model that a
 backend cannot take as an internal error or an attribute error while it translates the status; both
-end as `Termination.ERROR` with the message.
+end as `Termination.ERROR` with the message. Options: ``presolve``, ``cuts``, ``heuristics``, ``scaling``,
+each "off", "low", "medium", "high" or "very_high".
 """
 
 from __future__ import annotations
@@ -15,54 +16,12 @@ import numpy as np
 
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
 from formulations.models.standard_form import Row, StandardForm
-from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import Limit
 from formulations.solvers.base import DUAL_TOLERANCE, RawResult, Solver, Task, dual_error, probe_package
-from formulations.solvers.conclusion import solve_model
 
-DEFAULT_MODEL = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
+DEFAULT_MODELS = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
+"""The fastest measured."""
 EMPHASES = ("presolve", "cuts", "heuristics", "scaling")
-
-
-def solve(
-    problem: BlockProblem,
-    program: str,
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str | None = None,
-    **options: Any,
-) -> BlockSolution:
-    """Solve a model with GSCIP through MathOpt.
-
-    Parameters
-    ----------
-    problem : BlockProblem
-    program : str
-        "selection" or "joint".
-    limits : Limits, optional
-    incumbent : BlockSolution, optional
-        Warm start (passed as a hint); never lost.
-    model : str, optional
-        Any model of the program; by default the low-rank one, which is the fastest measured.
-    **options
-        ``presolve``, ``cuts``, ``heuristics``, ``scaling``: "off", "low", "medium", "high" or
-        "very_high".
-
-    Raises
-    ------
-    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
-        As `formulations.solvers.conclusion.solve_model`.
-    """
-    return solve_model(
-        SOLVER,
-        problem,
-        program,
-        model=model or DEFAULT_MODEL.get(program, program),
-        limits=limits or Limits(),
-        incumbent=incumbent,
-        options=options,
-    )
 
 
 def _run(task: Task) -> RawResult:
@@ -181,7 +140,7 @@ def _report(mathopt: Any, task: Task, result: Any, columns: list[Any]) -> RawRes
         point=point,
         bound=float(bound) if np.isfinite(bound) else None,
         bound_error=dual_error(task.form),
-        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=None if named is None else _limit(mathopt, named),
         nodes=int(result.solve_stats.node_count),
         iterations=int(result.solve_stats.simplex_iterations),
@@ -203,6 +162,7 @@ SOLVER = Solver(
     capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR}),
     probe=lambda: probe_package("ortools"),
     run=_run,
+    default_models=DEFAULT_MODELS,
     option_names=lambda: EMPHASES,
     reserved={},
 )

@@ -17,69 +17,15 @@ import numpy as np
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
 from formulations.models.standard_form import StandardForm
 from formulations.models.translation import standard_form
-from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import Limit
 from formulations.solvers import gurobi, highs, scip
 from formulations.solvers.base import DUAL_TOLERANCE, FIXED, Probe, RawResult, Solver, Task, dual_error
-from formulations.solvers.conclusion import solve_model
 
 FACTORY = "pyomo.contrib.solver.common.factory"
 THREADS_REFUSED = (
     "Pyomo swaps the process's standard output while it solves, so it runs in the main thread only: "
     "use processes, solve_isolated or another bridge"
 )
-DEFAULT_MODEL = {
-    ("highs", "selection"): "selection_mccormick",
-    ("scip", "selection"): "selection_low_rank",
-    ("scip", "joint"): "joint_low_rank_perspective",
-    ("gurobi", "selection"): "selection_shifted_qp",
-    ("gurobi", "joint"): "joint_perspective",
-}
-
-
-def solve(
-    problem: BlockProblem,
-    program: str,
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str | None = None,
-    solver: str = "highs",
-    **options: Any,
-) -> BlockSolution:
-    """Solve a Pyomo model with a solver that Pyomo knows.
-
-    Parameters
-    ----------
-    problem : BlockProblem
-    program : str
-        "selection" or "joint" (the latter not with HiGHS).
-    limits : Limits, optional
-    incumbent : BlockSolution, optional
-        Not passed to the solver, but never lost.
-    model : str, optional
-        A model of `formulations.models`; the fastest measured for the solver by default.
-    solver : str
-        "highs", "scip" or "gurobi"; the last two need an extra.
-    **options
-        Native options of the solver by name.
-
-    Raises
-    ------
-    UnsupportedProblemError
-        If `solver` is none of these, or cannot take the model.
-    SolverUnavailableError, UnknownOptionError
-        As `formulations.solvers.conclusion.solve_model`.
-    """
-    return solve_model(
-        pyomo_solver(solver),
-        problem,
-        program,
-        model=model or DEFAULT_MODEL.get((solver, program), program),
-        limits=limits or Limits(),
-        incumbent=incumbent,
-        options=options,
-    )
 
 
 def _run_with(factory_name: str, native: Callable[[Task], dict[str, Any]]) -> Callable[[Task], RawResult]:
@@ -137,14 +83,14 @@ def _report(task: Task, form: StandardForm, results: Any) -> RawResult:
         point=_point(task, results) if has_point else None,
         bound=None if bound is None or not np.isfinite(bound) else float(bound),
         bound_error=dual_error(form) + (gurobi.cone_error(float(bound or 0.0)) if quadratic else 0.0),
-        shortfall=10.0 * task.feasibility_tolerance if quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=named.get(condition),
         message=f"Pyomo: {condition.name}",
     )
 
 
 def _point(task: Task, results: Any) -> Any:
-    """Values of the decision binaries in their columns; the rest is not needed."""
+    """Return values of the decision binaries in their columns; the rest is not needed."""
     values = results.solution_loader.get_vars()
     model = task.model
     binaries = model.kept if task.form.one_means_kept else model.pruned
@@ -205,6 +151,7 @@ def _pyomo_solver(
         probe=lambda: _probe(factory_name, native),
         run=_run_with(factory_name, options),
         option_names=native.option_names,
+        default_models=native.default_models,
         reserved={**native.reserved, "BarQCPConvTol": FIXED},
         **fields,
     )
@@ -217,12 +164,3 @@ SOLVERS = {
     "scip": _pyomo_solver("scip_direct", scip.SOLVER, _scip_options, capabilities=_ALL),
     "gurobi": _pyomo_solver("gurobi_direct_minlp", gurobi.SOLVER, _gurobi_options, capabilities=_ALL),
 }
-
-
-def pyomo_solver(name: str) -> Solver:
-    """Return the bridge to one of Pyomo's solvers; `UnsupportedProblemError` for another name."""
-    from formulations.errors import UnsupportedProblemError
-
-    if name not in SOLVERS:
-        raise UnsupportedProblemError("solver", f"{name!r}", f"use one of: {', '.join(SOLVERS)}")
-    return SOLVERS[name]

@@ -8,8 +8,7 @@ import numpy as np
 
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
 from formulations.models.standard_form import StandardForm, Terms
-from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import Limit
 from formulations.solvers.base import (
     DUAL_TOLERANCE,
     FIXED,
@@ -19,49 +18,9 @@ from formulations.solvers.base import (
     dual_error,
     probe_package,
 )
-from formulations.solvers.conclusion import solve_model
 
-DEFAULT_MODEL = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
-
-
-def solve(
-    problem: BlockProblem,
-    program: str,
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str | None = None,
-    **options: Any,
-) -> BlockSolution:
-    """Solve a model with SCIP.
-
-    Parameters
-    ----------
-    problem : BlockProblem
-    program : str
-        "selection" or "joint".
-    limits : Limits, optional
-    incumbent : BlockSolution, optional
-        Warm start (a partial solution for SCIP to complete); never lost.
-    model : str, optional
-        Any model of the program; by default the low-rank one, which is the fastest measured.
-    **options
-        SCIP parameters by name, such as ``{"separating/maxrounds": 5}``.
-
-    Raises
-    ------
-    UnsupportedProblemError, SolverUnavailableError, UnknownOptionError
-        As `formulations.solvers.conclusion.solve_model`.
-    """
-    return solve_model(
-        SOLVER,
-        problem,
-        program,
-        model=model or DEFAULT_MODEL.get(program, program),
-        limits=limits or Limits(),
-        incumbent=incumbent,
-        options=options,
-    )
+DEFAULT_MODELS = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
+"""The fastest measured."""
 
 
 def _run(task: Task) -> RawResult:
@@ -175,7 +134,7 @@ def _report(scip: Any, task: Task, columns: list[Any]) -> RawResult:
         point=point,
         bound=None if abs(bound) >= scip.infinity() else bound,
         bound_error=dual_error(task.form),
-        shortfall=10.0 * task.feasibility_tolerance if task.form.is_quadratic else 0.0,
+        shortfall=task.shortfall,
         limit=_LIMITS.get(status),
         nodes=int(scip.getNTotalNodes()),
         iterations=int(scip.getNLPIterations()),
@@ -207,6 +166,7 @@ SOLVER = Solver(
     capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR}),
     probe=lambda: probe_package("PySCIPOpt", extra="scip"),
     run=_run,
+    default_models=DEFAULT_MODELS,
     option_names=_option_names,
     reserved={
         "limits/time": "Limits.time_limit",

@@ -7,54 +7,11 @@ from typing import Any
 import numpy as np
 
 from formulations.models import INTEGER
-from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import Limit
 from formulations.solvers.base import RawResult, Solver, Task, probe_package
-from formulations.solvers.conclusion import solve_model
 
 SCIPY_DUAL_TOLERANCE = 1e-7
 """HiGHS's default, which SciPy gives no way to tighten."""
-
-
-def solve(
-    problem: BlockProblem,
-    program: str = "selection",
-    *,
-    limits: Limits | None = None,
-    incumbent: BlockSolution | None = None,
-    model: str = "selection_mccormick",
-    **options: Any,
-) -> BlockSolution:
-    """Solve a mixed-integer linear model with ``scipy.optimize.milp``.
-
-    Parameters
-    ----------
-    problem : BlockProblem
-    program : str
-        "selection".
-    limits : Limits, optional
-        `threads` and `seed` have no switch in SciPy; that is reported in the statistics.
-    incumbent : BlockSolution, optional
-        Not passed to the solver, but never lost.
-    model : str
-        A linear model of `formulations.models`.
-    **options
-        ``presolve`` (bool) or ``disp`` (bool).
-
-    Raises
-    ------
-    UnsupportedProblemError, UnknownOptionError
-        As `formulations.solvers.conclusion.solve_model`.
-    """
-    return solve_model(
-        SOLVER,
-        problem,
-        program,
-        model=model,
-        limits=limits or Limits(),
-        incumbent=incumbent,
-        options=options,
-    )
 
 
 def _run(task: Task) -> RawResult:
@@ -97,6 +54,7 @@ SOLVER = Solver(
     capabilities=frozenset({INTEGER}),
     probe=lambda: probe_package("scipy"),
     run=_run,
+    default_models={"selection": "selection_mccormick"},
     option_names=lambda: ("disp", "presolve"),
     reserved={},
     ignores=("threads", "seed"),

@@ -12,6 +12,7 @@ from cbs_opt.study.store import read_rows
 from experiments import tune_solver
 from formulations.errors import ArgumentError
 from tests.cbs_opt.study.conftest import in_process as in_process
+from tests.cbs_opt.study.conftest import record_keys
 
 pytest.importorskip("optuna", reason='optuna is not installed (pip install "cbs-opt[tune]")')
 
@@ -34,7 +35,7 @@ def test_it_finds_what_is_no_worse_than_the_default_and_runs_nothing_twice(
     assert len(rows) <= len(tried) + 2
     table = read_results(tmp_path).table
     assert set(table["instance"]) == {"digits_12_s80", "digits_12_s50"}
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(rows)
+    assert len(record_keys(tmp_path)) == len(rows)
 
 
 def test_a_method_without_a_space_is_refused(tmp_path: Path) -> None:

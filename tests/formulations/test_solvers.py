@@ -39,7 +39,6 @@ from formulations.solvers import (
     solver_names,
 )
 from formulations.solvers.base import Probe, RawResult, Solver, SolverInfo
-from formulations.solvers.conclusion import solve_model
 from tests.formulations.blocks import KINDS, block, brute_force, slack
 
 
@@ -166,7 +165,7 @@ def test_bridges_work_side_by_side_in_threads():
 
 
 def test_node_limit_is_reported():
-    solution = highs.solve(
+    solution = highs.SOLVER.solve(
         hard_block(30), model="selection_glover", limits=Limits(node_limit=1, time_limit=30)
     )
     assert solution.termination is Termination.FEASIBLE
@@ -192,7 +191,7 @@ def test_a_seed_repeats_the_run(solver):
 def test_highs_takes_other_thread_counts_in_one_process():
     problem = block("random", 8, 4, seed=2)
     for threads in (1, 2, 1):
-        assert highs.solve(problem, limits=Limits(threads=threads, rel_gap=1e-3)).proved
+        assert highs.SOLVER.solve(problem, limits=Limits(threads=threads, rel_gap=1e-3)).proved
 
 
 @pytest.mark.parametrize("solver", [name for name in solver_names() if name != "mathopt"])
@@ -242,29 +241,29 @@ def test_bad_option_value_is_an_honest_error():
 def test_capability_message_names_alternatives():
     problem = block("random", 6, 3, seed=1)
     with pytest.raises(UnsupportedProblemError, match=r"highs can take no model.*outer_approximation"):
-        highs.solve(problem, "joint", model="joint_big_m")
+        highs.SOLVER.solve(problem, "joint", model="joint_big_m")
     with pytest.raises(UnsupportedProblemError, match=r"lacks quadratic objective.*selection_glover"):
-        highs.solve(problem, model="selection_qp")
+        highs.SOLVER.solve(problem, model="selection_qp")
     with pytest.raises(UnsupportedProblemError, match="selection_mccormick, selection_rlt"):
-        cp_sat.solve(problem, model="selection_glover")
+        cp_sat.SOLVER.solve(problem, model="selection_glover")
     with pytest.raises(UnsupportedProblemError, match="mathopt"):
         solve_with("cplex", problem, "joint")
     with pytest.raises(ArgumentError, match="bits"):
-        cp_sat.solve(problem, bits=3)
+        cp_sat.SOLVER.solve(problem, bits=3)
 
 
 def test_incumbent_that_does_not_fit_is_refused():
     problem = block("random", 6, 3, seed=1)
     wrong = greedy(dataclasses.replace(problem, n_prune=2), "selection")
     with pytest.raises(ArgumentError, match="incumbent"):
-        highs.solve(problem, incumbent=wrong)
+        highs.SOLVER.solve(problem, incumbent=wrong)
 
 
 @pytest.mark.parametrize("bits", [8, 12, 20])
 @pytest.mark.parametrize("seed", range(4))
 def test_coarse_scaling_never_lifts_the_bound(bits, seed):
     problem = block("gradient", 8, 4, seed)
-    solution = cp_sat.solve(problem, bits=bits, limits=Limits(rel_gap=1e-6))
+    solution = cp_sat.SOLVER.solve(problem, bits=bits, limits=Limits(rel_gap=1e-6))
     optimum = brute_force(problem, "selection")
     assert solution.bound <= optimum + slack(problem)
     assert solution.objective - solution.bound <= 40 * solution.stats.extra["scaling_error"] + 2e-6 * abs(
@@ -286,14 +285,8 @@ def fake(run: object, **fields: object) -> Solver:
 
 
 def solve_fake(run: object, problem: BlockProblem, **fields: object) -> BlockSolution:
-    return solve_model(
-        fake(run, **fields),
-        problem,
-        "selection",
-        model="selection_mccormick",
-        limits=Limits(),
-        incumbent=greedy(problem, "selection"),
-        options={},
+    return fake(run, **fields).solve(
+        problem, "selection", model="selection_mccormick", incumbent=greedy(problem, "selection")
     )
 
 
@@ -374,7 +367,7 @@ def test_absent_package_is_a_reason_not_a_crash(monkeypatch):
     assert not any(info.available for info in infos.values())
     assert "cbs-opt[scip]" in infos["scip"].reason
     with pytest.raises(SolverUnavailableError, match="PySCIPOpt is not installed"):
-        scip.solve(block("random", 6, 3, seed=1), "joint")
+        scip.SOLVER.solve(block("random", 6, 3, seed=1), "joint")
 
 
 def milp(**changes: object) -> highs.Milp:
@@ -415,7 +408,7 @@ def test_ctrl_c_returns_incumbent_and_bound():
     timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
-        solution = highs.solve(hard_block(), limits=Limits(time_limit=60.0))
+        solution = highs.SOLVER.solve(hard_block(), limits=Limits(time_limit=60.0))
     finally:
         timer.cancel()
     assert solution.limit is Limit.INTERRUPTED

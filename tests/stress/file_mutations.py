@@ -6,9 +6,11 @@ import copy
 import io
 import json
 import pickle
+import sqlite3
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +173,16 @@ def json_changed(content: bytes, generator: Generator) -> bytes:
     return json.dumps(value_changed(json.loads(content), generator)).encode()
 
 
-def lines_changed(content: bytes, generator: Generator) -> bytes:
-    """One line cut short, or with a value of its JSON object changed under the checksum before it."""
-    lines = content.splitlines(keepends=True)
-    number = int(generator.integers(len(lines)))
-    start = lines[number].find(b"{")
-    if start >= 0 and generator.random() < 0.6:
-        body = json.dumps(value_changed(json.loads(lines[number][start:]), generator))
-        lines[number] = lines[number][:start] + body.encode() + b"\n"
-    else:
-        lines[number] = lines[number][: int(generator.integers(len(lines[number])))]
-    return b"".join(lines)
+def database_changed(content: bytes, generator: Generator) -> bytes:
+    """A database of JSON records with a value of one record changed under its checksum."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.deserialize(content)
+        records = connection.execute("SELECT rowid, content FROM records").fetchall()
+        number, text = records[int(generator.integers(len(records)))]
+        changed = json.dumps(value_changed(json.loads(text), generator))
+        connection.execute("UPDATE records SET content = ? WHERE rowid = ?", (changed, number))
+        connection.commit()
+        return connection.serialize()
 
 
 def safetensors_changed(content: bytes, generator: Generator) -> bytes:

@@ -32,7 +32,7 @@ from cbs_opt.network.masks import load_mask_metadata
 from cbs_opt.runs.folder import RUN_FILE, RunStore
 from cbs_opt.stages.store import stored_stages
 from cbs_opt.study.expansion import Plan
-from cbs_opt.study.store import JOURNAL, PLAN, Journal, read_plan, read_rows, write_plan
+from cbs_opt.study.store import DATABASE, Journal, read_plan, read_rows
 from formulations.errors import InstanceFormatError
 from formulations.files import checksum
 from formulations.instances import read_instance, read_solution, write_instance, write_solution
@@ -42,8 +42,8 @@ from tests.stress.file_mutations import (
     BLIND,
     Mutation,
     Payload,
+    database_changed,
     json_changed,
-    lines_changed,
     safetensors_changed,
     zip_changed,
 )
@@ -97,13 +97,13 @@ def targets() -> list[Target]:
         Target(
             name="report", file="report.json", write=_write_report, read=_read_report, clever=json_changed
         ),
-        Target(name="study plan", file=PLAN, write=_write_plan, read=_read_plan, clever=json_changed),
+        Target(name="study plan", file=DATABASE, write=_write_plan, read=_read_plan, clever=database_changed),
         Target(
             name="study journal",
-            file=JOURNAL,
+            file=DATABASE,
             write=_write_journal,
             read=_read_journal,
-            clever=lines_changed,
+            clever=database_changed,
             partial=True,
         ),
         Target(
@@ -265,7 +265,8 @@ def _read_piece(folder: Path) -> list[str]:
 
 
 def _write_plan(folder: Path) -> None:
-    write_plan(folder, "fuzz", "a study", Plan(runs=(), left_out=("greedy_obs: not for this program",)))
+    with Journal(folder) as journal:
+        journal.write_plan("fuzz", "a study", Plan(runs=(), left_out=("greedy_obs: not for this program",)))
 
 
 def _read_plan(folder: Path) -> list[str]:

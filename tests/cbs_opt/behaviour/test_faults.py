@@ -27,8 +27,6 @@ from torch.nn.functional import cross_entropy
 from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
 from cbs_opt.errors import NetworkChangedError
 from cbs_opt.report.files import ReportFormatError
-from cbs_opt.study.expansion import Plan
-from cbs_opt.study.store import Journal, read_plan, read_rows, write_plan
 from formulations.incumbents import greedy
 from formulations.instances import export_model, read_instance, read_solution, write_instance, write_solution
 from tests.cbs_opt.reports import made_report
@@ -92,15 +90,6 @@ def solution_file(folder: Path, version: int) -> None:
     write_solution(folder / "s", problem, greedy(problem, "joint"))
 
 
-def journal_row(folder: Path, version: int) -> None:
-    with Journal(folder / "study") as journal:
-        journal.append({"run": "a", "version": version})
-
-
-def plan_file(folder: Path, version: int) -> None:
-    write_plan(folder, "s", str(version), Plan(runs=(), left_out=()))
-
-
 def export(folder: Path, version: int) -> None:
     export_model(block("random", 6, version, seed=0), "joint_big_m", folder / "x", "lp")
 
@@ -129,8 +118,6 @@ WRITERS = {
     "report": Writer(
         save_report, lambda folder: PruneReport.load(folder / "run").seed, torn=(ReportFormatError,)
     ),
-    "journal": Writer(journal_row, lambda folder: read_rows(folder / "study")["a"]["version"]),
-    "plan": Writer(plan_file, lambda folder: int(read_plan(folder)["description"])),
 }
 
 

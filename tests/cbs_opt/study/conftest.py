@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from cbs_opt.study import runner
 from cbs_opt.study.expansion import Run
 from cbs_opt.study.single_run import RunSolver
+from cbs_opt.study.store import DATABASE, PLAN
 
 
 class InProcessWorker:
@@ -48,3 +52,13 @@ class InProcessWorker:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the runner solve in this process."""
     monkeypatch.setattr(runner, "Worker", InProcessWorker)
+
+
+def record_keys(folder: Path) -> list[str]:
+    """Return the fingerprints of all rows that a study wrote, those that later ones replace too."""
+    if not (folder / DATABASE).exists():
+        return []
+    with closing(sqlite3.connect(folder / DATABASE)) as connection:
+        if not connection.execute("SELECT name FROM sqlite_master").fetchall():
+            return []
+        return [key for (key,) in connection.execute("SELECT key FROM records") if key != PLAN]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cbs_opt.study.config import RunLimits, parse_study, read_study
-from cbs_opt.study.errors import FilterError, StudyConfigError
 from cbs_opt.study.estimate import TimeLeft, longest
 from cbs_opt.study.expansion import combinations, expand, select
+from formulations.errors import ArgumentError
 from formulations.instances import load_library, write_instance
 from formulations.problem import BlockProblem
 
@@ -65,7 +65,7 @@ def test_limits_are_inherited_and_overridden() -> None:
     ],
 )
 def test_what_makes_no_sense_is_named(changes: dict[str, Any], where: str) -> None:
-    with pytest.raises(StudyConfigError, match=where):
+    with pytest.raises(ArgumentError, match=where):
         parse_study(document(**changes))
 
 
@@ -87,15 +87,48 @@ def test_what_makes_no_sense_is_named(changes: dict[str, Any], where: str) -> No
 def test_what_cannot_be_run_is_named_before_anything_runs(
     changes: dict[str, Any], where: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(StudyConfigError, match=where):
+    with pytest.raises(ArgumentError, match=where):
         expand(parse_study(document(**changes), folder=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("line", "instead", "message"),
+    [
+        (2, "limits = { tme_limit = 5 }", r"limits.tme_limit: unknown \(line 2 .*did you mean time_limit"),
+        (6, "librry = 3", r"instances\[1\].librry: unknown \(line 6"),
+        (8, "", r"methods\[0\].program: none \(line 7"),
+        (11, "method = 'obs'", r"methods\[1\].method: unknown \(line 11"),
+        (13, "depth = []", r"methods\[1\].options.depth: an empty list \(line 13"),
+        (13, "depth = [[1]]", r"methods\[1\].options.depth: \[1\] \(line 13"),
+    ],
+)
+def test_the_line_of_what_is_wrong_is_named(line: int, instead: str, message: str, tmp_path: Path) -> None:
+    lines = [
+        'name = "a"',
+        "limits = { time_limit = 5 }  # of each run",
+        "[[instances]]",
+        "library = 'digits_12_s50'",
+        "[[instances]]",
+        "library = 'digits_12_s80'",
+        "[[methods]]",
+        "program = 'joint'",
+        "methods = 'obs'",
+        "[[methods]]",
+        "methods = 'branch_and_bound'",
+        "[methods.options]",
+        "depth = 3",
+    ]
+    lines[line - 1] = instead
+    (tmp_path / "study.toml").write_text("\n".join(lines))
+    with pytest.raises(ArgumentError, match=message):
+        read_study(tmp_path / "study.toml")
+
+
 def test_files_are_read_from_the_folder_of_the_study(tmp_path: Path) -> None:
-    with pytest.raises(StudyConfigError, match="no such file"):
+    with pytest.raises(ArgumentError, match="no such file"):
         read_study(tmp_path / "study.toml")
     (tmp_path / "study.toml").write_text("name = ")
-    with pytest.raises(StudyConfigError, match="not TOML"):
+    with pytest.raises(ArgumentError, match="not TOML"):
         read_study(tmp_path / "study.toml")
     problem = load_library("digits_12_s80")[0]
     write_instance(tmp_path / "mine.npz", problem)
@@ -180,7 +213,7 @@ def test_filters_choose_by_glob_and_option() -> None:
     assert {run.seed for run in select(plan.runs, ["seed=1"])} == {1}
     assert select(plan.runs, ["n=12", "method=nothing"]) == []
     for wrong in ("joint", "colour=red"):
-        with pytest.raises(FilterError, match="NAME=GLOB"):
+        with pytest.raises(ArgumentError, match="NAME=GLOB"):
             select(plan.runs, [wrong])
 
 
@@ -213,5 +246,5 @@ def test_an_option_that_an_installed_solver_lacks_is_refused_before_anything_run
     pytest.importorskip("highspy")
     posed = {"program": "selection", "solvers": "highs", "formulations": "selection_glover"}
     expand(parse_study(document(methods=[{**posed, "options": {"presolve": ["choose", "off"]}}])))
-    with pytest.raises(StudyConfigError, match="unknown to highs"):
+    with pytest.raises(ArgumentError, match="unknown to highs"):
         expand(parse_study(document(methods=[{**posed, "options": {"mip_no_such": [1]}}])))

@@ -16,7 +16,7 @@ import pytest
 from cbs_opt.study.config import read_study
 from cbs_opt.study.results import read_results
 from cbs_opt.study.runner import run_study
-from cbs_opt.study.store import JOURNAL
+from tests.cbs_opt.study.conftest import record_keys
 
 STUDY = """
 name = "killed"
@@ -38,14 +38,13 @@ def command(study: Path, out: Path, jobs: int) -> Sequence[str]:
 
 
 def kill_after_rows(study: Path, out: Path, rows: int, pause: float, jobs: int) -> int:
-    """Kill the study `pause` seconds after its journal has `rows` lines; how many it has then."""
+    """Kill the study `pause` seconds after its journal has `rows` rows; how many it has then."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command(study, out, jobs), stdout=quiet, stderr=quiet, start_new_session=True)
-    journal = out / JOURNAL
     try:
         deadline = time.monotonic() + 120.0
         while time.monotonic() < deadline and process.poll() is None:
-            if journal.exists() and journal.read_bytes().count(b"\n") >= rows:
+            if len(record_keys(out)) >= rows:
                 break
             time.sleep(0.005)
         time.sleep(pause)
@@ -55,15 +54,14 @@ def kill_after_rows(study: Path, out: Path, rows: int, pause: float, jobs: int) 
         process.wait()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive, "workers outlive their parent"
-    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+    return len(record_keys(out))
 
 
 def finish_and_compare(study: Path, out: Path, whole: Path) -> None:
     """Go on to the end; the result must be that of an uninterrupted study."""
     described = read_study(study)
     run_study(described, out)
-    lines = (out / JOURNAL).read_bytes().splitlines()
-    assert len(lines) == RUNS, "a run was lost or done twice"
+    assert len(record_keys(out)) == RUNS, "a run was lost or done twice"
     run_study(described, whole)
     found, expected = read_results(out).table[SAME], read_results(whole).table[SAME]
     assert len(found) == RUNS
@@ -104,10 +102,9 @@ def test_ctrl_c_ends_it_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    journal = tmp_path / "out" / JOURNAL
     deadline = time.monotonic() + 120.0
     while time.monotonic() < deadline and process.poll() is None:
-        if journal.exists() and journal.stat().st_size:
+        if record_keys(tmp_path / "out"):
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -115,6 +112,6 @@ def test_ctrl_c_ends_it_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert b"goes on" in errors
     assert b"Traceback" not in errors
-    lines = journal.read_bytes().count(b"\n")
-    assert f"{lines} of {RUNS} runs done".encode() in said
-    assert lines < RUNS
+    rows = len(record_keys(tmp_path / "out"))
+    assert f"{rows} of {RUNS} runs done".encode() in said
+    assert rows < RUNS

@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cbs_opt.cli import app
+from cbs_opt.report.tables import MISSING
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.figures import profile_figure
-from cbs_opt.study.report import drawings, render_html, render_markdown, write_report
+from cbs_opt.study.report import Drawing, render_html, render_markdown, sections, write_report
 from cbs_opt.study.tables import methods_table
 from tests.cbs_opt.study.made_up import heuristic, labelled, results, row
 
@@ -45,9 +46,15 @@ def study_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def drawings(rows: list[dict[str, Any]]) -> list[Drawing]:
+    """Return the pictures of the only program."""
+    (section,) = sections(labelled(rows))
+    return section.drawings()
+
+
 def test_the_page_holds_every_picture_and_fetches_nothing() -> None:
     page = render_html(results(study_rows()))
-    assert page.count("<figure>") == len(drawings(labelled(study_rows())))
+    assert page.count("<figure>") == len(drawings(study_rows()))
     assert page.count('src="data:image/svg+xml;base64,') == page.count("<img")
     assert not re.findall(r"<script|<link|https?://(?!www\.w3\.org)", page)
     assert "died &lt;here&gt;" in page
@@ -55,9 +62,9 @@ def test_the_page_holds_every_picture_and_fetches_nothing() -> None:
 
 
 def test_every_kind_of_picture_is_there() -> None:
-    names = {drawing.name for drawing in drawings(labelled(study_rows()))}
+    names = {drawing.name for drawing in drawings(study_rows())}
     assert names == {"profile", "gap", "traces", "excess", "effects", "excess_n", "excess_damping"}
-    for drawing in drawings(labelled(study_rows())):
+    for drawing in drawings(study_rows()):
         drawing.figure.canvas.draw()
         axes = drawing.figure.axes[0]
         assert axes.get_xlabel() or drawing.name == "traces"
@@ -97,7 +104,7 @@ def test_a_table_counts_what_happened() -> None:
     assert cells["solver"]["Failed"] == "1"
     assert cells["greedy"]["Excess"] == "25 %"
     assert cells["swaps"]["Excess"] == "0 %"
-    assert cells["greedy"]["Proved"] == "-"
+    assert cells["greedy"]["Proved"] == MISSING
     stressed = {(table.rows[i][0], table.columns[j].name) for i, j in table.best}
     assert stressed == {("tree", "Time (s)"), ("swaps", "Excess")}
 

@@ -1,70 +1,83 @@
-"""The journal: whatever a crash leaves of its last line, no row is lost, doubled or made up."""
+"""The folder of a study: whatever happens to the file, no row is lost, doubled or made up."""
 
 from __future__ import annotations
 
-import errno
-import json
 import os
+import resource
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbs_opt.study import store
 from cbs_opt.study.errors import StudyFolderError
-from cbs_opt.study.store import JOURNAL, PLAN, Journal, read_plan, read_rows
+from cbs_opt.study.expansion import Plan
+from cbs_opt.study.store import DATABASE, Journal, read_plan, read_rows
 
 ROWS = [{"run": f"{i:02d}", "note": 'ä\n\t\u2028 \\ " ' * i, "objective": 1.0 / (i + 1)} for i in range(4)]
+NO_RUNS = Plan(runs=(), left_out=("highs: no",))
 
 
 def filled(folder: Path) -> bytes:
-    """The bytes of a journal with `ROWS`."""
+    """Write `ROWS` and a plan; return the bytes of the file."""
     with Journal(folder) as journal:
+        journal.write_plan("a", "about", NO_RUNS)
         for row in ROWS:
             journal.append(row)
-    return (folder / JOURNAL).read_bytes()
+    return (folder / DATABASE).read_bytes()
 
 
-def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+def change(folder: Path, statement: str) -> None:
+    """Change the file behind the back of the study."""
+    with closing(sqlite3.connect(folder / DATABASE)) as connection, connection:
+        connection.execute(statement)
+
+
+def test_rows_and_plan_come_back_as_they_were(tmp_path: Path) -> None:
     filled(tmp_path)
     assert list(read_rows(tmp_path).values()) == ROWS
+    assert read_plan(tmp_path) == {"name": "a", "description": "about", "left_out": ["highs: no"], "runs": []}
     with Journal(tmp_path) as journal:
         assert list(journal.rows.values()) == ROWS
-
-
-def test_a_journal_cut_anywhere_keeps_every_whole_row_and_takes_new_ones(tmp_path: Path) -> None:
-    content = filled(tmp_path)
-    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    for cut in range(len(content) + 1):
-        (tmp_path / JOURNAL).write_bytes(content[:cut])
-        whole = sum(end <= cut for end in ends)
-        assert list(read_rows(tmp_path).values()) == ROWS[:whole]
-        with Journal(tmp_path) as journal:
-            assert list(journal.rows.values()) == ROWS[:whole]
-            for row in ROWS[whole:]:
-                journal.append(row)
-        assert (tmp_path / JOURNAL).read_bytes() == content
+        assert list(read_rows(tmp_path).values()) == ROWS, "a running study may be read"
 
 
 @settings(max_examples=60, deadline=None)
-@given(tail=st.binary(max_size=40))
-def test_a_tail_of_anything_is_cut_off(tmp_path_factory: pytest.TempPathFactory, tail: bytes) -> None:
+@given(place=st.floats(0.0, 1.0), flip=st.integers(1, 255), cut=st.booleans())
+def test_a_damaged_file_is_refused_or_tells_nothing_untrue(
+    tmp_path_factory: pytest.TempPathFactory, place: float, flip: int, cut: bool
+) -> None:
     folder = tmp_path_factory.mktemp("journal")
-    content = filled(folder)
-    (folder / JOURNAL).write_bytes(content + tail)
-    with Journal(folder) as journal:
-        assert list(journal.rows.values()) == ROWS
-    assert (folder / JOURNAL).read_bytes() == content
+    content = bytearray(filled(folder))
+    index = min(int(place * len(content)), len(content) - 1)
+    content[index] ^= flip
+    (folder / DATABASE).write_bytes(content[:index] if cut else content)
+    try:
+        rows = read_rows(folder)
+    except StudyFolderError:
+        return
+    assert all(row in ROWS for row in rows.values())
 
 
-def test_damage_inside_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
-    content = bytearray(filled(tmp_path))
-    content[30] ^= 1
-    (tmp_path / JOURNAL).write_bytes(content)
-    with pytest.raises(StudyFolderError, match="line 1 is damaged"):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE records SET content = replace(content, '0.5', '0.4')",
+        "UPDATE records SET key = '01' WHERE key = '00'",
+        "UPDATE records SET content = NULL WHERE key = '02'",
+    ],
+)
+def test_a_damaged_row_is_named_and_the_remedy_mends_it(tmp_path: Path, damage: str) -> None:
+    filled(tmp_path)
+    change(tmp_path, damage)
+    with pytest.raises(StudyFolderError, match=r"record \d is damaged") as caught:
         Journal(tmp_path)
-    assert (tmp_path / JOURNAL).read_bytes() == content
+    change(tmp_path, caught.value.remedy.split("'")[1])
+    with Journal(tmp_path) as journal:
+        assert list(journal.rows.values()) == [row for row in ROWS if row["run"] in journal.rows]
+        assert len(journal.rows) == len(ROWS) - 1
 
 
 def test_a_later_row_of_the_same_run_counts(tmp_path: Path) -> None:
@@ -75,21 +88,19 @@ def test_a_later_row_of_the_same_run_counts(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path)) == len(ROWS)
 
 
-def test_a_full_disk_loses_the_new_row_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = filled(tmp_path)
-    write = os.write
-
-    def full(handle: int, data: bytes) -> int:
-        if len(data) < 20:
-            raise OSError(errno.ENOSPC, "no space left on device")
-        return write(handle, data[: len(data) // 2])
-
+@pytest.mark.parametrize("room", [0, 40, 600, 4096])
+def test_a_full_disk_loses_the_new_row_only(tmp_path: Path, room: int) -> None:
+    size = len(filled(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Journal(tmp_path) as journal:
-        monkeypatch.setattr(store.os, "write", full)
-        with pytest.raises(OSError, match="no space"):
-            journal.append({"run": "new", "note": "x" * 100})
-        monkeypatch.undo()
-        assert (tmp_path / JOURNAL).read_bytes() == content
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+        try:
+            with pytest.raises(StudyFolderError, match=DATABASE):
+                journal.append({"run": "new", "note": "x" * 10_000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "new" not in journal.rows
+        assert list(read_rows(tmp_path).values()) == ROWS
         journal.append({"run": "new"})
     assert len(read_rows(tmp_path)) == len(ROWS) + 1
 
@@ -106,16 +117,23 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: 
 
 
 def test_numbers_that_json_has_not_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
-        with pytest.raises(ValueError, match="JSON"):
-            journal.append({"run": "a", "objective": float("nan")})
-        assert (tmp_path / JOURNAL).read_bytes() == b""
+    with Journal(tmp_path) as journal, pytest.raises(ValueError, match="JSON"):
+        journal.append({"run": "a", "objective": float("nan")})
+    assert read_rows(tmp_path) == {}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"version": 99})])
-def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "{", "SQLite format 3", "x" * 5000])
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, content: str) -> None:
     with pytest.raises(StudyFolderError, match="holds no study"):
         read_plan(tmp_path)
-    (tmp_path / PLAN).write_text(content)
+    (tmp_path / DATABASE).write_text(content)
     with pytest.raises(StudyFolderError):
         read_plan(tmp_path)
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    change(tmp_path, "PRAGMA user_version = 99")
+    for use in (Journal, read_plan, read_rows):
+        with pytest.raises(StudyFolderError, match="version 99"):
+            use(tmp_path)

@@ -1,0 +1,33 @@
+"""A node of the search tree: what is decided, the bound, and where its relaxation starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from formulations.problem import FloatArray
+
+
+@dataclass(slots=True)
+class Node:
+    """One open subproblem.
+
+    Attributes
+    ----------
+    bound : float
+        Lower bound in form units.
+    status : (n,) int8 array
+        FREE, KEPT or PRUNED of each index of the reduced form.
+    split, warm : (n,) float64 arrays
+        Diagonal split and starting point of the relaxation; shared with the sibling, so never written
+        to in place.
+    depth : int
+    """
+
+    bound: float
+    status: NDArray[np.int8]
+    split: FloatArray
+    warm: FloatArray
+    depth: int = 0
