@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.recipe.records import Recipe, Request, in_units
-from cbs_opt.recipe.select import Select
+from cbs_opt.recipe.select import COMMON, Exact, Select
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.choice import Choice
 from cbs_opt.select.methods import Method, find_method
+from cbs_opt.system.checks import within
 from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from cbs_opt.update.grams import SharedGrams
@@ -231,11 +233,34 @@ def choose(
             engine = by_workers(method.solver, method.name, select.program, resources.workers)
         else:
             engine = by_solver(method.solver, method.name, select.program)
-    import inspect
-
     if "ledger" not in inspect.signature(engine).parameters:
         options.pop("ledger", None)
-    return engine(blocks, counts, limits=limits, **options)
+    with _select_fields(select), within("weights", partition="blocks"):
+        return engine(blocks, counts, limits=limits, **options)
+
+
+def _select_fields(select: Select) -> AbstractContextManager[None]:
+    """Let errors about an option of the method name the field of its record."""
+    if isinstance(select, Exact):
+        names = {name: f"options.{name}" for name in select.options}
+    else:
+        names = {entry.name: entry.name for entry in fields(select) if entry.name not in COMMON}
+    return within("select", **{"method": "method", **names})
+
+
+@contextmanager
+def row_fields() -> Iterator[None]:
+    """Let errors about gradient rows name the field of the curvature or of the resources."""
+    with (
+        within("curvature", "samples", samples_per_row="per_row"),
+        within("resources", "row_memory", "row_dir", memory_limit="chunk_memory"),
+    ):
+        yield
+
+
+def budget_fields() -> AbstractContextManager[None]:
+    """Let errors about the budget name the field of the weights."""
+    return within("weights", "budget", partition="blocks")
 
 
 def one_shot(task: Task, rows: Rows | None) -> tuple[Candidate, LossModel]:
@@ -261,7 +286,7 @@ def take_rows(task: Task) -> Rows | None:
         return rows
     if rows is None and needs_curvature(request):
         assert isinstance(recipe.curvature, Fisher)
-        with task.clock.phase("curvature"):
+        with task.clock.phase("curvature"), row_fields():
             rows = gradient_rows(
                 task.model,
                 task.data,
@@ -353,7 +378,8 @@ def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> lis
             damping, term_of(recipe), gradient=recipe.gradient or scoring.kind == "saliency"
         )
         scores = torch.cat([scoring.score(block) for block in blocks])
-    return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
+    with budget_fields():
+        return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
 
 
 def _updated(
@@ -404,6 +430,8 @@ def check_data(request: Request, data: Data | None) -> None:
     """Raise `ArgumentError` if there are no data where they are needed."""
     if data is not None:
         return
+    if request.stages is not None:
+        raise ArgumentError("data", "None for a run in stages", "pass training data")
     recipe = request.recipes[0]
     rows = None if isinstance(recipe.curvature, Fisher) else recipe.curvature
     lacks_term = any(entry.layer_inputs for entry in request.recipes) and (

@@ -32,7 +32,7 @@ from cbs_opt.oneshot import (
 )
 from cbs_opt.recipe.named import recipe_by_name
 from cbs_opt.recipe.records import Certify, Recipe, Request, Stages
-from cbs_opt.recipe.select import GreedyOBS, SwapSearch
+from cbs_opt.recipe.select import Exact, GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
@@ -125,12 +125,13 @@ def prune(
     """
     job = _prepared(model, sparsity, recipe, stages, certify, resources, seed)
     partition, request = job.partition, job.request
+    trained = partition.flatten(model)
     with unchanged(model, partition), ExitStack() as opened:
         check_data(request, data)
         task = Task(
             model=model,
             partition=partition,
-            weights=partition.flatten(model),
+            weights=trained,
             data=data,
             loss_fn=loss_fn,
             request=request,
@@ -238,8 +239,10 @@ def _check_methods(request: Request, resources: Resources) -> None:
         select = select_of(recipe)
         with within("select", "method", "program"):
             method = method_of(recipe)
-        with within("select", method_options="options"):
-            method.check_options(select.method_options, select.program)
+        for name, value in select.method_options.items():
+            field = f"options.{name}" if isinstance(select, Exact) else name
+            with within("select", method_options=field):
+                method.check_options({name: value}, select.program)
         score = recipe.weights.budget_score
         scores = [entry.name for entry in available_methods() if entry.kind == "saliency"]
         if score is not None and score not in scores:

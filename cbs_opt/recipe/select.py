@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, ClassVar
 
-from cbs_opt.system.checks import finite_number, names, one_of, seconds, whole_number
+from cbs_opt.system.checks import finite_number, names, one_of, plain_value, seconds, whole_number
 from formulations.errors import ArgumentError
 from formulations.problem import PROGRAMS
 
@@ -221,7 +220,8 @@ class Exact(Select):
         A name that `solve` takes: "branch_and_bound", "enumeration", "outer_approximation",
         "lower_bound", ``"<solver>:<model>"``, or a method of another package.
     options : mapping, optional
-        Options of that method; unknown ones are refused before anything runs.
+        Options of that method: numbers, strings, and lists and mappings of them. None is none given;
+        unknown ones are refused before anything runs.
     repeats : int, default 1
         Runs with different seeds, for methods that draw at random.
     """
@@ -237,7 +237,12 @@ class Exact(Select):
             raise ArgumentError("select.method", f"{self.method!r}", "pass the name of a method")
         if not isinstance(self.options, Mapping):
             raise ArgumentError("select.options", f"{self.options!r}", "pass a mapping of names to values")
-        self._put("options", MappingProxyType(dict(self.options)))
+        if self.method in SELECTS:
+            record = SELECTS[self.method].__name__
+            remedy = f"use {record}, which has the options as fields"
+            raise ArgumentError("select.method", f"{self.method!r}", remedy)
+        given = {name: value for name, value in self.options.items() if value is not None}
+        self._put("options", {name: plain_value(f"select.options.{name}", given[name]) for name in given})
 
     @property
     def method_options(self) -> dict[str, Any]:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from cbs_opt.budget.remaining import counts_left
-from cbs_opt.oneshot import SEED_STEP, choose, grouped, method_of, scoring_of, select_of, selects_by_rows
+from cbs_opt.oneshot import (
+    SEED_STEP,
+    budget_fields,
+    choose,
+    grouped,
+    method_of,
+    scoring_of,
+    select_of,
+    selects_by_rows,
+)
 from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
@@ -139,15 +148,16 @@ def _pruned(
             damping * expansion.unit,
             factorised=method_of(recipe).name == "obs",
         )
-    counts = counts_left(
-        model.partition,
-        model.keep,
-        sparsity,
-        request.sparsity,
-        budget=recipe.weights.budget,
-        scoring=scoring_of(recipe),
-        blocks=blocks,
-    )
+    with budget_fields():
+        counts = counts_left(
+            model.partition,
+            model.keep,
+            sparsity,
+            request.sparsity,
+            budget=recipe.weights.budget,
+            scoring=scoring_of(recipe),
+            blocks=blocks,
+        )
     choices = choose(recipe, blocks, counts, seed=request.seed + SEED_STEP * attempt, resources=resources)
     return torch.cat([choice.pruned for choice in choices])
 
