@@ -39,7 +39,7 @@ from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.methods import available_methods
 from cbs_opt.stages.staged import Passes, StagedRun
-from cbs_opt.system.checks import within
+from cbs_opt.system.checks import path, within
 from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, ShapeError, UnknownMethodError, UnsupportedProblemError
 
@@ -123,6 +123,7 @@ def prune(
     >>> report = prune(model, (x, y), sparsity=0.9, evaluate=(x_test, y_test))  # doctest: +SKIP
     >>> print(report.summary())  # doctest: +SKIP
     """
+    path("run_dir", run_dir)
     job = _prepared(model, sparsity, recipe, stages, certify, resources, seed)
     partition, request = job.partition, job.request
     trained = partition.flatten(model)

@@ -7,7 +7,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,13 @@ def with_fields(request: Request, assignments: Iterable[str]) -> Request:
         roots = [document] if path[0] in ("stages", "certify", "sparsity", "seed") else document["recipe"]
         for root in roots:
             _assign(root, path, _value(text.strip()))
-    return request_from_plain(document)
+    changed = request_from_plain(document)
+    # What has no place in a document.
+    if request.stages is not None and changed.stages is not None:
+        changed = replace(changed, stages=replace(changed.stages, on_stage=request.stages.on_stage))
+    if request.certify is not None and changed.certify is not None:
+        changed = replace(changed, certify=replace(changed.certify, block_dir=request.certify.block_dir))
+    return changed
 
 
 def to_toml(document: Mapping[str, Any], prefix: str = "") -> str:

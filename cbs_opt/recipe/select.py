@@ -88,7 +88,7 @@ class RandomizedMagnitude(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "repeats")
+        self._put("repeats", whole_number("select.repeats", self.repeats))
         if self.spread is not None:
             self._put("spread", finite_number("select.spread", self.spread))
 
@@ -157,10 +157,13 @@ class SwapSearch(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "repeats", "drops")
+        self._put("repeats", whole_number("select.repeats", self.repeats))
+        self._whole(1, "drops")
         self._whole(0, "max_swaps", "restarts")
         if self.start is not None and not isinstance(self.start, str):
             self._put("start", names("select.start", self.start))
+            if not self.start:
+                raise ArgumentError("select.start", "empty", "name at least one set, or leave it out")
         for name in ("spread", "tolerance"):
             if getattr(self, name) is not None:
                 self._put(name, finite_number(f"select.{name}", getattr(self, name)))
@@ -232,7 +235,7 @@ class Exact(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "repeats")
+        self._put("repeats", whole_number("select.repeats", self.repeats))
         if not isinstance(self.method, str):
             raise ArgumentError("select.method", f"{self.method!r}", "pass the name of a method")
         if not isinstance(self.options, Mapping):
