@@ -238,7 +238,7 @@ class Exact(Select):
         self._put("repeats", whole_number("select.repeats", self.repeats))
         if not isinstance(self.method, str):
             raise ArgumentError("select.method", f"{self.method!r}", "pass the name of a method")
-        if not isinstance(self.options, Mapping):
+        if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
             raise ArgumentError("select.options", f"{self.options!r}", "pass a mapping of names to values")
         if self.method in SELECTS:
             record = SELECTS[self.method].__name__

@@ -14,7 +14,7 @@ from cbs_opt.recipe.select import SELECTS, Exact, SwapSearch
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 counts = st.integers(1, 10**6) | st.integers(1, 10**6).map(np.int64)
-positive = st.floats(1e-12, 1e12) | st.floats(1e-3, 1e3, width=32).map(np.float32)
+positive = st.floats(1e-12, 1e12) | st.floats(0.5, 1024.0, width=32).map(np.float32)
 numbers = st.just(0) | positive
 shares = st.floats(0.0, 1.0, exclude_max=True)
 programs = st.sampled_from(("selection", "joint"))
