@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cbs_opt.candidates import block_summaries, layer_summaries, library_versions, peak_memory
 from cbs_opt.certify.certificates import certify_report
+from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
@@ -35,6 +36,7 @@ def describe(
         At the end of a run in stages.
     """
     request, recipe, partition = task.request, best.recipe, task.partition
+    curvature = recipe.curvature
     after = task.trial(best.weights)
     with task.clock.phase("evaluation"):
         train_before, train_after = task.loss(task.model), task.loss(after)
@@ -62,7 +64,7 @@ def describe(
         kind=method_of(recipe).kind,
         program=select_of(recipe).program,
         update=recipe.update is not None,
-        curvature=recipe.curvature.kind,
+        curvature=curvature.kind if isinstance(curvature, Fisher) else curvature.curvature,
         partition=recipe.weights.blocks or "global",
         budget=recipe.weights.budget,
         requested_sparsity=request.sparsity,

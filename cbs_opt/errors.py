@@ -61,10 +61,6 @@ class ExecutorError(ArgumentError):
     """An executor cannot take blocks."""
 
 
-class PeerError(ArgumentError):
-    """Another process of a group failed, which ends the collective call here as well."""
-
-
 class RunMismatchError(ArgumentError):
     """A directory holds another run; the message names every difference."""
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cbs_opt.budget.counts import allocate
+from cbs_opt.curvature.fisher import gradient_rows
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.curvature.shim import gradient_rows
 from cbs_opt.execution.selector import by_workers
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import OnDemand
@@ -170,7 +170,7 @@ class LossModel:
             )
 
         blocks = OnDemand(block, len(self.partition.blocks))
-        return list(blocks) if rows is None or rows.in_memory else blocks
+        return blocks if rows is not None and rows.on_disk else list(blocks)
 
 
 def select_of(recipe: Recipe) -> Select:

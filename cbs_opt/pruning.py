@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,9 +15,9 @@ from cbs_opt.curvature.layer_inputs import default_layer_inputs
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.describe import certified, describe
 from cbs_opt.hessian.block import DENSE_LIMIT
-from cbs_opt.network.data import Data, LossFunction
+from cbs_opt.network.data import Data, LossFunction, sample_count
 from cbs_opt.network.guard import unchanged
-from cbs_opt.network.partition import Partition
+from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.trial import write_back
 from cbs_opt.oneshot import (
     Task,
@@ -31,9 +32,10 @@ from cbs_opt.oneshot import (
     take_rows,
 )
 from cbs_opt.recipe.named import recipe_by_name
-from cbs_opt.recipe.records import Certify, Recipe, Request, Stages
+from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights
 from cbs_opt.recipe.select import Exact, GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
+from cbs_opt.run_size import RunSize, check_fits, fitting_blocks, run_size
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import RunProgress
@@ -41,7 +43,9 @@ from cbs_opt.select.methods import available_methods
 from cbs_opt.stages.staged import Passes, StagedRun
 from cbs_opt.system.checks import path, within
 from cbs_opt.system.resources import Resources
-from formulations.errors import ArgumentError, ShapeError, UnknownMethodError, UnsupportedProblemError
+from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
+
+logger = logging.getLogger(__name__)
 
 STAGE_DROPS = 3
 """Drops of joint greedy OBS in every stage, by default."""
@@ -124,7 +128,9 @@ def prune(
     >>> print(report.summary())  # doctest: +SKIP
     """
     path("run_dir", run_dir)
-    job = _prepared(model, sparsity, recipe, stages, certify, resources, seed)
+    job = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
+    with within("resources", "row_memory", "row_dir", memory="row_memory"):
+        check_fits(job.size)
     partition, request = job.partition, job.request
     trained = partition.flatten(model)
     with unchanged(model, partition), ExitStack() as opened:
@@ -169,6 +175,40 @@ def prune(
     return report
 
 
+def plan(
+    model: nn.Module,
+    data: Data | None,
+    *,
+    sparsity: float,
+    recipe: Recipe | Sequence[Recipe] | str = "balanced",
+    stages: Stages | int | None = None,
+    certify: Certify | bool = False,
+    resources: Resources | None = None,
+    seed: int = 0,
+) -> RunSize:
+    """Return the size of a run of `prune`, with an estimate of its peak memory, without doing it.
+
+    Parameters
+    ----------
+    model, data, sparsity, recipe, stages, certify, resources, seed
+        As for `prune`; all are checked. No data are read, and the network is not run.
+
+    Returns
+    -------
+    RunSize
+
+    Raises
+    ------
+    CbsError
+        What `prune` would raise before it reads data, but for a run that does not fit: the size says so.
+
+    Examples
+    --------
+    >>> print(plan(model, (x, y), sparsity=0.9).summary())  # doctest: +SKIP
+    """
+    return _prepared(model, data, sparsity, recipe, stages, certify, resources, seed).size
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
     """A request with every default made concrete, and the weights that it is about."""
@@ -176,10 +216,12 @@ class _Job:
     request: Request
     partition: Partition
     resources: Resources
+    size: RunSize
 
 
 def _prepared(
     model: nn.Module,
+    data: Data | None,
     sparsity: float,
     recipe: Recipe | Sequence[Recipe] | str,
     stages: Stages | int | None,
@@ -187,7 +229,7 @@ def _prepared(
     resources: Resources | None,
     seed: int,
 ) -> _Job:
-    """Check all arguments, make defaults concrete, and cut the weights into blocks."""
+    """Check all arguments, make defaults concrete, and cut the weights into blocks that fit in memory."""
     if resources is not None and not isinstance(resources, Resources):
         raise ArgumentError("resources", f"a {type(resources).__name__}", "pass a Resources record")
     resources = Resources() if resources is None else resources
@@ -200,20 +242,51 @@ def _prepared(
     )
     request = replace(request, recipes=tuple(_with_method(entry, request) for entry in request.recipes))
     _check_methods(request, resources)
-    weights = request.recipes[0].weights
-    with within("weights", "target", "ignore", "blocks", **{"target, ignore": "target, ignore"}):
-        partition = Partition.from_model(
-            model, target=weights.target, ignore=weights.ignore, blocks=weights.blocks or "global"
-        )
+    asked = request.recipes[0].weights.blocks
+    partition = _partition(model, request.recipes[0].weights, asked or "global")
     request = replace(
         request, recipes=tuple(_with_layer_inputs(entry, request, partition) for entry in request.recipes)
     )
+    size = _size(request, partition, resources, data)
+    if asked is None:
+        rule, row_memory = fitting_blocks(size)
+        if rule != "global":
+            text = 'rows of %s weights do not fit in memory: blocks are cut by "%s"'
+            logger.warning(text, partition.n, rule)
+            partition = _partition(model, request.recipes[0].weights, rule)
+            resources = replace(resources, row_memory=row_memory)
+            size = _size(request, partition, resources, data)
+        request = replace(request, recipes=tuple(_with_blocks(entry, rule) for entry in request.recipes))
     _check_rows(request, partition)
     _check_certifiable(request, partition)
     if request.stages is not None and resources.row_memory is not None:
         remedy = "use one stage, or leave it out"
         raise ArgumentError("resources.row_memory", "given for a run in stages", remedy)
-    return _Job(request=request, partition=partition, resources=resources)
+    return _Job(request=request, partition=partition, resources=resources, size=size)
+
+
+def _partition(model: nn.Module, weights: Weights, rule: BlockRule) -> Partition:
+    """Cut the weights of a record into blocks by a rule; errors name its fields."""
+    with within("weights", "target", "ignore", "blocks", **{"target, ignore": "target, ignore"}):
+        return Partition.from_model(model, target=weights.target, ignore=weights.ignore, blocks=rule)
+
+
+def _with_blocks(recipe: Recipe, rule: BlockRule) -> Recipe:
+    return replace(recipe, weights=replace(recipe.weights, blocks=rule))
+
+
+def _size(request: Request, partition: Partition, resources: Resources, data: Data | None) -> RunSize:
+    """Return the size of the run."""
+    curvature = request.recipes[0].curvature
+    fresh = isinstance(curvature, Fisher)
+    return run_size(
+        partition,
+        None if fresh and not needs_curvature(request) else curvature,
+        layer_inputs=any(recipe.layer_inputs for recipe in request.recipes),
+        resources=resources,
+        available=None if data is None else sample_count(data),
+        staged=request.stages is not None,
+    )
 
 
 def _with_method(recipe: Recipe, request: Request) -> Recipe:
@@ -265,12 +338,8 @@ def _check_methods(request: Request, resources: Resources) -> None:
 def _check_rows(request: Request, partition: Partition) -> None:
     """Raise `ShapeError` if given rows belong to other weights or other blocks."""
     rows = request.recipes[0].curvature
-    if not isinstance(rows, Rows):
-        return
-    if rows.shape[1] != partition.n:
-        found = f"rows of shape {rows.shape} for {partition.n} weights"
-        raise ShapeError("curvature", found, "compute them with the same target and ignore")
-    rows.check_blocks(partition)
+    if isinstance(rows, Rows):
+        rows.check(partition)
 
 
 def _check_certifiable(request: Request, partition: Partition) -> None:

@@ -130,7 +130,7 @@ def run(
     with reported(debug, field_option, stopped=GOES_ON if goes_on else NOTHING_WRITTEN):
         from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
         from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
-        from cbs_opt.pruning import prune
+        from cbs_opt.pruning import plan, prune
         from cbs_opt.recipe.records import Certify as CertifyRecord
 
         flags = {
@@ -149,8 +149,6 @@ def run(
         network = load_network(model, weights, device)
         dtype = dtype_of(network)
         if dry_run:
-            from cbs_opt.pruning import plan
-
             size = plan(
                 network,
                 load_data(data, "--data", dtype),

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.curvature.fisher import GradientRows
 from cbs_opt.curvature.kinds import Fisher
-from cbs_opt.curvature.rows import StoredRows
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.files import request_to_plain
@@ -76,7 +75,7 @@ def _first_batch(data: Data) -> str:
     return samples_digest([(batch.inputs, batch.labels)])
 
 
-def _tensors(found: GradientRows | StoredRows, partition: Partition) -> Iterable[Tensor]:
+def _tensors(found: Rows, partition: Partition) -> Iterable[Tensor]:
     for span in partition.blocks:
         yield found.block(span.start, span.stop)
     yield found.gradient

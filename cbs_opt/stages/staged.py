@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cbs_opt.curvature.fisher import mean_gradient
+from cbs_opt.curvature.fisher import gradient_rows, mean_gradient
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
-from cbs_opt.curvature.shim import gradient_rows
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, row_fields
@@ -24,7 +23,7 @@ from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageRecord, StageResult, StageState
-from cbs_opt.stages.store import StageStore
+from cbs_opt.stages.store import keep_stage, stored_stages
 from cbs_opt.stages.trials import Expansion, Proposal, first_dampings, judged, selections, updates
 from cbs_opt.stages.trust_region import DampingSearch
 
@@ -87,8 +86,6 @@ class StagedRun:
         self.plan: Stages = task.request.stages
         self.sparsities = self.plan.sparsities(task.request.sparsity)
         self.passes = passes
-        store = task.done.store
-        self.states = None if store is None else StageStore(store, device=task.weights.device)
         self.state = StageState(
             stages=0,
             weights=task.weights.double(),
@@ -97,7 +94,7 @@ class StagedRun:
 
     def resume(self) -> None:
         """Take over the stages on disk, and announce them."""
-        for state in () if self.states is None else self.states.states():
+        for state in stored_stages(self.task.done.pieces, self.task.weights.device):
             self.state = state
             self._announce()
 
@@ -111,8 +108,7 @@ class StagedRun:
         ) as bar:
             while self.state.stages < len(steps):
                 self.state = self._next_stage(self.state)
-                if self.states is not None:
-                    self.states.add(self.state)
+                keep_stage(self.task.done.pieces, self.state)
                 self.task.done.forget_steps()
                 self._announce()
                 bar.update()

@@ -64,7 +64,7 @@ def test_a_global_budget_is_spent_by_the_joint_saliency() -> None:
         data(dtype=torch.float64),
         loss_fn=torch.nn.functional.cross_entropy,
         partition="layer",
-        samples=30,
+        curvature=EmpiricalFisher(samples=30),
         damping=0.02,
         progress=False,
     )

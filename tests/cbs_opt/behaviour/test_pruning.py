@@ -134,7 +134,13 @@ def test_predicted_losses_are_those_of_formulations(partition: str, gradient: bo
     model = network(dtype=torch.float64)
     x, y = data(dtype=torch.float64)
     blocks = fisher_blocks(
-        model, (x, y), loss_fn=cross_entropy, partition=partition, samples=40, damping=0.01, progress=False
+        model,
+        (x, y),
+        loss_fn=cross_entropy,
+        partition=partition,
+        curvature=EmpiricalFisher(samples=40),
+        damping=0.01,
+        progress=False,
     )
     report = run(
         model,

@@ -58,7 +58,7 @@ def blocks_of(
         data(dtype=dtype),
         loss_fn=nn.functional.cross_entropy,
         partition=partition,
-        samples=40,
+        curvature=EmpiricalFisher(samples=40),
         damping=0.01,
         progress=False,
     )

@@ -25,8 +25,12 @@ plain = st.recursive(
     max_leaves=6,
 )
 fishers = st.sampled_from(sorted(FISHERS)).flatmap(
-    lambda kind: st.builds(
-        FISHERS[kind], samples=counts, **({} if kind == "exact_fisher" else {"per_row": counts})
+    lambda kind: counts.flatmap(
+        lambda samples: st.builds(
+            FISHERS[kind],
+            samples=st.just(samples),
+            **({} if kind == "exact_fisher" else {"per_row": st.integers(1, int(samples))}),
+        )
     )
 )
 dampings = numbers | st.builds(Absolute, numbers)

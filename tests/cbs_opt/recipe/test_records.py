@@ -317,8 +317,9 @@ def test_a_report_has_the_request_with_its_defaults_made_concrete(tmp_path: Path
     assert request is not None
     assert (request.sparsity, request.seed, request.stages) == (0.5, 0, None)
     (recipe,) = request.recipes
-    assert recipe == Recipe(select=SwapSearch(), layer_inputs=1.0)
+    concrete = Recipe(layer_inputs=1.0, weights=Weights(blocks="global"))
+    assert recipe == replace(concrete, select=SwapSearch())
     staged = prune(network(), data(), sparsity=0.5, stages=2, progress=False).request
     assert staged is not None
     assert staged.stages == Stages(count=2)
-    assert staged.recipes[0] == Recipe(select=GreedyOBS(drops=3), layer_inputs=1.0)
+    assert staged.recipes[0] == replace(concrete, select=GreedyOBS(drops=3))

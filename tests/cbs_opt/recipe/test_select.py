@@ -48,7 +48,7 @@ def test_options_are_those_that_were_given() -> None:
     assert record.method_options == {"start": ("obs", "magnitude"), "max_swaps": 3}
     assert (record.tries, record.time_limit) == (2, 1.0)
     assert type(record.max_swaps) is int
-    assert Exact(options={"node_limit": np.int64(3), "fix": None}).method_options == {"node_limit": 3}
+    assert Exact(options={"swaps": np.int64(3), "search": None}).method_options == {"swaps": 3}
 
 
 @pytest.mark.parametrize(
