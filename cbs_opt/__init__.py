@@ -44,6 +44,7 @@ __all__ = [
     "gradient_rows",
     "load_masks",
     "lower_bound",
+    "plan",
     "prune",
     "recalibrate_batchnorm",
     "save_masks",

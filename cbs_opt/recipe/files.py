@@ -307,8 +307,9 @@ def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
         # Another method has other options.
         for name in [name for name in root if name not in ("program", "time_limit")]:
             del root[name]
-    if path[-1:] == ["kind"] and "per_row" in root and value == "exact_fisher":
-        del root["per_row"]
+    if path[-1:] == ["kind"] and value in FISHERS:
+        for name in set(root) - {entry.name for entry in fields(FISHERS[value])}:
+            del root[name]
     if value is None and path != ["update"]:
         root.pop(path[-1], None)
     else:

@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.row_streaming --case digits --case wide
 
 Every case runs in a process of its own: libraries are loaded and kernels compiled by a small run first, then
-the peak of resident memory is reset when the plan is made and read when the run ends. "increase" is what the
-run added to the process as it was when the plan was made.
+the size of the run is stated, the peak of resident memory is reset, and it is read when the run ends.
+"increase" is what the run added to the process as it was before.
 
 small      an MLP of 210 thousand weights: 168 MB of rows on a budget of 8 MB, OBS and CBS-U
 digits     an MLP on scikit-learn's digits, one block, default options, rows in memory
@@ -21,8 +21,8 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,8 +31,12 @@ import typer
 from torch import Tensor, nn
 
 import cbs_opt
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.demo import digits_data
+from cbs_opt.recipe.records import Recipe, Weights, absolute
+from cbs_opt.recipe.select import OBD, OBS, GreedyOBS
 from cbs_opt.system.memory import peak, reset_peak, resident
+from cbs_opt.system.resources import Resources
 from experiments.datasets import load_dataset
 from experiments.networks import load_network
 
@@ -45,7 +49,8 @@ class Case:
     """A network, its data, and how it is pruned."""
 
     make: Callable[[], tuple[nn.Module, Pair]]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe
+    resources: Resources = field(default_factory=Resources)
 
 
 def mlp(*widths: int, seed: int = 0) -> nn.Module:
@@ -72,16 +77,14 @@ def _resnet20() -> tuple[nn.Module, Pair]:
     return network.model, (data.train_x[:2000].clone(), data.train_y[:2000].clone())
 
 
-WIDE: dict[str, Any] = {
-    "samples": 200,
-    "sparsity": 0.9,
-    "method": "obs",
-    "program": "selection",
-    "damping": 1e-3,
-    "partition": 45_000,
-    "layer_inputs": 0.0,
-    "row_memory": 40_000_000,
-}
+WIDE = Recipe(
+    curvature=EmpiricalFisher(samples=200),
+    select=OBS(program="selection"),
+    damping=absolute(1e-3),
+    weights=Weights(blocks=45_000),
+    layer_inputs=0.0,
+)
+SPARSITY = 0.9
 
 
 def _wide() -> tuple[nn.Module, Pair]:
@@ -89,34 +92,37 @@ def _wide() -> tuple[nn.Module, Pair]:
 
 
 CASES = {
-    "digits": Case(make=lambda: (mlp(64, 128, 64, 10), digits_data()[0]), options={"sparsity": 0.9}),
+    "digits": Case(make=lambda: (mlp(64, 128, 64, 10), digits_data()[0]), recipe=Recipe()),
     "small": Case(
         make=lambda: (mlp(400, 500, 20), noise(300, 400, 20)),
-        options={**WIDE, "partition": 10_000, "row_memory": 8_000_000, "memory_limit": 1 << 24},
+        recipe=replace(WIDE, weights=Weights(blocks=10_000)),
+        resources=Resources(row_memory=8_000_000, chunk_memory=1 << 24),
     ),
-    "wide": Case(make=_wide, options=WIDE),
-    "wide_joint": Case(make=_wide, options={**WIDE, "program": "joint", "method": "greedy_obs"}),
-    "large": Case(make=_wide, options={**WIDE, "samples": 500, "row_memory": 100_000_000}),
+    "wide": Case(make=_wide, recipe=WIDE, resources=Resources(row_memory=40_000_000)),
+    "wide_joint": Case(
+        make=_wide, recipe=replace(WIDE, select=GreedyOBS()), resources=Resources(row_memory=40_000_000)
+    ),
+    "large": Case(
+        make=_wide,
+        recipe=replace(WIDE, curvature=EmpiricalFisher(samples=500)),
+        resources=Resources(row_memory=100_000_000),
+    ),
     "huge": Case(
         make=lambda: (mlp(3000, 4100, 50), noise(600, 3000, 50)),
-        options={
-            **WIDE,
-            "samples": 400,
-            "method": "obd",
-            "partition": 500_000,
-            "row_memory": 1_000_000_000,
-        },
+        recipe=replace(
+            WIDE,
+            curvature=EmpiricalFisher(samples=400),
+            select=OBD(program="selection"),
+            weights=Weights(blocks=500_000),
+        ),
+        resources=Resources(row_memory=1_000_000_000),
     ),
     "resnet20": Case(
         make=_resnet20,
-        options={
-            "samples": 400,
-            "sparsity": 0.9,
-            "partition": "layer",
-            "program": "joint",
-            "layer_inputs": 1.0,
-            "row_memory": 100_000_000,
-        },
+        recipe=Recipe(
+            curvature=EmpiricalFisher(samples=400), weights=Weights(blocks="layer"), layer_inputs=1.0
+        ),
+        resources=Resources(row_memory=100_000_000),
     ),
 }
 
@@ -124,44 +130,42 @@ CASES = {
 def measure(name: str, row_dir: str | None) -> dict[str, Any]:
     """Run a case in this process and compare its peak with its plan."""
     case = CASES[name]
-    _warm_up(case.options)
+    _warm_up(case)
     model, data = case.make()
-    stated: list[cbs_opt.PrunePlan] = []
-    before: list[int] = []
-
-    def begin(plan: cbs_opt.PrunePlan) -> None:
-        stated.append(plan)
-        reset_peak()
-        before.append(resident())
-
+    resources = replace(case.resources, row_dir=row_dir)
+    stated = cbs_opt.plan(model, data, sparsity=SPARSITY, recipe=case.recipe, resources=resources)
+    reset_peak()
+    before = resident()
     began = time.perf_counter()
-    report = cbs_opt.prune(model, data, **case.options, row_dir=row_dir, on_plan=begin, progress=False)
+    report = cbs_opt.prune(
+        model, data, sparsity=SPARSITY, recipe=case.recipe, resources=resources, progress=False
+    )
     seconds = time.perf_counter() - began
-    plan, most = stated[0], peak()
+    most = peak()
     if most is None:
         raise SystemExit("this system does not tell the peak of resident memory")
     return {
         "case": name,
-        "n": plan.n,
-        "blocks": plan.blocks,
-        "rows": plan.rows,
-        "row_mib": plan.row_bytes / MIB,
-        "budget_mib": case.options.get("row_memory", 0) / MIB,
-        "on_disk": plan.row_dir is not None,
-        "stated_increase_mib": (plan.peak_bytes - plan.resident_bytes) / MIB,
-        "increase_mib": (most - before[0]) / MIB,
-        "stated_peak_mib": plan.peak_bytes / MIB,
+        "n": stated.n,
+        "blocks": stated.blocks,
+        "rows": stated.rows,
+        "row_mib": stated.row_bytes / MIB,
+        "budget_mib": (case.resources.row_memory or 0) / MIB,
+        "on_disk": stated.row_dir is not None,
+        "stated_increase_mib": (stated.peak_bytes - stated.resident_bytes) / MIB,
+        "increase_mib": (most - before) / MIB,
+        "stated_peak_mib": stated.peak_bytes / MIB,
         "peak_mib": most / MIB,
-        "phases_mib": {phase: round(size / MIB, 1) for phase, size in plan.phases.items()},
+        "arrays_mib": {name: round(size / MIB, 1) for name, size in stated.arrays.items()},
         "sparsity": report.sparsity,
         "seconds": seconds,
     }
 
 
-def _warm_up(options: Mapping[str, Any]) -> None:
+def _warm_up(case: Case) -> None:
     """Load what the case loads, in small."""
-    small = {**options, "samples": 20, "row_memory": None, "partition": "layer"}
-    cbs_opt.prune(mlp(30, 80, 10), noise(400, 30, 10), **small, progress=False)
+    small = replace(case.recipe, curvature=EmpiricalFisher(samples=20), weights=Weights(blocks="layer"))
+    cbs_opt.prune(mlp(30, 80, 10), noise(400, 30, 10), sparsity=SPARSITY, recipe=small, progress=False)
 
 
 def _in_process_of_its_own(name: str, row_dir: str | None) -> dict[str, Any]:

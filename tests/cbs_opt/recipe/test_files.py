@@ -36,16 +36,16 @@ from tests.cbs_opt.small_network import data, network
 HEAD = f"format = {FORMAT}\nsparsity = 0.5\n"
 
 
-@given(requests())
+@given(asked=requests())
 def test_requests_come_back_from_their_file_equal(
-    request: Request, tmp_path_factory: pytest.TempPathFactory
+    asked: Request, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "request.toml"
-    save_request(request, path)
+    save_request(asked, path)
     again = load_request(path)
-    assert again == request
-    assert repr(again) == repr(request)
-    assert with_fields(request, []) == request
+    assert again == asked
+    assert repr(again) == repr(asked)
+    assert with_fields(asked, []) == asked
 
 
 @given(st.dictionaries(text, plain, max_size=4))

@@ -470,6 +470,7 @@ def test_what_stages_do_by_default() -> None:
         layer_inputs=1.0,
         damping=0.1,
         update=Update(kind="cbs", scale=1.0),
+        weights=Weights(blocks="global"),
     )
     again = prune(other, data(), recipe=named, **common)
     assert report.method == "greedy_obs"
