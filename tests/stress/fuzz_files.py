@@ -235,8 +235,16 @@ def _write_stages(folder: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
     data = torch.randn(30, 4), torch.arange(30) % 3
-    options: dict[str, Any] = {"recipe": FEW, "stages": 2, "progress": False}
-    prune(model, data, sparsity=0.5, loss_fn=cross_entropy, run_dir=folder, **options)
+    prune(
+        model,
+        data,
+        sparsity=0.5,
+        recipe=FEW,
+        stages=2,
+        loss_fn=cross_entropy,
+        run_dir=folder,
+        progress=False,
+    )
     # What a run that resumes compares with, kept apart from what is corrupted.
     (folder / TOLD).write_bytes((folder / RUN_FILE).read_bytes())
 
