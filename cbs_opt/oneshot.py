@@ -235,7 +235,7 @@ def choose(
             engine = by_solver(method.solver, method.name, select.program)
     if "ledger" not in inspect.signature(engine).parameters:
         options.pop("ledger", None)
-    with _select_fields(select), within("weights", partition="blocks"):
+    with _select_fields(select), within("weights", partition="blocks"), within("resources", "workers"):
         return engine(blocks, counts, limits=limits, **options)
 
 
