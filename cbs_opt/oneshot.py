@@ -432,11 +432,22 @@ def check_data(request: Request, data: Data | None) -> None:
         return
     if request.stages is not None:
         raise ArgumentError("data", "None for a run in stages", "pass training data")
-    recipe = request.recipes[0]
-    rows = None if isinstance(recipe.curvature, Fisher) else recipe.curvature
-    lacks_term = any(entry.layer_inputs for entry in request.recipes) and (
-        rows is None or rows.channels is None
-    )
-    if (needs_curvature(request) and (rows is None or lacks_term)) or request.candidates > 1:
-        remedy = "pass training data, or use Magnitude() with update=None"
-        raise ArgumentError("data", f"None, but {select_of(recipe).method} needs it", remedy)
+    remedy = "pass training data, or use Magnitude() with update=None"
+    curvature = request.recipes[0].curvature
+    rows = None if isinstance(curvature, Fisher) else curvature
+    if request.candidates > 1:
+        found = f"None, but {request.candidates} networks are compared by their training loss"
+        raise ArgumentError("data", found, remedy)
+    (recipe,) = request.recipes
+    lacks_term = bool(recipe.layer_inputs) and (rows is None or rows.channels is None)
+    if needs_curvature(request) and (rows is None or lacks_term):
+        raise ArgumentError("data", f"None, but {_needing(recipe)} needs it", remedy)
+
+
+def _needing(recipe: Recipe) -> str:
+    """What of a recipe needs gradient rows."""
+    if method_of(recipe).needs_curvature:
+        return select_of(recipe).method
+    if recipe.update is not None:
+        return "the update"
+    return "the budget" if scoring_of(recipe).needs_curvature else "a certificate"

@@ -20,7 +20,7 @@ from cbs_opt.oneshot import (
     select_of,
     selects_by_rows,
 )
-from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request
+from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request, in_units
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
 
@@ -114,13 +114,20 @@ def selections(
         for attempt in range(select_of(recipe).tries):
             pairs: list[tuple[float, tuple[float, ...]]] = [(damping, (damping,)) for damping in dampings]
             if recipe.selection_damping is not None:
-                pairs = [(number_of(recipe.selection_damping), dampings)]
+                pairs = [(_selecting(expansion, recipe, recipe.selection_damping), dampings)]
             for selecting, updating in pairs:
                 pruned = _pruned(expansion, request, recipe, resources, selecting, sparsity, attempt)
                 yield expansion.proposal(expansion.kept_weights, pruned, updating[0], 0.0, recipe)
                 movers = [entry for entry in _by_scale(group) if entry.update is not None]
                 if movers:
                     yield from expansion.updates(pruned, updating, movers)
+
+
+def _selecting(expansion: Expansion, recipe: Recipe, damping: Damping) -> float:
+    """Return the damping of the selection in the units of the other one, which may be absolute."""
+    if isinstance(damping, Absolute) == isinstance(recipe.damping, Absolute):
+        return number_of(damping)
+    return in_units(damping, expansion.model.unit) / expansion.unit
 
 
 def _by_scale(recipes: Iterable[Recipe]) -> list[Recipe]:

@@ -535,8 +535,26 @@ def test_bad_data() -> None:
         with pytest.raises(error):
             run(model, bad)
         assert_untouched(model, before)
-    with pytest.raises(ArgumentError) as caught:
-        prune(network(), None, sparsity=0.5, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "certify", "words"),
+    [
+        ([Recipe()], False, "swap_search needs it"),
+        ([Recipe(select="magnitude")], False, "the update needs it"),
+        ([Recipe(select="magnitude", update=None)], True, "a certificate needs it"),
+        (
+            [Recipe(select="magnitude", update=None, weights=Weights(blocks="row", budget_score="obd"))],
+            False,
+            "the budget needs it",
+        ),
+        (Recipe.grid(select=["magnitude"], update=[None, None]), False, "2 networks are compared"),
+        ([Recipe(select=RandomizedMagnitude(repeats=3), update=None)], False, "3 networks are compared"),
+    ],
+)
+def test_what_needs_data_is_named(recipe: list[Recipe], certify: bool, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words) as caught:
+        prune(network(), None, sparsity=0.5, recipe=recipe, certify=certify, progress=False)
     assert caught.value.argument == "data"
 
 

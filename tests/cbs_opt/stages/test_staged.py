@@ -380,6 +380,17 @@ def test_no_data_is_refused(select: str) -> None:
         prune(network(), None, sparsity=0.75, recipe=BASE, stages=STAGES)
 
 
+@pytest.mark.parametrize("damping", [0.5, absolute(0.05)])
+def test_a_damping_of_the_selection_may_be_in_other_units(damping: Any) -> None:
+    """Absolute ones are those of relative ones times the mean diagonal, which the first stage has."""
+    plan = Stages(updates=1, final_updates=0)
+    options: dict[str, Any] = {"plan": plan, "layer_inputs": 0.0, "updates": [None], "dampings": [damping]}
+    reports = [run(network(), selection_damping=value, **options) for value in (1e-9, absolute(1e9), 1e-9)]
+    small, large, again = (report.masks["0.weight"] for report in reports)
+    assert small.equal(again)
+    assert not small.equal(large)
+
+
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5), (6, 6)])
 def test_the_spectrum_inverts(shape: tuple[int, int]) -> None:
     rows = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
