@@ -11,6 +11,7 @@ from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, se
 from cbs_opt.recipe.records import in_units
 from cbs_opt.report.record import PruneReport
 from cbs_opt.stages.state import StageState
+from cbs_opt.system.checks import within
 
 
 def describe(
@@ -104,7 +105,7 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             # The sets were chosen for another Hessian than the one that the update minimises.
             proved = [None] * len(proved)
     layer_inputs = 0.0 if selects_by_rows(recipe) else term_of(recipe)
-    with task.clock.phase("certificates"):
+    with task.clock.phase("certificates"), within("weights", partition="blocks"):
         return certify_report(
             report,
             model.blocks(damping, layer_inputs, gradient=recipe.gradient),

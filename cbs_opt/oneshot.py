@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.recipe.records import Recipe, Request, in_units
-from cbs_opt.recipe.select import Select
+from cbs_opt.recipe.select import COMMON, Exact, Select
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger
 from cbs_opt.select.methods import Method, find_method
+from cbs_opt.system.checks import within
 from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from cbs_opt.update.grams import SharedGrams
@@ -232,7 +233,32 @@ def choose(
     if method.blockwise and resources.workers is not None:
         engine = by_workers(method.engine, method.name, select.program, resources.workers)
     limits = Limits(time_limit=select.time_limit, seed=seed)
-    return engine(blocks, counts, limits=limits, ledger=ledger, **select.method_options)
+    with _select_fields(select), within("weights", partition="blocks"), within("resources", "workers"):
+        return engine(blocks, counts, limits=limits, ledger=ledger, **select.method_options)
+
+
+def _select_fields(select: Select) -> AbstractContextManager[None]:
+    """Let errors about an option of the method name the field of its record."""
+    if isinstance(select, Exact):
+        names = {name: f"options.{name}" for name in select.options}
+    else:
+        names = {entry.name: entry.name for entry in fields(select) if entry.name not in COMMON}
+    return within("select", **{"method": "method", **names})
+
+
+@contextmanager
+def row_fields() -> Iterator[None]:
+    """Let errors about gradient rows name the field of the curvature or of the resources."""
+    with (
+        within("curvature", "samples", samples_per_row="per_row"),
+        within("resources", "row_memory", "row_dir", memory_limit="chunk_memory"),
+    ):
+        yield
+
+
+def budget_fields() -> AbstractContextManager[None]:
+    """Let errors about the budget name the field of the weights."""
+    return within("weights", "budget", partition="blocks")
 
 
 def one_shot(task: Task, rows: Rows | None) -> tuple[Candidate, LossModel]:
@@ -258,7 +284,7 @@ def take_rows(task: Task) -> Rows | None:
         return rows
     if rows is None and needs_curvature(request):
         assert isinstance(recipe.curvature, Fisher)
-        with task.clock.phase("curvature"):
+        with task.clock.phase("curvature"), row_fields():
             rows = gradient_rows(
                 task.model,
                 task.data,
@@ -346,7 +372,8 @@ def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> lis
             damping, term_of(recipe), gradient=recipe.gradient or scoring.kind == "saliency"
         )
         scores = torch.cat([scoring.score(block) for block in blocks])
-    return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
+    with budget_fields():
+        return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
 
 
 def _updated(task: Task, model: LossModel, group: list[Recipe], choices: list[Choice]) -> Iterator[Candidate]:
@@ -396,11 +423,24 @@ def check_data(request: Request, data: Data | None) -> None:
     """Raise `ArgumentError` if there are no data where they are needed."""
     if data is not None:
         return
-    recipe = request.recipes[0]
-    rows = None if isinstance(recipe.curvature, Fisher) else recipe.curvature
-    lacks_term = any(entry.layer_inputs for entry in request.recipes) and (
-        rows is None or rows.channels is None
-    )
-    if (needs_curvature(request) and (rows is None or lacks_term)) or request.candidates > 1:
-        remedy = "pass training data, or use Magnitude() with update=None"
-        raise ArgumentError("data", f"None, but {select_of(recipe).method} needs it", remedy)
+    if request.stages is not None:
+        raise ArgumentError("data", "None for a run in stages", "pass training data")
+    remedy = "pass training data, or use Magnitude() with update=None"
+    curvature = request.recipes[0].curvature
+    rows = None if isinstance(curvature, Fisher) else curvature
+    if request.candidates > 1:
+        found = f"None, but {request.candidates} networks are compared by their training loss"
+        raise ArgumentError("data", found, remedy)
+    (recipe,) = request.recipes
+    lacks_term = bool(recipe.layer_inputs) and (rows is None or rows.channels is None)
+    if needs_curvature(request) and (rows is None or lacks_term):
+        raise ArgumentError("data", f"None, but {_needing(recipe)} needs it", remedy)
+
+
+def _needing(recipe: Recipe) -> str:
+    """What of a recipe needs gradient rows."""
+    if method_of(recipe).needs_curvature:
+        return select_of(recipe).method
+    if recipe.update is not None:
+        return "the update"
+    return "the budget" if scoring_of(recipe).needs_curvature else "a certificate"

@@ -34,7 +34,7 @@ from cbs_opt.oneshot import (
 )
 from cbs_opt.recipe.named import recipe_by_name
 from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights
-from cbs_opt.recipe.select import GreedyOBS, SwapSearch
+from cbs_opt.recipe.select import Exact, GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
@@ -42,7 +42,7 @@ from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.methods import available_methods
 from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
-from cbs_opt.system.checks import within
+from cbs_opt.system.checks import path, within
 from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 
@@ -128,9 +128,12 @@ def prune(
     >>> report = prune(model, (x, y), sparsity=0.9, evaluate=(x_test, y_test))  # doctest: +SKIP
     >>> print(report.summary())  # doctest: +SKIP
     """
+    path("run_dir", run_dir)
     job = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
-    check_fits(job.size)
+    with within("resources", "row_memory", "row_dir", memory="row_memory"):
+        check_fits(job.size)
     partition, request = job.partition, job.request
+    trained = partition.flatten(model)
     for recipe_used in request.recipes:
         select = select_of(recipe_used)
         prepare(select.method, select.program)
@@ -141,7 +144,7 @@ def prune(
         task = Task(
             model=model,
             partition=partition,
-            weights=partition.flatten(model),
+            weights=trained,
             data=data,
             loss_fn=loss_fn,
             request=request,
@@ -316,8 +319,10 @@ def _check_methods(request: Request, resources: Resources) -> None:
         select = select_of(recipe)
         with within("select", "method", "program"):
             method = method_of(recipe)
-        with within("select", method_options="options"):
-            method.check_options(select.method_options, select.program)
+        for name, value in select.method_options.items():
+            field = f"options.{name}" if isinstance(select, Exact) else name
+            with within("select", method_options=field):
+                method.check_options({name: value}, select.program)
         score = recipe.weights.budget_score
         scores = [entry.name for entry in available_methods() if entry.kind == "saliency"]
         if score is not None and score not in scores:

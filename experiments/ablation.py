@@ -25,7 +25,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,12 @@ from torch import nn
 from tqdm import tqdm
 
 import cbs_opt
+from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, SketchedFisher
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.recipe.files import request_to_plain
+from cbs_opt.recipe.records import Recipe, Request, Stages, Update, Weights, absolute
+from cbs_opt.recipe.select import OBS, GreedyOBS, Magnitude, SwapSearch
 from cbs_opt.report.record import PruneReport
 from experiments.ablation_figure import draw
 from experiments.exact_vs_heuristic import Subject, subject
@@ -71,28 +75,24 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the table: a name, and the arguments of `cbs_opt.prune`."""
+    """One row of the table: a name, and how `cbs_opt.prune` is called."""
 
     group: str
     label: str
-    arguments: Mapping[str, Any]
+    recipe: Recipe
+    stages: Stages | None = None
 
 
-def whole(network: str, sparsity: float) -> dict[str, Any]:
+def whole(network: str, sparsity: float) -> Recipe:
     """The recipe that is taken apart."""
-    samples, samples_per_row = SAMPLES[network]
-    return {
-        "program": "joint",
-        "method": "greedy_obs",
-        "method_options": {"drops": drops(sparsity)},
-        "update": True,
-        "curvature": "sketched_fisher",
-        "samples": samples,
-        "samples_per_row": samples_per_row,
-        "damping": 0.1,
-        "relative_damping": True,
-        "layer_inputs": 1.0,
-    }
+    samples, per_row = SAMPLES[network]
+    return Recipe(
+        curvature=SketchedFisher(samples=samples, per_row=per_row),
+        layer_inputs=1.0,
+        damping=0.1,
+        select=GreedyOBS(drops=drops(sparsity)),
+        update=Update(),
+    )
 
 
 def variants(network: str, sparsity: float) -> Iterator[Variant]:
@@ -104,102 +104,80 @@ def variants(network: str, sparsity: float) -> Iterator[Variant]:
 
 def _built(network: str, sparsity: float) -> Iterator[Variant]:
     everything = whole(network, sparsity)
-    rows = everything["samples"] // everything["samples_per_row"]
-    at_once: dict[str, Any] = {"method_options": None}
+    samples, per_row = SAMPLES[network]
     parts: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("+ update of the kept weights", {"update": True, "relative_damping": True}),
-        ("+ OBS saliency", {"method": "obs"}),
-        (
-            "+ rows of many samples",
-            {"samples": everything["samples"], "samples_per_row": everything["samples_per_row"]},
-        ),
-        ("+ sketched exact Fisher", {"curvature": "sketched_fisher"}),
-        ("+ layer-input term", {"layer_inputs": 1.0}),
-        ("+ greedy OBS in drops", {"method": "greedy_obs", "method_options": everything["method_options"]}),
-        ("+ exchanges", {"method": "swap_search", **at_once}),
-        (f"+ {STAGES} stages", {**_stages(everything), "method": "greedy_obs"}),
+        ("+ update of the kept weights", {"update": Update()}),
+        ("+ OBS saliency", {"select": OBS()}),
+        ("+ rows of many samples", {"curvature": EmpiricalFisher(samples=samples, per_row=per_row)}),
+        ("+ sketched exact Fisher", {"curvature": everything.curvature}),
+        ("+ layer-input term", {"layer_inputs": everything.layer_inputs}),
+        ("+ greedy OBS in drops", {"select": everything.select}),
+        ("+ exchanges", {"select": SwapSearch()}),
     )
-    settings = {
-        **everything,
-        **at_once,
-        "method": "magnitude",
-        "update": False,
-        "relative_damping": False,
-        "curvature": "empirical_fisher",
-        "samples": rows,
-        "samples_per_row": 1,
-        "layer_inputs": 0.0,
-    }
-    yield Variant(group="built", label="magnitude", arguments=settings)
+    recipe = replace(
+        everything,
+        select=Magnitude(),
+        update=None,
+        curvature=EmpiricalFisher(samples=samples // per_row),
+        layer_inputs=0.0,
+    )
+    yield Variant(group="built", label="magnitude", recipe=recipe)
     for label, change in parts:
-        settings = {**settings, **change}
-        yield Variant(group="built", label=label, arguments=settings)
+        recipe = replace(recipe, **change)
+        yield Variant(group="built", label=label, recipe=recipe)
+    yield _in_stages("built", f"+ {STAGES} stages", everything)
 
 
 def _changed(network: str, sparsity: float) -> Iterator[Variant]:
     everything = whole(network, sparsity)
-    rows = everything["samples"] // everything["samples_per_row"]
-    plain = {"method_options": None}
+    samples, per_row = SAMPLES[network]
+    rows = samples // per_row
     changes: dict[str, dict[str, Any]] = {
         "the whole recipe": {},
-        "no update": {"update": False},
-        "magnitude, then update": {"method": "magnitude", **plain},
-        "selection program, then update": {"program": "selection", "method": "swap_search", **plain},
-        "OBS at once": {"method": "obs", **plain},
-        "with exchanges": {"method": "swap_search", **plain},
-        "empirical rows, one sample each": {
-            "curvature": "empirical_fisher",
-            "samples": rows,
-            "samples_per_row": 1,
-        },
-        "empirical rows, averaged": {"curvature": "empirical_fisher"},
-        "exact Fisher, as many rows": {
-            "curvature": "exact_fisher",
-            "samples": rows // CLASSES,
-            "samples_per_row": 1,
-        },
+        "no update": {"update": None},
+        "magnitude, then update": {"select": Magnitude()},
+        "selection program, then update": {"select": SwapSearch(program="selection")},
+        "OBS at once": {"select": OBS()},
+        "with exchanges": {"select": SwapSearch()},
+        "empirical rows, one sample each": {"curvature": EmpiricalFisher(samples=rows)},
+        "empirical rows, averaged": {"curvature": EmpiricalFisher(samples=samples, per_row=per_row)},
+        "exact Fisher, as many rows": {"curvature": ExactFisher(samples=rows // CLASSES)},
         "no layer-input term": {"layer_inputs": 0.0},
         "layer-input term times 3": {"layer_inputs": 3.0},
         "damping / 10": {"damping": 0.01},
         "damping x 10": {"damping": 1.0},
-        f"{STAGES} stages": _stages(everything),
     }
     for label, change in changes.items():
-        yield Variant(group="changed", label=label, arguments={**everything, **change})
+        yield Variant(group="changed", label=label, recipe=replace(everything, **change))
+    yield _in_stages("changed", f"{STAGES} stages", everything)
 
 
-def _stages(everything: Mapping[str, Any]) -> dict[str, Any]:
+def _in_stages(group: str, label: str, everything: Recipe) -> Variant:
     """Several stages with new rows and gradients each: they cost as many times more samples."""
-    return {
-        "stages": STAGES,
-        "updates_per_stage": 2,
-        "final_updates": 2,
-        "gradient_samples": everything["samples"],
-        "method_options": {"drops": 4},
-    }
+    stages = Stages(count=STAGES, updates=2, final_updates=2, gradient_samples=everything.samples)
+    recipe = replace(everything, select=GreedyOBS(drops=4))
+    return Variant(group=group, label=label, recipe=recipe, stages=stages)
 
 
 def _defaults() -> Iterator[Variant]:
-    absolute = {"damping": 1e-3, "layer_inputs": 0.0}
-    term = {"layer_inputs": 1.0, "relative_damping": True}
-    bare = {"layer_inputs": 0.0, "relative_damping": True}
-    sketched = {"curvature": "sketched_fisher"}
-    joint = {"program": "joint"}
-    rest: dict[str, dict[str, Any]] = {
-        "selection, empirical, 1e-3": {"program": "selection", "method": "swap_search", **absolute},
-        "joint, empirical, 1e-3": {**joint, "method": "swap_search", **absolute},
-        "joint, empirical, .1": {**joint, "method": "swap_search", **bare, "damping": 0.1},
-        "joint, empirical, term, .01": {**joint, "method": "swap_search", **term, "damping": 0.01},
-        "joint, empirical, term, .1": {**joint, "method": "swap_search", **term, "damping": 0.1},
-        "greedy, empirical, term, .01": {**joint, "method": "greedy_obs", **term, "damping": 0.01},
-        "greedy, empirical, term, .1": {**joint, "method": "greedy_obs", **term, "damping": 0.1},
-        "joint, sketched, term, .01": {**joint, "method": "swap_search", **term, **sketched, "damping": 0.01},
-        "joint, sketched, term, .1": {**joint, "method": "swap_search", **term, **sketched, "damping": 0.1},
-        "greedy, sketched, term, .1": {**joint, "method": "greedy_obs", **term, **sketched, "damping": 0.1},
-        "joint, sketched, .1": {**joint, "method": "swap_search", **bare, **sketched, "damping": 0.1},
+    old: dict[str, Any] = {"damping": absolute(1e-3), "layer_inputs": 0.0}
+    sketched: dict[str, Any] = {"curvature": SketchedFisher()}
+    swaps, greedy = SwapSearch(), GreedyOBS()
+    rest = {
+        "selection, empirical, 1e-3": Recipe(select=SwapSearch(program="selection"), **old),
+        "joint, empirical, 1e-3": Recipe(select=swaps, **old),
+        "joint, empirical, .1": Recipe(select=swaps, layer_inputs=0.0, damping=0.1),
+        "joint, empirical, term, .01": Recipe(select=swaps, layer_inputs=1.0, damping=0.01),
+        "joint, empirical, term, .1": Recipe(select=swaps, layer_inputs=1.0, damping=0.1),
+        "greedy, empirical, term, .01": Recipe(select=greedy, layer_inputs=1.0, damping=0.01),
+        "greedy, empirical, term, .1": Recipe(select=greedy, layer_inputs=1.0, damping=0.1),
+        "joint, sketched, term, .01": Recipe(select=swaps, layer_inputs=1.0, damping=0.01, **sketched),
+        "joint, sketched, term, .1": Recipe(select=swaps, layer_inputs=1.0, damping=0.1, **sketched),
+        "greedy, sketched, term, .1": Recipe(select=greedy, layer_inputs=1.0, damping=0.1, **sketched),
+        "joint, sketched, .1": Recipe(select=swaps, layer_inputs=0.0, damping=0.1, **sketched),
     }
-    for label, arguments in rest.items():
-        yield Variant(group="defaults", label=label, arguments={"samples": 1_000, **arguments})
+    for label, recipe in rest.items():
+        yield Variant(group="defaults", label=label, recipe=recipe)
 
 
 class Bench:
@@ -221,10 +199,10 @@ class Bench:
             given.model,
             given.train,
             sparsity=sparsity,
-            target=given.target,
+            recipe=replace(variant.recipe, weights=Weights(target=given.target, blocks="global")),
+            stages=variant.stages,
             seed=seed,
             progress=False,
-            **variant.arguments,
         )
         seconds = time.perf_counter() - began
         x, y = given.train
@@ -239,7 +217,7 @@ class Bench:
             "train_loss": before[0],
             "accuracy": 100.0 * after[1],
             "seconds": seconds,
-            "samples": _samples(report, variant.arguments),
+            "samples": _samples(report, variant.recipe),
             "n_prune": report.n_prune,
         }
 
@@ -256,12 +234,12 @@ def _evaluated(model: nn.Module, data: Data) -> tuple[float, float]:
     return found.loss, found.accuracy or 0.0
 
 
-def _samples(report: PruneReport, arguments: Mapping[str, Any]) -> int:
+def _samples(report: PruneReport, recipe: Recipe) -> int:
     """Training samples whose gradients were taken."""
     if report.stages:
         return max(record.samples for record in report.stages)
-    unused = arguments.get("method") == "magnitude" and not arguments.get("update", True)
-    return 0 if unused else int(arguments["samples"])
+    unused = isinstance(recipe.select, Magnitude) and recipe.update is None
+    return 0 if unused else recipe.samples
 
 
 def run(
@@ -285,11 +263,11 @@ def run(
         key = settings_key(
             {
                 "network": network,
-                "arguments": dict(variant.arguments),
+                "request": request_to_plain(
+                    Request(sparsity=sparsity, recipes=(variant.recipe,), stages=variant.stages, seed=seed)
+                ),
                 "label": variant.label,
                 "group": variant.group,
-                "sparsity": sparsity,
-                "seed": seed,
                 "version": cbs_opt.__version__,
             }
         )

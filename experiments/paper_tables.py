@@ -34,7 +34,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 import cbs_opt
 from cbs_opt.network.evaluation import Evaluation, evaluate
+from cbs_opt.recipe.records import Weights
 from experiments.accuracy_table import accuracy_frame, markdown_tables
 from experiments.data_files import DATA_FILES
 from experiments.datasets import load_dataset
@@ -53,7 +54,7 @@ from experiments.protocols import DETERMINISTIC, METHODS, prune_arguments
 from experiments.published import ACCURACY, DENSE, SOURCES
 from experiments.recalibration import recalibrated_accuracy
 from experiments.row_cache import RowCache
-from experiments.trajectories import Trajectories
+from experiments.trajectories import Trajectories, plain_arguments
 from formulations.errors import CbsError
 
 DEFAULT_OUT = Path("runs/paper_tables")
@@ -76,7 +77,7 @@ class Cell:
             "weights_sha256": DATA_FILES[f"{self.network}.safetensors"].sha256,
             "target": NETWORKS[self.network].target,
             "label": self.method,
-            "arguments": arguments,
+            "arguments": plain_arguments(arguments),
             "version": cbs_opt.__version__,
             # One run in stages serves several cells.
             **({"at": self.sparsity} if self.method == "staged" else {}),
@@ -118,16 +119,19 @@ class Bench:
         if cell.method == "staged":
             return self._passed(cell, network)
         arguments = prune_arguments(self.network, cell.method, cell.sparsity, cell.seed)
-        rows = self.rows.get(network, arguments) if "curvature" in arguments else None
-        if rows is not None:
-            arguments["curvature"] = rows
+        recipes, rows = arguments["recipe"], None
+        weights = Weights(target=network.target, blocks="global")
+        if cell.method not in DETERMINISTIC:
+            rows = self.rows.get(network, recipes[0], cell.seed)
+            recipes = [replace(recipe, curvature=rows) for recipe in recipes]
         began = time.perf_counter()
         report = cbs_opt.prune(
             network.model,
             (self.data.train_x, self.data.train_y),
-            target=network.target,
+            sparsity=cell.sparsity,
+            recipe=[replace(recipe, weights=weights) for recipe in recipes],
+            seed=cell.seed,
             progress=self.progress,
-            **arguments,
         )
         seconds = time.perf_counter() - began
         after = self._test(network)

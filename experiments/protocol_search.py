@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from torch import Tensor
 
 import cbs_opt
+from cbs_opt.curvature.kinds import EmpiricalFisher, SketchedFisher
+from cbs_opt.recipe.records import Recipe, Weights
 from experiments.augmentation import AugmentedImages
 from experiments.datasets import Dataset, load_dataset
 from experiments.networks import NETWORKS, load_network
@@ -30,23 +33,46 @@ from formulations.errors import CbsError
 
 HELD_OUT = 2_000
 DEFAULT_OUT = Path("runs/protocol_search")
-RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "as in the tables": {},
-    "empirical Fisher": {"curvature": "empirical_fisher"},
-    "sketched Fisher": {"curvature": "sketched_fisher"},
-    "no layer inputs": {"layer_inputs": 0.0},
-    "layer inputs .1": {"layer_inputs": 0.1},
-    "layer inputs .3": {"layer_inputs": 0.3},
-    "layer inputs 1": {"layer_inputs": 1.0},
-    "layer inputs 3": {"layer_inputs": 3.0},
-    "damping .1": {"damping": 0.1},
-    "damping 1": {"damping": 1.0},
-    "with the gradient": {"gradient_term": True},
-    "8 samples a row": {"samples_per_row": 8},
-    "16 samples a row": {"samples_per_row": 16},
-    "64 samples a row": {"samples_per_row": 64},
+Change = Callable[[Recipe], Recipe]
+
+
+def fields(**values: Any) -> Change:
+    """Set fields of a recipe."""
+    return lambda recipe: replace(recipe, **values)
+
+
+def rows_of(kind: type[EmpiricalFisher] | type[SketchedFisher]) -> Change:
+    """Take as many rows of another kind."""
+
+    def change(recipe: Recipe) -> Recipe:
+        given: Any = recipe.curvature
+        return replace(recipe, curvature=kind(samples=given.samples, per_row=given.per_row))
+
+    return change
+
+
+def samples_a_row(count: int) -> Change:
+    """Take more or fewer samples in each row."""
+    return lambda recipe: replace(recipe, curvature=replace(cast("Any", recipe.curvature), per_row=count))
+
+
+RECIPES: Mapping[str, Change] = {
+    "as in the tables": fields(),
+    "empirical Fisher": rows_of(EmpiricalFisher),
+    "sketched Fisher": rows_of(SketchedFisher),
+    "no layer inputs": fields(layer_inputs=0.0),
+    "layer inputs .1": fields(layer_inputs=0.1),
+    "layer inputs .3": fields(layer_inputs=0.3),
+    "layer inputs 1": fields(layer_inputs=1.0),
+    "layer inputs 3": fields(layer_inputs=3.0),
+    "damping .1": fields(damping=0.1),
+    "damping 1": fields(damping=1.0),
+    "with the gradient": fields(gradient=True),
+    "8 samples a row": samples_a_row(8),
+    "16 samples a row": samples_a_row(16),
+    "64 samples a row": samples_a_row(64),
 }
-"""What a recipe changes in that of the tables."""
+"""What a recipe changes in those of the tables."""
 
 
 def split(data: Dataset) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -73,15 +99,18 @@ def measure(
         for recipe in recipes:
             for sparsity in sparsities:
                 pruned = load_network(network, data_dir)
-                arguments = {**prune_arguments(network, method, sparsity, seed), **RECIPES[recipe]}
-                rows = cache.get(pruned, arguments)
+                given = prune_arguments(network, method, sparsity, seed)["recipe"]
+                tried = list(dict.fromkeys(RECIPES[recipe](entry) for entry in given))
+                rows = cache.get(pruned, tried[0], seed)
+                weights = Weights(target=pruned.target, blocks="global")
                 report = cbs_opt.prune(
                     pruned.model,
                     training,
-                    target=pruned.target,
+                    sparsity=sparsity,
+                    recipe=[replace(entry, curvature=rows, weights=weights) for entry in tried],
                     evaluate=_as_evaluated(held_out, spec.dataset, spec.mean, spec.std),
+                    seed=seed,
                     progress=False,
-                    **{**arguments, "curvature": rows},
                 )
                 assert report.after is not None
                 found.append(

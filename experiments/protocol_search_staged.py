@@ -13,30 +13,51 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from cbs_opt.curvature.kinds import EmpiricalFisher
+from cbs_opt.recipe.select import Magnitude
 from experiments.datasets import Dataset, load_dataset
 from experiments.networks import NETWORKS, load_network
 from experiments.protocol_search import shared_parser
-from experiments.trajectories import STAGES, Trajectories, family
+from experiments.trajectories import STAGES, Change, Staged, Trajectories, family
 from formulations.errors import ArgumentError, CbsError
 
 HELD_OUT = 5_000
-RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "as in the tables": {},
-    "empirical Fisher": {"curvature": "empirical_fisher"},
-    "no layer inputs": {"layer_inputs": None},
-    "layer inputs": {"layer_inputs": 1.0},
-    "gradient while pruning": {"gradient_term": True},
-    "no gradient while pruning": {"gradient_term": False},
-    "one update a stage": {"updates_per_stage": 1},
-    "two updates a stage": {"updates_per_stage": 2},
-    "five updates a stage": {"updates_per_stage": 5},
-    "few samples a gradient": {"gradient_samples": 4_096},
-    "magnitude": {"method": "magnitude"},
+
+
+def in_recipe(**values: Any) -> Change:
+    """Set fields of the recipe."""
+    return lambda staged: replace(staged, recipe=replace(staged.recipe, **values))
+
+
+def in_stages(**values: Any) -> Change:
+    """Set fields of the stages."""
+    return lambda staged: replace(staged, stages=replace(staged.stages, **values))
+
+
+def empirical(staged: Staged) -> Staged:
+    """Take as many empirical rows."""
+    given: Any = staged.recipe.curvature
+    return in_recipe(curvature=EmpiricalFisher(samples=given.samples, per_row=given.per_row))(staged)
+
+
+RECIPES: Mapping[str, Change] = {
+    "as in the tables": in_recipe(),
+    "empirical Fisher": empirical,
+    "no layer inputs": in_recipe(layer_inputs=0.0),
+    "layer inputs": in_recipe(layer_inputs=1.0),
+    "gradient while pruning": in_recipe(gradient=True),
+    "no gradient while pruning": in_recipe(gradient=False),
+    "one update a stage": in_stages(updates=1),
+    "two updates a stage": in_stages(updates=2),
+    "five updates a stage": in_stages(updates=5),
+    "few samples a gradient": in_stages(gradient_samples=4_096),
+    "magnitude": in_recipe(select=Magnitude()),
 }
 """What a recipe changes in that of the tables."""
 
@@ -58,13 +79,14 @@ def measure(
     """One row a recipe and sparsity, what is known of the network there."""
     spec = NETWORKS[network]
     data = set_aside(load_dataset(spec.dataset, data_dir, mean=spec.mean, std=spec.std))
-    passed = [share for share in STAGES[family(network)]["schedule"] if share <= until]
+    passed = [share for share in STAGES[family(network)].schedule if share <= until]
     if not passed:
         raise ArgumentError("until", f"{until:g}, before the first stage", "give a larger sparsity")
-    shortened = {"schedule": tuple(passed), "stages": len(passed), "sparsity": passed[-1], "final_updates": 0}
+    shortened = in_stages(count=len(passed), schedule=tuple(passed), final_updates=0)
     found = []
     for recipe in recipes:
-        runs = Trajectories(data, changes={**shortened, **RECIPES[recipe]})
+        change = RECIPES[recipe]
+        runs = Trajectories(data, change=lambda staged, change=change: change(shortened(staged)))
         trained = load_network(network, data_dir)
         for share in passed:
             cell = runs.measure(trained, share, seed)

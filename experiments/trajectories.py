@@ -7,7 +7,8 @@ the final updates. All choices are by the loss on training samples that are draw
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt
+from cbs_opt.curvature.kinds import SketchedFisher
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.recipe.files import request_to_plain
+from cbs_opt.recipe.records import Recipe, Request, Stages, Update, Weights
+from cbs_opt.recipe.select import OBS, GreedyOBS
 from cbs_opt.report.files import plain
 from cbs_opt.stages.state import StageResult
 from experiments.augmentation import as_trained, is_augmented
@@ -26,41 +31,66 @@ from experiments.networks import Network
 from experiments.recalibration import recalibrated_accuracy
 from formulations.errors import ArgumentError
 
-STAGES: Mapping[str, Mapping[str, Any]] = {
-    "mlpnet": {
-        "schedule": (
-            *(0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.84, 0.87, 0.9, 0.92, 0.935, 0.95),
-            *(0.956, 0.961, 0.965, 0.969, 0.972, 0.975, 0.9777, 0.98),
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """How a family of networks is pruned in stages; `dampings` are those that the first step tries."""
+
+    recipe: Recipe
+    dampings: tuple[float, ...]
+    stages: Stages
+
+    @property
+    def schedule(self) -> tuple[float, ...]:
+        """The sparsities that a run passes."""
+        return tuple(share for share in self.stages.schedule if not isinstance(share, str))
+
+
+SCALES = (0.5, 1.0)
+"""Step lengths of every update."""
+STAGES: Mapping[str, Staged] = {
+    "mlpnet": Staged(
+        recipe=Recipe(
+            curvature=SketchedFisher(samples=30_000, per_row=30),
+            choice_samples=20_000,
+            select=OBS(),
+            gradient=True,
         ),
-        # Rows are what a stage costs; further updates share them.
-        "updates_per_stage": 5,
-        "final_updates": 8,
-        "samples": 30_000,
-        "samples_per_row": 30,
-        "gradient_samples": 60_000,
-        "choice_samples": 20_000,
-        "method": "obs",
-        "damping": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-        "gradient_term": True,
-    },
-    "resnet20": {
-        "schedule": (0.3, 0.4, 0.5, 0.6, 0.7, 0.76, 0.8, 0.84, 0.87, 0.9),
-        "updates_per_stage": 3,
-        "final_updates": 8,
-        "samples": 6_400,
-        "samples_per_row": 16,
-        "gradient_samples": 8_192,
-        "choice_samples": 768,
-        "method": "greedy_obs",
-        "method_options": {"drops": 3},
-        "selection_damping": 1.0,
-        "damping": (1.0, 10.0, 100.0),
-        # The gradient is noisier than it is large where a network has just been brought to a minimum.
-        "gradient_term": False,
-        "layer_inputs": 1.0,
-    },
+        dampings=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        stages=Stages(
+            count=20,
+            schedule=(
+                *(0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.84, 0.87, 0.9, 0.92, 0.935, 0.95),
+                *(0.956, 0.961, 0.965, 0.969, 0.972, 0.975, 0.9777, 0.98),
+            ),
+            # Rows are what a stage costs; further updates share them.
+            updates=5,
+            final_updates=8,
+            gradient_samples=60_000,
+        ),
+    ),
+    "resnet20": Staged(
+        recipe=Recipe(
+            curvature=SketchedFisher(samples=6_400, per_row=16),
+            choice_samples=768,
+            select=GreedyOBS(drops=3),
+            selection_damping=1.0,
+            # The gradient is noisier than it is large where a network has just been brought to a minimum.
+            gradient=False,
+            layer_inputs=1.0,
+        ),
+        dampings=(1.0, 10.0, 100.0),
+        stages=Stages(
+            count=10,
+            schedule=(0.3, 0.4, 0.5, 0.6, 0.7, 0.76, 0.8, 0.84, 0.87, 0.9),
+            updates=3,
+            final_updates=8,
+            gradient_samples=8_192,
+        ),
+    ),
 }
 """How each family of networks is pruned in stages; every schedule passes the published sparsities."""
+Change = Callable[[Staged], Staged]
 PREFIX = "network."
 """Before the parameter names of a network inside `BrainFloat`."""
 
@@ -86,7 +116,9 @@ def family(network: str) -> str:
     return "mlpnet" if network.startswith("mlpnet") else "resnet20"
 
 
-def staged_arguments(network: str, sparsity: float, seed: int) -> dict[str, Any]:
+def staged_arguments(
+    network: str, sparsity: float, seed: int, change: Change = lambda staged: staged
+) -> dict[str, Any]:
     """Keyword arguments of `cbs_opt.prune` for the run that passes `sparsity`.
 
     Raises
@@ -94,22 +126,29 @@ def staged_arguments(network: str, sparsity: float, seed: int) -> dict[str, Any]
     ArgumentError
         If it does not.
     """
-    recipe = STAGES[family(network)]
-    schedule = recipe["schedule"]
-    if sparsity not in schedule:
-        remedy = f"choose among {', '.join(f'{share:g}' for share in schedule)}"
+    staged = change(STAGES[family(network)])
+    if sparsity not in staged.schedule:
+        remedy = f"choose among {', '.join(f'{share:g}' for share in staged.schedule)}"
         raise ArgumentError("sparsity", f"{sparsity:g}, which the run in stages does not pass", remedy)
+    whole = replace(staged.recipe, weights=Weights(blocks="global"))
+    updates = [Update(scale=scale) for scale in SCALES]
     return {
-        **recipe,
-        "program": "joint",
-        "curvature": "sketched_fisher",
-        "relative_damping": True,
-        "update_scale": (0.5, 1.0),
-        "partition": "global",
-        "sparsity": schedule[-1],
-        "stages": len(schedule),
+        "sparsity": staged.schedule[-1],
+        "recipe": Recipe.grid(whole, damping=staged.dampings, update=updates),
+        "stages": staged.stages,
         "seed": seed,
     }
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `cbs_opt.prune` as numbers, strings, lists and mappings."""
+    request = Request(
+        sparsity=arguments["sparsity"],
+        recipes=arguments["recipe"],
+        stages=arguments.get("stages"),
+        seed=arguments["seed"],
+    )
+    return request_to_plain(request)
 
 
 class Trajectories:
@@ -121,8 +160,8 @@ class Trajectories:
     directory : Path, optional
         Where the stages of every run are kept, so that a run that was stopped goes on.
     progress : bool, default False
-    changes : mapping, optional
-        Arguments of `cbs_opt.prune` that differ from the recipe of the tables.
+    change : callable, optional
+        Makes another protocol of that of the tables.
     """
 
     def __init__(
@@ -131,10 +170,10 @@ class Trajectories:
         directory: Path | None = None,
         *,
         progress: bool = False,
-        changes: Mapping[str, Any] | None = None,
+        change: Change = lambda staged: staged,
     ) -> None:
         self.data = data
-        self.changes = dict(changes or {})
+        self.change = change
         self.directory = directory
         self.progress = progress
         self._key = ""
@@ -148,15 +187,15 @@ class Trajectories:
         network : Network
             As it was trained; pruned in place if the run is not known yet.
         """
-        arguments = {**staged_arguments(network.name, sparsity, seed), **self.changes}
-        key = settings_key({"network": network.name, **arguments})
+        arguments = staged_arguments(network.name, sparsity, seed, self.change)
+        key = settings_key({"network": network.name, **plain_arguments(arguments)})
         if key != self._key:
             self._cells = self._run(network, arguments, key)
             self._key = key
         return self._cells[sparsity]
 
     def _run(self, network: Network, arguments: dict[str, Any], key: str) -> dict[float, dict[str, Any]]:
-        schedule = arguments["schedule"]
+        schedule = arguments["stages"].schedule
         shown = copy.deepcopy(network.model)
         cells: dict[float, dict[str, Any]] = {}
 
@@ -168,14 +207,16 @@ class Trajectories:
             cells[share] = self._cell(network, shown, result)
 
         trained, data, prefix = self._prepared(network, arguments["seed"])
+        weights = Weights(target=[prefix + glob for glob in network.target], blocks="global")
         report = cbs_opt.prune(
             trained,
             data,
-            target=[prefix + glob for glob in network.target],
-            on_stage=on_stage,
+            sparsity=arguments["sparsity"],
+            recipe=[replace(recipe, weights=weights) for recipe in arguments["recipe"]],
+            stages=replace(arguments["stages"], on_stage=on_stage),
             run_dir=None if self.directory is None else self.directory / f"{network.name}_{key}",
+            seed=arguments["seed"],
             progress=self.progress,
-            **arguments,
         )
         seconds = 0.0
         for number, share in enumerate(cells):

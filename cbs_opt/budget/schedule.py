@@ -53,11 +53,9 @@ def sparsity_schedule(
         )
     if start is None:
         return (*(_between(schedule, 0.0, last, t / stages) for t in range(1, stages)), last)
-    first = checked_sparsity("start_sparsity", start)
+    first = checked_sparsity("start", start)
     if first > last:
-        raise ArgumentError(
-            "start_sparsity", f"{first:g} for a target of {last:g}", "start at or below the target"
-        )
+        raise ArgumentError("start", f"{first:g} for a target of {last:g}", "start at or below the target")
     return (*(_between(schedule, first, last, t / (stages - 1)) for t in range(stages - 1)), last)
 
 

@@ -56,7 +56,7 @@ def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             found = f"{bad} of {value.numel()} new weights of {name} do not fit {value.dtype} or are NaN"
-            raise NonFiniteError("damping", found, "use a larger damping or a shorter update_scale")
+            raise NonFiniteError("damping", found, "use a larger damping or a shorter update.scale")
     tensors = partition.tensors(model)
     backup = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:

@@ -7,7 +7,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = 
         raise RecipeFileError("recipe", f"{recipes!r}", "write [recipe], or [[recipe]] for each of several")
     return Request(
         sparsity=sparsity,
-        recipes=tuple(_recipe_from_plain(entry) for entry in recipes),
+        recipes=tuple(_numbered(number, recipes) for number in range(len(recipes))),
         stages=_optional("stages", document.get("stages"), Stages),
         certify=_optional("certify", document.get("certify"), Certify),
         seed=document.get("seed", 0),
@@ -132,7 +132,13 @@ def with_fields(request: Request, assignments: Iterable[str]) -> Request:
         roots = [document] if path[0] in ("stages", "certify", "sparsity", "seed") else document["recipe"]
         for root in roots:
             _assign(root, path, _value(text.strip()))
-    return request_from_plain(document)
+    changed = request_from_plain(document)
+    # What has no place in a document.
+    if request.stages is not None and changed.stages is not None:
+        changed = replace(changed, stages=replace(changed.stages, on_stage=request.stages.on_stage))
+    if request.certify is not None and changed.certify is not None:
+        changed = replace(changed, certify=replace(changed.certify, block_dir=request.certify.block_dir))
+    return changed
 
 
 def to_toml(document: Mapping[str, Any], prefix: str = "") -> str:
@@ -150,7 +156,11 @@ def to_toml(document: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _string(name)
+
+
+def _string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _scalar(value: Any) -> str:
@@ -160,7 +170,9 @@ def _scalar(value: Any) -> str:
         return f"[{', '.join(_scalar(entry) for entry in value)}]"
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_key(name)} = {_scalar(entry)}' for name, entry in value.items())}}}"
+    return _string(value) if isinstance(value, str) else repr(value)
 
 
 def _fields(record: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -175,12 +187,6 @@ def _fields(record: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
@@ -201,6 +207,17 @@ def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
     if recipe.update is None:
         document["update"] = False
     return document
+
+
+def _numbered(number: int, recipes: list[Mapping[str, Any]]) -> Recipe:
+    """Read one of several recipes; errors say which one."""
+    try:
+        return _recipe_from_plain(recipes[number])
+    except ArgumentError as error:
+        if len(recipes) == 1:
+            raise
+        name = f"recipe[{number}].{error.argument.removeprefix('recipe.')}"
+        raise type(error)(name, error.found, error.remedy) from error
 
 
 def _recipe_from_plain(document: Mapping[str, Any]) -> Recipe:
@@ -238,6 +255,8 @@ def _damping(value: Any) -> Any:
 def _select(value: Any) -> Any:
     if isinstance(value, str):
         return value
+    if value == {"program": "joint"}:
+        return None
     method = _table("select", value).get("method", "swap_search")
     if method in SELECTS:
         return _record("select", value, SELECTS[method], beside="method")
@@ -288,14 +307,18 @@ def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
         # Another method has other options.
         for name in [name for name in root if name not in ("program", "time_limit")]:
             del root[name]
-    if path[-1:] == ["kind"] and "per_row" in root and value == "exact_fisher":
-        del root["per_row"]
-    root[path[-1]] = value
+    if path[-1:] == ["kind"] and value in FISHERS:
+        for name in set(root) - {entry.name for entry in fields(FISHERS[value])}:
+            del root[name]
+    if value is None and path != ["update"]:
+        root.pop(path[-1], None)
+    else:
+        root[path[-1]] = False if value is None else value
 
 
 def _value(text: str) -> Any:
     if text.lower() == "none":
-        return False
+        return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -307,15 +330,35 @@ def _value(text: str) -> Any:
 
 
 def _line(text: str, dotted: str) -> int | None:
-    """Number of the line that sets the last part of a dotted name, in the table of the part before."""
-    *tables, name = dotted.split(".")
-    table = ""
+    """Number of the line that sets a dotted name, or of the table that lacks it; None if neither is there.
+
+    ``recipe[1].damping`` is that of the second recipe; names of fields of a recipe may go without
+    ``recipe``.
+    """
+    parts = dotted.split(".")
+    entry = re.fullmatch(r"recipe\[(\d+)\]", parts[0])
+    wanted = int(entry[1]) if entry else 0
+    path = parts[1:] if entry or parts[0] == "recipe" else parts
+    table: list[str] = []
+    recipes = -1
+    found = None
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line)
+        header = re.match(r"\s*(\[+)\s*([^\]]+?)\s*\]+", line)
+        setting = re.match(r'\s*"?([A-Za-z0-9_.-]+)"?\s*=', line)
         if header:
-            table = header[1].split(".")[-1]
-            if table == name:
-                return number
-        elif re.match(rf'\s*"?{re.escape(name)}"?\s*=', line) and (not tables or table in tables[-1]):
+            table = header[2].split(".")
+            recipes += header[1] == "[[" and table == ["recipe"]
+            here = table
+        elif setting:
+            here = [*table, *setting[1].split(".")]
+        else:
+            continue
+        if here[:1] == ["recipe"]:
+            if max(recipes, 0) != wanted:
+                continue
+            here = here[1:]
+        if here == path:
             return number
-    return None
+        if here and here == path[: len(here)]:
+            found = number
+    return found

@@ -6,16 +6,17 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from cbs_opt.budget.counts import Budget, checked_sparsity
-from cbs_opt.budget.schedule import Schedule, sparsity_schedule
+from cbs_opt.budget.schedule import SCHEDULES, Schedule, sparsity_schedule
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.partition import BlockRule, checked_rule
 from cbs_opt.network.targets import Globs
 from cbs_opt.recipe.select import Select, select_by_name
-from cbs_opt.system.checks import finite_number, flag, names, one_of, seconds, whole_number
+from cbs_opt.system.checks import finite_number, flag, names, one_of, path, seconds, whole_number, within
 from formulations.errors import ArgumentError
 
 DAMPING = 0.1
@@ -82,6 +83,8 @@ class Weights:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, names(f"weights.{name}", value))
+        if isinstance(self.blocks, Integral) and not isinstance(self.blocks, bool):
+            object.__setattr__(self, "blocks", int(self.blocks))
         if self.blocks is not None:
             checked_rule("weights.blocks", self.blocks)
         if isinstance(self.budget, Mapping):
@@ -280,13 +283,19 @@ class Stages:
             if not isinstance(self.schedule, Iterable):
                 remedy = "name a rule, or pass the sparsities, one a stage"
                 raise ArgumentError("stages.schedule", f"{self.schedule!r}", remedy)
-            put(self, "schedule", tuple(self.schedule))
+            shares = (checked_sparsity("stages.schedule", share) for share in self.schedule)
+            put(self, "schedule", tuple(shares))
+        else:
+            one_of("stages.schedule", self.schedule, SCHEDULES)
+        if self.start is not None:
+            put(self, "start", checked_sparsity("stages.start", self.start))
         if self.on_stage is not None and not callable(self.on_stage):
             raise ArgumentError("stages.on_stage", f"{self.on_stage!r}", "pass a function of a StageResult")
 
     def sparsities(self, target: float) -> tuple[float, ...]:
         """Return the sparsity of every stage that prunes, the last one `target`."""
-        return sparsity_schedule(target, stages=self.count, schedule=self.schedule, start=self.start)
+        with within("stages", "schedule", "start", stages="count"):
+            return sparsity_schedule(target, stages=self.count, schedule=self.schedule, start=self.start)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -313,6 +322,7 @@ class Certify:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "time_limit", seconds("certify.time_limit", self.time_limit))
+        path("certify.block_dir", self.block_dir)
 
 
 SHARED = ("curvature", "gradient", "weights", "choice_samples")

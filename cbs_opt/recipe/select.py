@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, ClassVar
 
-from cbs_opt.system.checks import finite_number, names, one_of, seconds, whole_number
+from cbs_opt.system.checks import finite_number, names, one_of, plain_value, seconds, whole_number
 from formulations.errors import ArgumentError
 from formulations.problem import PROGRAMS
 
@@ -89,7 +88,7 @@ class RandomizedMagnitude(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "repeats")
+        self._put("repeats", whole_number("select.repeats", self.repeats))
         if self.spread is not None:
             self._put("spread", finite_number("select.spread", self.spread))
 
@@ -142,6 +141,8 @@ class SwapSearch(Select):
         Of a "greedy_obs" start in large blocks; joint program only.
     tolerance : float, optional
         Relative improvement that counts in large blocks.
+    dense_limit : int, optional
+        Largest block whose Hessian is formed, 1 024 by default; joint program only.
     repeats : int, default 1
         Runs with different seeds, of which the lowest training loss wins.
     """
@@ -154,19 +155,23 @@ class SwapSearch(Select):
     restarts: int | None = None
     drops: int | None = None
     tolerance: float | None = None
+    dense_limit: int | None = None
     repeats: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "repeats", "drops")
+        self._put("repeats", whole_number("select.repeats", self.repeats))
+        self._whole(1, "drops", "dense_limit")
         self._whole(0, "max_swaps", "restarts")
         if self.start is not None and not isinstance(self.start, str):
             self._put("start", names("select.start", self.start))
+            if not self.start:
+                raise ArgumentError("select.start", "empty", "name at least one set, or leave it out")
         for name in ("spread", "tolerance"):
             if getattr(self, name) is not None:
                 self._put(name, finite_number(f"select.{name}", getattr(self, name)))
         if self.program == "selection":
-            for name in ("restarts", "drops"):
+            for name in ("restarts", "drops", "dense_limit"):
                 if getattr(self, name) is not None:
                     remedy = 'leave it out, or use program="joint"'
                     found = f"{getattr(self, name)} for the selection program"
@@ -181,15 +186,18 @@ class GreedyOBS(Select):
     ----------
     drops : int, optional
         How often in large blocks, 12 by default; in small ones weights go one by one.
+    dense_limit : int, optional
+        Largest block that counts as small, 1 024 by default.
     """
 
     method: ClassVar[str] = "greedy_obs"
 
     drops: int | None = None
+    dense_limit: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "drops")
+        self._whole(1, "drops", "dense_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +229,8 @@ class Exact(Select):
         A name that `solve` takes: "branch_and_bound", "enumeration", "outer_approximation",
         "lower_bound", ``"<solver>:<model>"``, or a method of another package.
     options : mapping, optional
-        Options of that method; unknown ones are refused before anything runs.
+        Options of that method: numbers, strings, and lists and mappings of them. None is none given;
+        unknown ones are refused before anything runs.
     repeats : int, default 1
         Runs with different seeds, for methods that draw at random.
     """
@@ -232,12 +241,17 @@ class Exact(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "repeats")
+        self._put("repeats", whole_number("select.repeats", self.repeats))
         if not isinstance(self.method, str):
             raise ArgumentError("select.method", f"{self.method!r}", "pass the name of a method")
-        if not isinstance(self.options, Mapping):
+        if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
             raise ArgumentError("select.options", f"{self.options!r}", "pass a mapping of names to values")
-        self._put("options", MappingProxyType(dict(self.options)))
+        if self.method in SELECTS:
+            record = SELECTS[self.method].__name__
+            remedy = f"use {record}, which has the options as fields"
+            raise ArgumentError("select.method", f"{self.method!r}", remedy)
+        given = {name: value for name, value in self.options.items() if value is not None}
+        self._put("options", {name: plain_value(f"select.options.{name}", given[name]) for name in given})
 
     @property
     def method_options(self) -> dict[str, Any]:

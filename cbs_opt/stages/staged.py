@@ -18,7 +18,7 @@ from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
-from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample
+from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, row_fields
 from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages.model import StageModel
@@ -213,7 +213,7 @@ class StagedRun:
         curvature = task.recipe.curvature
         assert isinstance(curvature, Fisher)
         assert task.data is not None
-        with task.clock.phase("curvature"):
+        with task.clock.phase("curvature"), row_fields():
             rows = gradient_rows(
                 task.model,
                 task.data,

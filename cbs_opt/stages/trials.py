@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from cbs_opt.budget.remaining import counts_left
-from cbs_opt.oneshot import SEED_STEP, choose, grouped, method_of, scoring_of, select_of, selects_by_rows
-from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request
+from cbs_opt.oneshot import (
+    SEED_STEP,
+    budget_fields,
+    choose,
+    grouped,
+    method_of,
+    scoring_of,
+    select_of,
+    selects_by_rows,
+)
+from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request, in_units
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
 
@@ -105,13 +114,20 @@ def selections(
         for attempt in range(select_of(recipe).tries):
             pairs: list[tuple[float, tuple[float, ...]]] = [(damping, (damping,)) for damping in dampings]
             if recipe.selection_damping is not None:
-                pairs = [(number_of(recipe.selection_damping), dampings)]
+                pairs = [(_selecting(expansion, recipe, recipe.selection_damping), dampings)]
             for selecting, updating in pairs:
                 staying = _staying(expansion, request, recipe, resources, selecting, sparsity, attempt)
                 yield expansion.proposal(expansion.kept_weights, staying, updating[0], 0.0, recipe)
                 movers = [entry for entry in _by_scale(group) if entry.update is not None]
                 if movers:
                     yield from expansion.updates(staying, updating, movers)
+
+
+def _selecting(expansion: Expansion, recipe: Recipe, damping: Damping) -> float:
+    """Return the damping of the selection in the units of the other one, which may be absolute."""
+    if isinstance(damping, Absolute) == isinstance(recipe.damping, Absolute):
+        return number_of(damping)
+    return in_units(damping, expansion.model.unit) / expansion.unit
 
 
 def _by_scale(recipes: Iterable[Recipe]) -> list[Recipe]:
@@ -139,15 +155,16 @@ def _staying(
             damping * expansion.unit,
             factorised=method_of(recipe).name == "obs",
         )
-    counts = counts_left(
-        model.partition,
-        model.keep,
-        sparsity,
-        request.sparsity,
-        budget=recipe.weights.budget,
-        scoring=scoring_of(recipe),
-        blocks=blocks,
-    )
+    with budget_fields():
+        counts = counts_left(
+            model.partition,
+            model.keep,
+            sparsity,
+            request.sparsity,
+            budget=recipe.weights.budget,
+            scoring=scoring_of(recipe),
+            blocks=blocks,
+        )
     choices = choose(recipe, blocks, counts, seed=request.seed + SEED_STEP * attempt, resources=resources)
     return torch.cat([choice.keep for choice in choices])
 

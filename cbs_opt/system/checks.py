@@ -6,7 +6,8 @@ NumPy scalars are numbers like any other; booleans are none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -69,6 +70,29 @@ def names(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(entries, Sequence) or not all(isinstance(entry, str) for entry in entries):
         raise ArgumentError(argument, f"{value!r}", "pass a string, or a sequence of strings")
     return tuple(entries)
+
+
+def path(argument: str, value: Any) -> str | os.PathLike[str] | None:
+    """Return a path, or None; raise `ArgumentError` for anything else."""
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ArgumentError(argument, f"{value!r}", "pass a path")
+    return value
+
+
+def plain_value(argument: str, value: Any) -> Any:
+    """Return a value that a file of text can hold, as Python's own; refuse anything else."""
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: plain_value(argument, entry) for name, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [plain_value(argument, entry) for entry in value]
+    remedy = "pass a number, a string, or a list or mapping of them"
+    raise ArgumentError(argument, f"{value!r}", remedy)
 
 
 @contextmanager

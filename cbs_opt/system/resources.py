@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from cbs_opt.system.checks import whole_number
+from cbs_opt.system.checks import path, whole_number
 
 CHUNK_MEMORY = 1 << 28
 """Bytes for temporaries of the curvature by default: 256 MiB."""
@@ -45,3 +45,4 @@ class Resources:
             value = getattr(self, name)
             if value is not None or name == "chunk_memory":
                 object.__setattr__(self, name, whole_number(f"resources.{name}", value))
+        path("resources.row_dir", self.row_dir)

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.program_choice --network mlpnet_mnist --seeds 0 1 2
 
-One JSON line a run: the training loss and the test accuracy of `prune(program=..., method="swap_search")`
-with the same rows, damping and update. Two settings: those `prune` takes by default (1 000 single-sample
-rows, damping 1e-3), and rows averaged over 16 samples with damping and step length chosen by training loss.
+One JSON line a run: the training loss and the test accuracy of `prune` by `SwapSearch(program=...)` with
+the same rows, damping and update. Two settings: those `prune` takes by default, and rows averaged over 16
+samples with damping and step length chosen by training loss.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 import cbs_opt
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.demo import digits_network
+from cbs_opt.recipe.records import Recipe, Update, Weights
+from cbs_opt.recipe.select import SwapSearch
 from experiments.datasets import load_dataset
 from experiments.networks import NETWORKS, load_network
 from formulations.errors import CbsError
@@ -29,14 +33,20 @@ from formulations.problem import PROGRAMS
 DIGITS = "digits"
 MLPNET = "mlpnet_mnist"
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-CHOSEN = {
-    "relative_damping": True,
-    "damping": (0.3, 1.0, 3.0, 10.0),
-    "update_scale": (0.25, 0.5, 0.75, 1.0),
-}
-SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    MLPNET: {"default": {}, "chosen": {"samples": 16_000, "samples_per_row": 16, **CHOSEN}},
-    DIGITS: {"default": {}, "chosen": {"samples": 1_344, "samples_per_row": 2, **CHOSEN}},
+DEFAULT = Recipe(weights=Weights(blocks="global"))
+DAMPINGS = (0.3, 1.0, 3.0, 10.0)
+LENGTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+def chosen(curvature: EmpiricalFisher) -> list[Recipe]:
+    """Recipes on averaged rows, of which the training loss chooses."""
+    base = replace(DEFAULT, curvature=curvature)
+    return Recipe.grid(base, damping=DAMPINGS, update=[Update(scale=length) for length in LENGTHS])
+
+
+SETTINGS: Mapping[str, Mapping[str, Sequence[Recipe]]] = {
+    MLPNET: {"default": [DEFAULT], "chosen": chosen(EmpiricalFisher(samples=16_000, per_row=16))},
+    DIGITS: {"default": [DEFAULT], "chosen": chosen(EmpiricalFisher(samples=1_344, per_row=2))},
 }
 
 Pair = tuple[Tensor, Tensor]
@@ -78,13 +88,17 @@ def main() -> None:
                         copy.deepcopy(model),
                         train,
                         sparsity=sparsity,
-                        program=program,
-                        method="swap_search",
-                        target=target,
+                        recipe=[
+                            replace(
+                                recipe,
+                                select=SwapSearch(program=program),
+                                weights=replace(recipe.weights, target=target),
+                            )
+                            for recipe in SETTINGS[given.network][name]
+                        ],
                         evaluate=test,
                         seed=seed,
                         progress=False,
-                        **SETTINGS[given.network][name],
                     )
                     assert report.after is not None
                     row = {

@@ -21,8 +21,8 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,8 +31,12 @@ import typer
 from torch import Tensor, nn
 
 import cbs_opt
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.demo import digits_data
+from cbs_opt.recipe.records import Recipe, Weights, absolute
+from cbs_opt.recipe.select import OBD, OBS, GreedyOBS
 from cbs_opt.system.memory import peak, reset_peak, resident
+from cbs_opt.system.resources import Resources
 from experiments.datasets import load_dataset
 from experiments.networks import load_network
 
@@ -45,7 +49,8 @@ class Case:
     """A network, its data, and how it is pruned."""
 
     make: Callable[[], tuple[nn.Module, Pair]]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe
+    resources: Resources = field(default_factory=Resources)
 
 
 def mlp(*widths: int, seed: int = 0) -> nn.Module:
@@ -72,16 +77,14 @@ def _resnet20() -> tuple[nn.Module, Pair]:
     return network.model, (data.train_x[:2000].clone(), data.train_y[:2000].clone())
 
 
-WIDE: dict[str, Any] = {
-    "samples": 200,
-    "sparsity": 0.9,
-    "method": "obs",
-    "program": "selection",
-    "damping": 1e-3,
-    "partition": 45_000,
-    "layer_inputs": 0.0,
-    "row_memory": 40_000_000,
-}
+WIDE = Recipe(
+    curvature=EmpiricalFisher(samples=200),
+    select=OBS(program="selection"),
+    damping=absolute(1e-3),
+    weights=Weights(blocks=45_000),
+    layer_inputs=0.0,
+)
+SPARSITY = 0.9
 
 
 def _wide() -> tuple[nn.Module, Pair]:
@@ -89,34 +92,37 @@ def _wide() -> tuple[nn.Module, Pair]:
 
 
 CASES = {
-    "digits": Case(make=lambda: (mlp(64, 128, 64, 10), digits_data()[0]), options={"sparsity": 0.9}),
+    "digits": Case(make=lambda: (mlp(64, 128, 64, 10), digits_data()[0]), recipe=Recipe()),
     "small": Case(
         make=lambda: (mlp(400, 500, 20), noise(300, 400, 20)),
-        options={**WIDE, "partition": 10_000, "row_memory": 8_000_000, "memory_limit": 1 << 24},
+        recipe=replace(WIDE, weights=Weights(blocks=10_000)),
+        resources=Resources(row_memory=8_000_000, chunk_memory=1 << 24),
     ),
-    "wide": Case(make=_wide, options=WIDE),
-    "wide_joint": Case(make=_wide, options={**WIDE, "program": "joint", "method": "greedy_obs"}),
-    "large": Case(make=_wide, options={**WIDE, "samples": 500, "row_memory": 100_000_000}),
+    "wide": Case(make=_wide, recipe=WIDE, resources=Resources(row_memory=40_000_000)),
+    "wide_joint": Case(
+        make=_wide, recipe=replace(WIDE, select=GreedyOBS()), resources=Resources(row_memory=40_000_000)
+    ),
+    "large": Case(
+        make=_wide,
+        recipe=replace(WIDE, curvature=EmpiricalFisher(samples=500)),
+        resources=Resources(row_memory=100_000_000),
+    ),
     "huge": Case(
         make=lambda: (mlp(3000, 4100, 50), noise(600, 3000, 50)),
-        options={
-            **WIDE,
-            "samples": 400,
-            "method": "obd",
-            "partition": 500_000,
-            "row_memory": 1_000_000_000,
-        },
+        recipe=replace(
+            WIDE,
+            curvature=EmpiricalFisher(samples=400),
+            select=OBD(program="selection"),
+            weights=Weights(blocks=500_000),
+        ),
+        resources=Resources(row_memory=1_000_000_000),
     ),
     "resnet20": Case(
         make=_resnet20,
-        options={
-            "samples": 400,
-            "sparsity": 0.9,
-            "partition": "layer",
-            "program": "joint",
-            "layer_inputs": 1.0,
-            "row_memory": 100_000_000,
-        },
+        recipe=Recipe(
+            curvature=EmpiricalFisher(samples=400), weights=Weights(blocks="layer"), layer_inputs=1.0
+        ),
+        resources=Resources(row_memory=100_000_000),
     ),
 }
 
@@ -124,44 +130,42 @@ CASES = {
 def measure(name: str, row_dir: str | None) -> dict[str, Any]:
     """Run a case in this process and compare its peak with the estimate."""
     case = CASES[name]
-    _warm_up(case.options)
+    _warm_up(case)
     model, data = case.make()
-    sizes: list[cbs_opt.RunSize] = []
-    before: list[int] = []
-
-    def begin(size: cbs_opt.RunSize) -> None:
-        sizes.append(size)
-        reset_peak()
-        before.append(resident())
-
+    resources = replace(case.resources, row_dir=row_dir)
+    stated = cbs_opt.plan(model, data, sparsity=SPARSITY, recipe=case.recipe, resources=resources)
+    reset_peak()
+    before = resident()
     began = time.perf_counter()
-    report = cbs_opt.prune(model, data, **case.options, row_dir=row_dir, on_plan=begin, progress=False)
+    report = cbs_opt.prune(
+        model, data, sparsity=SPARSITY, recipe=case.recipe, resources=resources, progress=False
+    )
     seconds = time.perf_counter() - began
-    size, most = sizes[0], peak()
+    most = peak()
     if most is None:
         raise SystemExit("this system does not tell the peak of resident memory")
     return {
         "case": name,
-        "n": size.n,
-        "blocks": size.blocks,
-        "rows": size.rows,
-        "row_mib": size.row_bytes / MIB,
-        "budget_mib": case.options.get("row_memory", 0) / MIB,
-        "on_disk": size.row_dir is not None,
-        "estimated_increase_mib": (size.peak_bytes - size.resident_bytes) / MIB,
-        "increase_mib": (most - before[0]) / MIB,
-        "estimated_peak_mib": size.peak_bytes / MIB,
+        "n": stated.n,
+        "blocks": stated.blocks,
+        "rows": stated.rows,
+        "row_mib": stated.row_bytes / MIB,
+        "budget_mib": (case.resources.row_memory or 0) / MIB,
+        "on_disk": stated.row_dir is not None,
+        "estimated_increase_mib": (stated.peak_bytes - stated.resident_bytes) / MIB,
+        "increase_mib": (most - before) / MIB,
+        "estimated_peak_mib": stated.peak_bytes / MIB,
         "peak_mib": most / MIB,
-        "arrays_mib": {name: round(bytes_ / MIB, 1) for name, bytes_ in size.arrays.items()},
+        "arrays_mib": {name: round(size / MIB, 1) for name, size in stated.arrays.items()},
         "sparsity": report.sparsity,
         "seconds": seconds,
     }
 
 
-def _warm_up(options: Mapping[str, Any]) -> None:
+def _warm_up(case: Case) -> None:
     """Load what the case loads, in small."""
-    small = {**options, "samples": 20, "row_memory": None, "partition": "layer"}
-    cbs_opt.prune(mlp(30, 80, 10), noise(400, 30, 10), **small, progress=False)
+    small = replace(case.recipe, curvature=EmpiricalFisher(samples=20), weights=Weights(blocks="layer"))
+    cbs_opt.prune(mlp(30, 80, 10), noise(400, 30, 10), sparsity=SPARSITY, recipe=small, progress=False)
 
 
 def _in_process_of_its_own(name: str, row_dir: str | None) -> dict[str, Any]:

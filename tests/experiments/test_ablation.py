@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cbs_opt.recipe.records import Recipe
 from experiments import ablation
 from experiments.ablation_figure import draw
 from experiments.ledger import Ledger
@@ -14,25 +15,18 @@ from experiments.ledger import Ledger
 
 def test_every_change_but_stages_exchanges_one_part_of_the_whole_recipe() -> None:
     whole = ablation.whole("digits", 0.9)
-    parts = {
-        "program": "choice",
-        "method": "choice",
-        "method_options": "choice",
-        "curvature": "rows",
-        "samples": "rows",
-        "samples_per_row": "rows",
-    }
     for variant in ablation.variants("digits", 0.9):
-        if variant.group != "changed" or "stages" in variant.label:
+        if variant.group != "changed" or variant.stages is not None:
             continue
-        changed = {name for name, value in variant.arguments.items() if value != whole[name]}
-        assert len({parts.get(name, name) for name in changed}) == (variant.label != "the whole recipe")
+        names = Recipe.__dataclass_fields__
+        changed = [name for name in names if getattr(variant.recipe, name) != getattr(whole, name)]
+        assert len(changed) == (variant.label != "the whole recipe")
 
 
 def test_what_is_built_up_ends_at_the_whole_recipe_before_exchanges() -> None:
-    built = {row.label: row.arguments for row in ablation.variants("digits", 0.9) if row.group == "built"}
+    built = {row.label: row.recipe for row in ablation.variants("digits", 0.9) if row.group == "built"}
     assert built["+ greedy OBS in drops"] == ablation.whole("digits", 0.9)
-    assert not built["magnitude"]["update"]
+    assert built["magnitude"].update is None
 
 
 def test_labels_name_rows() -> None:
@@ -59,7 +53,7 @@ def test_the_command_writes_tables_and_a_picture_and_resumes(
     results = ablation.run("digits", [0.8], [0], ablation.GROUPS, Ledger(tmp_path / "results.jsonl"), None)
     samples = {result["label"]: result["samples"] for result in results}
     assert samples["magnitude"] == 0
-    assert samples["4 stages"] > ablation.whole("digits", 0.8)["samples"]
+    assert samples["4 stages"] > ablation.whole("digits", 0.8).samples
     assert {result["n_prune"] for result in results} == {round(0.8 * 2368)}
     ET.parse(tmp_path / "digits.svg")
     monkeypatch.setattr(ablation.Bench, "measure", lambda *_: pytest.fail("measured again"))

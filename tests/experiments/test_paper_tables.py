@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from cbs_opt import prune, recalibrate_batchnorm
+from cbs_opt.curvature.kinds import EmpiricalFisher, SketchedFisher
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.recipe.records import Recipe, Stages
 from experiments import paper_tables, protocols, trajectories
 from experiments.augmentation import AugmentedImages, as_trained
 from experiments.datasets import load_dataset
@@ -89,10 +92,10 @@ def test_a_changed_setting_is_measured_again(data_dir: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(method: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"curvature": "empirical_fisher", "samples": 20, "samples_per_row": 2, "choice_samples": 10}
-    monkeypatch.setattr(protocols, "BASELINE", {"mlpnet": {**few, "damping": (0.3, 1.0)}})
-    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": {**few, "damping": 0.3}})
-    monkeypatch.setattr(protocols, "JOINT", {"mlpnet": {"layer_inputs": 1.0}})
+    few = Recipe(curvature=EmpiricalFisher(samples=20, per_row=2), layer_inputs=0.0, choice_samples=10)
+    monkeypatch.setattr(protocols, "BASELINE", {"mlpnet": Recipe.grid(few, damping=[0.3, 1.0])})
+    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": [replace(few, damping=0.3)]})
+    monkeypatch.setattr(protocols, "JOINT", {"mlpnet": [replace(few, layer_inputs=1.0)]})
     monkeypatch.setattr(protocols, "SWAPS", {"mlpnet": (0, 5)})
     monkeypatch.setattr(trajectories, "STAGES", {"mlpnet": few_stages()})
     wanted = command(data_dir, "--methods", method, "--sparsity", ".8", "--seeds", "1")
@@ -101,10 +104,14 @@ def test_every_method_runs(method: str, data_dir: Path, monkeypatch: pytest.Monk
     assert cell["n_prune"] == round(0.8 * 32_360)
 
 
-def few_stages() -> dict[str, Any]:
-    few = {"samples": 20, "samples_per_row": 2, "choice_samples": 10, "gradient_samples": 20}
-    steps = {"updates_per_stage": 1, "final_updates": 1, "damping": (1.0,)}
-    return {**trajectories.STAGES["mlpnet"], **few, **steps, "schedule": (0.5, 0.8)}
+def few_stages() -> trajectories.Staged:
+    staged = trajectories.STAGES["mlpnet"]
+    few = SketchedFisher(samples=20, per_row=2)
+    return trajectories.Staged(
+        recipe=replace(staged.recipe, curvature=few, choice_samples=10),
+        dampings=(1.0,),
+        stages=Stages(count=2, schedule=(0.5, 0.8), updates=1, final_updates=1, gradient_samples=20),
+    )
 
 
 def test_one_run_in_stages_serves_every_sparsity_that_it_passes(

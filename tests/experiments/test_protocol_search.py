@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import cbs_opt
+from cbs_opt.curvature.kinds import EmpiricalFisher
+from cbs_opt.recipe.records import Recipe
 from experiments import protocol_search, protocols
 from experiments.datasets import load_dataset
 from experiments.networks import MLPNet, load_network
@@ -23,8 +26,8 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     write_mnist(tmp_path, train=60, test=20)
     write_network(tmp_path, "mlpnet_mnist", MLPNet())
-    few = {"curvature": "empirical_fisher", "samples": 20, "samples_per_row": 2, "choice_samples": 10}
-    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": {**few, "damping": (0.3, 1.0)}})
+    few = Recipe(curvature=EmpiricalFisher(samples=20, per_row=2), layer_inputs=0.0, choice_samples=10)
+    monkeypatch.setattr(protocols, "CURVATURE", {"mlpnet": Recipe.grid(few, damping=[0.3, 1.0])})
     monkeypatch.setattr(protocol_search, "HELD_OUT", 15)
     verified = protocol_search.load_dataset
     monkeypatch.setattr(
@@ -100,14 +103,14 @@ def test_rows_are_computed_once_for_equal_settings(data_dir: Path, monkeypatch: 
     network = load_network("mlpnet_mnist", data_dir, verify=False)
     data = load_dataset("mnist", data_dir, mean=network.mean, std=network.std, verify=False)
     cache = RowCache((data.train_x, data.train_y), progress=False)
-    arguments = prune_arguments("mlpnet_mnist", "cbs", 0.5, 0)
-    rows = cache.get(network, arguments)
-    assert cache.get(network, {**arguments, "sparsity": 0.9}) is rows
-    term = cache.get(network, {**arguments, "layer_inputs": 1.0})
+    recipe = prune_arguments("mlpnet_mnist", "cbs", 0.5, 0)["recipe"][0]
+    rows = cache.get(network, recipe, 0)
+    assert cache.get(network, replace(recipe, damping=0.9), 0) is rows
+    term = cache.get(network, replace(recipe, layer_inputs=1.0), 0)
     assert term.rows is rows.rows
     assert term.channels is not None
     assert calls == 1
-    cache.get(network, prune_arguments("mlpnet_mnist", "cbs", 0.5, 1))
+    cache.get(network, recipe, 1)
     assert calls == 2
 
 

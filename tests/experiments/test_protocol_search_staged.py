@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
+from cbs_opt.curvature.kinds import SketchedFisher
+from cbs_opt.recipe.records import Recipe, Stages
+from cbs_opt.recipe.select import OBS
 from experiments import protocol_search_staged, trajectories
 from experiments.datasets import Dataset
 from experiments.networks import MLPNet
 from tests.experiments.tiny_data import write_mnist, write_network
 
-FEW: dict[str, Any] = {
-    **trajectories.STAGES["mlpnet"],
-    **{"samples": 20, "samples_per_row": 2, "choice_samples": 10, "gradient_samples": 20},
-    **{"updates_per_stage": 1, "final_updates": 1, "damping": (1.0,), "schedule": (0.5, 0.8, 0.9)},
-}
+FEW = trajectories.Staged(
+    recipe=Recipe(
+        curvature=SketchedFisher(samples=20, per_row=2), choice_samples=10, select=OBS(), gradient=True
+    ),
+    dampings=(1.0,),
+    stages=Stages(count=3, schedule=(0.5, 0.8, 0.9), updates=1, final_updates=1, gradient_samples=20),
+)
 
 
 def test_samples_are_set_aside_without_the_test_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.network.masks import load_mask_metadata
+from cbs_opt.recipe.records import Recipe
 from cbs_opt.runs.folder import RUN_FILE, RunStore
 from cbs_opt.stages.store import stored_stages
 from cbs_opt.study.expansion import Plan
@@ -214,11 +216,14 @@ def _read_masks(folder: Path) -> list[str]:
     return [checksum(load_mask_metadata(path), masks)]
 
 
+FEW = Recipe(curvature=EmpiricalFisher(samples=20))
+
+
 def _write_report(folder: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
     data = torch.randn(30, 4), torch.arange(30) % 3
-    report = prune(model, data, sparsity=0.5, loss_fn=cross_entropy, samples=20, progress=False)
+    report = prune(model, data, sparsity=0.5, loss_fn=cross_entropy, recipe=FEW, progress=False)
     report.save(folder)
 
 
@@ -230,8 +235,16 @@ def _write_stages(folder: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
     data = torch.randn(30, 4), torch.arange(30) % 3
-    options = {"program": "joint", "samples": 20, "stages": 2, "progress": False}
-    prune(model, data, sparsity=0.5, loss_fn=cross_entropy, run_dir=folder, **options)
+    prune(
+        model,
+        data,
+        sparsity=0.5,
+        recipe=FEW,
+        stages=2,
+        loss_fn=cross_entropy,
+        run_dir=folder,
+        progress=False,
+    )
     # What a run that resumes compares with, kept apart from what is corrupted.
     (folder / TOLD).write_bytes((folder / RUN_FILE).read_bytes())
 

@@ -39,7 +39,11 @@ from tqdm import tqdm
 
 from cbs_opt import PruneReport, prune
 from cbs_opt.cli import app
+from cbs_opt.curvature.kinds import EmpiricalFisher
+from cbs_opt.recipe.records import Recipe, Stages, Update, Weights, absolute
+from cbs_opt.recipe.select import OBS, Exact, SwapSearch
 from cbs_opt.runs import folder as run_store
+from cbs_opt.system.resources import Resources
 from experiments.benchmarks import digits_network
 
 SAVE_EVERY = 0.02
@@ -116,83 +120,76 @@ def command(*options: str) -> Callable[[Path, Path | None], dict[str, str]]:
     return run
 
 
+TEMPORARIES = Resources(chunk_memory=1 << 22)
+"""So that the rows come in several pieces."""
+
+
 def cases() -> list[Case]:
     """The ways to prune that are killed."""
+    exact = Recipe(
+        curvature=EmpiricalFisher(samples=200),
+        layer_inputs=0.0,
+        damping=0.5,
+        select=Exact(),
+        weights=Weights(target="2.weight", blocks="row"),
+    )
+    fields = ("curvature.samples=200", "weights.blocks=layer")
     return [
         Case(
             name="selection, swap search",
             run=one_call(
                 sparsity=0.8,
-                program="selection",
-                samples=300,
-                damping=(1e-3, 1e-2),
-                update_scale=(0.5, 1.0),
-                memory_limit=1 << 22,
+                recipe=Recipe.grid(
+                    Recipe(curvature=EmpiricalFisher(samples=300), select=SwapSearch(program="selection")),
+                    damping=[absolute(1e-3), absolute(1e-2)],
+                    update=[Update(scale=0.5), Update(scale=1.0)],
+                ),
+                resources=TEMPORARIES,
             ),
         ),
         Case(
             name="joint, layer inputs",
             run=one_call(
                 sparsity=0.8,
-                program="joint",
-                layer_inputs=1.0,
-                partition="layer",
-                damping=(0.1, 1.0),
-                relative_damping=True,
-                samples=300,
-                memory_limit=1 << 22,
+                recipe=Recipe.grid(
+                    Recipe(
+                        curvature=EmpiricalFisher(samples=300),
+                        layer_inputs=1.0,
+                        weights=Weights(blocks="layer"),
+                    ),
+                    damping=[0.1, 1.0],
+                ),
+                resources=TEMPORARIES,
             ),
         ),
         Case(
             name="stages",
             run=one_call(
                 sparsity=0.8,
-                stages=3,
-                method="obs",
-                program="selection",
-                layer_inputs=1.0,
-                damping=(0.1, 1.0),
-                relative_damping=True,
-                samples=200,
-                final_updates=2,
-                memory_limit=1 << 22,
+                recipe=Recipe.grid(
+                    Recipe(
+                        curvature=EmpiricalFisher(samples=200),
+                        layer_inputs=1.0,
+                        select=OBS(program="selection"),
+                    ),
+                    damping=[0.1, 1.0],
+                ),
+                stages=Stages(count=3, final_updates=2),
+                resources=TEMPORARIES,
             ),
         ),
         Case(
             name="certified rows",
-            run=one_call(
-                sparsity=0.7,
-                program="joint",
-                layer_inputs=0.0,
-                method="branch_and_bound",
-                target="2.weight",
-                partition="row",
-                damping=0.5,
-                relative_damping=True,
-                samples=200,
-                certify=True,
-                memory_limit=1 << 22,
-            ),
+            run=one_call(sparsity=0.7, recipe=exact, certify=True, resources=TEMPORARIES),
         ),
         Case(
             name="rows over two processes",
-            run=one_call(
-                sparsity=0.7,
-                program="joint",
-                layer_inputs=0.0,
-                method="branch_and_bound",
-                target="2.weight",
-                partition="row",
-                damping=0.5,
-                relative_damping=True,
-                samples=200,
-                workers=2,
-            ),
+            run=one_call(sparsity=0.7, recipe=exact, resources=Resources(workers=2)),
             share=1,
         ),
         Case(
             name="cbs-opt prune --resume",
-            run=command("--sparsity", "0.8", "--samples", "200", "--partition", "layer", "--certify"),
+            run=command("--sparsity", "0.8", "--certify", *(part for f in fields for part in ("--set", f))),
         ),
     ]
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from cbs_opt.cli import app
-from cbs_opt.demo import Contender, compare_on_digits, digits_data, digits_network
+from cbs_opt.demo import CURVATURE, Contender, compare_on_digits, digits_data, digits_network
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.recipe.records import Recipe
+from cbs_opt.recipe.select import select_by_name
 
-FAST = (Contender(method="magnitude", update=False), Contender(method="obd", update=False))
-CONTENDERS = (Contender(method="magnitude", update=False), Contender(method="obs", update=True))
+
+def contender(method: str, program: str = "selection", **others: Any) -> Contender:
+    certify = others.pop("certify", False)
+    select = select_by_name(method, program=program)
+    recipe = Recipe(curvature=CURVATURE, layer_inputs=0.0, select=select, **others)
+    return Contender(recipe=recipe, certify=certify)
+
+
+FAST = (contender("magnitude", update=None), contender("obd", update=None))
+CONTENDERS = (contender("magnitude", update=None), contender("obs"))
 
 
 def test_training_is_deterministic_and_leaves_the_global_generator_alone() -> None:
@@ -77,8 +88,8 @@ def test_the_command_prints_a_table_and_writes_a_page(
 
 
 def test_a_certified_contender_says_how_far_from_optimal_it_can_be() -> None:
-    contender = Contender(method="obs", update=True, program="joint", certify=True)
-    (report,) = compare_on_digits(sparsities=(0.5,), contenders=(contender,))
+    certifying = contender("obs", "joint", certify=True)
+    (report,) = compare_on_digits(sparsities=(0.5,), contenders=(certifying,))
     assert report.program == "joint"
     assert report.certified is not None
     assert report.certified.bound is not None

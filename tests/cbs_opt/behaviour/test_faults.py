@@ -25,7 +25,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.errors import NetworkChangedError
+from cbs_opt.recipe.records import Recipe, absolute
 from cbs_opt.report.files import ReportFormatError
 from formulations.incumbents import greedy
 from formulations.instances import export_model, read_instance, read_solution, write_instance, write_solution
@@ -127,6 +129,10 @@ def read_back(writer: Writer, folder: Path) -> int | None:
         return writer.read(folder)
     except writer.torn:
         return None
+
+
+def few(samples: int) -> Recipe:
+    return Recipe(curvature=EmpiricalFisher(samples=samples))
 
 
 def files(folder: Path) -> set[str]:
@@ -234,7 +240,8 @@ def test_two_processes_that_write_one_file(tmp_path):
 @pytest.mark.parametrize("moment", range(12))
 def test_ctrl_c_at_any_moment_leaves_the_network_whole(moment):
     """Untouched if the signal came before the weights were written, else wholly pruned."""
-    options: dict[str, Any] = {"sparsity": 0.5, "samples": 30, "damping": [1e-3, 1e-2], "progress": False}
+    recipes = Recipe.grid(few(30), damping=[absolute(1e-3), absolute(1e-2)])
+    options: dict[str, Any] = {"sparsity": 0.5, "recipe": recipes, "progress": False}
     finished = network()
     began = time.perf_counter()
     prune(finished, data(), **options)
@@ -301,8 +308,9 @@ def test_a_network_that_changes_half_way_is_found_out(kind, at):
     act, message = CHANGES[kind]
     model = network()
     source = Saboteur(lambda: act(model), at)
+    recipes = Recipe.grid(few(40), damping=[absolute(1e-3), absolute(1e-2)])
     with pytest.raises(NetworkChangedError, match=message):
-        prune(model, source, sparsity=0.5, samples=40, damping=[1e-3, 1e-2], evaluate=source, progress=False)
+        prune(model, source, sparsity=0.5, recipe=recipes, evaluate=source, progress=False)
     assert not any((parameter == 0).any() for parameter in model.parameters() if kind == "values")
 
 
@@ -314,15 +322,14 @@ def test_data_that_break_off_leave_the_network_alone():
         raise OSError("the share went away")
 
     with pytest.raises(CbsError, match="the share went away"):
-        prune(model, Saboteur(fail, 3), sparsity=0.5, loss_fn=cross_entropy, samples=40, progress=False)
+        prune(model, Saboteur(fail, 3), sparsity=0.5, loss_fn=cross_entropy, recipe=few(40), progress=False)
     assert_untouched(model, before)
 
 
 def test_a_stage_of_another_run_in_the_folder_is_refused(tmp_path):
     options: dict[str, Any] = {
         "sparsity": 0.5,
-        "program": "joint",
-        "samples": 20,
+        "recipe": few(20),
         "stages": 2,
         "progress": False,
     }

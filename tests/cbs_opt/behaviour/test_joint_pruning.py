@@ -11,6 +11,8 @@ import torch
 from cbs_opt.curvature.fisher import fisher_blocks
 from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import Weights, absolute
+from cbs_opt.recipe.select import GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.joint_program import search as joint_search
 from cbs_opt.select.joint_program import selectors as joint_selection
@@ -18,6 +20,7 @@ from cbs_opt.select.joint_program.channel_program import joint_saliency
 from cbs_opt.select.methods import available_methods, find_method
 from cbs_opt.select.saliency import magnitude
 from tests.cbs_opt.fisher import fisher_block
+from tests.cbs_opt.recipes import arguments
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
 
@@ -25,25 +28,24 @@ def run(**options: Any) -> PruneReport:
     model = options.pop("model", None) or network(dtype=torch.float64)
     options = {
         "sparsity": 0.6,
-        "samples": 30,
-        "damping": 0.02,
+        "curvature": EmpiricalFisher(samples=30),
+        "damping": absolute(0.02),
         "layer_inputs": 0.0,
-        "program": "joint",
         "progress": False,
     } | options
-    return prune(model, data(dtype=torch.float64), **options)
+    return prune(model, data(dtype=torch.float64), **arguments(**options))
 
 
 @pytest.mark.parametrize("dense_limit", [0, 1_000])
 @pytest.mark.parametrize("partition", ["global", "layer", "row", 9])
 def test_no_other_method_predicts_a_lower_loss_on_any_block(partition: str | int, dense_limit: int) -> None:
-    options = {"restarts": 3, "dense_limit": dense_limit}
-    searched = run(partition=partition, budget="uniform", method_options=options)
+    weights = Weights(blocks=partition, budget="uniform")
+    searched = run(weights=weights, select=SwapSearch(restarts=3, dense_limit=dense_limit))
     assert searched.n_prune == round(0.6 * searched.n)
     assert all(block.locally_optimal for block in searched.blocks)
     for method in ("magnitude", "obs", "iterative_hard_threshold", "greedy_obs"):
-        limits = {"dense_limit": dense_limit} if method == "greedy_obs" else None
-        other = run(partition=partition, budget="uniform", method=method, method_options=limits)
+        select = GreedyOBS(dense_limit=dense_limit) if method == "greedy_obs" else method
+        other = run(weights=weights, select=select)
         for mine, theirs in zip(searched.blocks, other.blocks, strict=True):
             assert mine.n_prune == theirs.n_prune
             assert mine.updated_loss is not None
@@ -56,7 +58,7 @@ def test_no_other_method_predicts_a_lower_loss_on_any_block(partition: str | int
 
 
 def test_a_global_budget_is_spent_by_the_joint_saliency() -> None:
-    report = run(partition="layer")
+    report = run(weights=Weights(blocks="layer"))
     blocks = fisher_blocks(
         network(dtype=torch.float64),
         data(dtype=torch.float64),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,11 @@ from torch import nn
 
 import cbs_opt as cbs
 from cbs_opt.budget.counts import allocate
+from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher
 from cbs_opt.errors import MaskMismatchError
+from cbs_opt.recipe.records import Absolute, Certify, Recipe, Stages, Update, Weights, absolute
+from cbs_opt.recipe.select import SELECTS, Exact, select_by_name
+from cbs_opt.system.resources import Resources
 from formulations import BlockProblem, BlockSolution, CbsError, Termination, objective
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
@@ -372,10 +378,14 @@ def test_a_budget_is_spent_or_refused(sparsity, budget, scores):
 def test_prune_meets_its_budget_and_repeats_itself(
     sparsity, method, program, partition, budget, update, seed
 ):
-    options: dict[str, Any] = {
-        "sparsity": sparsity, "method": method, "program": program, "partition": partition, "budget": budget,
-        "update": update, "samples": 20, "damping": 1e-2, "seed": seed, "progress": False,
-    }  # fmt: skip
+    recipe = Recipe(
+        curvature=EmpiricalFisher(samples=20),
+        damping=absolute(1e-2),
+        select=select_by_name(method, program=program),
+        weights=Weights(blocks=partition, budget=budget),
+        update=Update() if update else None,
+    )
+    options: dict[str, Any] = {"sparsity": sparsity, "recipe": recipe, "seed": seed, "progress": False}
     model, other = network(), network()
     report = cbs.prune(model, data(), **options)
     cbs.prune(other, data(), **options)
@@ -386,26 +396,74 @@ def test_prune_meets_its_budget_and_repeats_itself(
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def names_of(record: type[Any]) -> list[str]:
+    return [entry.name for entry in fields(record)]
+
+
 ARGUMENTS = (
-    *("sparsity", "method", "program", "partition", "budget", "samples", "samples_per_row", "damping"),
-    *("curvature", "target", "ignore", "update", "update_scale", "relative_damping", "selection_damping"),
-    *("gradient_term", "restarts", "choice_samples", "method_options", "time_limit", "seed", "loss_fn"),
-    *("data", "evaluate", "stages", "certify", "executor", "layer_inputs", "budget_score", "memory_limit"),
+    *("data", "sparsity", "recipe", "loss_fn", "stages", "certify", "evaluate", "resources", "seed"),
+    *("run_dir",),
 )
+RECORDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "recipe": lambda **given: {"recipe": replace(FEW, **given)},
+    "weights": lambda **given: {"recipe": replace(FEW, weights=Weights(**given))},
+    "update": lambda **given: {"recipe": replace(FEW, update=Update(**given))},
+    "damping": lambda **given: {"recipe": replace(FEW, damping=Absolute(**given))},
+    "stages": lambda **given: {"recipe": FEW, "stages": Stages(**given)},
+    "certify": lambda **given: {"recipe": FEW, "certify": Certify(**given)},
+    "resources": lambda **given: {"recipe": FEW, "resources": Resources(**given)},
+    **{
+        kind: lambda record=record, **given: {"recipe": replace(FEW, curvature=record(**given))}
+        for kind, record in FISHERS.items()
+    },
+    **{
+        method: lambda record=record, **given: {"recipe": replace(FEW, select=record(**given))}
+        for method, record in (*SELECTS.items(), ("exact", Exact))
+    },
+}
+FEW = Recipe(curvature=EmpiricalFisher(samples=20))
+FIELDS = [
+    *(("recipe", name) for name in names_of(Recipe)),
+    *(("weights", name) for name in names_of(Weights)),
+    *(("update", name) for name in names_of(Update)),
+    ("damping", "value"),
+    *(("stages", name) for name in names_of(Stages)),
+    ("certify", "time_limit"),
+    *(("resources", name) for name in names_of(Resources)),
+    *((kind, name) for kind, record in FISHERS.items() for name in names_of(record)),
+    *((method, name) for method, record in SELECTS.items() for name in names_of(record)),
+    *(("exact", name) for name in names_of(Exact)),
+]
+LONG = ("repeats", "samples", "count", "updates", "final_updates", "drops", "restarts", "steps", "workers")
+"""Fields that take whole numbers of any size, and as long."""
 
 
-@settings(parent=quick, max_examples=100)
+@settings(parent=quick, max_examples=60)
 @given(name=st.sampled_from(ARGUMENTS), value=junk)
 def test_prune_takes_or_refuses_any_argument(name, value):
-    # What is valid but takes long.
-    endless = name in ("restarts", "samples", "stages") and isinstance(value, int) and value > 3
-    assume(not endless)
+    assume(not (name == "stages" and isinstance(value, int) and value > 3))
+    assume(not (name == "run_dir" and isinstance(value, str | bytes)))
+    arguments: dict[str, Any] = {"data": data(30), "sparsity": 0.5, "recipe": FEW} | {name: value}
+    pruned_or_refused(arguments)
+
+
+@settings(parent=quick, max_examples=150)
+@given(field=st.sampled_from(FIELDS), value=junk)
+def test_prune_takes_or_refuses_any_field(field, value):
+    record, name = field
+    assume(not (name in LONG and isinstance(value, int) and value > 3))
+    assume(not (name == "row_dir" and isinstance(value, str)))
+    try:
+        arguments = RECORDS[record](**{name: value})
+    except CbsError:
+        return
+    pruned_or_refused({"data": data(30), "sparsity": 0.5} | arguments)
+
+
+def pruned_or_refused(arguments: dict[str, Any]) -> None:
     model = network()
     before = snapshot(model)
-    arguments: dict[str, Any] = {"data": data(30), "sparsity": 0.5, "samples": 20, "progress": False} | {
-        name: value
-    }
     try:
-        cbs.prune(model, arguments.pop("data"), **arguments)
+        cbs.prune(model, arguments.pop("data"), progress=False, **arguments)
     except CbsError:
         assert_untouched(model, before)

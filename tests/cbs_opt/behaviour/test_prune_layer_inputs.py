@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,19 +12,23 @@ from torch import Tensor, nn
 
 import cbs_opt as cbs
 from cbs_opt.curvature import layer_inputs
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.curvature.layer_inputs import term_work, with_layer_inputs
 from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.network.partition import Partition
+from cbs_opt.recipe.records import Recipe, Weights, absolute
+from cbs_opt.recipe.select import OBD, OBS, Magnitude, SwapSearch
 from formulations.errors import ArgumentError, UnsupportedProblemError
+from tests.cbs_opt.recipes import arguments
 
 COMMON: dict[str, Any] = {
     "sparsity": 0.7,
-    "program": "selection",
-    "method": "magnitude",
-    "samples": 16,
-    "damping": 1e-3,
+    "select": Magnitude(program="selection"),
+    "curvature": EmpiricalFisher(samples=16),
+    "damping": absolute(1e-3),
     "progress": False,
 }
+ROWS = Weights(blocks="row", budget="uniform")
 
 
 def network() -> nn.Sequential:
@@ -51,7 +56,17 @@ def rows_of(model: nn.Module) -> cbs.Rows:
 
 def pruned(**options: Any) -> tuple[nn.Sequential, cbs.PruneReport]:
     model = network()
-    return model, cbs.prune(model, options.pop("data", data()), **COMMON | options)
+    given = options.pop("data", data())
+    if "recipe" in options:
+        options |= {"sparsity": COMMON["sparsity"], "progress": False}
+        return model, cbs.prune(model, given, **options)
+    return model, cbs.prune(model, given, **arguments(**COMMON | options))
+
+
+def grid(weights: Sequence[float], **fields: Any) -> list[Recipe]:
+    """Recipes that differ in the weight of the term."""
+    common = {name: value for name, value in COMMON.items() if name in Recipe.__dataclass_fields__}
+    return Recipe.grid(Recipe(**common | fields), layer_inputs=weights)
 
 
 def weights(model: nn.Sequential) -> Tensor:
@@ -77,23 +92,25 @@ def test_by_default_the_weight_is_one_unless_layers_are_too_wide(monkeypatch: py
 
 
 def test_without_curvature_there_is_no_term() -> None:
-    report = pruned(update=False, data=None)[1]
+    report = pruned(update=None, data=None)[1]
     assert report.layer_inputs == 0.0
-    assert report.settings["layer_inputs"] is None
+    assert report.request is not None
+    assert report.request.recipes[0].layer_inputs == 0.0
 
 
 def test_of_a_grid_the_lowest_training_loss_is_taken() -> None:
-    grid = (0.0, 0.1, 1.0, 10.0)
+    tried = (0.0, 0.1, 1.0, 10.0)
     losses = {}
-    for weight in grid:
+    for weight in tried:
         report = pruned(layer_inputs=weight)[1]
         assert report.train_after is not None
         losses[weight] = report.train_after.loss
-    chosen = pruned(layer_inputs=grid)[1]
+    chosen = pruned(recipe=grid(tried))[1]
     assert chosen.train_after is not None
     assert chosen.train_after.loss == min(losses.values())
     assert losses[chosen.layer_inputs] == min(losses.values())
-    assert chosen.settings["layer_inputs"] == grid
+    assert chosen.request is not None
+    assert tuple(recipe.layer_inputs for recipe in chosen.request.recipes) == tried
 
 
 def test_the_report_says_the_weight() -> None:
@@ -125,14 +142,16 @@ def test_the_update_does_not_hang_on_the_scale_of_the_loss() -> None:
     def half(output: Tensor, y: Tensor) -> Tensor:
         return 0.5 * nn.functional.cross_entropy(output, y)
 
-    options: dict[str, Any] = {"layer_inputs": 1.0, "damping": 0.1, "relative_damping": True}
+    options: dict[str, Any] = {"layer_inputs": 1.0, "damping": 0.1}
     one, other = pruned(**options)[0], pruned(loss_fn=half, **options)[0]
     torch.testing.assert_close(weights(one), weights(other), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("partition", ["global", "layer", "row", 7])
 def test_every_partition_takes_the_term(partition: str | int) -> None:
-    model, report = pruned(layer_inputs=1.0, partition=partition, budget="uniform", method="obs")
+    model, report = pruned(
+        layer_inputs=1.0, weights=Weights(blocks=partition, budget="uniform"), select=OBS()
+    )
     assert int((weights(model) == 0).sum()) == report.n_prune == round(0.7 * report.n)
     assert torch.isfinite(weights(model)).all()
     assert report.predicted_loss_increase is not None
@@ -147,7 +166,7 @@ def test_rows_of_a_partition_know_no_other_channel() -> None:
     rows = with_layer_inputs(rows_of(model), model, data(), partition)
     assert rows.channels is not None
     before = weights(model).double()
-    found = pruned(curvature=rows, partition="row", budget="uniform", damping=0.01)[0]
+    found = pruned(curvature=rows, weights=ROWS, damping=absolute(0.01))[0]
     for block in partition.blocks:
         span = slice(block.start, block.stop)
         part = rows.rows[:, span].double()
@@ -158,9 +177,8 @@ def test_rows_of_a_partition_know_no_other_channel() -> None:
 
 
 def test_certificates_hold_for_the_model_with_the_term() -> None:
-    report = pruned(
-        layer_inputs=1.0, partition="row", budget="uniform", method="obd", certify=True, sparsity=0.5
-    )[1]
+    select = OBD(program="selection")
+    report = pruned(layer_inputs=1.0, weights=ROWS, select=select, certify=True, sparsity=0.5)[1]
     for block in report.blocks:
         assert block.bound is not None
         assert block.selection_loss is not None
@@ -197,22 +215,34 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
         with_term.to_problem(5)
 
 
+class Never:
+    """Data that nobody may read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        pytest.fail("begun")
+
+
 def test_certificates_of_large_blocks_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cbs_opt.prune_options.DENSE_LIMIT", 20)
-    monkeypatch.setattr("cbs_opt.oneshot.gradient_rows", lambda *_, **__: pytest.fail("begun"))
+    monkeypatch.setattr("cbs_opt.pruning.DENSE_LIMIT", 20)
+    never = Never()
     with pytest.raises(UnsupportedProblemError, match="certify"):
-        pruned(layer_inputs=(0.0, 1.0), method="obs", certify=True)
+        pruned(recipe=grid((0.0, 1.0), select=OBS()), certify=True, data=never)
 
 
 def test_searches_of_the_selection_program_are_certified_for_the_rows_they_went_by() -> None:
-    report = pruned(layer_inputs=1.0, method="swap_search", sparsity=0.5, certify=True)[1]
-    without = pruned(method="swap_search", sparsity=0.5, certify=True)[1]
+    options: dict[str, Any] = {
+        "select": SwapSearch(program="selection"),
+        "sparsity": 0.5,
+        "certify": True,
+    }
+    report = pruned(layer_inputs=1.0, **options)[1]
+    without = pruned(layer_inputs=0.0, **options)[1]
     assert [block.bound for block in report.blocks] == [block.bound for block in without.blocks]
 
 
 def test_stages_take_one_weight() -> None:
     with pytest.raises(ArgumentError, match="layer_inputs"):
-        pruned(layer_inputs=(0.1, 1.0), stages=2)
+        pruned(recipe=grid((0.1, 1.0)), stages=2)
 
 
 @pytest.mark.parametrize("partition", ["global", "layer", "row"])
@@ -222,6 +252,7 @@ def test_more_inputs_than_samples_are_no_obstacle(partition: str) -> None:
     model = nn.Sequential(nn.Linear(30, 80), nn.ReLU(), nn.Linear(80, 10)).eval()
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(40, 30, generator=generator), torch.randint(0, 10, (40,), generator=generator)
-    report = cbs.prune(model, few, sparsity=0.8, samples=20, partition=partition, progress=False)
+    recipe = Recipe(curvature=EmpiricalFisher(samples=20), weights=Weights(blocks=partition))
+    report = cbs.prune(model, few, sparsity=0.8, recipe=recipe, progress=False)
     assert report.n_prune == round(0.8 * report.n)
     assert report.layer_inputs == 1.0

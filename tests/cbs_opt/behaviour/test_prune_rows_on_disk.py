@@ -29,6 +29,17 @@ from cbs_opt import (
 from cbs_opt.curvature.disk import RowsOnDisk
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.errors import RowMemoryError, RowStoreError
+from cbs_opt.recipe.records import Recipe, Update, Weights, absolute
+from cbs_opt.recipe.select import (
+    OBD,
+    OBS,
+    GradientNorm,
+    GreedyOBS,
+    HardThreshold,
+    Magnitude,
+    SwapSearch,
+)
+from tests.cbs_opt.recipes import arguments
 from tests.cbs_opt.small_network import assert_untouched, snapshot
 from tests.cbs_opt.small_network import data as small_data
 from tests.cbs_opt.small_network import network as small_network
@@ -52,8 +63,10 @@ def data() -> tuple[Tensor, Tensor]:
 
 def pruned(row_memory: int | None, **options: Any) -> tuple[Tensor, cbs_opt.PruneReport]:
     model = network()
-    arguments = {"samples": SAMPLES, "sparsity": 0.7, "damping": 1e-3, **options}
-    report = prune(model, data(), row_memory=row_memory, progress=False, **arguments)
+    fields: dict[str, Any] = {"curvature": EmpiricalFisher(samples=SAMPLES), "damping": absolute(1e-3)}
+    resources = Resources(row_memory=row_memory)
+    given = arguments(**fields | options)
+    report = prune(model, data(), sparsity=0.7, resources=resources, progress=False, **given)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), report
 
 
@@ -75,47 +88,60 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+ROW, LAYER = Weights(blocks="row"), Weights(blocks="layer")
 SELECTION: list[dict[str, Any]] = [
-    {"method": "obd", "partition": "row", "program": "selection"},
-    {"method": "obs", "partition": 150, "program": "selection"},
-    {"method": "gradient_norm", "partition": "layer", "program": "selection"},
-    {"method": "swap_search", "partition": "layer", "program": "selection"},
-    {"method": "swap_search", "partition": "row", "program": "selection"},
+    {"select": OBD(program="selection"), "weights": ROW},
+    {"select": OBS(program="selection"), "weights": Weights(blocks=150)},
+    {"select": GradientNorm(program="selection"), "weights": LAYER},
+    {"select": SwapSearch(program="selection"), "weights": LAYER},
+    {"select": SwapSearch(program="selection"), "weights": ROW},
 ]
 OTHERS: list[dict[str, Any]] = [
-    {"method": "magnitude", "partition": "layer", "gradient_term": True},
-    {"method": "obs", "partition": 150, "update": "independent", "budget": "uniform"},
-    {"method": "swap_search", "program": "selection", "partition": "layer", "layer_inputs": 1.0},
-    {"method": "swap_search", "program": "joint", "partition": "layer", "layer_inputs": 0.0},
-    {"method": "swap_search", "program": "joint", "partition": "layer", "layer_inputs": 1.0},
-    {"method": "swap_search", "program": "joint", "partition": 150, "gradient_term": True},
-    {"method": "greedy_obs", "program": "joint", "partition": "layer", "layer_inputs": 1.0},
-    {"method": "greedy_obs", "program": "joint", "partition": "layer", "layer_inputs": 0.0},
-    {"method": "iterative_hard_threshold", "program": "joint", "partition": 700, "layer_inputs": 0.0},
+    {"select": Magnitude(), "weights": LAYER, "gradient": True},
+    {"select": OBS(), "weights": Weights(blocks=150, budget="uniform"), "update": "independent"},
+    {"select": SwapSearch(program="selection"), "weights": LAYER, "layer_inputs": 1.0},
+    {"select": SwapSearch(), "weights": LAYER, "layer_inputs": 0.0},
+    {"select": SwapSearch(), "weights": LAYER, "layer_inputs": 1.0},
+    {"select": SwapSearch(), "weights": Weights(blocks=150), "gradient": True},
+    {"select": GreedyOBS(), "weights": LAYER, "layer_inputs": 1.0},
+    {"select": GreedyOBS(), "weights": LAYER, "layer_inputs": 0.0},
+    {"select": HardThreshold(), "weights": Weights(blocks=700), "layer_inputs": 0.0},
     {
-        "method": "swap_search",
-        "program": "joint",
-        "partition": "layer",
-        "damping": [0.1, 0.5],
-        "relative_damping": True,
-        "update_scale": [0.5, 1.0],
-        "selection_damping": 0.3,
-        "choice_samples": 60,
+        "recipe": Recipe.grid(
+            Recipe(
+                curvature=EmpiricalFisher(samples=SAMPLES),
+                select=SwapSearch(),
+                weights=LAYER,
+                selection_damping=0.3,
+                choice_samples=60,
+            ),
+            damping=[0.1, 0.5],
+            update=[Update(scale=0.5), Update(scale=1.0)],
+        )
     },
-    {"method": "obs", "partition": "layer", "budget": {"0.weight": 0.5, "*": 0.8}, "samples_per_row": 3},
-    {"method": "obd", "partition": "layer", "curvature": "monte_carlo_fisher", "gradient_term": True},
-    {"method": "obd", "partition": "layer", "curvature": "sketched_fisher", "samples_per_row": 2},
-    {"method": "obs", "program": "joint", "partition": 50, "certify": True, "layer_inputs": 0.0},
+    {
+        "select": OBS(),
+        "weights": Weights(blocks="layer", budget={"0.weight": 0.5, "*": 0.8}),
+        "curvature": EmpiricalFisher(samples=SAMPLES, per_row=3),
+    },
+    {
+        "select": OBD(),
+        "weights": LAYER,
+        "curvature": MonteCarloFisher(samples=SAMPLES),
+        "gradient": True,
+    },
+    {"select": OBD(), "weights": LAYER, "curvature": SketchedFisher(samples=SAMPLES, per_row=2)},
+    {"select": OBS(), "weights": Weights(blocks=50), "certify": True, "layer_inputs": 0.0},
 ]
 
 
 @pytest.mark.parametrize(
-    "options", SELECTION + OTHERS, ids=lambda options: "-".join(map(str, options.values()))
+    "options", SELECTION + OTHERS, ids=lambda options: "-".join(map(str, options.values()))[:60]
 )
 def test_the_network_is_that_of_rows_in_memory_to_the_bit(options: dict[str, Any], stored: list[int]) -> None:
     expected, in_memory = pruned(None, **options)
     assert not stored
-    rows = SAMPLES // options.get("samples_per_row", 1)
+    rows = SAMPLES // getattr(options.get("curvature"), "per_row", 1)
     found, on_disk = pruned(4 * rows * LARGEST, **options)
     assert stored
     assert max(stored) <= AT_ONCE
@@ -197,35 +223,37 @@ def test_rows_on_disk_serve_several_runs_and_stay_open(stored: list[int]) -> Non
         progress=False,
     )
     assert rows.on_disk
-    for method in ("obd", "obs"):
-        expected, _ = pruned(None, method=method, partition="layer", layer_inputs=0.0)
-        found, _ = pruned(None, method=method, partition="layer", layer_inputs=0.0, curvature=rows)
+    for select in ("obd", "obs"):
+        expected, _ = pruned(None, select=select, weights=LAYER, layer_inputs=0.0)
+        found, _ = pruned(None, select=select, weights=LAYER, layer_inputs=0.0, curvature=rows)
         assert torch.equal(found, expected)
     with pytest.raises(CbsError, match="in other blocks"):
-        pruned(None, method="obd", partition="row", curvature=rows)
+        pruned(None, select="obd", weights=ROW, curvature=rows)
     rows.close()
     with pytest.raises(RowStoreError, match="closed"):
-        pruned(None, method="obd", partition="layer", curvature=rows)
+        pruned(None, select="obd", weights=LAYER, curvature=rows)
 
 
 @pytest.mark.parametrize("partition", ["global", "layer", 1000])
 def test_a_block_that_does_not_fit_is_refused_with_the_size_that_does(partition: str | int) -> None:
     model = network()
     before = snapshot(model)
+    recipe = Recipe(curvature=EmpiricalFisher(samples=SAMPLES), weights=Weights(blocks=partition))
+    resources = Resources(row_memory=4 * SAMPLES * 100)
     with pytest.raises(RowMemoryError, match="cut blocks of at most 100 weights"):
-        prune(model, data(), sparsity=0.5, samples=SAMPLES, row_memory=4 * SAMPLES * 100, partition=partition)
+        prune(model, data(), sparsity=0.5, recipe=recipe, resources=resources)
     assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2GB"])
 def test_a_budget_that_is_no_size_is_refused(value: Any) -> None:
-    with pytest.raises(CbsError, match="row_memory"):
-        prune(network(), data(), sparsity=0.5, row_memory=value)
+    with pytest.raises(CbsError, match=r"resources\.row_memory"):
+        Resources(row_memory=value)
 
 
 def test_stages_keep_their_rows_in_memory() -> None:
     with pytest.raises(CbsError, match="row_memory: given for a run in stages"):
-        prune(network(), data(), sparsity=0.5, stages=2, row_memory=1000)
+        prune(network(), data(), sparsity=0.5, stages=2, resources=Resources(row_memory=1000))
 
 
 def failing(call: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,6 +277,7 @@ def test_after_a_failure_the_network_is_as_it_was_and_no_file_is_left(
     kind: type[BaseException], call: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, error = small_network(), kind(28, "No space left on device")
+    recipe = Recipe(curvature=EmpiricalFisher(samples=30), weights=ROW, select=OBS(), damping=absolute(0.1))
     before = snapshot(model)
     open_files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     with monkeypatch.context() as patched:
@@ -261,12 +290,8 @@ def test_after_a_failure_the_network_is_as_it_was_and_no_file_is_left(
                 model,
                 small_data(),
                 sparsity=0.5,
-                samples=30,
-                partition="row",
-                method="obs",
-                damping=0.1,
-                row_memory=4 * 30 * 10,
-                row_dir=tmp_path,
+                recipe=recipe,
+                resources=Resources(row_memory=4 * 30 * 10, row_dir=tmp_path),
                 progress=False,
             )
     if where == "write" and kind is OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import joblib
@@ -9,43 +10,43 @@ import pytest
 import torch
 
 from cbs_opt import PruneReport, prune
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.errors import ExecutorError
+from cbs_opt.recipe.records import Recipe, Weights, absolute
+from cbs_opt.recipe.select import Exact, SwapSearch
+from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
-OPTIONS: dict[str, Any] = {
-    "sparsity": 0.5,
-    "program": "joint",
-    "method": "branch_and_bound",
-    "partition": "row",
-    "samples": 30,
-    "damping": [1e-2, 1e-1],
-    "progress": False,
-}
+BASE = Recipe(curvature=EmpiricalFisher(samples=30), weights=Weights(blocks="row"), select=Exact())
+RECIPES = Recipe.grid(BASE, damping=[absolute(1e-2), absolute(1e-1)])
 
 
-def pruned(**options: Any) -> tuple[torch.nn.Module, PruneReport]:
-    model = network()
-    return model, prune(model, data(), **(OPTIONS | options))
+def pruned(
+    recipe: Recipe | list[Recipe] = RECIPES, workers: Any = None, **options: Any
+) -> tuple[torch.nn.Module, PruneReport]:
+    model = options.pop("model", None) or network()
+    resources = Resources(workers=workers)
+    return model, prune(
+        model, data(), sparsity=0.5, recipe=recipe, resources=resources, progress=False, **options
+    )
 
 
 @pytest.mark.parametrize(
     ("method", "program"),
     [("branch_and_bound", "joint"), ("outer_approximation", "joint"), ("lower_bound", "selection")],
 )
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [None, 2])
 def test_threads_give_the_same_network(method, program, stages):
-    options = {"method": method, "program": program, "stages": stages, "damping": 1e-2}
-    if stages == 2:
-        options["program"] = "joint"
-    model, report = pruned(**options)
+    program = program if stages is None else "joint"
+    recipe = replace(BASE, select=Exact(method=method, program=program), damping=absolute(1e-2))
+    model, report = pruned(recipe, stages=stages)
     with joblib.parallel_config(backend="threading"):
-        other, spread = pruned(workers=2, **options)
+        other, spread = pruned(recipe, workers=2, stages=stages)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
     assert [b.status for b in report.blocks] == [b.status for b in spread.blocks]
-    assert report.settings == spread.settings
-    assert "workers" not in report.settings
+    assert report.request == spread.request
 
 
 @pytest.mark.slow
@@ -57,9 +58,9 @@ def test_processes_give_the_same_network():
 
 
 def test_methods_that_take_all_blocks_at_once_refuse_workers():
-    with pytest.raises(ArgumentError, match="workers: given for swap_search"):
-        pruned(method="swap_search", program="selection", workers=2)
-    with pytest.raises(ArgumentError, match="workers"):
+    with pytest.raises(ArgumentError, match=r"resources\.workers: given for swap_search"):
+        pruned(replace(BASE, select=SwapSearch(program="selection")), workers=2)
+    with pytest.raises(ArgumentError, match=r"resources\.workers"):
         pruned(workers="cluster")
 
 
@@ -81,12 +82,15 @@ def test_lost_or_interrupted_workers_leave_the_network_alone(error, expected, mo
 
     monkeypatch.setattr(joblib.Parallel, "_retrieve", failing)
     with pytest.raises(expected), joblib.parallel_config(backend="threading"):
-        prune(model, data(), **(OPTIONS | {"workers": 2}))
+        pruned(workers=2, model=model)
     assert len(calls) == 3
     assert_untouched(model, before)
 
 
 def test_blocks_too_large_for_dense_methods_are_named(monkeypatch):
     monkeypatch.setattr("cbs_opt.select.selectors.DENSE_BLOCK", 4)
-    with pytest.raises(UnsupportedProblemError, match="partition"), joblib.parallel_config("threading"):
+    with (
+        pytest.raises(UnsupportedProblemError, match=r"weights\.blocks"),
+        joblib.parallel_config("threading"),
+    ):
         pruned(workers=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,18 @@ from cbs_opt.errors import (
 from cbs_opt.network import trial as write_back
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import Recipe, Update, Weights, absolute
+from cbs_opt.recipe.select import (
+    Exact,
+    GreedyOBS,
+    HardThreshold,
+    Magnitude,
+    RandomizedMagnitude,
+    SwapSearch,
+    select_by_name,
+)
 from cbs_opt.report.record import PruneReport
+from cbs_opt.system.resources import Resources
 from formulations import loss
 from formulations.errors import (
     ArgumentError,
@@ -39,6 +50,7 @@ from formulations.errors import (
     UnknownOptionError,
     UnsupportedProblemError,
 )
+from tests.cbs_opt.recipes import arguments
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
 N = 72
@@ -47,9 +59,17 @@ ELIGIBLE = ("0.weight", "3.weight")
 
 
 def run(model: nn.Module, train: Any = None, **options: Any) -> PruneReport:
-    rows_alone = {"damping": 0.01, "layer_inputs": 0.0}
-    options = {"sparsity": 0.5, "samples": 40, "progress": False} | rows_alone | options
-    return prune(model, data() if train is None else train, **options)
+    rows_alone = {"damping": absolute(0.01), "layer_inputs": 0.0, "curvature": EmpiricalFisher(samples=40)}
+    options = {"sparsity": 0.5, "progress": False} | rows_alone | options
+    if "recipe" in options:
+        options = {name: value for name, value in options.items() if name not in rows_alone}
+    return prune(model, data() if train is None else train, **arguments(**options))
+
+
+def grid(**fields: Iterable[Any]) -> list[Recipe]:
+    """Recipes on the rows alone."""
+    base = Recipe(curvature=EmpiricalFisher(samples=40), layer_inputs=0.0, damping=absolute(0.01))
+    return Recipe.grid(base, **fields)
 
 
 def check(model: nn.Module, before: dict[str, Tensor], report: PruneReport) -> None:
@@ -78,7 +98,7 @@ def check(model: nn.Module, before: dict[str, Tensor], report: PruneReport) -> N
 def test_counts_are_exact(sparsity: float, partition: str | int) -> None:
     model = network()
     before = snapshot(model)
-    report = run(model, sparsity=sparsity, partition=partition)
+    report = run(model, sparsity=sparsity, weights=Weights(blocks=partition))
     check(model, before, report)
     assert report.n_prune == round(sparsity * N)
     if sparsity == 0.0:
@@ -89,7 +109,7 @@ def test_counts_are_exact(sparsity: float, partition: str | int) -> None:
 def test_without_update_the_kept_weights_are_bit_identical(method: str) -> None:
     model = network()
     before = snapshot(model)
-    report = run(model, method=method, update=False)
+    report = run(model, select=method, update=None)
     check(model, before, report)
     for name in ELIGIBLE:
         keep = report.masks[name]
@@ -101,16 +121,16 @@ def test_without_update_the_kept_weights_are_bit_identical(method: str) -> None:
 def test_the_update_lowers_the_predicted_loss(method: str) -> None:
     model = network()
     before = snapshot(model)
-    report = run(model, method=method)
+    report = run(model, select=method)
     check(model, before, report)
     assert report.predicted_loss_increase is not None
     assert report.predicted_selection_loss is not None
     assert report.predicted_loss_increase <= report.predicted_selection_loss + 1e-12
 
 
-@pytest.mark.parametrize("gradient_term", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("partition", ["global", "layer"])
-def test_predicted_losses_are_those_of_formulations(partition: str, gradient_term: bool) -> None:
+def test_predicted_losses_are_those_of_formulations(partition: str, gradient: bool) -> None:
     model = network(dtype=torch.float64)
     x, y = data(dtype=torch.float64)
     blocks = fisher_blocks(
@@ -122,7 +142,13 @@ def test_predicted_losses_are_those_of_formulations(partition: str, gradient_ter
         damping=0.01,
         progress=False,
     )
-    report = run(model, (x, y), program="selection", partition=partition, gradient_term=gradient_term)
+    report = run(
+        model,
+        (x, y),
+        select=SwapSearch(program="selection"),
+        weights=Weights(blocks=partition),
+        gradient=gradient,
+    )
     keep = torch.cat([report.masks[name].flatten() for name in ELIGIBLE])
     for block, summary in zip(blocks, report.blocks, strict=True):
         problem = type(block)(
@@ -131,7 +157,7 @@ def test_predicted_losses_are_those_of_formulations(partition: str, gradient_ter
             stop=block.stop,
             weights=block.weights,
             rows=block.rows,
-            gradient=block.gradient if gradient_term else None,
+            gradient=block.gradient if gradient else None,
             damping=block.damping,
         ).to_problem(summary.n_prune)
         kept = keep[block.start : block.stop].numpy()
@@ -155,7 +181,7 @@ def test_a_seed_repeats(method: str) -> None:
     for seed in (1, 1, 2):
         model = network()
         options = {} if method != "swap_search" else {"start": "randomized_magnitude", "max_swaps": 1}
-        run(model, method=method, seed=seed, update=False, method_options=options, restarts=2)
+        run(model, select=select_by_name(method, repeats=2, **options), seed=seed, update=None)
         weights.append(torch.cat([model[0].weight.flatten(), model[3].weight.flatten()]).detach())
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
@@ -184,7 +210,7 @@ def test_a_loader_gives_what_tensors_give() -> None:
 def test_magnitude_needs_no_data() -> None:
     model = network()
     before = snapshot(model)
-    report = prune(model, None, sparsity=0.5, method="magnitude", update=False, progress=False)
+    report = prune(model, None, sparsity=0.5, recipe=Recipe(select=Magnitude(), update=None), progress=False)
     check(model, before, report)
     flat = torch.cat([before[name].flatten() for name in ELIGIBLE]).abs()
     keep = torch.cat([report.masks[name].flatten() for name in ELIGIBLE])
@@ -207,7 +233,7 @@ def test_budgets(partition: str | int) -> None:
     for budget in ("uniform", {"0.weight": 0.25, "3.*": 0.75}):
         model = network()
         before = snapshot(model)
-        report = run(model, partition=partition, budget=budget)
+        report = run(model, weights=Weights(blocks=partition, budget=budget))
         check(model, before, report)
         expected = (24, 12) if budget == "uniform" else (12, 18)
         if partition == "layer" or budget != "uniform":
@@ -218,22 +244,21 @@ def test_budgets(partition: str | int) -> None:
 @pytest.mark.parametrize("score", ["obd", "magnitude"])
 def test_a_budget_score_decides_between_blocks(score: str) -> None:
     by_score, by_swaps = network(), network()
-    first = run(by_score, method=score, partition="layer", update=False)
-    second = run(by_swaps, method="swap_search", partition="layer", update=False, budget_score=score)
+    first = run(by_score, select=score, weights=Weights(blocks="layer"), update=None)
+    weights = Weights(blocks="layer", budget_score=score)
+    second = run(by_swaps, select=SwapSearch(), weights=weights, update=None)
     assert [block.n_prune for block in first.blocks] == [block.n_prune for block in second.blocks]
 
 
 def test_the_candidate_of_lowest_training_loss_wins() -> None:
-    grid = {"damping": (1e-3, 1.0), "update_scale": (0.1, 1.5)}
+    recipes = grid(damping=[absolute(1e-3), absolute(1.0)], update=[Update(scale=0.1), Update(scale=1.5)])
     losses = {}
-    for damping in grid["damping"]:
-        for scale in grid["update_scale"]:
-            model = network()
-            report = run(model, damping=damping, update_scale=scale)
-            assert report.train_after is not None
-            losses[damping, scale] = report.train_after.loss
-    model = network()
-    report = run(model, **grid)
+    for recipe in recipes:
+        report = run(network(), recipe=recipe)
+        assert report.train_after is not None
+        losses[report.damping, report.update_scale] = report.train_after.loss
+    assert len(losses) == 4
+    report = run(network(), recipe=recipes)
     assert (report.damping, report.update_scale) == min(losses, key=losses.__getitem__)
     assert report.train_after is not None
     assert report.train_after.loss == pytest.approx(min(losses.values()), rel=1e-6)
@@ -241,8 +266,8 @@ def test_the_candidate_of_lowest_training_loss_wins() -> None:
 
 def test_more_restarts_are_never_worse() -> None:
     values = []
-    for restarts in (1, 4):
-        report = run(network(), method="randomized_magnitude", restarts=restarts)
+    for repeats in (1, 4):
+        report = run(network(), select=RandomizedMagnitude(repeats=repeats))
         assert report.train_after is not None
         values.append(report.train_after.loss)
     assert values[1] <= values[0]
@@ -250,8 +275,9 @@ def test_more_restarts_are_never_worse() -> None:
 
 def test_alternatives_of_options_are_tried() -> None:
     best = []
-    for options in ({"max_swaps": 0}, {"max_swaps": 3}, [{"max_swaps": 0}, {"max_swaps": 3}]):
-        report = run(network(), method_options=options, update=False)
+    none, few = SwapSearch(max_swaps=0), SwapSearch(max_swaps=3)
+    for selects in ([none], [few], [none, few]):
+        report = run(network(), recipe=grid(select=selects, update=[None]))
         assert report.train_after is not None
         best.append(report.train_after.loss)
     assert best[2] == min(best[:2])
@@ -268,14 +294,14 @@ def test_a_network_of_nan_loss_never_wins(scales: tuple[float, float]) -> None:
     def model_is_wild(output: Tensor) -> Tensor:
         return output.detach().abs().max() > 1e6
 
-    report = run(model, loss_fn=overflowing, update_scale=scales)
+    report = run(model, loss_fn=overflowing, recipe=grid(update=[Update(scale=scale) for scale in scales]))
     assert report.update_scale == 0.5
     assert report.train_after is not None
     assert math.isfinite(report.train_after.loss)
 
 
 def test_swap_search_never_ends_above_its_start() -> None:
-    report = run(network(), program="selection", update=False)
+    report = run(network(), select=SwapSearch(program="selection"), update=None)
     (block,) = report.blocks
     assert block.locally_optimal
     assert block.initial_loss is not None
@@ -284,15 +310,15 @@ def test_swap_search_never_ends_above_its_start() -> None:
 
 
 def test_joint_selection_is_at_least_as_good_where_it_is_offered() -> None:
-    plain = run(network(dtype=torch.float64), data(dtype=torch.float64), method="magnitude")
-    joint = run(network(dtype=torch.float64), data(dtype=torch.float64), program="joint")
+    plain = run(network(dtype=torch.float64), data(dtype=torch.float64), select="magnitude")
+    joint = run(network(dtype=torch.float64), data(dtype=torch.float64), select=SwapSearch(program="joint"))
     assert plain.predicted_loss_increase is not None
     assert joint.predicted_loss_increase is not None
     assert joint.predicted_loss_increase <= plain.predicted_loss_increase * (1 + 1e-9)
 
 
 def test_the_independent_update_is_no_better_than_the_exact_one() -> None:
-    exact, independent = run(network(), method="obs"), run(network(), method="obs", update="independent")
+    exact, independent = run(network(), select="obs"), run(network(), select="obs", update="independent")
     assert exact.masks["0.weight"].equal(independent.masks["0.weight"])
     assert exact.predicted_loss_increase is not None
     assert independent.predicted_loss_increase is not None
@@ -321,7 +347,8 @@ ERRORS = (KeyboardInterrupt(), RuntimeError("broken"))
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_loss_that_raises_at_any_call_leaves_the_network(error: BaseException) -> None:
     counted = Interrupting(cross_entropy, error, -1)
-    options = {"update_scale": (0.5, 1.0), "evaluate": data(20), "samples": 20}
+    recipes = grid(curvature=[EmpiricalFisher(samples=20)], update=[Update(scale=0.5), Update(scale=1.0)])
+    options = {"recipe": recipes, "evaluate": data(20)}
     run(network(), loss_fn=counted, **options)
     assert counted.calls > 6
     for at in range(1, counted.calls + 1):
@@ -375,50 +402,104 @@ def test_an_interrupt_while_writing_leaves_the_network(monkeypatch: pytest.Monke
 
 # --- bad input ----------------------------------------------------------------------------------
 
-BAD_ARGUMENTS: list[tuple[dict[str, Any], type[CbsError], str]] = [
-    *[({"sparsity": value}, ArgumentError, "sparsity") for value in (1.0, -0.1, 1.5, math.nan, math.inf)],
-    *[({"sparsity": value}, ArgumentError, "sparsity") for value in (True, None, "half", "0.5")],
-    *[({"damping": value}, ArgumentError, "damping") for value in (-1e-3, math.nan, (), (0.1, -1.0), "0.1")],
-    *[({"update_scale": value}, ArgumentError, "update_scale") for value in (0.0, -1.0, math.inf, ())],
-    ({"selection_damping": -1.0}, ArgumentError, "selection_damping"),
-    ({"method": "unknown"}, UnknownMethodError, "method"),
-    ({"method_options": {"swops": 3}}, UnknownOptionError, "method_options"),
-    ({"method_options": []}, ArgumentError, "method_options"),
-    ({"method": "magnitude", "method_options": {"max_swaps": 3}}, UnknownOptionError, "method_options"),
-    ({"method_options": {"start": "nowhere"}}, ArgumentError, "start"),
-    ({"method": "randomized_magnitude", "method_options": {"spread": 2.0}}, ArgumentError, "spread"),
-    ({"program": "both"}, ArgumentError, "program"),
-    ({"update": "sometimes"}, ArgumentError, "update"),
-    ({"curvature": "hessian"}, ArgumentError, "curvature"),
-    ({"samples": 0}, ArgumentError, "samples"),
-    ({"samples": 2.5}, ArgumentError, "samples"),
-    ({"samples_per_row": 50}, ArgumentError, "samples_per_row"),
-    ({"choice_samples": 0}, ArgumentError, "choice_samples"),
-    ({"choice_samples": -5}, ArgumentError, "choice_samples"),
-    ({"restarts": 0}, ArgumentError, "restarts"),
-    ({"restarts": 2, "method": "obd"}, ArgumentError, "restarts"),
-    ({"partition": "column"}, ArgumentError, "partition"),
-    ({"partition": 0}, ArgumentError, "partition"),
-    ({"budget": "half"}, ArgumentError, "budget"),
-    ({"budget": {"5.*": 0.5}, "partition": "layer"}, UnmatchedPatternError, "budget"),
-    ({"budget_score": "swap_search"}, UnknownMethodError, "budget_score"),
-    ({"budget_score": "unknown"}, UnknownMethodError, "budget_score"),
-    ({"target": "nothing.*"}, UnmatchedPatternError, "target"),
-    ({"ignore": "*"}, NoEligibleWeightsError, "target, ignore"),
-    ({"time_limit": -1.0}, ArgumentError, "time_limit"),
-    ({"seed": -1}, ArgumentError, "seed"),
-    ({"memory_limit": 0}, ArgumentError, "memory_limit"),
-    ({"damping": 0.0}, NotPositiveDefiniteError, "damping"),
+Given = Callable[[], dict[str, Any]]
+BAD_ARGUMENTS: list[tuple[Given, type[CbsError], str]] = [
+    *[(lambda v=v: {"sparsity": v}, ArgumentError, "sparsity") for v in (1.0, -0.1, 1.5, math.nan, math.inf)],
+    *[(lambda v=v: {"sparsity": v}, ArgumentError, "sparsity") for v in (True, None, "half", "0.5")],
+    *[
+        (lambda v=v: {"damping": v}, ArgumentError, "damping")
+        for v in (-1e-3, math.nan, (), (0.1, 1.0), "0.1")
+    ],
+    *[(lambda v=v: {"damping": absolute(v)}, ArgumentError, "damping") for v in (-1e-3, math.nan, "0.1")],
+    *[
+        (lambda v=v: {"update": Update(scale=v)}, ArgumentError, "update.scale")
+        for v in (0.0, -1.0, math.inf, ())
+    ],
+    (lambda: {"selection_damping": -1.0}, ArgumentError, "selection_damping"),
+    (lambda: {"recipe": "quick"}, ArgumentError, "recipe"),
+    (lambda: {"recipe": []}, ArgumentError, "recipe"),
+    (lambda: {"recipe": 7}, ArgumentError, "recipe"),
+    (lambda: {"recipe": grid(gradient=[False, True])}, ArgumentError, "recipe[1].gradient"),
+    (lambda: {"recipe": grid(choice_samples=[5, 9])}, ArgumentError, "recipe[1].choice_samples"),
+    (
+        lambda: {"recipe": grid(weights=[Weights(), Weights(ignore="3.*")])},
+        ArgumentError,
+        "recipe[1].weights",
+    ),
+    (
+        lambda: {"recipe": grid(curvature=[EmpiricalFisher(), EmpiricalFisher(samples=9)])},
+        ArgumentError,
+        "recipe[1].curvature",
+    ),
+    (lambda: {"select": "unknown"}, UnknownMethodError, "select.method"),
+    (lambda: {"select": 7}, ArgumentError, "select"),
+    (lambda: {"select": Exact(options={"swops": 3})}, UnknownOptionError, "select.options.swops"),
+    (lambda: {"select": Exact(options=[])}, ArgumentError, "select.options"),
+    (lambda: {"select": Exact(options={"relaxation": object()})}, ArgumentError, "select.options.relaxation"),
+    (lambda: {"select": Exact(method="swap_search")}, ArgumentError, "select.method"),
+    (
+        lambda: {"select": GreedyOBS(program="selection", drops=3)},
+        UnknownOptionError,
+        "select.drops",
+    ),
+    (
+        lambda: {"select": HardThreshold(program="selection")},
+        UnsupportedProblemError,
+        "select.program",
+    ),
+    (lambda: {"select": SwapSearch(start="nowhere")}, ArgumentError, "select.start"),
+    (lambda: {"select": SwapSearch(start="relaxation", program="selection")}, ArgumentError, "select.start"),
+    (lambda: {"select": SwapSearch(restarts=2, program="selection")}, ArgumentError, "select.restarts"),
+    (lambda: {"select": RandomizedMagnitude(spread=2.0)}, ArgumentError, "select.spread"),
+    (lambda: {"select": SwapSearch(program="both")}, ArgumentError, "select.program"),
+    (lambda: {"update": "sometimes"}, ArgumentError, "update"),
+    (lambda: {"update": True}, ArgumentError, "update"),
+    (lambda: {"update": Update(kind="sometimes")}, ArgumentError, "update.kind"),
+    (lambda: {"curvature": "hessian"}, ArgumentError, "curvature"),
+    (lambda: {"curvature": EmpiricalFisher(samples=0)}, ArgumentError, "curvature.samples"),
+    (lambda: {"curvature": EmpiricalFisher(samples=2.5)}, ArgumentError, "curvature.samples"),
+    (lambda: {"curvature": EmpiricalFisher(samples=40, per_row=50)}, ArgumentError, "curvature.per_row"),
+    (lambda: {"choice_samples": 0}, ArgumentError, "choice_samples"),
+    (lambda: {"choice_samples": -5}, ArgumentError, "choice_samples"),
+    (lambda: {"select": SwapSearch(repeats=0)}, ArgumentError, "select.repeats"),
+    (lambda: {"select": Exact(repeats=2)}, ArgumentError, "select.repeats"),
+    (lambda: {"weights": Weights(blocks="column")}, ArgumentError, "weights.blocks"),
+    (lambda: {"weights": Weights(blocks=0)}, ArgumentError, "weights.blocks"),
+    (lambda: {"weights": Weights(budget="half")}, ArgumentError, "weights.budget"),
+    (
+        lambda: {"weights": Weights(budget={"5.*": 0.5}, blocks="layer")},
+        UnmatchedPatternError,
+        "weights.budget",
+    ),
+    (lambda: {"weights": Weights(budget={"3.*": 0.5})}, ArgumentError, "weights.budget"),
+    (lambda: {"weights": Weights(budget_score="swap_search")}, UnknownMethodError, "weights.budget_score"),
+    (lambda: {"weights": Weights(budget_score="unknown")}, UnknownMethodError, "weights.budget_score"),
+    (lambda: {"weights": Weights(target="nothing.*")}, UnmatchedPatternError, "weights.target"),
+    (lambda: {"weights": Weights(ignore="*")}, NoEligibleWeightsError, "weights.target, ignore"),
+    (lambda: {"select": SwapSearch(time_limit=-1.0)}, ArgumentError, "select.time_limit"),
+    (lambda: {"seed": -1}, ArgumentError, "seed"),
+    (lambda: {"resources": Resources(chunk_memory=0)}, ArgumentError, "resources.chunk_memory"),
+    (lambda: {"resources": Resources(workers=0)}, ArgumentError, "resources.workers"),
+    (lambda: {"resources": Resources(workers=2)}, ArgumentError, "resources.workers"),
+    (lambda: {"resources": {"workers": 2}}, ArgumentError, "resources"),
+    (lambda: {"resources": Resources(row_dir=3)}, ArgumentError, "resources.row_dir"),
+    (lambda: {"damping": 0.0}, NotPositiveDefiniteError, "damping"),
+    (lambda: {"damping": absolute(0.0)}, NotPositiveDefiniteError, "damping"),
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "argument"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
-def test_bad_arguments(options: dict[str, Any], error: type[ArgumentError], argument: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "error", "argument"),
+    BAD_ARGUMENTS,
+    ids=[f"{number} {argument}" for number, (_, _, argument) in enumerate(BAD_ARGUMENTS)],
+)
+def test_bad_arguments(options: Given, error: type[ArgumentError], argument: str) -> None:
     model = network()
     before = snapshot(model)
     with pytest.raises(error) as caught:
-        run(model, **options)
+        run(model, **options())
     assert caught.value.argument == argument
+    assert caught.value.found
     assert caught.value.remedy
     assert_untouched(model, before)
 
@@ -454,8 +535,26 @@ def test_bad_data() -> None:
         with pytest.raises(error):
             run(model, bad)
         assert_untouched(model, before)
-    with pytest.raises(ArgumentError) as caught:
-        prune(network(), None, sparsity=0.5, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "certify", "words"),
+    [
+        ([Recipe()], False, "swap_search needs it"),
+        ([Recipe(select="magnitude")], False, "the update needs it"),
+        ([Recipe(select="magnitude", update=None)], True, "a certificate needs it"),
+        (
+            [Recipe(select="magnitude", update=None, weights=Weights(blocks="row", budget_score="obd"))],
+            False,
+            "the budget needs it",
+        ),
+        (Recipe.grid(select=["magnitude"], update=[None, None]), False, "2 networks are compared"),
+        ([Recipe(select=RandomizedMagnitude(repeats=3), update=None)], False, "3 networks are compared"),
+    ],
+)
+def test_what_needs_data_is_named(recipe: list[Recipe], certify: bool, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words) as caught:
+        prune(network(), None, sparsity=0.5, recipe=recipe, certify=certify, progress=False)
     assert caught.value.argument == "data"
 
 
@@ -463,7 +562,7 @@ def test_a_damping_too_small_to_divide_by_writes_nothing() -> None:
     model = network()
     before = snapshot(model)
     with pytest.raises(CbsError) as caught:
-        run(model, program="selection", damping=1e-320)
+        run(model, select=SwapSearch(program="selection"), damping=absolute(1e-320))
     assert isinstance(caught.value, ArgumentError)
     assert caught.value.argument == "damping"
     assert_untouched(model, before)
@@ -476,12 +575,20 @@ def test_dense_methods_refuse_blocks_that_are_too_large(monkeypatch: pytest.Monk
     model = network()
     before = snapshot(model)
     with pytest.raises(UnsupportedProblemError) as caught:
-        run(model, program="joint", method="branch_and_bound")
-    assert caught.value.argument == "partition"
+        run(model, select=Exact())
+    assert caught.value.argument == "weights.blocks"
     assert_untouched(model, before)
 
 
 def test_numpy_numbers_are_numbers() -> None:
     model = network()
-    report = run(model, sparsity=np.float32(0.5), damping=np.float32(0.01), update_scale=np.array([1.0]))
+    report = run(
+        model,
+        sparsity=np.float32(0.5),
+        damping=np.float32(0.01),
+        update=Update(scale=np.float32(1.0)),
+        curvature=EmpiricalFisher(samples=np.int64(40)),
+        weights=Weights(blocks=np.int32(9)),
+        seed=np.int64(1),
+    )
     assert report.n_prune == 36

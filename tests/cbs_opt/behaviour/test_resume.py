@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,60 @@ from filelock import FileLock
 from torch import nn
 
 from cbs_opt.curvature.fisher import gradient_rows
-from cbs_opt.curvature.kinds import EmpiricalFisher
+from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, MonteCarloFisher, SketchedFisher
 from cbs_opt.errors import NetworkChangedError, RunInUseError, RunMismatchError
 from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import Certify, Recipe, Stages, Update, Weights, absolute
+from cbs_opt.recipe.select import OBD, OBS, Exact, Magnitude, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs import folder as run_store
 from cbs_opt.runs.folder import LOCK_FILE, RunStore
+from cbs_opt.system.resources import Resources
 from formulations.files import PARTIAL
 from tests.cbs_opt import small_network
 from tests.cbs_opt.small_network import assert_untouched, snapshot
 
-BASE: dict[str, Any] = {"sparsity": 0.6, "samples": 24, "progress": False, "memory_limit": 40_000}
+FEW = EmpiricalFisher(samples=24)
+BASE: dict[str, Any] = {
+    "sparsity": 0.6,
+    "recipe": Recipe(curvature=FEW),
+    "resources": Resources(chunk_memory=40_000),
+    "progress": False,
+}
+BLOCKS = Weights(blocks="row")
+
+
+def grid(dampings: Sequence[float], *, scales: Sequence[float] = (1.0,), **fields: Any) -> dict[str, Any]:
+    """Recipes with dampings that are added as they are."""
+    base = Recipe(**{"curvature": FEW} | fields)
+    updates = [Update(scale=scale) for scale in scales]
+    return {"recipe": Recipe.grid(base, damping=list(map(absolute, dampings)), update=updates)}
+
+
 CASES: dict[str, dict[str, Any]] = {
-    "selection": {"program": "selection", "damping": (1e-3, 1e-1), "restarts": 2, "update_scale": (0.5, 1.0)},
+    "selection": grid((1e-3, 1e-1), scales=(0.5, 1.0), select=SwapSearch(program="selection", repeats=2)),
     "joint": {
-        "program": "joint",
-        "partition": "layer",
-        "layer_inputs": (0.3, 1.0),
-        "damping": (0.1, 1.0),
-        "relative_damping": True,
+        "recipe": Recipe.grid(
+            Recipe(curvature=FEW, select=SwapSearch(), weights=Weights(blocks="layer")),
+            layer_inputs=[0.3, 1.0],
+            damping=[0.1, 1.0],
+        )
     },
-    "blocks": {"program": "joint", "method": "branch_and_bound", "partition": "row", "damping": (1e-2, 1e-1)},
-    "certified": {"program": "joint", "partition": "row", "damping": 0.1, "certify": True},
-    "exact_fisher": {"program": "joint", "curvature": "exact_fisher", "damping": 0.01, "gradient_term": True},
-    "sketched": {"curvature": "sketched_fisher", "samples_per_row": 2, "method": "obs", "damping": 0.01},
-    "labels": {"curvature": "monte_carlo_fisher", "method": "obd", "damping": (0.01, 0.1)},
-    "one_network": {"method": "magnitude", "update": False},
-    "fixed_damping": {"program": "selection", "selection_damping": 0.01, "damping": (1e-3, 1e-1, 1.0)},
+    "blocks": grid((1e-2, 1e-1), select=Exact(), weights=BLOCKS),
+    "certified": {**grid((0.1,), weights=BLOCKS), "certify": True},
+    "exact_fisher": grid((0.01,), curvature=ExactFisher(samples=24), gradient=True),
+    "sketched": grid((0.01,), curvature=SketchedFisher(samples=24, per_row=2), select=OBS()),
+    "labels": grid((0.01, 0.1), curvature=MonteCarloFisher(samples=24), select=OBD()),
+    "one_network": {"recipe": Recipe(curvature=FEW, select=Magnitude(), update=None)},
+    "fixed_damping": grid(
+        (1e-3, 1e-1, 1.0), select=SwapSearch(program="selection"), selection_damping=absolute(0.01)
+    ),
     "stages": {
-        "stages": 3,
-        "method": "obs",
-        "damping": (0.1, 1.0),
-        "relative_damping": True,
-        "final_updates": 1,
+        "recipe": Recipe.grid(Recipe(curvature=FEW, select=OBS()), damping=[0.1, 1.0]),
+        "stages": Stages(count=3, final_updates=1),
     },
-    "stages with inputs": {"stages": 2, "method": "swap_search", "layer_inputs": 1.0, "damping": (0.1, 1.0)},
+    "stages with inputs": {**grid((0.1, 1.0), select=SwapSearch(), layer_inputs=1.0), "stages": 2},
 }
 
 
@@ -178,8 +197,9 @@ def test_the_blocks_of_certificates_are_written_again(tmp_path: Path) -> None:
     """A run is finished only when the data of the blocks that the caller wants are there."""
     options = {**CASES["certified"], "run_dir": tmp_path / "run"}
     first, second = network(), network()
-    expected = result(first, run(first, block_dir=tmp_path / "a", **options))
-    assert result(second, run(second, block_dir=tmp_path / "b", **options)) == expected
+    expected = result(first, run(first, **options | {"certify": Certify(block_dir=tmp_path / "a")}))
+    again = run(second, **options | {"certify": Certify(block_dir=tmp_path / "b")})
+    assert result(second, again) == expected
     files = [sorted((path.name, path.read_bytes()) for path in (tmp_path / name).iterdir()) for name in "ab"]
     assert files[0] == files[1]
 
@@ -207,15 +227,25 @@ def test_damaged_pieces_are_made_again(case: str, tmp_path: Path) -> None:
             assert result(model, run(model, run_dir=directory, **options)) == expected
 
 
+def changed(**fields: Any) -> dict[str, Any]:
+    return {"recipe": [replace(recipe, **fields) for recipe in CASES["selection"]["recipe"]]}
+
+
 CHANGES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "seed": (lambda: {"seed": 1}, r"options.seed \(0 -> 1\)"),
-    "sparsity": (lambda: {"sparsity": 0.5}, r"options.sparsity \(0.6 -> 0.5\)"),
-    "damping": (lambda: {"damping": 0.5}, r"options.damping \(\[0.001, 0.1\] -> \[0.5\]\)"),
+    "seed": (lambda: {"seed": 1}, r"request.seed \(0 -> 1\)"),
+    "sparsity": (lambda: {"sparsity": 0.5}, r"request.sparsity \(0.6 -> 0.5\)"),
+    "damping": (lambda: changed(damping=0.5), r"request.recipe"),
     "loss": (lambda: {"loss_fn": nn.functional.nll_loss}, r"loss_fn \(\"cross_entropy\" -> \"nll_loss\"\)"),
-    "memory": (lambda: {"memory_limit": 50_000}, r"memory_limit \(40000 -> 50000\)"),
-    "target": (lambda: {"target": "0.weight"}, r"pruned.3.weight \(\[3, 8\] -> null\)"),
+    "memory": (
+        lambda: {"resources": Resources(chunk_memory=50_000)},
+        r"chunk_memory \(40000 -> 50000\)",
+    ),
+    "target": (
+        lambda: changed(weights=Weights(target="0.weight")),
+        r"pruned.3.weight \(\[3, 8\] -> null\)",
+    ),
     "held out": (lambda: {"evaluate": data(21)}, r"evaluate \("),
-    "stages": (lambda: {"stages": 2}, r"plan.sparsities \(null -> "),
+    "stages": (lambda: {"stages": 2, **changed(damping=0.5)}, r"request.stages"),
 }
 
 
@@ -249,12 +279,12 @@ def test_another_network_data_or_thread_count_is_refused(tmp_path: Path) -> None
         network(), data(), nn.functional.cross_entropy, parts, curvature=EmpiricalFisher(samples=24)
     )
     with pytest.raises(RunMismatchError, match="curvature"):
-        run(network(), run_dir=tmp_path, curvature=rows, **options)
+        run(network(), run_dir=tmp_path, **changed(curvature=rows, layer_inputs=1.0))
 
 
 def test_rows_of_other_samples_are_refused(tmp_path: Path) -> None:
     """The comparison samples are the first ones: that the others are the same is seen when they are read."""
-    options = {**BASE, **CASES["selection"], "choice_samples": 8, "run_dir": tmp_path}
+    options = {**BASE, **changed(choice_samples=8), "run_dir": tmp_path}
     x, y = data()
     batches = list(zip(x.split(8), y.split(8), strict=True))
     with pytest.MonkeyPatch.context() as patch:
@@ -414,8 +444,9 @@ def test_ctrl_c_leaves_the_network_and_a_run_that_goes_on(case: str, tmp_path: P
 def test_a_network_that_changes_in_a_callback_is_found_out(tmp_path: Path) -> None:
     """What the stages before have found stays good."""
     model = network()
+    halving = replace(CASES["stages"]["stages"], on_stage=lambda _: model.half())
     with pytest.raises(NetworkChangedError, match=r"dtype of .* went from"):
-        run(model, run_dir=tmp_path, on_stage=lambda _: model.half(), **CASES["stages"])
+        run(model, run_dir=tmp_path, **CASES["stages"] | {"stages": halving})
     model, straight = network(), network()
     assert result(model, run(model, run_dir=tmp_path, **CASES["stages"])) == result(
         straight, run(straight, **CASES["stages"])

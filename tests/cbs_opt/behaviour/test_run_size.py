@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import cbs_opt
 from cbs_opt import (
     EmpiricalFisher,
     ExactFisher,
@@ -29,6 +29,7 @@ from cbs_opt.curvature.disk import RowsInMemory
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.curvature.run_size import check_fits, fitting_blocks, run_size
 from cbs_opt.errors import RowMemoryError, RowStoreError
+from cbs_opt.recipe.records import Recipe, Weights
 from cbs_opt.system.sizes import parsed, readable
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
@@ -41,6 +42,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cbs_opt.oneshot.gradient_rows", lambda *_, **__: pytest.fail("begun"))
 
 
+FEW = Recipe(curvature=EmpiricalFisher(samples=40))
+
+
 def parts(blocks: str | int = "global") -> Partition:
     return Partition.from_model(network(), blocks=blocks)
 
@@ -49,7 +53,8 @@ def parts(blocks: str | int = "global") -> Partition:
 def test_a_plan_has_the_sizes_of_the_run_and_starts_nothing() -> None:
     model = network()
     before = snapshot(model)
-    size = plan(model, data(), sparsity=0.5, samples=40, samples_per_row=4, partition="layer", damping=0.1)
+    recipe = Recipe(curvature=EmpiricalFisher(samples=40, per_row=4), weights=Weights(blocks="layer"))
+    size = plan(model, data(), sparsity=0.5, recipe=recipe)
     assert (size.n, size.blocks) == (N, 2)
     assert (size.largest_block, size.largest_block_n) == ("0.weight", 48)
     assert (size.rows, size.row_bytes, size.largest_block_bytes) == (10, 4 * 10 * N, 4 * 10 * 48)
@@ -105,15 +110,19 @@ def test_rows_that_are_there_take_nothing_more() -> None:
 def test_what_cannot_run_is_refused_before_a_gradient(tmp_path: Path, no_work: None) -> None:
     model = network()
     before = snapshot(model)
-    for call in (plan, prune):
-        options: dict[str, Any] = {"sparsity": 0.5, "samples": 40, "row_memory": 4 * 40 * 8}
-        with pytest.raises(RowMemoryError, match="cut blocks of at most 8 weights"):
-            call(model, data(), **options)
-        with pytest.raises(RowStoreError, match="not a folder"):
-            call(model, data(), partition="row", row_dir=tmp_path / "none", **options)
+    whole, rows = (replace(FEW, weights=Weights(blocks=blocks)) for blocks in ("global", "row"))
+    resources = Resources(row_memory=4 * 40 * 8)
+    size = plan(model, data(), sparsity=0.5, recipe=whole, resources=resources)
+    assert size.row_memory is not None
+    assert size.largest_block_bytes > size.row_memory
+    with pytest.raises(RowMemoryError, match="cut blocks of at most 8 weights") as large:
+        prune(model, data(), sparsity=0.5, recipe=whole, resources=resources)
+    assert large.value.argument == "resources.row_memory"
+    nowhere = replace(resources, row_dir=tmp_path / "none")
+    with pytest.raises(RowStoreError, match="not a folder") as absent:
+        prune(model, data(), sparsity=0.5, recipe=rows, resources=nowhere)
+    assert absent.value.argument == "resources.row_dir"
     assert_untouched(model, before)
-    with pytest.raises(cbs_opt.CbsError, match="on_plan"):
-        plan(network(), data(), sparsity=0.5, on_plan=print)
     with pytest.raises(TypeError, match="sparcity"):
         plan(network(), data(), sparcity=0.5)
 
@@ -128,7 +137,7 @@ def test_a_run_that_exceeds_the_free_memory_is_refused_with_what_fits(
     before = snapshot(model)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
     with pytest.raises(RowMemoryError, match=r"where 1.0 MiB are free.*use fewer samples"):
-        prune(model, data(), sparsity=0.5, samples=40)
+        prune(model, data(), sparsity=0.5, recipe=FEW)
     assert_untouched(model, before)
 
 
@@ -182,22 +191,16 @@ def test_stages_keep_their_rows_in_memory() -> None:
 
 
 def test_a_run_states_its_size_first_and_then_does_it() -> None:
-    sizes: list[RunSize] = []
     model = network()
     before = snapshot(model)
-
-    def listen(size: RunSize) -> None:
-        assert_untouched(model, before)
-        sizes.append(size)
-
-    report = prune(model, data(), sparsity=0.5, samples=40, damping=0.1, on_plan=listen, progress=False)
-    assert [size.n for size in sizes] == [report.n]
+    size = plan(model, data(), sparsity=0.5, recipe=FEW)
+    assert_untouched(model, before)
+    report = prune(model, data(), sparsity=0.5, recipe=FEW, progress=False)
+    assert (size.n, size.rows) == (report.n, report.rows)
 
 
 def test_double_precision_counts_eight_bytes() -> None:
-    size = plan(
-        network(dtype=torch.float64), data(dtype=torch.float64), sparsity=0.5, samples=40, damping=0.1
-    )
+    size = plan(network(dtype=torch.float64), data(dtype=torch.float64), sparsity=0.5, recipe=FEW)
     assert size.row_bytes == 8 * 40 * N
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,12 +23,15 @@ from cbs_opt.certify.files import CERTIFICATES, block_path, certificate_path, ch
 from cbs_opt.curvature.fisher import fisher_blocks
 from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import Certify, Weights, absolute
+from cbs_opt.recipe.select import Exact, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.report.text import bound_text, gap_text
 from formulations import BlockProblem, verify
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, InstanceFormatError
 from formulations.loss import objective
+from tests.cbs_opt.recipes import arguments
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
 PROGRAMS = ("selection", "joint")
@@ -36,9 +39,11 @@ PARTITIONS = ("global", "layer", "row", 7)
 
 
 def run(model: nn.Module, **options: Any) -> PruneReport:
-    plain = {"program": "selection", "damping": 0.01, "layer_inputs": 0.0}
-    options = {"sparsity": 0.5, "samples": 40, "progress": False} | plain | options
-    return prune(model, options.pop("data", data()), **options)
+    """Prune by swap search on the selection program unless told otherwise."""
+    plain = {"damping": absolute(0.01), "layer_inputs": 0.0, "curvature": EmpiricalFisher(samples=40)}
+    select = {"select": SwapSearch(program=options.pop("program", "selection"))}
+    options = {"sparsity": 0.5, "progress": False} | plain | select | options
+    return prune(model, options.pop("data", data()), **arguments(**options))
 
 
 def blocks_of(
@@ -64,8 +69,8 @@ def blocks_of(
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_certifying_changes_no_weight_and_bounds_every_block(program: str, partition: str | int) -> None:
     plain, certified = network(), network()
-    before = run(plain, program=program, partition=partition)
-    report = run(certified, program=program, partition=partition, certify=True)
+    before = run(plain, program=program, weights=Weights(blocks=partition))
+    report = run(certified, program=program, weights=Weights(blocks=partition), certify=True)
     weights = certified.state_dict()
     assert all(value.equal(weights[name]) for name, value in plain.state_dict().items())
     assert before.certified is None
@@ -84,7 +89,7 @@ def test_certifying_changes_no_weight_and_bounds_every_block(program: str, parti
 
 
 def test_the_sum_is_that_of_the_blocks_and_says_what_it_is() -> None:
-    report = run(network(), partition="row", program="joint", certify=True)
+    report = run(network(), weights=Weights(blocks="row"), program="joint", certify=True)
     total = report.certified
     assert total is not None
     assert total.bound is not None
@@ -105,7 +110,7 @@ def test_the_sum_is_that_of_the_blocks_and_says_what_it_is() -> None:
 def test_no_bound_exceeds_the_enumerated_optimum(program: str) -> None:
     model = network()
     trained = blocks_of(model, "row")
-    report = run(model, partition="row", program=program, budget="uniform", certify=True)
+    report = run(model, weights=Weights(blocks="row", budget="uniform"), program=program, certify=True)
     for block, summary in zip(trained, report.blocks, strict=True):
         best = enumerate_optimum(block.to_problem(summary.n_prune), program)
         assert best.objective is not None
@@ -118,7 +123,9 @@ def test_no_bound_exceeds_the_enumerated_optimum(program: str) -> None:
 def test_certificates_are_in_float64_whatever_the_network(dtype: torch.dtype) -> None:
     model = network(dtype=dtype)
     trained = blocks_of(model, "layer", dtype)
-    report = run(model, data=data(dtype=dtype), partition="layer", program="joint", certify=True)
+    report = run(
+        model, data=data(dtype=dtype), weights=Weights(blocks="layer"), program="joint", certify=True
+    )
     for block, solution, summary in zip(trained, report.certificates, report.blocks, strict=True):
         problem = block.to_problem(summary.n_prune)
         assert problem.fingerprint() == summary.fingerprint
@@ -130,7 +137,7 @@ def test_certificates_are_in_float64_whatever_the_network(dtype: torch.dtype) ->
 def test_the_gradient_is_in_the_bound_if_it_is_in_the_model() -> None:
     model = network()
     trained = blocks_of(model, "layer", gradient=True)
-    report = run(model, partition="layer", program="joint", gradient_term=True, certify=True)
+    report = run(model, weights=Weights(blocks="layer"), program="joint", gradient=True, certify=True)
     for block, summary, solution in zip(trained, report.blocks, report.certificates, strict=True):
         problem = block.to_problem(summary.n_prune)
         assert problem.gradient is not None
@@ -140,13 +147,13 @@ def test_the_gradient_is_in_the_bound_if_it_is_in_the_model() -> None:
 
 
 def test_selection_is_certified_at_the_damping_of_the_selection() -> None:
-    report = run(network(), selection_damping=0.05, damping=0.01, certify=True)
+    report = run(network(), selection_damping=absolute(0.05), damping=absolute(0.01), certify=True)
     own = replace(blocks_of(network(), "global")[0], damping=0.05)
     assert own.to_problem(report.blocks[0].n_prune).fingerprint() == report.blocks[0].fingerprint
 
 
 def test_a_proof_of_the_method_is_not_lost() -> None:
-    report = run(network(), partition=12, method="branch_and_bound", program="joint", certify=True)
+    report = run(network(), weights=Weights(blocks=12), select=Exact(), certify=True)
     assert report.certified is not None
     assert report.certified.gap is not None
     assert report.certified.gap <= 2e-6
@@ -167,7 +174,7 @@ def test_a_better_set_is_mentioned() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9999])
 def test_blocks_without_a_choice_are_optimal(sparsity: float) -> None:
-    report = run(network(), sparsity=sparsity, partition="row", certify=True)
+    report = run(network(), sparsity=sparsity, weights=Weights(blocks="row"), certify=True)
     for block in report.blocks:
         if block.n_prune in (0, block.n):
             assert block.gap == 0.0
@@ -175,7 +182,7 @@ def test_blocks_without_a_choice_are_optimal(sparsity: float) -> None:
 
 
 def test_a_time_limit_leaves_blocks_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = run(network(), partition="row", certify=True, certify_time_limit=0.0)
+    report = run(network(), weights=Weights(blocks="row"), certify=Certify(time_limit=0.0))
     assert all(block.bound is None for block in report.blocks)
     assert {block.certificate_status for block in report.blocks} == {NOT_REACHED}
     assert report.certified is not None
@@ -189,7 +196,7 @@ def test_a_time_limit_leaves_blocks_out_and_says_so(monkeypatch: pytest.MonkeyPa
         return slow(*args, **options)
 
     monkeypatch.setattr(certification, "lower_bound", slowly)
-    report = run(network(), partition="row", certify=True, certify_time_limit=0.5)
+    report = run(network(), weights=Weights(blocks="row"), certify=Certify(time_limit=0.5))
     known = [block for block in report.blocks if block.bound is not None]
     assert 0 < len(known) < len(report.blocks)
     assert report.certified is not None
@@ -213,36 +220,43 @@ def test_an_interrupted_certification_leaves_the_network_as_it_was(
     model = network()
     before = snapshot(model)
     with pytest.raises(stop):
-        run(model, partition="row", certify=True)
+        run(model, weights=Weights(blocks="row"), certify=True)
     assert_untouched(model, before)
 
 
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
-        ({"certify": "yes"}, "certify"),
-        ({"certify": True, "certify_time_limit": -1.0}, "certify_time_limit"),
-        ({"certify": True, "certify_time_limit": math.nan}, "certify_time_limit"),
-        ({"certify": True, "certify_time_limit": "1"}, "certify_time_limit"),
+        (lambda: {"certify": "yes"}, "certify"),
+        (lambda: {"certify": 1}, "certify"),
+        (lambda: {"certify": Certify(time_limit=-1.0)}, "certify.time_limit"),
+        (lambda: {"certify": Certify(time_limit=math.nan)}, "certify.time_limit"),
+        (lambda: {"certify": Certify(time_limit="1")}, "certify.time_limit"),
+        (lambda: {"certify": Certify(block_dir=3)}, "certify.block_dir"),
     ],
 )
-def test_bad_arguments_are_refused(options: dict[str, Any], argument: str) -> None:
+def test_bad_arguments_are_refused(options: Callable[[], dict[str, Any]], argument: str) -> None:
     model = network()
     before = snapshot(model)
     with pytest.raises(ArgumentError) as caught:
-        run(model, **options)
+        run(model, **options())
     assert caught.value.argument == argument
     assert_untouched(model, before)
 
 
 def test_certificates_need_data() -> None:
     with pytest.raises(ArgumentError, match="data"):
-        run(network(), data=None, method="magnitude", update=False, certify=True)
+        run(network(), data=None, select="magnitude", update=None, certify=True)
 
 
 def test_saved_certificates_are_checked_again(tmp_path: Path) -> None:
     model = network()
-    report = run(model, partition="layer", program="joint", certify=True, block_dir=tmp_path / CERTIFICATES)
+    report = run(
+        model,
+        weights=Weights(blocks="layer"),
+        program="joint",
+        certify=Certify(block_dir=tmp_path / CERTIFICATES),
+    )
     report.save(tmp_path)
     read = PruneReport.load(tmp_path)
     assert read.to_dict() == report.to_dict()
@@ -263,7 +277,9 @@ def test_saved_certificates_are_checked_again(tmp_path: Path) -> None:
 
 def test_a_changed_block_set_or_bound_is_found(tmp_path: Path) -> None:
     directory = tmp_path / CERTIFICATES
-    report = run(network(), partition="layer", program="joint", certify=True, block_dir=directory)
+    report = run(
+        network(), weights=Weights(blocks="layer"), program="joint", certify=Certify(block_dir=directory)
+    )
     report.save(tmp_path)
 
     block_path(directory, 1).write_bytes(block_path(directory, 0).read_bytes())
@@ -285,7 +301,7 @@ def test_a_changed_block_set_or_bound_is_found(tmp_path: Path) -> None:
     replace(report, masks=masks).save(tmp_path)
     assert "not that of the masks" in next(check_certificates(tmp_path)).notes[0]
 
-    run(network(), partition="layer").save(tmp_path)
+    run(network(), weights=Weights(blocks="layer")).save(tmp_path)
     assert not certificate_path(directory, 0).exists()
     with pytest.raises(ArgumentError, match="certify=True"):
         list(check_certificates(tmp_path))

@@ -46,7 +46,7 @@ def invoke(*arguments: str) -> Result:
 
 def prune(*more: str) -> Result:
     common = ("--model", "net.py:make", "--data", "train.npz", "--sparsity", "0.5", "--samples", "40")
-    return invoke("prune", *common, "--partition", "layer", "--out", "run", *more)
+    return invoke("prune", *common, "--set", "weights.blocks=layer", "--out", "run", *more)
 
 
 def test_a_certified_run_verifies_and_leaves_no_scratch(work: Path) -> None:
@@ -90,7 +90,7 @@ def test_without_the_data_of_the_blocks_the_remedy_is_named() -> None:
     ("arguments", "words"),
     [
         (("--save-blocks",), "--certify"),
-        (("--certify", "--certify-time-limit", "-1"), "--certify-time-limit"),
+        (("--set", "certify.time_limit=-1"), "--set certify.time_limit"),
     ],
 )
 def test_wrong_usage_writes_nothing(work: Path, arguments: tuple[str, ...], words: str) -> None:

@@ -16,9 +16,11 @@ from typer.testing import CliRunner, Result
 
 from cbs_opt import available_methods, load_masks
 from cbs_opt.cli import app
-from cbs_opt.cli.prune import parse_budget, parse_options
+from cbs_opt.cli.prune import requested, resources_of
+from cbs_opt.recipe.select import GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.folder import RunStore
+from cbs_opt.system.resources import Resources
 
 MODEL = """
 import torch
@@ -66,6 +68,16 @@ def invoke(*arguments: str) -> Result:
 COMMON = ("--model", "net.py:make", "--data", "train.npz", "--sparsity", "0.5", "--samples", "40")
 
 
+def fields_set(*assignments: str) -> tuple[str, ...]:
+    """Options that set fields, from assignments with spaces between."""
+    return tuple(part for line in assignments for entry in line.split() for part in ("--set", entry))
+
+
+def unboxed(text: str) -> str:
+    """A message as one line, without the box that it is drawn in."""
+    return " ".join(text.replace("│", " ").split())
+
+
 def prune(*more: str, model: str = "net.py:make", data: str = "train.npz", sparsity: str = "0.5") -> Result:
     common = ("--model", model, "--data", data, "--sparsity", sparsity, "--samples", "40", "--out", "run")
     return invoke("prune", *common, *more)
@@ -92,18 +104,12 @@ def test_prune_writes_weights_masks_and_report_that_agree() -> None:
 
 @pytest.mark.usefixtures("work")
 def test_prune_takes_a_loader_a_loss_and_the_options_of_prune() -> None:
-    options = ("--method", "obd", "--no-update", "--partition", "layer", "--ignore", "2.*", "--seed", "5")
-    tuning = (
-        "--damping",
-        "0.01",
-        "--samples-per-row",
-        "2",
-        "--budget",
-        "uniform",
-        "--loss",
-        "net.py:squared",
+    fields = fields_set(
+        'update=none weights.blocks=layer weights.ignore="2.*" weights.budget=uniform',
+        "curvature.per_row=2 damping.absolute=0.01",
     )
-    result = prune(*options, *tuning, data="net.py:loader")
+    options = ("--method", "obd", "--seed", "5", "--loss", "net.py:squared")
+    result = prune(*options, *fields, data="net.py:loader")
     assert result.exit_code == 0, result.output
     assert "obd (layer inputs): 24 of 48 weights pruned" in result.stdout
     report = PruneReport.load("run")
@@ -118,8 +124,9 @@ def test_prune_takes_a_loader_a_loss_and_the_options_of_prune() -> None:
 
 @pytest.mark.usefixtures("work")
 def test_prune_in_stages_goes_on_where_it_stopped() -> None:
-    options = ("--stages", "3", "--start-sparsity", "0.2", "--updates-per-stage", "1", "--final-updates", "1")
-    method = ("--method", "obs", "--curvature", "sketched_fisher", "--damping", "0.1")
+    plan = fields_set("stages.start=0.2 stages.updates=1 stages.final_updates=1")
+    options = ("--stages", "3", *plan)
+    method = ("--method", "obs", *fields_set("curvature.kind=sketched_fisher"), "--damping", "0.1")
     first = prune(*options, *method, "--run-dir", "stages")
     assert first.exit_code == 0, first.output
     assert len(list(Path("stages").glob("stage_*.npz"))) == 4
@@ -132,7 +139,7 @@ def test_prune_in_stages_goes_on_where_it_stopped() -> None:
 
 @pytest.mark.usefixtures("work")
 def test_the_same_command_goes_on_after_ctrl_c() -> None:
-    options = ("--certify", "--save-blocks", "--partition", "layer", "--damping", "0.1")
+    options = ("--certify", "--save-blocks", "--set", "weights.blocks=layer", "--damping", "0.1")
     whole = invoke("prune", *COMMON, "--out", "whole", *options)
     assert whole.exit_code == 0, whole.output
     keep, count = RunStore.keep, 0
@@ -159,38 +166,39 @@ def test_the_same_command_goes_on_after_ctrl_c() -> None:
     assert invoke("verify", "run").exit_code == 0
     other = prune(*options, "--resume", "--seed", "1")
     assert other.exit_code == 2
-    assert "options.seed (0 -> 1)" in " ".join(other.stderr.split())
+    assert "request.seed (0 -> 1)" in " ".join(other.stderr.split())
 
 
 @pytest.mark.usefixtures("work")
 def test_resume_takes_no_directory_of_somebody_else() -> None:
     Path("run").mkdir()
     Path("run/mine.txt").write_text("mine")
-    refused = prune("--method", "magnitude", "--no-update", "--resume")
+    refused = prune("--method", "magnitude", "--set", "update=none", "--resume")
     assert refused.exit_code == 2
     assert [path.name for path in Path("run").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.usefixtures("work")
 def test_a_schedule_by_number_and_workers() -> None:
-    options = ("--schedule", "0.2,0.5", "--stages", "2", "--method", "obs", "--final-updates", "0")
+    plan = fields_set("stages.schedule=[0.2,0.5] stages.final_updates=0")
+    options = ("--stages", "2", "--method", "obs", *plan)
     result = prune(*options, "--damping", "0.1")
     assert result.exit_code == 0, result.output
     assert [record.n_prune for record in PruneReport.load("run").stages if record.update == 0] == [14, 36]
-    refused = prune(*options, "--force", "--workers", "2")
+    refused = prune(*options, "--force", "--set", "resources.workers=2")
     assert refused.exit_code == 2
-    assert "--workers" in refused.stderr
+    assert "--set resources.workers" in unboxed(refused.stderr)
 
 
 @pytest.mark.usefixtures("work")
 def test_a_full_directory_is_refused_unless_forced() -> None:
     Path("run").mkdir()
     Path("run/mine.txt").write_text("mine")
-    refused = prune("--method", "magnitude", "--no-update")
+    refused = prune("--method", "magnitude", "--set", "update=none")
     assert refused.exit_code == 2
     assert "--force" in refused.stderr
     assert [path.name for path in Path("run").iterdir()] == ["mine.txt"]
-    forced = prune("--method", "magnitude", "--no-update", "--force")
+    forced = prune("--method", "magnitude", "--set", "update=none", "--force")
     assert forced.exit_code == 0, forced.output
     assert Path("run/mine.txt").read_text() == "mine"
 
@@ -202,12 +210,24 @@ def test_a_full_directory_is_refused_unless_forced() -> None:
         ({"sparsity": "1.5"}, "--sparsity"),
         ({"sparsity": "much"}, "--sparsity"),
         ({"method": "magic"}, "--method"),
-        ({"partition": "column"}, "--partition"),
+        ({"set": "weights.blocks=column"}, "--set weights.blocks"),
         ({"samples": "0"}, "--samples"),
         ({"damping": "-1"}, "--damping"),
-        ({"curvature": "guess"}, "--curvature"),
-        ({"target": "nothing.*"}, "--target"),
-        ({"method-option": "loud=1"}, "--method-option"),
+        ({"seed": "-1"}, "--seed"),
+        ({"stages": "0"}, "--stages"),
+        ({"program": "both"}, "--program"),
+        ({"recipe": "quick"}, "--recipe"),
+        ({"recipe": "absent.toml"}, "--recipe"),
+        ({"set": "curvature.kind=guess"}, "--set curvature.kind"),
+        ({"set": "weights.target=nothing.*"}, "--set weights.target"),
+        ({"set": "select.loud=1"}, "--set select.loud"),
+        ({"set": "loudness=1"}, "--set recipe.loudness"),
+        ({"set": "damping"}, "--set"),
+        ({"set": "stages.final=1"}, "--set stages.final"),
+        ({"set": "resources.worker=1"}, "--set resources"),
+        ({"set": "resources.row_memory=lots"}, "--set resources.row_memory"),
+        ({"set": "certify.time_limit=-1"}, "--set certify.time_limit"),
+        ({"method": "branch_and_bound", "set": "select.options={loud=1}"}, "--set select.options.loud"),
         ({"model": "absent.py:make"}, "absent.py"),
         ({"model": "net.py"}, "FILE.py:function"),
         ({"model": "net.py:nothing"}, "no function nothing"),
@@ -221,8 +241,7 @@ def test_wrong_usage_ends_with_2_and_writes_nothing(arguments: dict[str, str], m
     named = {name: arguments.pop(name) for name in ("model", "data", "sparsity") if name in arguments}
     result = prune(*(part for name, value in arguments.items() for part in (f"--{name}", value)), **named)
     assert result.exit_code == 2, result.output
-    # Messages are wrapped in a box; its lines are joined again to be searched.
-    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert message in unboxed(result.stderr)
     assert result.stdout == ""
     assert not Path("run").exists()
 
@@ -281,10 +300,50 @@ def test_methods_lists_every_method() -> None:
     assert all(entry["name"] in table for entry in listed)
 
 
-def test_options_and_budgets_are_parsed() -> None:
-    assert parse_options(["a=1", "b=[2, 3]", "c=word"]) == {"a": 1, "b": [2, 3], "c": "word"}
-    assert parse_budget(["uniform"]) == "uniform"
-    assert parse_budget(["a.*=0.5", "b=0.9"]) == {"a.*": 0.5, "b": 0.9}
+def test_fields_and_resources_are_parsed() -> None:
+    given = ["weights.budget={'a.*' = 0.5, b = 0.9}", "select.start=obs", "resources.row_memory=2MB"]
+    request, resources = requested("balanced", 0.5, 3, given)
+    (recipe,) = request.recipes
+    assert recipe.weights.budget == {"a.*": 0.5, "b": 0.9}
+    assert recipe.select == SwapSearch(start="obs")
+    assert (request.sparsity, request.seed) == (0.5, 3)
+    assert resources == resources_of(["resources.row_memory=2MB"]) == Resources(row_memory=2_000_000)
+    assert requested("fast", 0.5, None, [])[0].recipes[0].select == GreedyOBS()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_recipe_file_is_run_with_what_is_set_over_it() -> None:
+    Path("mine.toml").write_text(
+        "format = 1\nsparsity = 0.25\nseed = 4\n[recipe]\ndamping = 0.5\n[recipe.select]\nmethod = 'obs'\n"
+    )
+    common = ("--model", "net.py:make", "--data", "train.npz", "--recipe", "mine.toml")
+    result = invoke("prune", *common, "--out", "run", "--set", "curvature.samples=30")
+    assert result.exit_code == 0, result.output
+    report = PruneReport.load("run")
+    assert (report.n_prune, report.seed, report.method, report.rows) == (18, 4, "obs", 30)
+    other = invoke("prune", *common, "--out", "other", "--sparsity", "0.5", "--seed", "1")
+    assert other.exit_code == 0, other.output
+    assert (PruneReport.load("other").n_prune, PruneReport.load("other").seed) == (36, 1)
+
+
+@pytest.mark.usefixtures("work")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("format = 1\nsparsity = 0.5\n[recipe]\nlayers = 1\n", "mine.toml, line 4"),
+        ("format = 1\nsparsity = 0.5\n[recipe]\ndamping = -1\n", "mine.toml, line 4"),
+        ("format = 1\nsparsity = 0.5\n[recipe\n", "line 3"),
+        ("format = 9\n", "mine.toml, line 1"),
+        ("format = 1\n", "--sparsity"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_file_is_named_with_its_line(text: str, message: str) -> None:
+    Path("mine.toml").write_text(text)
+    common = ("--model", "net.py:make", "--data", "train.npz", "--recipe", "mine.toml", "--out", "run")
+    result = invoke("prune", *common)
+    assert result.exit_code == 2, result.output
+    assert message in unboxed(result.stderr)
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["prune", "--help"], ["no-such-command"]])

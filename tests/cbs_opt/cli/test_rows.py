@@ -20,6 +20,8 @@ def make():
 """
 BUDGET = str(4 * 40 * 50)
 """The rows of the larger layer and not of both."""
+LAYERS = ("--set", "weights.blocks=layer")
+MEMORY = ("--set", f"resources.row_memory={BUDGET}")
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def prune(out: str, *more: str) -> Result:
 
 @pytest.mark.usefixtures("work")
 def test_rows_on_disk_give_the_same_files_and_are_gone_afterwards() -> None:
-    assert prune("memory", "--partition", "layer").exit_code == 0
-    result = prune("disk", "--partition", "layer", "--row-memory", BUDGET, "--row-dir", "rows")
+    assert prune("memory", *LAYERS).exit_code == 0
+    result = prune("disk", *LAYERS, *MEMORY, "--set", "resources.row_dir=rows")
     assert result.exit_code == 0, result.output
     assert "on disk in rows" in result.stderr
     assert "peak memory: " in result.stderr
@@ -53,10 +55,10 @@ def test_rows_on_disk_give_the_same_files_and_are_gone_afterwards() -> None:
 
 @pytest.mark.usefixtures("work")
 def test_a_dry_run_tells_and_writes_nothing() -> None:
-    plain = prune("run", "--partition", "layer", "--dry-run")
+    plain = prune("run", *LAYERS, "--dry-run")
     assert plain.exit_code == 0, plain.output
     assert "gradient rows: 40 rows" in plain.stdout
-    told = json.loads(prune("run", "--partition", "layer", "--dry-run", "--json").stdout)
+    told = json.loads(prune("run", *LAYERS, "--dry-run", "--json").stdout)
     assert (told["n"], told["n_prune"], told["blocks"], told["rows"]) == (72, 36, 2, 40)
     assert told["peak_bytes"] > told["resident_bytes"] > 0
     assert not Path("run").exists()
@@ -65,9 +67,9 @@ def test_a_dry_run_tells_and_writes_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--row-memory", "lots"), 2, "write such as 2GB"),
-        (("--row-memory", BUDGET), 2, "cut blocks of at most 50 weights"),
-        (("--row-memory", BUDGET, "--partition", "layer", "--row-dir", "none"), 1, "none is not a folder"),
+        (("--set", "resources.row_memory=lots"), 2, "write such as 2GB"),
+        (MEMORY, 2, "cut blocks of at most 50 weights"),
+        ((*MEMORY, *LAYERS, "--set", "resources.row_dir=none"), 2, "none is not a folder"),
     ],
     ids=["no size", "one block", "no folder"],
 )

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt as cbs
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.curvature.layer_inputs import input_moments, matched_term, with_layer_inputs
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.partition import Partition
+from cbs_opt.recipe.records import Recipe
+from cbs_opt.recipe.select import GreedyOBS, SwapSearch
 from cbs_opt.select.joint_program.channel_program import ChannelProgram
 from cbs_opt.select.joint_program.starts import greedy_obs_set
 from cbs_opt.update.cbs import cbs_updates
@@ -182,11 +185,11 @@ def test_more_drops_lower_the_joint_objective(block: FisherBlock) -> None:
 
 def test_prune_takes_the_term() -> None:
     plain, term = network(), network()
-    common = {"sparsity": 0.8, "program": "joint", "method": "greedy_obs", "samples": 20, "progress": False}
-    before = cbs.prune(plain, data(), layer_inputs=0.0, **common)
-    after = cbs.prune(term, data(), layer_inputs=1.0, **common)
+    recipe = Recipe(curvature=EmpiricalFisher(samples=20), select=GreedyOBS())
+    common = {"sparsity": 0.8, "progress": False}
+    before = cbs.prune(plain, data(), recipe=replace(recipe, layer_inputs=0.0), **common)
+    after = cbs.prune(term, data(), recipe=replace(recipe, layer_inputs=1.0), **common)
     assert after.n_prune == before.n_prune
-    assert after.settings["layer_inputs"] == (1.0,)
     assert after.layer_inputs == 1.0
     assert not torch.equal(plain[3].weight, term[3].weight)
     assert after.predicted_loss_increase > 0.0
@@ -194,8 +197,9 @@ def test_prune_takes_the_term() -> None:
 
 def test_swap_search_of_the_selection_program_goes_by_the_rows() -> None:
     one, other = network(), network()
-    common = {"sparsity": 0.6, "program": "selection", "samples": 20, "progress": False}
-    cbs.prune(one, data(), layer_inputs=0.0, **common)
-    cbs.prune(other, data(), layer_inputs=1.0, **common)
+    recipe = Recipe(curvature=EmpiricalFisher(samples=20), select=SwapSearch(program="selection"))
+    common = {"sparsity": 0.6, "progress": False}
+    cbs.prune(one, data(), recipe=replace(recipe, layer_inputs=0.0), **common)
+    cbs.prune(other, data(), recipe=replace(recipe, layer_inputs=1.0), **common)
     assert torch.equal(one[3].weight == 0, other[3].weight == 0)
     assert not torch.equal(one[3].weight, other[3].weight)

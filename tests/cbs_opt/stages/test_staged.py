@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cbs_opt.curvature.fisher import gradient_rows
+from cbs_opt.curvature.kinds import EmpiricalFisher, Fisher, SketchedFisher
 from cbs_opt.curvature.layer_inputs import input_moments, matched_term
 from cbs_opt.errors import RunMismatchError
 from cbs_opt.hessian.block import FisherBlock
@@ -19,47 +22,66 @@ from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import Certify, Recipe, Stages, Update, Weights, absolute
+from cbs_opt.recipe.select import GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult
+from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
 N = 72
 ELIGIBLE = ("0.weight", "3.weight")
-OPTIONS: dict[str, Any] = {
-    "sparsity": 0.75,
-    "stages": 3,
-    "method": "obs",
-    "samples": 20,
-    "damping": (0.1, 1.0, 10.0),
-    "relative_damping": True,
-    "update_scale": (0.5, 1.0),
-    "updates_per_stage": 2,
-    "final_updates": 2,
-    "progress": False,
-}
+BASE = Recipe(curvature=EmpiricalFisher(samples=20), select="obs")
+DAMPINGS = (0.1, 1.0, 10.0)
+SCALES = (0.5, 1.0)
+STAGES = Stages(count=3, updates=2, final_updates=2)
 
 
-def run(model: nn.Module, train: Any = None, **options: Any) -> PruneReport:
-    return prune(model, data() if train is None else train, **{**OPTIONS, **options})
+def run(
+    model: nn.Module,
+    train: Any = None,
+    *,
+    dampings: Sequence[Any] = DAMPINGS,
+    updates: Sequence[Any] = tuple(Update(scale=scale) for scale in SCALES),
+    plan: Stages = STAGES,
+    **options: Any,
+) -> PruneReport:
+    """Prune in stages; fields of recipe and stages may stand beside the arguments of `prune`."""
+    names = [name for name in options if name in Recipe.__dataclass_fields__]
+    base = replace(BASE, **{name: options.pop(name) for name in names})
+    names = [name for name in options if name in Stages.__dataclass_fields__]
+    plan = replace(plan, **{name: options.pop(name) for name in names})
+    recipes = Recipe.grid(base, damping=dampings, update=updates)
+    options = {"sparsity": 0.75, "recipe": recipes, "stages": plan, "progress": False} | options
+    return prune(model, data() if train is None else train, **options)
 
 
 def zeros(model: nn.Module) -> int:
     return sum(int((model.state_dict()[name] == 0.0).sum()) for name in ELIGIBLE)
 
 
-@pytest.mark.parametrize("gradient_term", [False, True])
 @pytest.mark.parametrize("method", ["magnitude", "obs", "swap_search"])
-def test_one_stage_is_the_one_shot_run(method: str, gradient_term: bool) -> None:
-    models = network(), network()
-    options = {"sparsity": 0.6, "samples": 40, "damping": (0.01, 0.1), "progress": False, "method": method}
-    options |= {"gradient_term": gradient_term}
-    once = prune(models[0], data(), **options)  # type: ignore[arg-type]
-    staged = prune(models[1], data(), stages=1, schedule="linear", **options)  # type: ignore[arg-type]
-    assert once.stages == staged.stages == ()
-    for name, tensor in models[0].state_dict().items():
-        assert tensor.equal(models[1].state_dict()[name])
+def test_one_stage_without_further_updates_selects_as_the_one_shot_run(method: str) -> None:
+    recipe = Recipe(
+        curvature=EmpiricalFisher(samples=60),
+        select=method,
+        damping=0.1,
+        layer_inputs=0.0,
+        update=None,
+    )
+    options: dict[str, Any] = {"sparsity": 0.6, "recipe": recipe, "progress": False}
+    once = prune(network(), data(), **options)
+    staged = prune(network(), data(), stages=Stages(updates=1, final_updates=0), **options)
+    assert once.stages == ()
+    assert len(staged.stages) == 1
+    assert all(keep.equal(staged.masks[name]) for name, keep in once.masks.items())
+
+
+def test_one_stage_has_the_updates_of_one() -> None:
+    report = prune(network(), data(), sparsity=0.6, recipe=BASE, stages=1, progress=False)
+    assert {record.stage for record in report.stages} == {0, 1}
 
 
 @pytest.mark.parametrize("partition", ["global", "layer", "row", 7])
@@ -80,9 +102,8 @@ def test_counts_are_exact_at_every_stage(partition: str | int, budget: Any) -> N
     schedule = (0.2, 0.5, 0.75)
     if isinstance(budget, dict):
         schedule = (0.2, 0.5, 43 / 72)
-    report = run(
-        model, partition=partition, budget=budget, schedule=schedule, sparsity=schedule[-1], on_stage=on_stage
-    )
+    weights = Weights(blocks=partition, budget=budget)
+    report = run(model, weights=weights, schedule=schedule, sparsity=schedule[-1], on_stage=on_stage)
     wanted = [round(share * N) for share in schedule]
     if isinstance(budget, dict):
         assert seen == sorted(seen)
@@ -99,11 +120,11 @@ def test_counts_are_exact_at_every_stage(partition: str | int, budget: Any) -> N
 
 @pytest.mark.parametrize("method", ["magnitude", "obd", "obs", "swap_search"])
 @pytest.mark.parametrize("layer_inputs", [None, 1.0])
-@pytest.mark.parametrize("curvature", ["empirical_fisher", "sketched_fisher"])
+@pytest.mark.parametrize("curvature", [EmpiricalFisher(samples=20), SketchedFisher(samples=20)])
 def test_a_step_is_never_worse_than_its_alternatives(
-    method: str, curvature: str, layer_inputs: float | None
+    method: str, curvature: Fisher, layer_inputs: float | None
 ) -> None:
-    report = run(network(), method=method, curvature=curvature, layer_inputs=layer_inputs)
+    report = run(network(), select=method, curvature=curvature, layer_inputs=layer_inputs)
     assert len(report.stages) >= 7
     for record in report.stages:
         if record.accepted:
@@ -121,8 +142,8 @@ def test_a_step_is_never_worse_than_its_alternatives(
 def test_stages_lower_the_training_loss_that_one_stage_leaves() -> None:
     x, y = data(200)
     once, staged = network(), network()
-    prune(once, (x, y), **{**OPTIONS, "stages": 1, "updates_per_stage": None, "final_updates": None})
-    run(staged, (x, y), samples=200)
+    run(once, (x, y), stages=None)
+    run(staged, (x, y), curvature=EmpiricalFisher(samples=200))
     losses = [evaluate(model, (x, y), cross_entropy).loss for model in (once, staged)]
     assert losses[1] < losses[0]
 
@@ -143,7 +164,7 @@ def test_the_last_network_of_on_stage_is_what_is_written() -> None:
 def test_without_update_kept_weights_stay() -> None:
     model = network()
     before = snapshot(model)
-    report = run(model, update=False, updates_per_stage=1, final_updates=0)
+    report = run(model, updates=(None,), plan=Stages(count=3, updates=1, final_updates=0))
     for name in ELIGIBLE:
         keep = report.masks[name]
         assert model.state_dict()[name][keep].equal(before[name][keep])
@@ -218,15 +239,15 @@ def test_an_interruption_within_a_stage_leaves_the_network_and_the_stages_before
 
     monkeypatch.setattr(stages, "mean_gradient", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(model, run_dir=tmp_path, gradient_term=True)
+        run(model, run_dir=tmp_path, gradient=True)
     assert_untouched(model, before)
     assert [path.name for path in tmp_path.glob("stage_*")] == ["stage_0001.npz"]
     of_the_stage = {"stage_0001", "rows_s0001", "moments_s0"}
     assert {path.name[:10] for path in tmp_path.glob("*.npz")} <= of_the_stage
     monkeypatch.undo()
-    run(model, run_dir=tmp_path, gradient_term=True)
+    run(model, run_dir=tmp_path, gradient=True)
     other = network()
-    run(other, gradient_term=True)
+    run(other, gradient=True)
     assert model[0].weight.equal(other[0].weight)  # type: ignore[index, union-attr]
 
 
@@ -243,7 +264,12 @@ def test_a_finished_run_is_read_again_without_work(tmp_path: Path) -> None:
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
     run(network(), run_dir=tmp_path)
-    for change in ({"seed": 1}, {"damping": 0.5}, {"final_updates": 3}, {"loss_fn": nn.functional.nll_loss}):
+    for change in (
+        {"seed": 1},
+        {"dampings": [0.5]},
+        {"final_updates": 3},
+        {"loss_fn": nn.functional.nll_loss},
+    ):
         with pytest.raises(RunMismatchError):
             run(network(), run_dir=tmp_path, **change)
     with pytest.raises(RunMismatchError, match="network"):
@@ -283,7 +309,7 @@ def test_the_table_of_stages_survives_saving(tmp_path: Path) -> None:
 
 
 def test_the_last_stage_ends_when_nothing_improves() -> None:
-    report = run(network(), damping=1e-8, update_scale=1e12, final_updates=50)
+    report = run(network(), dampings=[1e-8], updates=[Update(scale=1e12)], final_updates=50)
     final = [record for record in report.stages if record.stage == 3]
     assert len(final) < 50
     assert not final[-1].accepted
@@ -293,33 +319,74 @@ def test_the_last_stage_ends_when_nothing_improves() -> None:
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
-        ({"stages": 0}, "stages"),
-        ({"stages": True}, "stages"),
-        ({"schedule": "steps"}, "schedule"),
-        ({"schedule": (0.5, 0.4, 0.75)}, "schedule"),
-        ({"schedule": (0.5, 0.75)}, "schedule"),
-        ({"start_sparsity": 0.8}, "start_sparsity"),
-        ({"updates_per_stage": 0}, "updates_per_stage"),
-        ({"final_updates": -1}, "final_updates"),
-        ({"gradient_samples": 0}, "gradient_samples"),
-        ({"update": "independent"}, "update"),
-        ({"update": False}, "update"),
-        ({"certify": True}, "certify"),
-        ({"layer_inputs": (0.1, 1.0)}, "layer_inputs"),
-        ({"stages": 1, "updates_per_stage": None, "final_updates": None, "gradient_samples": 5}, "gradient"),
+        (lambda: {"stages": 0}, "stages"),
+        (lambda: {"stages": True}, "stages"),
+        (lambda: {"stages": "two"}, "stages"),
+        (lambda: {"plan": Stages(count=0)}, "stages.count"),
+        (lambda: {"plan": Stages(count=2.0)}, "stages.count"),
+        (lambda: {"schedule": "steps"}, "stages.schedule"),
+        (lambda: {"schedule": 0.5}, "stages.schedule"),
+        (lambda: {"schedule": (0.5, "half", 0.75)}, "stages.schedule"),
+        (lambda: {"schedule": (0.5, 0.4, 0.75)}, "stages.schedule"),
+        (lambda: {"schedule": (0.5, 0.75)}, "stages.schedule"),
+        (lambda: {"schedule": (0.5, 0.6, 0.7)}, "stages.schedule"),
+        (lambda: {"start": 0.8}, "stages.start"),
+        (lambda: {"start": 1.0}, "stages.start"),
+        (lambda: {"plan": Stages(updates=0)}, "stages.updates"),
+        (lambda: {"final_updates": -1}, "stages.final_updates"),
+        (lambda: {"gradient_samples": 0}, "stages.gradient_samples"),
+        (lambda: {"on_stage": 7}, "stages.on_stage"),
+        (lambda: {"updates": [Update(kind="independent")]}, "recipe.update"),
+        (lambda: {"updates": [None]}, "recipe.update"),
+        (lambda: {"dampings": [0.1, absolute(0.1)]}, "recipe.damping"),
+        (lambda: {"certify": True}, "certify"),
+        (lambda: {"certify": Certify(time_limit=1.0)}, "certify"),
+        (lambda: {"recipe": Recipe.grid(layer_inputs=[0.1, 1.0])}, "recipe.layer_inputs"),
+        (lambda: {"resources": Resources(row_memory=1 << 20)}, "resources.row_memory"),
+        (lambda: {"curvature": rows()}, "recipe.curvature"),
+        (lambda: {"weights": Weights(budget={"5.*": 0.5}, blocks="layer")}, "weights.budget"),
+        (lambda: {"curvature": EmpiricalFisher(samples=5, per_row=6)}, "curvature.per_row"),
+        (lambda: {"select": SwapSearch(start="nowhere")}, "select.start"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: dict[str, Any], argument: str) -> None:
+def test_what_makes_no_sense_is_refused(options: Callable[[], dict[str, Any]], argument: str) -> None:
     model = network()
     before = snapshot(model)
-    with pytest.raises(ArgumentError, match=argument):
-        run(model, **options)
+    with pytest.raises(ArgumentError) as caught:
+        run(model, **options())
+    assert caught.value.argument == argument
+    assert caught.value.found
+    assert caught.value.remedy
     assert_untouched(model, before)
 
 
-def test_no_data_is_refused() -> None:
+def rows() -> Any:
+    """Gradient rows that were computed before."""
+    model = network()
+    partition = Partition.from_model(model, blocks="global")
+    return gradient_rows(
+        model, data(), cross_entropy, partition, curvature=EmpiricalFisher(samples=20), progress=False
+    )
+
+
+@pytest.mark.parametrize("select", ["obs", "magnitude"])
+def test_no_data_is_refused(select: str) -> None:
+    recipe = Recipe(select=select, update=None)
     with pytest.raises(ArgumentError, match="data"):
-        prune(network(), None, **OPTIONS)
+        prune(network(), None, sparsity=0.75, recipe=recipe, stages=Stages(updates=1, final_updates=0))
+    with pytest.raises(ArgumentError, match="data"):
+        prune(network(), None, sparsity=0.75, recipe=BASE, stages=STAGES)
+
+
+@pytest.mark.parametrize("damping", [0.5, absolute(0.05)])
+def test_a_damping_of_the_selection_may_be_in_other_units(damping: Any) -> None:
+    """Absolute ones are those of relative ones times the mean diagonal, which the first stage has."""
+    plan = Stages(updates=1, final_updates=0)
+    options: dict[str, Any] = {"plan": plan, "layer_inputs": 0.0, "updates": [None], "dampings": [damping]}
+    reports = [run(network(), selection_damping=value, **options) for value in (1e-9, absolute(1e9), 1e-9)]
+    small, large, again = (report.masks["0.weight"] for report in reports)
+    assert small.equal(again)
+    assert not small.equal(large)
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5), (6, 6)])
@@ -403,22 +470,25 @@ def test_the_channel_term_is_the_metric_of_the_trust_region(m: int) -> None:
 
 def test_what_stages_do_by_default() -> None:
     model, other = network(), network()
-    common = {"sparsity": 0.6, "samples": 30, "stages": 2, "updates_per_stage": 1, "final_updates": 1}
-    report = prune(model, data(), progress=False, **common)
-    named = prune(
-        other,
-        data(),
-        progress=False,
-        program="joint",
-        method="greedy_obs",
-        method_options={"drops": 3},
-        gradient_term=False,
+    common: dict[str, Any] = {
+        "sparsity": 0.6,
+        "stages": Stages(count=2, updates=1, final_updates=1),
+        "progress": False,
+    }
+    few = Recipe(curvature=EmpiricalFisher(samples=30))
+    report = prune(model, data(), recipe=few, **common)
+    named = replace(
+        few,
+        select=GreedyOBS(program="joint", drops=3),
+        gradient=False,
         layer_inputs=1.0,
         damping=0.1,
-        relative_damping=True,
-        **common,
+        update=Update(kind="cbs", scale=1.0),
+        weights=Weights(blocks="global"),
     )
+    again = prune(other, data(), recipe=named, **common)
     assert report.method == "greedy_obs"
     assert all(value.equal(other.state_dict()[name]) for name, value in model.state_dict().items())
-    assert named.settings["method_options"] == report.settings["method_options"]
-    assert prune(network(), data(), progress=False, program="selection", **common).method == "swap_search"
+    assert again.request == report.request
+    assert report.request is not None
+    assert report.request.recipes == (named,)
