@@ -26,7 +26,8 @@ def _sections() -> str:
 def _section(name: str, command: Any, parent: typer.Context) -> str:
     context = typer.Context(command, info_name=name, parent=parent)
     usage = " ".join(command.collect_usage_pieces(context))
-    records = [record for option in command.get_params(context) if (record := option.get_help_record(context))]
+    options = command.get_params(context)
+    records = [record for option in options if (record := option.get_help_record(context))]
     text = (command.help or "").split("\f")[0].strip()
     parts = [f"## {name}", text, f"    cbs-opt {name} {usage}"]
     if records:
