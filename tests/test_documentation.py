@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -124,6 +128,39 @@ def test_the_table_of_accuracies_has_the_figures_of_the_picture() -> None:
     for row in pd.read_csv(DOCS / "results/accuracy.csv").itertuples():
         figure = f"{row.accuracy:.2f}"
         assert (figure if row.seeds == "published" else f"{figure} ± {row.deviation:.2f}") in pages
+
+
+def exercises() -> dict[str, str]:
+    """The diffs of the page on extending, by the test file that comes with each."""
+    page = (DOCS / "develop/extend.md").read_text()
+    diffs = re.findall(r"^```diff\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    return {re.findall(r"^\+\+\+ b/(tests/.*)$", diff, flags=re.MULTILINE)[0]: diff for diff in diffs}
+
+
+def applied(diff: str, folder: Path, *options: str) -> None:
+    command = ["git", "apply", *options, "-"]
+    done = subprocess.run(command, input=diff, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("test", exercises())
+def test_exercises_are_one_module_one_test_and_one_entry(test: str) -> None:
+    diff = exercises()[test]
+    applied(diff, ROOT, "--check")
+    assert diff.count("--- /dev/null") == 2
+    assert len(re.findall("^@@", diff, flags=re.MULTILINE)) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", exercises())
+def test_exercises_pass_their_tests(test: str, tmp_path: Path) -> None:
+    ours = shutil.ignore_patterns(".*", "runs", "site", "figures")
+    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=ours)
+    applied(exercises()[test], copy)
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    command = [sys.executable, "-m", "pytest", "-q", test]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_commands_by_hand_are_those_of_the_makefile() -> None:
