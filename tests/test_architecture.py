@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import cbs_opt
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -48,3 +51,10 @@ def test_formulations_loads_without_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_public_functions_take_at_most_twelve_arguments() -> None:
+    for name in cbs_opt.__all__:
+        function = getattr(cbs_opt, name)
+        if inspect.isfunction(function):
+            assert len(inspect.signature(function).parameters) <= 12, name
