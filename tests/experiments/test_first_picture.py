@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.first_picture import LINES, PANELS, RESULTS, THEMES, draw, main, spread
@@ -45,6 +45,7 @@ def test_lines_have_the_points_of_the_table_and_names_do_not_overlap(theme: str)
             assert not any(box.overlaps(other) for other in boxes[:number])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(10, 100), min_size=1, max_size=8))
 def test_spread_names_keep_their_order_and_their_distance(heights: list[float]) -> None:
     placed = spread(heights, 5.0)
