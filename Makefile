@@ -1,6 +1,6 @@
 # make demo    prune an embedded example network and write a report
 # make test    run the tests
-# make check   format, lint and types
+# make check   format, lint, contracts of imports and types
 # make docs    build the documentation into site/, warnings are errors
 # All of them build .venv first, once; PYTHON=python3.12 chooses the interpreter.
 
@@ -20,11 +20,13 @@ demo: $(VENV)/.installed
 # Small matrices and parallel tests: one thread each is fastest on few cores.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-dev
+	$(BIN)/cbs-opt prepare  # once, not in every process of the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy --strict cbs_opt formulations
 
 docs: $(VENV)/.installed-docs

@@ -5,7 +5,7 @@ adjust the kept weights optimally (joint program), so they differ in the chosen 
 heuristics stand random sets whose objective is within a given distance of the optimum: they show what the
 last per cent of the objective is worth in loss and accuracy, whatever method left it there.
 
-    python -m experiments.exact_vs_heuristic --out docs/benchmarks
+    python -m experiments.exact_vs_heuristic --out docs/results
     python -m experiments.exact_vs_heuristic --network mlpnet_mnist --sparsity 0.9 --seeds 1 --draws 0
 
 What was measured is kept in ``--results`` as it is found, and not measured again.

@@ -1,4 +1,4 @@
-"""Tables and pictures of docs/benchmarks/studies.md from the folders of finished studies.
+"""Tables and pictures of docs/results/studies.md from the folders of finished studies.
 
 What the page says about them is written by hand and stays; what was measured stands between marks and
 is replaced.
@@ -32,7 +32,7 @@ from cbs_opt.study.statistics import (
 )
 from formulations.files import write_atomically
 
-PAGE = Path("docs/benchmarks/studies.md")
+PAGE = Path("docs/results/studies.md")
 FIGURES = Path("docs/figures")
 SEED = "cbs-opt"
 """Of the identifiers in SVG files: the same picture is the same file."""

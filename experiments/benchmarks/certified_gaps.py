@@ -15,7 +15,7 @@ The bound comes from `cbs_opt.lower_bound`, the incumbent from `swap_search` on 
 from the relaxation's own rounding; weights whose fate both settle are then fixed and the rest relaxed
 again. Every result is checked by `cbs_opt.verify` and appended to ``OUT/<case>.jsonl`` at once: the same
 command again takes up where it stopped. ``OUT/<case>.csv``, ``OUT/figures`` and
-``OUT/benchmarks/certified_gaps.md`` (all cases found there) are written anew each time.
+``OUT/results/certified_gaps.md`` (all cases found there) are written anew each time.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def write_tables(out: Path, case: str, results: list[dict[str, Any]], arguments:
             known = Ledger(out / f"{name}.jsonl")
             record = commands[name]
             cases[name] = (record["arguments"], [known[key] for key in record["keys"] if key in known])
-    (out / "benchmarks").mkdir(exist_ok=True)
-    (out / "benchmarks" / "certified_gaps.md").write_text(gaps_page(cases), encoding="utf-8")
+    (out / "results").mkdir(exist_ok=True)
+    (out / "results" / "certified_gaps.md").write_text(gaps_page(cases), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 OMP_NUM_THREADS=1 python -m experiments.benchmarks.exact_solvers --gap 1e-4 --time-limit 60
 OMP_NUM_THREADS=1 python -m experiments.benchmarks.exact_solvers --rivals --time-limit 20 \\
-    --shares .5 .8 --markdown docs/benchmarks/exact_solvers.md
+    --shares .5 .8 --markdown docs/results/exact_solvers.md
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_runs_resume_and_write_every_file(
     table = pd.read_csv(tmp_path / "out" / "grid.csv")
     assert list(table.m) == [4, 4, 30]
     assert table.seconds_per_step.isna().all()  # the dense path of small blocks takes no such steps
-    page = (tmp_path / "out" / "benchmarks" / "certified_gaps.md").read_text()
+    page = (tmp_path / "out" / "results" / "certified_gaps.md").read_text()
     assert page.count("| synthetic rank") == 3
     assert str(tmp_path) not in page
     assert (tmp_path / "out" / "figures" / "certified_grid.svg").read_text().startswith("<?xml")
