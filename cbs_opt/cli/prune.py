@@ -183,12 +183,17 @@ def requested(
     recipe: str, sparsity: float | None, seed: int | None, assignments: list[str]
 ) -> tuple[Request, Resources]:
     """Return what the options ask for: a recipe, and the fields that were set over it."""
+    from cbs_opt.errors import RecipeFileError
     from cbs_opt.recipe.files import load_request, with_fields
     from cbs_opt.recipe.named import recipe_by_name
     from cbs_opt.recipe.records import Request
 
     if recipe.endswith(".toml"):
-        request = load_request(recipe, sparsity=sparsity)
+        try:
+            request = load_request(recipe, sparsity=sparsity)
+        except RecipeFileError as error:
+            message = f"{error.argument}: {error.found}; {error.remedy}"
+            raise typer.BadParameter(message, param_hint="--recipe") from error
     elif sparsity is None:
         raise typer.BadParameter("give one, or a recipe file that has one", param_hint="--sparsity")
     else:
