@@ -2,7 +2,7 @@
 
 A package declares in its ``pyproject.toml``::
 
-    [project.entry-points."cbs_opt.select.methods"]
+    [project.entry-points."cbs_opt.methods"]
     my_search = "my_package:solve"           # a function, or a cbs_opt.select.methods.Method
 
     [project.entry-points."cbs_opt.solvers"]
@@ -25,7 +25,7 @@ from formulations.solution import BlockSolution
 
 logger = logging.getLogger(__name__)
 
-METHODS = "cbs_opt.select.methods"
+METHODS = "cbs_opt.methods"
 SOLVERS = "cbs_opt.solvers"
 
 Adapted = TypeVar("Adapted")
