@@ -21,7 +21,7 @@ from cbs_opt.hessian.rows import KeptGram, RowsFactor, RowsHessian
 from formulations.errors import UnsupportedProblemError
 
 
-class MetricHessian(Hessian):
+class MetricHessian(RowsHessian):
     """``A = R^T R`` whose damping multiplies the metric ``M = C + shift I`` in the place of the identity.
 
     Parameters
@@ -39,26 +39,16 @@ class MetricHessian(Hessian):
     """
 
     def __init__(self, rows: Tensor, channels: ChannelTerm, shift: float) -> None:
-        self.rows, self.channels, self.shift = rows, channels, shift
-        self.n = rows.shape[1]
-        self._plain = RowsHessian(rows)
+        super().__init__(rows)
+        self.channels, self.shift = channels, shift
         self._whole: _Whitened | None = None
-
-    def product(self, x: Tensor) -> Tensor:
-        return self._plain.product(x)
-
-    def diagonal(self) -> Tensor:
-        return self._plain.diagonal()
-
-    def quadratic(self, step: Tensor) -> float:
-        return self._plain.quadratic(step)
-
-    def dense(self) -> Tensor:
-        return self._plain.dense()
 
     def plain(self, purpose: str) -> PlainHessian:
         found = f"{purpose} with a damping that is no multiple of the identity"
         raise UnsupportedProblemError("hessian", found, "use a method that scores weights")
+
+    def prepared(self) -> Hessian:
+        return self
 
     def metric(self, x: Tensor) -> Tensor:
         return self.channels.product(x) + self.shift * x
@@ -79,7 +69,7 @@ class MetricHessian(Hessian):
         if keep is not None and not whole:
             whitened = _Whitened(self.rows[:, keep], self.channels.restricted(keep), self.shift, name)
         assert whitened is not None
-        kept = torch.arange(self.n, device=self.rows.device) if keep is None else keep.nonzero().squeeze(1)
+        kept = self.kept(keep)
         for damping, factor in zip(dampings, whitened.hessian.factored(dampings, None, name), strict=True):
             assert isinstance(factor, RowsFactor)
             yield _MetricFactor(self, whitened, kept, factor, damping)

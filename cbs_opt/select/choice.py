@@ -112,15 +112,11 @@ class SearchInterruptedError(KeyboardInterrupt):
 
 
 class Ledger(Protocol):
-    """The choices that are made already, and where further ones are put down."""
+    """The choices of blocks that are made already, None for the others, and where further ones are added."""
 
-    def choice(self, index: int) -> Choice | None:
-        """Return the choice for a block, if it was made."""
-        ...
+    def choice(self, index: int) -> Choice | None: ...
 
-    def add(self, index: int, choice: Choice) -> None:
-        """Put down the choice for a block."""
-        ...
+    def add(self, index: int, choice: Choice) -> None: ...
 
 
 class NoLedger:

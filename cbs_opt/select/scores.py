@@ -32,13 +32,7 @@ def start_set(name: str, block: FisherBlock, count: int, seed: int, spread: floa
 
 
 class BySaliency:
-    """The `Selector` that removes the weights of lowest score.
-
-    Parameters
-    ----------
-    score : callable
-        Scores (n,) of a block.
-    """
+    """The `Selector` that removes the weights of lowest `score` (n,) of a block."""
 
     def __init__(self, score: Callable[[FisherBlock], Tensor]) -> None:
         self.score = score

@@ -36,14 +36,10 @@ class Evaluated(Protocol):
     """A kept set (n,) with its objective, and whatever its program needs to know of it."""
 
     @property
-    def keep(self) -> Tensor:
-        """True where the weight stays, (n,) bool."""
-        ...
+    def keep(self) -> Tensor: ...
 
     @property
-    def value(self) -> float:
-        """Objective of the joint program."""
-        ...
+    def value(self) -> float: ...
 
 
 Kept = TypeVar("Kept", bound=Evaluated)
@@ -52,34 +48,22 @@ Kept = TypeVar("Kept", bound=Evaluated)
 class Program(Protocol[Kept]):
     """The joint program of a block, as the searches see it.
 
-    Attributes
-    ----------
-    n : int
-    anchor : (n,) float64 tensor
-        What the levels of the weights are counted from.
-    offset : float
-        What is taken off at the end of an evaluation, so that its rounding is known.
+    `at` evaluates a kept set from scratch, `exchanged` one that is a few indices away; `costs` are twice what
+    dropping each kept weight costs, (s,). `offset` is taken off at the end of an evaluation, which then has
+    its rounding.
     """
 
     anchor: Tensor
     offset: float
 
     @property
-    def n(self) -> int:
-        """Number of weights."""
-        ...
+    def n(self) -> int: ...
 
-    def at(self, keep: Tensor) -> Kept:
-        """Return a kept set, evaluated from scratch."""
-        ...
+    def at(self, keep: Tensor) -> Kept: ...
 
-    def exchanged(self, kept: Kept, leaving: Tensor, entering: Tensor) -> Kept:
-        """Return the kept set after an exchange of indices."""
-        ...
+    def exchanged(self, kept: Kept, leaving: Tensor, entering: Tensor) -> Kept: ...
 
-    def costs(self, kept: Kept) -> Tensor:
-        """Return twice what dropping each kept weight costs, (s,) float64."""
-        ...
+    def costs(self, kept: Kept) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
