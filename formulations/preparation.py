@@ -74,8 +74,12 @@ def prepare(method: str, program: str) -> None:
     Compiles once an installation, which a warning says; loads in some tenths of a second in every
     other process; costs nothing after that.
     """
-    groups = KERNELS.get(method, ())
-    make_ready_named([name for group in groups for name in group.get(program, ())], method, program)
+    make_ready_named(kernel_names(method, program), method, program)
+
+
+def kernel_names(method: str, program: str) -> list[str]:
+    """Return the kernels of a method of this package as "module:name"; none for other names."""
+    return [name for group in KERNELS.get(method, ()) for name in group.get(program, ())]
 
 
 def make_ready_named(names: Iterable[str], method: str, program: str) -> None:

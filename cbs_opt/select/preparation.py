@@ -43,8 +43,8 @@ def prepare(method: str, program: str) -> None:
     its methods when they are called directly.
     """
     solver = method.partition(":")[0] in (*BRIDGES, "pyomo")
-    preparation.prepare("greedy_obs" if solver else method, program)
-    make_ready_named(KERNELS.get((method, program), ()), method, program)
+    names = preparation.kernel_names("greedy_obs" if solver else method, program)
+    make_ready_named((*names, *KERNELS.get((method, program), ())), method, program)
 
 
 def prepare_all() -> None:

@@ -73,7 +73,7 @@ def test_nothing_is_compiled_after_preparation(method, program):
     prepare(method, program)
     with compilations() as names:
         for kind in KINDS:
-            METHODS[method](block(kind, 14, 7, seed=1), program, limits=Limits(time_limit=60.0))
+            METHODS[method](block(kind, 8, 4, seed=1), program, limits=Limits(time_limit=60.0))
     assert not names
 
 
