@@ -11,6 +11,7 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.plan.prune_plan import PrunePlan
 from cbs_opt.planning import plan
 from cbs_opt.pruning import prune
+from cbs_opt.report.files import load_report, save_report
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.methods import available_methods
 from cbs_opt.solving import compare, solve
@@ -38,11 +39,13 @@ __all__ = [
     "fisher_blocks",
     "gradient_rows",
     "load_masks",
+    "load_report",
     "lower_bound",
     "plan",
     "prune",
     "recalibrate_batchnorm",
     "save_masks",
+    "save_report",
     "solve",
     "solve_blocks",
     "streamed_rows",

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import platform
-import resource
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -16,7 +12,7 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.products import step_loss
 from cbs_opt.network.partition import Partition
-from cbs_opt.report.record import BlockSummary, LayerSummary
+from cbs_opt.report.parts import BlockSummary, LayerSummary
 from cbs_opt.select.choice import Choice
 
 
@@ -34,14 +30,14 @@ class Candidate:
 
     @property
     def rank(self) -> float:
-        """What the choice goes by: the training loss, where NaN is worse than anything."""
+        """The training loss, where NaN is worse than anything."""
         return math.inf if self.loss is None or math.isnan(self.loss) else self.loss
 
 
 def block_summaries(
     blocks: Iterable[FisherBlock], best: Candidate, *, modelled: bool, by_rows: bool
 ) -> tuple[BlockSummary, ...]:
-    """What the report says of every block.
+    """Return what the report says of every block.
 
     `modelled` is whether there is a curvature to predict with, `by_rows` whether the sets were chosen
     without the layer-input term.
@@ -75,24 +71,9 @@ def block_summaries(
 def layer_summaries(
     partition: Partition, before: Tensor, after: Tensor, keep: Mapping[str, Tensor]
 ) -> tuple[LayerSummary, ...]:
-    """What the report says of every parameter; weights (n,) before and after, masks by name."""
+    """Return what the report says of every parameter; weights (n,) before and after, masks by name."""
     old, new = partition.split(before), partition.split(after)
     return tuple(
         LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask.cpu())
         for name, mask in keep.items()
     )
-
-
-def peak_memory() -> int:
-    """Peak resident memory of the process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that take part in every run."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cbs-opt": version("cbs-opt"),
-    }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cbs_opt.budget.counts import allocate
-from cbs_opt.candidates import Candidate, block_summaries, layer_summaries, library_versions, peak_memory
-from cbs_opt.certify.certificates import PathLike, certify_report
+from cbs_opt.candidates import Candidate, block_summaries, layer_summaries
+from cbs_opt.certify.certificates import ChosenSet, PathLike, certify_blocks
 from cbs_opt.curvature.fisher import GradientRows
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import RowPlace, StoredRows, streamed_rows
@@ -26,12 +26,15 @@ from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.prune_options import PruneOptions
+from cbs_opt.report.certified import with_certificates
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import LossLedger, RunProgress
 from cbs_opt.select.choice import Choice
 from cbs_opt.select.selectors import without_channels
+from cbs_opt.system.memory import process_peak
+from cbs_opt.system.versions import library_versions
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from cbs_opt.update.grams import SharedGrams
 from formulations.errors import ArgumentError, ShapeError
@@ -203,6 +206,7 @@ class PruneRun:
         updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
         return PruneReport(
             method=options.method,
+            kind=options.chosen_method.kind,
             program=options.program,
             update=options.update is not None,
             curvature=options.curvature,
@@ -220,7 +224,7 @@ class PruneRun:
             before=measured[0],
             after=measured[1],
             seconds=self.seconds,
-            peak_memory_bytes=peak_memory(),
+            peak_memory_bytes=process_peak(),
             samples=0 if self.curvature is None else self.curvature.samples,
             rows=0 if self.curvature is None else self.curvature.shape[0],
             damping=best.damping,
@@ -245,16 +249,20 @@ class PruneRun:
                 # The sets were chosen for another Hessian than the one that the update minimises.
                 proved = [None] * len(proved)
         with self._phase("certificates"):
-            return certify_report(
-                report,
+            certified = certify_blocks(
                 self._blocks(damping, layer_inputs, gradient=options.gradient_term),
-                [~choice.pruned for choice in best.choices],
-                proved=proved,
+                [
+                    ChosenSet(keep=~choice.pruned, proved=bound)
+                    for choice, bound in zip(best.choices, proved, strict=True)
+                ],
+                report.program,
+                method=report.method,
                 time_limit=options.certify_time_limit,
                 block_dir=block_dir,
                 progress=self.progress,
                 path_of=self.done.certificate_path,
             )
+        return with_certificates(report, certified)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

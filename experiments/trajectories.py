@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import cbs_opt
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
-from cbs_opt.report.files import plain
 from cbs_opt.stages.state import StageResult
+from cbs_opt.system.plain import plain
 from experiments.augmentation import as_trained, is_augmented
 from experiments.datasets import Dataset
 from experiments.ledger import settings_key

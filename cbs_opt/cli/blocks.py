@@ -15,8 +15,8 @@ from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
 from cbs_opt.cli.prune import parse_options
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
-from cbs_opt.report.files import plain
-from cbs_opt.report.text import bound_text
+from cbs_opt.report.numbers import bound_text
+from cbs_opt.system.plain import plain
 from formulations import instances
 from formulations.loss import Verification
 from formulations.loss import verify as verify_solution

@@ -16,7 +16,7 @@ from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Thre
 from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
-from cbs_opt.report.files import plain
+from cbs_opt.system.plain import plain
 from formulations.instances import load_library
 from formulations.problem import PROGRAMS
 from formulations.solvers import SolverInfo, available_solvers, models_for

@@ -9,8 +9,8 @@ import typer
 
 from cbs_opt.cli.errors import reported
 from cbs_opt.cli.tables import text_table
-from cbs_opt.report.files import plain
 from cbs_opt.select.methods import Method, available_methods
+from cbs_opt.system.plain import plain
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 

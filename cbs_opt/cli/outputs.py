@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import typer
 from torch import nn
 
-if TYPE_CHECKING:
-    from cbs_opt.report.record import PruneReport
+from cbs_opt.certify.files import BLOCK, CERTIFICATES
+from cbs_opt.report.files import save_report
+from cbs_opt.report.record import PruneReport
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE = "state"
@@ -60,14 +60,12 @@ def write_outputs(network: nn.Module, report: PruneReport, out: Path, block_dir:
     temporary = out / f".{WEIGHTS_FILE}"
     safetensors.torch.save_model(network, str(temporary))
     temporary.replace(out / WEIGHTS_FILE)
-    report.save(out)
+    save_report(report, out)
     _keep_blocks(block_dir, out)
 
 
 def _keep_blocks(block_dir: Path | None, out: Path) -> None:
     """Put the data of the blocks where their certificates are."""
-    from cbs_opt.certify.files import BLOCK, CERTIFICATES
-
     kept = out / CERTIFICATES
     for stale in kept.glob(f"*{BLOCK}"):
         stale.unlink()

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from cbs_opt.cli.errors import INTERRUPTED, reported
 from cbs_opt.cli.tables import text_table
-from cbs_opt.report.files import plain
 from cbs_opt.study.config import read_study
 from cbs_opt.study.estimate import longest
 from cbs_opt.study.expansion import Plan, Run, expand, select
 from cbs_opt.study.runner import Outcome, Progress, is_to_do, run_study
 from cbs_opt.study.store import Row, read_rows
+from cbs_opt.system.plain import plain
 
 OPTIONS = {"jobs": "--jobs", "filter": "--filter", "out": "--out"}
 BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"

@@ -56,7 +56,7 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
 
 
 def _verify_run(directory: Path, as_json: bool) -> None:
-    from cbs_opt.certify.files import check_certificates
+    from cbs_opt.report.verification import check_certificates
 
     blocks = list(tqdm(check_certificates(directory), desc="blocks", unit="block", disable=None))
     if as_json:

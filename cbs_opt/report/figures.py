@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cbs_opt.report.comparison import evaluated_on, evaluations
+from cbs_opt.report.comparison import evaluated_on
 from cbs_opt.report.figure_style import (
     GRID,
     INK,
@@ -28,7 +28,8 @@ from cbs_opt.report.figure_style import (
     percent,
     single,
 )
-from cbs_opt.report.record import LayerSummary, PruneReport
+from cbs_opt.report.parts import LayerSummary
+from cbs_opt.report.record import PruneReport
 
 MAX_LAYERS = 60
 MAX_PANELS = 9
@@ -52,7 +53,7 @@ def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
         if own:
             x, y = zip(*own, strict=True)
             axes.plot(x, y, linestyle=style.line, linewidth=1.6, label=label, **marker(style))
-    before = [evaluations(report)[0] for report, _ in measured]
+    before = [report.evaluations[0] for report, _ in measured]
     for value in {dense.accuracy for dense in before if dense and dense.accuracy is not None}:
         axes.axhline(100.0 * value, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.annotate(
@@ -214,5 +215,5 @@ def _histogram(axes: Axes, layer: LayerSummary) -> None:
 
 
 def _accuracy(report: PruneReport) -> float | None:
-    after = evaluations(report)[1]
+    after = report.evaluations[1]
     return None if after is None else after.accuracy

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cbs_opt.report.figure_style import INK, OKABE_ITO, WIDTH, Style, dress, legend, marker, percent, single
-from cbs_opt.report.record import BlockSummary, PruneReport
-from cbs_opt.report.text import OPTIMAL_GAP, gap_text
+from cbs_opt.report.numbers import OPTIMAL_GAP, gap_text
+from cbs_opt.report.parts import BlockSummary
+from cbs_opt.report.record import PruneReport
 
 NAMED_BLOCKS = 40
 """Most blocks that are drawn one a line, with their names."""

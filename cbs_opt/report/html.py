@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from cbs_opt.report import figures, gap_figures, tables
-from cbs_opt.report.comparison import evaluated_on, evaluations
+from cbs_opt.report.comparison import evaluated_on
+from cbs_opt.report.numbers import bytes_text, gap_text, number_text, percent_text, seconds_text
 from cbs_opt.report.pages import Picture, embedded, render
 from cbs_opt.report.record import PruneReport
 from cbs_opt.report.tables import Table
-from cbs_opt.report.text import gap_text
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
 
@@ -77,7 +78,7 @@ def write_comparison(
 
 
 def render_comparison(reports: Sequence[PruneReport], *, title: str | None = None) -> str:
-    """The page of `write_comparison` as a string."""
+    """Return the page of `write_comparison` as a string."""
     if not reports:
         raise ArgumentError("reports", "none given", "pass at least one PruneReport")
     several = len(reports) > 1
@@ -108,28 +109,27 @@ def _lead(reports: Sequence[PruneReport]) -> str:
 
 
 def _tiles(report: PruneReport) -> tuple[Tile, ...]:
-    before, after = evaluations(report)
-    tiles = [Tile(name="Sparsity", value=tables.percent_text(report.sparsity, 2))]
+    before, after = report.evaluations
+    where = evaluated_on([report])
+    values = [("Sparsity", percent_text(report.sparsity))]
     if before is not None and after is not None:
-        where = evaluated_on([report])
         if before.accuracy is not None and after.accuracy is not None:
-            value = f"{tables.percent_text(before.accuracy)} → {tables.percent_text(after.accuracy)}"
-            tiles.append(Tile(name=f"Accuracy, {where}", value=value))
-        losses = f"{tables.number_text(before.loss)} → {tables.number_text(after.loss)}"
-        tiles.append(Tile(name=f"Loss, {where}", value=losses))
+            change = f"{percent_text(before.accuracy, 1)} → {percent_text(after.accuracy, 1)}"
+            values.append((f"Accuracy, {where}", change))
+        values.append((f"Loss, {where}", f"{number_text(before.loss)} → {number_text(after.loss)}"))
     for name, increase in (
         ("Predicted before the update", report.predicted_selection_loss if report.update else None),
         ("Predicted loss increase", report.predicted_loss_increase),
         ("Measured loss increase", report.actual_loss_increase),
     ):
-        if increase is not None:
-            tiles.append(Tile(name=name, value=tables.number_text(increase)))
+        if increase is not None and not math.isnan(increase):
+            values.append((name, number_text(increase)))
     if report.certified is not None and report.certified.gap is not None:
-        tiles.append(Tile(name="Certified gap, model", value=gap_text(report.certified.gap)))
-    tiles.append(Tile(name="Time", value=tables.seconds_text(report.total_seconds)))
+        values.append(("Certified gap, model", gap_text(report.certified.gap)))
+    values.append(("Time", seconds_text(report.total_seconds)))
     if report.peak_memory_bytes is not None:
-        tiles.append(Tile(name="Peak memory", value=tables.bytes_text(report.peak_memory_bytes)))
-    return tuple(tiles)
+        values.append(("Peak memory", bytes_text(report.peak_memory_bytes)))
+    return tuple(Tile(name=name, value=value) for name, value in values)
 
 
 def _results_note(reports: Sequence[PruneReport]) -> str:
@@ -156,7 +156,7 @@ def _pictures(reports: Sequence[PruneReport]) -> tuple[Picture, ...]:
             ),
             (gap_figures.loss_against_sparsity(reports), LOSS_CAPTION),
         ]
-    which = f" at {tables.percent_text(largest.requested_sparsity)} requested sparsity" if several else ""
+    which = f" at {percent_text(largest.requested_sparsity, 1)} requested sparsity" if several else ""
     drawings.append(
         (figures.sparsity_by_layer(reports), f"Sparsity of each layer{which}. Dotted: the whole network.")
     )
@@ -175,7 +175,7 @@ def _section(report: PruneReport, *, with_picture: bool) -> Section:
             (gap_figures.gap_by_block(report), GAP_CAPTION),
         ]
     return Section(
-        title=f"{report.label}, sparsity {tables.percent_text(report.sparsity, 2)}",
+        title=f"{report.label}, sparsity {percent_text(report.sparsity)}",
         pictures=tuple(embedded(figure, caption) for figure, caption in drawings if figure is not None),
         layers=tables.layers_table(report),
         blocks=tables.blocks_table(report),

@@ -14,8 +14,8 @@ from cbs_opt.curvature.rows import StoredRows
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.partition import Partition
 from cbs_opt.prune_options import PruneOptions
-from cbs_opt.report.files import plain
 from cbs_opt.runs.digests import absorb, samples_digest, tensors_digest
+from cbs_opt.system.plain import plain
 from cbs_opt.system.versions import versions
 
 FORMAT = "cbs-opt run"

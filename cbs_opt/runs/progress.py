@@ -17,12 +17,14 @@ from torch import Tensor
 
 from cbs_opt.certify.files import BLOCK, CERTIFICATES, load_certificates, save_certificates
 from cbs_opt.network.partition import Partition
-from cbs_opt.report.files import plain, read_json
-from cbs_opt.report.record import REPORT_JSON, PruneReport
+from cbs_opt.report.files import REPORT_JSON, read_json
+from cbs_opt.report.parts import StageRecord
+from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.choices import ChoiceLedger
 from cbs_opt.runs.folder import Nowhere, Pieces, RunStore, Series
 from cbs_opt.runs.rows import RowJournal
-from cbs_opt.stages.state import StageRecord, StepState
+from cbs_opt.stages.state import StepState
+from cbs_opt.system.plain import plain
 from formulations.errors import InstanceFormatError
 from formulations.files import sealed_json, write_atomically
 
@@ -153,7 +155,9 @@ class RunProgress:
         if self._store is None:
             return
         directory = self._store.directory
-        save_certificates(report.blocks, report.certificates, directory / CERTIFICATES)
+        save_certificates(
+            [block.fingerprint for block in report.blocks], report.certificates, directory / CERTIFICATES
+        )
         write_atomically(directory / REPORT_JSON, sealed_json(report.to_dict()))
         # Last: where it is, the rest is complete.
         self._store.keep(RESULT, {}, {"weights": weights.double().cpu().numpy(), "keep": keep.cpu().numpy()})

@@ -24,16 +24,17 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork, as_parameters
 from cbs_opt.oneshot import PruneRun, Sample
 from cbs_opt.prune_options import PruneOptions
-from cbs_opt.report.files import plain
+from cbs_opt.report.parts import StageRecord
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.folder import PathLike, RunStore
 from cbs_opt.select.choice import Choice
 from cbs_opt.stage_options import StageOptions
 from cbs_opt.stages.model import StageModel
-from cbs_opt.stages.state import StageRecord, StageResult, StageState, StepState
+from cbs_opt.stages.state import StageResult, StageState, StepState
 from cbs_opt.stages.store import StageStore
 from cbs_opt.stages.trials import Expansion, Proposal, judged, selections, updates
 from cbs_opt.stages.trust_region import DampingSearch
+from cbs_opt.system.plain import plain
 from formulations.errors import ArgumentError
 
 PATIENCE = 2

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbs_opt.report.files import plain
+from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.folder import RunStore
-from cbs_opt.stages.state import StageRecord, StageState
+from cbs_opt.stages.state import StageState
+from cbs_opt.system.plain import plain
 from formulations.errors import InstanceFormatError
 from formulations.files import read_container, write_container
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from cbs_opt.network.evaluation import Evaluation
-from cbs_opt.report.record import BlockSummary, LayerSummary, PruneReport
+from cbs_opt.report.parts import BlockSummary, LayerSummary
+from cbs_opt.report.record import PruneReport
 
 SHAPES = {"0.weight": (16, 12), "2.weight": (8, 16), "4.weight": (4, 8)}
 
@@ -51,6 +52,7 @@ def made_report(
     pruned = Evaluation(loss=0.05 + 2 * loss, accuracy=max(0.1, 0.97 - loss), samples=300)
     return PruneReport(
         method=method,
+        kind="search" if method == "swap_search" else "saliency",
         program="selection",
         update=update,
         curvature="empirical_fisher",
