@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import pandas as pd
@@ -99,14 +99,14 @@ def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False)
             typer.echo(json.dumps(listed, allow_nan=False))
         else:
             typer.echo("\n".join(_solver_lines(infos, checks if check else None)))
-        if any(answer != "ok" for found in checks.values() for answer in found.values()):
+        if any(answer != "ok" for answers in checks.values() for answer in answers.values()):
             raise typer.Exit(ERROR)
 
 
 def _check(info: SolverInfo) -> dict[str, str]:
-    """For each program that the solver poses: "ok" if it proves the known optimum, else what it did."""
-    problem, known = load_library(CHECK_BLOCK)
-    found: dict[str, str] = {}
+    """Return "ok" for each program of which the solver proves the optimum, else what it did."""
+    problem, optima = load_library(CHECK_BLOCK)
+    answers: dict[str, str] = {}
     for program in PROGRAMS:
         if not models_for(info.name, program):
             continue
@@ -114,14 +114,14 @@ def _check(info: SolverInfo) -> dict[str, str]:
             problem, program=program, methods=[info.name], time_limit=CHECK_SECONDS, rel_gap=CHECK_GAP
         )
         row = _without_nan(table.to_dict("records")[0])
-        best = known[program]["objective"]
+        best = optima[program]["objective"]
         if row["status"] != "optimal":
-            found[program] = f"{row['status']} {row['note'] or ''}".strip()
+            answers[program] = f"{row['status']} {row['note'] or ''}".strip()
         elif not math.isclose(row["objective"], best, rel_tol=CHECK_GAP):
-            found[program] = f"objective {number(row['objective'])}, the optimum is {number(best)}"
+            answers[program] = f"objective {number(row['objective'])}, the optimum is {number(best)}"
         else:
-            found[program] = "ok"
-    return found
+            answers[program] = "ok"
+    return answers
 
 
 def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -129,26 +129,21 @@ def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _comparison_lines(rows: list[dict[str, Any]]) -> list[str]:
-    headings = ("method", "status", "objective", "excess", "bound", "gap", "seconds", "nodes")
+    shown: dict[str, Callable[[Any], str]] = {
+        "method": str,
+        "status": str,
+        "objective": number,
+        "excess": "{:.1e}".format,
+        "bound": lower,
+        "gap": "{:.1e}".format,
+        "seconds": "{:.2f}".format,
+        "nodes": "{:.0f}".format,
+    }
     cells = [
-        (
-            row["method"],
-            row["status"],
-            number(row["objective"]),
-            _share(row["excess"]),
-            lower(row["bound"]),
-            _share(row["gap"]),
-            MISSING if row["seconds"] is None else f"{row['seconds']:.2f}",
-            MISSING if row["nodes"] is None else str(int(row["nodes"])),
-        )
-        for row in rows
+        [MISSING if row[name] is None else show(row[name]) for name, show in shown.items()] for row in rows
     ]
     reasons = [f"{row['method']}: {row['note']}" for row in rows if row["objective"] is None and row["note"]]
-    return text_table(headings, cells, left=2) + ([""] if reasons else []) + reasons
-
-
-def _share(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1e}"
+    return text_table(list(shown), cells, left=2) + ([""] if reasons else []) + reasons
 
 
 def _solver_lines(infos: list[SolverInfo], checks: Mapping[str, Mapping[str, str]] | None) -> list[str]:
@@ -159,7 +154,7 @@ def _solver_lines(infos: list[SolverInfo], checks: Mapping[str, Mapping[str, str
         row = [info.name, info.version or MISSING, licence, ", ".join(sorted(info.capabilities))]
         if checks is not None:
             answers = checks.get(info.name, {})
-            row.append("; ".join(f"{program} {said}" for program, said in answers.items()) or MISSING)
+            row.append("; ".join(f"{program} {answer}" for program, answer in answers.items()) or MISSING)
         rows.append(row)
     reasons = [f"{info.name}: {info.reason}" for info in infos if info.reason]
     return text_table(headings, rows, left=len(headings)) + ([""] if reasons else []) + reasons

@@ -23,7 +23,7 @@ STATE = "state"
 
 
 def state_directory(out: Path, run_dir: Path | None, resume: bool) -> Path | None:
-    """Where what is found is kept; None for a run that cannot be resumed."""
+    """Return where results are kept; None for a run that cannot be resumed."""
     return out / STATE if resume and run_dir is None else run_dir
 
 
@@ -41,7 +41,7 @@ def require_free(directory: Path, force: bool, resume: bool) -> None:
 
 @contextmanager
 def block_directory(out: Path, state: Path | None, wanted: bool) -> Iterator[Path | None]:
-    """Where the data of blocks go until the run has succeeded; None unless wanted."""
+    """Yield where the data of blocks go until the run has succeeded; None unless wanted."""
     if not wanted:
         yield None
         return

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cbs_opt.report.numbers import MISSING as MISSING
-from cbs_opt.report.record import PruneReport
+
+if TYPE_CHECKING:
+    from cbs_opt.report.record import PruneReport
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
@@ -24,7 +27,6 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
 def comparison_lines(reports: Sequence[PruneReport]) -> list[str]:
     """Return one line a report, under the accuracy of the network before pruning."""
-    # pandas is loaded when the first table is made.
     from cbs_opt.report.tables import COLUMNS, OVERVIEW, results_table
 
     table = results_table(reports, OVERVIEW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -78,6 +79,25 @@ def test_summary_tells_prediction_and_measurement_apart() -> None:
         assert part in text
 
 
+def test_the_kind_of_the_method_decides_whether_its_program_is_named() -> None:
+    joint = replace(made_report("swap_search"), program="joint")
+    assert joint.label == "swap_search (joint) + update"
+    assert (
+        replace(made_report("obs"), program="joint", layer_inputs=1.0).label == "obs (layer inputs) + update"
+    )
+
+
+def test_a_report_shows_itself_in_one_line_and_in_a_notebook() -> None:
+    report = made_report()
+    assert repr(report).startswith("PruneReport(swap_search + update: 282 of 352")
+    assert "\n" not in repr(report)
+    page = replace(report, layers=(replace(report.layers[0], name="<script>"),), method="<b>")._repr_html_()
+    assert "&lt;script&gt;" in page
+    assert "&lt;b&gt;" in page
+    assert "<script>" not in page
+    assert "<b>" not in page
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     report = PruneReport.from_dict(made_report(evaluated=False).to_dict() | {"train_after": None})
     assert report.actual_loss_increase is None
@@ -121,16 +141,11 @@ def test_saving_again_replaces_and_leaves_no_masks_of_another_run(tmp_path: Path
     assert not (tmp_path / MASKS_FILE).exists()
 
 
-def test_a_failed_save_leaves_no_report_that_looks_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_no_report_that_looks_complete(tmp_path: Path) -> None:
     save_report(made_report(), tmp_path)
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("cbs_opt.report.html.write_comparison", fail)
-    with pytest.raises(OSError, match="no space"):
+    (tmp_path / REPORT_HTML).unlink()
+    (tmp_path / REPORT_HTML).mkdir()
+    with pytest.raises(OSError, match="directory"):
         save_report(made_report("magnitude"), tmp_path)
     with pytest.raises(ReportFormatError, match=r"no report\.json"):
         load_report(tmp_path)
@@ -160,6 +175,14 @@ def test_save_refuses_a_file(tmp_path: Path) -> None:
 def test_damaged_reports_are_named_as_such(change: dict[str, object]) -> None:
     with pytest.raises(ReportFormatError):
         PruneReport.from_dict(made_report().to_dict() | change)
+
+
+@pytest.mark.parametrize("version", [1, 99, None])
+def test_a_report_of_another_version_says_what_to_do(version: int | None) -> None:
+    with pytest.raises(ReportFormatError) as caught:
+        PruneReport.from_dict(made_report().to_dict() | {"version": version})
+    assert f"version {version}" in caught.value.found
+    assert "prune again" in caught.value.remedy
 
 
 def test_a_report_that_is_no_json_is_named_as_such(tmp_path: Path) -> None:
