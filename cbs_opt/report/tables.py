@@ -87,37 +87,27 @@ class Table:
 
 
 COLUMNS = {
-    "label": Column(name="Method"),
-    "sparsity": Column(name="Sparsity", show=percent_text),
-    "accuracy": Column(name="Accuracy", show=percent_text),
-    "loss": Column(name="Loss", show=number_text),
-    "predicted_selection_loss": Column(name="Predicted before update", show=number_text),
-    "predicted_loss_increase": Column(name="Predicted loss increase", show=number_text),
-    "actual_loss_increase": Column(name="Measured loss increase", show=number_text),
-    "certified_gap": Column(name="Certified gap", show=gap_text),
-    "locally_optimal": Column(name="1-swap optimal", text=True, show=yes_no),
-    "seconds": Column(name="Time", show=seconds_text),
-    "peak_memory_bytes": Column(name="Peak memory", show=bytes_text),
-    "layer": Column(name="Layer"),
-    "shape": Column(name="Shape", show=lambda shape: shape.replace("x", " x ")),
-    "n": Column(name="Weights", show=count_text),
-    "n_prune": Column(name="Pruned", show=count_text),
-    "n_keep": Column(name="Kept", show=count_text),
-    "block": Column(name="Block"),
-    "initial_loss": Column(name="Loss at start", show=number_text),
-    "selection_loss": Column(name="Selection loss", show=number_text),
-    "updated_loss": Column(name="After update", show=number_text),
-    "objective": Column(name="Objective", show=number_text),
-    "bound": Column(name="Bound", show=partial(bound_text, digits=4)),
-    "gap": Column(name="Gap", show=gap_text),
-    "iterations": Column(name="Steps", show=count_text),
-    "status": Column(name="Status", text=True),
-    "rho": Column(name="rho", show=number_text),
-    "n_per_rank": Column(name="n / effective rank", show=number_text),
-    "n_fixed": Column(name="Fixed", show=count_text),
-    "certificate": Column(name="Certificate", text=True),
-    "certificate_seconds": Column(name="Time", show=seconds_text),
-    "certificate_status": Column(name="Status", text=True),
+    name: Column(name=heading, text=text, show=show)
+    for show, text, headings in (
+        (str, False, {"label": "Method", "layer": "Layer", "block": "Block"}),
+        (str, True, {"status": "Status", "certificate": "Certificate", "certificate_status": "Status"}),
+        (yes_no, True, {"locally_optimal": "1-swap optimal"}),
+        (lambda shape: shape.replace("x", " x "), False, {"shape": "Shape"}),
+        (count_text, False, {"n": "Weights", "n_prune": "Pruned", "n_keep": "Kept", "n_fixed": "Fixed"}),
+        (count_text, False, {"iterations": "Steps"}),
+        (percent_text, False, {"sparsity": "Sparsity", "accuracy": "Accuracy"}),
+        (number_text, False, {"loss": "Loss", "predicted_selection_loss": "Predicted before update"}),
+        (number_text, False, {"predicted_loss_increase": "Predicted loss increase"}),
+        (number_text, False, {"actual_loss_increase": "Measured loss increase"}),
+        (number_text, False, {"initial_loss": "Loss at start", "selection_loss": "Selection loss"}),
+        (number_text, False, {"updated_loss": "After update", "objective": "Objective"}),
+        (number_text, False, {"rho": "rho", "n_per_rank": "n / effective rank"}),
+        (partial(bound_text, digits=4), False, {"bound": "Bound"}),
+        (gap_text, False, {"gap": "Gap", "certified_gap": "Certified gap"}),
+        (seconds_text, False, {"seconds": "Time", "certificate_seconds": "Time"}),
+        (bytes_text, False, {"peak_memory_bytes": "Peak memory"}),
+    )
+    for name, heading in headings.items()
 }
 """Heading and format of every column, by its name in a frame."""
 LAYERS = ("layer", "shape", "n", "n_prune", "n_keep", "sparsity")

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from cbs_opt.certify import certificates as certification
@@ -23,7 +21,6 @@ from cbs_opt.certify.files import CERTIFICATES, block_path, certificate_path
 from cbs_opt.curvature.fisher import fisher_blocks
 from cbs_opt.pruning import prune
 from cbs_opt.report.files import load_report, save_report
-from cbs_opt.report.numbers import bound_text, gap_text
 from cbs_opt.report.parts import MEANING
 from cbs_opt.report.record import PruneReport
 from cbs_opt.report.verification import check_certificates
@@ -290,16 +287,3 @@ def test_a_changed_block_set_or_bound_is_found(tmp_path: Path) -> None:
     assert not certificate_path(directory, 0).exists()
     with pytest.raises(ArgumentError, match="certify=True"):
         list(check_certificates(tmp_path))
-
-
-@given(st.floats(-1e9, 1e9), st.integers(2, 12))
-def test_what_is_printed_of_a_bound_is_a_bound(bound: float, digits: int) -> None:
-    printed = bound_text(bound, digits)
-    assert Fraction(printed) <= Fraction(bound)
-    assert float(printed) == pytest.approx(bound, rel=10.0 ** (1 - digits), abs=1e-300)
-
-
-@given(st.floats(0.0, 10.0))
-def test_what_is_printed_of_a_gap_is_no_smaller(gap: float) -> None:
-    number = gap_text(gap).removeprefix("< ").removesuffix(" %")
-    assert Fraction(number) >= Fraction(gap) * 100 * (1 - Fraction(1, 10**12))
