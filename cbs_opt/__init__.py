@@ -2,19 +2,20 @@
 
 from importlib.metadata import version
 
-from cbs_opt.curvature.fisher import GradientRows, fisher_blocks, gradient_rows
-from cbs_opt.curvature.rows import StoredRows, streamed_rows
+from cbs_opt.curvature.fisher import fisher_blocks, gradient_rows
+from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, MonteCarloFisher, SketchedFisher
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.execution.blocks import solve_blocks
 from cbs_opt.network.batchnorm import recalibrate_batchnorm
 from cbs_opt.network.masks import apply_masks, load_masks, save_masks
 from cbs_opt.network.partition import Partition
-from cbs_opt.plan.prune_plan import PrunePlan
-from cbs_opt.planning import plan
-from cbs_opt.pruning import prune
+from cbs_opt.pruning import plan, prune
 from cbs_opt.report.files import load_report, save_report
 from cbs_opt.report.record import PruneReport
+from cbs_opt.run_size import RunSize
 from cbs_opt.select.methods import available_methods
 from cbs_opt.solving import compare, solve
+from cbs_opt.system.resources import Resources
 from formulations import BlockProblem, BlockSolution, CbsError, Termination, verify
 from formulations.relaxations import lower_bound
 from formulations.solvers import available_solvers
@@ -25,11 +26,15 @@ __all__ = [
     "BlockProblem",
     "BlockSolution",
     "CbsError",
-    "GradientRows",
+    "EmpiricalFisher",
+    "ExactFisher",
+    "MonteCarloFisher",
     "Partition",
-    "PrunePlan",
     "PruneReport",
-    "StoredRows",
+    "Resources",
+    "Rows",
+    "RunSize",
+    "SketchedFisher",
     "Termination",
     "__version__",
     "apply_masks",
@@ -48,6 +53,5 @@ __all__ = [
     "save_report",
     "solve",
     "solve_blocks",
-    "streamed_rows",
     "verify",
 ]

@@ -13,14 +13,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from cbs_opt.budget.counts import checked_sparsity
+from cbs_opt.curvature.kinds import ExactFisher
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import Recipe, Update
+from cbs_opt.recipe.select import OBD, OBS, Magnitude, Select, SwapSearch
 from cbs_opt.report.record import PruneReport
 
 Pair = tuple[Tensor, Tensor]
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
-CURVATURE = "exact_fisher"
-SAMPLES = 100
+CURVATURE = ExactFisher(samples=100)
 TEST_SHARE = 0.25
 BATCH_SIZE = 64
 
@@ -29,20 +31,29 @@ BATCH_SIZE = 64
 class Contender:
     """One way of pruning that the demonstration compares."""
 
-    method: str
-    update: bool
-    program: str = "selection"
-    layer_inputs: float = 0.0
+    recipe: Recipe
     certify: bool = False
 
 
+def _contender(
+    select: Select, *, update: bool = True, layer_inputs: float = 0.0, certify: bool = False
+) -> Contender:
+    recipe = Recipe(
+        curvature=CURVATURE,
+        layer_inputs=layer_inputs,
+        select=select,
+        update=Update() if update else None,
+    )
+    return Contender(recipe=recipe, certify=certify)
+
+
 CONTENDERS = (
-    Contender(method="magnitude", update=False),
-    Contender(method="obd", update=False),
-    Contender(method="obs", update=True),
-    Contender(method="swap_search", update=True),
-    Contender(method="swap_search", update=True, program="joint", certify=True),
-    Contender(method="swap_search", update=True, program="joint", layer_inputs=1.0),
+    _contender(Magnitude(program="selection"), update=False),
+    _contender(OBD(program="selection"), update=False),
+    _contender(OBS(program="selection")),
+    _contender(SwapSearch(program="selection")),
+    _contender(SwapSearch(), certify=True),
+    _contender(SwapSearch(), layer_inputs=1.0),
 )
 """The last one is what `prune` does by default."""
 
@@ -142,13 +153,8 @@ def compare_on_digits(
                 model,
                 train,
                 sparsity=sparsity,
-                method=contender.method,
-                update=contender.update,
-                program=contender.program,
-                layer_inputs=contender.layer_inputs,
+                recipe=contender.recipe,
                 certify=contender.certify,
-                curvature=CURVATURE,
-                samples=SAMPLES,
                 evaluate=test,
                 seed=seed,
                 progress=False,

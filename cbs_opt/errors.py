@@ -61,10 +61,6 @@ class ExecutorError(ArgumentError):
     """An executor cannot take blocks."""
 
 
-class PeerError(ArgumentError):
-    """Another process of a group failed, which ends the collective call here as well."""
-
-
 class RunMismatchError(ArgumentError):
     """A directory holds another run; the message names every difference."""
 
@@ -83,3 +79,7 @@ class RowStoreError(ArgumentError):
 
 class RowMemoryError(ArgumentError):
     """Gradient rows do not fit into the memory that was allowed for them, in any way the run could use."""
+
+
+class RecipeFileError(ArgumentError):
+    """A recipe file is no TOML, of another version, or has a field that does not exist."""

@@ -1,12 +1,12 @@
-"""One run of `prune`: its candidates, the choice among them, and the record of what was done."""
+"""One selection and one update at the trained weights: the networks that recipes give, and the best one."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,266 +14,141 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cbs_opt.budget.counts import allocate
-from cbs_opt.candidates import Candidate, block_summaries, layer_summaries
-from cbs_opt.certify.certificates import ChosenSet, PathLike, certify_blocks
-from cbs_opt.curvature.fisher import GradientRows
+from cbs_opt.curvature.fisher import gradient_rows
+from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
-from cbs_opt.curvature.rows import RowPlace, StoredRows, streamed_rows
+from cbs_opt.curvature.rows import Rows
+from cbs_opt.execution.selector import by_workers
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import OnDemand
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
-from cbs_opt.prune_options import PruneOptions
-from cbs_opt.report.certified import with_certificates
-from cbs_opt.report.record import PruneReport
-from cbs_opt.runs.fingerprint import run_fingerprint
-from cbs_opt.runs.folder import RunStore
-from cbs_opt.runs.progress import LossLedger, RunProgress
+from cbs_opt.recipe.records import Recipe, Request, in_units
+from cbs_opt.recipe.select import Select
+from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.choice import Choice
-from cbs_opt.select.selectors import without_channels
-from cbs_opt.system.memory import process_peak
-from cbs_opt.system.versions import library_versions
+from cbs_opt.select.methods import Method, find_method
+from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from cbs_opt.update.grams import SharedGrams
-from formulations.errors import ArgumentError, ShapeError
+from formulations.errors import ArgumentError
+from formulations.solution import Limits
 
 Sample = list[tuple[Any, Tensor]]
 """Batches of inputs and labels that networks are compared on."""
 UPDATERS = {"cbs": cbs_updates, "independent": independent_updates}
+SEED_STEP = 7919
+"""Between the seeds of two runs of a randomised method."""
+BATCH_SIZE = 512
 
 
-class PruneRun:
-    """One call of `prune` after its arguments were checked."""
+class Clock:
+    """Wall-clock seconds by phase."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        partition: Partition,
-        options: PruneOptions,
-        loss_fn: LossFunction,
-        curvature: GradientRows | StoredRows | None,
-        progress: bool,
-    ) -> None:
-        if curvature is not None and curvature.shape[1] != partition.n:
-            found = f"rows of shape {curvature.shape} for {partition.n} weights"
-            raise ShapeError("curvature", found, "compute them with the same target and ignore")
-        if isinstance(curvature, StoredRows) and curvature.partition.blocks != partition.blocks:
-            raise ShapeError("curvature", "rows on disk in other blocks", "use one partition for both")
-        self.model = model
-        self.partition = partition
-        self.options = options
-        self.loss_fn = loss_fn
-        self.progress = progress
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.weights = partition.flatten(model)
-        self.curvature = self._given = curvature
-        self.grams = SharedGrams(len(partition.blocks))
-        self.sample: Sample | None = None
-        self.row_place = RowPlace()
-        self.done = RunProgress()
-        self._best: Candidate | None = None
-        self._selections = 0
-
-    def draw_sample(self, data: Data | None) -> None:
-        """Take the samples on which networks are compared: the first pass over the data."""
-        options = self.options
-        if data is None:
-            missing = self.curvature is None or self._lacks_term
-            if (options.needs_curvature and missing) or options.candidates > 1:
-                remedy = "pass training data, or use magnitude with update=False"
-                raise ArgumentError("data", f"None, but {options.method} needs it", remedy)
-            return
-        batches = iterate(
-            data,
-            batch_size=512,
-            max_samples=options.choice_samples or options.samples,
-            seed=options.seed,
-            device=device_of(self.model),
-        )
-        self.sample = [(batch.inputs, batch.labels) for batch in batches]
-
-    def fingerprint(self, memory_limit: int, held_out: Data | None) -> dict[str, Any]:
-        """Everything that decides the result."""
-        return run_fingerprint(
-            self.model,
-            self.partition,
-            self.loss_fn,
-            self.options,
-            self.sample or [],
-            memory_limit=memory_limit,
-            curvature=self.curvature,
-            held_out=held_out,
-        )
-
-    def go_on(self, store: RunStore) -> None:
-        """Keep what is found in `store`, and begin with what is there."""
-        self.done = RunProgress(store, self.weights.device)
-
-    def finished(self, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
-        """Weights and report, if the run is finished."""
-        return self.done.finished(self.partition, block_dir)
-
-    def take_curvature(self, data: Data | None, memory_limit: int) -> None:
-        """Take the gradient rows and the layer-input term, as far as they are needed and not given."""
-        options = self.options
-        if data is None:
-            return
-        if options.needs_curvature and self.curvature is None:
-            with self._phase("curvature"):
-                self.curvature = streamed_rows(
-                    self.model,
-                    data,
-                    self.loss_fn,
-                    self.partition,
-                    row_memory=self.row_place.memory,
-                    row_dir=self.row_place.folder,
-                    curvature=options.curvature,
-                    samples=options.samples,
-                    samples_per_row=options.samples_per_row,
-                    memory_limit=memory_limit,
-                    seed=options.seed,
-                    progress=self.progress,
-                    journal=self.done.rows(),
-                )
-        rows = self.curvature
-        if rows is not None and self._lacks_term:
-            with self._phase("layer inputs"):
-                parts, seed = self.partition, options.seed
-                moments = self.done.moments(lambda: input_moments(self.model, data, parts, seed=seed))
-                self.curvature = with_layer_inputs(rows, self.model, data, parts, moments=moments)
-
-    def close(self) -> None:
-        """Give back the disk space of rows that this run took."""
-        if isinstance(self.curvature, StoredRows) and self.curvature is not self._given:
-            self.curvature.close()
-
-    def best_candidate(self) -> Candidate:
-        """Select and update for every restart, damping and step length; the lowest loss wins."""
-        options = self.options
-        unit = self._mean_diagonal() if options.relative_damping and options.needs_curvature else 1.0
-        silent = None if self.progress and options.candidates > 1 else True
-        with tqdm(total=options.candidates, desc="networks", unit="network", disable=silent) as bar:
-            for candidate in self._candidates(unit):
-                if self._best is None or candidate.rank < self._best.rank:
-                    self._best = candidate
-                bar.update()
-        assert self._best is not None
-        return self._best
-
-    @property
-    def _lacks_term(self) -> bool:
-        """Whether a layer-input term is wanted that the curvature does not bring."""
-        wanted = any(self.options.layer_inputs or ())
-        return wanted and (self.curvature is None or self.curvature.channels is None)
-
-    def _candidates(self, unit: float) -> Iterator[Candidate]:
-        options = self.options
-        own = None if self.curvature is None else self.curvature.channels
-        for weight in options.layer_inputs or (0.0 if own is None else own.weight,):
-            counts = self._counts(options.damping[0] * unit, weight)
-            for restart, alternative in itertools.product(range(options.restarts), options.method_options):
-                if options.selection_damping is not None:
-                    selecting = options.selection_damping * unit
-                    choices = self._select(counts, selecting, weight, restart, alternative)
-                    dampings = [damping * unit for damping in options.damping]
-                    yield from self._updated(choices, dampings, weight)
-                    continue
-                for damping in options.damping:
-                    choices = self._select(counts, damping * unit, weight, restart, alternative)
-                    yield from self._updated(choices, [damping * unit], weight)
-
-    def report(self, best: Candidate, data: Data | None) -> PruneReport:
-        """Evaluate the chosen network without writing it, and put everything on record."""
-        options = self.options
-        after = TrialNetwork(self.model, self.partition, best.weights)
-        with self._phase("evaluation"):
-            train_before = self._loss(self.model)
-            train_after = self._loss(after)
-            measured = [
-                None if data is None else evaluate(network, data, self.loss_fn, argument="evaluate")
-                for network in (self.model, after)
-            ]
-        blocks = block_summaries(
-            self._blocks(best.damping, best.layer_inputs, gradient=options.gradient_term),
-            best,
-            modelled=self.curvature is not None,
-            by_rows=options.selects_by_rows,
-        )
-        keep = self.partition.keep_by_parameter(best.keep)
-        selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
-        updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
-        return PruneReport(
-            method=options.method,
-            kind=options.chosen_method.kind,
-            program=options.program,
-            update=options.update is not None,
-            curvature=options.curvature,
-            partition=options.partition,
-            budget=options.budget,
-            requested_sparsity=options.sparsity,
-            n=self.partition.n,
-            n_prune=int((~best.keep).sum()),
-            layers=layer_summaries(self.partition, self.weights, best.weights, keep),
-            blocks=blocks,
-            predicted_selection_loss=sum(selection) if selection else None,
-            predicted_loss_increase=sum(updated) if updated else None,
-            train_before=train_before,
-            train_after=train_after,
-            before=measured[0],
-            after=measured[1],
-            seconds=self.seconds,
-            peak_memory_bytes=process_peak(),
-            samples=0 if self.curvature is None else self.curvature.samples,
-            rows=0 if self.curvature is None else self.curvature.shape[0],
-            damping=best.damping,
-            layer_inputs=best.layer_inputs,
-            update_scale=best.scale if options.update is not None else None,
-            seed=options.seed,
-            masks={name: mask.cpu() for name, mask in keep.items()},
-            settings=options.settings(),
-            versions=library_versions(),
-        )
-
-    def certified(self, report: PruneReport, best: Candidate, block_dir: PathLike | None) -> PruneReport:
-        """The report with a bound and its certificate for every block, for the sets that were chosen."""
-        options = self.options
-        damping, proved = best.damping, [choice.bound for choice in best.choices]
-        layer_inputs = 0.0 if options.selects_by_rows else best.layer_inputs
-        if options.selection_damping is not None:
-            if options.program == "selection":
-                unit = self._mean_diagonal() if options.relative_damping else 1.0
-                damping = options.selection_damping * unit
-            else:
-                # The sets were chosen for another Hessian than the one that the update minimises.
-                proved = [None] * len(proved)
-        with self._phase("certificates"):
-            certified = certify_blocks(
-                self._blocks(damping, layer_inputs, gradient=options.gradient_term),
-                [
-                    ChosenSet(keep=~choice.pruned, proved=bound)
-                    for choice, bound in zip(best.choices, proved, strict=True)
-                ],
-                report.program,
-                method=report.method,
-                time_limit=options.certify_time_limit,
-                block_dir=block_dir,
-                progress=self.progress,
-                path_of=self.done.certificate_path,
-            )
-        return with_certificates(report, certified)
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block of code to a phase."""
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def _blocks(self, damping: float, layer_inputs: float, *, gradient: bool) -> Sequence[FisherBlock]:
-        """The blocks with their model; of rows on disk, each when it is asked for."""
-        slope = self.curvature.gradient if gradient and self.curvature is not None else None
-        term = None if self.curvature is None or not layer_inputs else self.curvature.channels
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What a run works on, after its arguments were checked.
+
+    Attributes
+    ----------
+    weights : (n,) Tensor
+        The trained weights, flat.
+    sample : list of (inputs, labels), optional
+        On which networks are compared; None without data.
+    done : RunProgress
+        What is kept on disk.
+    """
+
+    model: nn.Module
+    partition: Partition
+    weights: Tensor
+    data: Data | None
+    loss_fn: LossFunction
+    request: Request
+    resources: Resources
+    sample: Sample | None
+    progress: bool = True
+    done: RunProgress = field(default_factory=RunProgress)
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The first recipe; all have the same curvature and weights."""
+        return self.request.recipes[0]
+
+    def loss(self, network: nn.Module) -> Evaluation | None:
+        """Evaluate a network on the sample."""
+        return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
+
+    def trial(self, weights: Tensor) -> TrialNetwork:
+        """Return the network with flat `weights` (n,) in the place of its own."""
+        return TrialNetwork(self.model, self.partition, weights)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """One pruned network: its sets, its flat weights in float64, and what it was made with.
+
+    `damping` is what was added to the diagonal. `loss` is the training loss, None where nothing was
+    compared.
+    """
+
+    choices: list[Choice]
+    weights: Tensor
+    keep: Tensor
+    recipe: Recipe
+    damping: float
+    scale: float | None
+    loss: float | None = None
+
+    @property
+    def rank(self) -> float:
+        """What the choice goes by: the training loss, where NaN is worse than anything."""
+        return math.inf if self.loss is None or math.isnan(self.loss) else self.loss
+
+
+class LossModel:
+    """The quadratic model of the loss at the trained weights, block by block.
+
+    Parameters
+    ----------
+    partition : Partition
+    weights : (n,) Tensor
+    rows : Rows, optional
+        Gradient rows, with the layer-input term if there is to be one; None without curvature.
+    """
+
+    def __init__(self, partition: Partition, weights: Tensor, rows: Rows | None) -> None:
+        self.partition = partition
+        self.weights = weights
+        self.rows = rows
+        self._unit: float | None = None
+
+    @property
+    def unit(self) -> float:
+        """Mean diagonal entry of the Fisher matrix, without damping; 1 without curvature."""
+        if self._unit is None:
+            self._unit = 1.0 if self.rows is None else float(self.rows.column_squares().mean())
+        return self._unit
+
+    def blocks(self, damping: float, layer_inputs: float, *, gradient: bool) -> Sequence[FisherBlock]:
+        """Return the blocks with their model; of rows on disk, each when it is asked for."""
+        rows = self.rows
+        slope = rows.gradient if gradient and rows is not None else None
+        term = None if rows is None or not layer_inputs else rows.channels
         term = None if term is None else term.scaled(layer_inputs / term.weight)
 
         def block(number: int) -> FisherBlock:
@@ -285,114 +160,255 @@ class PruneRun:
                 stop=span.stop,
                 weights=weights,
                 rows=weights.new_zeros((0, len(weights)))
-                if self.curvature is None
-                else self.curvature.block(span.start, span.stop),
+                if rows is None
+                else rows.block(span.start, span.stop),
                 gradient=None if slope is None else slope[span.start : span.stop],
                 damping=damping,
                 channels=None if term is None else term.within(span.start, span.stop),
             )
 
         blocks = OnDemand(block, len(self.partition.blocks))
-        return blocks if isinstance(self.curvature, StoredRows) else list(blocks)
+        return blocks if rows is not None and rows.on_disk else list(blocks)
 
-    def _mean_diagonal(self) -> float:
-        """Mean diagonal entry of the Fisher matrix, without damping."""
-        if self.curvature is None:
-            raise ArgumentError("relative_damping", "True without curvature", "use False")
-        return float(self.curvature.column_squares().mean())
 
-    def _counts(self, damping: float, layer_inputs: float) -> list[int]:
-        scores = None
-        if self.options.budget != "uniform" and len(self.partition.blocks) > 1:
-            scoring = self.options.scoring
-            needs_gradient = self.options.gradient_term or scoring.kind == "saliency"
-            blocks = self._blocks(damping, layer_inputs, gradient=needs_gradient)
-            scores = torch.cat([scoring.score(block) for block in blocks])
-        return allocate(self.partition, self.options.sparsity, budget=self.options.budget, scores=scores)
+def select_of(recipe: Recipe) -> Select:
+    """Return how a recipe selects, after its defaults were made concrete."""
+    assert recipe.select is not None
+    return recipe.select
 
-    def _select(
-        self,
-        counts: list[int],
-        damping: float,
-        layer_inputs: float,
-        restart: int,
-        alternative: Mapping[str, Any],
-    ) -> list[Choice]:
-        options = self.options
-        scored = options.chosen_method.kind == "saliency"
-        blocks = self._blocks(damping, layer_inputs, gradient=options.gradient_term or scored)
-        if options.selects_by_rows:
-            blocks = without_channels(blocks)
-        ledger = self.done.selection(self._selections, [block.n for block in blocks])
-        self._selections += 1
-        if ledger.complete:
-            return ledger.choices()
-        engine = options.engine
-        takes = "ledger" in inspect.signature(engine).parameters
-        known = {"ledger": ledger} if takes else {}
-        with self._phase("selection"):
-            choices: list[Choice] = engine(
-                blocks, counts, limits=options.limits(restart), **known, **alternative
+
+def term_of(recipe: Recipe) -> float:
+    """Return the weight of the layer-input term of a recipe, after its defaults were made concrete."""
+    assert recipe.layer_inputs is not None
+    return recipe.layer_inputs
+
+
+def method_of(recipe: Recipe) -> Method:
+    """Return the registered method of a recipe."""
+    return find_method(select_of(recipe).method, select_of(recipe).program)
+
+
+def scoring_of(recipe: Recipe) -> Method:
+    """Return the method whose saliency spends a global budget."""
+    if recipe.weights.budget_score is not None:
+        return find_method(recipe.weights.budget_score, "selection")
+    return method_of(recipe).scoring(select_of(recipe).program)
+
+
+def needs_curvature(request: Request) -> bool:
+    """Whether any recipe needs gradient rows at all."""
+    return request.certify is not None or any(
+        recipe.update is not None or method_of(recipe).needs_curvature or scoring_of(recipe).needs_curvature
+        for recipe in request.recipes
+    )
+
+
+def selects_by_rows(recipe: Recipe) -> bool:
+    """Whether the method leaves the layer-input term out: searches of the selection program do."""
+    return select_of(recipe).program == "selection" and method_of(recipe).kind != "saliency"
+
+
+def choose(
+    recipe: Recipe,
+    blocks: Sequence[FisherBlock],
+    counts: list[int],
+    *,
+    seed: int,
+    resources: Resources,
+    ledger: Any = None,
+) -> list[Choice]:
+    """Select the pruned set of every block by the method of a recipe."""
+    select = select_of(recipe)
+    method = method_of(recipe)
+    limits = Limits(time_limit=select.time_limit, seed=seed)
+    options = {**select.method_options, **({} if ledger is None else {"ledger": ledger})}
+    engine = method.selector(select.program)
+    if engine is None:
+        from cbs_opt.select.selectors import by_solver
+
+        assert method.solver is not None
+        if resources.workers is not None:
+            engine = by_workers(method.solver, method.name, select.program, resources.workers)
+        else:
+            engine = by_solver(method.solver, method.name, select.program)
+    import inspect
+
+    if "ledger" not in inspect.signature(engine).parameters:
+        options.pop("ledger", None)
+    return engine(blocks, counts, limits=limits, **options)
+
+
+def one_shot(task: Task, rows: Rows | None) -> tuple[Candidate, LossModel]:
+    """Try the networks of all recipes; return the one of lowest training loss, and the model it rests on."""
+    model = LossModel(task.partition, task.weights, rows)
+    best: Candidate | None = None
+    total = task.request.candidates
+    silent = None if task.progress and total > 1 else True
+    with tqdm(total=total, desc="networks", unit="network", disable=silent) as bar:
+        for candidate in candidates(task, model):
+            if best is None or candidate.rank < best.rank:
+                best = candidate
+            bar.update()
+    assert best is not None
+    return best, model
+
+
+def take_rows(task: Task) -> Rows | None:
+    """Take the gradient rows and the layer-input term, as far as they are needed and not given."""
+    recipe, request = task.recipe, task.request
+    rows = None if isinstance(recipe.curvature, Fisher) else recipe.curvature
+    if task.data is None:
+        return rows
+    if rows is None and needs_curvature(request):
+        assert isinstance(recipe.curvature, Fisher)
+        with task.clock.phase("curvature"):
+            rows = gradient_rows(
+                task.model,
+                task.data,
+                task.loss_fn,
+                task.partition,
+                curvature=recipe.curvature,
+                resources=task.resources,
+                seed=request.seed,
+                progress=task.progress,
+                journal=task.done.rows(),
             )
-            ledger.close(choices)
-        return choices
+    if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
+        with task.clock.phase("layer inputs"):
+            moments = task.done.moments(
+                lambda: input_moments(task.model, task.data, task.partition, seed=request.seed)
+            )
+            rows = with_layer_inputs(rows, task.model, task.data, task.partition, moments=moments)
+    return rows
 
-    def _updated(
-        self, choices: list[Choice], dampings: list[float], layer_inputs: float
-    ) -> Iterator[Candidate]:
-        """The networks that one selection gives, one a damping and step length.
 
-        Those of a run that goes on are left out where their losses are known and not the lowest so far.
-        """
-        options = self.options
-        sets = [choice.pruned for choice in choices]
-        pruned = torch.cat(sets)
-        before = self.weights.double()
-        scales = options.update_scale if options.update is not None else (1.0,)
-        losses = self.done.losses(self._selections, len(dampings) * len(scales))
-        if options.update is None:
-            removed = torch.where(pruned, 0.0, self.weights)
-            yield self._candidate(choices, removed, dampings[0], 1.0, layer_inputs, losses, 0)
-            return
-        blocks = self._blocks(dampings[0], layer_inputs, gradient=options.gradient_term)
-        lowest = losses.lowest()
-        if self._best is not None and lowest is not None and lowest >= self._best.rank:
-            if options.update == "cbs":
-                self.grams.pass_over(blocks, sets)
-            return
-        with self._phase("update"):
-            found = self.grams.updates(UPDATERS[options.update], blocks, sets, dampings)
-        number = itertools.count()
-        for damping, pieces in zip(dampings, zip(*found, strict=True), strict=True):
-            target = torch.cat(pieces)
-            for scale in scales:
-                moved = torch.where(pruned, 0.0, before + scale * (target - before))
-                yield self._candidate(choices, moved, damping, scale, layer_inputs, losses, next(number))
+def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
+    """Yield the network of every recipe and seed; recipes with the same sets share the selection.
 
-    def _candidate(
-        self,
-        choices: list[Choice],
-        weights: Tensor,
-        damping: float,
-        scale: float,
-        layer_inputs: float,
-        losses: LossLedger,
-        number: int,
-    ) -> Candidate:
-        loss = None
-        if self.options.candidates > 1:
-            with self._phase("choice"):
-                network = TrialNetwork(self.model, self.partition, weights)
-                loss = losses.loss(number, lambda: evaluate(network, self.sample or [], self.loss_fn).loss)
-        return Candidate(
-            choices=choices,
-            weights=weights,
-            keep=~torch.cat([choice.pruned for choice in choices]),
-            damping=damping,
-            scale=scale,
-            loss=loss,
-            layer_inputs=layer_inputs,
+    Gram matrices are shared by all, so the order decides the rounding.
+    """
+    grams = SharedGrams(len(task.partition.blocks))
+    selections = 0
+    for group in grouped(task.request.recipes, _set_key):
+        recipe = group[0]
+        damping = in_units(_selecting(recipe), model.unit)
+        counts = _counts(task, model, recipe, damping)
+        scored = method_of(recipe).kind == "saliency"
+        for attempt in range(select_of(recipe).tries):
+            blocks = model.blocks(
+                damping,
+                0.0 if selects_by_rows(recipe) else term_of(recipe),
+                gradient=recipe.gradient or scored,
+            )
+            ledger = task.done.selection(
+                selections, [block.stop - block.start for block in task.partition.blocks]
+            )
+            selections += 1
+            if ledger.complete:
+                choices = ledger.choices()
+            else:
+                with task.clock.phase("selection"):
+                    choices = choose(
+                        recipe,
+                        blocks,
+                        counts,
+                        seed=task.request.seed + SEED_STEP * attempt,
+                        resources=task.resources,
+                        ledger=ledger,
+                    )
+                    ledger.close(choices)
+            yield from _updated(task, model, group, choices, grams)
+
+
+def grouped(recipes: Iterable[Recipe], key: Callable[[Recipe], object]) -> list[list[Recipe]]:
+    """Return recipes of equal key together, in the order in which keys come first."""
+    groups: list[tuple[object, list[Recipe]]] = []
+    for recipe in recipes:
+        value = key(recipe)
+        members = next((members for other, members in groups if other == value), None)
+        if members is None:
+            groups.append((value, [recipe]))
+        else:
+            members.append(recipe)
+    return [members for _, members in groups]
+
+
+def _selecting(recipe: Recipe) -> Any:
+    """The damping while selecting."""
+    return recipe.damping if recipe.selection_damping is None else recipe.selection_damping
+
+
+def _set_key(recipe: Recipe) -> object:
+    """What decides the pruned sets, among recipes that share curvature and weights."""
+    return recipe.layer_inputs, _selecting(recipe), recipe.select
+
+
+def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> list[int]:
+    """Return how many weights go in every block."""
+    scores = None
+    budget = recipe.weights.budget
+    if budget != "uniform" and len(task.partition.blocks) > 1:
+        scoring = scoring_of(recipe)
+        blocks = model.blocks(
+            damping, term_of(recipe), gradient=recipe.gradient or scoring.kind == "saliency"
         )
+        scores = torch.cat([scoring.score(block) for block in blocks])
+    return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
 
-    def _loss(self, network: nn.Module) -> Evaluation | None:
-        return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
+
+def _updated(
+    task: Task, model: LossModel, group: list[Recipe], choices: list[Choice], grams: SharedGrams
+) -> Iterator[Candidate]:
+    """Yield the networks that one selection gives, one a recipe."""
+    sets = [choice.pruned for choice in choices]
+    pruned = torch.cat(sets)
+    before = task.weights.double()
+    for members in grouped(group, lambda recipe: recipe.update and recipe.update.kind):
+        dampings = list(dict.fromkeys(in_units(recipe.damping, model.unit) for recipe in members))
+        update = members[0].update
+        targets: list[Tensor] = []
+        if update is not None:
+            blocks = model.blocks(dampings[0], term_of(members[0]), gradient=members[0].gradient)
+            with task.clock.phase("update"):
+                moved = grams.updates(UPDATERS[update.kind], blocks, sets, dampings)
+            targets = [torch.cat(pieces) for pieces in zip(*moved, strict=True)]
+        for recipe in members:
+            damping = in_units(recipe.damping, model.unit)
+            if recipe.update is None:
+                weights, scale = torch.where(pruned, 0.0, task.weights), None
+            else:
+                target, scale = targets[dampings.index(damping)], recipe.update.scale
+                weights = torch.where(pruned, 0.0, before + scale * (target - before))
+            loss = None
+            if task.request.candidates > 1:
+                with task.clock.phase("choice"):
+                    loss = evaluate(task.trial(weights), task.sample or [], task.loss_fn).loss
+            yield Candidate(
+                choices=choices,
+                weights=weights,
+                keep=~pruned,
+                recipe=recipe,
+                damping=damping,
+                scale=scale,
+                loss=loss,
+            )
+
+
+def draw_sample(model: nn.Module, data: Data, samples: int, seed: int) -> Sample:
+    """Return the samples on which networks are compared."""
+    batches = iterate(data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model))
+    return [(batch.inputs, batch.labels) for batch in batches]
+
+
+def check_data(request: Request, data: Data | None) -> None:
+    """Raise `ArgumentError` if there are no data where they are needed."""
+    if data is not None:
+        return
+    recipe = request.recipes[0]
+    rows = None if isinstance(recipe.curvature, Fisher) else recipe.curvature
+    lacks_term = any(entry.layer_inputs for entry in request.recipes) and (
+        rows is None or rows.channels is None
+    )
+    if (needs_curvature(request) and (rows is None or lacks_term)) or request.candidates > 1:
+        remedy = "pass training data, or use Magnitude() with update=None"
+        raise ArgumentError("data", f"None, but {select_of(recipe).method} needs it", remedy)

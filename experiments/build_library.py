@@ -21,6 +21,7 @@ import torch
 import typer
 
 from cbs_opt.curvature.fisher import fisher_blocks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.demo import digits_network
 from cbs_opt.hessian.block import FisherBlock
 from formulations import BlockProblem, Limits, verify
@@ -48,8 +49,7 @@ def layer_block(n: int, seed: int = 0) -> FisherBlock:
         loss_fn=torch.nn.functional.cross_entropy,
         target=LAYER,
         partition=n,
-        curvature="empirical_fisher",
-        samples=SAMPLES,
+        curvature=EmpiricalFisher(samples=SAMPLES),
         damping=DAMPING,
         seed=seed,
         progress=False,

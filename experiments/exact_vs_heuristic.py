@@ -32,6 +32,7 @@ from tqdm import tqdm
 from cbs_opt import solve
 from cbs_opt.budget.counts import allocate
 from cbs_opt.curvature.fisher import fisher_blocks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.demo import digits_network
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.partition import Partition
@@ -131,7 +132,7 @@ def row_problems(
         given.train,
         loss_fn=LOSS,
         partition=partition,
-        samples=samples,
+        curvature=EmpiricalFisher(samples=samples),
         damping=damping,
         seed=seed,
         progress=False,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import cbs_opt
+from cbs_opt.curvature.kinds import FISHERS, Fisher
 from cbs_opt.curvature.layer_inputs import with_layer_inputs
 from experiments.networks import Network
 
@@ -29,10 +30,10 @@ class RowCache:
     def __init__(self, data: tuple[Tensor, Tensor], *, progress: bool) -> None:
         self.data = data
         self.progress = progress
-        self._rows: tuple[dict[str, Any], cbs_opt.GradientRows] | None = None
-        self._term: cbs_opt.GradientRows | None = None
+        self._rows: tuple[dict[str, Any], cbs_opt.Rows] | None = None
+        self._term: cbs_opt.Rows | None = None
 
-    def get(self, network: Network, arguments: Mapping[str, Any]) -> cbs_opt.GradientRows:
+    def get(self, network: Network, arguments: Mapping[str, Any]) -> cbs_opt.Rows:
         """What `prune` would compute for `arguments`: the same as the last time, or new.
 
         Two sets of rows are never in memory at once.
@@ -47,8 +48,10 @@ class RowCache:
                 self.data,
                 torch.nn.functional.cross_entropy,
                 partition,
+                curvature=_fisher(arguments),
+                seed=arguments["seed"],
+                gradient=wanted["gradient"],
                 progress=self.progress,
-                **wanted,
             )
             self._rows = (wanted, rows)
         if not arguments.get("layer_inputs"):
@@ -58,3 +61,11 @@ class RowCache:
             # Of weight 1, which `prune` scales.
             self._term = with_layer_inputs(self._rows[1], network.model, self.data, partition, seed=seed)
         return self._term
+
+
+def _fisher(arguments: Mapping[str, Any]) -> Fisher:
+    """The record of the rows that `arguments` of `prune` ask for."""
+    averaged = {} if arguments["samples_per_row"] == 1 else {"per_row": arguments["samples_per_row"]}
+    kind: Any = FISHERS[arguments["curvature"]]
+    record: Fisher = kind(samples=arguments["samples"], **averaged)
+    return record

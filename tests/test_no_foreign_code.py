@@ -48,7 +48,7 @@ FORBIDDEN_MODULES = {
     "commands",
 }
 FORBIDDEN_PREFIXES = ("os.exec", "os.spawn", "os.posix_spawn", "asyncio.create_subprocess_shell")
-MUTATIONS = Path("experiments/benchmarks/file_mutations.py")
+MUTATIONS = Path("tests/stress/file_mutations.py")
 """Makes the pickles that readers must refuse."""
 
 

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cbs_opt import solving
-from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
-from cbs_opt.cli.prune import parse_options
+from cbs_opt.cli.errors import ERROR, INTERRUPTED, reported
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
 from cbs_opt.report.numbers import bound_text
@@ -85,7 +84,7 @@ def solve(
     A limit reached is a result. Ctrl-C ends the solve with the incumbent and the bound so far, which
     are printed and written as usual; the exit code is then 130.
     """
-    with reported(debug, BLOCK_OPTIONS):
+    with reported(debug):
         problem = load_block(block)
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         free = _free_options(option or [])
@@ -125,7 +124,7 @@ def bound(
     fixed, and what makes gaps small: rho (damping over the mean Fisher diagonal) and n over the
     effective rank.
     """
-    with reported(debug, BLOCK_OPTIONS):
+    with reported(debug):
         problem = load_block(block)
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         solution = solving.solve(
@@ -150,7 +149,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write one formulation of a block for another solver."""
-    with reported(debug, BLOCK_OPTIONS):
+    with reported(debug):
         problem = load_block(block)
         warm = None if incumbent is None else instances.read_solution(incumbent, problem)
         written = instances.export_model(problem, model, out, format, incumbent=warm)
@@ -327,3 +326,17 @@ def aligned(lines: Mapping[str, str]) -> list[str]:
 
 def echo_json(value: Any) -> None:
     typer.echo(json.dumps(plain(value), allow_nan=False))
+
+
+def parse_options(pairs: list[str], hint: str = "--option") -> dict[str, Any]:
+    """Return ``NAME=VALUE`` pairs as a dict; a value that is not JSON is a string."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise typer.BadParameter(f"{pair!r}; write NAME=VALUE", param_hint=hint)
+        try:
+            options[name] = json.loads(text)
+        except json.JSONDecodeError:
+            options[name] = text
+    return options

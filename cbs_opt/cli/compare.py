@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cbs_opt import solving
 from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Threads, load_block, lower, number
-from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, INTERRUPTED, reported
+from cbs_opt.cli.errors import ERROR, INTERRUPTED, reported
 from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
 from cbs_opt.system.plain import plain
@@ -55,7 +55,7 @@ def compare(
     By default our own methods and every solver with the model it takes by default. Ctrl-C ends the
     table with the method that it stopped; the exit code is then 130.
     """
-    with reported(debug, BLOCK_OPTIONS):
+    with reported(debug):
         problem = load_block(block)
         if method:
             names = [name.strip() for entry in method for name in entry.split(",") if name.strip()]
@@ -85,7 +85,7 @@ def compare(
 
 def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False) -> None:
     """List the solvers: versions, licences, size limits, what they can take."""
-    with reported(debug, BLOCK_OPTIONS):
+    with reported(debug):
         infos = available_solvers()
         with solver_messages_on_stderr():
             checks = {info.name: _check(info) for info in infos if check and info.available}

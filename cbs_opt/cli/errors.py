@@ -15,7 +15,7 @@ errors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -26,37 +26,37 @@ ERROR = 1
 USAGE = 2
 INTERRUPTED = 130
 
-OPTIONS = {
-    "blocks": "--partition",
-    "budget": "--budget",
-    "certify_time_limit": "--certify-time-limit",
-    "curvature": "--curvature",
+FLAGS = {
+    "curvature.samples": "--samples",
     "damping": "--damping",
-    "executor": "--workers",
-    "final_updates": "--final-updates",
-    "gradient_samples": "--gradient-samples",
-    "ignore": "--ignore",
     "method": "--method",
-    "method_options": "--method-option",
-    "partition": "--partition",
     "program": "--program",
-    "restarts": "--restarts",
-    "row_memory": "--row-memory",
+    "recipe": "--recipe",
     "run_dir": "--resume, --run-dir",
-    "samples": "--samples",
-    "samples_per_row": "--samples-per-row",
-    "schedule": "--schedule",
     "seed": "--seed",
+    "select.method": "--method",
+    "select.program": "--program",
+    "set": "--set",
     "sparsity": "--sparsity",
     "stages": "--stages",
-    "start_sparsity": "--start-sparsity",
-    "target": "--target",
-    "target, ignore": "--target, --ignore",
-    "time_limit": "--time-limit",
-    "update_scale": "--update-scale",
-    "updates_per_stage": "--updates-per-stage",
+    "stages.count": "--stages",
 }
-"""Options of `cbs-opt prune` by the argument of `prune` that they set."""
+"""Options of `cbs-opt prune` that have a name of their own, by the field that they set."""
+FIELDS = (
+    "certify",
+    "choice_samples",
+    "curvature",
+    "gradient",
+    "layer_inputs",
+    "recipe",
+    "resources",
+    "select",
+    "selection_damping",
+    "stages",
+    "update",
+    "weights",
+)
+"""What a dotted name of a field begins with."""
 
 BLOCK_OPTIONS = {
     "fix": "--fix",
@@ -86,14 +86,24 @@ class UserCodeError(CbsError):
     """A file named on the command line could not be run, or gave something else than it should."""
 
 
+def field_option(argument: str) -> str | None:
+    """Return the option of `cbs-opt prune` that sets a field, or None for what no option sets."""
+    if argument in FLAGS:
+        return FLAGS[argument]
+    root = argument.partition(".")[0].partition("[")[0]
+    return f"--set {argument}" if root in FIELDS else None
+
+
 @contextmanager
 def reported(
-    debug: bool, options: Mapping[str, str] = OPTIONS, stopped: str = NOTHING_WRITTEN
+    debug: bool,
+    option_of: Callable[[str], str | None] = BLOCK_OPTIONS.get,
+    stopped: str = NOTHING_WRITTEN,
 ) -> Iterator[None]:
     """Turn exceptions into one line on stderr and an exit code; leave them alone under `debug`.
 
-    An `ArgumentError` about a key of `options` is wrong usage of the option it maps to. `stopped` is what
-    is said after Ctrl-C.
+    An `ArgumentError` about an argument that has an option is wrong usage of that option. `stopped` is
+    what is said after Ctrl-C.
     """
     try:
         yield
@@ -105,9 +115,9 @@ def reported(
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, ArgumentError) and error.argument in options:
-            message = f"{error.found}; {error.remedy}"
-            raise typer.BadParameter(message, param_hint=options[error.argument]) from error
+        option = option_of(error.argument) if isinstance(error, ArgumentError) else None
+        if isinstance(error, ArgumentError) and option is not None:
+            raise typer.BadParameter(f"{error.found}; {error.remedy}", param_hint=option) from error
         known = isinstance(error, CbsError | OSError)
         text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
         typer.echo(f"error: {' '.join(text.split())}", err=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbs_opt.cli.errors import GOES_ON, NOTHING_WRITTEN, reported
-from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
-from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
-from cbs_opt.cli.row_options import DryRun, RowDir, RowMemory, parse_size, state_plan
+from cbs_opt.cli.errors import GOES_ON, NOTHING_WRITTEN, field_option, reported
+
+if TYPE_CHECKING:
+    from cbs_opt.recipe.records import Request
+    from cbs_opt.system.resources import Resources
 
 Model = Annotated[
     str, typer.Option(help="FILE.py:factory; the factory takes no argument and returns a torch.nn.Module.")
@@ -25,81 +26,51 @@ Source = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Directory for the pruned weights, masks and report.")]
-Sparsity = Annotated[float, typer.Option(help="Share of the weights to set to zero, in [0, 1).")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Share of the weights to set to zero, in [0, 1); a recipe file may have it."),
+]
 Weights = Annotated[Path | None, typer.Option(help="safetensors state dict to load into the network.")]
 Evaluate = Annotated[
     str | None, typer.Option(help="Like --data: samples that loss and accuracy are reported on, and no more.")
 ]
 Loss = Annotated[str, typer.Option(help="cross_entropy, mse_loss, or FILE.py:function of (output, y).")]
-Method = Annotated[
-    str | None,
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="fast, balanced, or FILE.toml such as the recipe.toml of a saved run.")
+]
+Fields = Annotated[
+    list[str] | None,
     typer.Option(
-        help="How weights are selected; `cbs-opt methods` lists the names. By default swap_search, and "
-        "greedy_obs in stages."
+        "--set",
+        help="FIELD=VALUE of the recipe, such as curvature.kind=sketched_fisher, layer_inputs=0, "
+        "weights.blocks=layer, select.drops=12, update.scale=0.5, stages.final_updates=2 or "
+        "resources.row_memory=2GB. Repeatable.",
     ),
 ]
-MethodOption = Annotated[
-    list[str] | None, typer.Option(help="NAME=VALUE for the method, VALUE as JSON. Repeatable.")
+Method = Annotated[
+    str | None, typer.Option(help="How weights are selected; `cbs-opt methods` lists the names.")
 ]
 Program = Annotated[
-    str, typer.Option(help="What is minimised: joint, which accounts for the update, or selection.")
+    str | None,
+    typer.Option(help="What is minimised: joint, which accounts for the update, or selection."),
 ]
-Update = Annotated[bool, typer.Option(help="Adjust the kept weights after the selection.")]
-UpdateScale = Annotated[
-    list[float] | None,
-    typer.Option(help="Step length of the update, 1 by default. Repeatable: the best by training loss."),
-]
-Curvature = Annotated[
-    str, typer.Option(help="empirical_fisher, exact_fisher, monte_carlo_fisher or sketched_fisher.")
-]
-Samples = Annotated[int, typer.Option(help="Samples that the curvature is taken from.")]
-SamplesPerRow = Annotated[int, typer.Option(help="Samples averaged in one gradient row.")]
+Samples = Annotated[int | None, typer.Option(help="Samples that the curvature is taken from.")]
 Damping = Annotated[
-    list[float] | None,
-    typer.Option(
-        help="Added to the diagonal of the Fisher matrix; by default a tenth of the mean of that diagonal. "
-        "Repeatable: the best by training loss."
-    ),
+    float | None,
+    typer.Option(help="Added to the diagonal, in units of the mean diagonal of the Fisher matrix."),
 ]
-RelativeDamping = Annotated[
-    bool, typer.Option("--relative-damping", help="Damping in units of the mean Fisher diagonal.")
+Stages = Annotated[
+    int | None, typer.Option(help="Prune little by little, with fresh curvature at every stage.")
 ]
-LayerInputs = Annotated[
-    list[float] | None,
-    typer.Option(
-        help="Weight of the layer-input term of the curvature, 1 by default; 0 is without. Repeatable: the "
-        "best by training loss."
-    ),
-]
-GradientTerm = Annotated[
-    bool, typer.Option("--gradient-term", help="Keep the gradient in the model while selecting.")
-]
-Stages = Annotated[int, typer.Option(help="Prune little by little, with fresh curvature at every stage.")]
-Schedule = Annotated[
-    str,
-    typer.Option(
-        help="How sparsity grows over stages: geometric, polynomial or linear, or one sparsity a stage, "
-        "such as 0.5,0.8,0.9."
-    ),
-]
-StartSparsity = Annotated[float | None, typer.Option(help="Sparsity of the first stage.")]
-UpdatesPerStage = Annotated[int | None, typer.Option(help="Updates of every stage; 2 by default.")]
-FinalUpdates = Annotated[int | None, typer.Option(help="Updates after the last stage; 4 by default.")]
-GradientSamples = Annotated[int | None, typer.Option(help="Samples of the gradient of every update.")]
 Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Keep what is found in OUT/state, as it is found: the same command goes on where it was stopped "
-        "or killed, and ends with the same weights.",
+        help="Keep what was computed in OUT/state: the same command goes on where it was stopped or "
+        "killed, and ends with the same weights.",
     ),
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Keep it there instead, for example on a faster disk.")]
-Workers = Annotated[
-    int | None, typer.Option(help="Processes that solve blocks, for methods that take one at a time.")
-]
-Restarts = Annotated[int, typer.Option(help="Runs of a randomised method; the best by training loss.")]
-TimeLimit = Annotated[float | None, typer.Option(help="Seconds for each run of the method.")]
 Certify = Annotated[
     bool,
     typer.Option(
@@ -107,7 +78,6 @@ Certify = Annotated[
         help="Bound every block from below and report how far from optimal the chosen set can be.",
     ),
 ]
-CertifyTimeLimit = Annotated[float | None, typer.Option(help="Seconds for all certificates together.")]
 SaveBlocks = Annotated[
     bool,
     typer.Option(
@@ -116,14 +86,10 @@ SaveBlocks = Annotated[
         "so that `cbs-opt verify OUT` can check the certificates.",
     ),
 ]
-Partition = Annotated[str, typer.Option(help="Blocks: global, layer, row, or a number of weights.")]
-Budget = Annotated[
-    list[str] | None,
-    typer.Option(help="global, uniform, or GLOB=SPARSITY of parameter names (repeatable)."),
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="State sizes, disk space and peak memory, and stop there.")
 ]
-Target = Annotated[list[str] | None, typer.Option(help="Glob of parameter names to prune. Repeatable.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Glob of parameter names to leave. Repeatable.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice; 0 by default.")]
 Device = Annotated[str, typer.Option(help="Where the network runs, such as cpu or cuda.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into --out even if it is not empty.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
@@ -133,143 +99,119 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def run(
     model: Model,
     data: Source,
-    sparsity: Sparsity,
     out: Out,
+    sparsity: Sparsity = None,
     weights: Weights = None,
     evaluate: Evaluate = None,
     loss: Loss = "cross_entropy",
+    recipe: RecipeName = "balanced",
+    fields: Fields = None,
     method: Method = None,
-    method_option: MethodOption = None,
-    program: Program = "joint",
-    update: Update = True,
-    update_scale: UpdateScale = None,
-    curvature: Curvature = "empirical_fisher",
-    samples: Samples = 1000,
-    samples_per_row: SamplesPerRow = 1,
+    program: Program = None,
+    samples: Samples = None,
     damping: Damping = None,
-    relative_damping: RelativeDamping = False,
-    layer_inputs: LayerInputs = None,
-    gradient_term: GradientTerm = False,
-    partition: Partition = "global",
-    budget: Budget = None,
-    target: Target = None,
-    ignore: Ignore = None,
-    stages: Stages = 1,
-    schedule: Schedule = "geometric",
-    start_sparsity: StartSparsity = None,
-    updates_per_stage: UpdatesPerStage = None,
-    final_updates: FinalUpdates = None,
-    gradient_samples: GradientSamples = None,
+    stages: Stages = None,
+    certify: Certify = False,
+    save_blocks: SaveBlocks = False,
     resume: Resume = False,
     run_dir: RunDir = None,
-    workers: Workers = None,
-    row_memory: RowMemory = None,
-    row_dir: RowDir = None,
     dry_run: DryRun = False,
-    restarts: Restarts = 1,
-    time_limit: TimeLimit = None,
-    certify: Certify = False,
-    certify_time_limit: CertifyTimeLimit = None,
-    save_blocks: SaveBlocks = False,
-    seed: Seed = 0,
+    seed: Seed = None,
     device: Device = "cpu",
     force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a network and write weights.safetensors, masks.safetensors and a report.
+    """Prune a network and write weights.safetensors, masks.safetensors, recipe.toml and a report.
 
     The network is put in evaluation mode. The files are code that runs: name only those you trust.
     """
     goes_on = resume or run_dir is not None
-    with reported(debug, stopped=GOES_ON if goes_on else NOTHING_WRITTEN):
-        from cbs_opt.pruning import prune
+    with reported(debug, field_option, stopped=GOES_ON if goes_on else NOTHING_WRITTEN):
+        from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
+        from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
+        from cbs_opt.pruning import plan, prune
+        from cbs_opt.recipe.records import Certify as CertifyRecord
 
+        flags = {
+            "select.method": method,
+            "select.program": program,
+            "curvature.samples": samples,
+            "damping": damping,
+            "stages.count": stages,
+        }
+        typed = [f"{name}={value}" for name, value in flags.items() if value is not None]
+        request, resources = requested(recipe, sparsity, seed, typed + (fields or []))
         require_free(out, force, resume)
         state = state_directory(out, run_dir, resume)
-        if save_blocks and not certify:
+        if save_blocks and not (certify or request.certify):
             raise typer.BadParameter("it needs --certify", param_hint="--save-blocks")
         network = load_network(model, weights, device)
         dtype = dtype_of(network)
+        if dry_run:
+            size = plan(
+                network,
+                load_data(data, "--data", dtype),
+                sparsity=request.sparsity,
+                recipe=request.recipes,
+                stages=request.stages,
+                resources=resources,
+            )
+            typer.echo(json.dumps(size.to_dict(), allow_nan=False) if as_json else size.summary())
+            raise typer.Exit
         with block_directory(out, state, save_blocks) as block_dir:
+            record = request.certify or (CertifyRecord() if certify else None)
             report = prune(
                 network,
                 load_data(data, "--data", dtype),
-                sparsity=sparsity,
+                sparsity=request.sparsity,
+                recipe=request.recipes,
                 loss_fn=load_loss(loss),
-                program=program,
-                method=method,
-                method_options=parse_options(method_option or []) or None,
-                update=update,
-                update_scale=update_scale or 1.0,
-                curvature=curvature,
-                samples=samples,
-                samples_per_row=samples_per_row,
-                damping=damping or None,
-                relative_damping=relative_damping,
-                layer_inputs=layer_inputs or None,
-                gradient_term=gradient_term,
-                partition=int(partition) if partition.isdecimal() else partition,
-                budget=parse_budget(budget or ["global"]),
-                target=target or None,
-                ignore=tuple(ignore or ()),
+                stages=request.stages,
+                certify=False if record is None else replace(record, block_dir=block_dir),
                 evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
-                stages=stages,
-                schedule=parse_schedule(schedule),
-                start_sparsity=start_sparsity,
-                updates_per_stage=updates_per_stage,
-                final_updates=final_updates,
-                gradient_samples=gradient_samples,
+                resources=resources,
                 run_dir=state,
-                executor=workers,
-                row_memory=parse_size(row_memory, "--row-memory"),
-                row_dir=row_dir,
-                on_plan=partial(state_plan, dry_run=dry_run, wanted=row_memory is not None, as_json=as_json),
-                restarts=restarts,
-                time_limit=time_limit,
-                certify=certify,
-                certify_time_limit=certify_time_limit,
-                block_dir=block_dir,
-                seed=seed,
+                seed=request.seed,
             )
             write_outputs(network, report, out, block_dir)
         typer.echo(json.dumps(report.to_dict(), allow_nan=False) if as_json else report.summary())
         typer.echo(f"written to {out}", err=True)
 
 
-def parse_options(pairs: list[str], hint: str = "--method-option") -> dict[str, Any]:
-    """``NAME=VALUE`` pairs as a dict; a value that is not JSON is a string."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator or not name:
-            raise typer.BadParameter(f"{pair!r}; write NAME=VALUE", param_hint=hint)
+def requested(
+    recipe: str, sparsity: float | None, seed: int | None, assignments: list[str]
+) -> tuple[Request, Resources]:
+    """Return what the options ask for: a recipe, and the fields that were set over it."""
+    from cbs_opt.recipe.files import load_request, with_fields
+    from cbs_opt.recipe.named import recipe_by_name
+    from cbs_opt.recipe.records import Request
+
+    if recipe.endswith(".toml"):
+        request = load_request(recipe, sparsity=sparsity)
+    elif sparsity is None:
+        raise typer.BadParameter("give one, or a recipe file that has one", param_hint="--sparsity")
+    else:
+        request = Request(sparsity=sparsity, recipes=(recipe_by_name(recipe),))
+    ours = [entry for entry in assignments if not entry.startswith("resources.")]
+    request = with_fields(request, ours)
+    request = request if seed is None else replace(request, seed=seed)
+    return request, resources_of([entry for entry in assignments if entry not in ours])
+
+
+def resources_of(assignments: list[str]) -> Resources:
+    """Return the resources that ``resources.FIELD=VALUE`` set; sizes may have units, such as 2GB."""
+    from cbs_opt.system.resources import Resources
+    from cbs_opt.system.sizes import parsed
+
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, _, text = assignment.removeprefix("resources.").partition("=")
+        if name not in Resources.__dataclass_fields__:
+            known = ", ".join(Resources.__dataclass_fields__)
+            raise typer.BadParameter(f"no field {name!r}; choose among {known}", param_hint="--set resources")
         try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = text
-    return options
-
-
-def parse_schedule(text: str) -> str | list[float]:
-    """The name of a schedule, or sparsities separated by commas."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        return text
-
-
-def parse_budget(entries: list[str]) -> str | dict[str, float]:
-    """The name of a rule, or sparsities by glob."""
-    if len(entries) == 1 and "=" not in entries[0]:
-        return entries[0]
-    budget: dict[str, float] = {}
-    for entry in entries:
-        glob, _, text = entry.rpartition("=")
-        try:
-            budget[glob] = float(text)
+            values[name] = text if name == "row_dir" else parsed(text)
         except ValueError as error:
-            raise typer.BadParameter(f"{entry!r}; write GLOB=SPARSITY", param_hint="--budget") from error
-        if not glob:
-            raise typer.BadParameter(f"{entry!r}; write GLOB=SPARSITY", param_hint="--budget")
-    return budget
+            raise typer.BadParameter(str(error), param_hint=f"--set resources.{name}") from error
+    return Resources(**values)

@@ -57,7 +57,7 @@ def run(
     the runs that have no row. `cbs-opt report` shows the results, also those of a study that is
     still running.
     """
-    with reported(debug, OPTIONS):
+    with reported(debug):
         described = read_study(study)
         if dry_run:
             plan = expand(described)

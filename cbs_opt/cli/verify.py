@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 from cbs_opt.cli.blocks import AsJson, Debug, aligned, echo_json, load_block, lower, number, yes_no
-from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, reported
+from cbs_opt.cli.errors import ERROR, reported
 from cbs_opt.cli.tables import MISSING, text_table
 from formulations import instances
 from formulations.loss import Verification
@@ -37,7 +37,7 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
     Everything is computed anew in float64 from the data of the blocks; the run that wrote the
     solution is not trusted.
     """
-    with reported(debug, BLOCK_OPTIONS):
+    with reported(debug):
         if Path(block).is_dir():
             if solution is not None:
                 raise typer.BadParameter("a directory has its own", param_hint="SOLUTION")

@@ -5,227 +5,187 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cbs_opt.curvature.disk import RowsInMemory, RowTarget
+from cbs_opt.curvature.disk import RowTarget
 from cbs_opt.curvature.gradients import Gradients, NetworkFunction, probe, require_classifier, sampled_labels
+from cbs_opt.curvature.journal import Journal, NoJournal
+from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, Fisher, SketchedFisher
 from cbs_opt.errors import NonFiniteGradientError
-from cbs_opt.network.data import Batch, LossFunction, check_labels, device_of, positive_integer
+from cbs_opt.network.data import Batch, check_labels
 from cbs_opt.network.partition import Partition
-from cbs_opt.runs.rows import RowJournal
-from formulations.errors import ArgumentError, ShapeError
+from formulations.errors import ShapeError
 
-CURVATURES = ("empirical_fisher", "exact_fisher", "monte_carlo_fisher", "sketched_fisher")
+log = logging.getLogger(__name__)
 
 TargetOf = Callable[[int, int, torch.dtype, torch.device], RowTarget]
 """Where rows go, from their number at most, their width, dtype and device."""
 
-log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """Options of `gradient_rows`, checked; see there."""
-
-    curvature: str
-    samples: int
-    samples_per_row: int
-    memory_limit: int
-    rows_dtype: torch.dtype | None
-    vectorize: bool
-    gradient: bool = True
-
-    def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
-            raise ArgumentError("curvature", f"{self.curvature!r}", f"use one of {', '.join(CURVATURES)}")
-        positive_integer("samples", self.samples)
-        positive_integer("samples_per_row", self.samples_per_row)
-        positive_integer("memory_limit", self.memory_limit)
-        if self.samples_per_row > self.samples:
-            found = f"{self.samples_per_row} of {self.samples} samples"
-            raise ArgumentError("samples_per_row", found, "average at most all samples into a row")
-        if self.rows_dtype is not None and not self.rows_dtype.is_floating_point:
-            raise ArgumentError("rows_dtype", f"{self.rows_dtype}", "use a floating-point dtype")
-        if self.exact and self.samples_per_row > 1:
-            found = f"{self.samples_per_row} with the exact Fisher"
-            raise ArgumentError("samples_per_row", found, "use 1: its rows are one a class, not averages")
-        if self.exact and not self.vectorize:
-            raise ArgumentError("vectorize", "False with the exact Fisher", "use another curvature")
-
-    @property
-    def exact(self) -> bool:
-        return self.curvature == "exact_fisher"
-
-    @property
-    def sketched(self) -> bool:
-        return self.curvature == "sketched_fisher"
-
-    @property
-    def at_own_labels(self) -> bool:
-        """Whether the mean of the rows is the gradient of the loss."""
-        return self.curvature == "empirical_fisher"
-
-
+@dataclass(kw_only=True, eq=False)
 class RowBuilder:
     """Computes rows batch by batch and puts them into `target`, which `target_of` makes at the first one.
 
-    `samples` counts those used so far. With `share` they are those of a part of a longer run of
-    ``options.samples``, and the random draws are the ones which that run makes for them. With `journal`
-    the rows that it has are taken from it, and the others are put there as they are made.
+    Parameters
+    ----------
+    function : NetworkFunction
+    partition : Partition
+        The n weights.
+    curvature : Fisher
+    seed : int
+        Of labels and signs that are drawn.
+    chunk_memory : int
+        Bytes for temporaries.
+    target_of : callable
+    keep : (n,) bool Tensor, optional
+        Columns to compute; by default all.
+    gradient : bool, default True
+        Take the mean gradient too where the rows do not give it.
+    journal : Journal
+        Where rows come from that were made before, and where the others are put.
+
+    Attributes
+    ----------
+    samples : int
+        Samples used so far.
+    target : RowTarget
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction,
-        partition: Partition,
-        options: RowOptions,
-        seed: int,
-        *,
-        weights: Tensor | None = None,
-        keep: Tensor | None = None,
-        share: range | None = None,
-        journal: RowJournal | None = None,
-        target_of: TargetOf = RowsInMemory,
-    ) -> None:
-        self.samples = 0
-        self._journal = journal
-        self._target_of = target_of
-        share = range(options.samples) if share is None else share
-        self._wanted, self._before = len(share), share.start
-        self._model = model
-        self._function = NetworkFunction(model, partition, loss_fn, weights)
-        self._partition = partition
-        self._options = options
-        self._columns = _columns_by_parameter(partition, keep)
-        self._generator = torch.Generator().manual_seed(seed)
+    function: NetworkFunction
+    partition: Partition
+    curvature: Fisher
+    seed: int
+    chunk_memory: int
+    target_of: TargetOf
+    keep: Tensor | None = None
+    gradient: bool = True
+    journal: Journal = field(default_factory=NoJournal)
+    samples: int = field(init=False, default=0)
+    target: RowTarget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._exact = isinstance(self.curvature, ExactFisher)
+        self._sketched = isinstance(self.curvature, SketchedFisher)
+        self._at_own_labels = isinstance(self.curvature, EmpiricalFisher)
+        self._one_by_one = self._sketched or self.curvature.per_row > 1 or not self.curvature.vectorize
+        self._columns = _columns_by_parameter(self.partition, self.keep)
+        self._generator = torch.Generator().manual_seed(self.seed)
         # One number a sample, drawn at once, so that labels do not depend on the chunk size.
-        uniforms = torch.rand(options.samples, dtype=torch.float64, generator=self._generator)
-        self._uniforms = uniforms[share.start : share.stop]
+        self._uniforms = torch.rand(self.curvature.samples, dtype=torch.float64, generator=self._generator)
 
     def consume(self, batch: Batch) -> None:
         """Append the rows of `batch`: one group of samples, or any number of single ones."""
-        options = self._options
         if self.samples == 0:
             self._prepare(batch)
-        elif batch.size < options.samples_per_row:
+        elif batch.size < self.curvature.per_row:
             return
         if self._classes is not None:
             check_labels(batch.labels, self._classes)
         for part in _parts(batch, self._part_size):
-            known = self._journal is not None and self._journal.seen(part, self.samples)
-            signs = self._signs(part.size) if options.sketched else None
-            if not known:
+            stored = self.journal.seen(part, self.samples)
+            signs = self._signs(part.size) if self._sketched else None
+            if not stored:
                 self._append(part, signs)
             self.samples += part.size
-            if not known and self._journal is not None:
-                self._journal.save(self._gradient, self.samples)
+            if not stored:
+                self.journal.save(self._gradient, self.samples)
 
     def finish(self) -> Tensor:
-        """Scale the rows in their target; the mean gradient, (n,)."""
-        options = self._options
-        if self.samples < self._wanted - self._wanted % options.samples_per_row:
-            log.warning("data: %d samples used where %d were asked for", self.samples, self._wanted)
-        if self._journal is not None:
-            self._journal.save(self._gradient, self.samples, done=True)
-        factor = 1.0 / math.sqrt(self.samples if options.exact else self.target.filled)
-        average = self.target.scale(factor, mean=options.at_own_labels)
+        """Scale the rows in their target; return the mean gradient, (n,)."""
+        wanted = self.curvature.samples
+        if self.samples < wanted - wanted % self.curvature.per_row:
+            log.warning("data: %d samples used where %d were asked for", self.samples, wanted)
+        self.journal.save(self._gradient, self.samples, done=True)
+        factor = 1.0 / math.sqrt(self.samples if self._exact else self.target.filled)
+        average = self.target.scale(factor, mean=self._at_own_labels)
         return self._gradient / self.samples if average is None else self._widened(average)
 
     def _prepare(self, batch: Batch) -> None:
         """Learn from one sample how many rows there will be and how many fit in memory."""
-        options, n = self._options, self._partition.n
-        self._classes, saved = probe(self._function, batch.take(slice(1)))
-        self._rows_function = self._function
-        capacity = self._wanted // options.samples_per_row
-        if not options.at_own_labels:
-            classes = require_classifier(self._classes, options.curvature)
-            capacity *= classes if options.exact else 1
-            if options.sketched:
-                # The signs of the samples that come before this share.
-                torch.randint(0, 2, (self._before, classes), generator=self._generator)
-            self._rows_function = self._function.with_loss(cross_entropy)
-        tensors = self._function.parameters.values()
-        dtype = options.rows_dtype or reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+        n = self.partition.n
+        self._classes, saved = probe(self.function, batch.take(slice(1)))
+        self._rows_function = self.function
+        capacity = self.curvature.samples // self.curvature.per_row
+        if not self._at_own_labels:
+            classes = require_classifier(self._classes, self.curvature.kind)
+            capacity *= classes if self._exact else 1
+            self._rows_function = self.function.with_loss(cross_entropy)
+        tensors = self.function.parameters.values()
+        dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
         width = n if self._columns is None else sum(index.numel() for index in self._columns.values())
-        device = device_of(self._model)
-        self.target = self._target_of(capacity, width, dtype, device)
-        self._gradient = torch.zeros(n, dtype=dtype, device=device)
+        self.target = self.target_of(capacity, width, dtype, self.function.device)
+        self._gradient = torch.zeros(n, dtype=dtype, device=self.function.device)
         gradient_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self._chunk, self._group = chunk_sizes(options.memory_limit, gradient_bytes, saved)
-        if self._journal is not None:
-            for rows in self._journal.restore(self._gradient):
-                self._put([rows])
+        self._chunk, self._group = chunk_sizes(self.chunk_memory, gradient_bytes, saved)
+        for rows in self.journal.restore(self._gradient):
+            self._put([rows], kept=True)
 
     @property
     def _part_size(self) -> int:
         """Samples whose rows are made at once."""
-        options = self._options
-        if options.exact:
-            return max(1, self._chunk // require_classifier(self._classes, options.curvature))
-        averaged = options.sketched or options.samples_per_row > 1 or not options.vectorize
-        return options.samples_per_row if averaged else self._chunk
+        if self._exact:
+            return max(1, self._chunk // require_classifier(self._classes, self.curvature.kind))
+        return self.curvature.per_row if self._one_by_one else self._chunk
 
     def _append(self, part: Batch, signs: Tensor | None) -> None:
         """Write the rows of one part: a group of samples for one row, or some single ones."""
-        options = self._options
-        if options.exact:
+        if self._exact:
             self._append_classes(part)
         elif signs is not None:
-            self._write(self._function.sketched_gradient(part, signs, self._group), 1)
+            self._write(self.function.sketched_gradient(part, signs, self._group), 1)
             self._add_gradient(part)
-        elif options.samples_per_row > 1 or not options.vectorize:
+        elif self._one_by_one:
             self._write(self._rows_function.mean_gradient(self._at_row_labels(part), self._group), 1)
         else:
             self._write(self._rows_function.sample_gradients(self._at_row_labels(part)), part.size)
 
     def _at_row_labels(self, batch: Batch) -> Batch:
-        if self._options.curvature != "monte_carlo_fisher":
+        if self._at_own_labels:
             return batch
         self._add_gradient(batch)
         uniforms = self._uniforms[self.samples : self.samples + batch.size]
         pairs = zip(_parts(batch, self._group), torch.split(uniforms, self._group), strict=True)
-        labels = torch.cat([sampled_labels(self._function, part, draws) for part, draws in pairs])
+        labels = torch.cat([sampled_labels(self.function, part, draws) for part, draws in pairs])
         return Batch(inputs=batch.inputs, labels=labels)
 
     def _append_classes(self, part: Batch) -> None:
         """All classes of some samples, or of one sample some classes at a time."""
-        classes = require_classifier(self._classes, self._options.curvature)
+        classes = require_classifier(self._classes, self.curvature.kind)
         for first in range(0, classes, self._chunk):
             chosen = range(first, min(first + self._chunk, classes))
-            gradients = self._function.class_gradients(part, slice(chosen.start, chosen.stop))
+            gradients = self.function.class_gradients(part, slice(chosen.start, chosen.stop))
             self._write(gradients, part.size * len(chosen))
         self._add_gradient(part)
 
     def _signs(self, samples: int) -> Tensor:
         """The random signs of a row of the sketched Fisher, (samples, C)."""
-        classes = require_classifier(self._classes, self._options.curvature)
+        classes = require_classifier(self._classes, self.curvature.kind)
         signs = 2 * torch.randint(0, 2, (samples, classes), generator=self._generator) - 1
         return signs.to(self._gradient.device)
 
     def _add_gradient(self, batch: Batch) -> None:
-        if not self._options.gradient:
+        if not self.gradient:
             return
-        found = self._function.mean_gradient(batch, self._group)
-        for name, total in self._partition.split(self._gradient).items():
-            total.add_(found[name].to(total.device), alpha=batch.size)
+        mean = self.function.mean_gradient(batch, self._group)
+        for name, total in self.partition.split(self._gradient).items():
+            total.add_(mean[name].to(total.device), alpha=batch.size)
 
     def _write(self, gradients: Gradients, count: int) -> None:
         """Put `count` rows in place, each the gradients of all parameters side by side."""
         pieces = []
-        for span in self._partition.parameters:
+        for span in self.partition.parameters:
             values = gradients[span.name].reshape(count, -1)
             pieces.append(
                 values if self._columns is None else values.index_select(1, self._columns[span.name])
             )
-        self._put(pieces, self._journal)
+        self._put(pieces)
 
-    def _put(self, pieces: Sequence[Tensor], journal: RowJournal | None = None) -> None:
+    def _put(self, pieces: Sequence[Tensor], *, kept: bool = False) -> None:
         """Hand rows to the target, given as some of their columns after the other."""
         done, count = 0, len(pieces[0])
         while done < count:
@@ -237,8 +197,8 @@ class RowBuilder:
             # A sum is finite only if every entry is; an overflow of the sum alone is told apart below.
             if not bool(torch.isfinite(rows.sum())):
                 self._check_finite(rows)
-            if journal is not None:
-                journal.take(rows)
+            if not kept:
+                self.journal.take(rows)
             self.target.commit(len(rows))
             done += len(rows)
 
@@ -257,9 +217,9 @@ class RowBuilder:
         """Values of the columns that were kept as (n,), zero elsewhere."""
         if self._columns is None:
             return values
-        wide = values.new_zeros(self._partition.n)
+        wide = values.new_zeros(self.partition.n)
         sizes = [index.numel() for index in self._columns.values()]
-        targets = self._partition.split(wide).values()
+        targets = self.partition.split(wide).values()
         pieces = torch.split(values, sizes)
         for target, index, piece in zip(targets, self._columns.values(), pieces, strict=True):
             target.view(-1)[index] = piece
@@ -267,7 +227,7 @@ class RowBuilder:
 
     def _names_where(self, bad: Tensor) -> list[str]:
         """Parameters with a column of the rows that is `bad`."""
-        spans = self._partition.parameters
+        spans = self.partition.parameters
         sizes = [
             span.stop - span.start if self._columns is None else self._columns[span.name].numel()
             for span in spans
@@ -276,12 +236,12 @@ class RowBuilder:
         return [span.name for span, piece in zip(spans, pieces, strict=True) if bool(piece.any())]
 
 
-def chunk_sizes(memory_limit: int, gradient_bytes: int, saved: int) -> tuple[int, int]:
+def chunk_sizes(chunk_memory: int, gradient_bytes: int, saved: int) -> tuple[int, int]:
     """Samples that are differentiated at once: each on its own, and added up."""
     # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the factors cover
     # what was measured on convolutional networks.
-    alone = max(1, memory_limit // (2 * gradient_bytes + 5 * saved))
-    return alone, max(1, memory_limit // (3 * max(saved, 1)))
+    alone = max(1, chunk_memory // (2 * gradient_bytes + 5 * saved))
+    return alone, max(1, chunk_memory // (3 * max(saved, 1)))
 
 
 def _columns_by_parameter(partition: Partition, keep: Tensor | None) -> dict[str, Tensor] | None:

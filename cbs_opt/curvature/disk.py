@@ -10,13 +10,14 @@ import mmap
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cbs_opt.errors import RowStoreError
+from cbs_opt.errors import RowMemoryError, RowStoreError
 from cbs_opt.network.partition import Partition
 from cbs_opt.system.sizes import readable
 
@@ -26,33 +27,39 @@ LARGE_BLOCK = 1 << 20
 
 
 class RowTarget(Protocol):
-    """Takes gradient rows in the order in which they are computed."""
+    """Takes gradient rows in the order in which they are computed, then hands out their blocks."""
 
     filled: int
 
     def space(self, count: int) -> Tensor:
-        """Room for the next rows, at most `count` and at least one: a (rows, width) tensor to fill."""
+        """Return a (rows, width) tensor to fill with the next rows, at most `count` and at least one."""
 
     def commit(self, count: int) -> None:
-        """The first `count` rows of `space` are filled."""
+        """Take over the first `count` rows of `space`."""
 
     def scale(self, factor: float, *, mean: bool) -> Tensor | None:
-        """No row comes any more: multiply all by `factor`; if `mean`, return their mean before that."""
+        """Multiply all rows by `factor`, as no row comes any more; if `mean`, return their mean before."""
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return the rows of the weights ``start:stop``."""
+
+    def close(self) -> None:
+        """Give back what the rows take on disk."""
 
 
+@dataclass(eq=False)
 class RowsInMemory:
     """All rows in one tensor, `rows` (m, width), of which the first `filled` are set."""
 
-    def __init__(self, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = torch.empty(capacity, width, dtype=dtype, device=device)
-        self.filled = 0
+    rows: Tensor
+    filled: int = 0
 
     def space(self, count: int) -> Tensor:
-        """Room for all of them."""
+        """Return a view of the next `count` rows."""
         return self.rows[self.filled : self.filled + count]
 
     def commit(self, count: int) -> None:
-        """The rows of `space` are in place."""
+        """Count the rows of `space`, which are in place."""
         self.filled += count
 
     def scale(self, factor: float, *, mean: bool) -> Tensor | None:
@@ -66,8 +73,15 @@ class RowsInMemory:
         self.rows.mul_(factor)
         return average
 
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return the rows of the weights ``start:stop``, a view."""
+        return self.rows[:, start:stop]
 
-class RowStore:
+    def close(self) -> None:
+        """Do nothing: nothing is on disk."""
+
+
+class RowsOnDisk:
     """Gradient rows in a temporary file, block after block: an (m, n_b) array for each.
 
     Parameters
@@ -123,11 +137,11 @@ class RowStore:
         self._file = _reserved(self.folder, self.bytes)
         self._used = 0
         self._sum = torch.zeros(partition.n, dtype=torch.float64)
-        held = buffered_rows(capacity, partition.n * dtype.itemsize, buffer_bytes)
-        self._buffer: Tensor | None = torch.empty(held, partition.n, dtype=dtype)
+        held = buffer_bytes // max(1, partition.n * dtype.itemsize)
+        self._buffer: Tensor | None = torch.empty(max(1, min(capacity, held)), partition.n, dtype=dtype)
 
     def space(self, count: int) -> Tensor:
-        """Room in the buffer."""
+        """Return what is left of the buffer."""
         assert self._buffer is not None
         return self._buffer[self._used : self._used + count]
 
@@ -152,7 +166,7 @@ class RowStore:
         return (self._sum / self.filled).to(self._device, self._dtype) if mean else None
 
     def block(self, start: int, stop: int) -> Tensor:
-        """The rows of the block ``start:stop``, (m, stop - start), not to be written to.
+        """Return the rows of the block ``start:stop``, (m, stop - start), not to be written to.
 
         They leave memory with the tensor. The range must be that of a block.
         """
@@ -216,13 +230,33 @@ def add_rows(total: Tensor, rows: Tensor) -> None:
 
 
 def stored_bytes(partition: Partition, rows: int, itemsize: int) -> int:
-    """Bytes of the file for that many rows."""
+    """Return the bytes of the file for that many rows."""
     return sum(_whole_pages(rows * (block.stop - block.start) * itemsize) for block in partition.blocks)
 
 
-def buffered_rows(capacity: int, row_bytes: int, buffer_bytes: int) -> int:
-    """How many rows are gathered in memory before they are written."""
-    return max(1, min(capacity, buffer_bytes // max(1, row_bytes)))
+def fit_in_memory(partition: Partition, rows: int, itemsize: int, row_memory: int | None) -> bool:
+    """Return whether that many rows may be in memory all at once.
+
+    Raises
+    ------
+    RowMemoryError
+        If not even the rows of the largest block may.
+    """
+    if row_memory is None or rows * partition.n * itemsize <= row_memory:
+        return True
+    largest = max(partition.blocks, key=lambda block: block.stop - block.start)
+    check_block(largest.name, rows * (largest.stop - largest.start) * itemsize, rows * itemsize, row_memory)
+    return False
+
+
+def check_block(name: str, size: int, column: int, row_memory: int) -> None:
+    """Raise `RowMemoryError` if rows of `size` bytes, `column` a weight, are not within `row_memory`."""
+    if size <= row_memory:
+        return
+    weights = row_memory // column
+    found = f"{readable(row_memory)}, but the rows of block {name!r} alone take {readable(size)}"
+    remedy = f"allow more, or cut blocks of at most {weights} weights (partition=...)"
+    raise RowMemoryError("row_memory", found, remedy if weights else "allow more, or use fewer rows")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -19,6 +19,7 @@ from cbs_opt.network.data import (
     check_labels,
     check_loss,
     class_count,
+    device_of,
     map_tensors,
 )
 from cbs_opt.network.partition import Partition
@@ -66,6 +67,11 @@ class NetworkFunction:
         self._fixed = detached
         if weights is not None:
             self.parameters = as_parameters(model, partition, weights)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return device_of(self._model)
 
     def output(self, parameters: Gradients, inputs: Inputs) -> Any:
         """The output for a batch of inputs."""
@@ -207,7 +213,7 @@ def require_classifier(classes: int | None, curvature: str) -> int:
     """Return the number of classes, or raise `UnsupportedProblemError` for other networks."""
     if classes is None:
         found = f"{curvature!r} for a network whose outputs are not (B, C >= 2) with integer labels (B,)"
-        raise UnsupportedProblemError("curvature", found, 'use "empirical_fisher"')
+        raise UnsupportedProblemError("curvature", found, "use EmpiricalFisher")
     return classes
 
 
@@ -239,5 +245,5 @@ def _explained(compute: Callable[[], Gradients]) -> Gradients:
         raise
     except RuntimeError as error:
         found = f"torch.func cannot differentiate one sample at a time ({error})"
-        remedy = "pass vectorize=False if the network runs by itself"
+        remedy = "pass a curvature with vectorize=False if the network runs by itself"
         raise PerSampleGradientError("model, loss_fn", found, remedy) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from cbs_opt.system.checks import whole_number
+from cbs_opt.system.checks import flag, whole_number
+from formulations.errors import ArgumentError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,12 @@ class _Fisher:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value: Any = getattr(self, entry.name)
-            object.__setattr__(self, entry.name, whole_number(f"curvature.{entry.name}", value))
+            check: Any = flag if entry.name == "vectorize" else whole_number
+            object.__setattr__(self, entry.name, check(f"curvature.{entry.name}", value))
+        per_row: int = getattr(self, "per_row", 1)
+        if per_row > self.samples:
+            found = f"{per_row} of {self.samples} samples"
+            raise ArgumentError("curvature.per_row", found, "average at most all samples into a row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,11 @@ class EmpiricalFisher(_Fisher):
         Training samples to use.
     per_row : int, default 1
         Average that many samples into each row. A row is then the gradient of their mean loss, without
-        a factor to make up for the smaller variance, as is usual in the pruning literature.
+        a factor to make up for the smaller variance, as is usual in the pruning literature. An incomplete
+        last row is dropped unless it is the only one.
+    vectorize : bool, default True
+        Differentiate many samples at once with `torch.func`. False takes one backward pass a row, slower,
+        for networks that `torch.func` cannot follow.
 
     Notes
     -----
@@ -43,6 +53,7 @@ class EmpiricalFisher(_Fisher):
     kind: ClassVar[str] = "empirical_fisher"
 
     per_row: int = 1
+    vectorize: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,8 @@ class ExactFisher(_Fisher):
     """
 
     kind: ClassVar[str] = "exact_fisher"
+    per_row: ClassVar[int] = 1
+    vectorize: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +81,14 @@ class MonteCarloFisher(_Fisher):
         Training samples to use.
     per_row : int, default 1
         Samples averaged into each row.
+    vectorize : bool, default True
+        As in `EmpiricalFisher`.
     """
 
     kind: ClassVar[str] = "monte_carlo_fisher"
 
     per_row: int = 1
+    vectorize: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +104,7 @@ class SketchedFisher(_Fisher):
     """
 
     kind: ClassVar[str] = "sketched_fisher"
+    vectorize: ClassVar[bool] = True
 
     per_row: int = 1
 

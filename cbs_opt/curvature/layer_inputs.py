@@ -7,20 +7,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from cbs_opt.curvature.fisher import GradientRows
 from cbs_opt.curvature.gradients import require_evaluation_mode
-from cbs_opt.curvature.rows import StoredRows
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.channels import ChannelTerm
-from cbs_opt.network.data import Data, device_of, forward, iterate, positive_integer
+from cbs_opt.network.data import Data, device_of, forward, iterate
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
+from cbs_opt.system.checks import whole_number
 from formulations.errors import NonFiniteError
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ TERM_WORK = 1e12
 """Multiplications in the factorisations of all channels up to which `prune` takes the term by itself."""
 PATCH_NUMBERS = 1 << 20
 """Numbers in the patches of a convolution that are unfolded at once: 8 MiB. More are no faster."""
-Rows = TypeVar("Rows", bound=GradientRows | StoredRows)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 """The layers whose inputs are looked at."""
 
@@ -49,22 +48,22 @@ def with_layer_inputs(
     weights: Tensor | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> Rows:
-    """Gradient rows together with the channel term of the same network.
+    """Return gradient rows together with the channel term of the same network.
 
     Parameters
     ----------
-    rows : GradientRows or StoredRows
+    rows : Rows
         Of all weights of the partition. Not copied.
     model, data, partition, samples, seed, weights
         See `input_moments`.
     weight : float, default 1
         Mean diagonal of the term in units of that of the rows, channel by channel.
     moments : mapping of str to Tensor, optional
-        What `input_moments` gave, if it is known.
+        What `input_moments` returned; by default it is called.
 
     Returns
     -------
-    GradientRows or StoredRows
+    Rows
         With `channels` set: the model is then ``H = R^T R + channels + damping I``.
     """
     if moments is None:
@@ -80,13 +79,13 @@ def term_work(partition: Partition) -> float:
     )
 
 
-def default_layer_inputs(partition: Partition) -> tuple[float, ...]:
-    """The weight of the term where none is asked for: 1, or 0 where layers are too wide to factorise it."""
+def default_layer_inputs(partition: Partition) -> float:
+    """Return the weight of the term where none is asked for: 1, or 0 where layers are too wide."""
     work = term_work(partition)
     if work <= TERM_WORK:
-        return (1.0,)
+        return 1.0
     log.info("layer-input term left out: %.1e multiplications a factorisation; layer_inputs=1 insists", work)
-    return (0.0,)
+    return 0.0
 
 
 def input_moments(
@@ -132,7 +131,7 @@ def input_moments(
     One forward pass a sample and O(positions f^2) for every layer; temporaries of some 16 MiB, or
     twice the patches of one sample.
     """
-    positive_integer("samples", samples)
+    whole_number("samples", samples)
     require_evaluation_mode(model)
     totals: dict[str, Tensor] = {}
     network = model if weights is None else TrialNetwork(model, partition, weights)

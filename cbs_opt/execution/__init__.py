@@ -1,1 +1,1 @@
-"""Blocks over processes."""
+"""Blocks over processes: joblib, with its loky, Dask and Ray backends."""

@@ -1,4 +1,4 @@
-"""One block on a worker: what is sent, how it is solved there, and what comes back when it fails."""
+"""One block on a worker: how it is solved there, and what comes back when it fails."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cbs_opt.execution.array_store import ArrayCache, PackedProblem
 from cbs_opt.solving import solve
 from cbs_opt.system.threads import limit_numba, limit_process, limit_thread
 from formulations.errors import CbsError
 from formulations.incumbents import IncumbentPool
-from formulations.problem import BlockProblem, FloatArray
+from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 
 BlockMethod = str | Callable[..., BlockSolution]
 """The name of a method, or ``method(problem, program, *, limits, incumbent, **options)``."""
 
-ARRAYS = ArrayCache()
-"""The arrays of this process when it is a worker: it has to outlive the call that brought them."""
+
+def this_process() -> tuple[str, int]:
+    """Return the machine and the number of this process."""
+    return socket.gethostname(), os.getpid()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is the same for all blocks of one call; `home` is the process that made the call."""
+class BlockCall:
+    """What is the same for all blocks of one call; `home` is the process that made it."""
 
     method: BlockMethod
     program: str
     limits: Limits
     options: Mapping[str, Any]
-    home: tuple[str, int]
+    home: tuple[str, int] = field(default_factory=this_process)
 
     @property
     def label(self) -> str:
@@ -60,55 +61,41 @@ class Recipe:
             **self.options,
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Parcel:
-    """One block as it is sent: `attached` holds large arrays that the worker asked for, by digest."""
-
-    problem: PackedProblem | BlockProblem
-    seed: int
-    incumbent: BlockSolution | None
-    attached: Mapping[str, FloatArray]
-
-
-def this_process() -> tuple[str, int]:
-    """Machine and number of this process."""
-    return socket.gethostname(), os.getpid()
+    def limit_threads(self) -> None:
+        """Hold this worker to the threads of the call; the process of the caller holds itself."""
+        threads = self.limits.threads
+        if this_process() != self.home:
+            limit_process(threads)
+            limit_numba(threads)
+        elif threading.current_thread() is not threading.main_thread():
+            limit_thread(threads)
+        else:
+            limit_numba(threads)
 
 
-def solve_parcel(recipe: Recipe, parcel: Parcel) -> BlockSolution | None:
-    """Solve one block, whatever becomes of it; None asks for the block again with its arrays."""
-    problem = parcel.problem
-    if isinstance(problem, PackedProblem):
-        unpacked = problem.unpack(ARRAYS, parcel.attached)
-        if unpacked is None:
-            return None
-        problem = unpacked
-    if this_process() != recipe.home:
-        limit_process(recipe.limits.threads)
-        limit_numba(recipe.limits.threads)
-    elif threading.current_thread() is not threading.main_thread():
-        limit_thread(recipe.limits.threads)
-    else:
-        limit_numba(recipe.limits.threads)
+def solve_block(
+    call: BlockCall, index: int, problem: BlockProblem, seed: int, incumbent: BlockSolution | None
+) -> tuple[int, BlockSolution]:
+    """Solve one block, whatever becomes of it; return its index with its solution."""
+    call.limit_threads()
     began = time.perf_counter()
     try:
-        solution = recipe.apply(problem, parcel.seed, parcel.incumbent)
+        solution = call.apply(problem, seed, incumbent)
         if isinstance(solution, BlockSolution):
-            return solution
-        why = f"{recipe.label} returned a {type(solution).__name__}, not a BlockSolution"
+            return index, solution
+        why = f"{call.label} returned a {type(solution).__name__}, not a BlockSolution"
     except KeyboardInterrupt:
-        return unsolved(recipe, problem, parcel.incumbent, "interrupted", limit=Limit.INTERRUPTED)
+        return index, unsolved(call, problem, incumbent, "interrupted", limit=Limit.INTERRUPTED)
     except CbsError as error:
         why = f"{type(error).__name__}: {error}"
     except Exception as error:
         # One block's failure, foreseen or not, is its result; the traceback says where it was.
         why = "".join(traceback.format_exception(error)).strip()
-    return unsolved(recipe, problem, parcel.incumbent, why, seconds=time.perf_counter() - began)
+    return index, unsolved(call, problem, incumbent, why, seconds=time.perf_counter() - began)
 
 
 def unsolved(
-    recipe: Recipe,
+    call: BlockCall,
     problem: BlockProblem,
     incumbent: BlockSolution | None,
     message: str,
@@ -116,15 +103,15 @@ def unsolved(
     limit: Limit | None = None,
     seconds: float = 0.0,
 ) -> BlockSolution:
-    """A solution that says why there is none: an error, or an interrupt; with the warm start if it fits."""
+    """Return a solution that says why there is none, with the warm start if that fits."""
     stats = SolveStats(seconds=seconds, message=message)
     termination = Termination.ERROR if limit is None else Termination.NO_SOLUTION
     try:
-        pool = IncumbentPool(problem, recipe.program, incumbent)
+        pool = IncumbentPool(problem, call.program, incumbent)
         if pool.keep is not None:
             # After an interrupt the warm start is an answer; after an error the error is the news.
             termination = Termination.ERROR if limit is None else Termination.FEASIBLE
-            return pool.solution(method=recipe.label, termination=termination, limit=limit, stats=stats)
+            return pool.solution(method=call.label, termination=termination, limit=limit, stats=stats)
     except CbsError as error:
         stats = replace(stats, message=f"{message}; the warm start does not fit: {error}")
     return BlockSolution(
@@ -133,7 +120,7 @@ def unsolved(
         objective=None,
         termination=termination,
         limit=limit,
-        program=recipe.program,
-        method=recipe.label,
+        program=call.program,
+        method=call.label,
         stats=stats,
     )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
 from typing import Any
 
-from cbs_opt.execution.blocks import Dispatch
-from cbs_opt.execution.jobs import Recipe, this_process
-from cbs_opt.execution.workers import Workers
+from cbs_opt.execution.blocks import run_blocks
+from cbs_opt.execution.jobs import BlockCall
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.runs.choices import ChoiceLedger
 from cbs_opt.select.choice import Choice, Selector
@@ -16,8 +14,10 @@ from cbs_opt.select.selectors import checked_solution, choice_of_solution, requi
 from formulations.solution import BlockSolution, Limit, Limits
 
 
-def by_workers(solver: Callable[..., BlockSolution], name: str, program: str, workers: Workers) -> Selector:
-    """`cbs_opt.select.selectors.by_solver` over an executor: the same sets, block by block."""
+def by_workers(
+    solver: Callable[..., BlockSolution], name: str, program: str, workers: int | None
+) -> Selector:
+    """Return `cbs_opt.select.selectors.by_solver` over joblib's workers: the same sets, block by block."""
 
     def select(
         blocks: Sequence[FisherBlock],
@@ -27,26 +27,27 @@ def by_workers(solver: Callable[..., BlockSolution], name: str, program: str, wo
         ledger: ChoiceLedger | None = None,
         **options: Any,
     ) -> list[Choice]:
-        known = [None if ledger is None else ledger.known(number) for number in range(len(blocks))]
-        open_blocks = [number for number, choice in enumerate(known) if choice is None]
-        for number in open_blocks:
+        choices = [None if ledger is None else ledger.known(number) for number in range(len(blocks))]
+        unsolved = [number for number, choice in enumerate(choices) if choice is None]
+        for number in unsolved:
             require_dense(blocks[number], name, program)
 
         def done(position: int, solution: BlockSolution) -> None:
-            number = open_blocks[position]
+            number = unsolved[position]
             if ledger is not None and solution.keep is not None and solution.limit is not Limit.INTERRUPTED:
                 ledger.add(number, choice_of_solution(blocks[number], solution))
 
-        recipe = Recipe(method=solver, program=program, limits=limits, options=options, home=this_process())
+        call = BlockCall(method=solver, program=program, limits=limits, options=options)
         # One block at a time becomes a problem in float64, as workers take it.
-        problems = (blocks[number].to_problem(counts[number]) for number in open_blocks)
-        solutions = Dispatch(recipe, problems, repeat(None), lambda index: limits.seed, workers, done).run()
-        unread = len(solutions) < len(open_blocks)
-        if unread or any(found.limit is Limit.INTERRUPTED for found in solutions):
+        pairs = ((blocks[number].to_problem(counts[number]), None) for number in unsolved)
+        solutions, waiting = run_blocks(
+            call, pairs, seed_of=lambda index: limits.seed, workers=workers, on_solution=done
+        )
+        if waiting is not None:
             raise KeyboardInterrupt
-        for number, solution in zip(open_blocks, solutions, strict=True):
+        for position, number in enumerate(unsolved):
             block = blocks[number]
-            known[number] = choice_of_solution(block, checked_solution(block, solution, name))
-        return [choice for choice in known if choice is not None]
+            choices[number] = choice_of_solution(block, checked_solution(block, solutions[position], name))
+        return [choice for choice in choices if choice is not None]
 
     return select

@@ -159,26 +159,6 @@ def regroup(batches: Iterable[Batch], size: int, *, argument: str = "data") -> I
         yield _join(waiting, argument)
 
 
-def section(batches: Iterable[Batch], share: range, *, argument: str = "data") -> Iterator[Batch]:
-    """The parts of `batches` whose samples, counted from 0, lie in `share`.
-
-    Raises
-    ------
-    EmptyDataError
-        If there is none.
-    """
-    position, found = 0, False
-    for batch in batches:
-        part = batch.take(slice(max(share.start - position, 0), max(share.stop - position, 0)))
-        position += batch.size
-        if part.size:
-            found = True
-            yield part
-    if not found:
-        remedy = "pass more samples"
-        raise EmptyDataError(argument, f"{position} samples, none of {share.start} to {share.stop}", remedy)
-
-
 def class_count(output: Any, labels: Tensor) -> int | None:
     """Number of classes if `output` (B, C >= 2) and integer `labels` (B,) are a classifier's, else None."""
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:

@@ -8,18 +8,20 @@ from typing import Any
 
 from cbs_opt.certify.files import CERTIFICATES, load_certificates, save_certificates
 from cbs_opt.network.masks import load_masks, save_masks
+from cbs_opt.recipe.files import save_request
 from cbs_opt.report.record import PruneReport, ReportFormatError
 from formulations.errors import ArgumentError
 from formulations.files import read_sealed, sealed_json, write_atomically
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
+RECIPE_FILE = "recipe.toml"
 LAYERS_CSV = "layers.csv"
 MASKS_FILE = "masks.safetensors"
 
 
 def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
-    """Write report.json, layers.csv, report.html and, if any, masks.safetensors and certificates.
+    """Write report.json, layers.csv, report.html and, if any, recipe.toml, masks and certificates.
 
     Parameters
     ----------
@@ -52,6 +54,10 @@ def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
         save_masks(target / MASKS_FILE, report.masks, metadata={"method": report.method})
     else:
         (target / MASKS_FILE).unlink(missing_ok=True)
+    if report.request is not None:
+        save_request(report.request, target / RECIPE_FILE)
+    else:
+        (target / RECIPE_FILE).unlink(missing_ok=True)
     fingerprints = [block.fingerprint for block in report.blocks]
     save_certificates(fingerprints, report.certificates, target / CERTIFICATES)
     write_atomically(target / LAYERS_CSV, report.to_frame().to_csv(lineterminator="\n").encode())

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cbs_opt.network.evaluation import Evaluation
+from cbs_opt.recipe.files import request_from_plain, request_to_plain
+from cbs_opt.recipe.records import Request
 from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary, StageRecord
 from cbs_opt.system.plain import plain, rebuilt
 from formulations.errors import InstanceFormatError
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 FORMAT = "cbs-opt report"
 VERSION = 2
-FILES = ("masks", "certificates")
-"""Fields of a report that have files of their own."""
+GIVEN_ROWS = {"kind": "given"}
+"""Curvature of a recipe whose rows were computed before the run."""
+APART = ("masks", "certificates", "request")
+"""Fields of a report that have files or a format of their own."""
 
 
 class ReportFormatError(InstanceFormatError):
@@ -79,8 +83,9 @@ class PruneReport:
     seed : int
     masks : dict of str to Tensor
         Boolean `keep` (True = kept) by parameter name. Not part of the JSON.
-    settings : dict
-        Every argument of the call that describes it, as plain values.
+    request : Request, optional
+        What the run was asked for, with every default made concrete; saved as ``recipe.toml``. None of a
+        report that was read, if its rows were computed before the run.
     versions : dict of str to str
         Versions of Python and of the libraries that took part.
     certified : CertifiedSum, optional
@@ -118,7 +123,7 @@ class PruneReport:
     update_scale: float | None = None
     seed: int = 0
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    request: Request | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     certified: CertifiedSum | None = None
     certificates: tuple[BlockSolution, ...] = ()
@@ -236,9 +241,10 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json` can write; everything but the masks and the certificates."""
-        names = [field.name for field in dataclasses.fields(self) if field.name not in FILES]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in APART]
         fields = {name: plain(getattr(self, name)) for name in names}
-        return {"format": FORMAT, "version": VERSION, **fields}
+        request = None if self.request is None else plain(request_to_plain(self.request))
+        return {"format": FORMAT, "version": VERSION, **fields, "request": request}
 
     @classmethod
     def from_dict(
@@ -261,17 +267,25 @@ class PruneReport:
             version = f"version {data.get('version')!r} of the report format"
             remedy = f"this release reads version {VERSION}: prune again, or read it with its own release"
             raise ReportFormatError("data", version, remedy)
-        body = {name: value for name, value in data.items() if name not in ("format", "version")}
+        body = {name: value for name, value in data.items() if name not in ("format", "version", "request")}
         try:
             report: PruneReport = rebuilt(cls, body)
+            request = _request(data.get("request"))
         except (TypeError, ValueError, AttributeError) as error:
             raise ReportFormatError("data", f"damaged report ({error})", "write the report again") from error
-        return dataclasses.replace(report, masks=masks or {}, certificates=certificates)
+        return dataclasses.replace(report, masks=masks or {}, certificates=certificates, request=request)
 
     def _sum_within(self, layer: str) -> CertifiedSum | None:
         """Return the sum over the blocks that lie within a layer, None if there is none."""
         blocks = [b for b in self.blocks if b.name == layer or b.name.startswith(f"{layer}[")]
         return CertifiedSum.of(self.program, blocks) if blocks else None
+
+
+def _request(document: Mapping[str, Any] | None) -> Request | None:
+    """Return a request from its plain values, None if its rows are not on file."""
+    if document is None or any(r.get("curvature") == GIVEN_ROWS for r in document.get("recipe", ())):
+        return None
+    return request_from_plain(document)
 
 
 def _change(before: Evaluation, after: Evaluation) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cbs_opt.recipe.files import request_to_plain
 from cbs_opt.report.comparison import comparison_frame
 from cbs_opt.report.numbers import (
     MISSING,
@@ -227,12 +228,25 @@ def times_table(report: PruneReport) -> Table:
 
 
 def settings_table(report: PruneReport) -> Table:
-    """Return every argument of the call, and the versions of libraries."""
-    values = {**report.settings, **{name: getattr(report, name) for name in SETTINGS}}
-    ordered = [*SETTINGS, *(name for name in report.settings if name not in SETTINGS)]
-    pairs = [(name, Column(name=name).cell(values[name])) for name in ordered]
+    """Return every field of the request, and the versions of libraries."""
+    show = Column(name="Value").cell
+    pairs = [(name, show(getattr(report, name))) for name in SETTINGS]
+    if report.request is not None:
+        pairs += [(name, show(value)) for name, value in _flat(request_to_plain(report.request))]
     pairs += [(f"version of {name}", version) for name, version in report.versions.items()]
     return Table.of_pairs(pairs, ("Setting", "Value"), wrap=True)
+
+
+def _flat(document: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Return the values of nested mappings and lists by their dotted names."""
+    if isinstance(document, Mapping):
+        for key, value in document.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(document, list) and any(isinstance(entry, Mapping) for entry in document):
+        for number, entry in enumerate(document):
+            yield from _flat(entry, f"{name}[{number}]" if len(document) > 1 else name)
+    else:
+        yield name, document
 
 
 def _blocks_frame(blocks: Sequence[BlockSummary]) -> pd.DataFrame:

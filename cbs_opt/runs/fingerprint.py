@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.curvature.fisher import GradientRows
-from cbs_opt.curvature.rows import StoredRows
+from cbs_opt.curvature.kinds import Fisher
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.partition import Partition
-from cbs_opt.prune_options import PruneOptions
+from cbs_opt.recipe.files import request_to_plain
+from cbs_opt.recipe.records import Request
 from cbs_opt.runs.digests import absorb, samples_digest, tensors_digest
+from cbs_opt.select.methods import find_method
 from cbs_opt.system.plain import plain
 from cbs_opt.system.versions import versions
 
@@ -27,49 +29,41 @@ def run_fingerprint(
     model: nn.Module,
     partition: Partition,
     loss_fn: LossFunction,
-    options: PruneOptions,
+    request: Request,
     sample: Iterable[tuple[Any, Tensor]],
     *,
-    memory_limit: int,
-    plan: object = None,
-    curvature: GradientRows | StoredRows | None = None,
+    chunk_memory: int,
     held_out: Data | None = None,
 ) -> dict[str, Any]:
-    """The fingerprint of a run of `prune`.
+    """Return the fingerprint of a run of `prune`.
 
-    Parameters
-    ----------
-    model, partition, loss_fn, options, memory_limit
-        Weights and buffers go in by their SHA-256, the loss function by its name. The memory limit
-        decides how many samples are differentiated at once, and so the rounding.
-    sample : iterable of (inputs, labels)
-        The samples of the first pass over the training data, in order.
-    plan : object, optional
-        Of a run in stages.
-    curvature : GradientRows or StoredRows, optional
-        Rows that the caller computed.
-    held_out : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
-        Of an iterable the first batch is looked at: it may be long.
+    Weights and buffers go in by their SHA-256, the loss function by its name. The memory for temporaries
+    decides how many samples are differentiated at once, and so the rounding. Of held-out data that are
+    an iterable the first batch is looked at: it may be long.
     """
     used = versions()
-    solves = options.chosen_method.kind not in ("saliency", "search")
+    curvature = request.recipes[0].curvature
+    selects = [recipe.select for recipe in request.recipes if recipe.select is not None]
+    kinds = {find_method(select.method, select.program).kind for select in selects}
+    solves = bool(kinds - {"saliency", "search"})
     state = model.state_dict()
     network = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         network.update(name.encode())
         absorb(network, tensor)
+    given = None if isinstance(curvature, Fisher) else tensors_digest(_tensors(curvature, partition))
     return {
         "format": FORMAT,
         "network": network.hexdigest(),
         "tensors": {name: tensors_digest([tensor]) for name, tensor in state.items()},
         "pruned": {span.name: list(span.shape) for span in partition.parameters},
+        "blocks": len(partition.blocks),
         "data": samples_digest(sample),
         "loss_fn": plain(loss_fn),
-        "options": plain(options.settings()),
-        "plan": plain(plan),
-        "curvature": None if curvature is None else tensors_digest(_tensors(curvature, partition)),
+        "request": request_to_plain(request),
+        "curvature": given,
         "evaluate": None if held_out is None else _first_batch(held_out),
-        "memory_limit": memory_limit,
+        "chunk_memory": chunk_memory,
         "threads": torch.get_num_threads(),
         "device": _device(device_of(model)),
         "versions": {name: found for name, found in used.items() if solves or name in LIBRARIES},
@@ -81,7 +75,7 @@ def _first_batch(data: Data) -> str:
     return samples_digest([(batch.inputs, batch.labels)])
 
 
-def _tensors(found: GradientRows | StoredRows, partition: Partition) -> Iterable[Tensor]:
+def _tensors(found: Rows, partition: Partition) -> Iterable[Tensor]:
     for span in partition.blocks:
         yield found.block(span.start, span.stop)
     yield found.gradient

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from cbs_opt.errors import RunMismatchError
-from cbs_opt.runs.lock import LOCK_FILE, RunLock
+from cbs_opt.errors import RunInUseError, RunMismatchError
 from formulations.errors import InstanceFormatError
 from formulations.files import (
     PARTIAL,
@@ -35,6 +35,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 Piece = tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]
 """Header and arrays."""
 RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
 KIND = "cbs-opt piece of a run"
 VERSION = 1
 LARGEST_PIECE = 1 << 42
@@ -50,7 +51,7 @@ class Pieces(Protocol):
     """Where the pieces of a run are kept, or nowhere."""
 
     def recall(self, name: str) -> Piece | None:
-        """The piece of that name, or None if it is not there or damaged."""
+        """Return the piece of that name, or None if it is not there or damaged."""
 
     def keep(self, name: str, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
         """Put a piece on disk."""
@@ -79,8 +80,8 @@ class RunStore:
     ----------
     directory : path
         Made if missing.
-    told : mapping
-        The fingerprint of the run; written to ``run.json`` by the first run.
+    fingerprint : mapping
+        Everything that decides the result; written to ``run.json`` by the first run.
 
     Attributes
     ----------
@@ -97,14 +98,19 @@ class RunStore:
         If the directory cannot be written.
     """
 
-    def __init__(self, directory: PathLike, told: Mapping[str, Any]) -> None:
+    def __init__(self, directory: PathLike, fingerprint: Mapping[str, Any]) -> None:
         self.directory = Path(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise RunMismatchError("run_dir", f"{directory} is a file", "pass a directory")
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = RunLock(self.directory)
+        self._lock = FileLock(self.directory / LOCK_FILE, timeout=0, thread_local=False)
         try:
-            self.run = self._agree(json.loads(json.dumps(told)))
+            self._lock.acquire()
+        except Timeout:
+            found = f"{directory}: another run is using it"
+            raise RunInUseError("run_dir", found, "wait for it, or choose another directory") from None
+        try:
+            self.run = self._agree(json.loads(json.dumps(fingerprint)))
             # What killed writes left: no other process writes here now.
             for path in self.directory.glob(f".*{PARTIAL}"):
                 path.unlink()
@@ -113,7 +119,7 @@ class RunStore:
             raise
 
     def recall(self, name: str) -> Piece | None:
-        """The piece of that name; None if it is missing, or damaged, which is logged."""
+        """Return the piece of that name; None if it is missing, or damaged, which is logged."""
         path = self._path(name)
         if not path.exists():
             return None
@@ -155,32 +161,31 @@ class RunStore:
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.npz"
 
-    def _agree(self, told: dict[str, Any]) -> str:
-        """Write the fingerprint, or compare it with the one that is there; its checksum."""
+    def _agree(self, fingerprint: dict[str, Any]) -> str:
+        """Write the fingerprint, or compare it with the one that is there; return its checksum."""
         path = self.directory / RUN_FILE
         if not path.exists():
             self._require_empty()
-            write_atomically(path, (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
-            return checksum(told)
+            write_atomically(path, (json.dumps(fingerprint, indent=1, sort_keys=True) + "\n").encode())
+            return checksum(fingerprint)
         try:
-            known = json_object(path.read_bytes())
+            stored = json_object(path.read_bytes())
         except (OSError, ValueError) as error:
             found = f"{path} is damaged ({error})"
             raise RunMismatchError("run_dir", found, "use an empty directory") from error
-        changed = differences(known, told)
+        changed = differences(stored, fingerprint)
         if changed:
             more = len(changed) - MOST_DIFFERENCES
             listed = "; ".join(changed[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
             found = f"{self.directory} holds a run with another {listed}"
             remedy = "repeat the first call exactly, or use an empty directory"
             raise RunMismatchError("run_dir", found, remedy)
-        return checksum(known)
+        return checksum(stored)
 
     def _require_empty(self) -> None:
         """Refuse a folder of other things: pieces would replace files of the same name."""
-        own = (LOCK_FILE, RUN_FILE)
         others = sorted(path.name for path in self.directory.iterdir())
-        others = [name for name in others if name not in own and not name.startswith(".")]
+        others = [name for name in others if name not in (LOCK_FILE, RUN_FILE) and not name.startswith(".")]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             found = f"{self.directory} holds {others[0]}{more}, but no run"
@@ -204,7 +209,7 @@ class Series:
         self._saved_at = time.monotonic()
 
     def recall(self) -> Iterator[Piece]:
-        """The pieces that are there, up to the first one missing or not wanted; the next is written there."""
+        """Yield the pieces up to the first one missing or not wanted; the next is written there."""
         self._next = 0
         while (piece := self._store.recall(f"{self._name}_{self._next:04d}")) is not None:
             yield piece
@@ -212,7 +217,7 @@ class Series:
 
     @property
     def due(self) -> bool:
-        """Whether so much work was done since the last piece that it is time for the next."""
+        """True if the last write is `SAVE_EVERY` seconds old."""
         return time.monotonic() - self._saved_at >= SAVE_EVERY
 
     def add(self, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
@@ -222,13 +227,13 @@ class Series:
         self._saved_at = time.monotonic()
 
 
-def differences(known: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, item by item: ``options.seed (0 -> 1)``.
+def differences(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
+    """List what differs between two fingerprints, item by item: ``options.seed (0 -> 1)``.
 
     A fingerprint without a format is of an earlier release, and compared as far as it goes.
     """
-    before, now = dict(_items(known)), dict(_items(told))
-    names = before.keys() | now.keys() if "format" in known else before.keys()
+    before, now = dict(_items(stored)), dict(_items(fingerprint))
+    names = before.keys() | now.keys() if "format" in stored else before.keys()
     return [
         f"{name} ({_short(before.get(name))} -> {_short(now.get(name))})"
         for name in sorted(names)

@@ -18,7 +18,7 @@ MOST_BYTES = 1 << 26
 
 
 class RowJournal:
-    """What is on disk of the rows of one pass over the data.
+    """What is on disk of the rows of one pass over the data: a `cbs_opt.curvature.journal.Journal`.
 
     Every piece has the rows since the last one, not yet scaled, the sum of gradients so far, and the digest
     of all samples so far. The samples of rows that are there are read again and compared, not differentiated.
@@ -39,7 +39,7 @@ class RowJournal:
         self._waiting: list[Tensor] = []
 
     def restore(self, gradient: Tensor) -> Iterator[Tensor]:
-        """The rows on disk, piece by piece; `gradient` (n,) is set to their sum of gradients."""
+        """Yield the rows on disk, piece by piece; `gradient` (n,) is set to their sum of gradients."""
         for header, arrays in self._series.recall():
             if header["first"] != self._first:
                 return
@@ -49,7 +49,7 @@ class RowJournal:
             self._samples, self._expected = header["samples"], header["digest"]
 
     def seen(self, part: Batch, samples: int) -> bool:
-        """Take note of a chunk that begins after so many samples; whether its rows are there.
+        """Take note of a chunk that begins after so many samples; return whether its rows are there.
 
         Raises
         ------
@@ -65,7 +65,7 @@ class RowJournal:
         return True
 
     def take(self, rows: Tensor) -> None:
-        """Rows that were made, to be written with the next piece."""
+        """Take rows that were made, to be written with the next piece."""
         self._waiting.append(rows.cpu().clone())
 
     def save(self, gradient: Tensor, samples: int, *, done: bool = False) -> None:

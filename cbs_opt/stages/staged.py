@@ -7,178 +7,146 @@ is taken only as far as the training loss agrees. The network is written to afte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from cbs_opt.candidates import Candidate
 from cbs_opt.curvature.fisher import gradient_rows, mean_gradient
+from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
-from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.evaluation import evaluate
-from cbs_opt.network.partition import Partition
-from cbs_opt.network.trial import TrialNetwork, as_parameters
-from cbs_opt.oneshot import PruneRun, Sample
-from cbs_opt.prune_options import PruneOptions
+from cbs_opt.network.trial import as_parameters
+from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample
+from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
-from cbs_opt.report.record import PruneReport
-from cbs_opt.runs.folder import PathLike, RunStore
 from cbs_opt.select.choice import Choice
-from cbs_opt.stage_options import StageOptions
 from cbs_opt.stages.model import StageModel
-from cbs_opt.stages.state import StageResult, StageState, StepState
-from cbs_opt.stages.store import StageStore
-from cbs_opt.stages.trials import Expansion, Proposal, judged, selections, updates
+from cbs_opt.stages.state import StageResult, StageState
+from cbs_opt.stages.store import keep_stage, stored_stages
+from cbs_opt.stages.trials import Expansion, Proposal, first_dampings, judged, selections, updates
 from cbs_opt.stages.trust_region import DampingSearch
-from cbs_opt.system.plain import plain
-from formulations.errors import ArgumentError
 
 PATIENCE = 2
 """Updates refused in a row that end the final stage."""
 INPUT_SAMPLES = 256
 """Samples of the layer inputs at every stage: a quarter of what one stage has, as the term is a metric."""
-SEED_STEP = 1_000_003
+PASS_SEED_STEP = 1_000_003
 """Between the seeds of two passes over the data."""
-OnStage = Callable[[StageResult], None]
 
 
-class StagedRun(PruneRun):
-    """One call of `prune` in stages, after its arguments were checked.
+class Passes:
+    """Passes over the training data: each has a seed of its own, and its samples are counted.
 
     Parameters
     ----------
-    model, partition, options, loss_fn, progress
-        As for `PruneRun`.
-    plan : StageOptions
-    on_stage : callable, optional
-        Called with a `StageResult` after every stage, and first for those that are on disk.
+    task : Task
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        partition: Partition,
-        options: PruneOptions,
-        loss_fn: LossFunction,
-        plan: StageOptions,
-        progress: bool,
-        *,
-        on_stage: OnStage | None = None,
-    ) -> None:
-        super().__init__(model, partition, options, loss_fn, None, progress)
-        self.plan = plan
-        self.states: StageStore | None = None
-        self.on_stage = on_stage
-        self.passes = 0
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.count = 0
         self.samples = 0
+
+    def seed(self) -> int:
+        """Begin another pass; return its seed.
+
+        A loader that has `set_epoch`, as samplers of PyTorch have, is told the number of the pass, so
+        that it can give other samples in each and the same ones in a run that is resumed.
+        """
+        number = self.count
+        self.count += 1
+        set_epoch = getattr(self._task.data, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(number)
+        return self._task.request.seed + PASS_SEED_STEP * number
+
+    def sample(self) -> Sample:
+        """Draw samples on which networks are compared, fresh ones each time."""
+        task = self._task
+        assert task.data is not None
+        most = task.recipe.choice_samples or task.recipe.samples
+        return draw_sample(task.model, task.data, most, self.seed())
+
+
+class StagedRun:
+    """A run in stages.
+
+    Parameters
+    ----------
+    task : Task
+        With stages and data.
+    passes : Passes
+        Which drew the sample of the task.
+    """
+
+    def __init__(self, task: Task, passes: Passes) -> None:
+        assert task.request.stages is not None
+        self.task = task
+        self.plan: Stages = task.request.stages
+        self.sparsities = self.plan.sparsities(task.request.sparsity)
+        self.passes = passes
         self.state = StageState(
             stages=0,
-            weights=self.weights.double(),
-            keep=torch.ones(partition.n, dtype=torch.bool, device=self.weights.device),
+            weights=task.weights.double(),
+            keep=torch.ones(task.partition.n, dtype=torch.bool, device=task.weights.device),
         )
 
-    def draw_sample(self, data: Data | None) -> None:
-        """Remember the data, and take the samples that the losses of the report are measured on."""
-        if data is None:
-            raise ArgumentError("data", "None for a run in stages", "pass training data")
-        self.data = data
-        self.sample = self._draw_sample()
+    def resume(self) -> None:
+        """Take over the stages on disk, and announce them."""
+        for state in stored_stages(self.task.done.pieces, self.task.weights.device):
+            self.state = state
+            self._announce()
 
-    def fingerprint(self, memory_limit: int, held_out: Data | None) -> dict[str, Any]:
-        """As for one stage, with the plan."""
-        return {**super().fingerprint(memory_limit, held_out), "plan": plain(self.plan)}
-
-    def go_on(self, store: RunStore) -> None:
-        """Keep every stage, and begin after those that are there."""
-        super().go_on(store)
-        self.states = StageStore(store, device=self.weights.device)
-
-    def finished(self, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
-        """Weights and report, if the run is finished, after its stages were told."""
-        found = super().finished(block_dir)
-        if found is not None:
-            self._read_states()
-        return found
-
-    def take_curvature(self, data: Data | None, memory_limit: int) -> None:
-        """Every stage takes its own."""
-        self.memory_limit = memory_limit
-
-    def best_candidate(self) -> Candidate:
-        """Do the stages that are still to do; what they end with."""
-        self._read_states()
-        total = len(self.plan.updates)
-        silent = None if self.progress else True
-        with tqdm(total=total, initial=self.state.stages, desc="stages", unit="stage", disable=silent) as bar:
-            while self.state.stages < total:
+    def run(self) -> Candidate:
+        """Do the stages that are still to do; return what they end with."""
+        self.resume()
+        steps = self.plan.steps
+        silent = None if self.task.progress else True
+        with tqdm(
+            total=len(steps), initial=self.state.stages, desc="stages", unit="stage", disable=silent
+        ) as bar:
+            while self.state.stages < len(steps):
                 self.state = self._next_stage(self.state)
-                if self.states is not None:
-                    self.states.add(self.state)
-                self.done.forget_steps()
+                keep_stage(self.task.done.pieces, self.state)
+                self.task.done.forget_steps()
                 self._announce()
                 bar.update()
         last = self.state.records[-1]
         return Candidate(
-            choices=[Choice(pruned=~self.state.keep[s.start : s.stop]) for s in self.partition.blocks],
+            choices=[Choice(pruned=~self.state.keep[s.start : s.stop]) for s in self.task.partition.blocks],
             weights=self.state.weights,
             keep=self.state.keep,
+            recipe=self.task.recipe,
             damping=last.damping,
             scale=last.update_scale,
             loss=last.loss,
         )
 
-    def report(self, best: Candidate, data: Data | None) -> PruneReport:
-        """As for one stage, with a record of every step."""
-        rows = max(1, self.options.samples // self.options.samples_per_row)
-        found = super().report(best, data)
-        return replace(
-            found,
-            samples=self.state.samples,
-            rows=rows,
-            stages=self.state.records,
-            settings={**found.settings, "stages": self.plan},
-        )
-
     def _next_stage(self, state: StageState) -> StageState:
-        """Rows, a selection if weights are to go, and updates."""
-        self.passes, self.samples = state.passes, state.samples
-        stage = state.stages
-        pruning = DampingSearch(self.options.damping, state.damping)
-        updating = DampingSearch(self.options.damping, state.update_damping)
+        """Take rows, select if weights are to go, and update."""
+        self.passes.count, self.passes.samples = state.passes, state.samples
+        first, stage = first_dampings(self.task.request), state.stages
+        pruning = DampingSearch(first, state.damping)
+        updating = DampingSearch(first, state.update_damping)
         records: list[StageRecord] = []
         refused = 0
         began = time.perf_counter()
         weights = state.weights
-        model = self._curvature(weights, state.keep)
-        for update in range(self.plan.updates[stage]):
-            step = f"step_{stage:04d}_{update:04d}"
-            known = self.done.step(step)
-            if known is None:
-                prunes = round(self.plan.sparsity(stage) * self.partition.n) > int((~model.keep).sum())
-                search = pruning if prunes else updating
-                best, record = self._step(model, weights, search, stage, update, prunes)
-                accepted = record.accepted
-                known = StepState(
-                    weights=best.weights if accepted else weights,
-                    keep=best.keep if accepted else model.keep,
-                    damping=pruning.centre,
-                    update_damping=updating.centre,
-                    passes=self.passes,
-                    record=replace(record, seconds=time.perf_counter() - began),
-                )
-                self.done.keep_step(step, known)
+        model = self._model(weights, state.keep)
+        target = round(self._sparsity(stage) * self.task.partition.n)
+        for update in range(self.plan.steps[stage]):
+            prunes = target > int((~model.keep).sum())
+            best, record = self._step(model, weights, pruning if prunes else updating, update, prunes)
+            records.append(replace(record, seconds=time.perf_counter() - began))
             began = time.perf_counter()
-            weights, self.passes, self.samples = known.weights, known.passes, known.record.samples
-            pruning.centre, updating.centre = known.damping, known.update_damping
-            records.append(known.record)
-            refused = 0 if known.record.accepted else refused + 1
-            if not known.keep.equal(model.keep):
-                model = model.restricted(known.keep)
-            if refused == PATIENCE and stage == len(self.plan.sparsities):
+            refused = 0 if record.accepted else refused + 1
+            if record.accepted:
+                weights = best.weights
+                if not best.keep.equal(model.keep):
+                    model = model.restricted(best.keep)
+            if refused == PATIENCE and stage == len(self.sparsities):
                 break
         return StageState(
             stages=stage + 1,
@@ -186,32 +154,30 @@ class StagedRun(PruneRun):
             keep=model.keep,
             damping=pruning.centre,
             update_damping=updating.centre,
-            passes=self.passes,
-            samples=self.samples,
+            passes=self.passes.count,
+            samples=self.passes.samples,
             records=(*state.records, *records),
         )
 
+    def _sparsity(self, stage: int) -> float:
+        """Sparsity of a stage, the final updates included."""
+        return self.sparsities[min(stage, len(self.sparsities) - 1)]
+
     def _step(
-        self,
-        model: StageModel,
-        weights: Tensor,
-        search: DampingSearch,
-        stage: int,
-        update: int,
-        prunes: bool,
+        self, model: StageModel, weights: Tensor, search: DampingSearch, update: int, prunes: bool
     ) -> tuple[Proposal, StageRecord]:
-        """The best network one step away, and whether it is to be taken."""
-        options, sparsity = self.options, self.plan.sparsity(stage)
-        unit = model.unit if options.relative_damping else 1.0
-        gradient = self._gradient(weights, model) if options.gradient_term or not prunes else None
+        """Return the best network one step away, and whether it is to be taken."""
+        task, stage = self.task, self.state.stages
+        unit = 1.0 if isinstance(task.recipe.damping, Absolute) else model.unit
+        gradient = self._gradient(weights, model) if task.recipe.gradient or not prunes else None
         expansion = Expansion(model=model, weights=weights, gradient=gradient, unit=unit)
-        sample = self._draw_sample()
+        sample = self.passes.sample()
         before = self._loss_at(weights, sample)
-        with self._phase("steps"):
+        with task.clock.phase("steps"):
             proposals = (
-                selections(expansion, options, search.grid(), sparsity)
+                selections(expansion, task.request, task.resources, search.grid(), self._sparsity(stage))
                 if prunes
-                else updates(expansion, options, search.grid())
+                else updates(expansion, task.request, search.grid())
             )
             verdict = judged(proposals, lambda proposal: self._loss_at(proposal.weights, sample))
         best, losses = verdict.best, verdict.losses
@@ -225,8 +191,8 @@ class StagedRun(PruneRun):
         record = StageRecord(
             stage=stage,
             update=update,
-            sparsity=1.0 - kept / self.partition.n,
-            n_prune=self.partition.n - kept,
+            sparsity=1.0 - kept / task.partition.n,
+            n_prune=task.partition.n - kept,
             loss_before=before,
             loss=losses[0] if accepted else before,
             damping=best.damping * unit,
@@ -237,115 +203,89 @@ class StagedRun(PruneRun):
             predicted_change=model.predicted_change(
                 expansion.kept_weights, expansion.gradient, best.weights[model.keep]
             ),
-            samples=self.samples,
+            samples=self.passes.samples,
             seconds=0.0,
         )
         return best, record
 
-    def _curvature(self, weights: Tensor, keep: Tensor) -> StageModel:
-        """Rows at `weights` of the weights still there, and the channel term if there is to be one."""
-        options, step = self.options, f"_s{self.state.stages:04d}"
-        with self._phase("curvature"):
-            found = gradient_rows(
-                self.model,
-                self.data,
-                self.loss_fn,
-                self.partition,
-                curvature=options.curvature,
-                samples=options.samples,
-                samples_per_row=options.samples_per_row,
-                memory_limit=self.memory_limit,
-                seed=self._next_pass(),
+    def _model(self, weights: Tensor, keep: Tensor) -> StageModel:
+        """Return the model at `weights` of those still there, with the channel term if there is to be one."""
+        task, step = self.task, f"_s{self.state.stages:04d}"
+        curvature = task.recipe.curvature
+        assert isinstance(curvature, Fisher)
+        assert task.data is not None
+        with task.clock.phase("curvature"):
+            rows = gradient_rows(
+                task.model,
+                task.data,
+                task.loss_fn,
+                task.partition,
+                curvature=curvature,
+                resources=task.resources,
+                seed=self.passes.seed(),
                 weights=weights,
                 # A channel's slope is that of all its weights, pruned ones as well.
-                keep=None if options.layer_input_weight else keep,
+                keep=None if task.recipe.layer_inputs else keep,
                 gradient=False,
                 progress=False,
-                journal=self.done.rows(step),
+                journal=task.done.rows(step),
             )
-        self.samples += found.samples
-        if not options.layer_input_weight:
-            return StageModel(self.partition, keep, found.rows)
-        seed = self._next_pass()
-        with self._phase("layer inputs"):
-            moments = self.done.moments(
+        self.passes.samples += rows.samples
+        if not task.recipe.layer_inputs:
+            return StageModel(task.partition, keep, rows.rows)
+        seed = self.passes.seed()
+        with task.clock.phase("layer inputs"):
+            moments = task.done.moments(
                 lambda: input_moments(
-                    self.model, self.data, self.partition, samples=INPUT_SAMPLES, seed=seed, weights=weights
+                    task.model, task.data, task.partition, samples=INPUT_SAMPLES, seed=seed, weights=weights
                 ),
                 step,
             )
             both = with_layer_inputs(
-                found,
-                self.model,
-                self.data,
-                self.partition,
-                weight=options.layer_input_weight,
+                rows,
+                task.model,
+                task.data,
+                task.partition,
+                weight=task.recipe.layer_inputs,
                 moments=moments,
             )
         assert both.channels is not None
-        return StageModel(self.partition, keep, found.rows[:, keep], both.channels.restricted(keep))
+        return StageModel(task.partition, keep, rows.rows[:, keep], both.channels.restricted(keep))
 
     def _gradient(self, weights: Tensor, model: StageModel) -> Tensor:
-        """The gradient at `weights` in those still there."""
-        with self._phase("gradient"):
-            found, used = mean_gradient(
-                self.model,
-                self.data,
-                self.loss_fn,
-                self.partition,
-                samples=self.plan.gradient_samples or self.options.samples,
-                seed=self._next_pass(),
+        """Return the gradient at `weights` in those still there."""
+        task = self.task
+        assert task.data is not None
+        with task.clock.phase("gradient"):
+            gradient, used = mean_gradient(
+                task.model,
+                task.data,
+                task.loss_fn,
+                task.partition,
+                samples=self.plan.gradient_samples or task.recipe.samples,
+                seed=self.passes.seed(),
                 weights=weights,
                 progress=False,
             )
-        self.samples += used
-        return found[model.keep]
-
-    def _draw_sample(self) -> Sample:
-        """Samples on which networks are compared, fresh ones each time."""
-        batches = iterate(
-            self.data,
-            batch_size=512,
-            max_samples=self.options.choice_samples or self.options.samples,
-            seed=self._next_pass(),
-            device=device_of(self.model),
-        )
-        return [(batch.inputs, batch.labels) for batch in batches]
-
-    def _next_pass(self) -> int:
-        """Begin another pass over the data; its seed.
-
-        A loader that has `set_epoch`, as samplers of PyTorch have, is told the number of the pass, so
-        that it can give other samples in each and the same ones in a run that is resumed.
-        """
-        number = self.passes
-        self.passes += 1
-        set_epoch = getattr(self.data, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(number)
-        return self.options.seed + SEED_STEP * number
+        self.passes.samples += used
+        return gradient[model.keep]
 
     def _loss_at(self, weights: Tensor, sample: Sample) -> float:
-        return evaluate(TrialNetwork(self.model, self.partition, weights), sample, self.loss_fn).loss
-
-    def _read_states(self) -> None:
-        """Take over the stages on disk."""
-        for state in () if self.states is None else self.states.states():
-            self.state = state
-            self._announce()
+        return evaluate(self.task.trial(weights), sample, self.task.loss_fn).loss
 
     def _announce(self) -> None:
-        if self.on_stage is None:
+        """Hand the state after a stage to the caller."""
+        if self.plan.on_stage is None:
             return
-        state = self.state
-        self.on_stage(
+        task, state = self.task, self.state
+        self.plan.on_stage(
             StageResult(
                 stage=state.stages - 1,
-                stages=len(self.plan.updates),
-                sparsity=1.0 - int(state.keep.sum()) / self.partition.n,
-                network=TrialNetwork(self.model, self.partition, state.weights),
-                weights=as_parameters(self.model, self.partition, state.weights),
-                keep=self.partition.keep_by_parameter(state.keep),
+                stages=len(self.plan.steps),
+                sparsity=1.0 - int(state.keep.sum()) / task.partition.n,
+                network=task.trial(state.weights),
+                weights=as_parameters(task.model, task.partition, state.weights),
+                keep=task.partition.keep_by_parameter(state.keep),
                 records=tuple(record for record in state.records if record.stage == state.stages - 1),
             )
         )

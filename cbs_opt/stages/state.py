@@ -41,26 +41,6 @@ class StageState:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StepState:
-    """All that a run needs to go on after a step within a stage.
-
-    Parameters
-    ----------
-    weights, keep, damping, update_damping, passes
-        As in `StageState`.
-    record : StageRecord
-        Of the step.
-    """
-
-    weights: Tensor
-    keep: Tensor
-    damping: float | None
-    update_damping: float | None
-    passes: int
-    record: StageRecord
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class StageResult:
     """What `on_stage` is given when a stage is done.
 

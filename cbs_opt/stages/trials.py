@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cbs_opt.budget.remaining import counts_left
-from cbs_opt.prune_options import PruneOptions
+from cbs_opt.oneshot import SEED_STEP, choose, grouped, method_of, scoring_of, select_of, selects_by_rows
+from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request
 from cbs_opt.stages.model import StageModel
+from cbs_opt.system.resources import Resources
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Proposal:
     """New weights (n,) float64 with their `keep`, not yet evaluated.
 
-    `damping` is in the units of the options; `scale` 0 means that the kept weights did not move.
+    `damping` is in the units of the recipes; `scale` 0 means that the kept weights did not move.
     """
 
     weights: Tensor
     keep: Tensor
     damping: float
     scale: float
+    recipe: Recipe
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,82 +44,111 @@ class Expansion:
         """The weights still there."""
         return self.weights[self.model.keep]
 
-    def proposal(self, kept: Tensor, pruned: Tensor, damping: float, scale: float) -> Proposal:
-        """The network whose kept weights are `kept` (n_kept,) but for the `pruned` ones."""
+    def proposal(
+        self, kept: Tensor, pruned: Tensor, damping: float, scale: float, recipe: Recipe
+    ) -> Proposal:
+        """Return the network whose kept weights are `kept` (n_kept,) but for the `pruned` ones."""
         weights = torch.zeros_like(self.weights)
         keep = torch.zeros_like(self.model.keep)
         weights[self.model.keep] = torch.where(pruned, 0.0, kept)
         keep[self.model.keep] = ~pruned
-        return Proposal(weights=weights, keep=keep, damping=damping, scale=scale)
+        return Proposal(weights=weights, keep=keep, damping=damping, scale=scale, recipe=recipe)
 
-    def steps(
-        self, target: Tensor, pruned: Tensor, damping: float, scales: tuple[float, ...]
+    def updates(
+        self, pruned: Tensor, dampings: tuple[float, ...], recipes: Iterable[Recipe]
     ) -> Iterator[Proposal]:
-        """The networks between the present one and `target` (n_kept,)."""
+        """Yield the networks between the present one and the minimum of the model, by damping and recipe.
+
+        Recipes that differ in their step length alone share a solve.
+        """
         start = self.kept_weights
-        for scale in scales:
-            yield self.proposal(start + scale * (target - start), pruned, damping, scale)
+        absolute = [damping * self.unit for damping in dampings]
+        recipes = list(recipes)
+        targets = self.model.updates(start, self.gradient, pruned, absolute)
+        for damping, target in zip(dampings, targets, strict=True):
+            for recipe in recipes:
+                assert recipe.update is not None
+                scale = recipe.update.scale
+                yield self.proposal(start + scale * (target - start), pruned, damping, scale, recipe)
 
 
-def updates(expansion: Expansion, options: PruneOptions, dampings: tuple[float, ...]) -> Iterator[Proposal]:
-    """Damped Newton steps that prune nothing, one for every damping and step length."""
+def number_of(damping: Damping) -> float:
+    """Return a damping in the units of its recipe."""
+    return damping.value if isinstance(damping, Absolute) else damping
+
+
+def first_dampings(request: Request) -> tuple[float, ...]:
+    """Return the dampings of the recipes, which the first step tries."""
+    return tuple(dict.fromkeys(number_of(recipe.damping) for recipe in request.recipes))
+
+
+def updates(expansion: Expansion, request: Request, dampings: tuple[float, ...]) -> Iterator[Proposal]:
+    """Yield damped Newton steps that prune nothing, one for every damping and step length."""
     pruned = torch.zeros_like(expansion.kept_weights, dtype=torch.bool)
-    absolute = [damping * expansion.unit for damping in dampings]
-    targets = expansion.model.updates(expansion.kept_weights, expansion.gradient, pruned, absolute)
-    for damping, target in zip(dampings, targets, strict=True):
-        yield from expansion.steps(target, pruned, damping, options.update_scale)
+    movers = [recipe for recipe in _by_scale(request.recipes) if recipe.update is not None]
+    if movers:
+        yield from expansion.updates(pruned, dampings, movers)
+    else:
+        yield expansion.proposal(expansion.kept_weights, pruned, dampings[0], 0.0, request.recipes[0])
 
 
 def selections(
-    expansion: Expansion, options: PruneOptions, dampings: tuple[float, ...], sparsity: float
+    expansion: Expansion,
+    request: Request,
+    resources: Resources,
+    dampings: tuple[float, ...],
+    sparsity: float,
 ) -> Iterator[Proposal]:
-    """Sets at `sparsity` for every restart, alternative and damping, each with its updates and without."""
-    for restart, alternative in itertools.product(range(options.restarts), options.method_options):
-        groups: list[tuple[float, tuple[float, ...]]] = [(damping, (damping,)) for damping in dampings]
-        if options.selection_damping is not None:
-            groups = [(options.selection_damping, dampings)]
-        for selecting, updating in groups:
-            pruned = _pruned(expansion, options, selecting, sparsity, restart, alternative)
-            start = expansion.kept_weights
-            yield expansion.proposal(start, pruned, updating[0], 0.0)
-            if options.update is None:
-                continue
-            absolute = [damping * expansion.unit for damping in updating]
-            targets = expansion.model.updates(start, expansion.gradient, pruned, absolute)
-            for damping, target in zip(updating, targets, strict=True):
-                yield from expansion.steps(target, pruned, damping, options.update_scale)
+    """Yield sets at `sparsity` for every method, seed and damping, each with its updates and without."""
+    for group in grouped(request.recipes, lambda recipe: (recipe.select, recipe.selection_damping)):
+        recipe = group[0]
+        for attempt in range(select_of(recipe).tries):
+            pairs: list[tuple[float, tuple[float, ...]]] = [(damping, (damping,)) for damping in dampings]
+            if recipe.selection_damping is not None:
+                pairs = [(number_of(recipe.selection_damping), dampings)]
+            for selecting, updating in pairs:
+                pruned = _pruned(expansion, request, recipe, resources, selecting, sparsity, attempt)
+                yield expansion.proposal(expansion.kept_weights, pruned, updating[0], 0.0, recipe)
+                movers = [entry for entry in _by_scale(group) if entry.update is not None]
+                if movers:
+                    yield from expansion.updates(pruned, updating, movers)
+
+
+def _by_scale(recipes: Iterable[Recipe]) -> list[Recipe]:
+    """One recipe for every update."""
+    return [members[0] for members in grouped(recipes, lambda recipe: recipe.update)]
 
 
 def _pruned(
     expansion: Expansion,
-    options: PruneOptions,
+    request: Request,
+    recipe: Recipe,
+    resources: Resources,
     damping: float,
     sparsity: float,
-    restart: int,
-    alternative: Mapping[str, Any],
+    attempt: int,
 ) -> Tensor:
-    """What the method prunes of the kept weights, (n_kept,) bool."""
+    """Return what the method prunes of the kept weights, (n_kept,) bool."""
     model = expansion.model
-    method = options.chosen_method
-    if method.kind == "search" and options.program == "selection":
+    if selects_by_rows(recipe) and method_of(recipe).kind == "search":
         blocks = model.blocks(expansion.kept_weights, expansion.gradient, damping * expansion.unit)
     else:
         blocks = model.around_minimum(
             expansion.kept_weights,
             expansion.gradient,
             damping * expansion.unit,
-            factorised=method.name == "obs",
+            factorised=method_of(recipe).name == "obs",
         )
     counts = counts_left(
         model.partition,
         model.keep,
         sparsity,
-        options.sparsity,
-        budget=options.budget,
-        scoring=options.scoring,
+        request.sparsity,
+        budget=recipe.weights.budget,
+        scoring=scoring_of(recipe),
         blocks=blocks,
     )
-    choices = options.engine(blocks, counts, limits=options.limits(restart), **alternative)
+    choices = choose(recipe, blocks, counts, seed=request.seed + SEED_STEP * attempt, resources=resources)
     return torch.cat([choice.pruned for choice in choices])
 
 

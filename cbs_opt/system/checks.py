@@ -6,7 +6,8 @@ NumPy scalars are numbers like any other; booleans are none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -68,3 +69,25 @@ def names(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(entries, Sequence) or not all(isinstance(entry, str) for entry in entries):
         raise ArgumentError(argument, f"{value!r}", "pass a string, or a sequence of strings")
     return tuple(entries)
+
+
+@contextmanager
+def within(record: str, *fields: str, **renamed: str) -> Iterator[None]:
+    """Let errors about an argument name the field of a record that it came from.
+
+    Parameters
+    ----------
+    record : str
+        What the names of the fields begin with.
+    *fields : str
+        Arguments that are called as the fields are.
+    **renamed : str
+        The field of every other argument.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        field = renamed.get(error.argument, error.argument if error.argument in fields else None)
+        if field is None:
+            raise
+        raise type(error)(f"{record}.{field}", error.found, error.remedy) from error

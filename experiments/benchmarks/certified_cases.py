@@ -223,8 +223,9 @@ class NetworkBlocks:
                 loss_fn=torch.nn.functional.cross_entropy,
                 partition=self.partition,
                 target=self.target,
-                samples=self.source.rows * self.samples_per_row,
-                samples_per_row=self.samples_per_row,
+                curvature=cbs_opt.EmpiricalFisher(
+                    samples=self.source.rows * self.samples_per_row, per_row=self.samples_per_row
+                ),
                 seed=self.source.seed,
             )
         return self._blocks

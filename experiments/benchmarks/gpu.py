@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.curvature.fisher import gradient_rows
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.partition import Partition
 from cbs_opt.select.selection_program.dense import swap_dense
@@ -227,7 +228,9 @@ def row_lines(sizes: Sizes, device: torch.device) -> list[Line]:
 
         def run(parts: Partition = parts) -> tuple[Tensor, int]:
             loss = nn.functional.cross_entropy
-            found = gradient_rows(model, data, loss, parts, samples=sizes.samples, progress=False)
+            found = gradient_rows(
+                model, data, loss, parts, curvature=EmpiricalFisher(samples=sizes.samples), progress=False
+            )
             return found.rows, len(found.rows)
 
         rows, count, seconds = timed(run, place)

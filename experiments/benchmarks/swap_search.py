@@ -75,8 +75,7 @@ def whole_network(
         loss_fn=torch.nn.functional.cross_entropy,
         partition="global",
         target=loaded.target,
-        samples=rows * samples_per_row,
-        samples_per_row=samples_per_row,
+        curvature=cbs_opt.EmpiricalFisher(samples=rows * samples_per_row, per_row=samples_per_row),
         damping=DAMPING[network],
         seed=seed,
     )[0]

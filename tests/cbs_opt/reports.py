@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cbs_opt.network.evaluation import Evaluation
+from cbs_opt.recipe.records import Recipe, Request, absolute
 from cbs_opt.report.parts import BlockSummary, LayerSummary
 from cbs_opt.report.record import PruneReport
 
@@ -77,6 +78,6 @@ def made_report(
         update_scale=1.0 if update else None,
         seed=seed,
         masks=masks,
-        settings={"loss_fn": "cross_entropy", "target": None, "ignore": []},
+        request=Request(sparsity=sparsity, recipes=(Recipe(damping=absolute(1e-3)),), seed=seed),
         versions={"python": "3.11", "torch": "2.13.0"},
     )

@@ -91,7 +91,7 @@ def test_rows_are_computed_once_for_equal_settings(data_dir: Path, monkeypatch: 
     calls = 0
     original = cbs_opt.gradient_rows
 
-    def counting(*args: object, **kwargs: object) -> cbs_opt.GradientRows:
+    def counting(*args: object, **kwargs: object) -> cbs_opt.Rows:
         nonlocal calls
         calls += 1
         return original(*args, **kwargs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cbs_opt.curvature.fisher import fisher_blocks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.pruning import prune
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.joint_program import search as joint_search
@@ -60,7 +61,7 @@ def test_a_global_budget_is_spent_by_the_joint_saliency() -> None:
         data(dtype=torch.float64),
         loss_fn=torch.nn.functional.cross_entropy,
         partition="layer",
-        samples=30,
+        curvature=EmpiricalFisher(samples=30),
         damping=0.02,
         progress=False,
     )

@@ -36,10 +36,15 @@ def data(samples: int = 48) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3, (samples,), generator=generator)
 
 
-def rows_of(model: nn.Module) -> cbs.GradientRows:
+def rows_of(model: nn.Module) -> cbs.Rows:
     partition = Partition.from_model(model, blocks="global")
     return cbs.gradient_rows(
-        model, data(), nn.functional.cross_entropy, partition, samples=16, progress=False
+        model,
+        data(),
+        nn.functional.cross_entropy,
+        partition,
+        curvature=cbs.EmpiricalFisher(samples=16),
+        progress=False,
     )
 
 
@@ -177,7 +182,12 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
     partition = Partition.from_model(model, blocks="global")
     rows = with_layer_inputs(rows_of(model), model, data(), partition)
     block = cbs.fisher_blocks(
-        model, data(), loss_fn=nn.functional.cross_entropy, partition=partition, samples=16, progress=False
+        model,
+        data(),
+        loss_fn=nn.functional.cross_entropy,
+        partition=partition,
+        curvature=cbs.EmpiricalFisher(samples=16),
+        progress=False,
     )[0]
     with_term = replace(block, channels=rows.channels)
     monkeypatch.setattr("cbs_opt.hessian.block.DENSE_LIMIT", 20)
@@ -188,7 +198,7 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
 
 def test_certificates_of_large_blocks_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cbs_opt.prune_options.DENSE_LIMIT", 20)
-    monkeypatch.setattr("cbs_opt.oneshot.streamed_rows", lambda *_, **__: pytest.fail("begun"))
+    monkeypatch.setattr("cbs_opt.oneshot.gradient_rows", lambda *_, **__: pytest.fail("begun"))
     with pytest.raises(UnsupportedProblemError, match="certify"):
         pruned(layer_inputs=(0.0, 1.0), method="obs", certify=True)
 

@@ -14,9 +14,20 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt
-from cbs_opt import CbsError, GradientRows, Partition, StoredRows, prune, streamed_rows
-from cbs_opt.curvature.disk import RowStore
-from cbs_opt.curvature.fisher import gradient_rows
+from cbs_opt import (
+    CbsError,
+    EmpiricalFisher,
+    ExactFisher,
+    MonteCarloFisher,
+    Partition,
+    Resources,
+    Rows,
+    SketchedFisher,
+    gradient_rows,
+    prune,
+)
+from cbs_opt.curvature.disk import RowsOnDisk
+from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.errors import RowMemoryError, RowStoreError
 from tests.cbs_opt.small_network import assert_untouched, snapshot
 from tests.cbs_opt.small_network import data as small_data
@@ -51,16 +62,16 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of blocks that were in memory at once, whenever one came in."""
     seen: list[int] = []
     live: list[None] = []
-    mapped = RowStore._mapped
+    mapped = RowsOnDisk._mapped
 
-    def counted(self: RowStore, start: int, stop: int) -> Tensor:
+    def counted(self: RowsOnDisk, start: int, stop: int) -> Tensor:
         rows = mapped(self, start, stop)
         live.append(None)
         seen.append(len(live))
         weakref.finalize(rows.untyped_storage(), live.pop)
         return rows
 
-    monkeypatch.setattr(RowStore, "_mapped", counted)
+    monkeypatch.setattr(RowsOnDisk, "_mapped", counted)
     return seen
 
 
@@ -116,65 +127,76 @@ def test_the_network_is_that_of_rows_in_memory_to_the_bit(options: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("curvature", "chunk_memory"),
     [
-        {},
-        {"curvature": "exact_fisher"},
-        {"curvature": "monte_carlo_fisher"},
-        {"curvature": "sketched_fisher", "samples_per_row": 4},
-        {"samples_per_row": 7},
-        {"vectorize": False},
-        {"rows_dtype": torch.float64},
-        {"memory_limit": 1},
-        {"samples": 1000},
+        (EmpiricalFisher(samples=SAMPLES), 1 << 28),
+        (EmpiricalFisher(samples=SAMPLES), 1),
+        (EmpiricalFisher(samples=SAMPLES, per_row=7), 1 << 28),
+        (EmpiricalFisher(samples=SAMPLES, vectorize=False), 1 << 28),
+        (EmpiricalFisher(samples=1000), 1 << 28),
+        (ExactFisher(samples=SAMPLES), 1 << 28),
+        (MonteCarloFisher(samples=SAMPLES), 1 << 28),
+        (SketchedFisher(samples=SAMPLES, per_row=4), 1 << 28),
     ],
     ids=str,
 )
-def test_rows_and_gradient_are_those_of_memory_to_the_bit(options: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_and_gradient_are_those_of_memory_to_the_bit(
+    curvature: Fisher, chunk_memory: int, tmp_path: Path
+) -> None:
     model, loss = network(), nn.functional.cross_entropy
     partition = Partition.from_model(model, blocks=170)
-    arguments = {"samples": SAMPLES, "progress": False, **options}
-    whole = gradient_rows(model, data(), loss, partition, **arguments)
-    limit = whole.rows.nbytes // 3
-    with streamed_rows(
-        model, data(), loss, partition, row_memory=limit, row_dir=tmp_path, **arguments
-    ) as found:  # type: ignore[union-attr]
-        assert isinstance(found, StoredRows)
+
+    def rows(row_memory: int | None) -> Rows:
+        resources = Resources(row_memory=row_memory, row_dir=tmp_path, chunk_memory=chunk_memory)
+        return gradient_rows(
+            model, data(), loss, partition, curvature=curvature, resources=resources, progress=False
+        )
+
+    whole = rows(None)
+    with rows(whole.rows.nbytes // 3) as stored:
+        assert stored.on_disk
+        assert not whole.on_disk
         assert list(tmp_path.iterdir()) == []
-        assert found.shape == whole.shape
-        assert (found.samples, found.curvature) == (whole.samples, whole.curvature)
-        assert torch.equal(found.gradient, whole.gradient)
+        assert stored.shape == whole.shape
+        assert (stored.samples, stored.curvature) == (whole.samples, whole.curvature)
+        assert torch.equal(stored.gradient, whole.gradient)
+        assert torch.equal(stored.rows, whole.rows)
         for block in partition.blocks:
-            assert torch.equal(found.block(block.start, block.stop), whole.block(block.start, block.stop))
-        torch.testing.assert_close(found.column_squares(), whole.column_squares(), rtol=1e-14, atol=0.0)
+            assert torch.equal(stored.block(block.start, block.stop), whole.block(block.start, block.stop))
+        torch.testing.assert_close(stored.column_squares(), whole.column_squares(), rtol=1e-14, atol=0.0)
 
 
 def test_rows_that_fit_stay_in_memory() -> None:
     model = network()
     partition = Partition.from_model(model, blocks="global")
     size = 4 * 20 * partition.n
-    arguments: dict[str, Any] = {"samples": 20, "progress": False}
     for limit in (None, size):
-        found = streamed_rows(
-            model, data(), nn.functional.cross_entropy, partition, row_memory=limit, **arguments
+        rows = gradient_rows(
+            model,
+            data(),
+            nn.functional.cross_entropy,
+            partition,
+            curvature=EmpiricalFisher(samples=20),
+            resources=Resources(row_memory=limit),
+            progress=False,
         )
-        assert isinstance(found, GradientRows)
+        assert not rows.on_disk
 
 
 def test_rows_on_disk_serve_several_runs_and_stay_open(stored: list[int]) -> None:
     model = network()
     partition = Partition.from_model(model, blocks="layer")
     limit = 4 * SAMPLES * LARGEST
-    rows = streamed_rows(
+    rows = gradient_rows(
         model,
         data(),
         nn.functional.cross_entropy,
         partition,
-        row_memory=limit,
-        samples=SAMPLES,
+        curvature=EmpiricalFisher(samples=SAMPLES),
+        resources=Resources(row_memory=limit),
         progress=False,
     )
-    assert isinstance(rows, StoredRows)
+    assert rows.on_disk
     for method in ("obd", "obs"):
         expected, _ = pruned(None, method=method, partition="layer", layer_inputs=0.0)
         found, _ = pruned(None, method=method, partition="layer", layer_inputs=0.0, curvature=rows)
@@ -233,7 +255,7 @@ def test_after_a_failure_the_network_is_as_it_was_and_no_file_is_left(
         if where == "write":
             patched.setattr(os, "pwrite", failing(call, error, os.pwrite))
         else:
-            patched.setattr(RowStore, "_mapped", failing(call, error, RowStore._mapped))
+            patched.setattr(RowsOnDisk, "_mapped", failing(call, error, RowsOnDisk._mapped))
         with pytest.raises((RowStoreError, OSError, KeyboardInterrupt)) as raised:
             prune(
                 model,

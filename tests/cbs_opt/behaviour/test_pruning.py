@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cbs_opt import pruning
 from cbs_opt.curvature.fisher import fisher_blocks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.errors import (
     DataLoaderError,
     EmptyDataError,
@@ -113,7 +114,13 @@ def test_predicted_losses_are_those_of_formulations(partition: str, gradient_ter
     model = network(dtype=torch.float64)
     x, y = data(dtype=torch.float64)
     blocks = fisher_blocks(
-        model, (x, y), loss_fn=cross_entropy, partition=partition, samples=40, damping=0.01, progress=False
+        model,
+        (x, y),
+        loss_fn=cross_entropy,
+        partition=partition,
+        curvature=EmpiricalFisher(samples=40),
+        damping=0.01,
+        progress=False,
     )
     report = run(model, (x, y), program="selection", partition=partition, gradient_term=gradient_term)
     keep = torch.cat([report.masks[name].flatten() for name in ELIGIBLE])

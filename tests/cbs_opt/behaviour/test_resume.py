@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from cbs_opt.curvature.fisher import gradient_rows
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.errors import NetworkChangedError, RunInUseError, RunMismatchError
 from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs import folder as run_store
-from cbs_opt.runs.folder import RunStore
-from cbs_opt.runs.lock import RunLock
+from cbs_opt.runs.folder import LOCK_FILE, RunStore
 from formulations.files import PARTIAL
 from tests.cbs_opt import small_network
 from tests.cbs_opt.small_network import assert_untouched, snapshot
@@ -167,7 +168,7 @@ def test_a_finished_run_returns_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     expected = result(first, run(first, run_dir=tmp_path, **CASES["certified"]))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"run.json", "run.lock", "result.npz", "report.json", "certificates"}
-    monkeypatch.setattr("cbs_opt.oneshot.streamed_rows", None)
+    monkeypatch.setattr("cbs_opt.oneshot.gradient_rows", None)
     report = run(second, run_dir=tmp_path, **CASES["certified"])
     assert result(second, report) == expected
     assert len(report.certificates) == len(report.blocks)
@@ -194,7 +195,7 @@ def test_damaged_pieces_are_made_again(case: str, tmp_path: Path) -> None:
             stop_at(patch, 9, before=False)
             with pytest.raises(Stop):
                 run(network(), run_dir=directory, **options)
-        pieces = [path for path in directory.glob("*.npz") if not path.name.startswith("stage_")]
+        pieces = list(directory.glob("*.npz"))
         assert pieces
         for path in pieces:
             path.write_bytes(spoil(path.read_bytes()))
@@ -244,7 +245,9 @@ def test_another_network_data_or_thread_count_is_refused(tmp_path: Path) -> None
     finally:
         torch.set_num_threads(threads)
     parts = Partition.from_model(network(), blocks="global")
-    rows = gradient_rows(network(), data(), nn.functional.cross_entropy, parts, samples=24)
+    rows = gradient_rows(
+        network(), data(), nn.functional.cross_entropy, parts, curvature=EmpiricalFisher(samples=24)
+    )
     with pytest.raises(RunMismatchError, match="curvature"):
         run(network(), run_dir=tmp_path, curvature=rows, **options)
 
@@ -270,7 +273,7 @@ def test_rows_of_other_samples_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_directory_is_refused(tmp_path: Path) -> None:
-    with RunLock(tmp_path):
+    with FileLock(tmp_path / LOCK_FILE):
         model = network()
         before = snapshot(model)
         with pytest.raises(RunInUseError, match="another run is using it"):
@@ -279,34 +282,28 @@ def test_a_second_run_in_the_directory_is_refused(tmp_path: Path) -> None:
     run(network(), run_dir=tmp_path)
 
 
-def hold(directory: Path, ready: Any, fork: bool) -> None:
-    with RunLock(directory):
-        child = os.fork() if fork else None
-        if child == 0:
-            time.sleep(20.0)
-            os._exit(0)
-        ready.send(child)
+def hold(directory: Path, ready: Any) -> None:
+    with RunStore(directory, {}):
+        ready.send(None)
         time.sleep(20.0)
 
 
-@pytest.mark.parametrize("fork", [False, True])
-def test_a_kill_ends_the_lock_even_if_children_live_on(fork: bool, tmp_path: Path) -> None:
+def test_a_kill_ends_the_lock(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=hold, args=(tmp_path, there, fork))
+    process = context.Process(target=hold, args=(tmp_path, there))
     process.start()
-    child = here.recv()
+    here.recv()
     try:
         with pytest.raises(RunInUseError):
-            RunLock(tmp_path)
+            RunStore(tmp_path, {})
         process.kill()
         process.join()
-        RunLock(tmp_path).release()
+        with RunStore(tmp_path, {}), pytest.raises(RunInUseError):
+            RunStore(tmp_path, {})
     finally:
         process.kill()
         process.join()
-        if child is not None:
-            os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("case", ["selection", "stages"])

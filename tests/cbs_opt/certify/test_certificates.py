@@ -19,7 +19,10 @@ from cbs_opt.certify import certificates as certification
 from cbs_opt.certify.certificates import NOT_REACHED, certify_block
 from cbs_opt.certify.files import CERTIFICATES, block_path, certificate_path
 from cbs_opt.curvature.fisher import fisher_blocks
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import Certify, Recipe, Weights, absolute
+from cbs_opt.recipe.select import Exact, Magnitude, Select, SwapSearch
 from cbs_opt.report.files import load_report, save_report
 from cbs_opt.report.parts import MEANING
 from cbs_opt.report.record import PruneReport
@@ -34,10 +37,27 @@ PROGRAMS = ("selection", "joint")
 PARTITIONS = ("global", "layer", "row", 7)
 
 
-def run(model: nn.Module, **options: Any) -> PruneReport:
-    plain = {"program": "selection", "damping": 0.01, "layer_inputs": 0.0}
-    options = {"sparsity": 0.5, "samples": 40, "progress": False} | plain | options
-    return prune(model, options.pop("data", data()), **options)
+def run(
+    model: nn.Module,
+    *,
+    train: Any = None,
+    blocks: str | int | None = None,
+    budget: str = "global",
+    program: str = "selection",
+    select: Select | None = None,
+    sparsity: float = 0.5,
+    certify: Any = False,
+    **fields: Any,
+) -> PruneReport:
+    recipe = Recipe(
+        curvature=EmpiricalFisher(samples=40),
+        layer_inputs=0.0,
+        weights=Weights(blocks=blocks, budget=budget),
+        select=SwapSearch(program=program) if select is None else select,
+        **{"damping": absolute(0.01), **fields},
+    )
+    train = data() if train is None else train
+    return prune(model, train, sparsity=sparsity, recipe=recipe, certify=certify, progress=False)
 
 
 def blocks_of(
@@ -52,7 +72,7 @@ def blocks_of(
         data(dtype=dtype),
         loss_fn=nn.functional.cross_entropy,
         partition=partition,
-        samples=40,
+        curvature=EmpiricalFisher(samples=40),
         damping=0.01,
         progress=False,
     )
@@ -63,8 +83,8 @@ def blocks_of(
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_certifying_changes_no_weight_and_bounds_every_block(program: str, partition: str | int) -> None:
     plain, certified = network(), network()
-    before = run(plain, program=program, partition=partition)
-    report = run(certified, program=program, partition=partition, certify=True)
+    before = run(plain, program=program, blocks=partition)
+    report = run(certified, program=program, blocks=partition, certify=True)
     weights = certified.state_dict()
     assert all(value.equal(weights[name]) for name, value in plain.state_dict().items())
     assert before.certified is None
@@ -83,7 +103,7 @@ def test_certifying_changes_no_weight_and_bounds_every_block(program: str, parti
 
 
 def test_the_sum_is_that_of_the_blocks_and_says_what_it_is() -> None:
-    report = run(network(), partition="row", program="joint", certify=True)
+    report = run(network(), blocks="row", program="joint", certify=True)
     total = report.certified
     assert total is not None
     assert total.bound is not None
@@ -103,7 +123,7 @@ def test_the_sum_is_that_of_the_blocks_and_says_what_it_is() -> None:
 def test_no_bound_exceeds_the_enumerated_optimum(program: str) -> None:
     model = network()
     trained = blocks_of(model, "row")
-    report = run(model, partition="row", program=program, budget="uniform", certify=True)
+    report = run(model, blocks="row", program=program, budget="uniform", certify=True)
     for block, summary in zip(trained, report.blocks, strict=True):
         best = enumerate_optimum(block.to_problem(summary.n_prune), program)
         assert best.objective is not None
@@ -116,7 +136,7 @@ def test_no_bound_exceeds_the_enumerated_optimum(program: str) -> None:
 def test_certificates_are_in_float64_whatever_the_network(dtype: torch.dtype) -> None:
     model = network(dtype=dtype)
     trained = blocks_of(model, "layer", dtype)
-    report = run(model, data=data(dtype=dtype), partition="layer", program="joint", certify=True)
+    report = run(model, train=data(dtype=dtype), blocks="layer", program="joint", certify=True)
     for block, solution, summary in zip(trained, report.certificates, report.blocks, strict=True):
         problem = block.to_problem(summary.n_prune)
         assert problem.fingerprint() == summary.fingerprint
@@ -128,7 +148,7 @@ def test_certificates_are_in_float64_whatever_the_network(dtype: torch.dtype) ->
 def test_the_gradient_is_in_the_bound_if_it_is_in_the_model() -> None:
     model = network()
     trained = blocks_of(model, "layer", gradient=True)
-    report = run(model, partition="layer", program="joint", gradient_term=True, certify=True)
+    report = run(model, blocks="layer", program="joint", gradient=True, certify=True)
     for block, summary, solution in zip(trained, report.blocks, report.certificates, strict=True):
         problem = block.to_problem(summary.n_prune)
         assert problem.gradient is not None
@@ -138,13 +158,13 @@ def test_the_gradient_is_in_the_bound_if_it_is_in_the_model() -> None:
 
 
 def test_selection_is_certified_at_the_damping_of_the_selection() -> None:
-    report = run(network(), selection_damping=0.05, damping=0.01, certify=True)
+    report = run(network(), selection_damping=absolute(0.05), certify=True)
     own = replace(blocks_of(network(), "global")[0], damping=0.05)
     assert own.to_problem(report.blocks[0].n_prune).fingerprint() == report.blocks[0].fingerprint
 
 
 def test_a_proof_of_the_method_is_not_lost() -> None:
-    report = run(network(), partition=12, method="branch_and_bound", program="joint", certify=True)
+    report = run(network(), blocks=12, select=Exact(method="branch_and_bound"), certify=True)
     assert report.certified is not None
     assert report.certified.gap is not None
     assert report.certified.gap <= 2e-6
@@ -165,7 +185,7 @@ def test_a_better_set_is_mentioned() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9999])
 def test_blocks_without_a_choice_are_optimal(sparsity: float) -> None:
-    report = run(network(), sparsity=sparsity, partition="row", certify=True)
+    report = run(network(), sparsity=sparsity, blocks="row", certify=True)
     for block in report.blocks:
         if block.n_prune in (0, block.n):
             assert block.gap == 0.0
@@ -173,7 +193,7 @@ def test_blocks_without_a_choice_are_optimal(sparsity: float) -> None:
 
 
 def test_a_time_limit_leaves_blocks_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = run(network(), partition="row", certify=True, certify_time_limit=0.0)
+    report = run(network(), blocks="row", certify=Certify(time_limit=0.0))
     assert all(block.bound is None for block in report.blocks)
     assert {block.certificate_status for block in report.blocks} == {NOT_REACHED}
     assert report.certified is not None
@@ -187,7 +207,7 @@ def test_a_time_limit_leaves_blocks_out_and_says_so(monkeypatch: pytest.MonkeyPa
         return slow(*args, **options)
 
     monkeypatch.setattr(certification, "lower_bound", slowly)
-    report = run(network(), partition="row", certify=True, certify_time_limit=0.5)
+    report = run(network(), blocks="row", certify=Certify(time_limit=0.5))
     known = [block for block in report.blocks if block.bound is not None]
     assert 0 < len(known) < len(report.blocks)
     assert report.certified is not None
@@ -211,36 +231,35 @@ def test_an_interrupted_certification_leaves_the_network_as_it_was(
     model = network()
     before = snapshot(model)
     with pytest.raises(stop):
-        run(model, partition="row", certify=True)
+        run(model, blocks="row", certify=True)
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize(
-    ("options", "argument"),
-    [
-        ({"certify": "yes"}, "certify"),
-        ({"certify": True, "certify_time_limit": -1.0}, "certify_time_limit"),
-        ({"certify": True, "certify_time_limit": math.nan}, "certify_time_limit"),
-        ({"certify": True, "certify_time_limit": "1"}, "certify_time_limit"),
-    ],
-)
-def test_bad_arguments_are_refused(options: dict[str, Any], argument: str) -> None:
+def test_bad_arguments_are_refused() -> None:
     model = network()
     before = snapshot(model)
     with pytest.raises(ArgumentError) as caught:
-        run(model, **options)
-    assert caught.value.argument == argument
+        run(model, certify="yes")
+    assert caught.value.argument == "certify"
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("limit", [-1.0, math.nan, "1"])
+def test_a_time_limit_that_is_none_is_refused(limit: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        Certify(time_limit=limit)
+    assert caught.value.argument == "certify.time_limit"
+
+
 def test_certificates_need_data() -> None:
+    recipe = Recipe(select=Magnitude(), update=None)
     with pytest.raises(ArgumentError, match="data"):
-        run(network(), data=None, method="magnitude", update=False, certify=True)
+        prune(network(), None, sparsity=0.5, recipe=recipe, certify=True)
 
 
 def test_saved_certificates_are_checked_again(tmp_path: Path) -> None:
     model = network()
-    report = run(model, partition="layer", program="joint", certify=True, block_dir=tmp_path / CERTIFICATES)
+    report = run(model, blocks="layer", program="joint", certify=Certify(block_dir=tmp_path / CERTIFICATES))
     save_report(report, tmp_path)
     read = load_report(tmp_path)
     assert read.to_dict() == report.to_dict()
@@ -261,7 +280,7 @@ def test_saved_certificates_are_checked_again(tmp_path: Path) -> None:
 
 def test_a_changed_block_set_or_bound_is_found(tmp_path: Path) -> None:
     directory = tmp_path / CERTIFICATES
-    report = run(network(), partition="layer", program="joint", certify=True, block_dir=directory)
+    report = run(network(), blocks="layer", program="joint", certify=Certify(block_dir=directory))
     save_report(report, tmp_path)
 
     block_path(directory, 1).write_bytes(block_path(directory, 0).read_bytes())
@@ -283,7 +302,7 @@ def test_a_changed_block_set_or_bound_is_found(tmp_path: Path) -> None:
     save_report(replace(report, masks=masks), tmp_path)
     assert "not that of the masks" in next(check_certificates(tmp_path)).notes[0]
 
-    save_report(run(network(), partition="layer"), tmp_path)
+    save_report(run(network(), blocks="layer"), tmp_path)
     assert not certificate_path(directory, 0).exists()
     with pytest.raises(ArgumentError, match="certify=True"):
         list(check_certificates(tmp_path))

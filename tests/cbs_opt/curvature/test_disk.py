@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cbs_opt.curvature.disk import RowsInMemory, RowStore, RowTarget, stored_bytes
+from cbs_opt.curvature.disk import RowsInMemory, RowsOnDisk, RowTarget, stored_bytes
 from cbs_opt.errors import RowStoreError
 from cbs_opt.network.partition import BlockSpan, ParameterSpan, Partition
 
@@ -33,8 +33,10 @@ def partition_of(sizes: list[int]) -> Partition:
     )
 
 
-def store_of(partition: Partition, rows: int, folder: Path, dtype: torch.dtype = torch.float32) -> RowStore:
-    return RowStore(partition, rows, dtype, CPU, folder=folder, buffer_bytes=3 * partition.n * dtype.itemsize)
+def store_of(partition: Partition, rows: int, folder: Path, dtype: torch.dtype = torch.float32) -> RowsOnDisk:
+    return RowsOnDisk(
+        partition, rows, dtype, CPU, folder=folder, buffer_bytes=3 * partition.n * dtype.itemsize
+    )
 
 
 def fill(target: RowTarget, rows: Tensor, pieces: list[int]) -> None:
@@ -72,9 +74,9 @@ def test_what_is_read_is_what_memory_would_hold(
 ) -> None:
     partition = partition_of(sizes)
     rows = torch.randn(count, partition.n, generator=torch.Generator().manual_seed(count), dtype=dtype)
-    memory = RowsInMemory(count + spare, partition.n, dtype, CPU)
+    memory = RowsInMemory(torch.empty(count + spare, partition.n, dtype=dtype))
     row_bytes = partition.n * dtype.itemsize
-    disk = RowStore(
+    disk = RowsOnDisk(
         partition, count + spare, dtype, CPU, folder=None, buffer_bytes=buffered * row_bytes + row_bytes // 2
     )
     for target in (memory, disk):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from cbs_opt.curvature.fisher import fisher_blocks, gradient_rows
+from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, ExactFisher, MonteCarloFisher, SketchedFisher
 from cbs_opt.errors import (
     DataLoaderError,
     EmptyDataError,
@@ -21,6 +22,7 @@ from cbs_opt.errors import (
     TrainingModeError,
 )
 from cbs_opt.network.partition import Partition
+from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, UnsupportedProblemError
 
 SAMPLES, CLASSES = 23, 4
@@ -76,7 +78,11 @@ def test_rows_are_the_gradients_of_single_samples(network, data):
     expected = loop_gradients(network, partition, losses)
     for vectorize in (True, False):
         found = gradient_rows(
-            network, in_order(data), cross_entropy, partition, samples=SAMPLES, vectorize=vectorize
+            network,
+            in_order(data),
+            cross_entropy,
+            partition,
+            curvature=EmpiricalFisher(samples=SAMPLES, vectorize=vectorize),
         )
         torch.testing.assert_close(found.rows * SAMPLES**0.5, expected)
         torch.testing.assert_close(found.gradient, expected.mean(0))
@@ -89,7 +95,11 @@ def test_rows_average_groups_of_samples_across_batches(network, data):
     losses = [cross_entropy(network(x[i : i + 4]), y[i : i + 4]) for i in range(0, 20, 4)]
     expected = loop_gradients(network, partition, losses)
     found = gradient_rows(
-        network, in_order(data, 3), cross_entropy, partition, samples=SAMPLES, samples_per_row=4
+        network,
+        in_order(data, 3),
+        cross_entropy,
+        partition,
+        curvature=EmpiricalFisher(samples=SAMPLES, per_row=4),
     )
     assert found.samples == 20  # the incomplete sixth row is dropped
     torch.testing.assert_close(found.rows * 5**0.5, expected)
@@ -105,7 +115,7 @@ def test_exact_fisher_is_the_gauss_newton_matrix(network, data):
         jacobian = loop_gradients(network, partition, list(logits))
         p = logits.softmax(0).detach()
         expected += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / SAMPLES
-    found = gradient_rows(network, data, cross_entropy, partition, samples=SAMPLES, curvature="exact_fisher")
+    found = gradient_rows(network, data, cross_entropy, partition, curvature=ExactFisher(samples=SAMPLES))
     assert found.rows.shape == (SAMPLES * CLASSES, partition.n)
     torch.testing.assert_close(found.rows.T @ found.rows, expected)
     mean = loop_gradients(network, partition, [cross_entropy(network(x), y)])[0]
@@ -115,9 +125,9 @@ def test_exact_fisher_is_the_gauss_newton_matrix(network, data):
 def test_monte_carlo_fisher_tends_to_the_exact_one(network, data):
     partition = Partition.from_model(network, target="classifier.weight")
     repeated = (data[0].repeat(200, 1, 1, 1), data[1].repeat(200))
-    exact = gradient_rows(network, data, cross_entropy, partition, samples=SAMPLES, curvature="exact_fisher")
+    exact = gradient_rows(network, data, cross_entropy, partition, curvature=ExactFisher(samples=SAMPLES))
     drawn = gradient_rows(
-        network, repeated, cross_entropy, partition, samples=200 * SAMPLES, curvature="monte_carlo_fisher"
+        network, repeated, cross_entropy, partition, curvature=MonteCarloFisher(samples=200 * SAMPLES)
     )
     wanted, found = exact.rows.T @ exact.rows, drawn.rows.T @ drawn.rows
     assert torch.linalg.norm(found - wanted) < 0.1 * torch.linalg.norm(wanted)
@@ -130,7 +140,12 @@ def test_rows_do_not_depend_on_the_memory_limit(network, data, curvature):
     limits = (1, 40_000, 100_000, 1 << 28)
     first, *others = [
         gradient_rows(
-            network, data, cross_entropy, partition, samples=20, curvature=curvature, memory_limit=limit
+            network,
+            data,
+            cross_entropy,
+            partition,
+            curvature=FISHERS[curvature](samples=20),
+            resources=Resources(chunk_memory=limit),
         )
         for limit in limits
     ]
@@ -139,8 +154,8 @@ def test_rows_do_not_depend_on_the_memory_limit(network, data, curvature):
         torch.testing.assert_close(other.gradient, first.gradient)
 
 
-@pytest.mark.parametrize("curvature", ["empirical_fisher", "monte_carlo_fisher"])
-def test_averaged_rows_do_not_depend_on_the_memory_limit(network, data, curvature):
+@pytest.mark.parametrize("kind", [EmpiricalFisher, MonteCarloFisher])
+def test_averaged_rows_do_not_depend_on_the_memory_limit(network, data, kind):
     partition = Partition.from_model(network)
     tight, ample = (
         gradient_rows(
@@ -148,10 +163,8 @@ def test_averaged_rows_do_not_depend_on_the_memory_limit(network, data, curvatur
             data,
             cross_entropy,
             partition,
-            samples=20,
-            samples_per_row=10,
-            curvature=curvature,
-            memory_limit=limit,
+            curvature=kind(samples=20, per_row=10),
+            resources=Resources(chunk_memory=limit),
         )
         for limit in (1, 1 << 28)
     )
@@ -186,9 +199,8 @@ def test_temporaries_stay_below_the_memory_limit(network, data, curvature):
                 in_order(data),
                 cross_entropy,
                 partition,
-                samples=SAMPLES,
-                curvature=curvature,
-                memory_limit=limit,
+                curvature=FISHERS[curvature](samples=SAMPLES),
+                resources=Resources(chunk_memory=limit),
             )
         largest.append(seen.found)
     assert largest[0] <= 60_000 // 2
@@ -197,11 +209,20 @@ def test_temporaries_stay_below_the_memory_limit(network, data, curvature):
 
 def test_a_seed_draws_the_samples_and_a_loader_keeps_its_order(network, data):
     partition = Partition.from_model(network)
-    rows = [gradient_rows(network, data, cross_entropy, partition, samples=7, seed=s).rows for s in (3, 3, 4)]
+    rows = [
+        gradient_rows(
+            network, data, cross_entropy, partition, curvature=EmpiricalFisher(samples=7), seed=s
+        ).rows
+        for s in (3, 3, 4)
+    ]
     assert torch.equal(rows[0], rows[1])
     assert not torch.allclose(rows[0], rows[2])
-    everything = gradient_rows(network, in_order(data), cross_entropy, partition, samples=SAMPLES).rows
-    ordered = gradient_rows(network, in_order(data), cross_entropy, partition, samples=7).rows
+    everything = gradient_rows(
+        network, in_order(data), cross_entropy, partition, curvature=EmpiricalFisher(samples=SAMPLES)
+    ).rows
+    ordered = gradient_rows(
+        network, in_order(data), cross_entropy, partition, curvature=EmpiricalFisher(samples=7)
+    ).rows
     torch.testing.assert_close(ordered * 7**0.5, everything[:7] * SAMPLES**0.5)
     distances = torch.cdist(rows[0] * 7**0.5, everything * SAMPLES**0.5)
     assert len(set(distances.argmin(1).tolist())) == 7  # without replacement
@@ -211,7 +232,9 @@ def test_fewer_samples_than_asked_for_are_all_used_with_a_warning(network, data,
     partition = Partition.from_model(network)
     for source in (data, in_order(data)):
         caplog.clear()
-        found = gradient_rows(network, source, cross_entropy, partition, samples=1000)
+        found = gradient_rows(
+            network, source, cross_entropy, partition, curvature=EmpiricalFisher(samples=1000)
+        )
         assert found.samples == SAMPLES
         assert found.rows.shape[0] == SAMPLES
         assert "23 samples used where 1000 were asked for" in caplog.text
@@ -232,7 +255,7 @@ def test_any_loss_and_structured_inputs():
     residual = (model(a, b) - y).detach()
     expected = 2 * residual * torch.cat([a, b], dim=1)
     for inputs in ((a, b), {"a": a, "b": b}):
-        found = gradient_rows(model, [(inputs, y)], mse_loss, partition, samples=6)
+        found = gradient_rows(model, [(inputs, y)], mse_loss, partition, curvature=EmpiricalFisher(samples=6))
         torch.testing.assert_close(found.rows * 6**0.5, expected)
 
 
@@ -243,7 +266,7 @@ def test_the_network_is_left_as_it_was(network, data):
     marks = [torch.ones_like(p) for p in network.parameters()]
     for parameter, mark in zip(network.parameters(), marks, strict=True):
         parameter.grad = mark
-    found = gradient_rows(network, data, cross_entropy, partition, samples=5, curvature="exact_fisher")
+    found = gradient_rows(network, data, cross_entropy, partition, curvature=ExactFisher(samples=5))
     assert not found.rows.requires_grad
     assert not found.gradient.requires_grad
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
@@ -253,19 +276,25 @@ def test_the_network_is_left_as_it_was(network, data):
     assert not network.training
 
 
-def test_rows_dtype():
+def test_rows_are_in_single_precision_at_least():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).to(torch.bfloat16).eval()
     data = (torch.randn(5, 4, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 0, 1]))
     partition = Partition.from_model(model)
-    assert gradient_rows(model, data, cross_entropy, partition, samples=5).rows.dtype == torch.float32
-    wide = gradient_rows(model, data, cross_entropy, partition, samples=5, rows_dtype=torch.float64)
-    assert wide.rows.dtype == torch.float64
+    found = gradient_rows(model, data, cross_entropy, partition, curvature=EmpiricalFisher(samples=5))
+    assert found.rows.dtype == torch.float32
 
 
 def test_fisher_blocks_are_views_with_the_weights_and_gradient(network, data):
-    blocks = fisher_blocks(network, data, loss_fn=cross_entropy, partition="row", samples=9, damping=0.25)
+    blocks = fisher_blocks(
+        network,
+        data,
+        loss_fn=cross_entropy,
+        partition="row",
+        curvature=EmpiricalFisher(samples=9),
+        damping=0.25,
+    )
     partition = Partition.from_model(network)
-    whole = gradient_rows(network, data, cross_entropy, partition, samples=9)
+    whole = gradient_rows(network, data, cross_entropy, partition, curvature=EmpiricalFisher(samples=9))
     assert torch.equal(torch.cat([block.weights for block in blocks]), partition.flatten(network))
     assert torch.equal(torch.cat([block.gradient for block in blocks]), whole.gradient)
     assert len({block.rows.untyped_storage().data_ptr() for block in blocks}) == 1
@@ -287,13 +316,20 @@ def test_training_mode_is_refused(layer):
     model = nn.Sequential(nn.Linear(4, 3), layer)
     data = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
     with pytest.raises(TrainingModeError, match="1 "):
-        gradient_rows(model, data, cross_entropy, Partition.from_model(model), samples=5)
+        gradient_rows(
+            model, data, cross_entropy, Partition.from_model(model), curvature=EmpiricalFisher(samples=5)
+        )
 
 
 def test_harmless_training_mode_is_accepted():
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0), nn.LayerNorm(3)).train()
     data = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
-    assert gradient_rows(model, data, cross_entropy, Partition.from_model(model), samples=5).samples == 5
+    assert (
+        gradient_rows(
+            model, data, cross_entropy, Partition.from_model(model), curvature=EmpiricalFisher(samples=5)
+        ).samples
+        == 5
+    )
 
 
 def test_labels_out_of_range(network, data):
@@ -303,7 +339,9 @@ def test_labels_out_of_range(network, data):
         labels[-1] = wrong
         for curvature in ("empirical_fisher", "exact_fisher"):
             with pytest.raises(LabelRangeError, match="4 outputs"):
-                gradient_rows(network, (data[0], labels), cross_entropy, partition, curvature=curvature)
+                gradient_rows(
+                    network, (data[0], labels), cross_entropy, partition, curvature=FISHERS[curvature]()
+                )
 
 
 def test_nan_gradients_name_row_and_parameter(network, data):
@@ -311,7 +349,13 @@ def test_nan_gradients_name_row_and_parameter(network, data):
     x[7] = float("nan")
     partition = Partition.from_model(network)
     with pytest.raises(NonFiniteGradientError, match=r"rows 7 are.*conv\.weight"):
-        gradient_rows(network, in_order((x, data[1])), cross_entropy, partition, samples=SAMPLES)
+        gradient_rows(
+            network,
+            in_order((x, data[1])),
+            cross_entropy,
+            partition,
+            curvature=EmpiricalFisher(samples=SAMPLES),
+        )
 
 
 def test_data_errors(network, data):
@@ -329,27 +373,37 @@ def test_data_errors(network, data):
             gradient_rows(network, empty, cross_entropy, partition)
 
 
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: EmpiricalFisher(samples=0), "curvature.samples"),
+        (lambda: SketchedFisher(samples=True), "curvature.samples"),
+        (lambda: EmpiricalFisher(samples=5, per_row=6), "curvature.per_row"),
+        (lambda: MonteCarloFisher(vectorize=1), "curvature.vectorize"),
+        (lambda: Resources(chunk_memory=0), "resources.chunk_memory"),
+    ],
+)
+def test_records_refuse_what_makes_no_sense(make, argument):
+    with pytest.raises(ArgumentError) as caught:
+        make()
+    assert caught.value.argument == argument
+
+
 def test_unusable_options(network, data):
     partition = Partition.from_model(network)
-    wrong = (
-        {"curvature": "hessian"},
-        {"samples": 0},
-        {"samples": True},
-        {"samples_per_row": 6, "samples": 5},
-        {"memory_limit": 0},
-        {"curvature": "exact_fisher", "samples_per_row": 2},
-        {"curvature": "exact_fisher", "vectorize": False},
-        {"rows_dtype": torch.int32},
-    )
-    for options in wrong:
-        with pytest.raises(ArgumentError) as caught:
-            gradient_rows(network, data, cross_entropy, partition, **options)
-        assert caught.value.argument in options
+    for wrong in ("hessian", "exact_fisher", None, EmpiricalFisher):
+        with pytest.raises(ArgumentError, match=r"curvature: .* pass one of EmpiricalFisher"):
+            gradient_rows(network, data, cross_entropy, partition, curvature=wrong)
+    keep = torch.ones(partition.n, dtype=torch.bool)
+    with pytest.raises(ArgumentError, match="row_memory: given beside keep"):
+        gradient_rows(
+            network, data, cross_entropy, partition, keep=keep, resources=Resources(row_memory=1 << 20)
+        )
     with pytest.raises(ArgumentError, match="loss_fn: returned shape"):
         gradient_rows(network, data, lambda o, y: cross_entropy(o, y, reduction="none"), partition)
     regression, pair = nn.Linear(3, 1), (torch.randn(4, 3), torch.randn(4, 1))
     with pytest.raises(UnsupportedProblemError, match="exact_fisher"):
-        gradient_rows(regression, pair, mse_loss, Partition.from_model(regression), curvature="exact_fisher")
+        gradient_rows(regression, pair, mse_loss, Partition.from_model(regression), curvature=ExactFisher())
 
 
 def test_a_network_that_vmap_cannot_follow_is_told_the_way_out():
@@ -365,4 +419,9 @@ def test_a_network_that_vmap_cannot_follow_is_told_the_way_out():
     partition = Partition.from_model(model)
     with pytest.raises(PerSampleGradientError, match="vectorize=False"):
         gradient_rows(model, data, cross_entropy, partition)
-    assert gradient_rows(model, data, cross_entropy, partition, vectorize=False).samples == 6
+    assert (
+        gradient_rows(
+            model, data, cross_entropy, partition, curvature=EmpiricalFisher(vectorize=False)
+        ).samples
+        == 6
+    )

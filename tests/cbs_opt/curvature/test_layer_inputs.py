@@ -144,7 +144,9 @@ def test_a_layer_of_another_kind_gets_a_multiple_of_the_identity() -> None:
     model = nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(), nn.Linear(24, 4)).eval()
     partition = Partition.from_model(model, blocks="global")
     data = inputs(2, 3, 3, 3), torch.arange(SAMPLES) % 4
-    rows = cbs.gradient_rows(model, data, nn.functional.cross_entropy, partition, samples=SAMPLES)
+    rows = cbs.gradient_rows(
+        model, data, nn.functional.cross_entropy, partition, curvature=cbs.EmpiricalFisher(samples=SAMPLES)
+    )
     found = with_layer_inputs(rows, model, data, partition, weight=2.0)
     assert found.channels is not None
     size = 2 * 2**3
@@ -177,7 +179,9 @@ def test_dead_inputs_leave_zero_rows_and_a_dead_channel_nothing() -> None:
     x = inputs(6)
     x[:, 1] = 0.0
     data = x, torch.arange(SAMPLES) % 3
-    rows = cbs.gradient_rows(model, data, nn.functional.cross_entropy, partition, samples=SAMPLES)
+    rows = cbs.gradient_rows(
+        model, data, nn.functional.cross_entropy, partition, curvature=cbs.EmpiricalFisher(samples=SAMPLES)
+    )
     found = with_layer_inputs(rows, model, data, partition)
     assert found.channels is not None
     diagonal = found.channels.diagonal()

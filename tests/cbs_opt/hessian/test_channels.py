@@ -40,7 +40,9 @@ def block() -> FisherBlock:
     """All weights of the network with few rows and the term."""
     model = network()
     partition = Partition.from_model(model, blocks="global")
-    rows = cbs.gradient_rows(model, data(), nn.functional.cross_entropy, partition, samples=20)
+    rows = cbs.gradient_rows(
+        model, data(), nn.functional.cross_entropy, partition, curvature=cbs.EmpiricalFisher(samples=20)
+    )
     found = with_layer_inputs(rows, model, data(), partition, weight=0.5)
     return FisherBlock(
         name="global",

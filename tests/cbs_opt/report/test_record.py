@@ -14,8 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbs_opt.network.evaluation import Evaluation
+from cbs_opt.recipe.files import load_request
 from cbs_opt.report.comparison import comparison_frame
-from cbs_opt.report.files import LAYERS_CSV, MASKS_FILE, REPORT_HTML, REPORT_JSON, load_report, save_report
+from cbs_opt.report.files import (
+    LAYERS_CSV,
+    MASKS_FILE,
+    RECIPE_FILE,
+    REPORT_HTML,
+    REPORT_JSON,
+    load_report,
+    save_report,
+)
 from cbs_opt.report.histogram import shared_histograms
 from cbs_opt.report.parts import LayerSummary
 from cbs_opt.report.record import PruneReport, ReportFormatError
@@ -122,13 +131,32 @@ def test_losses_that_are_not_finite_survive(loss: float) -> None:
 def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     report = made_report()
     folder = save_report(report, tmp_path / "deep" / "run")
-    assert {path.name for path in folder.iterdir()} == {REPORT_JSON, LAYERS_CSV, MASKS_FILE, REPORT_HTML}
+    assert {path.name for path in folder.iterdir()} == {
+        REPORT_JSON,
+        LAYERS_CSV,
+        MASKS_FILE,
+        REPORT_HTML,
+        RECIPE_FILE,
+    }
     read = load_report(folder)
     assert same(read, report)
     assert set(read.masks) == set(report.masks)
     assert all(torch.equal(read.masks[name], keep) for name, keep in report.masks.items())
     layers = pd.read_csv(folder / LAYERS_CSV, index_col="layer")
     assert (layers.n_prune == report.to_frame().n_prune).all()
+
+
+def test_the_request_is_saved_as_a_recipe_that_runs_again(tmp_path: Path) -> None:
+    report = made_report()
+    save_report(report, tmp_path)
+    assert load_report(tmp_path).request == report.request
+    assert load_request(tmp_path / RECIPE_FILE) == report.request
+
+
+def test_a_request_with_rows_that_are_on_no_file_is_left_out() -> None:
+    data = made_report().to_dict()
+    data["request"]["recipe"][0]["curvature"] = {"kind": "given"}
+    assert PruneReport.from_dict(data).request is None
 
 
 def test_saving_again_replaces_and_leaves_no_masks_of_another_run(tmp_path: Path) -> None:

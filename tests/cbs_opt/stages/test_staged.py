@@ -25,7 +25,7 @@ from cbs_opt.report.record import PruneReport
 from cbs_opt.select.saliency import inverse_diagonal
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult
-from formulations.errors import ArgumentError, InstanceFormatError
+from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
 N = 72
@@ -224,7 +224,7 @@ def test_an_interruption_within_a_stage_leaves_the_network_and_the_stages_before
         run(model, run_dir=tmp_path, gradient_term=True)
     assert_untouched(model, before)
     assert [path.name for path in tmp_path.glob("stage_*")] == ["stage_0001.npz"]
-    of_the_stage = {"stage_0001", "rows_s0001", "moments_s0", "step_0001_"}
+    of_the_stage = {"stage_0001", "rows_s0001", "moments_s0"}
     assert {path.name[:10] for path in tmp_path.glob("*.npz")} <= of_the_stage
     monkeypatch.undo()
     run(model, run_dir=tmp_path, gradient_term=True)
@@ -256,12 +256,23 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         run(network(), (x + 1.0, y), run_dir=tmp_path)
 
 
-def test_a_damaged_stage_is_reported(tmp_path: Path) -> None:
-    run(network(), run_dir=tmp_path)
-    last = max(tmp_path.glob("stage_*.npz"))
-    last.write_bytes(last.read_bytes()[:-40])
-    with pytest.raises(InstanceFormatError, match="stage_"):
-        run(network(), run_dir=tmp_path)
+@pytest.mark.parametrize("damaged", [1, 2, 4])
+def test_a_damaged_stage_is_made_again(
+    damaged: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = network(), network()
+    run(first, run_dir=tmp_path)
+    path = tmp_path / f"stage_{damaged:04d}.npz"
+    path.write_bytes(path.read_bytes()[:-40])
+    stages: list[int] = []
+    run(second, run_dir=tmp_path, on_stage=lambda result: stages.append(result.stage))
+    assert path.name in caplog.text
+    assert stages == [0, 1, 2, 3]
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert one.equal(other)
+
+
+def test_a_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     tmp_path.write_text("")
     with pytest.raises(RunMismatchError, match="file"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks.random_kills import Case, kill_often, main, summary
+from tests.stress.random_kills import Case, kill_often, main, summary
 
 CASES = ("selection, swap search", "stages")
 
@@ -19,7 +19,7 @@ def test_a_few_kills(tmp_path: Path) -> None:
     """In a process of its own: one whose libraries have started threads cannot be forked."""
     out = tmp_path / "kills.json"
     options = ("--kills", "6", "--seed", "1", "--cases", *CASES, "--out", str(out))
-    program = [sys.executable, "-m", "experiments.benchmarks.random_kills", *options]
+    program = [sys.executable, "-m", "tests.stress.random_kills", *options]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     trials = json.loads(out.read_text())
@@ -54,7 +54,7 @@ def failing(folder: Path, run_dir: Path | None) -> dict[str, str]:
 
 def test_a_run_that_does_not_resume_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [Case(name="forgetful", run=forgetful), Case(name="failing", run=failing)]
-    monkeypatch.setattr("experiments.benchmarks.random_kills.cases", lambda: chosen)
+    monkeypatch.setattr("tests.stress.random_kills.cases", lambda: chosen)
     trials = kill_often(8, seed=3)
     killed = [trial for trial in trials if trial.phases and set(trial.phases) != {"nothing"}]
     wrong = {trial.case: trial.note for trial in killed if not trial.same}

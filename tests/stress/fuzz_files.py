@@ -1,6 +1,6 @@
 """Corrupt every kind of file that the packages read, thousands of times, and see what the readers do.
 
-    python -m experiments.benchmarks.fuzz_files --count 10000
+    python -m tests.stress.fuzz_files --count 10000
 
 A reader must refuse a corrupted file with a `CbsError`, or give back exactly what was written (the bytes
 that changed then carried nothing). A journal may also give fewer rows, each as written: a torn end is
@@ -30,10 +30,15 @@ from tqdm import tqdm
 from cbs_opt import CbsError, load_masks, load_report, prune, save_masks, save_report
 from cbs_opt.network.masks import load_mask_metadata
 from cbs_opt.runs.folder import RUN_FILE, RunStore
-from cbs_opt.stages.store import StageStore
+from cbs_opt.stages.store import stored_stages
 from cbs_opt.study.expansion import Plan
 from cbs_opt.study.store import JOURNAL, PLAN, Journal, read_plan, read_rows, write_plan
-from experiments.benchmarks.file_mutations import (
+from formulations.errors import InstanceFormatError
+from formulations.files import checksum
+from formulations.instances import read_instance, read_solution, write_instance, write_solution
+from formulations.problem import BlockProblem
+from formulations.relaxations import lower_bound
+from tests.stress.file_mutations import (
     BLIND,
     Mutation,
     Payload,
@@ -42,11 +47,6 @@ from experiments.benchmarks.file_mutations import (
     safetensors_changed,
     zip_changed,
 )
-from formulations.errors import InstanceFormatError
-from formulations.files import checksum
-from formulations.instances import read_instance, read_solution, write_instance, write_solution
-from formulations.problem import BlockProblem
-from formulations.relaxations import lower_bound
 
 SLOWEST = 20.0
 """Seconds after which reading a file of a few kilobytes counts as a hang."""
@@ -238,7 +238,9 @@ def _write_stages(folder: Path) -> None:
 
 def _read_stages(folder: Path) -> list[str]:
     with RunStore(folder, json.loads((folder / TOLD).read_text())) as store:
-        state = StageStore(store, device=torch.device("cpu")).read(1)
+        state = next(stored_stages(store, torch.device("cpu")), None)
+    if state is None:
+        raise InstanceFormatError("path", "a stage that is not believed", "make it again")
     arrays = {"weights": state.weights.numpy(), "keep": state.keep.numpy()}
     numbers = (state.damping, state.update_damping, state.passes, state.samples)
     return [checksum({}, arrays), repr(numbers), repr(state.records)]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmarks.file_mutations import BLIND, Payload
-from experiments.benchmarks.fuzz_files import Target, fuzz, judge, targets
 from formulations.errors import InstanceFormatError
+from tests.stress.file_mutations import BLIND, Payload
+from tests.stress.fuzz_files import Target, fuzz, judge, targets
 
 
 def bad(outcomes) -> list[str]:

@@ -1,6 +1,6 @@
 """Kill `prune` again and again at random moments, go on, and compare the results bit by bit.
 
-    python -m experiments.benchmarks.random_kills --kills 200 --out random_kills.json
+    python -m tests.stress.random_kills --kills 200 --out random_kills.json
 
 Every case first runs to its end without a directory, and once with one for its duration. Each trial then
 starts the same run in a fresh directory, sends it SIGKILL after a random share of that duration, starts it
@@ -186,7 +186,7 @@ def cases() -> list[Case]:
                 damping=0.5,
                 relative_damping=True,
                 samples=200,
-                executor=2,
+                workers=2,
             ),
             share=1,
         ),

@@ -1,0 +1,126 @@
+"""The record of a run: the chosen network evaluated, predicted against measured, certified."""
+
+from __future__ import annotations
+
+from cbs_opt.candidates import block_summaries, layer_summaries
+from cbs_opt.certify.certificates import ChosenSet, certify_blocks
+from cbs_opt.curvature.kinds import Fisher
+from cbs_opt.network.data import Data
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
+from cbs_opt.recipe.records import in_units
+from cbs_opt.report.certified import with_certificates
+from cbs_opt.report.record import PruneReport
+from cbs_opt.stages.state import StageState
+from cbs_opt.system.memory import process_peak
+from cbs_opt.system.versions import library_versions
+
+
+def describe(
+    task: Task,
+    best: Candidate,
+    model: LossModel | None,
+    held_out: Data | None,
+    *,
+    state: StageState | None = None,
+) -> PruneReport:
+    """Evaluate the chosen network without writing it, and put everything on record.
+
+    Parameters
+    ----------
+    task : Task
+    best : Candidate
+    model : LossModel or None
+        What the network was chosen by; None for a run in stages, whose `state` has a record of every
+        step instead.
+    held_out : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
+    state : StageState, optional
+        At the end of a run in stages.
+    """
+    request, recipe, partition = task.request, best.recipe, task.partition
+    curvature = recipe.curvature
+    after = task.trial(best.weights)
+    with task.clock.phase("evaluation"):
+        train_before, train_after = task.loss(task.model), task.loss(after)
+        measured = [
+            None if held_out is None else evaluate(network, held_out, task.loss_fn, argument="evaluate")
+            for network in (task.model, after)
+        ]
+    rows = None if model is None else model.rows
+    model = LossModel(partition, task.weights, None) if model is None else model
+    blocks = block_summaries(
+        model.blocks(best.damping, term_of(recipe), gradient=recipe.gradient),
+        best.choices,
+        best.weights,
+        modelled=rows is not None,
+        by_rows=selects_by_rows(recipe),
+    )
+    keep = partition.keep_by_parameter(best.keep)
+    selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
+    updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
+    samples, n_rows = (0, 0) if rows is None else (rows.samples, rows.shape[0])
+    if state is not None:
+        samples = state.samples
+        n_rows = max(1, recipe.samples // getattr(recipe.curvature, "per_row", 1))
+    return PruneReport(
+        method=select_of(recipe).method,
+        kind=method_of(recipe).kind,
+        program=select_of(recipe).program,
+        update=recipe.update is not None,
+        curvature=curvature.kind if isinstance(curvature, Fisher) else curvature.curvature,
+        partition=recipe.weights.blocks or "global",
+        budget=recipe.weights.budget,
+        requested_sparsity=request.sparsity,
+        n=partition.n,
+        n_prune=int((~best.keep).sum()),
+        layers=layer_summaries(partition, task.weights, best.weights, keep),
+        blocks=blocks,
+        predicted_selection_loss=sum(selection) if selection else None,
+        predicted_loss_increase=sum(updated) if updated else None,
+        train_before=train_before,
+        train_after=train_after,
+        before=measured[0],
+        after=measured[1],
+        seconds=task.clock.seconds,
+        peak_memory_bytes=process_peak(),
+        samples=samples,
+        rows=n_rows,
+        damping=best.damping,
+        layer_inputs=term_of(recipe),
+        update_scale=best.scale,
+        seed=request.seed,
+        masks={name: mask.cpu() for name, mask in keep.items()},
+        request=request,
+        versions=library_versions(),
+        stages=() if state is None else state.records,
+    )
+
+
+def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport) -> PruneReport:
+    """Return the report with a bound and its certificate for every block, for the sets that were chosen."""
+    recipe, certify = best.recipe, task.request.certify
+    assert certify is not None
+    damping, proved = best.damping, [choice.bound for choice in best.choices]
+    if recipe.selection_damping is not None:
+        if select_of(recipe).program == "selection":
+            damping = in_units(recipe.selection_damping, model.unit)
+        else:
+            # The sets were chosen for another Hessian than the one that the update minimises.
+            proved = [None] * len(proved)
+    layer_inputs = 0.0 if selects_by_rows(recipe) else term_of(recipe)
+    chosen = [
+        ChosenSet(keep=~choice.pruned, proved=bound)
+        for choice, bound in zip(best.choices, proved, strict=True)
+    ]
+    with task.clock.phase("certificates"):
+        bounded = certify_blocks(
+            model.blocks(damping, layer_inputs, gradient=recipe.gradient),
+            chosen,
+            report.program,
+            method=report.method,
+            time_limit=certify.time_limit,
+            block_dir=certify.block_dir,
+            progress=task.progress,
+            path_of=task.done.certificate_path,
+        )
+    return with_certificates(report, bounded)

@@ -1,0 +1,321 @@
+"""A request as a TOML file that people read and that runs again, and fields set on the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from cbs_opt.curvature.kinds import FISHERS, Fisher
+from cbs_opt.errors import RecipeFileError
+from cbs_opt.recipe.records import Absolute, Certify, Recipe, Request, Stages, Update, Weights
+from cbs_opt.recipe.select import SELECTS, Exact, Select
+from formulations.errors import ArgumentError
+from formulations.files import write_atomically
+
+FORMAT = 1
+"""Version of the files."""
+HEAD = "# cbs-opt prune --recipe THIS-FILE does the same again on the same network and data.\n"
+TOP = ("format", "sparsity", "seed", "recipe", "stages", "certify")
+
+
+def request_to_plain(request: Request) -> dict[str, Any]:
+    """Return the request as numbers, strings, lists and mappings; what is None is left out."""
+    document: dict[str, Any] = {"format": FORMAT, "sparsity": request.sparsity, "seed": request.seed}
+    for name in ("stages", "certify"):
+        record = getattr(request, name)
+        if record is not None:
+            document[name] = _fields(record, leave=("on_stage", "block_dir"))
+    document["recipe"] = [_recipe_to_plain(recipe) for recipe in request.recipes]
+    return document
+
+
+def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = None) -> Request:
+    """Return the request that `request_to_plain` wrote, at another sparsity if one is given.
+
+    Raises
+    ------
+    RecipeFileError
+        If the document is of another version, has a field that does not exist, or lacks the sparsity.
+    ArgumentError
+        If a value is out of its range, or values contradict each other.
+    """
+    version = document.get("format")
+    if version != FORMAT:
+        found = "no format" if version is None else f"format {version!r}"
+        raise RecipeFileError("format", found, f"this version reads and writes format = {FORMAT}")
+    _known("", document, TOP)
+    sparsity = document.get("sparsity") if sparsity is None else sparsity
+    if sparsity is None:
+        raise RecipeFileError("sparsity", "missing", "add a line such as sparsity = 0.9")
+    recipes = document.get("recipe", [{}])
+    recipes = [recipes] if isinstance(recipes, Mapping) else recipes
+    if not isinstance(recipes, list) or not all(isinstance(entry, Mapping) for entry in recipes):
+        raise RecipeFileError("recipe", f"{recipes!r}", "write [recipe], or [[recipe]] for each of several")
+    return Request(
+        sparsity=sparsity,
+        recipes=tuple(_recipe_from_plain(entry) for entry in recipes),
+        stages=_optional("stages", document.get("stages"), Stages),
+        certify=_optional("certify", document.get("certify"), Certify),
+        seed=document.get("seed", 0),
+    )
+
+
+def save_request(request: Request, path: str | Path) -> None:
+    """Write the request as a TOML file, atomically."""
+    write_atomically(Path(path), (HEAD + to_toml(request_to_plain(request))).encode())
+
+
+def load_request(path: str | Path, *, sparsity: float | None = None) -> Request:
+    """Read a request from a TOML file, at another sparsity if one is given.
+
+    Raises
+    ------
+    RecipeFileError
+        If the file cannot be read, is no TOML, is of another version, or has a field that does not
+        exist or a value that is out of range: named with its line where there is one.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeFileError("recipe", f"{path} cannot be read ({error})", "name a TOML file") from error
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeFileError("recipe", f"{path} is no TOML: {error}", "repair that line") from error
+    try:
+        return request_from_plain(document, sparsity=sparsity)
+    except ArgumentError as error:
+        place = _line(text, error.argument)
+        found = f"{path}{f', line {place}' if place else ''}: {error.found}"
+        raise RecipeFileError(error.argument, found, error.remedy) from error
+
+
+def load_recipe(path: str | Path) -> list[Recipe]:
+    """Read the recipes of a TOML file, such as the ``recipe.toml`` of a saved report.
+
+    The list goes into `prune` as ``recipe``; `load_request` also reads sparsity, stages and seed.
+    """
+    return list(load_request(path).recipes)
+
+
+def save_recipe(recipe: Recipe | Iterable[Recipe], path: str | Path, *, sparsity: float) -> None:
+    """Write recipes as a TOML file for `load_recipe` and the command line."""
+    recipes = (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)
+    save_request(Request(sparsity=sparsity, recipes=recipes), path)
+
+
+def with_fields(request: Request, assignments: Iterable[str]) -> Request:
+    """Return the request with fields set, each ``NAME=VALUE`` with a dotted name and a TOML value.
+
+    A name is that of a field of a recipe (of all of them, where there are several), such as ``damping``
+    or ``curvature.samples``, or of the request, such as ``stages.count``. A value that is no TOML is a
+    string.
+
+    Raises
+    ------
+    ArgumentError
+        If an assignment has no ``=``, names no field, or gives a value out of its range.
+    """
+    document = request_to_plain(request)
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or not name:
+            remedy = "write field=value, such as curvature.samples=8000"
+            raise ArgumentError("set", f"{assignment!r}", remedy)
+        path = name.strip().split(".")
+        roots = [document] if path[0] in ("stages", "certify", "sparsity", "seed") else document["recipe"]
+        for root in roots:
+            _assign(root, path, _value(text.strip()))
+    return request_from_plain(document)
+
+
+def to_toml(document: Mapping[str, Any], prefix: str = "") -> str:
+    """Return a document of numbers, strings, lists and mappings as TOML."""
+    simple, tables = [], []
+    for name, value in document.items():
+        dotted = f"{prefix}{_key(name)}"
+        if isinstance(value, Mapping):
+            tables.append(f"\n[{dotted}]\n{to_toml(value, f'{dotted}.')}")
+        elif isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            tables += [f"\n[[{dotted}]]\n{to_toml(entry, f'{dotted}.')}" for entry in value]
+        else:
+            simple.append(f"{_key(name)} = {_scalar(value)}\n")
+    return "".join(simple + tables)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_scalar(entry) for entry in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _fields(record: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a record that are not None, in order."""
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name not in leave}
+    return {
+        name: list(value)
+        if isinstance(value, tuple)
+        else dict(value)
+        if isinstance(value, Mapping)
+        else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for name, value in _fields(recipe).items():
+        if isinstance(value, Absolute):
+            document[name] = {"absolute": value.value}
+        elif isinstance(value, Fisher):
+            document[name] = {"kind": value.kind, **_fields(value)}
+        elif name == "curvature":
+            document[name] = {"kind": "given"}
+        elif isinstance(value, Select):
+            document[name] = {"method": value.method, **_fields(value)}
+        elif isinstance(value, Weights | Update):
+            document[name] = _fields(value)
+        else:
+            document[name] = value
+    if recipe.update is None:
+        document["update"] = False
+    return document
+
+
+def _recipe_from_plain(document: Mapping[str, Any]) -> Recipe:
+    readers: dict[str, Callable[[Any], Any]] = {
+        "curvature": _curvature,
+        "damping": _damping,
+        "selection_damping": _damping,
+        "weights": lambda value: _record("weights", value, Weights),
+        "select": _select,
+        "update": lambda value: None if value is False else _record("update", value, Update),
+    }
+    _known("recipe", document, [entry.name for entry in fields(Recipe)])
+    return Recipe(**{name: readers.get(name, lambda value: value)(value) for name, value in document.items()})
+
+
+def _curvature(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    kind = _table("curvature", value).get("kind", "empirical_fisher")
+    if kind == "given":
+        remedy = "name a kind of curvature: rows that were computed before are not in the file"
+        raise RecipeFileError("curvature.kind", "'given'", remedy)
+    if kind not in FISHERS:
+        raise RecipeFileError("curvature.kind", f"{kind!r}", f"choose among {', '.join(FISHERS)}")
+    return _record("curvature", value, FISHERS[kind], beside="kind")
+
+
+def _damping(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    _known("damping", value, ("absolute",))
+    return Absolute(value.get("absolute", math.nan))
+
+
+def _select(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    method = _table("select", value).get("method", "swap_search")
+    if method in SELECTS:
+        return _record("select", value, SELECTS[method], beside="method")
+    return _record("select", value, Exact)
+
+
+def _record(argument: str, value: Any, kind: type[Any], beside: str = "") -> Any:
+    table = dict(_table(argument, value))
+    _known(argument, table, [entry.name for entry in fields(kind)] + ([beside] if beside else []))
+    table.pop(beside, None)
+    missing = [
+        entry.name
+        for entry in fields(kind)
+        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in table
+    ]
+    if missing:
+        raise RecipeFileError(argument, f"no {missing[0]}", "add it")
+    return kind(**table)
+
+
+def _optional(argument: str, value: Any, kind: type[Any]) -> Any:
+    """A record from its table; a number or flag stands for itself."""
+    return _record(argument, value, kind) if isinstance(value, Mapping) else value
+
+
+def _table(argument: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeFileError(argument, f"{value!r}", f"write a table [{argument}] with its fields")
+    return value
+
+
+def _known(argument: str, table: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise `RecipeFileError` for a field that does not exist, with those that do."""
+    names = list(names)
+    for name in table:
+        if name not in names:
+            dotted = f"{argument}.{name}" if argument else name
+            raise RecipeFileError(dotted, "no such field", f"choose among {', '.join(names)}")
+
+
+def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        inner = root.get(name)
+        if not isinstance(inner, dict):
+            inner = root[name] = {}
+        root = inner
+    if path[-1:] == ["method"]:
+        # Another method has other options.
+        for name in [name for name in root if name not in ("program", "time_limit")]:
+            del root[name]
+    if path[-1:] == ["kind"] and "per_row" in root and value == "exact_fisher":
+        del root["per_row"]
+    root[path[-1]] = value
+
+
+def _value(text: str) -> Any:
+    if text.lower() == "none":
+        return False
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _line(text: str, dotted: str) -> int | None:
+    """Number of the line that sets the last part of a dotted name, in the table of the part before."""
+    *tables, name = dotted.split(".")
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line)
+        if header:
+            table = header[1].split(".")[-1]
+            if table == name:
+                return number
+        elif re.match(rf'\s*"?{re.escape(name)}"?\s*=', line) and (not tables or table in tables[-1]):
+            return number
+    return None

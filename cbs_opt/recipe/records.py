@@ -1,0 +1,435 @@
+"""The records of a run: which weights, which curvature, how to select, how to update, in how many stages."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cbs_opt.budget.counts import Budget, checked_sparsity
+from cbs_opt.budget.schedule import Schedule, sparsity_schedule
+from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
+from cbs_opt.curvature.rows import Rows
+from cbs_opt.network.partition import BlockRule, checked_rule
+from cbs_opt.network.targets import Globs
+from cbs_opt.recipe.select import Select, select_by_name
+from cbs_opt.system.checks import finite_number, flag, names, one_of, seconds, whole_number
+from formulations.errors import ArgumentError
+
+DAMPING = 0.1
+"""Damping by default, in units of the mean diagonal of the Fisher matrix."""
+UPDATES = ("cbs", "independent")
+
+
+@dataclass(frozen=True)
+class Absolute:
+    """A damping as it is added to the diagonal, not in units of the mean diagonal."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", finite_number("damping", self.value))
+
+
+def absolute(damping: float) -> Absolute:
+    """Return a damping that is added to the diagonal of the Fisher matrix as it is."""
+    return Absolute(damping)
+
+
+Damping = float | Absolute
+"""In units of the mean diagonal of the Fisher matrix, unless it is `absolute`."""
+
+
+def in_units(damping: Damping, unit: float) -> float:
+    """Return what is added to the diagonal, where `unit` is its mean."""
+    return damping.value if isinstance(damping, Absolute) else damping * unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Which weights may go, how they form blocks, and how the pruned count is spread over blocks.
+
+    Parameters
+    ----------
+    target, ignore : str or sequence of str
+        Globs on parameter names; by default the weights of linear and convolution layers.
+    blocks : {"global", "layer", "row"} or int, optional
+        One block in all, one a parameter, one an output channel, or blocks of at most that many
+        weights. Weights of different blocks do not interact in the model. By default one block, or
+        smaller ones where that does not fit the memory of the machine.
+    budget : {"global", "uniform"} or mapping of parameter glob to sparsity, default "global"
+        How the pruned count is spread over blocks.
+    budget_score : str, optional
+        Saliency by which a global budget is spent; by default that of the method (magnitude for
+        methods that have none).
+
+    Raises
+    ------
+    ArgumentError
+        If a field is out of its range; the message names it as ``weights.<field>``.
+    """
+
+    target: Globs | None = None
+    ignore: Globs = ()
+    blocks: BlockRule | None = None
+    budget: Budget = "global"
+    budget_score: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target", "ignore"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, names(f"weights.{name}", value))
+        if self.blocks is not None:
+            checked_rule("weights.blocks", self.blocks)
+        if isinstance(self.budget, Mapping):
+            shares = {
+                str(glob): checked_sparsity(f"weights.budget[{glob!r}]", share)
+                for glob, share in self.budget.items()
+            }
+            object.__setattr__(self, "budget", shares)
+        elif self.budget not in ("global", "uniform"):
+            remedy = 'use "global", "uniform" or a mapping from parameter globs to sparsities'
+            raise ArgumentError("weights.budget", f"{self.budget!r}", remedy)
+        if self.budget_score is not None and not isinstance(self.budget_score, str):
+            raise ArgumentError("weights.budget_score", f"{self.budget_score!r}", "name a saliency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """How the kept weights move after the selection.
+
+    Parameters
+    ----------
+    kind : {"cbs", "independent"}, default "cbs"
+        To the minimum of the model (CBS-U), or by the sum of single-weight OBS updates (WoodFisher).
+    scale : float, default 1
+        Step length.
+
+    Raises
+    ------
+    ArgumentError
+        If a field is out of its range; the message names it as ``update.<field>``.
+    """
+
+    kind: str = "cbs"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("update.kind", self.kind, UPDATES)
+        object.__setattr__(self, "scale", finite_number("update.scale", self.scale, above=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is pruned: the model of its loss, the selection, and the update.
+
+    Parameters
+    ----------
+    curvature : EmpiricalFisher, ExactFisher, MonteCarloFisher, SketchedFisher, their name, or Rows
+        Which gradient rows are taken; or `gradient_rows` computed before for these very weights.
+    layer_inputs : float, optional
+        Weight of the layer-input term: a block-diagonal part of the Hessian, one block an output
+        channel, made of the second moments of what its layer is fed and scaled to this many times the
+        mean diagonal of the rows there. It has full rank, where the rows leave most directions unseen.
+        0 is without. By default 1; for given `Rows` what they bring; and 0 where layers are so wide that
+        factorising the term, ``sum out * fan_in^3``, takes over 10^12 multiplications.
+    damping : float or Absolute, default .1
+        Added to the diagonal, in units of the mean diagonal of the Fisher matrix (`absolute` ones are
+        added as they are).
+    selection_damping : float or Absolute, optional
+        Another damping while selecting; by default the same.
+    gradient : bool, default False
+        Keep the gradient in the model while selecting. At a trained minimum, and after an update brought
+        the network to one, it is mostly sampling noise. Updates without selection, in stages, always
+        follow it.
+    weights : Weights
+    select : Select or str, optional
+        A record of `cbs_opt.recipe.select`, or the name of a method. By default `SwapSearch`, and
+        `GreedyOBS` in three drops where the run has stages.
+    update : Update, str or None
+        None leaves the kept weights where they are.
+    choice_samples : int, optional
+        Training samples on which tried networks are compared; by default as many as the curvature is
+        taken from.
+
+    Raises
+    ------
+    ArgumentError
+        If a field is out of its range; the message names it.
+    """
+
+    curvature: Fisher | Rows = field(default_factory=EmpiricalFisher)
+    layer_inputs: float | None = None
+    damping: Damping = DAMPING
+    selection_damping: Damping | None = None
+    gradient: bool = False
+    weights: Weights = field(default_factory=Weights)
+    select: Select | None = None
+    update: Update | None = field(default_factory=Update)
+    choice_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "curvature", _curvature(self.curvature))
+        if self.layer_inputs is not None:
+            put(self, "layer_inputs", finite_number("layer_inputs", self.layer_inputs))
+        put(self, "damping", _damping("damping", self.damping))
+        if self.selection_damping is not None:
+            put(self, "selection_damping", _damping("selection_damping", self.selection_damping))
+        flag("gradient", self.gradient)
+        _instance("weights", self.weights, Weights)
+        if isinstance(self.select, str):
+            put(self, "select", select_by_name(self.select))
+        if self.select is not None:
+            _instance("select", self.select, Select)
+        if isinstance(self.update, str):
+            put(self, "update", Update(kind=one_of("update", self.update, UPDATES)))
+        if self.update is not None:
+            _instance("update", self.update, Update)
+        if self.choice_samples is not None:
+            put(self, "choice_samples", whole_number("choice_samples", self.choice_samples))
+
+    @property
+    def samples(self) -> int:
+        """Training samples that the curvature is taken from."""
+        return self.curvature.samples
+
+    @staticmethod
+    def grid(base: Recipe | None = None, **fields: Iterable[Any]) -> list[Recipe]:
+        """Return one recipe for every combination of the values given by field.
+
+        Parameters
+        ----------
+        base : Recipe, optional
+            Has the other fields.
+        **fields
+            A sequence of values for each field that varies; the last one varies fastest.
+
+        Examples
+        --------
+        >>> grid = Recipe.grid(damping=[0.03, 0.1], update=[Update(scale=s) for s in (0.5, 1.0)])
+        >>> len(grid)
+        4
+        """
+        base = Recipe() if base is None else base
+        for name, values in fields.items():
+            if name not in Recipe.__dataclass_fields__:
+                known = ", ".join(Recipe.__dataclass_fields__)
+                raise ArgumentError("fields", f"{name!r}", f"choose among {known}")
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise ArgumentError(name, f"{values!r}", "pass a sequence of values")
+        combinations = itertools.product(*fields.values())
+        return [replace(base, **dict(zip(fields, values, strict=True))) for values in combinations]
+
+
+OnStage = Callable[[Any], None]
+"""Called with a `StageResult` after every stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Pruning little by little, with fresh curvature at every stage.
+
+    Parameters
+    ----------
+    count : int, default 1
+        Stages that prune. One stage still differs from no stages: its updates have gradients of their
+        own and are taken only where they lower the loss on training samples drawn afresh.
+    schedule : {"geometric", "polynomial", "linear"} or sequence of float, default "geometric"
+    start : float, optional
+        How sparsity grows and where it starts; see `sparsity_schedule`.
+    updates : int, default 2
+        Updates of every stage, the one that comes with the selection included. They share the rows of
+        the stage; each has a gradient of its own. An update is a damped Newton step; the grid of
+        dampings follows the winners, a third to three times the last one.
+    final_updates : int, default 4
+        Updates at the last sparsity, with new rows, after all stages. They end early when nothing
+        improves.
+    gradient_samples : int, optional
+        Training samples of every gradient; by default as many as the rows of a stage are made of.
+    on_stage : callable, optional
+        Called with a `StageResult` after every stage, and first for those in `run_dir`: its network can
+        be evaluated or copied, so that one run serves a whole table of sparsities. Not saved with the
+        recipe.
+
+    Raises
+    ------
+    ArgumentError
+        If a field is out of its range; the message names it as ``stages.<field>``.
+    """
+
+    count: int = 1
+    schedule: Schedule = "geometric"
+    start: float | None = None
+    updates: int = 2
+    final_updates: int = 4
+    gradient_samples: int | None = None
+    on_stage: OnStage | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "count", whole_number("stages.count", self.count))
+        put(self, "updates", whole_number("stages.updates", self.updates))
+        put(self, "final_updates", whole_number("stages.final_updates", self.final_updates, 0))
+        if self.gradient_samples is not None:
+            put(self, "gradient_samples", whole_number("stages.gradient_samples", self.gradient_samples))
+        if not isinstance(self.schedule, str):
+            if not isinstance(self.schedule, Iterable):
+                remedy = "name a rule, or pass the sparsities, one a stage"
+                raise ArgumentError("stages.schedule", f"{self.schedule!r}", remedy)
+            put(self, "schedule", tuple(self.schedule))
+        if self.on_stage is not None and not callable(self.on_stage):
+            raise ArgumentError("stages.on_stage", f"{self.on_stage!r}", "pass a function of a StageResult")
+
+    def sparsities(self, target: float) -> tuple[float, ...]:
+        """Return the sparsity of every stage that prunes, the last one `target`."""
+        return sparsity_schedule(target, stages=self.count, schedule=self.schedule, start=self.start)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Updates of every stage; a last stage of updates alone follows if there are any."""
+        pruning = (self.updates,) * self.count
+        return (*pruning, self.final_updates) if self.final_updates else pruning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certify:
+    """Bounds on the optimum of every block, and how far above it the chosen set can be at most.
+
+    Parameters
+    ----------
+    time_limit : float, optional
+        Seconds for all certificates together. A block that they do not reach has no bound.
+    block_dir : path, optional
+        Write the data of every block there, each as large as its rows in float64, so that anybody can
+        check the certificates; see `cbs_opt.certify.files`.
+    """
+
+    time_limit: float | None = None
+    block_dir: str | os.PathLike[str] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "time_limit", seconds("certify.time_limit", self.time_limit))
+
+
+SHARED = ("curvature", "gradient", "weights", "choice_samples")
+"""What recipes that are tried side by side have in common."""
+DIFFERENT_IN_STAGES = ("damping", "select", "update")
+"""What recipes of a run in stages may differ in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """All that decides the result of a run beside the network, its loss and the data.
+
+    Parameters
+    ----------
+    sparsity : float
+        Share of the eligible weights to remove, in [0, 1).
+    recipes : tuple of Recipe
+        At least one; the one with the lowest training loss wins.
+    stages : Stages, optional
+    certify : Certify, optional
+    seed : int, default 0
+
+    Raises
+    ------
+    ArgumentError
+        If a field is out of its range, or fields contradict each other.
+    """
+
+    sparsity: float
+    recipes: tuple[Recipe, ...] = field(default_factory=lambda: (Recipe(),))
+    stages: Stages | None = None
+    certify: Certify | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "sparsity", checked_sparsity("sparsity", self.sparsity))
+        put(self, "recipes", _recipes(self.recipes))
+        put(self, "stages", _stages(self.stages))
+        put(self, "certify", _certify(self.certify))
+        put(self, "seed", whole_number("seed", self.seed, 0))
+        for number, recipe in enumerate(self.recipes):
+            for name in SHARED:
+                first, other = getattr(self.recipes[0], name), getattr(recipe, name)
+                if other is not first and other != first:
+                    found = f"{other!r}, where the first recipe has {first!r}"
+                    remedy = "give recipes that are tried in one call the same, or call prune for each"
+                    raise ArgumentError(f"recipe[{number}].{name}", found, remedy)
+        if self.stages is not None:
+            self._check_stages(self.stages)
+
+    def _check_stages(self, stages: Stages) -> None:
+        stages.sparsities(self.sparsity)
+        first = self.recipes[0]
+        if not isinstance(first.curvature, Fisher):
+            remedy = "name a curvature: every stage needs rows at its own weights"
+            raise ArgumentError("recipe.curvature", "rows computed once, for a run in stages", remedy)
+        if self.certify is not None:
+            remedy = "use one stage: a bound holds for the model of one stage only"
+            raise ArgumentError("certify", "given for a run in stages", remedy)
+        kinds = {isinstance(recipe.damping, Absolute) for recipe in self.recipes}
+        if len(kinds) > 1:
+            raise ArgumentError(
+                "recipe.damping", "absolute and relative ones in one run in stages", "use one kind"
+            )
+        for recipe in self.recipes:
+            if recipe.layer_inputs != first.layer_inputs:
+                found = f"{first.layer_inputs} and {recipe.layer_inputs} for a run in stages"
+                remedy = "use one: in stages the damping scales the term, and is chosen by training loss"
+                raise ArgumentError("recipe.layer_inputs", found, remedy)
+            if recipe.update is not None and recipe.update.kind == "independent":
+                raise ArgumentError(
+                    "recipe.update", "'independent' for a run in stages", 'use "cbs", or None for no update'
+                )
+            if recipe.update is None and (stages.updates > 1 or stages.final_updates):
+                found = f"None with {stages.updates} updates a stage and {stages.final_updates} at the end"
+                remedy = "use Stages(updates=1, final_updates=0)"
+                raise ArgumentError("recipe.update", found, remedy)
+
+    @property
+    def candidates(self) -> int:
+        """How many pruned networks are tried."""
+        return sum(1 if recipe.select is None else recipe.select.tries for recipe in self.recipes)
+
+
+def _curvature(value: Any) -> Fisher | Rows:
+    if isinstance(value, str):
+        return FISHERS[one_of("curvature", value, FISHERS)]()
+    if not isinstance(value, Fisher | Rows):
+        remedy = f"pass one of {', '.join(record.__name__ for record in FISHERS.values())}, or Rows"
+        raise ArgumentError("curvature", f"a {type(value).__name__}", remedy)
+    return value
+
+
+def _damping(argument: str, value: Any) -> Damping:
+    return value if isinstance(value, Absolute) else finite_number(argument, value)
+
+
+def _instance(argument: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ArgumentError(argument, f"a {type(value).__name__}", f"pass a {kind.__name__} record")
+
+
+def _recipes(value: Any) -> tuple[Recipe, ...]:
+    recipes = (value,) if isinstance(value, Recipe) else tuple(value) if isinstance(value, Sequence) else ()
+    if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
+        raise ArgumentError("recipe", f"{value!r}", "pass a Recipe, or a sequence of them")
+    return recipes
+
+
+def _stages(value: Any) -> Stages | None:
+    if value is None or isinstance(value, Stages):
+        return value
+    return Stages(count=whole_number("stages", value))
+
+
+def _certify(value: Any) -> Certify | None:
+    if value is None or isinstance(value, Certify):
+        return value
+    return Certify() if flag("certify", value) else None

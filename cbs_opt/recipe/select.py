@@ -1,0 +1,269 @@
+"""How the pruned set is chosen: one record a method, with the options that the method takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from cbs_opt.system.checks import finite_number, names, one_of, seconds, whole_number
+from formulations.errors import ArgumentError
+from formulations.problem import PROGRAMS
+
+COMMON = ("program", "time_limit", "repeats", "method", "options")
+"""Fields that are not options of the method itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """What every record of this module has.
+
+    Parameters
+    ----------
+    program : {"joint", "selection"}, default "joint"
+        The program whose objective is minimised. "joint" accounts for the update of the kept weights,
+        "selection" does not.
+    time_limit : float, optional
+        Seconds for each run of the method.
+
+    Raises
+    ------
+    ArgumentError
+        If a field is out of its range; the message names it as ``select.<field>``.
+    """
+
+    method: ClassVar[str] = ""
+
+    program: str = "joint"
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("select.program", self.program, PROGRAMS)
+        self._put("time_limit", seconds("select.time_limit", self.time_limit))
+
+    @property
+    def tries(self) -> int:
+        """Number of runs with different seeds."""
+        return int(getattr(self, "repeats", 1))
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options to hand to the method: those that are not None."""
+        pairs = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        return {name: value for name, value in pairs if name not in COMMON and value is not None}
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _whole(self, least: int, *attributes: str) -> None:
+        """Check fields that are whole numbers >= `least`, or None."""
+        for name in attributes:
+            if getattr(self, name) is not None:
+                self._put(name, whole_number(f"select.{name}", getattr(self, name), least))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Select):
+    """Remove the weights of smallest ``|w|``."""
+
+    method: ClassVar[str] = "magnitude"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomizedMagnitude(Select):
+    """Remove small weights, drawn at random within buckets of similar magnitude.
+
+    Parameters
+    ----------
+    spread : float, optional
+        Width of a bucket, .1 by default.
+    repeats : int, default 1
+        Runs with different seeds, of which the lowest training loss wins.
+    """
+
+    method: ClassVar[str] = "randomized_magnitude"
+
+    spread: float | None = None
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole(1, "repeats")
+        if self.spread is not None:
+            self._put("spread", finite_number("select.spread", self.spread))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OBD(Select):
+    """Remove the weights of smallest ``1/2 H_ii w_i^2`` (LeCun, Denker, Solla, 1989)."""
+
+    method: ClassVar[str] = "obd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OBS(Select):
+    """Remove the weights of smallest ``w_i^2 / (2 [H^-1]_ii)`` (Hassibi, Stork, 1992)."""
+
+    method: ClassVar[str] = "obs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPreservation(Select):
+    """Remove the weights of smallest ``|g_i w_i|`` (SNIP: Lee, Ajanthan, Torr, 2019)."""
+
+    method: ClassVar[str] = "loss_preservation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNorm(Select):
+    """Remove the weights of smallest ``|w_i (H g)_i|`` (GraSP: Wang, Zhang, Grosse, 2020)."""
+
+    method: ClassVar[str] = "gradient_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapSearch(Select):
+    """Exchange pruned and kept weights while the objective falls.
+
+    Parameters
+    ----------
+    start : str or sequence of str, optional
+        Sets to start from; of several the one that ends lowest in each block is kept. A saliency,
+        "randomized_magnitude" and, under the joint program, "relaxation", "greedy_obs" or
+        "iterative_hard_threshold".
+    spread : float, optional
+        Of "randomized_magnitude" starts.
+    max_swaps : int, optional
+        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
+    restarts : int, optional
+        Further descents from randomly changed sets; joint program only.
+    drops : int, optional
+        Of a "greedy_obs" start in large blocks; joint program only.
+    tolerance : float, optional
+        Relative improvement that counts in large blocks.
+    repeats : int, default 1
+        Runs with different seeds, of which the lowest training loss wins.
+    """
+
+    method: ClassVar[str] = "swap_search"
+
+    start: str | tuple[str, ...] | None = None
+    spread: float | None = None
+    max_swaps: int | None = None
+    restarts: int | None = None
+    drops: int | None = None
+    tolerance: float | None = None
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole(1, "repeats", "drops")
+        self._whole(0, "max_swaps", "restarts")
+        if self.start is not None and not isinstance(self.start, str):
+            self._put("start", names("select.start", self.start))
+        for name in ("spread", "tolerance"):
+            if getattr(self, name) is not None:
+                self._put(name, finite_number(f"select.{name}", getattr(self, name)))
+        if self.program == "selection":
+            for name in ("restarts", "drops"):
+                if getattr(self, name) is not None:
+                    remedy = 'leave it out, or use program="joint"'
+                    found = f"{getattr(self, name)} for the selection program"
+                    raise ArgumentError(f"select.{name}", found, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyOBS(Select):
+    """Drop what costs least, move the rest to the minimum of the model, score again.
+
+    Parameters
+    ----------
+    drops : int, optional
+        How often in large blocks, 12 by default; in small ones weights go one by one.
+    """
+
+    method: ClassVar[str] = "greedy_obs"
+
+    drops: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole(1, "drops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardThreshold(Select):
+    """Take gradient steps on the weights, each keeping the largest (iterative hard thresholding).
+
+    Parameters
+    ----------
+    steps : int, optional
+        At most that many.
+    """
+
+    method: ClassVar[str] = "iterative_hard_threshold"
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole(0, "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(Select):
+    """Solve block by block with an exact method, a bound's rounding, a solver or a plug-in.
+
+    Parameters
+    ----------
+    method : str, default "branch_and_bound"
+        A name that `solve` takes: "branch_and_bound", "enumeration", "outer_approximation",
+        "lower_bound", ``"<solver>:<model>"``, or a method of another package.
+    options : mapping, optional
+        Options of that method; unknown ones are refused before anything runs.
+    repeats : int, default 1
+        Runs with different seeds, for methods that draw at random.
+    """
+
+    method: str = "branch_and_bound"  # type: ignore[misc]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole(1, "repeats")
+        if not isinstance(self.method, str):
+            raise ArgumentError("select.method", f"{self.method!r}", "pass the name of a method")
+        if not isinstance(self.options, Mapping):
+            raise ArgumentError("select.options", f"{self.options!r}", "pass a mapping of names to values")
+        self._put("options", MappingProxyType(dict(self.options)))
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options to hand to the method."""
+        return dict(self.options)
+
+
+SELECTS: dict[str, type[Select]] = {
+    record.method: record
+    for record in (
+        Magnitude,
+        RandomizedMagnitude,
+        OBD,
+        OBS,
+        LossPreservation,
+        GradientNorm,
+        SwapSearch,
+        GreedyOBS,
+        HardThreshold,
+    )
+}
+"""The records by the name of their method; every other name is one for `Exact`."""
+
+
+def select_by_name(name: str, **options: Any) -> Select:
+    """Return the record of the method called `name`, with its other fields."""
+    if name in SELECTS:
+        return SELECTS[name](**options)
+    return Exact(method=name, **options)
