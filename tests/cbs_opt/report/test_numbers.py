@@ -5,12 +5,13 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbs_opt.report.numbers import bound_text, gap_text
 
 
+@settings(deadline=None)
 @given(st.floats(-1e9, 1e9), st.integers(2, 12))
 def test_what_is_printed_of_a_bound_is_a_bound(bound: float, digits: int) -> None:
     printed = bound_text(bound, digits)
@@ -18,6 +19,7 @@ def test_what_is_printed_of_a_bound_is_a_bound(bound: float, digits: int) -> Non
     assert float(printed) == pytest.approx(bound, rel=10.0 ** (1 - digits), abs=1e-300)
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 10.0))
 def test_what_is_printed_of_a_gap_is_no_smaller(gap: float) -> None:
     number = gap_text(gap).removeprefix("< ").removesuffix(" %")
