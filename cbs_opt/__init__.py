@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         RandomizedMagnitude,
         SwapSearch,
     )
+    from cbs_opt.report.files import load_report, save_report
     from cbs_opt.report.record import PruneReport
     from cbs_opt.select.methods import available_methods
     from cbs_opt.solving import compare, solve
@@ -72,8 +73,10 @@ _MODULES = {
     ),
     "cbs_opt.recipe.files": (
         "load_recipe",
+        "load_report",
         "load_request",
         "save_recipe",
+        "save_report",
     ),
     "cbs_opt.recipe.records": (
         "Certify",
@@ -96,6 +99,7 @@ _MODULES = {
         "RandomizedMagnitude",
         "SwapSearch",
     ),
+    "cbs_opt.report.files": ("load_report", "save_report"),
     "cbs_opt.report.record": ("PruneReport",),
     "cbs_opt.select.methods": ("available_methods",),
     "cbs_opt.solving": (
@@ -155,6 +159,7 @@ __all__ = [
     "gradient_rows",
     "load_masks",
     "load_recipe",
+    "load_report",
     "load_request",
     "lower_bound",
     "plan",
@@ -162,6 +167,7 @@ __all__ = [
     "recalibrate_batchnorm",
     "save_masks",
     "save_recipe",
+    "save_report",
     "solve",
     "solve_blocks",
     "verify",

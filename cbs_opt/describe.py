@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from cbs_opt.candidates import block_summaries, layer_summaries, library_versions, peak_memory
-from cbs_opt.certify.certificates import certify_report
+from cbs_opt.candidates import block_summaries, layer_summaries
+from cbs_opt.certify.certificates import ChosenSet, certify_blocks
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
+from cbs_opt.report.certified import with_certificates
 from cbs_opt.report.record import PruneReport
 from cbs_opt.stages.state import StageState
 from cbs_opt.system.checks import within
+from cbs_opt.system.memory import process_peak
+from cbs_opt.system.versions import library_versions
 
 
 def describe(
@@ -48,7 +51,8 @@ def describe(
     model = LossModel(partition, task.weights, None) if model is None else model
     blocks = block_summaries(
         model.blocks(best.damping, term_of(recipe), gradient=recipe.gradient),
-        best,
+        best.choices,
+        best.weights,
         modelled=rows is not None,
         by_rows=selects_by_rows(recipe),
     )
@@ -79,7 +83,7 @@ def describe(
         before=measured[0],
         after=measured[1],
         seconds=task.clock.seconds,
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=process_peak(),
         samples=samples,
         rows=n_rows,
         damping=best.damping,
@@ -105,14 +109,18 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             # The sets were chosen for another Hessian than the one that the update minimises.
             proved = [None] * len(proved)
     layer_inputs = 0.0 if selects_by_rows(recipe) else term_of(recipe)
+    chosen = [
+        ChosenSet(keep=choice.keep, proved=bound) for choice, bound in zip(best.choices, proved, strict=True)
+    ]
     with task.clock.phase("certificates"), within("weights", partition="blocks"):
-        return certify_report(
-            report,
+        bounded = certify_blocks(
             model.blocks(damping, layer_inputs, gradient=recipe.gradient),
-            [choice.keep for choice in best.choices],
-            proved=proved,
+            chosen,
+            report.program,
+            method=report.method,
             time_limit=certify.time_limit,
             block_dir=certify.block_dir,
             progress=task.progress,
             path_of=task.done.certificate_path,
         )
+    return with_certificates(report, bounded)

@@ -22,8 +22,8 @@ from cbs_opt.network.evaluation import evaluate
 from cbs_opt.recipe.files import request_to_plain
 from cbs_opt.recipe.records import Recipe, Request, Stages, Update, Weights
 from cbs_opt.recipe.select import OBS, GreedyOBS
-from cbs_opt.report.files import plain
 from cbs_opt.stages.state import StageResult
+from cbs_opt.system.plain import plain
 from experiments.augmentation import as_trained, is_augmented
 from experiments.datasets import Dataset
 from experiments.ledger import settings_key

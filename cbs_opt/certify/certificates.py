@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from cbs_opt.certify.files import block_path
 from cbs_opt.hessian.block import FisherBlock
 from formulations.errors import InstanceFormatError
 from formulations.instances import read_solution, write_instance, write_solution
@@ -35,67 +35,49 @@ from formulations.problem import BlockProblem, BoolArray
 from formulations.relaxations import lower_bound
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 
-if TYPE_CHECKING:
-    from cbs_opt.report.record import BlockSummary, PruneReport
-
 PathLike = str | os.PathLike[str]
 log = logging.getLogger(__name__)
 
-MEANING = "bound for the block-diagonal quadratic model of the loss, not for the loss or the accuracy"
-"""What the sum of the blocks' bounds is; printed wherever the sum is."""
 NOT_REACHED = "not reached: time limit"
 BETTER_SET = 1e-4
 """Relative excess over the relaxation's own rounded set from which on it is worth a word."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CertifiedSum:
-    """The blocks together.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChosenSet:
+    """The set of one block.
 
-    Attributes
+    Parameters
     ----------
-    program : str
-        The program whose values are added.
-    objective : float
-        Sum of the values of the chosen sets.
-    bound : float or None
-        Sum of the blocks' bounds, rounded down; None if a block has none.
-    blocks, bounded : int
-        Number of blocks, and of those with a bound.
-    meaning : str
-        What the bound is.
+    keep : (n,) bool Tensor
+        True = kept.
+    proved : float, optional
+        A bound that an exact method proved while choosing.
     """
 
-    program: str
-    objective: float
-    bound: float | None
-    blocks: int
-    bounded: int
-    meaning: str = MEANING
-
-    @property
-    def gap(self) -> float | None:
-        """``(objective - bound) / max(|objective|, 1e-12)``; None without a bound."""
-        return relative_gap(self.objective, self.bound)
+    keep: Tensor
+    proved: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CertifiedBlock:
     """A chosen set, the bound on its program, and the evidence.
 
-    Attributes
+    Parameters
     ----------
     solution : BlockSolution
         The chosen set with its value, the proved bound and the certificate; OPTIMAL if they meet.
     fingerprint : str
         Of the block, as `BlockProblem.fingerprint` gives it.
-    status : str
-        How the bound ended; says so if the relaxation found a better set than the chosen one.
     """
 
     solution: BlockSolution
     fingerprint: str
-    status: str
+
+    @property
+    def status(self) -> str:
+        """How the bound ended; says so if the relaxation found a better set than the chosen one."""
+        return self.solution.stats.message
 
 
 def certify_block(
@@ -133,63 +115,65 @@ def certify_block(
     began = time.perf_counter()
     chosen = _evaluated(problem, keep, program, method)
     assert chosen.objective is not None
-    limits = Limits(time_limit=time_limit)
-    found = lower_bound(problem, program, limits=limits, incumbent=chosen, fix=True)
-    if found.limit is Limit.INTERRUPTED:
+    relaxed = lower_bound(problem, program, limits=Limits(time_limit=time_limit), incumbent=chosen, fix=True)
+    if relaxed.limit is Limit.INTERRUPTED:
         raise KeyboardInterrupt
-    known = [bound for bound in (found.bound, proved) if bound is not None]
-    bound = min(max(known), chosen.objective) if known else None
+    bounds = [bound for bound in (relaxed.bound, proved) if bound is not None]
+    bound = min(max(bounds), chosen.objective) if bounds else None
     gap = relative_gap(chosen.objective, bound)
     optimal = gap is not None and gap <= Limits().rel_gap
     solution = replace(
         chosen,
         bound=bound,
         termination=Termination.OPTIMAL if optimal else Termination.FEASIBLE,
-        limit=found.limit,
+        limit=relaxed.limit,
         rel_gap=Limits().rel_gap if optimal else None,
-        certificate=found.certificate,
-        stats=SolveStats(seconds=time.perf_counter() - began, iterations=found.stats.iterations),
+        certificate=relaxed.certificate,
     )
-    status = _status(solution, found.objective)
-    return CertifiedBlock(
-        solution=replace(solution, stats=replace(solution.stats, message=status)),
-        fingerprint=problem.fingerprint(),
-        status=status,
+    stats = SolveStats(
+        seconds=time.perf_counter() - began,
+        iterations=relaxed.stats.iterations,
+        message=_status(solution, relaxed.objective),
     )
+    return CertifiedBlock(solution=replace(solution, stats=stats), fingerprint=problem.fingerprint())
 
 
-def certify_report(
-    report: PruneReport,
+def certify_blocks(
     blocks: Sequence[FisherBlock],
-    keeps: Sequence[Tensor],
+    chosen: Sequence[ChosenSet],
+    program: str,
     *,
-    proved: Sequence[float | None] | None = None,
+    method: str = "",
     time_limit: float | None = None,
     block_dir: PathLike | None = None,
-    progress: bool = True,
     path_of: Callable[[int], Path | None] = lambda number: None,
-) -> PruneReport:
-    """The report of a run with a certified bound in every block summary, and their sum.
+    progress: bool = True,
+) -> list[CertifiedBlock]:
+    """Bound every block of a pruned network, one after another.
 
     Parameters
     ----------
-    report : PruneReport
-        Of the run that chose the sets.
     blocks : sequence of FisherBlock
-        As in ``report.blocks``, with the damping and the gradient of the program.
-    keeps : sequence of (n,) bool tensors
-        The chosen sets, True = kept.
-    proved : sequence of float or None, optional
-        Bounds that an exact method proved while choosing.
+        With the damping and the gradient of the program.
+    chosen : sequence of ChosenSet
+        One a block.
+    program : {"selection", "joint"}
+    method : str, default ""
+        What chose the sets.
     time_limit : float, optional
         Seconds for all blocks. Each gets an even share of what is left; blocks without a share have
         no bound.
     block_dir : path, optional
         Made if missing; gets the data of every block, see `cbs_opt.certify.files`.
-    progress : bool, default True
     path_of : callable, optional
         From the number of a block to the file of its certified solution, which is read if it is there and
         of this very block, and else written.
+    progress : bool, default True
+
+    Returns
+    -------
+    list of CertifiedBlock
+        In the order of `blocks`.
 
     Raises
     ------
@@ -201,80 +185,38 @@ def certify_report(
     Memory beyond the rows: one block in float64 and what its relaxation takes, and three vectors a
     block for its certificate.
     """
-    from cbs_opt.certify.files import block_path
-
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     if block_dir is not None:
         Path(block_dir).mkdir(parents=True, exist_ok=True)
-    summaries: list[BlockSummary] = []
-    solutions: list[BlockSolution] = []
+    certified: list[CertifiedBlock] = []
     silent = None if progress and len(blocks) > 1 else True
     for number, block in enumerate(tqdm(blocks, desc="certificates", unit="block", disable=silent)):
-        keep: BoolArray = keeps[number].cpu().numpy()
+        keep: BoolArray = chosen[number].keep.cpu().numpy()
         problem = block.to_problem(int((~keep).sum()))
         if block_dir is not None:
             write_instance(block_path(block_dir, number), problem)
         left = deadline - time.monotonic()
         path = path_of(number)
-        known = None if path is None else _known(path, problem, keep)
-        if known is not None:
-            certified = known
-        elif left <= 0.0:
-            certified = _not_reached(problem, keep, report.program, report.method)
-        else:
-            certified = certify_block(
+        result = None if path is None else _stored(path, problem, keep)
+        if result is None and left <= 0.0:
+            result = _not_reached(problem, keep, program, method)
+        elif result is None:
+            result = certify_block(
                 problem,
                 keep,
-                report.program,
-                method=report.method,
-                proved=None if proved is None else proved[number],
+                program,
+                method=method,
+                proved=chosen[number].proved,
                 time_limit=None if time_limit is None else left / (len(blocks) - number),
             )
             if path is not None:
-                write_solution(path, problem, certified.solution)
-        summaries.append(summarised(report.blocks[number], certified))
-        solutions.append(certified.solution)
-    return replace(
-        report,
-        blocks=tuple(summaries),
-        certified=added_up(report.program, summaries),
-        certificates=tuple(solutions),
-    )
-
-
-def summarised(summary: BlockSummary, certified: CertifiedBlock) -> BlockSummary:
-    """The summary of a block with what was certified."""
-    solution, evidence = certified.solution, certified.solution.certificate
-    return replace(
-        summary,
-        objective=solution.objective,
-        bound=solution.bound,
-        gap=relative_gap(solution.objective, solution.bound),
-        certificate=None if evidence is None else evidence.kind,
-        certificate_status=certified.status,
-        certificate_seconds=solution.stats.seconds,
-        rho=None if evidence is None else evidence.rho,
-        effective_rank=None if evidence is None else evidence.effective_rank,
-        n_fixed=None if evidence is None else evidence.n_fixed,
-        fingerprint=certified.fingerprint,
-    )
-
-
-def added_up(program: str, summaries: Sequence[BlockSummary]) -> CertifiedSum:
-    """The sum over blocks; its bound is rounded down, so that it holds in the last digit."""
-    bounds = [summary.bound for summary in summaries if summary.bound is not None]
-    complete = len(bounds) == len(summaries)
-    return CertifiedSum(
-        program=program,
-        objective=math.fsum(summary.objective or 0.0 for summary in summaries),
-        bound=math.nextafter(math.fsum(bounds), -math.inf) if complete else None,
-        blocks=len(summaries),
-        bounded=len(bounds),
-    )
+                write_solution(path, problem, result.solution)
+        certified.append(result)
+    return certified
 
 
 def relative_gap(objective: float | None, bound: float | None) -> float | None:
-    """``(objective - bound) / max(|objective|, 1e-12)``; None without both."""
+    """Return ``(objective - bound) / max(|objective|, 1e-12)``; None without both."""
     if objective is None or bound is None:
         return None
     return (objective - bound) / max(abs(objective), 1e-12)
@@ -290,8 +232,8 @@ def _evaluated(problem: BlockProblem, keep: BoolArray, program: str, method: str
     )
 
 
-def _known(path: Path, problem: BlockProblem, keep: BoolArray) -> CertifiedBlock | None:
-    """What is in a file, if it is the certified solution of this set in this block."""
+def _stored(path: Path, problem: BlockProblem, keep: BoolArray) -> CertifiedBlock | None:
+    """Read a file, if it is the certified solution of this set in this block."""
     if not path.exists():
         return None
     try:
@@ -301,15 +243,12 @@ def _known(path: Path, problem: BlockProblem, keep: BoolArray) -> CertifiedBlock
         return None
     if solution.keep is None or not np.array_equal(solution.keep, keep):
         return None
-    return CertifiedBlock(solution=solution, fingerprint=problem.fingerprint(), status=solution.stats.message)
+    return CertifiedBlock(solution=solution, fingerprint=problem.fingerprint())
 
 
 def _not_reached(problem: BlockProblem, keep: BoolArray, program: str, method: str) -> CertifiedBlock:
-    return CertifiedBlock(
-        solution=_evaluated(problem, keep, program, method),
-        fingerprint=problem.fingerprint(),
-        status=NOT_REACHED,
-    )
+    solution = replace(_evaluated(problem, keep, program, method), stats=SolveStats(message=NOT_REACHED))
+    return CertifiedBlock(solution=solution, fingerprint=problem.fingerprint())
 
 
 def _status(solution: BlockSolution, best: float | None) -> str:

@@ -126,7 +126,7 @@ def export(
 ) -> None:
     """Write one formulation of a block for another solver."""
     with reported(debug):
-        from cbs_opt.report.files import plain
+        from cbs_opt.system.plain import plain
         from formulations import instances
 
         problem, warm = _loaded(block, incumbent)
@@ -211,7 +211,7 @@ def number(value: float | None) -> str:
 
 def lower(bound: float | None) -> str:
     """Return a lower bound to nine digits, rounded down: what is printed is a bound too."""
-    from cbs_opt.report.text import bound_text
+    from cbs_opt.report.numbers import bound_text
 
     return MISSING if bound is None else bound_text(bound, 9)
 
@@ -329,7 +329,7 @@ def aligned(lines: Mapping[str, str]) -> list[str]:
 
 
 def echo_json(value: Any) -> None:
-    from cbs_opt.report.files import plain
+    from cbs_opt.system.plain import plain
 
     typer.echo(json.dumps(plain(value), allow_nan=False))
 

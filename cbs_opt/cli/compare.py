@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,7 +55,7 @@ def compare(
         from tqdm import tqdm
 
         from cbs_opt import solving
-        from cbs_opt.report.files import plain
+        from cbs_opt.system.plain import plain
 
         problem = load_block(block)
         if method:
@@ -87,7 +87,7 @@ def compare(
 def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False) -> None:
     """List the solvers: versions, licences, size limits, what they can take."""
     with reported(debug):
-        from cbs_opt.report.files import plain
+        from cbs_opt.system.plain import plain
         from formulations.problem import PROGRAMS
         from formulations.solvers import available_solvers, models_for
 
@@ -104,19 +104,19 @@ def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False)
             typer.echo(json.dumps(listed, allow_nan=False))
         else:
             typer.echo("\n".join(_solver_lines(infos, checks if check else None)))
-        if any(answer != "ok" for found in checks.values() for answer in found.values()):
+        if any(answer != "ok" for answers in checks.values() for answer in answers.values()):
             raise typer.Exit(ERROR)
 
 
 def _check(info: SolverInfo) -> dict[str, str]:
-    """For each program that the solver poses: "ok" if it proves the known optimum, else what it did."""
+    """Return "ok" for each program of which the solver proves the optimum, else what it did."""
     from cbs_opt import solving
     from formulations.instances import load_library
     from formulations.problem import PROGRAMS
     from formulations.solvers import models_for
 
-    problem, known = load_library(CHECK_BLOCK)
-    found: dict[str, str] = {}
+    problem, optima = load_library(CHECK_BLOCK)
+    answers: dict[str, str] = {}
     for program in PROGRAMS:
         if not models_for(info.name, program):
             continue
@@ -124,14 +124,14 @@ def _check(info: SolverInfo) -> dict[str, str]:
             problem, program=program, methods=[info.name], time_limit=CHECK_SECONDS, rel_gap=CHECK_GAP
         )
         row = _without_nan(table.to_dict("records")[0])
-        best = known[program]["objective"]
+        best = optima[program]["objective"]
         if row["status"] != "optimal":
-            found[program] = f"{row['status']} {row['note'] or ''}".strip()
+            answers[program] = f"{row['status']} {row['note'] or ''}".strip()
         elif not math.isclose(row["objective"], best, rel_tol=CHECK_GAP):
-            found[program] = f"objective {number(row['objective'])}, the optimum is {number(best)}"
+            answers[program] = f"objective {number(row['objective'])}, the optimum is {number(best)}"
         else:
-            found[program] = "ok"
-    return found
+            answers[program] = "ok"
+    return answers
 
 
 def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -141,26 +141,21 @@ def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _comparison_lines(rows: list[dict[str, Any]]) -> list[str]:
-    headings = ("method", "status", "objective", "excess", "bound", "gap", "seconds", "nodes")
+    shown: dict[str, Callable[[Any], str]] = {
+        "method": str,
+        "status": str,
+        "objective": number,
+        "excess": "{:.1e}".format,
+        "bound": lower,
+        "gap": "{:.1e}".format,
+        "seconds": "{:.2f}".format,
+        "nodes": "{:.0f}".format,
+    }
     cells = [
-        (
-            row["method"],
-            row["status"],
-            number(row["objective"]),
-            _share(row["excess"]),
-            lower(row["bound"]),
-            _share(row["gap"]),
-            MISSING if row["seconds"] is None else f"{row['seconds']:.2f}",
-            MISSING if row["nodes"] is None else str(int(row["nodes"])),
-        )
-        for row in rows
+        [MISSING if row[name] is None else show(row[name]) for name, show in shown.items()] for row in rows
     ]
     reasons = [f"{row['method']}: {row['note']}" for row in rows if row["objective"] is None and row["note"]]
-    return text_table(headings, cells, left=2) + ([""] if reasons else []) + reasons
-
-
-def _share(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1e}"
+    return text_table(list(shown), cells, left=2) + ([""] if reasons else []) + reasons
 
 
 def _solver_lines(infos: list[SolverInfo], checks: Mapping[str, Mapping[str, str]] | None) -> list[str]:
@@ -171,7 +166,7 @@ def _solver_lines(infos: list[SolverInfo], checks: Mapping[str, Mapping[str, str
         row = [info.name, info.version or MISSING, licence, ", ".join(sorted(info.capabilities))]
         if checks is not None:
             answers = checks.get(info.name, {})
-            row.append("; ".join(f"{program} {said}" for program, said in answers.items()) or MISSING)
+            row.append("; ".join(f"{program} {answer}" for program, answer in answers.items()) or MISSING)
         rows.append(row)
     reasons = [f"{info.name}: {info.reason}" for info in infos if info.reason]
     return text_table(headings, rows, left=len(headings)) + ([""] if reasons else []) + reasons

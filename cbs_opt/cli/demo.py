@@ -37,8 +37,8 @@ def run(
         from cbs_opt.cli.tables import comparison_lines
         from cbs_opt.demo import CONTENDERS, SPARSITIES, compare_on_digits
         from cbs_opt.report.comparison import comparison_frame
-        from cbs_opt.report.files import plain
         from cbs_opt.report.html import write_comparison
+        from cbs_opt.system.plain import plain
 
         levels = tuple(sparsity or SPARSITIES)
         out.mkdir(parents=True, exist_ok=True)

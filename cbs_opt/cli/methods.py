@@ -19,8 +19,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 def run(as_json: AsJson = False) -> None:
     """List the methods, the programs they take and their options."""
     with reported(debug=False):
-        from cbs_opt.report.files import plain
         from cbs_opt.select.methods import available_methods
+        from cbs_opt.system.plain import plain
 
         methods = available_methods()
         if as_json:

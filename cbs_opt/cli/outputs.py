@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import typer
 from torch import nn
 
-if TYPE_CHECKING:
-    from cbs_opt.report.record import PruneReport
+from cbs_opt.certify.files import BLOCK, CERTIFICATES
+from cbs_opt.report.files import save_report
+from cbs_opt.report.record import PruneReport
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE = "state"
@@ -23,7 +23,7 @@ STATE = "state"
 
 
 def state_directory(out: Path, run_dir: Path | None, resume: bool) -> Path | None:
-    """Where what is found is kept; None for a run that cannot be resumed."""
+    """Return where results are kept; None for a run that cannot be resumed."""
     return out / STATE if resume and run_dir is None else run_dir
 
 
@@ -41,7 +41,7 @@ def require_free(directory: Path, force: bool, resume: bool) -> None:
 
 @contextmanager
 def block_directory(out: Path, state: Path | None, wanted: bool) -> Iterator[Path | None]:
-    """Where the data of blocks go until the run has succeeded; None unless wanted."""
+    """Yield where the data of blocks go until the run has succeeded; None unless wanted."""
     if not wanted:
         yield None
         return
@@ -60,14 +60,12 @@ def write_outputs(network: nn.Module, report: PruneReport, out: Path, block_dir:
     temporary = out / f".{WEIGHTS_FILE}"
     safetensors.torch.save_model(network, str(temporary))
     temporary.replace(out / WEIGHTS_FILE)
-    report.save(out)
+    save_report(report, out)
     _keep_blocks(block_dir, out)
 
 
 def _keep_blocks(block_dir: Path | None, out: Path) -> None:
     """Put the data of the blocks where their certificates are."""
-    from cbs_opt.certify.files import BLOCK, CERTIFICATES
-
     kept = out / CERTIFICATES
     for stale in kept.glob(f"*{BLOCK}"):
         stale.unlink()

@@ -58,11 +58,11 @@ def run(
     with reported(debug, OPTIONS.get):
         from tqdm import tqdm
 
-        from cbs_opt.report.files import plain
         from cbs_opt.study.config import read_study
         from cbs_opt.study.expansion import expand, select
         from cbs_opt.study.runner import is_to_do, run_study
         from cbs_opt.study.store import read_rows
+        from cbs_opt.system.plain import plain
 
         described = read_study(study)
         if dry_run:
@@ -109,8 +109,8 @@ def _outcome_lines(outcome: Outcome) -> list[str]:
 
 def _echo_plan(plan: Plan, chosen: list[Run], todo: list[Run], jobs: int, as_json: bool) -> None:
     """Print what would run, by method and program, and the longest that it can take."""
-    from cbs_opt.report.files import plain
     from cbs_opt.study.estimate import longest
+    from cbs_opt.system.plain import plain
 
     at_most = longest(todo, jobs)
     if as_json:

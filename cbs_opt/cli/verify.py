@@ -48,47 +48,43 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
         from formulations.loss import verify as verify_solution
 
         problem = load_block(block)
-        found = verify_solution(problem, instances.read_solution(solution, problem))
+        result = verify_solution(problem, instances.read_solution(solution, problem))
         if as_json:
-            echo_json(found)
+            echo_json(result)
         else:
-            typer.echo("\n".join(aligned(_verification(found))))
-        if not found.ok:
+            typer.echo("\n".join(aligned(_verification(result))))
+        if not result.ok:
             raise typer.Exit(ERROR)
 
 
 def _verify_run(directory: Path, as_json: bool) -> None:
     from tqdm import tqdm
 
-    from cbs_opt.certify.files import check_certificates
+    from cbs_opt.report.verification import check_certificates
 
     blocks = list(tqdm(check_certificates(directory), desc="blocks", unit="block", disable=None))
     if as_json:
         echo_json(blocks)
     else:
-        headings = ("block", "ok", "objective", "bound", "proved", "notes")
         rows = [
             (
-                found.name,
-                yes_no(found.ok),
-                number(found.objective),
-                lower(found.bound),
-                yes_no(found.proved),
-                "; ".join(found.notes) or MISSING,
+                *(block.name, yes_no(block.ok), number(block.objective), lower(block.bound)),
+                *(yes_no(block.proved), "; ".join(block.notes) or MISSING),
             )
-            for found in blocks
+            for block in blocks
         ]
+        headings = ("block", "ok", "objective", "bound", "proved", "notes")
         typer.echo("\n".join(text_table(headings, rows, left=2)))
-    if not all(found.ok for found in blocks):
+    if not all(block.ok for block in blocks):
         raise typer.Exit(ERROR)
 
 
-def _verification(found: Verification) -> Mapping[str, str]:
+def _verification(result: Verification) -> Mapping[str, str]:
     return {
-        "ok": yes_no(found.ok),
-        "feasible": yes_no(found.feasible),
-        "objective": number(found.objective),
-        "bound": lower(found.bound),
-        "bound checked": yes_no(found.bound_checked),
-        "notes": "; ".join(found.notes) or MISSING,
+        "ok": yes_no(result.ok),
+        "feasible": yes_no(result.feasible),
+        "objective": number(result.objective),
+        "bound": lower(result.bound),
+        "bound checked": yes_no(result.bound_checked),
+        "notes": "; ".join(result.notes) or MISSING,
     }

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from cbs_opt.network.evaluation import Evaluation
 from cbs_opt.report.record import PruneReport
 
 
 def comparison_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
-    """One row a report, in the given order.
+    """Return one row a report, in the given order.
 
     Columns are ``method``, ``update``, ``sparsity`` (achieved), ``accuracy_before``, ``accuracy``,
     ``loss_before``, ``loss`` (on the evaluation data, else on the curvature's samples),
@@ -19,43 +18,33 @@ def comparison_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
     ``actual_loss_increase`` (all three on the curvature's samples), ``certified_gap`` (of the model),
     ``seconds`` and ``peak_memory_bytes``. What was not measured is NaN.
     """
-    return pd.DataFrame([_row(report) for report in reports])
-
-
-def evaluations(report: PruneReport) -> tuple[Evaluation | None, Evaluation | None]:
-    """Before and after: on the evaluation data where there is some, else on the curvature's samples."""
-    if report.after is not None:
-        return report.before, report.after
-    return report.train_before, report.train_after
+    rows = []
+    for report in reports:
+        before, after = report.evaluations
+        row = {
+            "method": report.method,
+            "update": report.update,
+            "sparsity": report.sparsity,
+            "accuracy_before": None if before is None else before.accuracy,
+            "accuracy": None if after is None else after.accuracy,
+            "loss_before": None if before is None else before.loss,
+            "loss": None if after is None else after.loss,
+            "predicted_selection_loss": report.predicted_selection_loss,
+            "predicted_loss_increase": report.predicted_loss_increase,
+            "actual_loss_increase": report.actual_loss_increase,
+            "certified_gap": None if report.certified is None else report.certified.gap,
+            "seconds": report.total_seconds,
+            "peak_memory_bytes": report.peak_memory_bytes,
+        }
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    # Else a column that is missing throughout would hold None.
+    return frame.astype({name: float for name in frame.columns[2:]})
 
 
 def evaluated_on(reports: Sequence[PruneReport]) -> str:
-    """What `evaluations` refers to, in words."""
+    """Return in words which data `PruneReport.evaluations` refers to."""
     held_out = {report.after is not None for report in reports}
     if held_out == {True}:
         return "evaluation data"
     return "curvature samples" if held_out == {False} else "evaluation data where given"
-
-
-def _row(report: PruneReport) -> dict[str, object]:
-    before, after = evaluations(report)
-    nan = float("nan")
-
-    def known(value: float | None) -> float:
-        return nan if value is None else float(value)
-
-    return {
-        "method": report.method,
-        "update": report.update,
-        "sparsity": report.sparsity,
-        "accuracy_before": known(before.accuracy if before else None),
-        "accuracy": known(after.accuracy if after else None),
-        "loss_before": known(before.loss if before else None),
-        "loss": known(after.loss if after else None),
-        "predicted_selection_loss": known(report.predicted_selection_loss),
-        "predicted_loss_increase": known(report.predicted_loss_increase),
-        "actual_loss_increase": known(report.actual_loss_increase),
-        "certified_gap": known(report.certified.gap if report.certified else None),
-        "seconds": report.total_seconds,
-        "peak_memory_bytes": known(report.peak_memory_bytes),
-    }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -12,6 +15,8 @@ from matplotlib.ticker import FuncFormatter
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+DOTS = (0, (1, 2))
+DASHES = (0, (5, 2))
 INK = "#222222"
 GRID = "#DDDDDD"
 WIDTH = 5.4
@@ -27,7 +32,7 @@ class Style:
 
 
 def numbered_style(number: int) -> Style:
-    """The style of series `number`; no two of the first 42 are alike."""
+    """Return the style of series `number`; no two of the first 42 are alike."""
     return Style(
         color=OKABE_ITO[number % len(OKABE_ITO)],
         marker=MARKERS[number % len(MARKERS)],
@@ -36,15 +41,50 @@ def numbered_style(number: int) -> Style:
 
 
 def single(height: float) -> tuple[Figure, Axes]:
-    """A figure of the usual width with one pair of axes."""
+    """Return a figure of the usual width with one pair of axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     dress(axes)
     return figure, axes
 
 
+def panels(count: int, x_label: str, y_label: str, *, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of small axes, labelled at its left and bottom; `shared`: all have the same limits."""
+    columns = 2 if count == 4 else min(3, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(WIDTH if columns > 1 else 4.2, 0.7 + 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
+    for axes in grid.flat[count:]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(y_label, fontsize=8)
+    every = list(grid.flat[:count])
+    for axes in every:
+        dress(axes)
+        axes.tick_params(labelsize=7)
+    for axes in every[-columns:]:
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.tick_params(labelbottom=True)
+    return figure, every
+
+
+def panels_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Draw one legend above all panels, each series once, in the order of the fullest panel."""
+    drawn: dict[str, Artist] = {}
+    for axes in sorted(panels, key=lambda axes: len(axes.get_lines()), reverse=True):
+        handles, labels = axes.get_legend_handles_labels()
+        drawn |= dict(zip(labels, handles, strict=True))
+    handles = list(drawn.values())
+    figure.legend(handles, list(drawn), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+
+
+def shortened(name: str, length: int) -> str:
+    """Return a name with its beginning left out where it is longer than `length` characters."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
+
+
 def dress(axes: Axes) -> None:
-    """Thin grey spines and grid, behind the data."""
+    """Draw thin grey spines and a grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.grid(color=GRID, linewidth=0.6)
@@ -55,7 +95,7 @@ def dress(axes: Axes) -> None:
 
 
 def marker(style: Style) -> dict[str, Any]:
-    """Arguments of `plot` for the points of a series."""
+    """Return the arguments of `plot` for the points of a series."""
     return {
         "color": style.color,
         "marker": style.marker,
@@ -66,12 +106,12 @@ def marker(style: Style) -> dict[str, Any]:
 
 
 def percent() -> FuncFormatter:
-    """Ticks of a share as per cent, without the sign."""
+    """Return ticks of a share in per cent, without the sign."""
     return FuncFormatter(lambda share, _: f"{100.0 * share:.6g}")
 
 
 def legend(axes: Axes, *, outside: bool = False) -> None:
-    """A legend without a frame, within the axes or above them in as many columns as there is room for."""
+    """Draw a legend without a frame, within the axes or above them in as many columns as fit."""
     if not outside:
         axes.legend(frameon=False, fontsize=8)
         return

@@ -7,57 +7,63 @@ save one with ``figure.savefig("name.pdf")``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cbs_opt.report.comparison import evaluated_on, evaluations
+from cbs_opt.report.comparison import evaluated_on
 from cbs_opt.report.figure_style import (
+    DOTS,
     GRID,
     INK,
     OKABE_ITO,
-    WIDTH,
     Style,
-    dress,
     legend,
     marker,
     numbered_style,
+    panels,
+    panels_legend,
     percent,
+    shortened,
     single,
 )
-from cbs_opt.report.record import LayerSummary, PruneReport
+from cbs_opt.report.parts import LayerSummary
+from cbs_opt.report.record import PruneReport
 
 MAX_LAYERS = 60
 MAX_PANELS = 9
 LONGEST_TITLE = 26
+Points = dict[str, list[tuple[float, float]]]
+"""Points of a curve, by label."""
 
 
 def styles(reports: Sequence[PruneReport]) -> dict[str, Style]:
-    """A style for each label, in order of first appearance."""
+    """Return a style for each label, in order of first appearance."""
     labels = dict.fromkeys(report.label for report in reports)
     return {label: numbered_style(number) for number, label in enumerate(labels)}
 
 
 def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
-    """Accuracy of each method over achieved sparsity; None where no accuracy was measured."""
-    measured = [(report, accuracy) for report in reports if (accuracy := _accuracy(report)) is not None]
-    if not measured:
+    """Return accuracy of each method over achieved sparsity; None where no accuracy was measured."""
+    points: Points = {}
+    dense = set()
+    for report in sorted(reports, key=lambda report: report.sparsity):
+        before, after = report.evaluations
+        if after is not None and after.accuracy is not None:
+            points.setdefault(report.label, []).append((report.sparsity, 100.0 * after.accuracy))
+            dense |= set() if before is None or before.accuracy is None else {100.0 * before.accuracy}
+    if not points:
         return None
     figure, axes = single(height=4.0)
-    for label, style in styles(reports).items():
-        own = sorted((r.sparsity, 100.0 * accuracy) for r, accuracy in measured if r.label == label)
-        if own:
-            x, y = zip(*own, strict=True)
-            axes.plot(x, y, linestyle=style.line, linewidth=1.6, label=label, **marker(style))
-    before = [evaluations(report)[0] for report, _ in measured]
-    for value in {dense.accuracy for dense in before if dense and dense.accuracy is not None}:
-        axes.axhline(100.0 * value, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    _draw_curves(axes, points, styles(reports), linewidth=1.6)
+    for value in dense:
+        axes.axhline(value, color=INK, linewidth=0.9, linestyle=DOTS)
         axes.annotate(
-            f"dense {100.0 * value:.1f} %",
-            (0.99, 100.0 * value),
+            f"dense {value:.1f} %",
+            (0.99, value),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
@@ -74,36 +80,18 @@ def accuracy_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
 
 
 def predicted_against_actual(reports: Sequence[PruneReport]) -> Figure | None:
-    """Predicted over measured loss increase on the curvature's samples; None where nothing was measured."""
-    known = [
-        (report, report.predicted_loss_increase, report.actual_loss_increase)
-        for report in reports
-        if report.predicted_loss_increase is not None and report.actual_loss_increase is not None
-    ]
-    points = [(r, p, a) for r, p, a in known if math.isfinite(p) and math.isfinite(a)]
+    """Return predicted over measured loss increase on the curvature's samples; None without measurements."""
+    points: Points = {}
+    for report in sorted(reports, key=lambda report: report.sparsity):
+        predicted, actual = report.predicted_loss_increase, report.actual_loss_increase
+        if predicted is not None and actual is not None and math.isfinite(predicted + actual):
+            points.setdefault(report.label, []).append((predicted, actual))
     if not points:
         return None
     figure, axes = single(height=4.6)
-    values = np.array([[p, a] for _, p, a in points])
-    magnitudes = np.abs(values[values != 0.0])
-    smallest = float(magnitudes.min()) if magnitudes.size else 1.0
-    largest = float(magnitudes.max()) if magnitudes.size else 1.0
-    threshold = max(smallest, 1e-6 * largest)
-    low = -2.0 * largest if (values < 0).any() else 0.5 * threshold
-    high = 2.0 * largest
-    if (values <= 0).any():
-        axes.set_xscale("symlog", linthresh=threshold)
-        axes.set_yscale("symlog", linthresh=threshold)
-        low = min(1.6 * float(values.min()), -0.3 * threshold)
-    else:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-    axes.plot([low, high], [low, high], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="as predicted")
-    for label, style in styles(reports).items():
-        own = sorted((r.sparsity, p, a) for r, p, a in points if r.label == label)
-        if own:
-            _, x, y = zip(*own, strict=True)
-            axes.plot(x, y, linestyle=style.line, linewidth=0.8, label=label, **marker(style))
+    low, high = _same_scales(axes, np.array([point for curve in points.values() for point in curve]))
+    axes.plot([low, high], [low, high], color=INK, linewidth=0.9, linestyle=DOTS, label="as predicted")
+    _draw_curves(axes, points, styles(reports), linewidth=0.8)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal", adjustable="box")
@@ -113,8 +101,29 @@ def predicted_against_actual(reports: Sequence[PruneReport]) -> Figure | None:
     return figure
 
 
+def _same_scales(axes: Axes, values: np.ndarray) -> tuple[float, float]:
+    """Scale both axes by logarithms, near zero linearly where values need it; return limits for both."""
+    magnitudes = np.abs(values[values != 0.0])
+    smallest = float(magnitudes.min()) if magnitudes.size else 1.0
+    largest = float(magnitudes.max()) if magnitudes.size else 1.0
+    threshold = max(smallest, 1e-6 * largest)
+    if (values > 0.0).all():
+        axes.set(xscale="log", yscale="log")
+        return 0.5 * threshold, 2.0 * largest
+    axes.set_xscale("symlog", linthresh=threshold)
+    axes.set_yscale("symlog", linthresh=threshold)
+    return min(1.6 * float(values.min()), -0.3 * threshold), 2.0 * largest
+
+
+def _draw_curves(axes: Axes, points: Points, looks: Mapping[str, Style], *, linewidth: float) -> None:
+    for label, style in looks.items():
+        if label in points:
+            x, y = zip(*points[label], strict=True)
+            axes.plot(x, y, linestyle=style.line, linewidth=linewidth, label=label, **marker(style))
+
+
 def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
-    """Sparsity of each layer: bars for one report, a dot a method for several.
+    """Return the sparsity of each layer: bars for one report, a dot a method for several.
 
     Of reports at several sparsities those at the largest requested one are drawn.
     """
@@ -148,7 +157,7 @@ def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
         for row in rows[:-1]:
             axes.axhline(row + 0.5, color=GRID, linewidth=0.8)
     total = chosen[0].sparsity
-    axes.axvline(total, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label=f"whole network {total:.1%}")
+    axes.axvline(total, color=INK, linewidth=0.9, linestyle=DOTS, label=f"whole network {total:.1%}")
     axes.set_yticks(rows, names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(percent())
@@ -162,40 +171,27 @@ def sparsity_by_layer(reports: Sequence[PruneReport]) -> Figure:
 
 
 def weights_before_and_after(report: PruneReport) -> Figure | None:
-    """Histograms of the weights of the largest layers: all before, kept ones after; None without any."""
+    """Return histograms of the largest layers: all weights before, kept ones after; None without any."""
     layers = [layer for layer in report.layers if layer.weight_histogram_before is not None]
     if not layers:
         return None
     largest = sorted(layers, key=lambda layer: -layer.n)[:MAX_PANELS]
     shown = [layer for layer in layers if layer in largest]
-    columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else 4.2, 0.55 + 1.85 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for number, axes in enumerate(grid.flat):
-        if number < len(shown):
-            _histogram(axes, shown[number])
-        else:
-            axes.set_axis_off()
-    for axes in grid[:, 0]:
-        axes.set_ylabel("Weights in bin", fontsize=8)
-    for number in range(len(shown)):
-        if number + columns >= len(shown):
-            grid.flat[number].set_xlabel("Weight", fontsize=8)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure, every = panels(len(shown), "Weight", "Weights in bin")
+    for axes, layer in zip(every, shown, strict=True):
+        _histogram(axes, layer)
+    panels_legend(figure, every[:1])
     return figure
 
 
 def at_largest_sparsity(reports: Sequence[PruneReport]) -> list[PruneReport]:
-    """The reports at the largest requested sparsity, one a label."""
+    """Return the reports at the largest requested sparsity, one a label."""
     largest = max(report.requested_sparsity for report in reports)
     chosen = {report.label: report for report in reports if report.requested_sparsity == largest}
     return list(chosen.values())
 
 
 def _histogram(axes: Axes, layer: LayerSummary) -> None:
-    dress(axes)
     highest = 10
     filled: dict[str, Any] = {"fill": True, "color": OKABE_ITO[4]}
     outlined: dict[str, Any] = {"fill": False, "edgecolor": INK, "linewidth": 1.0}
@@ -208,11 +204,5 @@ def _histogram(axes: Axes, layer: LayerSummary) -> None:
             highest = max(highest, *histogram.counts)
     axes.set_yscale("log")
     axes.set_ylim(0.7, 1.5 * highest)
-    name = layer.name if len(layer.name) <= LONGEST_TITLE else f"…{layer.name[1 - LONGEST_TITLE :]}"
+    name = shortened(layer.name, LONGEST_TITLE)
     axes.set_title(f"{name}\n{layer.sparsity:.1%} of {layer.n} zero", fontsize=8, color=INK)
-    axes.tick_params(labelsize=7)
-
-
-def _accuracy(report: PruneReport) -> float | None:
-    after = evaluations(report)[1]
-    return None if after is None else after.accuracy

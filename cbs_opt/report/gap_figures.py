@@ -11,14 +11,27 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cbs_opt.report.figure_style import INK, OKABE_ITO, WIDTH, Style, dress, legend, marker, percent, single
-from cbs_opt.report.record import BlockSummary, PruneReport
-from cbs_opt.report.text import OPTIMAL_GAP, gap_text
+from cbs_opt.report.figure_style import (
+    DASHES,
+    DOTS,
+    INK,
+    OKABE_ITO,
+    Style,
+    legend,
+    marker,
+    panels,
+    panels_legend,
+    percent,
+    shortened,
+    single,
+)
+from cbs_opt.report.numbers import OPTIMAL_GAP, gap_text
+from cbs_opt.report.parts import BlockSummary
+from cbs_opt.report.record import PruneReport
 
 NAMED_BLOCKS = 40
 """Most blocks that are drawn one a line, with their names."""
@@ -26,8 +39,6 @@ LONGEST_NAME = 28
 TITLE_CHARACTERS = 26
 """In a line of the title of a panel, of which three stand side by side."""
 MAX_PANELS = 9
-DASHES = (0, (5, 2))
-DOTS = (0, (1, 2))
 
 PREDICTED_SELECTION = Style(color=OKABE_ITO[4], marker="^", line=DOTS)
 PREDICTED_UPDATE = Style(color=OKABE_ITO[0], marker="o", line="-")
@@ -36,15 +47,15 @@ BOUND = Style(color=INK, marker="_", line="none")
 
 
 def gap_by_block(report: PruneReport) -> Figure | None:
-    """Certified gap of every block on a logarithmic axis: one a line, or, of many, in order of size.
+    """Return the certified gap of every block, logarithmic: one a line, or, of many, in order of size.
 
     None for one block, which needs no picture.
     """
-    known = [block for block in report.blocks if block.gap is not None]
-    if report.certified is None or len(known) < 2:
+    bounded = [block for block in report.blocks if block.gap is not None]
+    if report.certified is None or len(bounded) < 2:
         return None
-    named = len(known) <= NAMED_BLOCKS
-    figure, axes = (_gaps_by_name if named else _gaps_in_order)(known)
+    named = len(bounded) <= NAMED_BLOCKS
+    figure, axes = (_gaps_by_name if named else _gaps_in_order)(bounded)
     total = report.certified.gap
     if total is not None and total > OPTIMAL_GAP:
         line = axes.axvline if named else axes.axhline
@@ -66,7 +77,7 @@ def _gaps_by_name(blocks: Sequence[BlockSummary]) -> tuple[Figure, Axes]:
         hollow = style | {"markerfacecolor": "white", "markeredgecolor": OKABE_ITO[0], "markeredgewidth": 1.2}
         floor = np.full(int(optimal.sum()), OPTIMAL_GAP)
         axes.plot(floor, rows[optimal], linestyle="none", label="proved optimal", **hollow)
-    axes.set_yticks(rows, [_short(block.name) for block in blocks])
+    axes.set_yticks(rows, [shortened(block.name, LONGEST_NAME) for block in blocks])
     axes.set_ylim(len(blocks) - 0.5, -0.5)
     _log_percent(axes, gaps, axis="x")
     axes.set_xlabel("Certified gap (% of the objective of the block)")
@@ -74,7 +85,7 @@ def _gaps_by_name(blocks: Sequence[BlockSummary]) -> tuple[Figure, Axes]:
 
 
 def _gaps_in_order(blocks: Sequence[BlockSummary]) -> tuple[Figure, Axes]:
-    """Gaps from smallest to largest, so that any share of the blocks can be read off."""
+    """Draw gaps from smallest to largest, so that any share of the blocks can be read off."""
     figure, axes = single(height=3.2)
     gaps = np.sort(np.array([block.gap for block in blocks], dtype=float))
     share = (np.arange(gaps.size) + 1.0) / gaps.size
@@ -92,7 +103,7 @@ def _gaps_in_order(blocks: Sequence[BlockSummary]) -> tuple[Figure, Axes]:
 
 
 def _log_percent(axes: Axes, gaps: np.ndarray, *, axis: str) -> None:
-    """A logarithmic axis in per cent that holds `gaps`, with room for at least one decade."""
+    """Scale an axis by logarithms in per cent so that it holds `gaps`, with room for at least one decade."""
     shown = np.maximum(gaps, OPTIMAL_GAP)
     low, high = 0.6 * float(shown.min()), 1.7 * float(shown.max())
     if high < 12.0 * low:
@@ -107,41 +118,24 @@ def _log_percent(axes: Axes, gaps: np.ndarray, *, axis: str) -> None:
 
 
 def loss_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
-    """Loss increase predicted before and after the update, and measured: one panel a method.
+    """Return the loss increase predicted before and after the update, and measured: one panel a method.
 
     Where the curves part, the quadratic model fails; a certified bound below them is about the model
     alone. Increases that are not positive cannot be drawn on the logarithmic axis and are left out.
     """
     labels = list(dict.fromkeys(report.label for report in reports))
-    panels = []
+    drawn = []
     for label in labels[:MAX_PANELS]:
-        own = sorted((r for r in reports if r.label == label), key=lambda report: report.sparsity)
-        compared = [r for r in own if r.actual_loss_increase is not None]
+        runs = sorted((r for r in reports if r.label == label), key=lambda report: report.sparsity)
+        compared = [r for r in runs if r.actual_loss_increase is not None]
         if any(r.predicted_loss_increase is not None for r in compared):
-            panels.append((label, own))
-    if not panels:
+            drawn.append((label, runs))
+    if not drawn:
         return None
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else 4.2, 0.8 + 1.95 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for number, axes in enumerate(grid.flat):
-        if number >= len(panels):
-            axes.set_axis_off()
-            continue
-        _loss_panel(axes, *panels[number])
-        if number + columns >= len(panels):
-            axes.set_xlabel("Sparsity (%)", fontsize=8)
-            axes.tick_params(labelbottom=True)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("Loss increase", fontsize=8)
-    drawn: dict[str, Artist] = {}
-    for axes in grid.flat[: len(panels)]:
-        handles, texts = axes.get_legend_handles_labels()
-        drawn |= dict(zip(texts, handles, strict=True))
-    names = [name for name, _, _ in SERIES if name in drawn]
-    handles = [drawn[name] for name in names]
-    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure, every = panels(len(drawn), "Sparsity (%)", "Loss increase", shared=True)
+    for axes, (label, runs) in zip(every, drawn, strict=True):
+        _loss_panel(axes, label, runs)
+    panels_legend(figure, every)
     return figure
 
 
@@ -164,11 +158,10 @@ SERIES: tuple[tuple[str, Style, Value], ...] = (
 
 
 def _loss_panel(axes: Axes, label: str, reports: Sequence[PruneReport]) -> None:
-    dress(axes)
     axes.set_yscale("log")
     for name, style, value in SERIES:
-        found = [(report.sparsity, value(report)) for report in reports]
-        points = [(x, y) for x, y in found if y is not None and math.isfinite(y) and y > 0.0]
+        values = [(report.sparsity, value(report)) for report in reports]
+        points = [(x, y) for x, y in values if y is not None and math.isfinite(y) and y > 0.0]
         if points:
             x, y = zip(*points, strict=True)
             looks = marker(style) | {"markersize": 12.0 if style is BOUND else 5.0}
@@ -177,9 +170,4 @@ def _loss_panel(axes: Axes, label: str, reports: Sequence[PruneReport]) -> None:
             axes.plot(x, y, linestyle=style.line, linewidth=1.2, label=name, **looks)
     axes.set_title(textwrap.fill(label, TITLE_CHARACTERS), fontsize=8, color=INK)
     axes.xaxis.set_major_formatter(percent())
-    axes.tick_params(labelsize=7)
     axes.margins(x=0.1)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from cbs_opt.report import figures, gap_figures, tables
-from cbs_opt.report.comparison import evaluated_on, evaluations
+from cbs_opt.report.comparison import evaluated_on
+from cbs_opt.report.numbers import bytes_text, gap_text, number_text, percent_text, seconds_text
 from cbs_opt.report.pages import Picture, embedded, render
 from cbs_opt.report.record import PruneReport
 from cbs_opt.report.tables import Table
-from cbs_opt.report.text import gap_text
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
 
@@ -26,30 +26,15 @@ GAP_CAPTION = (
     "How far above the optimum of its program the chosen set of each block can be at most, as a share of its "
     "value. This is about the quadratic model of the loss, not about accuracy."
 )
+PREDICTION_CAPTION = (
+    "Increase of the mean loss on the curvature's samples: as the quadratic model predicts it, "
+    "and as measured. Points above the dotted line lost more than predicted."
+)
 HISTOGRAM_CAPTION = "Weights of the largest layers: all of them before, the kept ones after (zeros left out)."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """One headline number."""
-
-    name: str
-    value: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """The details of one run."""
-
-    title: str
-    pictures: tuple[Picture, ...]
-    layers: Table
-    blocks: Table
-    blocks_note: str
-    certificates: Table | None
-    certificates_note: str
-    times: Table
-    settings: Table
+Part = tuple[str, Table, str]
+"""Heading, table and note."""
 
 
 def write_comparison(
@@ -77,21 +62,26 @@ def write_comparison(
 
 
 def render_comparison(reports: Sequence[PruneReport], *, title: str | None = None) -> str:
-    """The page of `write_comparison` as a string."""
+    """Return the page of `write_comparison` as a string."""
     if not reports:
         raise ArgumentError("reports", "none given", "pass at least one PruneReport")
     several = len(reports) > 1
+    accuracies = tables.accuracy_table(reports)
+    where = evaluated_on(reports)
+    first = f"Requested sparsity of all prunable weights; accuracy on the {where}. Bold: best of a column."
+    results = (
+        f"Accuracy and loss on the {where}. Predicted and measured increase of the mean loss "
+        "on the samples that the curvature was taken from. Peak memory is that of the whole process so far."
+    )
     return render(
         "report.html.j2",
         title=title or ("Pruning runs compared" if several else f"Pruned by {reports[0].label}"),
         lead=_lead(reports),
         tiles=() if several else _tiles(reports[0]),
-        accuracies=tables.accuracy_table(reports) if several else None,
-        results=tables.results_table(reports) if several else None,
-        evaluated_on=evaluated_on(reports),
-        results_note=_results_note(reports),
+        above=[("Accuracy by sparsity", accuracies, first)] if several and accuracies else (),
         pictures=_pictures(reports),
-        sections=[_section(report, with_picture=several) for report in reports],
+        below=[("All runs", tables.results_table(reports), results)] if several else (),
+        sections=[_section(report, with_pictures=several) for report in reports],
     )
 
 
@@ -107,81 +97,72 @@ def _lead(reports: Sequence[PruneReport]) -> str:
     return f"{len(reports)} runs of {methods} methods on networks of {weights} prunable weights."
 
 
-def _tiles(report: PruneReport) -> tuple[Tile, ...]:
-    before, after = evaluations(report)
-    tiles = [Tile(name="Sparsity", value=tables.percent_text(report.sparsity, 2))]
+def _tiles(report: PruneReport) -> list[tuple[str, str]]:
+    before, after = report.evaluations
+    where = evaluated_on([report])
+    values = [("Sparsity", percent_text(report.sparsity))]
     if before is not None and after is not None:
-        where = evaluated_on([report])
         if before.accuracy is not None and after.accuracy is not None:
-            value = f"{tables.percent_text(before.accuracy)} → {tables.percent_text(after.accuracy)}"
-            tiles.append(Tile(name=f"Accuracy, {where}", value=value))
-        losses = f"{tables.number_text(before.loss)} → {tables.number_text(after.loss)}"
-        tiles.append(Tile(name=f"Loss, {where}", value=losses))
+            change = f"{percent_text(before.accuracy, 1)} → {percent_text(after.accuracy, 1)}"
+            values.append((f"Accuracy, {where}", change))
+        values.append((f"Loss, {where}", f"{number_text(before.loss)} → {number_text(after.loss)}"))
     for name, increase in (
         ("Predicted before the update", report.predicted_selection_loss if report.update else None),
         ("Predicted loss increase", report.predicted_loss_increase),
         ("Measured loss increase", report.actual_loss_increase),
     ):
-        if increase is not None:
-            tiles.append(Tile(name=name, value=tables.number_text(increase)))
+        if increase is not None and not math.isnan(increase):
+            values.append((name, number_text(increase)))
     if report.certified is not None and report.certified.gap is not None:
-        tiles.append(Tile(name="Certified gap, model", value=gap_text(report.certified.gap)))
-    tiles.append(Tile(name="Time", value=tables.seconds_text(report.total_seconds)))
+        values.append(("Certified gap, model", gap_text(report.certified.gap)))
+    values.append(("Time", seconds_text(report.total_seconds)))
     if report.peak_memory_bytes is not None:
-        tiles.append(Tile(name="Peak memory", value=tables.bytes_text(report.peak_memory_bytes)))
-    return tuple(tiles)
+        values.append(("Peak memory", bytes_text(report.peak_memory_bytes)))
+    return values
 
 
-def _results_note(reports: Sequence[PruneReport]) -> str:
-    return (
-        f"Accuracy and loss on the {evaluated_on(reports)}. Predicted and measured increase of the mean loss "
-        "on the samples that the curvature was taken from. Peak memory is that of the whole process so far."
-    )
-
-
-def _pictures(reports: Sequence[PruneReport]) -> tuple[Picture, ...]:
+def _pictures(reports: Sequence[PruneReport]) -> list[Picture]:
     largest = figures.at_largest_sparsity(reports)[-1]
-    several = len(reports) > 1
-    drawings: list[tuple[Figure | None, str]] = []
-    if several:
-        drawings = [
-            (
-                figures.accuracy_against_sparsity(reports),
-                f"Accuracy on the {evaluated_on(reports)} against sparsity. Dotted: the dense network.",
-            ),
-            (
-                figures.predicted_against_actual(reports),
-                "Increase of the mean loss on the curvature's samples: as the quadratic model predicts it, "
-                "and as measured. Points above the dotted line lost more than predicted.",
-            ),
-            (gap_figures.loss_against_sparsity(reports), LOSS_CAPTION),
-        ]
-    which = f" at {tables.percent_text(largest.requested_sparsity)} requested sparsity" if several else ""
-    drawings.append(
-        (figures.sparsity_by_layer(reports), f"Sparsity of each layer{which}. Dotted: the whole network.")
+    layers = "Sparsity of each layer{}. Dotted: the whole network."
+    if len(reports) == 1:
+        return _embedded(
+            (figures.sparsity_by_layer(reports), layers.format("")),
+            (gap_figures.gap_by_block(largest), GAP_CAPTION),
+            (figures.weights_before_and_after(largest), HISTOGRAM_CAPTION),
+        )
+    which = f" at {percent_text(largest.requested_sparsity, 1)} requested sparsity"
+    accuracy = f"Accuracy on the {evaluated_on(reports)} against sparsity. Dotted: the dense network."
+    weights = f"{HISTOGRAM_CAPTION} Run: {largest.label}{which}."
+    return _embedded(
+        (figures.accuracy_against_sparsity(reports), accuracy),
+        (figures.predicted_against_actual(reports), PREDICTION_CAPTION),
+        (gap_figures.loss_against_sparsity(reports), LOSS_CAPTION),
+        (figures.sparsity_by_layer(reports), layers.format(which)),
+        (figures.weights_before_and_after(largest), weights),
     )
-    if not several:
-        drawings.append((gap_figures.gap_by_block(largest), GAP_CAPTION))
-    whose = f" Run: {largest.label}{which}." if several else ""
-    drawings.append((figures.weights_before_and_after(largest), HISTOGRAM_CAPTION + whose))
-    return tuple(embedded(figure, caption) for figure, caption in drawings if figure is not None)
 
 
-def _section(report: PruneReport, *, with_picture: bool) -> Section:
-    drawings: list[tuple[Figure | None, str]] = []
-    if with_picture:
-        drawings = [
-            (figures.weights_before_and_after(report), HISTOGRAM_CAPTION),
-            (gap_figures.gap_by_block(report), GAP_CAPTION),
-        ]
-    return Section(
-        title=f"{report.label}, sparsity {tables.percent_text(report.sparsity, 2)}",
-        pictures=tuple(embedded(figure, caption) for figure, caption in drawings if figure is not None),
-        layers=tables.layers_table(report),
-        blocks=tables.blocks_table(report),
-        blocks_note=tables.blocks_note(report),
-        certificates=tables.certificates_table(report),
-        certificates_note=tables.certificates_note(report),
-        times=tables.times_table(report),
-        settings=tables.settings_table(report),
+def _embedded(*drawings: tuple[Figure | None, str]) -> list[Picture]:
+    return [embedded(figure, caption) for figure, caption in drawings if figure is not None]
+
+
+def _section(report: PruneReport, *, with_pictures: bool) -> dict[str, object]:
+    """Return the details of one run."""
+    certificates = tables.certificates_table(report)
+    parts: list[Part] = [
+        ("Layers", tables.layers_table(report), ""),
+        ("Blocks", tables.blocks_table(report), tables.blocks_note(report)),
+    ]
+    if certificates is not None:
+        parts.append(("Certificates", certificates, tables.certificates_note(report)))
+    drawings = (
+        (figures.weights_before_and_after(report), HISTOGRAM_CAPTION),
+        (gap_figures.gap_by_block(report), GAP_CAPTION),
     )
+    return {
+        "title": f"{report.label}, sparsity {percent_text(report.sparsity)}",
+        "pictures": _embedded(*drawings) if with_pictures else [],
+        "parts": parts,
+        "times": tables.times_table(report),
+        "settings": tables.settings_table(report),
+    }

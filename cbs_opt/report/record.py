@@ -1,143 +1,37 @@
-"""What a pruning run did: counts, predicted and actual losses, times; as tables, text and files."""
+"""What a pruning run did: counts, predicted and actual losses, times."""
 
 from __future__ import annotations
 
+import dataclasses
+import html
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from torch import Tensor
 
-from cbs_opt.certify.certificates import CertifiedSum
-from cbs_opt.certify.files import CERTIFICATES, load_certificates, save_certificates
 from cbs_opt.network.evaluation import Evaluation
-from cbs_opt.network.masks import load_masks, save_masks
+from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import Request
-from cbs_opt.report import files as report_format
-from cbs_opt.report import text as report_text
-from cbs_opt.report.histogram import Histogram, shared_histograms
-from cbs_opt.stages.state import StageRecord
-from formulations.errors import ArgumentError
-from formulations.files import sealed_json, write_atomically
+from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary, StageRecord
+from cbs_opt.system.plain import plain, rebuilt
+from formulations.errors import InstanceFormatError
 from formulations.solution import BlockSolution
 
-REPORT_JSON = "report.json"
-REPORT_HTML = "report.html"
-LAYERS_CSV = "layers.csv"
-MASKS_FILE = "masks.safetensors"
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "cbs-opt report"
+VERSION = 2
+GIVEN_ROWS = {"kind": "given"}
+"""Curvature of a recipe whose rows were computed before the run."""
+APART = ("masks", "certificates", "request")
+"""Fields of a report that have files or a format of their own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSummary:
-    """One parameter tensor before and after pruning.
-
-    Parameters
-    ----------
-    name : str
-        Name of the parameter.
-    shape : tuple of int
-        Its shape.
-    n, n_prune : int
-        Number of weights, and of those set to zero.
-    weight_histogram_before, weight_histogram_after : Histogram, optional
-        Both over the same bins; the second counts kept weights only.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    n: int
-    n_prune: int
-    weight_histogram_before: Histogram | None = None
-    weight_histogram_after: Histogram | None = None
-
-    @classmethod
-    def from_weights(cls, name: str, before: Tensor, after: Tensor, keep: Tensor) -> LayerSummary:
-        """Summarise a parameter from its values before and after and its boolean `keep`."""
-        histogram_before, histogram_after = shared_histograms(before, after[keep])
-        return cls(
-            name=name,
-            shape=tuple(before.shape),
-            n=before.numel(),
-            n_prune=before.numel() - int(keep.sum()),
-            weight_histogram_before=histogram_before,
-            weight_histogram_after=histogram_after,
-        )
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the weights that are pruned."""
-        return self.n_prune / self.n if self.n else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSummary:
-    """One block: its losses as the quadratic model predicts them, and how the search went.
-
-    Parameters
-    ----------
-    name : str
-        Name of the block in its partition.
-    n, n_prune : int
-        Number of weights, and of those removed.
-    selection_loss : float, optional
-        Predicted loss increase with the kept weights as they were.
-    updated_loss : float, optional
-        Predicted loss increase after the update of the kept weights.
-    initial_loss : float, optional
-        Selection loss of the set that the search started from.
-    iterations : int
-        Steps of the search; 0 for methods that do not search.
-    locally_optimal : bool, optional
-        True if no single swap improves the set, False if the search ended before it knew; None for
-        methods that do not search.
-    seconds : float
-        Time spent on this block; blocks solved as a batch share theirs evenly.
-    bound : float, optional
-        Proved lower bound on the objective of the program; None unless proved.
-    gap : float, optional
-        ``(objective - bound) / max(|objective|, 1e-12)``.
-    status : str, default ""
-        How the search ended.
-    objective : float, optional
-        Value of the chosen set under the program of the run, in float64; what `gap` refers to.
-    certificate : str, optional
-        The relaxation that proves `bound`, such as "perspective".
-    certificate_status : str, default ""
-        How the certification ended; "" if none was asked for.
-    certificate_seconds : float, optional
-        Time it took.
-    rho : float, optional
-        Damping over the mean diagonal of the block's Fisher matrix ``F``.
-    effective_rank : float, optional
-        ``tr(F)^2 / tr(F^2)``. Gaps fall with `rho` and with ``n / effective_rank``.
-    n_fixed : int, optional
-        Weights proved to have the same fate in every set as good as the best one known.
-    fingerprint : str, default ""
-        Of the float64 `BlockProblem` that was certified.
-    """
-
-    name: str
-    n: int
-    n_prune: int
-    selection_loss: float | None
-    updated_loss: float | None
-    initial_loss: float | None
-    iterations: int
-    locally_optimal: bool | None
-    seconds: float
-    bound: float | None = None
-    gap: float | None = None
-    status: str = ""
-    objective: float | None = None
-    certificate: str | None = None
-    certificate_status: str = ""
-    certificate_seconds: float | None = None
-    rho: float | None = None
-    effective_rank: float | None = None
-    n_fixed: int | None = None
-    fingerprint: str = ""
+class ReportFormatError(InstanceFormatError):
+    """A file or mapping is not a report of ours, or is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,8 +43,9 @@ class PruneReport:
 
     Parameters
     ----------
-    method, program : str
-        Name of the selection method, and the program it solved.
+    method, kind, program : str
+        Name of the selection method, its kind ("saliency", "search", "exact", "bound" or "solver"), and the
+        program it solved.
     update : bool
         True if the kept weights were updated.
     curvature : str
@@ -189,18 +84,20 @@ class PruneReport:
     masks : dict of str to Tensor
         Boolean `keep` (True = kept) by parameter name. Not part of the JSON.
     request : Request, optional
-        What the run was asked for, with every default made concrete; saved as ``recipe.toml``.
-    kind : str
-        Kind of the method: "saliency", "search", "exact", "bound" or "solver".
+        What the run was asked for, with every default made concrete; saved as ``recipe.toml``. None of a
+        report that was read, if its rows were computed before the run.
     versions : dict of str to str
         Versions of Python and of the libraries that took part.
     certified : CertifiedSum, optional
         The bounds of all blocks added up, where `prune` was asked to certify.
     certificates : tuple of BlockSolution
         The chosen set of every block with its bound and the evidence. Not part of the JSON.
+    stages : tuple of StageRecord
+        Every step of a run in stages.
     """
 
     method: str
+    kind: str
     program: str
     update: bool
     curvature: str
@@ -225,13 +122,12 @@ class PruneReport:
     layer_inputs: float = 0.0
     update_scale: float | None = None
     seed: int = 0
-    masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    request: Request | None = field(default=None, repr=False)
-    kind: str = ""
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    request: Request | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     certified: CertifiedSum | None = None
-    certificates: tuple[BlockSolution, ...] = field(default=(), repr=False)
-    stages: tuple[StageRecord, ...] = field(default=(), repr=False)
+    certificates: tuple[BlockSolution, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -244,11 +140,17 @@ class PruneReport:
 
         The program is named where the method looks at it, and is not "selection".
         """
-        searched = self.kind != "saliency"
-        marks = ["joint"] if self.program == "joint" and searched else []
+        marks = ["joint"] if self.program == "joint" and self.kind != "saliency" else []
         marks += ["layer inputs"] if self.layer_inputs else []
         name = f"{self.method} ({', '.join(marks)})" if marks else self.method
         return f"{name} + update" if self.update else name
+
+    @property
+    def evaluations(self) -> tuple[Evaluation | None, Evaluation | None]:
+        """Before and after: on the evaluation data where there is some, else on the curvature's samples."""
+        if self.after is not None:
+            return self.before, self.after
+        return self.train_before, self.train_after
 
     @property
     def actual_loss_increase(self) -> float | None:
@@ -265,41 +167,84 @@ class PruneReport:
     @property
     def locally_optimal(self) -> bool | None:
         """True if the search proved every block free of improving swaps; None if none searched."""
-        known = [block.locally_optimal for block in self.blocks if block.locally_optimal is not None]
-        return all(known) if known else None
+        answers = [block.locally_optimal for block in self.blocks if block.locally_optimal is not None]
+        return all(answers) if answers else None
+
+    def __repr__(self) -> str:
+        """Return method, counts and sparsity in one line."""
+        counts = f"{self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}"
+        return f"PruneReport({self.label}: {counts})"
+
+    def _repr_html_(self) -> str:
+        """Return the summary and the layers, as a notebook shows them."""
+        return f"<pre>{html.escape(self.summary())}</pre>{self.to_frame().to_html()}"
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer, indexed by name; `attrs` holds the totals of the network.
+        """Return one row a layer, indexed by name; `attrs` holds the totals of the network.
 
         Of a certified run also ``objective``, ``bound`` and ``gap``, sums over the blocks of the layer;
         NaN where blocks span several layers.
         """
-        return report_text.layers_frame(self)
+        import pandas as pd
 
-    def blocks_frame(self) -> pd.DataFrame:
-        """One row a block, indexed by name, with the fields of `BlockSummary`."""
-        columns = [name for name in BlockSummary.__dataclass_fields__ if name != "name"]
-        data = {name: [getattr(block, name) for block in self.blocks] for name in columns}
-        return pd.DataFrame(data, index=pd.Index([block.name for block in self.blocks], name="block"))
+        columns = {
+            "shape": ["x".join(map(str, layer.shape)) for layer in self.layers],
+            "n": [layer.n for layer in self.layers],
+            "n_prune": [layer.n_prune for layer in self.layers],
+            "n_keep": [layer.n - layer.n_prune for layer in self.layers],
+            "sparsity": [layer.sparsity for layer in self.layers],
+        }
+        frame = pd.DataFrame(columns, index=pd.Index([layer.name for layer in self.layers], name="layer"))
+        frame.attrs.update(n=self.n, n_prune=self.n_prune, sparsity=self.sparsity)
+        if self.certified is not None:
+            sums = [self._sum_within(layer.name) for layer in self.layers]
+            for name in ("objective", "bound", "gap"):
+                values = [getattr(total, name, None) for total in sums]
+                frame[name] = [math.nan if value is None else value for value in values]
+            frame.attrs["certified"] = self.certified
+        return frame
 
     def stages_frame(self) -> pd.DataFrame:
-        """One row a step of a run in stages, with the fields of `StageRecord`."""
-        columns = list(StageRecord.__dataclass_fields__)
-        return pd.DataFrame(
-            {name: [getattr(record, name) for record in self.stages] for name in columns}, columns=columns
-        )
+        """Return one row a step of a run in stages, with the fields of `StageRecord`."""
+        import pandas as pd
+
+        columns = [field.name for field in dataclasses.fields(StageRecord)]
+        return pd.DataFrame([vars(record) for record in self.stages], columns=columns)
 
     def summary(self) -> str:
-        """A few lines for a terminal."""
-        return "\n".join(report_text.summary_lines(self))
-
-    def to_markdown(self) -> str:
-        """Predicted losses and certified gaps as a Markdown table, one row a block."""
-        return report_text.markdown(self)
+        """Return a few lines for a terminal."""
+        inputs = f", layer inputs {self.layer_inputs:g}" if self.layer_inputs else ""
+        lines = [
+            f"{self.label}: {self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}",
+            f"{self.curvature}, {self.rows} rows of {self.samples} samples, damping {self.damping:g}"
+            f"{inputs}; partition {self.partition} ({len(self.blocks)} blocks)",
+        ]
+        if self.predicted_loss_increase is not None:
+            line = f"loss increase: predicted {self.predicted_loss_increase:.4g}"
+            if self.update and self.predicted_selection_loss is not None:
+                line += f" ({self.predicted_selection_loss:.4g} before the update)"
+            if self.actual_loss_increase is not None:
+                line += f", actual {self.actual_loss_increase:.4g}"
+            lines.append(line)
+        if self.certified is not None:
+            lines += self.certified.lines()
+        for title, before, after in (
+            ("training", self.train_before, self.train_after),
+            ("evaluation", self.before, self.after),
+        ):
+            if before is not None and after is not None:
+                lines.append(f"{title} data: {_change(before, after)}")
+        if self.seconds:
+            phases = ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())
+            lines.append(f"{self.total_seconds:.2f} s ({phases})")
+        return "\n  ".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `json` can write; everything but the masks and the certificates."""
-        return report_format.encode(self)
+        """Return plain values that `json` can write; everything but the masks and the certificates."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in APART]
+        fields = {name: plain(getattr(self, name)) for name in names}
+        request = None if self.request is None else plain(request_to_plain(self.request))
+        return {"format": FORMAT, "version": VERSION, **fields, "request": request}
 
     @classmethod
     def from_dict(
@@ -309,70 +254,42 @@ class PruneReport:
         masks: Mapping[str, Tensor] | None = None,
         certificates: tuple[BlockSolution, ...] = (),
     ) -> PruneReport:
-        """Inverse of `to_dict`.
+        """Return the report of which `to_dict` gave `data`.
 
         Raises
         ------
         ReportFormatError
-            If `data` is not what `to_dict` gives.
+            If `data` is not what `to_dict` gives, or of another version.
         """
-        files = {"masks": {} if masks is None else masks, "certificates": certificates}
-        return report_format.decode(cls, data, files)
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ReportFormatError("data", f'no "format": "{FORMAT}"', "pass what PruneReport.to_dict gave")
+        if data.get("version") != VERSION:
+            version = f"version {data.get('version')!r} of the report format"
+            remedy = f"this release reads version {VERSION}: prune again, or read it with its own release"
+            raise ReportFormatError("data", version, remedy)
+        body = {name: value for name, value in data.items() if name not in ("format", "version", "request")}
+        try:
+            report: PruneReport = rebuilt(cls, body)
+            request = _request(data.get("request"))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ReportFormatError("data", f"damaged report ({error})", "write the report again") from error
+        return dataclasses.replace(report, masks=masks or {}, certificates=certificates, request=request)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write report.json, layers.csv, report.html and, if any, masks.safetensors and certificates.
+    def _sum_within(self, layer: str) -> CertifiedSum | None:
+        """Return the sum over the blocks that lie within a layer, None if there is none."""
+        blocks = [b for b in self.blocks if b.name == layer or b.name.startswith(f"{layer}[")]
+        return CertifiedSum.of(self.program, blocks) if blocks else None
 
-        Parameters
-        ----------
-        directory : path
-            Made if missing. A report already there is replaced, each file at once; report.json
-            comes last, so that where it is present the rest is complete.
 
-        Returns
-        -------
-        Path
-            The directory.
+def _request(document: Mapping[str, Any] | None) -> Request | None:
+    """Return a request from its plain values, None if its rows are not on file."""
+    if document is None or any(r.get("curvature") == GIVEN_ROWS for r in document.get("recipe", ())):
+        return None
+    return request_from_plain(document)
 
-        Raises
-        ------
-        ArgumentError
-            If `directory` is a file.
-        OSError
-            If the disk refuses.
-        """
-        from cbs_opt.report.html import write_comparison
 
-        target = Path(directory)
-        if target.exists() and not target.is_dir():
-            raise ArgumentError(
-                "directory", f"{target} is a file", "pass a directory, or a name not yet used"
-            )
-        target.mkdir(parents=True, exist_ok=True)
-        (target / REPORT_JSON).unlink(missing_ok=True)
-        if self.masks:
-            save_masks(target / MASKS_FILE, self.masks, metadata={"method": self.method})
-        else:
-            (target / MASKS_FILE).unlink(missing_ok=True)
-        save_certificates(self.blocks, self.certificates, target / CERTIFICATES)
-        write_atomically(target / LAYERS_CSV, report_text.layers_csv(self).encode())
-        write_comparison([self], target / REPORT_HTML)
-        write_atomically(target / REPORT_JSON, sealed_json(self.to_dict()))
-        return target
-
-    @classmethod
-    def load(cls, directory: str | Path) -> PruneReport:
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        ReportFormatError
-            If there is no report, or it is damaged.
-        MaskFileError
-            If the mask file is damaged.
-        InstanceFormatError
-            If a certificate is damaged.
-        """
-        source = Path(directory)
-        data = report_format.read_json(source / REPORT_JSON)
-        masks = load_masks(source / MASKS_FILE) if (source / MASKS_FILE).exists() else {}
-        return cls.from_dict(data, masks=masks, certificates=load_certificates(source / CERTIFICATES))
+def _change(before: Evaluation, after: Evaluation) -> str:
+    text = f"loss {before.loss:.4f} -> {after.loss:.4f}"
+    if before.accuracy is not None and after.accuracy is not None:
+        text += f", accuracy {before.accuracy:.2%} -> {after.accuracy:.2%}"
+    return f"{text} ({after.samples} samples)"

@@ -1,16 +1,31 @@
-"""The tables of the HTML page, their cells ready to print."""
+"""Tables ready to print: the columns of a frame under their headings, for pages, Markdown and terminals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from cbs_opt.network.evaluation import Evaluation
-from cbs_opt.report.comparison import evaluations
-from cbs_opt.report.record import BlockSummary, PruneReport
-from cbs_opt.report.text import MISSING, bound_text, certified_lines, gap_text
+import numpy as np
+import pandas as pd
+
+from cbs_opt.recipe.files import request_to_plain
+from cbs_opt.report.comparison import comparison_frame
+from cbs_opt.report.numbers import (
+    MISSING,
+    bound_text,
+    bytes_text,
+    count_text,
+    gap_text,
+    number_text,
+    percent_text,
+    seconds_text,
+    yes_no,
+)
+from cbs_opt.report.parts import BlockSummary
+from cbs_opt.report.record import PruneReport
 
 TOP_BLOCKS = 20
 
@@ -47,6 +62,21 @@ class Table:
     wrap: bool = False
     best: frozenset[tuple[int, int]] = frozenset()
 
+    @classmethod
+    def of(cls, frame: pd.DataFrame, columns: Iterable[str]) -> Table:
+        """Return the named columns of a frame, with the headings and formats of `COLUMNS`."""
+        shown = {name: COLUMNS[name] for name in columns}
+        cells = [[column.cell(value) for value in frame[name]] for name, column in shown.items()]
+        return cls(columns=tuple(shown.values()), rows=tuple(zip(*cells, strict=True)))
+
+    @classmethod
+    def of_pairs(cls, pairs: Iterable[tuple[str, str]], headings: tuple[str, str], **more: Any) -> Table:
+        """Return a table of names and values."""
+        name, value = headings
+        return cls(
+            columns=(Column(name=name), Column(name=value, text=bool(value))), rows=tuple(pairs), **more
+        )
+
     def markdown(self) -> str:
         """Return the table as Markdown, cells of `best` in bold."""
         sides = ["---" if c.text or i == 0 else "---:" for i, c in enumerate(self.columns)]
@@ -57,240 +87,170 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def accuracy_table(reports: Sequence[PruneReport]) -> Table | None:
-    """Accuracy by method and requested sparsity, the mean where runs repeat; None where unmeasured."""
-    cells: dict[tuple[str, float], list[float]] = {}
-    for report in reports:
-        after = evaluations(report)[1]
-        if after is not None and after.accuracy is not None:
-            cells.setdefault((report.label, report.requested_sparsity), []).append(after.accuracy)
-    if not cells:
-        return None
-    sparsities = sorted({sparsity for _, sparsity in cells})
-    means = {key: sum(values) / len(values) for key, values in cells.items()}
-    rows, best = [], set()
-    for number, label in enumerate(dict.fromkeys(label for label, _ in cells)):
-        known = [means.get((label, sparsity)) for sparsity in sparsities]
-        rows.append((label, *(MISSING if mean is None else percent_text(mean, 2) for mean in known)))
-        for place, (sparsity, mean) in enumerate(zip(sparsities, known, strict=True), start=1):
-            if mean is not None and mean == max(v for (_, s), v in means.items() if s == sparsity):
-                best.add((number, place))
-    columns = (Column(name="Method"), *(Column(name=percent_text(sparsity)) for sparsity in sparsities))
-    return Table(columns=columns, rows=tuple(rows), best=frozenset(best))
-
-
-def results_table(reports: Sequence[PruneReport]) -> Table:
-    columns = (
-        Column(name="Method"),
-        Column(name="Sparsity"),
-        Column(name="Accuracy"),
-        Column(name="Loss"),
-        Column(name="Predicted before update"),
-        Column(name="Predicted loss increase"),
-        Column(name="Measured loss increase"),
-        Column(name="Certified gap"),
-        Column(name="1-swap optimal", text=True),
-        Column(name="Time"),
-        Column(name="Peak memory"),
+COLUMNS = {
+    name: Column(name=heading, text=text, show=show)
+    for show, text, headings in (
+        (str, False, {"label": "Method", "layer": "Layer", "block": "Block"}),
+        (str, True, {"status": "Status", "certificate": "Certificate", "certificate_status": "Status"}),
+        (yes_no, True, {"locally_optimal": "1-swap optimal"}),
+        (lambda shape: shape.replace("x", " x "), False, {"shape": "Shape"}),
+        (count_text, False, {"n": "Weights", "n_prune": "Pruned", "n_keep": "Kept", "n_fixed": "Fixed"}),
+        (count_text, False, {"iterations": "Steps"}),
+        (percent_text, False, {"sparsity": "Sparsity", "accuracy": "Accuracy"}),
+        (number_text, False, {"loss": "Loss", "predicted_selection_loss": "Predicted before update"}),
+        (number_text, False, {"predicted_loss_increase": "Predicted loss increase"}),
+        (number_text, False, {"actual_loss_increase": "Measured loss increase"}),
+        (number_text, False, {"initial_loss": "Loss at start", "selection_loss": "Selection loss"}),
+        (number_text, False, {"updated_loss": "After update", "objective": "Objective"}),
+        (number_text, False, {"rho": "rho", "n_per_rank": "n / effective rank"}),
+        (partial(bound_text, digits=4), False, {"bound": "Bound"}),
+        (gap_text, False, {"gap": "Gap", "certified_gap": "Certified gap"}),
+        (seconds_text, False, {"seconds": "Time", "certificate_seconds": "Time"}),
+        (bytes_text, False, {"peak_memory_bytes": "Peak memory"}),
     )
-    rows = []
-    for report in reports:
-        after = evaluations(report)[1]
-        rows.append(
-            (
-                report.label,
-                percent_text(report.sparsity, 2),
-                _accuracy(after),
-                MISSING if after is None else number_text(after.loss),
-                number_text(report.predicted_selection_loss),
-                number_text(report.predicted_loss_increase),
-                number_text(report.actual_loss_increase),
-                _gap(None if report.certified is None else report.certified.gap),
-                _yes_no(report.locally_optimal),
-                seconds_text(report.total_seconds),
-                MISSING if report.peak_memory_bytes is None else bytes_text(report.peak_memory_bytes),
-            )
-        )
-    return Table(columns=columns, rows=tuple(rows))
+    for name, heading in headings.items()
+}
+"""Heading and format of every column, by its name in a frame."""
+LAYERS = ("layer", "shape", "n", "n_prune", "n_keep", "sparsity")
+LOSSES = ("predicted_loss_increase", "actual_loss_increase")
+OVERVIEW = ("label", "sparsity", "accuracy", "loss", *LOSSES, "certified_gap", "seconds")
+RESULTS = (
+    *("label", "sparsity", "accuracy", "loss", "predicted_selection_loss", *LOSSES),
+    *("certified_gap", "locally_optimal", "seconds", "peak_memory_bytes"),
+)
+BLOCKS = (
+    *("block", "n", "n_prune", "initial_loss", "selection_loss", "updated_loss", "bound", "gap"),
+    *("iterations", "locally_optimal", "seconds", "status"),
+)
+CERTIFICATES = (
+    *("block", "n", "objective", "bound", "gap", "rho", "n_per_rank", "n_fixed"),
+    *("certificate", "certificate_seconds", "certificate_status"),
+)
+SETTINGS = (
+    *("method", "program", "update", "update_scale", "curvature", "samples", "rows", "damping"),
+    *("layer_inputs", "partition", "budget", "requested_sparsity", "seed"),
+)
+
+
+def accuracy_table(reports: Sequence[PruneReport]) -> Table | None:
+    """Return accuracy by method and requested sparsity, the mean where runs repeat; None where unmeasured."""
+    frame = comparison_frame(reports)
+    frame["label"] = [report.label for report in reports]
+    frame["requested"] = [report.requested_sparsity for report in reports]
+    means = frame.dropna(subset="accuracy").pivot_table("accuracy", "label", "requested", sort=False)
+    if means.empty:
+        return None
+    means = means.sort_index(axis=1)
+    columns = [Column(name=percent_text(float(s), 1), show=percent_text) for s in means.columns.to_list()]
+    rows = [
+        (label, *(column.cell(mean) for column, mean in zip(columns, values, strict=True)))
+        for label, values in zip(means.index, means.to_numpy(), strict=True)
+    ]
+    places = np.argwhere(means.eq(means.max()).to_numpy()).tolist()
+    return Table(
+        columns=(Column(name="Method"), *columns),
+        rows=tuple(rows),
+        best=frozenset((row, place + 1) for row, place in places),
+    )
+
+
+def results_table(reports: Sequence[PruneReport], columns: Sequence[str] = RESULTS) -> Table:
+    """Return one row a report."""
+    frame = comparison_frame(reports)
+    frame["label"] = [report.label for report in reports]
+    frame["locally_optimal"] = [report.locally_optimal for report in reports]
+    return Table.of(frame, columns)
 
 
 def layers_table(report: PruneReport) -> Table:
-    names = ["Layer", "Shape", "Weights", "Pruned", "Kept", "Sparsity"]
-    rows = [
-        [
-            layer.name,
-            " x ".join(map(str, layer.shape)),
-            f"{layer.n:,}",
-            f"{layer.n_prune:,}",
-            f"{layer.n - layer.n_prune:,}",
-            percent_text(layer.sparsity, 2),
-        ]
-        for layer in report.layers
-    ]
-    kept = report.n - report.n_prune
-    rows.append(
-        ["all", "", f"{report.n:,}", f"{report.n_prune:,}", f"{kept:,}", percent_text(report.sparsity, 2)]
-    )
-    if report.certified is not None:
-        names.append("Certified gap")
-        gaps = [*report.to_frame()["gap"], report.certified.gap]
-        for row, gap in zip(rows, gaps, strict=True):
-            row.append(_gap(gap))
-    return Table(columns=tuple(Column(name=name) for name in names), rows=tuple(map(tuple, rows)))
+    """Return one row a layer and one for the network."""
+    rows: list[dict[Any, Any]] = report.to_frame().reset_index().to_dict("records")
+    total = {"layer": "all", "n": report.n, "n_prune": report.n_prune, "sparsity": report.sparsity}
+    rows.append({**total, "shape": " ", "n_keep": report.n - report.n_prune})
+    if report.certified is None:
+        return Table.of(pd.DataFrame(rows), LAYERS)
+    rows[-1]["gap"] = report.certified.gap
+    frame = pd.DataFrame(rows).rename(columns={"gap": "certified_gap"})
+    return Table.of(frame, (*LAYERS, "certified_gap"))
 
 
 def blocks_table(report: PruneReport) -> Table:
-    cells: list[tuple[Column, Callable[[BlockSummary], str]]] = [
-        (Column(name="Block"), lambda b: b.name),
-        (Column(name="Weights"), lambda b: f"{b.n:,}"),
-        (Column(name="Pruned"), lambda b: f"{b.n_prune:,}"),
-        (Column(name="Loss at start"), lambda b: number_text(b.initial_loss)),
-        (Column(name="Selection loss"), lambda b: number_text(b.selection_loss)),
-        (Column(name="After update"), lambda b: number_text(b.updated_loss)),
-        (Column(name="Bound"), lambda b: _bound(b.bound)),
-        (Column(name="Gap"), lambda b: _gap(b.gap)),
-        (Column(name="Steps"), lambda b: f"{b.iterations:,}"),
-        (Column(name="1-swap optimal", text=True), lambda b: _yes_no(b.locally_optimal)),
-        (Column(name="Time"), lambda b: seconds_text(b.seconds)),
-        (Column(name="Status", text=True), lambda b: b.status or MISSING),
-    ]
-    return _of_blocks(_heaviest(report), cells)
+    """Return the blocks of largest predicted loss."""
 
+    def loss(block: BlockSummary) -> float:
+        value = block.updated_loss if block.updated_loss is not None else block.selection_loss
+        return -math.inf if value is None or math.isnan(value) else value
 
-def certificates_table(report: PruneReport) -> Table | None:
-    """What was proved, loosest blocks first; None of a run without certificates."""
-    if report.certified is None:
-        return None
-    cells: list[tuple[Column, Callable[[BlockSummary], str]]] = [
-        (Column(name="Block"), lambda b: b.name),
-        (Column(name="Weights"), lambda b: f"{b.n:,}"),
-        (Column(name=f"Objective, {report.program}"), lambda b: number_text(b.objective)),
-        (Column(name="Bound"), lambda b: _bound(b.bound)),
-        (Column(name="Gap"), lambda b: _gap(b.gap)),
-        (Column(name="rho"), lambda b: number_text(b.rho)),
-        (Column(name="n / effective rank"), lambda b: number_text(_per_rank(b))),
-        (Column(name="Fixed"), lambda b: MISSING if b.n_fixed is None else f"{b.n_fixed:,}"),
-        (Column(name="Certificate", text=True), lambda b: b.certificate or MISSING),
-        (
-            Column(name="Time"),
-            lambda b: MISSING if b.certificate_seconds is None else seconds_text(b.certificate_seconds),
-        ),
-        (Column(name="Status", text=True), lambda b: b.certificate_status or MISSING),
-    ]
-    loosest = sorted(report.blocks, key=lambda b: math.inf if b.gap is None else b.gap, reverse=True)
-    return _of_blocks(loosest[:TOP_BLOCKS], cells)
-
-
-def certificates_note(report: PruneReport) -> str:
-    """The sum over blocks, and what it means."""
-    if report.certified is None:
-        return ""
-    lines = certified_lines(report.certified)
-    notes = [f"{line[0].upper()}{line[1:]}." for line in lines]
-    if len(report.blocks) > TOP_BLOCKS:
-        notes.append(f"The {TOP_BLOCKS} blocks of largest gap, of {len(report.blocks):,}.")
-    notes.append(
-        "rho: damping over the mean Fisher diagonal. Gaps fall with rho and with n / effective rank."
-    )
-    return " ".join(notes)
-
-
-def _of_blocks(
-    blocks: Sequence[BlockSummary], cells: Sequence[tuple[Column, Callable[[BlockSummary], str]]]
-) -> Table:
-    return Table(
-        columns=tuple(column for column, _ in cells),
-        rows=tuple(tuple(cell(block) for _, cell in cells) for block in blocks),
-    )
-
-
-def _per_rank(block: BlockSummary) -> float | None:
-    return None if block.effective_rank is None else block.n / block.effective_rank
+    return Table.of(_blocks_frame(sorted(report.blocks, key=loss, reverse=True)[:TOP_BLOCKS]), BLOCKS)
 
 
 def blocks_note(report: PruneReport) -> str:
+    """Return what the losses and bounds of blocks are."""
     notes = []
     if len(report.blocks) > TOP_BLOCKS:
         notes.append(f"The {TOP_BLOCKS} blocks of largest predicted loss, of {len(report.blocks):,}.")
-    if (
-        report.certified is None
-        and len(report.blocks) > 1
-        and any(block.bound is not None for block in report.blocks)
-    ):
+    bounded = any(block.bound is not None for block in report.blocks)
+    if report.certified is None and len(report.blocks) > 1 and bounded:
         notes.append("Bounds hold for each block alone; their sum bounds the block-diagonal model only.")
     notes.append("Losses are increases predicted by the quadratic model.")
     return " ".join(notes)
 
 
-def _heaviest(report: PruneReport) -> list[BlockSummary]:
-    def loss(block: BlockSummary) -> float:
-        value = block.updated_loss if block.updated_loss is not None else block.selection_loss
-        return -math.inf if value is None or math.isnan(value) else value
+def certificates_table(report: PruneReport) -> Table | None:
+    """Return what was proved, loosest blocks first; None of a run without certificates."""
+    if report.certified is None:
+        return None
+    loosest = sorted(report.blocks, key=lambda b: math.inf if b.gap is None else b.gap, reverse=True)
+    return Table.of(_blocks_frame(loosest[:TOP_BLOCKS]), CERTIFICATES)
 
-    return sorted(report.blocks, key=loss, reverse=True)[:TOP_BLOCKS]
+
+def certificates_note(report: PruneReport) -> str:
+    """Return the sum over blocks, and what it means."""
+    if report.certified is None:
+        return ""
+    notes = [f"{line[0].upper()}{line[1:]}." for line in report.certified.lines()]
+    if len(report.blocks) > TOP_BLOCKS:
+        notes.append(f"The {TOP_BLOCKS} blocks of largest gap, of {len(report.blocks):,}.")
+    notes.append(
+        f"Objective: that of the {report.program} program. rho: damping over the mean Fisher diagonal. "
+        "Gaps fall with rho and with n / effective rank."
+    )
+    return " ".join(notes)
 
 
 def times_table(report: PruneReport) -> Table:
-    rows = [(phase, seconds_text(value)) for phase, value in report.seconds.items()]
-    rows.append(("all", seconds_text(report.total_seconds)))
+    """Return the time of every phase, and the peak memory."""
+    pairs = [(phase, seconds_text(value)) for phase, value in report.seconds.items()]
+    pairs.append(("all", seconds_text(report.total_seconds)))
     if report.peak_memory_bytes is not None:
-        rows.append(("peak memory of the process", bytes_text(report.peak_memory_bytes)))
-    return Table(columns=(Column(name="Phase"), Column(name="")), rows=tuple(rows))
+        pairs.append(("peak memory of the process", bytes_text(report.peak_memory_bytes)))
+    return Table.of_pairs(pairs, ("Phase", ""))
 
 
 def settings_table(report: PruneReport) -> Table:
-    own: dict[str, Any] = {
-        "method": report.method,
-        "program": report.program,
-        "update": report.update,
-        "update_scale": report.update_scale,
-        "curvature": report.curvature,
-        "samples": report.samples,
-        "rows": report.rows,
-        "damping": report.damping,
-        "layer_inputs": report.layer_inputs,
-        "partition": report.partition,
-        "budget": report.budget,
-        "requested_sparsity": report.requested_sparsity,
-        "seed": report.seed,
-    }
-    listed = {**own, **{name: value for name, value in report.settings.items() if name not in own}}
-    rows = [(name, MISSING if value is None else str(value)) for name, value in listed.items()]
-    rows += [(f"version of {name}", version) for name, version in report.versions.items()]
-    columns = (Column(name="Setting"), Column(name="Value", text=True))
-    return Table(columns=columns, rows=tuple(rows), wrap=True)
+    """Return every field of the request, and the versions of libraries."""
+    show = Column(name="Value").cell
+    pairs = [(name, show(getattr(report, name))) for name in SETTINGS]
+    if report.request is not None:
+        pairs += [(name, show(value)) for name, value in _flat(request_to_plain(report.request))]
+    pairs += [(f"version of {name}", version) for name, version in report.versions.items()]
+    return Table.of_pairs(pairs, ("Setting", "Value"), wrap=True)
 
 
-def _accuracy(evaluation: Evaluation | None) -> str:
-    accuracy = None if evaluation is None else evaluation.accuracy
-    return MISSING if accuracy is None else percent_text(accuracy, 2)
+def _flat(document: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Return the values of nested mappings and lists by their dotted names."""
+    if isinstance(document, Mapping):
+        for key, value in document.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(document, list) and any(isinstance(entry, Mapping) for entry in document):
+        for number, entry in enumerate(document):
+            yield from _flat(entry, f"{name}[{number}]" if len(document) > 1 else name)
+    else:
+        yield name, document
 
 
-def percent_text(share: float, decimals: int = 1) -> str:
-    return f"{100.0 * share:.{decimals}f} %"
-
-
-def _bound(bound: float | None) -> str:
-    return MISSING if bound is None else bound_text(bound, 4)
-
-
-def _gap(gap: float | None) -> str:
-    return MISSING if gap is None or math.isnan(gap) else gap_text(gap)
-
-
-def number_text(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return MISSING
-    return f"{value:.4g}"
-
-
-def _yes_no(value: bool | None) -> str:
-    return MISSING if value is None else ("yes" if value else "no")
-
-
-def seconds_text(value: float) -> str:
-    return f"{value:.2f} s" if value < 100.0 else f"{value:.0f} s"
-
-
-def bytes_text(value: float) -> str:
-    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:.2f} GiB"
+def _blocks_frame(blocks: Sequence[BlockSummary]) -> pd.DataFrame:
+    """Return one row a block, with the fields of `BlockSummary` and ``n_per_rank``."""
+    names = [name for name in BlockSummary.__dataclass_fields__]
+    frame = pd.DataFrame([vars(block) for block in blocks], columns=names).rename(columns={"name": "block"})
+    return frame.assign(n_per_rank=frame["n"] / frame["effective_rank"].astype(float))

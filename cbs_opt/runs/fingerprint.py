@@ -15,9 +15,9 @@ from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.files import request_to_plain
 from cbs_opt.recipe.records import Request
-from cbs_opt.report.files import plain
 from cbs_opt.runs.digests import absorb, samples_digest, tensors_digest
 from cbs_opt.select.methods import find_method
+from cbs_opt.system.plain import plain
 from cbs_opt.system.versions import versions
 
 FORMAT = "cbs-opt run"

@@ -17,8 +17,8 @@ from torch import Tensor
 from cbs_opt.certify.files import BLOCK, CERTIFICATES, load_certificates, save_certificates
 from cbs_opt.curvature.journal import Journal, NoJournal
 from cbs_opt.network.partition import Partition
-from cbs_opt.report.files import read_json
-from cbs_opt.report.record import REPORT_JSON, PruneReport
+from cbs_opt.report.files import REPORT_JSON, read_json
+from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.choices import ChoiceLedger
 from cbs_opt.runs.folder import Nowhere, Pieces, RunStore
 from cbs_opt.runs.rows import RowJournal
@@ -87,7 +87,8 @@ class RunProgress:
         if self._store is None:
             return
         directory = self._store.directory
-        save_certificates(report.blocks, report.certificates, directory / CERTIFICATES)
+        fingerprints = [block.fingerprint for block in report.blocks]
+        save_certificates(fingerprints, report.certificates, directory / CERTIFICATES)
         write_atomically(directory / REPORT_JSON, sealed_json(report.to_dict()))
         # Last: where it is, the rest is complete.
         self._store.keep(RESULT, {}, {"weights": weights.double().cpu().numpy(), "keep": keep.cpu().numpy()})

@@ -20,9 +20,10 @@ from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, row_fields
 from cbs_opt.recipe.records import Absolute, Stages
+from cbs_opt.report.parts import StageRecord
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages.model import StageModel
-from cbs_opt.stages.state import StageRecord, StageResult, StageState
+from cbs_opt.stages.state import StageResult, StageState
 from cbs_opt.stages.store import keep_stage, stored_stages
 from cbs_opt.stages.trials import Expansion, Proposal, first_dampings, judged, selections, updates
 from cbs_opt.stages.trust_region import DampingSearch

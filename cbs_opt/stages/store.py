@@ -8,9 +8,10 @@ from dataclasses import asdict
 
 import torch
 
-from cbs_opt.report.files import plain
+from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.folder import Pieces
-from cbs_opt.stages.state import StageRecord, StageState
+from cbs_opt.stages.state import StageState
+from cbs_opt.system.plain import plain
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cbs_opt import solving
-from cbs_opt.report.files import plain
 from cbs_opt.select.preparation import prepare
 from cbs_opt.study.expansion import Run
 from cbs_opt.study.statuses import INVALID, OUT_OF_MEMORY, REFUSED, UNAVAILABLE
 from cbs_opt.system import memory
+from cbs_opt.system.plain import plain
 from cbs_opt.system.versions import machine, versions
 from formulations.errors import CbsError, InstanceFormatError, SolverUnavailableError
 from formulations.instances import load_library

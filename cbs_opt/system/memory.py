@@ -44,8 +44,11 @@ def peak() -> int | None:
 def resident() -> int:
     """Resident memory now in bytes; where the system does not say, the peak of the process so far."""
     now = _status("VmRSS:")
-    if now is not None:
-        return now
+    return process_peak() if now is None else now
+
+
+def process_peak() -> int:
+    """Return the largest resident memory of the process so far in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -42,6 +42,11 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that take part in every run."""
+    return {name: versions()[name] for name in ("python", "torch", "cbs-opt")}
+
+
 @lru_cache(maxsize=1)
 def machine() -> dict[str, str | int | float]:
     """System, processor, cores that this process may use, memory in GiB; no name of the host."""

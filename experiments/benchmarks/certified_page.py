@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cbs_opt.report.text import bound_text, gap_text
+from cbs_opt.report.numbers import bound_text, gap_text
 
 Row = Mapping[str, Any]
 PACKAGES = ("cbs-opt", "numpy", "scipy", "numba", "torch")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from cbs_opt.network.evaluation import Evaluation
-from cbs_opt.report.record import BlockSummary, LayerSummary, PruneReport
+from cbs_opt.recipe.records import Recipe, Request, absolute
+from cbs_opt.report.parts import BlockSummary, LayerSummary
+from cbs_opt.report.record import PruneReport
 
 SHAPES = {"0.weight": (16, 12), "2.weight": (8, 16), "4.weight": (4, 8)}
 
@@ -51,6 +53,7 @@ def made_report(
     pruned = Evaluation(loss=0.05 + 2 * loss, accuracy=max(0.1, 0.97 - loss), samples=300)
     return PruneReport(
         method=method,
+        kind="search" if method == "swap_search" else "saliency",
         program="selection",
         update=update,
         curvature="empirical_fisher",
@@ -75,6 +78,6 @@ def made_report(
         update_scale=1.0 if update else None,
         seed=seed,
         masks=masks,
-        settings={"loss_fn": "cross_entropy", "target": None, "ignore": []},
+        request=Request(sparsity=sparsity, recipes=(Recipe(damping=absolute(1e-3)),), seed=seed),
         versions={"python": "3.11", "torch": "2.13.0"},
     )

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
+from cbs_opt import CbsError, load_masks, load_report, prune, save_masks, save_report
 from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.network.masks import load_mask_metadata
 from cbs_opt.recipe.records import Recipe
@@ -224,11 +224,11 @@ def _write_report(folder: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
     data = torch.randn(30, 4), torch.arange(30) % 3
     report = prune(model, data, sparsity=0.5, loss_fn=cross_entropy, recipe=FEW, progress=False)
-    report.save(folder)
+    save_report(report, folder)
 
 
 def _read_report(folder: Path) -> list[str]:
-    return [json.dumps(PruneReport.load(folder).to_dict())]
+    return [json.dumps(load_report(folder).to_dict())]
 
 
 def _write_stages(folder: Path) -> None:

@@ -37,7 +37,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from cbs_opt import PruneReport, prune
+from cbs_opt import PruneReport, load_report, prune
 from cbs_opt.cli import app
 from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.recipe.records import Recipe, Stages, Update, Weights, absolute
@@ -115,7 +115,7 @@ def command(*options: str) -> Callable[[Path, Path | None], dict[str, str]]:
         given += [] if run_dir is None else ["--resume"]
         app(["prune", *given], standalone_mode=False)
         weights = safetensors.torch.load_file(out / "weights.safetensors")
-        return answer(weights, PruneReport.load(out), None if run_dir is None else out / "state")
+        return answer(weights, load_report(out), None if run_dir is None else out / "state")
 
     return run
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cbs_opt import CbsError, PruneReport, load_masks, prune, save_masks
+from cbs_opt import CbsError, load_masks, load_report, prune, save_masks, save_report
 from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.errors import NetworkChangedError
 from cbs_opt.recipe.records import Recipe, absolute
@@ -83,8 +83,8 @@ def keep_first(version: int) -> dict[str, torch.Tensor]:
     return {"w": torch.arange(5) < version}
 
 
-def save_report(folder: Path, version: int) -> None:
-    made_report(seed=version).save(folder / "run")
+def report_folder(folder: Path, version: int) -> None:
+    save_report(made_report(seed=version), folder / "run")
 
 
 def solution_file(folder: Path, version: int) -> None:
@@ -118,7 +118,7 @@ WRITERS = {
         lambda folder: [exported(1), exported(2)].index((folder / "x").read_bytes()) + 1,
     ),
     "report": Writer(
-        save_report, lambda folder: PruneReport.load(folder / "run").seed, torn=(ReportFormatError,)
+        report_folder, lambda folder: load_report(folder / "run").seed, torn=(ReportFormatError,)
     ),
 }
 

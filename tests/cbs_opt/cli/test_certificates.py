@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from cbs_opt.certify.certificates import MEANING
 from cbs_opt.certify.files import CERTIFICATES, block_path, certificate_path
 from cbs_opt.cli import app
-from cbs_opt.report.record import PruneReport
+from cbs_opt.report.files import load_report
+from cbs_opt.report.parts import MEANING
 from formulations import BlockProblem
 from formulations.enumeration import enumerate_optimum
 from formulations.instances import read_instance, write_instance
@@ -58,7 +58,7 @@ def test_a_certified_run_verifies_and_leaves_no_scratch(work: Path) -> None:
     checked = invoke("verify", "run")
     assert checked.exit_code == 0, checked.output
     said = json.loads(invoke("verify", "run", "--json").stdout)
-    report = PruneReport.load("run")
+    report = load_report("run")
     assert [block["name"] for block in said] == [block.name for block in report.blocks]
     assert all(block["ok"] and block["proved"] for block in said)
     for line, block in zip(checked.stdout.splitlines()[2:], report.blocks, strict=True):

@@ -18,7 +18,7 @@ from cbs_opt import available_methods, load_masks
 from cbs_opt.cli import app
 from cbs_opt.cli.prune import requested, resources_of
 from cbs_opt.recipe.select import GreedyOBS, SwapSearch
-from cbs_opt.report.record import PruneReport
+from cbs_opt.report.files import load_report
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.system.resources import Resources
 
@@ -88,7 +88,7 @@ def test_prune_writes_weights_masks_and_report_that_agree() -> None:
     result = prune("--weights", "net.safetensors", "--evaluate", "test.npz", "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
-    report = PruneReport.load("run")
+    report = load_report("run")
     assert said == report.to_dict()
     assert (report.n, report.n_prune) == (72, 36)
     assert report.before is not None
@@ -112,7 +112,7 @@ def test_prune_takes_a_loader_a_loss_and_the_options_of_prune() -> None:
     result = prune(*options, *fields, data="net.py:loader")
     assert result.exit_code == 0, result.output
     assert "obd (layer inputs): 24 of 48 weights pruned" in result.stdout
-    report = PruneReport.load("run")
+    report = load_report("run")
     assert (report.method, report.update, report.partition, report.budget) == (
         "obd",
         False,
@@ -130,11 +130,11 @@ def test_prune_in_stages_goes_on_where_it_stopped() -> None:
     first = prune(*options, *method, "--run-dir", "stages")
     assert first.exit_code == 0, first.output
     assert len(list(Path("stages").glob("stage_*.npz"))) == 4
-    report = PruneReport.load("run")
+    report = load_report("run")
     assert [record.n_prune for record in report.stages][-1] == report.n_prune == 36
     again = prune(*options, *method, "--run-dir", "stages", "--force")
     assert again.exit_code == 0, again.output
-    assert PruneReport.load("run").stages == report.stages
+    assert load_report("run").stages == report.stages
 
 
 @pytest.mark.usefixtures("work")
@@ -184,7 +184,7 @@ def test_a_schedule_by_number_and_workers() -> None:
     options = ("--stages", "2", "--method", "obs", *plan)
     result = prune(*options, "--damping", "0.1")
     assert result.exit_code == 0, result.output
-    assert [record.n_prune for record in PruneReport.load("run").stages if record.update == 0] == [14, 36]
+    assert [record.n_prune for record in load_report("run").stages if record.update == 0] == [14, 36]
     refused = prune(*options, "--force", "--set", "resources.workers=2")
     assert refused.exit_code == 2
     assert "--set resources.workers" in unboxed(refused.stderr)
@@ -319,11 +319,11 @@ def test_a_recipe_file_is_run_with_what_is_set_over_it() -> None:
     common = ("--model", "net.py:make", "--data", "train.npz", "--recipe", "mine.toml")
     result = invoke("prune", *common, "--out", "run", "--set", "curvature.samples=30")
     assert result.exit_code == 0, result.output
-    report = PruneReport.load("run")
+    report = load_report("run")
     assert (report.n_prune, report.seed, report.method, report.rows) == (18, 4, "obs", 30)
     other = invoke("prune", *common, "--out", "other", "--sparsity", "0.5", "--seed", "1")
     assert other.exit_code == 0, other.output
-    assert (PruneReport.load("other").n_prune, PruneReport.load("other").seed) == (36, 1)
+    assert (load_report("other").n_prune, load_report("other").seed) == (36, 1)
 
 
 @pytest.mark.usefixtures("work")

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cbs_opt.certify.certificates import added_up
 from cbs_opt.report.gap_figures import NAMED_BLOCKS, gap_by_block, loss_against_sparsity
 from cbs_opt.report.html import render_comparison
+from cbs_opt.report.numbers import OPTIMAL_GAP
+from cbs_opt.report.parts import CertifiedSum
 from cbs_opt.report.record import PruneReport
 from cbs_opt.report.tables import TOP_BLOCKS, certificates_note, certificates_table, layers_table
-from cbs_opt.report.text import OPTIMAL_GAP
 from tests.cbs_opt.reports import SHAPES, made_report
 
 
@@ -35,7 +35,7 @@ def certified(gaps: list[float], report: PruneReport | None = None) -> PruneRepo
         )
         for name, gap in zip(names, gaps, strict=False)
     )
-    return replace(report, blocks=blocks, certified=added_up("joint", blocks))
+    return replace(report, blocks=blocks, certified=CertifiedSum.of("joint", blocks))
 
 
 def test_few_blocks_are_named_and_in_their_order() -> None:
@@ -119,7 +119,7 @@ def test_a_block_without_a_bound_leaves_the_sum_out(gap: float | None) -> None:
     report = certified([1e-3, 1e-2, 1e-2])
     last = replace(report.blocks[-1], gap=gap, bound=None if gap is None else 1.96)
     blocks = (*report.blocks[:-1], last)
-    report = replace(report, blocks=blocks, certified=added_up("joint", blocks))
+    report = replace(report, blocks=blocks, certified=CertifiedSum.of("joint", blocks))
     assert report.certified is not None
     assert (report.certified.bound is None) == (gap is None)
     assert ("2 of 3 blocks have a bound" in report.summary()) == (gap is None)

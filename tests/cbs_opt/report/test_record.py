@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbs_opt.network.evaluation import Evaluation
+from cbs_opt.recipe.files import load_request
 from cbs_opt.report.comparison import comparison_frame
-from cbs_opt.report.files import ReportFormatError, plain
+from cbs_opt.report.files import (
+    LAYERS_CSV,
+    MASKS_FILE,
+    RECIPE_FILE,
+    REPORT_HTML,
+    REPORT_JSON,
+    load_report,
+    save_report,
+)
 from cbs_opt.report.histogram import shared_histograms
-from cbs_opt.report.record import LAYERS_CSV, MASKS_FILE, REPORT_HTML, REPORT_JSON, LayerSummary, PruneReport
+from cbs_opt.report.parts import LayerSummary
+from cbs_opt.report.record import PruneReport, ReportFormatError
+from cbs_opt.system.plain import plain
 from formulations.errors import ArgumentError
 from tests.cbs_opt.reports import made_report
 
@@ -68,15 +80,31 @@ def test_frames_agree_with_the_totals() -> None:
     assert (frame.n_keep + frame.n_prune == frame.n).all()
     assert report.sparsity == report.n_prune / report.n
     assert list(frame.index) == [layer.name for layer in report.layers]
-    blocks = report.blocks_frame()
-    assert blocks.n_prune.sum() == report.n_prune
-    assert blocks.selection_loss.sum() == pytest.approx(report.predicted_selection_loss)
 
 
 def test_summary_tells_prediction_and_measurement_apart() -> None:
     text = made_report(loss=0.1).summary()
     for part in ("predicted 0.15", "0.3 before the update", "actual 0.2", "97.00% -> 87.00%", "swap_search"):
         assert part in text
+
+
+def test_the_kind_of_the_method_decides_whether_its_program_is_named() -> None:
+    joint = replace(made_report("swap_search"), program="joint")
+    assert joint.label == "swap_search (joint) + update"
+    assert (
+        replace(made_report("obs"), program="joint", layer_inputs=1.0).label == "obs (layer inputs) + update"
+    )
+
+
+def test_a_report_shows_itself_in_one_line_and_in_a_notebook() -> None:
+    report = made_report()
+    assert repr(report).startswith("PruneReport(swap_search + update: 282 of 352")
+    assert "\n" not in repr(report)
+    page = replace(report, layers=(replace(report.layers[0], name="<script>"),), method="<b>")._repr_html_()
+    assert "&lt;script&gt;" in page
+    assert "&lt;b&gt;" in page
+    assert "<script>" not in page
+    assert "<b>" not in page
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -102,9 +130,15 @@ def test_losses_that_are_not_finite_survive(loss: float) -> None:
 
 def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     report = made_report()
-    folder = report.save(tmp_path / "deep" / "run")
-    assert {path.name for path in folder.iterdir()} == {REPORT_JSON, LAYERS_CSV, MASKS_FILE, REPORT_HTML}
-    read = PruneReport.load(folder)
+    folder = save_report(report, tmp_path / "deep" / "run")
+    assert {path.name for path in folder.iterdir()} == {
+        REPORT_JSON,
+        LAYERS_CSV,
+        MASKS_FILE,
+        REPORT_HTML,
+        RECIPE_FILE,
+    }
+    read = load_report(folder)
     assert same(read, report)
     assert set(read.masks) == set(report.masks)
     assert all(torch.equal(read.masks[name], keep) for name, keep in report.masks.items())
@@ -112,29 +146,37 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     assert (layers.n_prune == report.to_frame().n_prune).all()
 
 
+def test_the_request_is_saved_as_a_recipe_that_runs_again(tmp_path: Path) -> None:
+    report = made_report()
+    save_report(report, tmp_path)
+    assert load_report(tmp_path).request == report.request
+    assert load_request(tmp_path / RECIPE_FILE) == report.request
+
+
+def test_a_request_with_rows_that_are_on_no_file_is_left_out() -> None:
+    data = made_report().to_dict()
+    data["request"]["recipe"][0]["curvature"] = {"kind": "given"}
+    assert PruneReport.from_dict(data).request is None
+
+
 def test_saving_again_replaces_and_leaves_no_masks_of_another_run(tmp_path: Path) -> None:
-    made_report().save(tmp_path)
+    save_report(made_report(), tmp_path)
     second = PruneReport.from_dict(made_report("magnitude", update=False).to_dict())
-    second.save(tmp_path)
-    read = PruneReport.load(tmp_path)
+    save_report(second, tmp_path)
+    read = load_report(tmp_path)
     assert read.method == "magnitude"
     assert not read.masks
     assert not (tmp_path / MASKS_FILE).exists()
 
 
-def test_a_failed_save_leaves_no_report_that_looks_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made_report().save(tmp_path)
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("cbs_opt.report.html.write_comparison", fail)
-    with pytest.raises(OSError, match="no space"):
-        made_report("magnitude").save(tmp_path)
+def test_a_failed_save_leaves_no_report_that_looks_complete(tmp_path: Path) -> None:
+    save_report(made_report(), tmp_path)
+    (tmp_path / REPORT_HTML).unlink()
+    (tmp_path / REPORT_HTML).mkdir()
+    with pytest.raises(OSError, match="directory"):
+        save_report(made_report("magnitude"), tmp_path)
     with pytest.raises(ReportFormatError, match=r"no report\.json"):
-        PruneReport.load(tmp_path)
+        load_report(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -142,7 +184,7 @@ def test_save_refuses_a_file(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("mine")
     with pytest.raises(ArgumentError, match="is a file"):
-        made_report().save(taken)
+        save_report(made_report(), taken)
     assert taken.read_text() == "mine"
 
 
@@ -163,10 +205,18 @@ def test_damaged_reports_are_named_as_such(change: dict[str, object]) -> None:
         PruneReport.from_dict(made_report().to_dict() | change)
 
 
+@pytest.mark.parametrize("version", [1, 99, None])
+def test_a_report_of_another_version_says_what_to_do(version: int | None) -> None:
+    with pytest.raises(ReportFormatError) as caught:
+        PruneReport.from_dict(made_report().to_dict() | {"version": version})
+    assert f"version {version}" in caught.value.found
+    assert "prune again" in caught.value.remedy
+
+
 def test_a_report_that_is_no_json_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / REPORT_JSON).write_text("{")
     with pytest.raises(ReportFormatError, match="damaged"):
-        PruneReport.load(tmp_path)
+        load_report(tmp_path)
 
 
 def test_settings_become_plain_values() -> None:

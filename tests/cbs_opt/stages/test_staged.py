@@ -24,6 +24,7 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
 from cbs_opt.recipe.records import Certify, Recipe, Stages, Update, Weights, absolute
 from cbs_opt.recipe.select import GreedyOBS, SwapSearch
+from cbs_opt.report.files import load_report, save_report
 from cbs_opt.report.record import PruneReport
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult
@@ -304,8 +305,8 @@ def test_a_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_table_of_stages_survives_saving(tmp_path: Path) -> None:
     report = run(network())
-    report.save(tmp_path / "saved")
-    assert PruneReport.load(tmp_path / "saved").stages == report.stages
+    save_report(report, tmp_path / "saved")
+    assert load_report(tmp_path / "saved").stages == report.stages
 
 
 def test_the_last_stage_ends_when_nothing_improves() -> None:

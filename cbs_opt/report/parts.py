@@ -1,0 +1,235 @@
+"""The parts of a report: a layer, a block, a step of a run in stages, and the bounds added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cbs_opt.certify.certificates import relative_gap
+from cbs_opt.report.histogram import Histogram, shared_histograms
+from cbs_opt.report.numbers import bound_text, gap_text
+from cbs_opt.system.plain import rebuilt
+
+MEANING = "bound for the block-diagonal quadratic model of the loss, not for the loss or the accuracy"
+"""What the sum of the blocks' bounds is; printed wherever the sum is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """One parameter tensor before and after pruning.
+
+    Parameters
+    ----------
+    name : str
+        Name of the parameter.
+    shape : tuple of int
+        Its shape.
+    n, n_prune : int
+        Number of weights, and of those set to zero.
+    weight_histogram_before, weight_histogram_after : Histogram, optional
+        Both over the same bins; the second counts kept weights only.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    n: int
+    n_prune: int
+    weight_histogram_before: Histogram | None = None
+    weight_histogram_after: Histogram | None = None
+
+    @classmethod
+    def from_weights(cls, name: str, before: Tensor, after: Tensor, keep: Tensor) -> LayerSummary:
+        """Return the summary of a parameter from its values before and after and its boolean `keep`."""
+        histogram_before, histogram_after = shared_histograms(before, after[keep])
+        return cls(
+            name=name,
+            shape=tuple(before.shape),
+            n=before.numel(),
+            n_prune=before.numel() - int(keep.sum()),
+            weight_histogram_before=histogram_before,
+            weight_histogram_after=histogram_after,
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are pruned."""
+        return self.n_prune / self.n if self.n else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSummary:
+    """One block: its losses as the quadratic model predicts them, and how the search went.
+
+    Parameters
+    ----------
+    name : str
+        Name of the block in its partition.
+    n, n_prune : int
+        Number of weights, and of those removed.
+    selection_loss : float, optional
+        Predicted loss increase with the kept weights as they were.
+    updated_loss : float, optional
+        Predicted loss increase after the update of the kept weights.
+    initial_loss : float, optional
+        Selection loss of the set that the search started from.
+    iterations : int
+        Steps of the search; 0 for methods that do not search.
+    locally_optimal : bool, optional
+        True if no single swap improves the set, False if the search ended before it knew; None for
+        methods that do not search.
+    seconds : float
+        Time spent on this block; blocks solved as a batch share theirs evenly.
+    bound : float, optional
+        Proved lower bound on the objective of the program; None unless proved.
+    gap : float, optional
+        ``(objective - bound) / max(|objective|, 1e-12)``.
+    status : str, default ""
+        How the search ended.
+    objective : float, optional
+        Value of the chosen set under the program of the run, in float64; what `gap` refers to.
+    certificate : str, optional
+        The relaxation that proves `bound`, such as "perspective".
+    certificate_status : str, default ""
+        How the certification ended; "" if none was asked for.
+    certificate_seconds : float, optional
+        Time it took.
+    rho : float, optional
+        Damping over the mean diagonal of the block's Fisher matrix ``F``.
+    effective_rank : float, optional
+        ``tr(F)^2 / tr(F^2)``. Gaps fall with `rho` and with ``n / effective_rank``.
+    n_fixed : int, optional
+        Weights proved to have the same fate in every set as good as the best one known.
+    fingerprint : str, default ""
+        Of the float64 `BlockProblem` that was certified.
+    """
+
+    name: str
+    n: int
+    n_prune: int
+    selection_loss: float | None
+    updated_loss: float | None
+    initial_loss: float | None
+    iterations: int
+    locally_optimal: bool | None
+    seconds: float
+    bound: float | None = None
+    gap: float | None = None
+    status: str = ""
+    objective: float | None = None
+    certificate: str | None = None
+    certificate_status: str = ""
+    certificate_seconds: float | None = None
+    rho: float | None = None
+    effective_rank: float | None = None
+    n_fixed: int | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """One step: a selection with its update, or an update alone.
+
+    Parameters
+    ----------
+    stage, update : int
+        From 0; update 0 of a stage also prunes, where the stage prunes at all.
+    sparsity : float
+        Share of weights pruned after the step.
+    n_prune : int
+        Their number.
+    loss_before, loss : float
+        Training loss before and after, on the same samples, drawn afresh for every step.
+    damping : float
+        Damping of the winner, added to the diagonal of the Fisher matrix.
+    update_scale : float
+        Step length of the winner; 0 if the kept weights did not move.
+    accepted : bool
+        False if an update did not lower the loss, so that nothing changed.
+    tried : int
+        Networks that were compared.
+    best_rejected : float, optional
+        Lowest training loss among the others; None if there was no other.
+    predicted_change : float
+        What the quadratic model, without damping, says of the winner's step.
+    samples : int
+        Samples differentiated since the run began, for rows and gradients.
+    seconds : float
+        Wall-clock time of the step; the first of a stage includes the rows.
+    """
+
+    stage: int
+    update: int
+    sparsity: float
+    n_prune: int
+    loss_before: float
+    loss: float
+    damping: float
+    update_scale: float
+    accepted: bool
+    tried: int
+    best_rejected: float | None
+    predicted_change: float
+    samples: int
+    seconds: float
+
+    @classmethod
+    def from_plain(cls, entry: Mapping[str, Any]) -> StageRecord:
+        """Return a record from JSON, where losses that are not finite are strings."""
+        record: StageRecord = rebuilt(cls, entry)
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedSum:
+    """Certified blocks added up.
+
+    Parameters
+    ----------
+    program : str
+        The program whose values are added.
+    objective : float
+        Sum of the values of the chosen sets.
+    bound : float, optional
+        Sum of the blocks' bounds, rounded down; None if a block has none.
+    blocks, bounded : int
+        Number of blocks, and of those with a bound.
+    meaning : str
+        What the bound is.
+    """
+
+    program: str
+    objective: float
+    bound: float | None
+    blocks: int
+    bounded: int
+    meaning: str = MEANING
+
+    @classmethod
+    def of(cls, program: str, blocks: Sequence[BlockSummary]) -> CertifiedSum:
+        """Return the sum over blocks; its bound is rounded down, so that it holds in the last digit."""
+        bounds = [block.bound for block in blocks if block.bound is not None]
+        total = math.fsum(bounds)
+        return cls(
+            program=program,
+            objective=math.fsum(block.objective or 0.0 for block in blocks),
+            bound=None if len(bounds) < len(blocks) else math.nextafter(total, -math.inf),
+            blocks=len(blocks),
+            bounded=len(bounds),
+        )
+
+    @property
+    def gap(self) -> float | None:
+        """``(objective - bound) / max(|objective|, 1e-12)``; None without a bound."""
+        return relative_gap(self.objective, self.bound)
+
+    def lines(self) -> list[str]:
+        """Return the sum in words, or how many blocks have no bound."""
+        if self.bound is None or self.gap is None:
+            return [f"certified: {self.bounded} of {self.blocks} blocks have a bound; no sum"]
+        blocks = "one block" if self.blocks == 1 else f"sum over {self.blocks} blocks"
+        values = f"objective {self.objective:.6g}, bound {bound_text(self.bound)}, gap {gap_text(self.gap)}"
+        return [f"certified, program {self.program}, {blocks}: {values}", f"this is a {self.meaning}"]

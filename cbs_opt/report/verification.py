@@ -1,0 +1,137 @@
+"""Checking the certificates of a saved run without trusting the run that wrote them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cbs_opt.certify.files import CERTIFICATES, block_path
+from cbs_opt.report.files import load_report
+from cbs_opt.report.parts import BlockSummary
+from cbs_opt.report.record import PruneReport
+from formulations.errors import ArgumentError, InstanceFormatError
+from formulations.instances import read_instance
+from formulations.loss import verify
+from formulations.problem import BlockProblem, BoolArray
+from formulations.solution import BlockSolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedBlock:
+    """One block after its check.
+
+    Parameters
+    ----------
+    name : str
+        Of the block.
+    ok : bool
+        The data are those that were certified, the set has its stated value, and the evidence proves
+        the stated bound or rests on a search that says so.
+    objective, bound : float or None
+        Recomputed in float64.
+    proved : bool
+        Whether the evidence alone proves the stated bound.
+    notes : tuple of str
+        What is wrong or was not checked.
+    """
+
+    name: str
+    ok: bool
+    objective: float | None
+    bound: float | None
+    proved: bool
+    notes: tuple[str, ...]
+
+
+def check_certificates(
+    directory: str | os.PathLike[str], blocks: Iterable[BlockProblem] | None = None
+) -> Iterator[CheckedBlock]:
+    """Check every certificate of a saved report, one block at a time.
+
+    Parameters
+    ----------
+    directory : path
+        Where the report was saved.
+    blocks : iterable of BlockProblem, optional
+        The blocks, built anew, in the order of the report. By default their files are read.
+
+    Yields
+    ------
+    CheckedBlock
+
+    Raises
+    ------
+    ReportFormatError
+        If there is no report, or a damaged one.
+    ArgumentError
+        If the run was not certified, or there are more or fewer blocks than certificates.
+    InstanceFormatError
+        If a file is missing or damaged.
+    """
+    source = Path(directory)
+    report = load_report(source)
+    if not report.certificates:
+        raise ArgumentError("directory", f"{directory} has no certificates", "prune with certify=True")
+    if len(report.certificates) != len(report.blocks):
+        counted = f"{len(report.certificates)} certificates for {len(report.blocks)} blocks in {directory}"
+        raise ArgumentError("directory", counted, "save the report again")
+    problems = _read_blocks(source / CERTIFICATES) if blocks is None else iter(blocks)
+    masks = _masks_in_order(report)
+    start = 0
+    for number, (summary, solution) in enumerate(zip(report.blocks, report.certificates, strict=True)):
+        problem = next(problems, None)
+        if problem is None:
+            raise ArgumentError("blocks", f"only {number}", "pass one for each certificate")
+        keep = None if masks is None else masks[start : start + summary.n]
+        start += summary.n
+        yield _checked(summary, solution, problem, keep)
+    if blocks is not None and next(problems, None) is not None:
+        raise ArgumentError("blocks", f"more than {len(report.blocks)}", "pass those of the report")
+
+
+def _read_blocks(directory: Path) -> Iterator[BlockProblem]:
+    for number in itertools.count():
+        path = block_path(directory, number)
+        if not path.exists():
+            remedy = "prune with block_dir (--save-blocks) to write the data of the blocks, or rebuild them"
+            raise InstanceFormatError("directory", f"no {path.name} in {directory}", remedy)
+        yield read_instance(path)[0]
+
+
+def _masks_in_order(report: PruneReport) -> BoolArray | None:
+    """Return the masks of the report as one flat array in the order of the blocks."""
+    if not report.masks:
+        return None
+    return np.concatenate([report.masks[layer.name].cpu().numpy().ravel() for layer in report.layers])
+
+
+def _checked(
+    summary: BlockSummary, solution: BlockSolution, problem: BlockProblem, keep: BoolArray | None
+) -> CheckedBlock:
+    fingerprint = problem.fingerprint()
+    if fingerprint != summary.fingerprint:
+        notes = (f"other data than were certified: fingerprint {fingerprint[:12]}...",)
+        return CheckedBlock(
+            name=summary.name, ok=False, objective=None, bound=None, proved=False, notes=notes
+        )
+    result = verify(problem, solution)
+    wrong = []
+    if (summary.objective, summary.bound) != (solution.objective, solution.bound):
+        wrong.append("the report states other values than the certificate")
+    if keep is not None and (solution.keep is None or not np.array_equal(keep, solution.keep)):
+        wrong.append("the certified set is not that of the masks")
+    # Where nothing or everything is pruned, the value of the one set is its bound.
+    no_choice = problem.n_prune in (0, problem.n) and result.ok and solution.bound is not None
+    return CheckedBlock(
+        name=summary.name,
+        ok=result.ok and not wrong,
+        objective=result.objective,
+        bound=result.bound,
+        proved=bool(result.bound_checked) or no_choice,
+        notes=(*wrong, *result.notes),
+    )
