@@ -334,7 +334,7 @@ def test_a_recipe_file_is_run_with_what_is_set_over_it() -> None:
         ("format = 1\nsparsity = 0.5\n[recipe]\ndamping = -1\n", "mine.toml, line 4"),
         ("format = 1\nsparsity = 0.5\n[recipe\n", "line 3"),
         ("format = 9\n", "mine.toml, line 1"),
-        ("format = 1\n", "--sparsity"),
+        ("format = 1\n", "add a line such as sparsity"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_file_is_named_with_its_line(text: str, message: str) -> None:
