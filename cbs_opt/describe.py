@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from cbs_opt.candidates import block_summaries, layer_summaries
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
 from cbs_opt.certify.certificates import ChosenSet, certify_blocks
 from cbs_opt.curvature.kinds import Fisher
+from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.partition import Partition
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
 from cbs_opt.report.certified import with_certificates
+from cbs_opt.report.parts import BlockSummary, LayerSummary
 from cbs_opt.report.record import PruneReport
+from cbs_opt.select.choice import Choice
 from cbs_opt.stages.state import StageState
 from cbs_opt.system.checks import within
 from cbs_opt.system.memory import process_peak
@@ -49,7 +57,7 @@ def describe(
         ]
     rows = None if model is None else model.rows
     model = LossModel(partition, task.weights, None) if model is None else model
-    blocks = block_summaries(
+    blocks = _block_summaries(
         model.blocks(best.damping, term_of(recipe), gradient=recipe.gradient),
         best.choices,
         best.weights,
@@ -74,7 +82,7 @@ def describe(
         requested_sparsity=request.sparsity,
         n=partition.n,
         n_prune=int((~best.keep).sum()),
-        layers=layer_summaries(partition, task.weights, best.weights, keep),
+        layers=_layer_summaries(partition, task.weights, best.weights, keep),
         blocks=blocks,
         predicted_selection_loss=sum(selection) if selection else None,
         predicted_loss_increase=sum(updated) if updated else None,
@@ -124,3 +132,55 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             path_of=task.done.certificate_path,
         )
     return with_certificates(report, bounded)
+
+
+def _block_summaries(
+    blocks: Iterable[FisherBlock],
+    choices: Sequence[Choice],
+    weights: Tensor,
+    *,
+    modelled: bool,
+    by_rows: bool,
+) -> tuple[BlockSummary, ...]:
+    """Return what the report says of every block; `weights` (n,) are those of the pruned network.
+
+    `modelled` is whether there is a curvature to predict with, `by_rows` whether the sets were chosen
+    without the layer-input term.
+    """
+    summaries = []
+    start = 0
+    for block, choice in zip(blocks, choices, strict=True):
+        before = block.weights.double()
+        selection = updated = None
+        if modelled:
+            chosen = block.without_channels() if by_rows else block
+            selection = chosen.step_loss(torch.where(choice.keep, 0.0, -before))
+            updated = block.step_loss(weights[start : start + block.n].double() - before)
+        start += block.n
+        summaries.append(
+            BlockSummary(
+                name=block.name,
+                n=block.n,
+                n_prune=int((~choice.keep).sum()),
+                selection_loss=selection,
+                updated_loss=updated,
+                initial_loss=choice.initial_value,
+                iterations=choice.iterations,
+                locally_optimal=choice.locally_optimal,
+                seconds=choice.seconds,
+                bound=choice.bound,
+                status=choice.status,
+            )
+        )
+    return tuple(summaries)
+
+
+def _layer_summaries(
+    partition: Partition, before: Tensor, after: Tensor, keep: Mapping[str, Tensor]
+) -> tuple[LayerSummary, ...]:
+    """Return what the report says of every parameter; weights (n,) before and after, masks by name."""
+    old, new = partition.split(before), partition.split(after)
+    return tuple(
+        LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask.cpu())
+        for name, mask in keep.items()
+    )

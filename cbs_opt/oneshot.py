@@ -298,10 +298,11 @@ def take_rows(task: Task) -> Rows | None:
             )
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
+            data = task.data
             moments = task.done.moments(
-                lambda: input_moments(task.model, task.data, task.partition, seed=request.seed)
+                lambda: input_moments(task.model, data, task.partition, seed=request.seed)
             )
-            rows = with_layer_inputs(rows, task.model, task.data, task.partition, moments=moments)
+            rows = with_layer_inputs(rows, task.model, data, task.partition, moments=moments)
     return rows
 
 
@@ -353,12 +354,12 @@ def grouped(recipes: Iterable[Recipe], key: Callable[[Recipe], object]) -> list[
 
 
 def _selecting(recipe: Recipe) -> Any:
-    """The damping while selecting."""
+    """Return the damping while selecting."""
     return recipe.damping if recipe.selection_damping is None else recipe.selection_damping
 
 
 def _set_key(recipe: Recipe) -> object:
-    """What decides the pruned sets, among recipes that share curvature and weights."""
+    """Return what decides the pruned sets, among recipes that share curvature and weights."""
     return recipe.layer_inputs, _selecting(recipe), recipe.select
 
 
@@ -438,7 +439,7 @@ def check_data(request: Request, data: Data | None) -> None:
 
 
 def _needing(recipe: Recipe) -> str:
-    """What of a recipe needs gradient rows."""
+    """Return what of a recipe needs gradient rows."""
     if method_of(recipe).needs_curvature:
         return select_of(recipe).method
     if recipe.update is not None:

@@ -213,13 +213,13 @@ def default_methods(program: str, *, all_models: bool = False) -> list[str]:
 
 
 def _too_large(problem: BlockProblem, name: str) -> Mapping[str, Any]:
-    """The row of a method that forms the Hessian of a block too large for that."""
+    """Return the row of a method that forms the Hessian of a block too large for that."""
     found = f"it forms the Hessian of all {problem.n} weights, more than {LARGEST_DENSE}"
     return {"method": name, "status": "unavailable", "note": f"{found}; name it in methods to run it"}
 
 
 def _attempt(problem: BlockProblem, name: str, program: str, limits: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row of one method, whatever becomes of it."""
+    """Return the row of one method, whatever becomes of it."""
     began = time.perf_counter()
     try:
         solution = solve(problem, name, program=program, **limits)
@@ -295,7 +295,7 @@ def _as_block(problem: BlockProblem) -> FisherBlock:
 
 
 def _view(array: FloatArray) -> Tensor:
-    """The array as a tensor on the same memory, which the searches only read: rows can be gigabytes."""
+    """Return a tensor on the memory of the array, which the searches only read."""
     with warnings.catch_warnings():
         # torch has no read-only tensors, and says so.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)

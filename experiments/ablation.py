@@ -84,7 +84,7 @@ class Variant:
 
 
 def whole(network: str, sparsity: float) -> Recipe:
-    """The recipe that is taken apart."""
+    """Return the recipe that is taken apart."""
     samples, per_row = SAMPLES[network]
     return Recipe(
         curvature=SketchedFisher(samples=samples, per_row=per_row),
@@ -323,7 +323,7 @@ def _figures(rows: pd.DataFrame, level: float) -> tuple[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     root = argparse.ArgumentParser(prog="python -m experiments.ablation", description=__doc__)
     root.formatter_class = argparse.RawDescriptionHelpFormatter
     root.add_argument("--network", choices=NETWORKS, default="digits")

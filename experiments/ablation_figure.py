@@ -50,7 +50,7 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def _panel(axes: Axes, rows: pd.DataFrame, names: list[str], levels: list[float]) -> None:
-    """The rows of one group, the first on top."""
+    """Draw the rows of one group, the first on top."""
     dress(axes)
     for number, level in enumerate(levels):
         own = rows[rows["sparsity"] == level].set_index("label")

@@ -77,7 +77,7 @@ def accuracy_frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def markdown_tables(frame: pd.DataFrame, network: str, methods: Sequence[str]) -> str:
-    """The table of accuracies, then that with batch-norm statistics estimated anew, if there is any."""
+    """Write the table of accuracies, then that with batch-norm statistics estimated anew."""
     table = markdown_table(frame, network, methods)
     if frame["recalibrated"].notna().any():
         head = "\nBatch-norm statistics estimated anew on training data:\n\n"

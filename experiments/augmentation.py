@@ -95,7 +95,7 @@ def is_augmented(name: str) -> bool:
 
 
 def as_trained(network: Network, data: Dataset, *, seed: int) -> Data:
-    """The training images as the network was fed them."""
+    """Return the training images as the network was fed them."""
     if not is_augmented(network.name):
         return data.train_x, data.train_y
     black = [-mean / std for mean, std in zip(network.mean, network.std, strict=True)]

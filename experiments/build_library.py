@@ -41,7 +41,7 @@ REL_GAP = 1e-6
 
 
 def layer_block(n: int, seed: int = 0) -> FisherBlock:
-    """The block of `n` consecutive weights of the hidden layer that has the median Fisher trace."""
+    """Return the block of `n` consecutive weights of the hidden layer that has the median Fisher trace."""
     model, train, _ = digits_network(seed=seed, hidden=HIDDEN)
     blocks = fisher_blocks(
         model,

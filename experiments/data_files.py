@@ -108,7 +108,7 @@ DATA_FILES: dict[str, DataFile] = {
 
 
 def data_directory(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The data directory: `data_dir`, else the environment variable `CBS_OPT_DATA`.
+    """Return the data directory: `data_dir`, else the environment variable `CBS_OPT_DATA`.
 
     Raises
     ------

@@ -114,7 +114,7 @@ def _undo_differences(delta: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _arrays(path: Path, axes: Mapping[str, int]) -> dict[str, NDArray[np.uint8]]:
-    """The named uint8 arrays of an npz file, each with the given number of axes."""
+    """Return the named uint8 arrays of an npz file, each with the given number of axes."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in axes}

@@ -106,7 +106,7 @@ class Choice:
 
 
 def subject(network: str, seed: int, data_dir: Path | None = None) -> Subject:
-    """The digits network trained from `seed`, or a published network with its data."""
+    """Return the digits network trained from `seed`, or a published network with its data."""
     if network == "digits":
         model, train, test = digits_network(seed)
         return Subject(model=model, train=train, test=test)
@@ -146,7 +146,7 @@ def row_problems(
 
 
 def choose(problem: BlockProblem, name: str, *, time_limit: float, seed: int) -> Choice:
-    """The set that a method of `METHODS` chooses, valued under the joint program."""
+    """Return the set that a method of `METHODS` chooses, valued under the joint program."""
     method, program = METHODS[name]
     if problem.n_prune in (0, problem.n):
         keep = np.full(problem.n, problem.n_prune == 0)
@@ -166,7 +166,7 @@ def choose(problem: BlockProblem, name: str, *, time_limit: float, seed: int) ->
 
 
 def random_near(problem: BlockProblem, best: Choice, level: float, generator: np.random.Generator) -> Choice:
-    """A random set within ``(1 + level)`` of the best objective: a walk of swaps that never leaves it."""
+    """Return a random set within ``(1 + level)`` of the best objective, by a walk of swaps."""
     keep, value = best.keep.copy(), best.objective
     ceiling = (1.0 + level) * best.objective
     if problem.n_prune in (0, problem.n):

@@ -47,7 +47,7 @@ def write_page(rows: pd.DataFrame, settings: Mapping[str, Any], out: Path) -> st
 
 
 def page(rows: pd.DataFrame, settings: Mapping[str, Any]) -> str:
-    """The table, mean and standard deviation over seeds, and what the last per cent is worth."""
+    """Return the table, mean and standard deviation over seeds, and what the last per cent is worth."""
     parts = [
         f"# Exact against heuristic, row by row: {settings['network']}",
         f"    python -m experiments.{NAME} {_arguments(settings)}",

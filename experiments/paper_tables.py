@@ -164,7 +164,7 @@ class Bench:
         }
 
     def _passed(self, cell: Cell, network: Network) -> dict[str, Any]:
-        """The cell of a run in stages."""
+        """Return the cell of a run in stages."""
         return {
             "network": cell.network,
             "method": cell.method,
@@ -215,7 +215,7 @@ def run(todo: Sequence[Cell], make_bench: Callable[[], Bench], ledger: Ledger) -
 
 
 def document(network: str, frame: pd.DataFrame, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table with every setting, ready for JSON."""
+    """Return the table with every setting, ready for JSON."""
     rows = json.loads(frame.to_json(orient="records", double_precision=6))
     return {
         "network": network,
@@ -240,7 +240,7 @@ def write(
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     root = argparse.ArgumentParser(prog="python -m experiments.paper_tables", description=__doc__)
     root.formatter_class = argparse.RawDescriptionHelpFormatter
     root.add_argument("--network", required=True, choices=list(NETWORKS))

@@ -76,7 +76,7 @@ RECIPES: Mapping[str, Change] = {
 
 
 def split(data: Dataset) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The training samples to prune with, and those set aside."""
+    """Return the training samples to prune with, and those set aside."""
     first = len(data.train_y) - HELD_OUT
     return (data.train_x[:first], data.train_y[:first]), (data.train_x[first:], data.train_y[first:])
 

@@ -63,7 +63,7 @@ RECIPES: Mapping[str, Change] = {
 
 
 def set_aside(data: Dataset) -> Dataset:
-    """The training samples cut in two: those to prune with, and those set aside in place of test data."""
+    """Cut the training samples in two: those to prune with, and those in place of test data."""
     first = len(data.train_y) - HELD_OUT
     return Dataset(
         train_x=data.train_x[:first],

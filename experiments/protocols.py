@@ -97,7 +97,7 @@ def prune_arguments(network: str, method: str, sparsity: float, seed: int) -> di
 
 
 def _recipes(network: str, method: str, sparsity: float) -> list[Recipe]:
-    """The recipes that a method tries."""
+    """Return the recipes that a method tries."""
     kind = family(network)
     updates = [Update(scale=length) for length in STEP_LENGTHS]
     swaps = [SwapSearch(program="selection", start="magnitude", max_swaps=count) for count in SWAPS[kind]]
@@ -124,5 +124,5 @@ def varied(recipes: Iterable[Recipe], **fields: Iterable[Any]) -> list[Recipe]:
 
 
 def drops(sparsity: float) -> int:
-    """Drops of joint greedy OBS: as many as keep about `DROP_FACTOR` of the weights each."""
+    """Return drops of joint greedy OBS: as many as keep about `DROP_FACTOR` of the weights each."""
     return max(1, math.ceil(math.log(1.0 - sparsity) / math.log(DROP_FACTOR)))

@@ -67,6 +67,6 @@ ResNet20 at .7 gives 77.93 (and 77.91 with 187 084, not 187 085). The others agr
 
 
 def published_accuracy(network: str, method: str, sparsity: float) -> float | None:
-    """The published test accuracy in per cent, or None where there is none."""
+    """Return the published test accuracy in per cent, or None where there is none."""
     cell = ACCURACY.get(network, {}).get(round(sparsity, 6), {})
     return cell.get(method)

@@ -30,7 +30,7 @@ class RowCache:
         self._term: Rows | None = None
 
     def get(self, network: Network, recipe: Recipe, seed: int) -> Rows:
-        """What `prune` would compute for a recipe: the same as the last time, or new.
+        """Return what `prune` would compute for a recipe: the same as the last time, or new.
 
         Two sets of rows are never in memory at once.
         """

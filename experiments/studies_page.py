@@ -59,7 +59,7 @@ EXCERPTS: Mapping[str, Excerpt] = {
 
 
 def excerpt(name: str, results: Results) -> tuple[str, bytes]:
-    """What stands between the marks of a study, and its picture as SVG."""
+    """Return what stands between the marks of a study, and its picture as SVG."""
     chosen = EXCERPTS[name]
     table = with_labels(results.table)
     parts = [_facts(results)]
@@ -78,7 +78,7 @@ def excerpt(name: str, results: Results) -> tuple[str, bytes]:
 
 
 def between_marks(page: str, name: str, text: str) -> str:
-    """The page with what stands between the marks of `name` replaced.
+    """Return the page with what stands between the marks of `name` replaced.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def _facts(results: Results) -> str:
 
 
 def _methods(own: pd.DataFrame) -> str:
-    """The table of methods, cut to those that proved most and fastest where there are many."""
+    """Return the table of methods, cut to those that proved most and fastest where there are many."""
     order = ranking(own)
     shown = sorted(order, key=order.__getitem__)[:MOST_METHODS] if len(order) > MOST_METHODS else list(order)
     text = tables.methods_table(own[own["label"].isin(shown)]).markdown()
@@ -115,7 +115,7 @@ def _methods(own: pd.DataFrame) -> str:
 
 
 def _effects(own: pd.DataFrame) -> str:
-    """The effects whose interval leaves out "none"."""
+    """Return the effects whose interval leaves out "none"."""
     found = effects(own)
     clear = [effect for effect in found if not effect.ratio.low <= 1.0 <= effect.ratio.high]
     table = tables.effects_table(clear)

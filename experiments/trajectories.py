@@ -112,7 +112,7 @@ class BrainFloat(nn.Module):
 
 
 def family(network: str) -> str:
-    """The family of a network by its name."""
+    """Return the family of a network by its name."""
     return "mlpnet" if network.startswith("mlpnet") else "resnet20"
 
 
@@ -228,14 +228,14 @@ class Trajectories:
         return cells
 
     def _prepared(self, network: Network, seed: int) -> tuple[nn.Module, Data, str]:
-        """What is pruned, on which data, and what its parameter names begin with."""
+        """Return what is pruned, on which data, and what its parameter names begin with."""
         data = as_trained(network, self.data, seed=seed)
         if not is_augmented(network.name):
             return network.model, data, ""
         return BrainFloat(network.model).eval(), data, PREFIX
 
     def _cell(self, network: Network, pruned: nn.Module, result: StageResult) -> dict[str, Any]:
-        """What is known of a network on the way."""
+        """Return what is known of a network on the way."""
         test = (self.data.test_x, self.data.test_y)
         found = evaluate(pruned, test, nn.functional.cross_entropy)
         last = result.records[-1]

@@ -32,7 +32,7 @@ def allocate(
     scores: Tensor | None = None,
     floor: float = FLOOR,
 ) -> list[int]:
-    """Number of weights to prune in every block.
+    """Return number of weights to prune in every block.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ def _size(blocks: Sequence[BlockSpan]) -> int:
 
 
 def _lowest(blocks: Sequence[BlockSpan], share: float, scores: Tensor | None) -> list[int]:
-    """Counts of the lowest scores among neighbouring blocks."""
+    """Return counts of the lowest scores among neighbouring blocks."""
     total = round(share * _size(blocks))
     if len(blocks) == 1 or scores is None:
         return _uniform(blocks, share)
@@ -147,7 +147,7 @@ def _lowest(blocks: Sequence[BlockSpan], share: float, scores: Tensor | None) ->
 
 
 def _uniform(blocks: Sequence[BlockSpan], share: float) -> list[int]:
-    """The same share of every block by largest remainders, ties to the block that comes first."""
+    """Return the same share of every block by largest remainders, ties to the block that comes first."""
     # In integers, so that no rounding of share * size can miss the total or overfill a block.
     numerator, denominator = share.as_integer_ratio()
     quotas = [divmod(numerator * (block.stop - block.start), denominator) for block in blocks]

@@ -16,7 +16,7 @@ SCHEDULES = ("geometric", "polynomial", "linear")
 def sparsity_schedule(
     target: float, *, stages: int, schedule: Schedule = "geometric", start: float | None = None
 ) -> tuple[float, ...]:
-    """The sparsity of every stage, never falling, the last one exactly `target`.
+    """Return the sparsity of every stage, never falling, the last one exactly `target`.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def sparsity_schedule(
 
 
 def _between(schedule: str, first: float, last: float, time: float) -> float:
-    """The sparsity of a rule at `time` in [0, 1]."""
+    """Return the sparsity of a rule at `time` in [0, 1]."""
     if schedule == "geometric":
         return float(1.0 - (1.0 - first) * ((1.0 - last) / (1.0 - first)) ** time)
     if schedule == "polynomial":

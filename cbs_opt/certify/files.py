@@ -6,7 +6,7 @@ In the directory of a saved report, ``certificates/`` has for block number ``i``
   `formulations.instances`), written by `save_report`;
 - ``<i>.block.npz``: the data of the block in float64, written by ``prune(..., block_dir=...)`` because it is
   as large as the gradient rows. Without it a checker builds the block anew: `cbs_opt.fisher_blocks` with the
-  trained weights, the data and the settings in report.json, or from the very `GradientRows` of the run.
+  trained weights, the data and the settings in report.json, or from the very `Rows` of the run.
 
 Either way the fingerprint in report.json says whether it is the same block, to the last bit.
 """

@@ -163,7 +163,7 @@ class RowBuilder:
         self._add_gradient(part)
 
     def _signs(self, samples: int) -> Tensor:
-        """The random signs of a row of the sketched Fisher, (samples, C)."""
+        """Return the random signs of a row of the sketched Fisher, (samples, C)."""
         classes = require_classifier(self._classes, self.curvature.kind)
         signs = 2 * torch.randint(0, 2, (samples, classes), generator=self._generator) - 1
         return signs.to(self._gradient.device)
@@ -237,7 +237,7 @@ class RowBuilder:
 
 
 def chunk_sizes(chunk_memory: int, gradient_bytes: int, saved: int) -> tuple[int, int]:
-    """Samples that are differentiated at once: each on its own, and added up."""
+    """Return samples that are differentiated at once: each on its own, and added up."""
     # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the factors cover
     # what was measured on convolutional networks.
     alone = max(1, chunk_memory // (2 * gradient_bytes + 5 * saved))

@@ -270,7 +270,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _reserved(folder: Path, size: int) -> io.FileIO:
-    """A nameless file of `size` bytes, all of which the disk has set aside."""
+    """Return a nameless file of `size` bytes, all of which the disk has set aside."""
     try:
         file = tempfile.TemporaryFile(prefix="cbs-opt-rows-", dir=folder, buffering=0)  # noqa: SIM115
         try:

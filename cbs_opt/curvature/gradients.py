@@ -74,16 +74,16 @@ class NetworkFunction:
         return device_of(self._model)
 
     def output(self, parameters: Gradients, inputs: Inputs) -> Any:
-        """The output for a batch of inputs."""
+        """Return the output for a batch of inputs."""
         args, kwargs = call_arguments(inputs)
         return functional_call(self._model, {**self._fixed, **parameters}, args, kwargs)
 
     def loss(self, parameters: Gradients, inputs: Inputs, labels: Tensor) -> Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         return self.loss_of(self.output(parameters, inputs), labels)
 
     def loss_of(self, output: Any, labels: Tensor) -> Tensor:
-        """The mean loss of a batch whose output is known."""
+        """Return the mean loss of a batch whose output is known."""
         return check_loss(self._loss_fn(output, labels))
 
     def own_tensors(self) -> list[Tensor]:
@@ -91,7 +91,7 @@ class NetworkFunction:
         return [*self.parameters.values(), *self._fixed.values(), *self._model.buffers()]
 
     def with_loss(self, loss_fn: LossFunction) -> NetworkFunction:
-        """The same network under another loss."""
+        """Return the same network under another loss."""
         other = object.__new__(NetworkFunction)
         other.__dict__.update(self.__dict__, _loss_fn=loss_fn)
         return other

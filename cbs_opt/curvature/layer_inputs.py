@@ -203,7 +203,7 @@ def input_moments(
 
 
 def _layers(model: nn.Module, partition: Partition) -> dict[Layer, str]:
-    """The layers that use a parameter of `partition`, with its name there."""
+    """Return the layers that use a parameter of `partition`, with its name there."""
     names = {alias: span.name for span in partition.parameters for alias in (span.name, *span.aliases)}
     return {
         module: names[f"{path}.weight" if path else "weight"]

@@ -242,7 +242,7 @@ def fitting_blocks(size: RunSize, free: int | None = None) -> tuple[BlockRule, i
 
 
 def _fitting(size: RunSize, free: int) -> tuple[BlockRule, int] | None:
-    """The first partition that fits `free` and the limit of the caller, with its `row_memory`."""
+    """Return the first partition that fits `free` and the limit of the caller, with its `row_memory`."""
     for rule, (least, peak) in size.alternatives.items():
         allowed = size.row_memory is None or least <= size.row_memory
         if allowed and peak - size.resident_bytes <= free:

@@ -99,7 +99,7 @@ def _fresh_statistics(layers: list[BatchNorm]) -> Iterator[None]:
 
 
 def _averaging() -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """A hook that makes running statistics the mean over all samples so far."""
+    """Return a hook that makes running statistics the mean over all samples so far."""
     seen = 0
 
     def weigh(layer: nn.Module, args: tuple[Any, ...]) -> None:

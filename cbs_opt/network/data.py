@@ -36,11 +36,11 @@ class Batch:
         return int(self.labels.shape[0])
 
     def take(self, index: slice | Tensor) -> Batch:
-        """The samples at `index`; views where it is a slice."""
+        """Return the samples at `index`; views where it is a slice."""
         return Batch(inputs=map_tensors(lambda x: x[index], self.inputs), labels=self.labels[index])
 
     def to(self, device: torch.device) -> Batch:
-        """The same samples on `device`."""
+        """Return the same samples on `device`."""
         return Batch(inputs=map_tensors(lambda x: x.to(device), self.inputs), labels=self.labels.to(device))
 
 
@@ -66,13 +66,13 @@ def call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def forward(model: Callable[..., Any], inputs: Inputs) -> Any:
-    """The output of `model` for a batch of inputs."""
+    """Return the output of `model` for a batch of inputs."""
     args, kwargs = call_arguments(inputs)
     return model(*args, **kwargs)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter (or buffer) of `model`; the CPU if it has none."""
+    """Return the device of the first parameter (or buffer) of `model`; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -160,7 +160,7 @@ def regroup(batches: Iterable[Batch], size: int, *, argument: str = "data") -> I
 
 
 def class_count(output: Any, labels: Tensor) -> int | None:
-    """Number of classes if `output` (B, C >= 2) and integer `labels` (B,) are a classifier's, else None."""
+    """Return the number of classes if `output` (B, C >= 2) and integer `labels` (B,) are a classifier's."""
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         return None
     return int(output.shape[1]) if labels.ndim == 1 and _is_integer(labels) else None
@@ -206,7 +206,7 @@ def _subset(batch: Batch, samples: int | None, seed: int | None) -> Batch:
 
 
 def _guarded(data: Data, argument: str) -> Iterator[Any]:
-    """The items of `data`; whatever it raises becomes a `DataLoaderError`."""
+    """Yield the items of `data`; whatever it raises becomes a `DataLoaderError`."""
     number = 0
     try:
         source = iter(data)

@@ -103,7 +103,7 @@ def load_masks(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
 
 
 def load_mask_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The strings stored with masks, ours (``sparsity`` among them) and the caller's; see `load_masks`."""
+    """Return the strings stored with masks, ours (``sparsity`` among them) and the caller's."""
     return _read(Path(path))[1]
 
 

@@ -129,14 +129,14 @@ class Partition:
         return self.parameters[-1].stop if self.parameters else 0
 
     def parameters_of(self, block: BlockSpan) -> tuple[ParameterSpan, ...]:
-        """The parameters in which `block` has weights, in order; O(log + answer)."""
+        """Return the parameters in which `block` has weights, in order; O(log + answer)."""
         starts = [span.start for span in self.parameters]
         first = max(bisect_right(starts, block.start) - 1, 0)
         overlapping = (span for span in self.parameters[first:] if span.start < block.stop)
         return tuple(span for span in overlapping if span.stop > block.start)
 
     def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of `model` by name; `PartitionMismatchError` if names or shapes differ."""
+        """Return the parameters of `model` by name; `PartitionMismatchError` if names or shapes differ."""
         present = dict(model.named_parameters())
         for span in self.parameters:
             found = present.get(span.name)
@@ -147,7 +147,7 @@ class Partition:
         return {span.name: present[span.name] for span in self.parameters}
 
     def flatten(self, model: nn.Module) -> Tensor:
-        """A detached copy of the weights as one vector.
+        """Return a detached copy of the weights as one vector.
 
         Parameters
         ----------
@@ -183,7 +183,7 @@ class Partition:
         return flat
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of a flat (n,) vector in the shapes of the parameters, by name."""
+        """Return views of a flat (n,) vector in the shapes of the parameters, by name."""
         if tuple(vector.shape) != (self.n,):
             raise ShapeError(
                 "vector", f"shape {tuple(vector.shape)} for {self.n} weights", f"pass ({self.n},)"

@@ -26,7 +26,7 @@ def names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 def eligible_parameters(
     model: nn.Module, names: dict[nn.Parameter, list[str]], target: Globs | None, ignore: Globs
 ) -> list[nn.Parameter]:
-    """The trainable parameters that `target` names and `ignore` does not, in network order.
+    """Return the trainable parameters that `target` names and `ignore` does not, in network order.
 
     Parameters
     ----------

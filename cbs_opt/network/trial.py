@@ -28,7 +28,7 @@ class TrialNetwork(nn.Module):
         self._trial = as_parameters(model, partition, weights)
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """The output of the network with the trial weights."""
+        """Return the output of the network with the trial weights."""
         return functional_call(self.model, self._trial, args, kwargs)
 
 

@@ -176,7 +176,7 @@ def _scalar(value: Any) -> str:
 
 
 def _fields(record: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a record that are not None, in order."""
+    """Return the fields of a record that are not None, in order."""
     values = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name not in leave}
     return {
         name: list(value)
@@ -278,7 +278,7 @@ def _record(argument: str, value: Any, kind: type[Any], beside: str = "") -> Any
 
 
 def _optional(argument: str, value: Any, kind: type[Any]) -> Any:
-    """A record from its table; a number or flag stands for itself."""
+    """Return a record from its table; a number or flag stands for itself."""
     return _record(argument, value, kind) if isinstance(value, Mapping) else value
 
 
@@ -330,7 +330,7 @@ def _value(text: str) -> Any:
 
 
 def _line(text: str, dotted: str) -> int | None:
-    """Number of the line that sets a dotted name, or of the table that lacks it; None if neither is there.
+    """Return the line that sets a dotted name, or that of the table that lacks it; None without either.
 
     ``recipe[1].damping`` is that of the second recipe; names of fields of a recipe may go without
     ``recipe``.

@@ -19,7 +19,7 @@ class Picture:
 
 
 def embedded(figure: Figure, caption: str) -> Picture:
-    """A figure as SVG within the page."""
+    """Return a figure as SVG within the page."""
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(content.getvalue()).decode("ascii")

@@ -54,7 +54,7 @@ class ChoiceLedger:
         return [self._known[index] for index in range(len(self._sizes))]
 
     def add(self, index: int, choice: Choice) -> None:
-        """A block is done; it is on disk when enough work has come together."""
+        """Put down the choice for a block; it is on disk when enough work has come together."""
         self._waiting[index] = choice
         if self._series.due:
             self._save()

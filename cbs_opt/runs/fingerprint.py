@@ -88,7 +88,7 @@ def _tensors(found: Rows, partition: Partition) -> Iterable[Tensor]:
 
 
 def _device(device: torch.device) -> str:
-    """The kind of device; other processors round otherwise."""
+    """Return the kind of device; other processors round otherwise."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.backends.cpu.get_cpu_capability()})"

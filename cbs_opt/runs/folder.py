@@ -251,6 +251,6 @@ def _items(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    """A value for a message; digests are not to be read."""
+    """Return a value for a message; digests are not to be read."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:16]}..."

@@ -210,7 +210,7 @@ class StagedRun:
 
     def _model(self, weights: Tensor, keep: Tensor) -> StageModel:
         """Return the model at `weights` of those still there, with the channel term if there is to be one."""
-        task, step = self.task, f"_s{self.state.stages:04d}"
+        task, data, step = self.task, self.task.data, f"_s{self.state.stages:04d}"
         curvature = task.recipe.curvature
         assert isinstance(curvature, Fisher)
         assert task.data is not None
@@ -237,7 +237,7 @@ class StagedRun:
         with task.clock.phase("layer inputs"):
             moments = task.done.moments(
                 lambda: input_moments(
-                    task.model, task.data, task.partition, samples=INPUT_SAMPLES, seed=seed, weights=weights
+                    task.model, data, task.partition, samples=INPUT_SAMPLES, seed=seed, weights=weights
                 ),
                 step,
             )

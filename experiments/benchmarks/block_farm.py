@@ -56,14 +56,14 @@ def scaling(count: int, n: int) -> Iterator[str]:
 
 @contextmanager
 def on_loky(workers: int) -> Iterator[None]:
-    """Processes of this machine."""
+    """Use processes of this machine."""
     with joblib.parallel_config(backend="loky"):
         yield
 
 
 @contextmanager
 def on_dask(workers: int) -> Iterator[None]:
-    """A local Dask cluster of single-threaded processes."""
+    """Use a local Dask cluster of single-threaded processes."""
     from distributed import Client, LocalCluster
 
     options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "memory_limit": 0}
@@ -77,7 +77,7 @@ def on_dask(workers: int) -> Iterator[None]:
 
 @contextmanager
 def on_ray(workers: int) -> Iterator[None]:
-    """A local Ray cluster."""
+    """Use a local Ray cluster."""
     import ray
     from ray.util.joblib import register_ray
 
@@ -94,7 +94,7 @@ ENGINES: dict[str, Callable[[int], Any]] = {"loky": on_loky, "dask": on_dask, "r
 
 
 def engines(count: int, n: int, seconds: float, workers: int) -> Iterator[str]:
-    """The same blocks of fixed length on every engine; the mark is 15 % over loky."""
+    """Yield the same blocks of fixed length on every engine; the mark is 15 % over loky."""
     problems = blocks(count, n)
     duration: dict[str, float] = {}
     for name, started in ENGINES.items():

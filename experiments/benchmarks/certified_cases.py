@@ -113,7 +113,7 @@ def resnet20_global(source: Source) -> Iterator[Measurement]:
 
 
 def digits(source: Source) -> Iterator[Measurement]:
-    """The 128-128 layer of a digits network as one block of 16 384 weights."""
+    """Yield the 128-128 layer of a digits network as one block of 16 384 weights."""
     n = HIDDEN * HIDDEN
     for sparsity in SPARSITIES:
         yield _digits(n, 1e-5, sparsity, source, mark_gap=3e-4, mark_seconds=60.0)

@@ -190,7 +190,7 @@ def _described(measurement: Measurement) -> dict[str, Any]:
 
 
 def write_tables(out: Path, case: str, results: list[dict[str, Any]], arguments: list[str]) -> None:
-    """The case as CSV, its figures, and the page of all cases whose results are in `out`."""
+    """Write the case as CSV, its figures, and the page of all cases with results in `out`."""
     flat = [{key: value for key, value in row.items() if key != "machine"} for row in results]
     pd.DataFrame(flat).to_csv(out / f"{case}.csv", index=False)
     (out / "figures").mkdir(exist_ok=True)

@@ -73,7 +73,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def gaps_page(cases: Mapping[str, tuple[Sequence[str], Sequence[Row]]]) -> str:
-    """The page of several cases: for each its command-line arguments and results."""
+    """Return the page of several cases: for each its command-line arguments and results."""
     sections = [INTRODUCTION]
     for case, (arguments, rows) in cases.items():
         command = f"    python -m experiments.benchmarks.certified_gaps {_shown(arguments)}"
@@ -89,7 +89,7 @@ def gaps_page(cases: Mapping[str, tuple[Sequence[str], Sequence[Row]]]) -> str:
 
 
 def _shown(arguments: Sequence[str]) -> str:
-    """The arguments without where this machine keeps its data and results."""
+    """Return the arguments without where this machine keeps its data and results."""
     shown, skip = [], False
     for argument in arguments:
         if skip:
@@ -149,7 +149,7 @@ def _ratio(value: float) -> str:
 
 
 def _sums(rows: Sequence[Row]) -> str:
-    """The layers added up, a line for each damping and sparsity."""
+    """Return the layers added up, a line for each damping and sparsity."""
     groups: dict[tuple[float, float], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["damping"], row["sparsity"]), []).append(row)

@@ -61,7 +61,7 @@ def trained_layer(epochs: int = 60) -> HiddenLayer:
 def digits_block(
     n: int, damping: float, n_prune: int, *, samples: int = 1000, seed: int = 0, epochs: int = 60
 ) -> BlockProblem:
-    """The incoming weights of consecutive hidden neurons, from the one of median Fisher trace on.
+    """Return the incoming weights of consecutive hidden neurons, from the one of median Fisher trace on.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ def test() -> tuple[Tensor, Tensor]:
 
 
 def network() -> nn.Module:
-    """A network 64-24-10 after some steps of gradient descent, in evaluation mode."""
+    """Return a network 64-24-10 after some steps of gradient descent, in evaluation mode."""
     model = nn.Sequential(nn.Linear(64, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -29,7 +29,7 @@ METHODS: dict[str, ExactMethod] = {OURS: branch_and_bound}
 
 
 def mark_cases() -> Iterator[Case]:
-    """The blocks of the marks, easiest first within each program."""
+    """Yield the blocks of the marks, easiest first within each program."""
     for share in SHARES:
         yield Case(program="joint", problem=digits_block(512, 1e-5, round(512 * share)), mark=1.0)
         yield Case(program="joint", problem=digits_block(192, 1e-6, round(192 * share)), mark=60.0)

@@ -91,7 +91,7 @@ class SwapInstance:
     threshold: Tensor
 
     def part(self, blocks: int, device: torch.device) -> SwapInstance:
-        """The first blocks, on a device."""
+        """Return the first blocks, on a device."""
         return SwapInstance(
             gram=self.gram.to(device),
             weights=self.weights[:blocks].to(device),
@@ -164,7 +164,7 @@ def plain_loop(instance: SwapInstance, swaps: int) -> tuple[Tensor, int]:
 
 
 def timed(run: Callable[[], tuple[Tensor, int]], device: torch.device) -> tuple[Tensor, int, float]:
-    """What `run` gives, and the seconds of its second call: the first one compiles and allocates."""
+    """Return what `run` gives, and the seconds of its second call: the first one compiles and allocates."""
     run()
     _wait(device)
     began = time.perf_counter()
@@ -174,7 +174,7 @@ def timed(run: Callable[[], tuple[Tensor, int]], device: torch.device) -> tuple[
 
 
 def swap_lines(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Line]:
-    """Swaps a second of every engine."""
+    """Return swaps a second of every engine."""
     whole = swap_instance(sizes, device, dtype)
     cpu = torch.device("cpu")
     runs = (
@@ -285,7 +285,7 @@ def measured(sizes: Sizes, device: torch.device) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The measurements as text."""
+    """Return the measurements as text."""
     rows = [
         f"{'what':28}{'engine':16}{'device':8}{'count':>10}{'seconds':>10}{'a second':>12}  as on the CPU"
     ]

@@ -119,7 +119,7 @@ def measure(
 
 
 def certified(block: FisherBlock, count: int) -> tuple[float, float]:
-    """The certified bound on the joint program, and the seconds that it took."""
+    """Return the certified bound on the joint program, and the seconds that it took."""
     began = time.monotonic()
     bound = cbs_opt.lower_bound(block.to_problem(count), program="joint").bound
     assert bound is not None

@@ -53,7 +53,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def loaded(network: str, data_dir: Path | None) -> tuple[nn.Module, Any, Pair, Pair]:
-    """A trained network, what of it may be pruned, and its training and test data."""
+    """Return a trained network, what of it may be pruned, and its training and test data."""
     if network == DIGITS:
         perceptron, train, test = digits_network()
         return perceptron, None, train, test

@@ -16,7 +16,7 @@ PACKAGES = ("cbs-opt", "numpy", "scipy", "numba")
 
 
 def race_page(outcomes: Sequence[Row | Absent], limits: Limits, arguments: Sequence[str]) -> str:
-    """The page: what was run, one table a program, where a rival is ahead, and every figure."""
+    """Return the page: what was run, one table a program, where a rival is ahead, and every figure."""
     sections = [_introduction(limits, arguments)]
     programs = dict.fromkeys(outcome.case.program for outcome in outcomes)
     for program in programs:
@@ -95,7 +95,7 @@ def _cell(outcome: Row | Absent | None, ours: Row | Absent | None) -> str:
 
 
 def _ahead(outcomes: Iterable[Row | Absent]) -> str:
-    """The cases in which a rival proved the optimum in less processor or wall time than we did."""
+    """Return the cases in which a rival proved the optimum in less processor or wall time than we did."""
     rows = [outcome for outcome in outcomes if isinstance(outcome, Row)]
     ours = {_key(row): row for row in rows if row.method == OURS}
     lines = []

@@ -54,7 +54,7 @@ class Case:
 
 
 def mlp(*widths: int, seed: int = 0) -> nn.Module:
-    """An untrained MLP: what its rows take does not depend on training."""
+    """Return an untrained MLP: what its rows take does not depend on training."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inside, outside in pairwise(widths):

@@ -65,7 +65,7 @@ def _resident() -> int:
 def whole_network(
     network: str, rows: int, seed: int, data_dir: Path | None, samples_per_row: int = 1
 ) -> FisherBlock:
-    """The weights and gradient rows of a network as one block."""
+    """Return the weights and gradient rows of a network as one block."""
     spec = NETWORKS[network]
     data = load_dataset(spec.dataset, data_dir, mean=spec.mean, std=spec.std)
     loaded = load_network(network, data_dir)
