@@ -253,7 +253,8 @@ def _prepared(
     request = replace(
         request, recipes=tuple(_with_layer_inputs(entry, request, partition) for entry in request.recipes)
     )
-    size = _size(request, partition, resources, data)
+    itemsize = max(4, *(tensor.element_size() for tensor in partition.tensors(model).values()))
+    size = _size(request, partition, resources, data, itemsize)
     if asked is None:
         rule, row_memory = fitting_blocks(size)
         if rule != "global":
@@ -261,7 +262,7 @@ def _prepared(
             logger.warning(text, partition.n, rule)
             partition = _partition(model, request.recipes[0].weights, rule)
             resources = replace(resources, row_memory=row_memory)
-            size = _size(request, partition, resources, data)
+            size = _size(request, partition, resources, data, itemsize)
         request = replace(request, recipes=tuple(_with_blocks(entry, rule) for entry in request.recipes))
     _check_rows(request, partition)
     _check_certifiable(request, partition)
@@ -281,8 +282,10 @@ def _with_blocks(recipe: Recipe, rule: BlockRule) -> Recipe:
     return replace(recipe, weights=replace(recipe.weights, blocks=rule))
 
 
-def _size(request: Request, partition: Partition, resources: Resources, data: Data | None) -> RunSize:
-    """Return the size of the run."""
+def _size(
+    request: Request, partition: Partition, resources: Resources, data: Data | None, itemsize: int
+) -> RunSize:
+    """Return the size of the run whose rows have numbers of `itemsize` bytes."""
     curvature = request.recipes[0].curvature
     fresh = isinstance(curvature, Fisher)
     return run_size(
@@ -290,6 +293,7 @@ def _size(request: Request, partition: Partition, resources: Resources, data: Da
         None if fresh and not needs_curvature(request) else curvature,
         layer_inputs=any(recipe.layer_inputs for recipe in request.recipes),
         resources=resources,
+        itemsize=itemsize,
         available=None if data is None else sample_count(data),
         staged=request.stages is not None,
     )

@@ -31,7 +31,7 @@ def run(
     Prints test accuracy, the increase of the training loss as predicted and as measured, and times;
     writes report.html with pictures.
     """
-    with reported(debug):
+    with reported(debug, {"sparsity": "--sparsity", "seed": "--seed"}.get):
         from tqdm import tqdm
 
         from cbs_opt.cli.tables import comparison_lines

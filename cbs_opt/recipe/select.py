@@ -161,8 +161,8 @@ class SwapSearch(Select):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._put("repeats", whole_number("select.repeats", self.repeats))
-        self._whole(1, "drops", "dense_limit")
-        self._whole(0, "max_swaps", "restarts")
+        self._whole(1, "drops")
+        self._whole(0, "max_swaps", "restarts", "dense_limit")
         if self.start is not None and not isinstance(self.start, str):
             self._put("start", names("select.start", self.start))
             if not self.start:
@@ -197,7 +197,8 @@ class GreedyOBS(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "drops", "dense_limit")
+        self._whole(1, "drops")
+        self._whole(0, "dense_limit")
 
 
 @dataclass(frozen=True, kw_only=True)

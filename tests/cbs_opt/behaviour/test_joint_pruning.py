@@ -81,7 +81,7 @@ def test_an_interrupt_leaves_the_network_alone(monkeypatch: pytest.MonkeyPatch) 
     model = network(dtype=torch.float64)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        run(model=model, method_options={"dense_limit": 0})
+        run(model=model, select=SwapSearch(dense_limit=0))
     assert_untouched(model, before)
 
 

@@ -88,7 +88,7 @@ def test_lost_or_interrupted_workers_leave_the_network_alone(error, expected, mo
 
 
 def test_blocks_too_large_for_dense_methods_are_named(monkeypatch):
-    monkeypatch.setattr("cbs_opt.select.selectors.DENSE_BLOCK", 4)
+    monkeypatch.setattr("cbs_opt.select.blockwise.DENSE_BLOCK", 4)
     with (
         pytest.raises(UnsupportedProblemError, match=r"weights\.blocks"),
         joblib.parallel_config("threading"),

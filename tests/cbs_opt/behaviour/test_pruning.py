@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,17 +151,10 @@ def test_predicted_losses_are_those_of_formulations(partition: str, gradient: bo
         gradient=gradient,
     )
     keep = torch.cat([report.masks[name].flatten() for name in ELIGIBLE])
-    for block, summary in zip(blocks, report.blocks, strict=True):
-        problem = type(block)(
-            name=block.name,
-            start=block.start,
-            stop=block.stop,
-            weights=block.weights,
-            rows=block.rows,
-            gradient=block.gradient if gradient else None,
-            damping=block.damping,
-        ).to_problem(summary.n_prune)
-        kept = keep[block.start : block.stop].numpy()
+    kept_by_block = keep.split([block.n for block in blocks])
+    for block, summary, kept_here in zip(blocks, report.blocks, kept_by_block, strict=True):
+        bare = block if gradient else replace(block, gradient=None)
+        problem, kept = bare.to_problem(summary.n_prune), kept_here.numpy()
         assert summary.selection_loss == pytest.approx(loss.selection_loss(problem, kept), rel=1e-8)
         assert summary.updated_loss == pytest.approx(loss.joint_loss(problem, kept), rel=1e-8)
 
