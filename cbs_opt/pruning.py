@@ -173,9 +173,10 @@ def prune(
             )
             store = opened.enter_context(RunStore(run_dir, fingerprint))
             task = replace(task, done=RunProgress(store, task.weights.device))
-        result = _finished(task, passes)
+        staged = None if request.stages is None else StagedRun(task, passes)
+        result = _finished(task, staged)
         if result is None:
-            result = _run(task, passes, evaluate, opened)
+            result = _run(task, staged, evaluate, opened)
         weights, report = result
     write_back(model, partition, weights)
     return report
@@ -362,22 +363,23 @@ def _check_certifiable(request: Request, partition: Partition) -> None:
             raise UnsupportedProblemError("certify", found, remedy)
 
 
-def _finished(task: Task, passes: Passes) -> tuple[Tensor, PruneReport] | None:
-    """Return weights and report of a run that is finished, after its stages were announced."""
+def _finished(task: Task, staged: StagedRun | None) -> tuple[Tensor, PruneReport] | None:
+    """Return weights and report of a run that is finished, after all its stages were announced."""
     certify = task.request.certify
     result = task.done.finished(task.partition, None if certify is None else certify.block_dir)
-    if result is not None and task.request.stages is not None:
-        StagedRun(task, passes).resume()
+    if result is not None and staged is not None and not staged.resume():
+        return None
     return result
 
 
-def _run(task: Task, passes: Passes, held_out: Data | None, opened: ExitStack) -> tuple[Tensor, PruneReport]:
+def _run(
+    task: Task, staged: StagedRun | None, held_out: Data | None, opened: ExitStack
+) -> tuple[Tensor, PruneReport]:
     """Prune, describe what was done, and keep the result."""
     certify = task.request.certify
-    if task.request.stages is not None:
-        run = StagedRun(task, passes)
-        best = run.run()
-        report = describe(task, best, None, held_out, state=run.state)
+    if staged is not None:
+        best = staged.run()
+        report = describe(task, best, None, held_out, state=staged.state)
     else:
         rows = take_rows(task)
         if rows is not None and rows is not task.recipe.curvature:

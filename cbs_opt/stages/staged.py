@@ -93,11 +93,13 @@ class StagedRun:
             keep=torch.ones(task.partition.n, dtype=torch.bool, device=task.weights.device),
         )
 
-    def resume(self) -> None:
-        """Take over the stages on disk, and announce them."""
+    def resume(self) -> bool:
+        """Take over the stages on disk and announce them, each once; return whether all are there."""
         for state in stored_stages(self.task.done.pieces, self.task.weights.device):
-            self.state = state
-            self._announce()
+            if state.stages > self.state.stages:
+                self.state = state
+                self._announce()
+        return self.state.stages == len(self.plan.steps)
 
     def run(self) -> Candidate:
         """Do the stages that are still to do; return what they end with."""
