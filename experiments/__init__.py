@@ -1,0 +1,1 @@
+"""What is claimed: one command for each table, picture and page."""

@@ -1,7 +1,7 @@
-"""Time exact methods on the marks' blocks, or against other solvers: one thread, no compilation.
+r"""Time exact methods on the marks' blocks, or against other solvers: one thread, no compilation.
 
 OMP_NUM_THREADS=1 python -m experiments.benchmarks.exact_solvers --gap 1e-4 --time-limit 60
-OMP_NUM_THREADS=1 python -m experiments.benchmarks.exact_solvers --rivals --time-limit 20 \\
+OMP_NUM_THREADS=1 python -m experiments.benchmarks.exact_solvers --rivals --time-limit 20 \
     --shares .5 .8 --markdown docs/results/exact_solvers.md
 """
 

@@ -99,6 +99,7 @@ def measure(blocks: Iterable[str], time_limit: float, *, every: bool = False) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure the first and the second call, and print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--largest", type=int, default=128, help="weights of a block, at most")
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds of a solve")

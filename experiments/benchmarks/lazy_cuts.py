@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def gurobi_lazy_cuts(
             model.addConstr(planes.row(gurobipy, cut, chosen, value))
         _configure(model, limits, began)
         model.optimize(_separator(gurobipy, planes, chosen, value))
-        return _concluded(gurobipy, model, problem, known, limits, began, planes, chosen, block)
+        return _concluded(model, problem, known, limits, began, planes, chosen, block)
 
 
 @dataclass
@@ -149,7 +150,6 @@ def _separator(gurobipy: Any, planes: _Planes, chosen: list[Any], value: Any) ->
 
 
 def _concluded(
-    gurobipy: Any,
     model: Any,
     problem: BlockProblem,
     known: BlockSolution,
@@ -159,7 +159,7 @@ def _concluded(
     chosen: list[Any],
     block: ScaledBlock,
 ) -> BlockSolution:
-    codes = gurobipy.GRB.Status
+    codes = import_module("gurobipy").GRB.Status
     candidates: list[BoolArray] = []
     if model.SolCount:
         ones = np.array([variable.X for variable in chosen]) > 0.5

@@ -137,14 +137,8 @@ def race(cases: Iterable[Case], contenders: Sequence[Contender], limits: Limits)
         for contender in contenders:
             if case.program not in contender.programs:
                 continue
-            reason = missing[contender.name]
-            largest = contender.largest.get(case.program, problem.n)
             before = failed.get((contender.name, case.program, share))
-            if not reason and problem.n > largest:
-                reason = f"not tried beyond n = {largest}"
-            if not reason and before is not None:
-                reason = f"unproved at n = {before}"
-            if reason:
+            if reason := missing[contender.name] or _too_large(contender, case, before):
                 yield Absent(case=case, method=contender.name, reason=reason)
                 continue
             try:
@@ -155,6 +149,15 @@ def race(cases: Iterable[Case], contenders: Sequence[Contender], limits: Limits)
             if not row.solution.proved:
                 failed[contender.name, case.program, share] = problem.n
             yield row
+
+
+def _too_large(contender: Contender, case: Case, before: int | None) -> str:
+    """Return why the contender is not tried on the case; `before` is the size of a block left unproved."""
+    n = case.problem.n
+    largest = contender.largest.get(case.program, n)
+    if n > largest:
+        return f"not tried beyond n = {largest}"
+    return "" if before is None else f"unproved at n = {before}"
 
 
 def _absence(contender: Contender) -> str:
