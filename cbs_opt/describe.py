@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cbs_opt.certify.certificates import ChosenSet, certify_blocks
+from cbs_opt.certify.certificates import CertifiedBlock, ChosenSet, certify_blocks, relative_gap
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
@@ -15,8 +16,7 @@ from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
-from cbs_opt.report.certified import with_certificates
-from cbs_opt.report.parts import BlockSummary, LayerSummary
+from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages.state import StageState
@@ -131,7 +131,13 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             progress=task.progress,
             path_of=task.done.certificate_path,
         )
-    return with_certificates(report, bounded)
+    blocks = tuple(map(_with_certificate, report.blocks, bounded))
+    return replace(
+        report,
+        blocks=blocks,
+        certified=CertifiedSum.of(report.program, blocks),
+        certificates=tuple(block.solution for block in bounded),
+    )
 
 
 def _block_summaries(
@@ -183,4 +189,22 @@ def _layer_summaries(
     return tuple(
         LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask.cpu())
         for name, mask in keep.items()
+    )
+
+
+def _with_certificate(block: BlockSummary, certified: CertifiedBlock) -> BlockSummary:
+    """Return the summary of a block with its bound and what proves it."""
+    solution, evidence = certified.solution, certified.solution.certificate
+    return replace(
+        block,
+        objective=solution.objective,
+        bound=solution.bound,
+        gap=relative_gap(solution.objective, solution.bound),
+        certificate=None if evidence is None else evidence.kind,
+        certificate_status=certified.status,
+        certificate_seconds=solution.stats.seconds,
+        rho=None if evidence is None else evidence.rho,
+        effective_rank=None if evidence is None else evidence.effective_rank,
+        n_fixed=None if evidence is None else evidence.n_fixed,
+        fingerprint=certified.fingerprint,
     )

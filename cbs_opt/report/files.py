@@ -49,15 +49,12 @@ def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_dir():
         raise ArgumentError("folder", f"{target} is a file", "pass a folder, or a name not yet used")
     target.mkdir(parents=True, exist_ok=True)
-    (target / REPORT_JSON).unlink(missing_ok=True)
+    for name in (REPORT_JSON, MASKS_FILE, RECIPE_FILE):
+        (target / name).unlink(missing_ok=True)
     if report.masks:
         save_masks(target / MASKS_FILE, report.masks, metadata={"method": report.method})
-    else:
-        (target / MASKS_FILE).unlink(missing_ok=True)
     if report.request is not None:
         save_request(report.request, target / RECIPE_FILE)
-    else:
-        (target / RECIPE_FILE).unlink(missing_ok=True)
     fingerprints = [block.fingerprint for block in report.blocks]
     save_certificates(fingerprints, report.certificates, target / CERTIFICATES)
     write_atomically(target / LAYERS_CSV, report.to_frame().to_csv(lineterminator="\n").encode())

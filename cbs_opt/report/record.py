@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from cbs_opt.network.evaluation import Evaluation
@@ -58,12 +57,10 @@ class PruneReport:
         What was asked for.
     n, n_prune : int
         Weights that might be pruned, and those that were.
-    layers : tuple of LayerSummary
-    blocks : tuple of BlockSummary
-    predicted_selection_loss : float, optional
-        Predicted loss increase before the update.
-    predicted_loss_increase : float, optional
-        Predicted loss increase of the network as written back.
+    layers, blocks, stages : tuple of LayerSummary, BlockSummary, StageRecord
+        Every layer, every block, and every step of a run in stages.
+    predicted_selection_loss, predicted_loss_increase : float, optional
+        Predicted loss increase before the update, and of the network as written back.
     train_before, train_after : Evaluation, optional
         On the samples that the curvature was taken from.
     before, after : Evaluation, optional
@@ -92,8 +89,6 @@ class PruneReport:
         The bounds of all blocks added up, where `prune` was asked to certify.
     certificates : tuple of BlockSolution
         The chosen set of every block with its bound and the evidence. Not part of the JSON.
-    stages : tuple of StageRecord
-        Every step of a run in stages.
     """
 
     method: str
@@ -153,6 +148,11 @@ class PruneReport:
         return self.train_before, self.train_after
 
     @property
+    def loss_before_update(self) -> float | None:
+        """Predicted loss increase before the update; None without an update."""
+        return self.predicted_selection_loss if self.update else None
+
+    @property
     def actual_loss_increase(self) -> float | None:
         """Measured increase on the curvature's own samples, to set against the prediction."""
         if self.train_before is None or self.train_after is None:
@@ -187,20 +187,17 @@ class PruneReport:
         """
         import pandas as pd
 
-        columns = {
-            "shape": ["x".join(map(str, layer.shape)) for layer in self.layers],
-            "n": [layer.n for layer in self.layers],
-            "n_prune": [layer.n_prune for layer in self.layers],
-            "n_keep": [layer.n - layer.n_prune for layer in self.layers],
-            "sparsity": [layer.sparsity for layer in self.layers],
-        }
-        frame = pd.DataFrame(columns, index=pd.Index([layer.name for layer in self.layers], name="layer"))
+        rows = [
+            ("x".join(map(str, layer.shape)), layer.n, layer.n_prune, layer.n - layer.n_prune, layer.sparsity)
+            for layer in self.layers
+        ]
+        index = pd.Index([layer.name for layer in self.layers], name="layer")
+        frame = pd.DataFrame(rows, index, columns=["shape", "n", "n_prune", "n_keep", "sparsity"])
         frame.attrs.update(n=self.n, n_prune=self.n_prune, sparsity=self.sparsity)
         if self.certified is not None:
             sums = [self._sum_within(layer.name) for layer in self.layers]
             for name in ("objective", "bound", "gap"):
-                values = [getattr(total, name, None) for total in sums]
-                frame[name] = [math.nan if value is None else value for value in values]
+                frame[name] = np.array([getattr(total, name, None) for total in sums], dtype=float)
             frame.attrs["certified"] = self.certified
         return frame
 
@@ -208,8 +205,7 @@ class PruneReport:
         """Return one row a step of a run in stages, with the fields of `StageRecord`."""
         import pandas as pd
 
-        columns = [field.name for field in dataclasses.fields(StageRecord)]
-        return pd.DataFrame([vars(record) for record in self.stages], columns=columns)
+        return pd.DataFrame(map(vars, self.stages), columns=[f.name for f in fields(StageRecord)])
 
     def summary(self) -> str:
         """Return a few lines for a terminal."""
@@ -221,19 +217,17 @@ class PruneReport:
         ]
         if self.predicted_loss_increase is not None:
             line = f"loss increase: predicted {self.predicted_loss_increase:.4g}"
-            if self.update and self.predicted_selection_loss is not None:
-                line += f" ({self.predicted_selection_loss:.4g} before the update)"
+            if self.loss_before_update is not None:
+                line += f" ({self.loss_before_update:.4g} before the update)"
             if self.actual_loss_increase is not None:
                 line += f", actual {self.actual_loss_increase:.4g}"
             lines.append(line)
         if self.certified is not None:
             lines += self.certified.lines()
-        for title, before, after in (
-            ("training", self.train_before, self.train_after),
-            ("evaluation", self.before, self.after),
-        ):
-            if before is not None and after is not None:
-                lines.append(f"{title} data: {_change(before, after)}")
+        if self.train_before is not None and self.train_after is not None:
+            lines.append(f"training data: {_change(self.train_before, self.train_after)}")
+        if self.before is not None and self.after is not None:
+            lines.append(f"evaluation data: {_change(self.before, self.after)}")
         if self.seconds:
             phases = ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())
             lines.append(f"{self.total_seconds:.2f} s ({phases})")
@@ -241,10 +235,9 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json` can write; everything but the masks and the certificates."""
-        names = [field.name for field in dataclasses.fields(self) if field.name not in APART]
-        fields = {name: plain(getattr(self, name)) for name in names}
+        body = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in APART}
         request = None if self.request is None else plain(request_to_plain(self.request))
-        return {"format": FORMAT, "version": VERSION, **fields, "request": request}
+        return {"format": FORMAT, "version": VERSION, **body, "request": request}
 
     @classmethod
     def from_dict(
@@ -273,7 +266,7 @@ class PruneReport:
             request = _request(data.get("request"))
         except (TypeError, ValueError, AttributeError) as error:
             raise ReportFormatError("data", f"damaged report ({error})", "write the report again") from error
-        return dataclasses.replace(report, masks=masks or {}, certificates=certificates, request=request)
+        return replace(report, masks=masks or {}, certificates=certificates, request=request)
 
     def _sum_within(self, layer: str) -> CertifiedSum | None:
         """Return the sum over the blocks that lie within a layer, None if there is none."""

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from cbs_opt.recipe.files import request_to_plain
-from cbs_opt.report.comparison import comparison_frame
 from cbs_opt.report.numbers import (
     MISSING,
     bound_text,
@@ -32,16 +31,7 @@ TOP_BLOCKS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of a table; text is set to the left, numbers to the right.
-
-    Parameters
-    ----------
-    name : str
-        Its heading.
-    text : bool, default False
-    show : callable, default str
-        From a value to its cell; what is missing becomes `MISSING` without it.
-    """
+    """A column of a table: its heading, whether it is text (set to the left), and how a value is shown."""
 
     name: str
     text: bool = False
@@ -72,10 +62,8 @@ class Table:
     @classmethod
     def of_pairs(cls, pairs: Iterable[tuple[str, str]], headings: tuple[str, str], **more: Any) -> Table:
         """Return a table of names and values."""
-        name, value = headings
-        return cls(
-            columns=(Column(name=name), Column(name=value, text=bool(value))), rows=tuple(pairs), **more
-        )
+        columns = (Column(name=headings[0]), Column(name=headings[1], text=bool(headings[1])))
+        return cls(columns=columns, rows=tuple(pairs), **more)
 
     def markdown(self) -> str:
         """Return the table as Markdown, cells of `best` in bold."""
@@ -132,34 +120,75 @@ SETTINGS = (
 )
 
 
-def accuracy_table(reports: Sequence[PruneReport]) -> Table | None:
-    """Return accuracy by method and requested sparsity, the mean where runs repeat; None where unmeasured."""
+def comparison_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
+    """Return one row a report, in the given order.
+
+    Columns are ``method``, ``update``, ``sparsity`` (achieved), ``accuracy_before``, ``accuracy``,
+    ``loss_before``, ``loss`` (on the evaluation data, else on the curvature's samples),
+    ``predicted_selection_loss`` (before the update), ``predicted_loss_increase``,
+    ``actual_loss_increase`` (all three on the curvature's samples), ``certified_gap`` (of the model),
+    ``seconds`` and ``peak_memory_bytes``. What was not measured is NaN.
+    """
+    rows = []
+    for report in reports:
+        before, after = report.evaluations
+        row = {
+            "method": report.method,
+            "update": report.update,
+            "sparsity": report.sparsity,
+            "accuracy_before": before and before.accuracy,
+            "accuracy": after and after.accuracy,
+            "loss_before": before and before.loss,
+            "loss": after and after.loss,
+            "predicted_selection_loss": report.predicted_selection_loss,
+            "predicted_loss_increase": report.predicted_loss_increase,
+            "actual_loss_increase": report.actual_loss_increase,
+            "certified_gap": report.certified and report.certified.gap,
+            "seconds": report.total_seconds,
+            "peak_memory_bytes": report.peak_memory_bytes,
+        }
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    # Else a column that is missing throughout would hold None.
+    return frame.astype({name: float for name in frame.columns[2:]})
+
+
+def evaluated_on(reports: Sequence[PruneReport]) -> str:
+    """Return in words which data `PruneReport.evaluations` refers to."""
+    held_out = {report.after is not None for report in reports}
+    if held_out == {True}:
+        return "evaluation data"
+    return "curvature samples" if held_out == {False} else "evaluation data where given"
+
+
+def labelled_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
+    """Return `comparison_frame` with the label of each run and whether it is locally optimal."""
     frame = comparison_frame(reports)
     frame["label"] = [report.label for report in reports]
+    frame["locally_optimal"] = [report.locally_optimal for report in reports]
+    return frame
+
+
+def accuracy_table(reports: Sequence[PruneReport]) -> Table | None:
+    """Return accuracy by method and requested sparsity, the mean where runs repeat; None where unmeasured."""
+    frame = labelled_frame(reports)
     frame["requested"] = [report.requested_sparsity for report in reports]
     means = frame.dropna(subset="accuracy").pivot_table("accuracy", "label", "requested", sort=False)
     if means.empty:
         return None
     means = means.sort_index(axis=1)
-    columns = [Column(name=percent_text(float(s), 1), show=percent_text) for s in means.columns.to_list()]
-    rows = [
-        (label, *(column.cell(mean) for column, mean in zip(columns, values, strict=True)))
-        for label, values in zip(means.index, means.to_numpy(), strict=True)
-    ]
-    places = np.argwhere(means.eq(means.max()).to_numpy()).tolist()
+    best = np.argwhere(means.eq(means.max()).to_numpy()).tolist()
+    headings = [percent_text(float(sparsity), 1) for sparsity in means.columns.to_list()]
     return Table(
-        columns=(Column(name="Method"), *columns),
-        rows=tuple(rows),
-        best=frozenset((row, place + 1) for row, place in places),
+        columns=(Column(name="Method"), *(Column(name=heading) for heading in headings)),
+        rows=tuple((label, *map(COLUMNS["accuracy"].cell, row)) for label, *row in means.itertuples()),
+        best=frozenset((row, column + 1) for row, column in best),
     )
 
 
 def results_table(reports: Sequence[PruneReport], columns: Sequence[str] = RESULTS) -> Table:
     """Return one row a report."""
-    frame = comparison_frame(reports)
-    frame["label"] = [report.label for report in reports]
-    frame["locally_optimal"] = [report.locally_optimal for report in reports]
-    return Table.of(frame, columns)
+    return Table.of(labelled_frame(reports), columns)
 
 
 def layers_table(report: PruneReport) -> Table:
@@ -220,8 +249,8 @@ def certificates_note(report: PruneReport) -> str:
 
 def times_table(report: PruneReport) -> Table:
     """Return the time of every phase, and the peak memory."""
-    pairs = [(phase, seconds_text(value)) for phase, value in report.seconds.items()]
-    pairs.append(("all", seconds_text(report.total_seconds)))
+    phases = {**report.seconds, "all": report.total_seconds}
+    pairs = [(phase, seconds_text(value)) for phase, value in phases.items()]
     if report.peak_memory_bytes is not None:
         pairs.append(("peak memory of the process", bytes_text(report.peak_memory_bytes)))
     return Table.of_pairs(pairs, ("Phase", ""))
@@ -251,6 +280,6 @@ def _flat(document: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _blocks_frame(blocks: Sequence[BlockSummary]) -> pd.DataFrame:
     """Return one row a block, with the fields of `BlockSummary` and ``n_per_rank``."""
-    names = [name for name in BlockSummary.__dataclass_fields__]
-    frame = pd.DataFrame([vars(block) for block in blocks], columns=names).rename(columns={"name": "block"})
+    names = list(BlockSummary.__dataclass_fields__)
+    frame = pd.DataFrame(map(vars, blocks), columns=names).rename(columns={"name": "block"})
     return frame.assign(n_per_rank=frame["n"] / frame["effective_rank"].astype(float))
