@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import EmptyDataError, NoBatchNormError
-from cbs_opt.network.data import Data, device_of, forward, iterate, positive_integer, regroup
+from cbs_opt.network.data import Data, device_of, forward, iterate, regroup
 from cbs_opt.network.evaluation import evaluation_mode
+from cbs_opt.system.checks import whole_number
 from formulations.errors import ArgumentError, NonFiniteError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -55,9 +56,9 @@ def recalibrate_batchnorm(
     EmptyDataError, DataLoaderError, BatchFormatError
         If the data cannot be read or holds fewer than two samples.
     """
-    if positive_integer("batch_size", batch_size) < 2:
+    if whole_number("batch_size", batch_size) < 2:
         raise ArgumentError("batch_size", "1", "a single sample has no variance; pass 2 or more")
-    limit = None if samples is None else positive_integer("samples", samples)
+    limit = None if samples is None else whole_number("samples", samples)
     layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     if not layers:
         found = "no batch normalisation with running statistics"

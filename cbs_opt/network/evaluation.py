@@ -18,8 +18,8 @@ from cbs_opt.network.data import (
     device_of,
     forward,
     iterate,
-    positive_integer,
 )
+from cbs_opt.system.checks import whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,8 @@ def evaluate(
     DataLoaderError, BatchFormatError, EmptyDataError, LabelRangeError
         If the data cannot be read or does not fit the network.
     """
-    positive_integer("batch_size", batch_size)
-    limit = None if max_samples is None else positive_integer("max_samples", max_samples)
+    whole_number("batch_size", batch_size)
+    limit = None if max_samples is None else whole_number("max_samples", max_samples)
     total, correct, samples = 0.0, 0, 0
     classifies = True
     batches = iterate(
