@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cbs_opt.certify.certificates import CertifiedBlock, ChosenSet, certify_blocks, relative_gap
+from cbs_opt.certify.certificates import CertifiedBlock, certify_blocks, relative_gap
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
@@ -117,9 +117,7 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             # The sets were chosen for another Hessian than the one that the update minimises.
             proved = [None] * len(proved)
     layer_inputs = 0.0 if selects_by_rows(recipe) else term_of(recipe)
-    chosen = [
-        ChosenSet(keep=choice.keep, proved=bound) for choice, bound in zip(best.choices, proved, strict=True)
-    ]
+    chosen = [(choice.keep, bound) for choice, bound in zip(best.choices, proved, strict=True)]
     with task.clock.phase("certificates"), within("weights", partition="blocks"):
         bounded = certify_blocks(
             model.blocks(damping, layer_inputs, gradient=recipe.gradient),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cbs_opt.errors import EmptyDataError, NoBatchNormError
 from cbs_opt.network.data import Data, device_of, forward, iterate, regroup
@@ -72,7 +72,10 @@ def recalibrate_batchnorm(
                 used += batch.size
         if used == 0:
             raise EmptyDataError("data", "one sample has no variance", "pass two samples or more")
-        _check_finite(layers)
+        statistics = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+        if not all(torch.isfinite(buffer).all() for buffer in statistics):
+            remedy = "check the data and the weights; the old statistics are back"
+            raise NonFiniteError("data", "leads to NaN or infinite statistics", remedy)
     return used
 
 
@@ -101,21 +104,10 @@ def _fresh_statistics(layers: list[BatchNorm]) -> Iterator[None]:
 
 def _averaging() -> Callable[[nn.Module, tuple[Any, ...]], None]:
     """Return a hook that makes running statistics the mean over all samples so far."""
-    seen = 0
+    sizes: list[int] = []
 
     def weigh(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        x: Tensor = args[0]
-        size = int(x.shape[0])
-        seen += size
-        layer.momentum = size / seen  # type: ignore[assignment]
+        sizes.append(len(args[0]))
+        layer.momentum = sizes[-1] / sum(sizes)  # type: ignore[assignment]
 
     return weigh
-
-
-def _check_finite(layers: list[BatchNorm]) -> None:
-    for layer in layers:
-        for buffer in (layer.running_mean, layer.running_var):
-            if buffer is not None and not bool(torch.isfinite(buffer).all()):
-                remedy = "check the data and the weights; the old statistics are back"
-                raise NonFiniteError("data", "leads to NaN or infinite statistics", remedy)

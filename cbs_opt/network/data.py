@@ -1,4 +1,4 @@
-"""Data as the caller has it, read batch by batch, and the evaluation of a network on it."""
+"""Data as the caller has it, read batch by batch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def map_tensors(function: Callable[..., Any], tree: Inputs, *others: Inputs) -> 
 
 
 def call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that pass `inputs` to a network.
+    """Return positional and keyword arguments that pass `inputs` to a network.
 
     A tensor is the one argument, a tuple or list is spread over positions, a dict over keywords.
     """
@@ -96,10 +96,8 @@ def iterate(
         replacement in random order; without a seed the first ones are read in order.
     batch_size : int
         Larger batches are cut; smaller ones are passed on as they come.
-    max_samples : int, optional
-        Where to stop; by default at the end.
-    seed : int, optional
-        See `data`.
+    max_samples, seed : int, optional
+        Where to stop, by default at the end; and see `data`.
     device : torch.device, optional
         Where the batches are moved to.
     argument : str, default "data"
@@ -107,12 +105,9 @@ def iterate(
 
     Raises
     ------
-    DataLoaderError
-        If the data raises; the original exception is chained.
-    BatchFormatError
-        If a batch is not a pair of tensors with one entry a sample.
-    EmptyDataError
-        If there is no sample.
+    DataLoaderError, BatchFormatError, EmptyDataError
+        If the data raises (the original exception is chained), a batch is not a pair of tensors with one
+        entry a sample, or there is no sample.
     """
     if _is_pair(data):
         whole = _as_batch(data, argument, 0)
@@ -138,7 +133,7 @@ def iterate(
 
 
 def sample_count(data: Data) -> int | None:
-    """How many samples a pair of tensors has; None for other data, which tell at their end."""
+    """Return how many samples a pair of tensors has; None for other data, which tell at their end."""
     pair: Any = data
     return len(pair[1]) if _is_pair(pair) else None
 

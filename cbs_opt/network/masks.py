@@ -70,19 +70,13 @@ def save_masks(
 
 
 def load_masks(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read kept masks.
+    """Return the kept masks in a file of `save_masks`, boolean, True = kept, on the CPU, by parameter name.
 
     Parameters
     ----------
     path : path-like
-        A file of `save_masks`.
     model : nn.Module, optional
         A network the masks must fit.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Boolean, True = kept, on the CPU, by parameter name.
 
     Raises
     ------
@@ -105,15 +99,8 @@ def load_mask_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def apply_masks(model: nn.Module, masks: Masks) -> None:
     """Set pruned weights to exactly 0 in place, as after a step of fine-tuning.
 
-    All masks are checked before anything is written. Parameters keep their identity, kept weights
-    their bits.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network to write to.
-    masks : mapping of str to Tensor
-        Boolean, True = kept, by parameter name, on any device.
+    All masks, as `load_masks` returns them or on any device, are checked before anything is written.
+    Parameters keep their identity, kept weights their bits.
 
     Raises
     ------
@@ -144,7 +131,7 @@ def _boolean(masks: Masks) -> Masks:
 
 
 def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each mask with its parameter; every misfit is listed in one `MaskMismatchError`."""
+    """Return each mask with its parameter; every misfit is listed in one `MaskMismatchError`."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     misfits: list[str] = []
     for name, keep in masks.items():
@@ -154,8 +141,8 @@ def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]
             misfits.append(f"{name} is {tuple(parameters[name].shape)}, its mask {tuple(keep.shape)}")
     if misfits:
         shown = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
-        remedy = "use the masks of this network"
-        raise MaskMismatchError("masks", f"{len(misfits)} of {len(masks)} do not fit: {shown}", remedy)
+        found = f"{len(misfits)} of {len(masks)} do not fit: {shown}"
+        raise MaskMismatchError("masks", found, "use the masks of this network")
     return [(parameters[name], keep) for name, keep in masks.items()]
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import reduce
 from itertools import chain
 
 import numpy as np
@@ -146,19 +145,13 @@ class Partition:
         NonFiniteError
             If a weight is NaN or infinite.
         """
-        tensors = self.tensors(model)
-        if not tensors:
-            return torch.zeros(0)
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-        device = next(iter(tensors.values())).device
-        flat = torch.empty(self.n, dtype=dtype, device=device)
-        for span in self.parameters:
-            weights = tensors[span.name].detach()
-            if bad := int((~torch.isfinite(weights)).sum()):
-                found = f"{bad} of {weights.numel()} weights of {span.name} are NaN or infinite"
+        flat = []
+        for name, tensor in self.tensors(model).items():
+            if bad := int((~torch.isfinite(tensor)).sum()):
+                found = f"{bad} of {tensor.numel()} weights of {name} are NaN or infinite"
                 raise NonFiniteError("model", found, "load an undamaged network")
-            flat[span.start : span.stop].copy_(weights.reshape(-1))
-        return flat
+            flat.append(tensor.detach().reshape(-1))
+        return torch.cat([weights.to(flat[0].device) for weights in flat]) if flat else torch.zeros(0)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return views of a flat (n,) vector in the shapes of the parameters, by name."""
@@ -184,15 +177,14 @@ def checked_rule(argument: str, blocks: BlockRule) -> BlockRule:
 
 
 def _cut(span: ParameterSpan, rule: BlockRule) -> Iterator[BlockSpan]:
-    n = span.stop - span.start
     if rule == "layer":
         yield BlockSpan(name=span.name, start=span.start, stop=span.stop)
         return
     size = math.prod(span.shape[1:]) if rule == "row" else int(rule)
-    for first in range(0, n, size):
-        last = min(first + size, n)
-        label = str(first // size) if rule == "row" else f"{first}:{last}"
-        yield BlockSpan(name=f"{span.name}[{label}]", start=span.start + first, stop=span.start + last)
+    for start in range(span.start, span.stop, size):
+        stop, first = min(start + size, span.stop), start - span.start
+        label = str(first // size) if rule == "row" else f"{first}:{stop - span.start}"
+        yield BlockSpan(name=f"{span.name}[{label}]", start=start, stop=stop)
 
 
 def _check_tiling(argument: str, spans: Sequence[ParameterSpan | BlockSpan], n: int) -> None:
@@ -250,8 +242,8 @@ def _matching(argument: str, names: dict[nn.Parameter, list[str]], globs: Globs)
     for pattern in [globs] if isinstance(globs, str) else globs:
         hits = {p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)}
         if not hits:
-            remedy = f"choose among {_listed(names)}"
-            raise UnmatchedPatternError(argument, f"{pattern!r} matches no parameter", remedy)
+            found = f"{pattern!r} matches no parameter"
+            raise UnmatchedPatternError(argument, found, f"choose among {_listed(names)}")
         matched |= hits
     return [parameter for parameter in names if parameter in matched]
 

@@ -16,19 +16,11 @@ from cbs_opt.errors import NetworkChangedError
 from cbs_opt.network.partition import Partition
 from formulations.errors import NonFiniteError
 
-Kind = tuple[torch.dtype, torch.device, tuple[int, ...]]
-
 
 class TrialNetwork(nn.Module):
     """A network run with other weights in place of its own, which stay as they are.
 
-    Parameters
-    ----------
-    model : nn.Module
-    partition : Partition
-        Which weights are replaced.
-    weights : (n,) tensor
-        Their values, cast to the dtype of each parameter.
+    `weights` (n,) are those of `partition`, cast to the dtype of each parameter.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, weights: Tensor) -> None:
@@ -59,23 +51,22 @@ def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
             raise NonFiniteError("damping", found, "use a larger damping or a shorter update.scale")
     tensors = partition.tensors(model)
     backup = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        try:
             for name, tensor in tensors.items():
                 tensor.copy_(values[name])
-    except BaseException:
-        with torch.no_grad():
+        except BaseException:
             for name, tensor in tensors.items():
                 tensor.copy_(backup[name])
-        raise
+            raise
 
 
 def as_parameters(model: nn.Module, partition: Partition, weights: Tensor) -> dict[str, Tensor]:
-    """Flat `weights` (n,) by parameter name, each as `model` has it: shape, dtype, device."""
-    tensors = partition.tensors(model)
+    """Return flat `weights` (n,) by parameter name, each as `model` has it: shape, dtype, device."""
     pieces = partition.split(weights)
     return {
-        name: pieces[name].to(device=tensor.device, dtype=tensor.dtype) for name, tensor in tensors.items()
+        name: pieces[name].to(tensor.device, tensor.dtype)
+        for name, tensor in partition.tensors(model).items()
     }
 
 
@@ -110,13 +101,13 @@ def unchanged(model: nn.Module, partition: Partition) -> Iterator[None]:
     check()
 
 
-def _kinds(model: nn.Module) -> dict[str, Kind]:
+def _kinds(model: nn.Module) -> dict[str, tuple[object, ...]]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: (tensor.dtype, tensor.device, tuple(tensor.shape)) for name, tensor in tensors}
 
 
 def _change(
-    model: nn.Module, partition: Partition, kinds: dict[str, Kind], weights: dict[str, Tensor]
+    model: nn.Module, partition: Partition, kinds: dict[str, tuple[object, ...]], weights: dict[str, Tensor]
 ) -> str | None:
     now = _kinds(model)
     for name in kinds.keys() | now.keys():

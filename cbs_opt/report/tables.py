@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -205,12 +205,9 @@ def layers_table(report: PruneReport) -> Table:
 
 def blocks_table(report: PruneReport) -> Table:
     """Return the blocks of largest predicted loss."""
-
-    def loss(block: BlockSummary) -> float:
-        value = block.updated_loss if block.updated_loss is not None else block.selection_loss
-        return -math.inf if value is None or math.isnan(value) else value
-
-    return Table.of(_blocks_frame(sorted(report.blocks, key=loss, reverse=True)[:TOP_BLOCKS]), BLOCKS)
+    frame = _blocks_frame(report)
+    losses = frame["updated_loss"].fillna(frame["selection_loss"])
+    return Table.of(frame.loc[_largest(losses, missing="last")], BLOCKS)
 
 
 def blocks_note(report: PruneReport) -> str:
@@ -229,8 +226,8 @@ def certificates_table(report: PruneReport) -> Table | None:
     """Return what was proved, loosest blocks first; None of a run without certificates."""
     if report.certified is None:
         return None
-    loosest = sorted(report.blocks, key=lambda b: math.inf if b.gap is None else b.gap, reverse=True)
-    return Table.of(_blocks_frame(loosest[:TOP_BLOCKS]), CERTIFICATES)
+    frame = _blocks_frame(report)
+    return Table.of(frame.loc[_largest(frame["gap"], missing="first")], CERTIFICATES)
 
 
 def certificates_note(report: PruneReport) -> str:
@@ -278,8 +275,13 @@ def _flat(document: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, document
 
 
-def _blocks_frame(blocks: Sequence[BlockSummary]) -> pd.DataFrame:
+def _blocks_frame(report: PruneReport) -> pd.DataFrame:
     """Return one row a block, with the fields of `BlockSummary` and ``n_per_rank``."""
-    names = list(BlockSummary.__dataclass_fields__)
-    frame = pd.DataFrame(map(vars, blocks), columns=names).rename(columns={"name": "block"})
-    return frame.assign(n_per_rank=frame["n"] / frame["effective_rank"].astype(float))
+    frame = pd.DataFrame(map(vars, report.blocks), columns=list(BlockSummary.__dataclass_fields__))
+    numbers = ("selection_loss", "updated_loss", "gap", "effective_rank")
+    frame = frame.rename(columns={"name": "block"}).astype(dict.fromkeys(numbers, float))
+    return frame.assign(n_per_rank=frame["n"] / frame["effective_rank"])
+
+
+def _largest(values: pd.Series[float], *, missing: Literal["first", "last"]) -> pd.Index[int]:
+    return values.sort_values(ascending=False, kind="stable", na_position=missing).index[:TOP_BLOCKS]

@@ -147,6 +147,7 @@ def test_applied_masks_survive_a_training_step(model, masks):
     assert (model[2].weight[~masks["2.weight"]] == 0).all()
 
 
+@pytest.mark.parametrize("metadata", [{"sense": "x"}, {"a": 1}, {1: "a"}])
 def test_unusable_metadata(tmp_path, masks, metadata):
     with pytest.raises(ArgumentError, match="metadata"):
         save_masks(tmp_path / "m", masks, metadata=metadata)
