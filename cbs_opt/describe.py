@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,6 @@ from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
-from cbs_opt.network.partition import Partition
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
 from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary
@@ -23,6 +22,11 @@ from cbs_opt.stages.state import StageState
 from cbs_opt.system.checks import within
 from cbs_opt.system.memory import process_peak
 from cbs_opt.system.versions import library_versions
+
+SEARCHED = ("iterations", "locally_optimal", "seconds", "bound", "status")
+"""Fields of a `Choice` that a block summary has as they are."""
+PROVED = ("rho", "effective_rank", "n_fixed")
+"""Fields of a certificate that a block summary has as they are."""
 
 
 def describe(
@@ -64,7 +68,8 @@ def describe(
         modelled=rows is not None,
         by_rows=selects_by_rows(recipe),
     )
-    keep = partition.keep_by_parameter(best.keep)
+    keep = {name: mask.cpu() for name, mask in partition.keep_by_parameter(best.keep).items()}
+    old, new = partition.split(task.weights), partition.split(best.weights)
     selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
     updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
     samples, n_rows = (0, 0) if rows is None else (rows.samples, rows.shape[0])
@@ -82,7 +87,10 @@ def describe(
         requested_sparsity=request.sparsity,
         n=partition.n,
         n_prune=int((~best.keep).sum()),
-        layers=_layer_summaries(partition, task.weights, best.weights, keep),
+        layers=tuple(
+            LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask)
+            for name, mask in keep.items()
+        ),
         blocks=blocks,
         predicted_selection_loss=sum(selection) if selection else None,
         predicted_loss_increase=sum(updated) if updated else None,
@@ -98,7 +106,7 @@ def describe(
         layer_inputs=term_of(recipe),
         update_scale=best.scale,
         seed=request.seed,
-        masks={name: mask.cpu() for name, mask in keep.items()},
+        masks=keep,
         request=request,
         versions=library_versions(),
         stages=() if state is None else state.records,
@@ -161,33 +169,17 @@ def _block_summaries(
             selection = chosen.step_loss(torch.where(choice.keep, 0.0, -before))
             updated = block.step_loss(weights[start : start + block.n].double() - before)
         start += block.n
-        summaries.append(
-            BlockSummary(
-                name=block.name,
-                n=block.n,
-                n_prune=int((~choice.keep).sum()),
-                selection_loss=selection,
-                updated_loss=updated,
-                initial_loss=choice.initial_value,
-                iterations=choice.iterations,
-                locally_optimal=choice.locally_optimal,
-                seconds=choice.seconds,
-                bound=choice.bound,
-                status=choice.status,
-            )
+        summary = BlockSummary(
+            name=block.name,
+            n=block.n,
+            n_prune=int((~choice.keep).sum()),
+            selection_loss=selection,
+            updated_loss=updated,
+            initial_loss=choice.initial_value,
+            **{name: getattr(choice, name) for name in SEARCHED},
         )
+        summaries.append(summary)
     return tuple(summaries)
-
-
-def _layer_summaries(
-    partition: Partition, before: Tensor, after: Tensor, keep: Mapping[str, Tensor]
-) -> tuple[LayerSummary, ...]:
-    """Return what the report says of every parameter; weights (n,) before and after, masks by name."""
-    old, new = partition.split(before), partition.split(after)
-    return tuple(
-        LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask.cpu())
-        for name, mask in keep.items()
-    )
 
 
 def _with_certificate(block: BlockSummary, certified: CertifiedBlock) -> BlockSummary:
@@ -201,8 +193,6 @@ def _with_certificate(block: BlockSummary, certified: CertifiedBlock) -> BlockSu
         certificate=None if evidence is None else evidence.kind,
         certificate_status=certified.status,
         certificate_seconds=solution.stats.seconds,
-        rho=None if evidence is None else evidence.rho,
-        effective_rank=None if evidence is None else evidence.effective_rank,
-        n_fixed=None if evidence is None else evidence.n_fixed,
         fingerprint=certified.fingerprint,
+        **{name: getattr(evidence, name, None) for name in PROVED},
     )

@@ -21,7 +21,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 def recalibrate_batchnorm(
     model: nn.Module, data: Data, *, samples: int | None = None, batch_size: int = 256
 ) -> int:
-    """Estimate running means and variances anew from data.
+    """Estimate running means and variances anew from data; return the number of samples used.
 
     Pruning shifts what every layer passes on, so the statistics of training no longer fit. Batch
     normalisation runs in training mode (each batch normalised by itself), everything else in
@@ -39,11 +39,6 @@ def recalibrate_batchnorm(
         Where to stop; by default at the end.
     batch_size : int, default 256
         Batches are joined and cut to this size; a single sample left over at the end is dropped.
-
-    Returns
-    -------
-    int
-        Samples used.
 
     Raises
     ------

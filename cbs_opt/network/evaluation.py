@@ -54,6 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """Return mean loss and accuracy of a network, in evaluation mode and without gradients.
 
+    The accuracy is None unless outputs are (B, C) and labels integers (B,).
+
     Parameters
     ----------
     model : nn.Module
@@ -68,11 +70,6 @@ def evaluate(
         Where to stop.
     argument : str, default "data"
         What messages call `data`.
-
-    Returns
-    -------
-    Evaluation
-        The accuracy is None unless outputs are (B, C) and labels integers (B,).
 
     Raises
     ------

@@ -73,6 +73,8 @@ class Partition:
     ) -> Partition:
         """Choose the weights of `model` that may be pruned and cut them into blocks.
 
+        A tied parameter appears once, under its first name; a glob may use any of its names.
+
         Parameters
         ----------
         model : nn.Module
@@ -85,11 +87,6 @@ class Partition:
         blocks : {"global", "layer", "row"} or int, default "layer"
             One block in all, one a parameter, one an output channel (first axis), or blocks of at
             most that many weights cut within each parameter in flat order.
-
-        Returns
-        -------
-        Partition
-            A tied parameter appears once, under its first name; a glob may use any of its names.
 
         Raises
         ------
@@ -130,13 +127,10 @@ class Partition:
         return {span.name: present[span.name] for span in self.parameters}
 
     def flatten(self, model: nn.Module) -> Tensor:
-        """Return a detached copy of the weights as one vector.
+        """Return a detached copy of the weights as one (n,) vector.
 
-        Returns
-        -------
-        (n,) Tensor
-            On the device of the first parameter, in the smallest dtype that holds them all
-            (`torch.promote_types`: float16 beside float32 becomes float32).
+        It is on the device of the first parameter, in the smallest dtype that holds them all
+        (`torch.promote_types`: float16 beside float32 becomes float32).
 
         Raises
         ------

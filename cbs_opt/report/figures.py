@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,17 @@ TITLE_CHARACTERS = 26
 NAMED_BLOCKS = 40
 """Most blocks that are drawn one a line, with their names."""
 LONGEST_NAME = 28
-Points = dict[str, list[tuple[float, float]]]
-"""Points of a curve, by label."""
 
-PREDICTED_SELECTION = Style(color=OKABE_ITO[4], marker="^", line=DOTS)
-PREDICTED_UPDATE = Style(color=OKABE_ITO[0], marker="o", line="-")
-MEASURED = Style(color=OKABE_ITO[1], marker="s", line="--")
+BEFORE = Style(color=OKABE_ITO[4], marker="^", line=DOTS)
+PREDICTED = Style(color=OKABE_ITO[0], marker="o", line="-")
 BOUND = Style(color=INK, marker="_", line="none")
+LOSS_CURVES = {
+    "loss_before_update": ("predicted, before the update", BEFORE),
+    "predicted_loss_increase": ("predicted, as written", PREDICTED),
+    "actual_loss_increase": ("measured", Style(color=OKABE_ITO[1], marker="s", line="--")),
+    "certified_bound": ("certified bound of its program", BOUND),
+}
+"""Columns of `labelled_frame`, with their names in a legend."""
 
 
 def styles(reports: Sequence[PruneReport]) -> dict[str, Style]:
@@ -78,8 +82,8 @@ def predicted_against_actual(reports: Sequence[PruneReport]) -> Figure | None:
     low, high = _same_scales(axes, values[measured])
     axes.plot([low, high], [low, high], color=INK, linewidth=0.9, linestyle=DOTS, label="as predicted")
     _draw_curves(axes, frame[measured], *LOSSES, styles(reports), linewidth=0.8)
-    axes.set(xlim=(low, high), ylim=(low, high), xlabel="Predicted loss increase")
-    axes.set_ylabel("Measured loss increase")
+    axes.set(xlim=(low, high), ylim=(low, high))
+    axes.set(xlabel="Predicted loss increase", ylabel="Measured loss increase")
     axes.set_aspect("equal", adjustable="box")
     look.legend(axes, outside=True)
     return figure
@@ -210,7 +214,7 @@ def _gaps_by_name(blocks: Sequence[BlockSummary]) -> tuple[Figure, Axes]:
     rows = np.arange(len(blocks))
     gaps = np.array([block.gap for block in blocks], dtype=float)
     optimal = gaps <= OPTIMAL_GAP
-    style = look.marker(PREDICTED_UPDATE)
+    style = look.marker(PREDICTED)
     axes.plot(gaps[~optimal], rows[~optimal], linestyle="none", **style)
     if optimal.any():
         hollow = style | {"markerfacecolor": "white", "markeredgecolor": OKABE_ITO[0], "markeredgewidth": 1.2}
@@ -233,11 +237,10 @@ def _gaps_in_order(blocks: Sequence[BlockSummary]) -> tuple[Figure, Axes]:
     if optimal > 0.0:
         label = f"proved optimal: {optimal:.1%} of {gaps.size:,} blocks"
         axes.plot([0.0, optimal], [OPTIMAL_GAP] * 2, color=OKABE_ITO[4], linewidth=4.0, label=label)
-    axes.set_xlim(0.0, 1.0)
     axes.xaxis.set_major_formatter(look.percent())
     _log_percent(axes, gaps, axis="y")
-    axes.set_xlabel(f"Share of {gaps.size:,} blocks with at most this gap (%)")
-    axes.set_ylabel("Certified gap (%)")
+    label = f"Share of {gaps.size:,} blocks with at most this gap (%)"
+    axes.set(xlim=(0.0, 1.0), xlabel=label, ylabel="Certified gap (%)")
     return figure, axes
 
 
@@ -248,8 +251,7 @@ def _log_percent(axes: Axes, gaps: np.ndarray, *, axis: str) -> None:
     if high < 12.0 * low:
         low, high = low / 3.0, high * 3.0
     chosen = axes.xaxis if axis == "x" else axes.yaxis
-    (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
-    (axes.set_xlim if axis == "x" else axes.set_ylim)(low, high)
+    axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high)})
     if high < 300.0 * low:
         chosen.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     chosen.set_major_formatter(FuncFormatter(lambda gap, _: f"{100.0 * gap:.3g}"))
@@ -262,43 +264,28 @@ def loss_against_sparsity(reports: Sequence[PruneReport]) -> Figure | None:
     Where the curves part, the quadratic model fails; a certified bound below them is about the model
     alone. Increases that are not positive cannot be drawn on the logarithmic axis and are left out.
     """
-    labels = list(dict.fromkeys(report.label for report in reports))
-    drawn = []
-    for label in labels[:MAX_PANELS]:
-        runs = sorted((r for r in reports if r.label == label), key=lambda report: report.sparsity)
-        compared = [r for r in runs if r.actual_loss_increase is not None]
-        if any(r.predicted_loss_increase is not None for r in compared):
-            drawn.append((label, runs))
-    if not drawn:
+    frame = labelled_frame(reports)
+    compared = set(frame.dropna(subset=list(LOSSES))["label"])
+    labels = [label for label in list(styles(reports))[:MAX_PANELS] if label in compared]
+    if not labels:
         return None
-    figure, every = look.panels(len(drawn), "Sparsity (%)", "Loss increase", shared=True)
-    for axes, (label, runs) in zip(every, drawn, strict=True):
-        _loss_panel(axes, label, runs)
+    figure, every = look.panels(len(labels), "Sparsity (%)", "Loss increase", shared=True)
+    for axes, label in zip(every, labels, strict=True):
+        _loss_panel(axes, frame[frame["label"] == label].sort_values("sparsity", kind="stable"))
+        axes.set_title(textwrap.fill(label, TITLE_CHARACTERS), fontsize=8, color=INK)
     look.panels_legend(figure, every)
     return figure
 
 
-Value = Callable[[PruneReport], float | None]
-
-SERIES: tuple[tuple[str, Style, Value], ...] = (
-    ("predicted, before the update", PREDICTED_SELECTION, lambda report: report.loss_before_update),
-    ("predicted, as written", PREDICTED_UPDATE, lambda report: report.predicted_loss_increase),
-    ("measured", MEASURED, lambda report: report.actual_loss_increase),
-    ("certified bound of its program", BOUND, lambda run: run.certified.bound if run.certified else None),
-)
-
-
-def _loss_panel(axes: Axes, label: str, reports: Sequence[PruneReport]) -> None:
+def _loss_panel(axes: Axes, runs: pd.DataFrame) -> None:
     axes.set_yscale("log")
-    for name, style, value in SERIES:
-        values = [(report.sparsity, value(report)) for report in reports]
-        points = [(x, y) for x, y in values if y is not None and math.isfinite(y) and y > 0.0]
-        if points:
-            x, y = zip(*points, strict=True)
-            looks = look.marker(style) | {"markersize": 12.0 if style is BOUND else 5.0}
+    for column, (name, style) in LOSS_CURVES.items():
+        points = runs[np.isfinite(runs[column]) & (runs[column] > 0.0)]
+        if len(points):
+            looks = look.marker(style) | {"markersize": 5.0}
             if style is BOUND:
-                looks |= {"markeredgecolor": INK, "markeredgewidth": 1.4}
-            axes.plot(x, y, linestyle=style.line, linewidth=1.2, label=name, **looks)
-    axes.set_title(textwrap.fill(label, TITLE_CHARACTERS), fontsize=8, color=INK)
+                looks |= {"markersize": 12.0, "markeredgecolor": INK, "markeredgewidth": 1.4}
+            looks |= {"linestyle": style.line, "linewidth": 1.2, "label": name}
+            axes.plot(points["sparsity"].to_numpy(), points[column].to_numpy(), **looks)
     axes.xaxis.set_major_formatter(look.percent())
     axes.margins(x=0.1)

@@ -23,17 +23,8 @@ MASKS_FILE = "masks.safetensors"
 def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
     """Write report.json, layers.csv, report.html and, if any, recipe.toml, masks and certificates.
 
-    Parameters
-    ----------
-    report : PruneReport
-    folder : path
-        Made if missing. A report already there is replaced, each file at once; report.json
-        comes last, so that where it is present the rest is complete.
-
-    Returns
-    -------
-    Path
-        The folder.
+    The folder is made if missing, and returned. A report already there is replaced, each file at once;
+    report.json comes last, so that where it is present the rest is complete.
 
     Raises
     ------
@@ -70,10 +61,8 @@ def load_report(folder: str | os.PathLike[str]) -> PruneReport:
     ------
     ReportFormatError
         If there is no report, it is damaged, or of another version.
-    MaskFileError
-        If the mask file is damaged.
-    InstanceFormatError
-        If a certificate is damaged.
+    MaskFileError, InstanceFormatError
+        If the mask file or a certificate is damaged.
     """
     source = Path(folder)
     data = read_json(source / REPORT_JSON)

@@ -40,16 +40,9 @@ Part = tuple[str, Table, str]
 def write_comparison(
     reports: Sequence[PruneReport], path: str | os.PathLike[str], *, title: str | None = None
 ) -> None:
-    """Write one HTML page about one report, or comparing several.
+    """Write one HTML page about one report, or comparing several in the order in which they are listed.
 
-    Parameters
-    ----------
-    reports : sequence of PruneReport
-        In the order in which methods shall be listed.
-    path : path-like
-        The file; replaced in one step if present.
-    title : str, optional
-        Heading of the page.
+    The file at `path` is replaced in one step; `title` is the heading of the page.
 
     Raises
     ------

@@ -97,21 +97,16 @@ class BlockSummary:
         Predicted loss increase with the kept weights as they were, and after their update.
     initial_loss : float, optional
         Selection loss of the set that the search started from.
-    iterations : int
-        Steps of the search; 0 for methods that do not search.
-    locally_optimal : bool, optional
-        True if no single swap improves the set, False if the search ended before it knew; None for
+    iterations, locally_optimal : int and bool, optional
+        Steps of the search, and whether it ended because no single swap improves the set; 0 and None for
         methods that do not search.
     seconds : float
         Time spent on this block; blocks solved as a batch share theirs evenly.
-    bound : float, optional
-        Proved lower bound on the objective of the program; None unless proved.
-    gap : float, optional
-        ``(objective - bound) / max(|objective|, 1e-12)``.
     status : str, default ""
         How the search ended.
-    objective : float, optional
-        Value of the chosen set under the program of the run, in float64; what `gap` refers to.
+    objective, bound, gap : float, optional
+        Value of the chosen set under the program of the run, in float64; a proved lower bound on it; and
+        ``(objective - bound) / max(|objective|, 1e-12)``.
     certificate : str, optional
         The relaxation that proves `bound`, such as "perspective".
     certificate_status, certificate_seconds : str and float, optional
@@ -159,16 +154,13 @@ class StageRecord:
         Share and number of weights pruned after the step.
     loss_before, loss : float
         Training loss before and after, on the same samples, drawn afresh for every step.
-    damping : float
-        Damping of the winner, added to the diagonal of the Fisher matrix.
-    update_scale : float
-        Step length of the winner; 0 if the kept weights did not move.
+    damping, update_scale : float
+        Of the winner: added to the diagonal of the Fisher matrix, and step length; 0 if the kept weights
+        did not move.
     accepted : bool
         False if an update did not lower the loss, so that nothing changed.
-    tried : int
-        Networks that were compared.
-    best_rejected : float, optional
-        Lowest training loss among the others; None if there was no other.
+    tried, best_rejected : int and float, optional
+        Networks that were compared, and the lowest training loss among the others; None if there was none.
     predicted_change : float
         What the quadratic model, without damping, says of the winner's step.
     samples : int

@@ -45,14 +45,12 @@ class PruneReport:
     method, kind, program : str
         Name of the selection method, its kind ("saliency", "search", "exact", "bound" or "solver"), and the
         program it solved.
-    update : bool
-        True if the kept weights were updated.
+    update, update_scale : bool and float, optional
+        Whether the kept weights were updated, and the step length; None without an update.
     curvature : str
         Which Fisher matrix the rows sample.
-    partition : str or int
-        How the weights were cut into blocks.
-    budget : str or mapping
-        How the pruned count was spread over blocks.
+    partition, budget : str or int, str or mapping
+        How the weights were cut into blocks, and the pruned count was spread over them.
     requested_sparsity : float
         What was asked for.
     n, n_prune : int
@@ -61,22 +59,14 @@ class PruneReport:
         Every layer, every block, and every step of a run in stages.
     predicted_selection_loss, predicted_loss_increase : float, optional
         Predicted loss increase before the update, and of the network as written back.
-    train_before, train_after : Evaluation, optional
-        On the samples that the curvature was taken from.
-    before, after : Evaluation, optional
-        On the evaluation data, where given.
-    seconds : dict of str to float
-        Wall-clock time by phase.
-    peak_memory_bytes : int, optional
-        Peak resident memory of the process.
+    train_before, train_after, before, after : Evaluation, optional
+        On the samples that the curvature was taken from, and on the evaluation data, where given.
+    seconds, peak_memory_bytes : dict of str to float, and int, optional
+        Wall-clock time by phase, and peak resident memory of the process.
     samples, rows : int
         Samples read for the curvature, and gradient rows made of them.
-    damping : float
-        Added to the diagonal of the Fisher matrix.
-    layer_inputs : float
-        Weight of the layer-input term; 0 without one.
-    update_scale : float, optional
-        Step length of the update; None without one.
+    damping, layer_inputs : float
+        Added to the diagonal of the Fisher matrix, and weight of the layer-input term; 0 without one.
     seed : int
     masks : dict of str to Tensor
         Boolean `keep` (True = kept) by parameter name. Not part of the JSON.
@@ -85,10 +75,9 @@ class PruneReport:
         report that was read, if its rows were computed before the run.
     versions : dict of str to str
         Versions of Python and of the libraries that took part.
-    certified : CertifiedSum, optional
-        The bounds of all blocks added up, where `prune` was asked to certify.
-    certificates : tuple of BlockSolution
-        The chosen set of every block with its bound and the evidence. Not part of the JSON.
+    certified, certificates : CertifiedSum, optional, and tuple of BlockSolution
+        Where `prune` was asked to certify: the bounds of all blocks added up, and the chosen set of every
+        block with its bound and the evidence. The latter are not part of the JSON.
     """
 
     method: str
@@ -172,8 +161,7 @@ class PruneReport:
 
     def __repr__(self) -> str:
         """Return method, counts and sparsity in one line."""
-        counts = f"{self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}"
-        return f"PruneReport({self.label}: {counts})"
+        return f"PruneReport({self.summary().splitlines()[0]})"
 
     def _repr_html_(self) -> str:
         """Return the summary and the layers, as a notebook shows them."""

@@ -16,12 +16,10 @@ from cbs_opt.report.numbers import (
     MISSING,
     bound_text,
     bytes_text,
-    count_text,
     gap_text,
     number_text,
     percent_text,
     seconds_text,
-    yes_no,
 )
 from cbs_opt.report.parts import BlockSummary
 from cbs_opt.report.record import PruneReport
@@ -80,10 +78,10 @@ COLUMNS = {
     for show, text, headings in (
         (str, False, {"label": "Method", "layer": "Layer", "block": "Block"}),
         (str, True, {"status": "Status", "certificate": "Certificate", "certificate_status": "Status"}),
-        (yes_no, True, {"locally_optimal": "1-swap optimal"}),
+        (lambda value: "yes" if value else "no", True, {"locally_optimal": "1-swap optimal"}),
         (lambda shape: shape.replace("x", " x "), False, {"shape": "Shape"}),
-        (count_text, False, {"n": "Weights", "n_prune": "Pruned", "n_keep": "Kept", "n_fixed": "Fixed"}),
-        (count_text, False, {"iterations": "Steps"}),
+        ("{:,.0f}".format, False, {"n": "Weights", "n_prune": "Pruned", "n_keep": "Kept"}),
+        ("{:,.0f}".format, False, {"iterations": "Steps", "n_fixed": "Fixed"}),
         (percent_text, False, {"sparsity": "Sparsity", "accuracy": "Accuracy"}),
         (number_text, False, {"loss": "Loss", "predicted_selection_loss": "Predicted before update"}),
         (number_text, False, {"predicted_loss_increase": "Predicted loss increase"}),
@@ -162,17 +160,20 @@ def evaluated_on(reports: Sequence[PruneReport]) -> str:
 
 
 def labelled_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
-    """Return `comparison_frame` with the label of each run and whether it is locally optimal."""
+    """Return `comparison_frame` with what else is shown of a run."""
     frame = comparison_frame(reports)
-    frame["label"] = [report.label for report in reports]
-    frame["locally_optimal"] = [report.locally_optimal for report in reports]
+    frame["label"] = [run.label for run in reports]
+    frame["requested"] = [run.requested_sparsity for run in reports]
+    frame["locally_optimal"] = [run.locally_optimal for run in reports]
+    frame["loss_before_update"] = np.array([run.loss_before_update for run in reports], dtype=float)
+    bounds = [None if run.certified is None else run.certified.bound for run in reports]
+    frame["certified_bound"] = np.array(bounds, dtype=float)
     return frame
 
 
 def accuracy_table(reports: Sequence[PruneReport]) -> Table | None:
     """Return accuracy by method and requested sparsity, the mean where runs repeat; None where unmeasured."""
     frame = labelled_frame(reports)
-    frame["requested"] = [report.requested_sparsity for report in reports]
     means = frame.dropna(subset="accuracy").pivot_table("accuracy", "label", "requested", sort=False)
     if means.empty:
         return None
@@ -212,14 +213,18 @@ def blocks_table(report: PruneReport) -> Table:
 
 def blocks_note(report: PruneReport) -> str:
     """Return what the losses and bounds of blocks are."""
-    notes = []
-    if len(report.blocks) > TOP_BLOCKS:
-        notes.append(f"The {TOP_BLOCKS} blocks of largest predicted loss, of {len(report.blocks):,}.")
+    notes = _shown(report, "predicted loss")
     bounded = any(block.bound is not None for block in report.blocks)
     if report.certified is None and len(report.blocks) > 1 and bounded:
         notes.append("Bounds hold for each block alone; their sum bounds the block-diagonal model only.")
     notes.append("Losses are increases predicted by the quadratic model.")
     return " ".join(notes)
+
+
+def _shown(report: PruneReport, what: str) -> list[str]:
+    """Return which blocks a table has, unless it has all."""
+    n = len(report.blocks)
+    return [f"The {TOP_BLOCKS} blocks of largest {what}, of {n:,}."] if n > TOP_BLOCKS else []
 
 
 def certificates_table(report: PruneReport) -> Table | None:
@@ -235,8 +240,7 @@ def certificates_note(report: PruneReport) -> str:
     if report.certified is None:
         return ""
     notes = [f"{line[0].upper()}{line[1:]}." for line in report.certified.lines()]
-    if len(report.blocks) > TOP_BLOCKS:
-        notes.append(f"The {TOP_BLOCKS} blocks of largest gap, of {len(report.blocks):,}.")
+    notes += _shown(report, "gap")
     notes.append(
         f"Objective: that of the {report.program} program. rho: damping over the mean Fisher diagonal. "
         "Gaps fall with rho and with n / effective rank."

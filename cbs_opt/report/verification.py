@@ -61,12 +61,10 @@ def check_certificates(
 
     Raises
     ------
-    ReportFormatError
-        If there is no report, or a damaged one.
     ArgumentError
         If the run was not certified, or there are more or fewer blocks than certificates.
-    InstanceFormatError
-        If a file is missing or damaged.
+    ReportFormatError, InstanceFormatError
+        If there is no report, or a file is missing or damaged.
     """
     source = Path(directory)
     report = load_report(source)
