@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,6 +186,7 @@ def _block_summaries(
 def _with_certificate(block: BlockSummary, certified: CertifiedBlock) -> BlockSummary:
     """Return the summary of a block with its bound and what proves it."""
     solution, evidence = certified.solution, certified.solution.certificate
+    proved: dict[str, Any] = {name: getattr(evidence, name, None) for name in PROVED}
     return replace(
         block,
         objective=solution.objective,
@@ -194,5 +196,5 @@ def _with_certificate(block: BlockSummary, certified: CertifiedBlock) -> BlockSu
         certificate_status=certified.status,
         certificate_seconds=solution.stats.seconds,
         fingerprint=certified.fingerprint,
-        **{name: getattr(evidence, name, None) for name in PROVED},
+        **proved,
     )
