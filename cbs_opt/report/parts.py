@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -67,15 +67,9 @@ class LayerSummary:
     @classmethod
     def from_weights(cls, name: str, before: Tensor, after: Tensor, keep: Tensor) -> LayerSummary:
         """Return the summary of a parameter from its values before and after and its boolean `keep`."""
-        histogram_before, histogram_after = shared_histograms(before, after[keep])
-        return cls(
-            name=name,
-            shape=tuple(before.shape),
-            n=before.numel(),
-            n_prune=before.numel() - int(keep.sum()),
-            weight_histogram_before=histogram_before,
-            weight_histogram_after=histogram_after,
-        )
+        old, new = shared_histograms(before, after[keep])
+        summary = cls(name=name, shape=tuple(before.shape), n=before.numel(), n_prune=int((~keep).sum()))
+        return replace(summary, weight_histogram_before=old, weight_histogram_after=new)
 
     @property
     def sparsity(self) -> float:

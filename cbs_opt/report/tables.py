@@ -259,10 +259,9 @@ def times_table(report: PruneReport) -> Table:
 
 def settings_table(report: PruneReport) -> Table:
     """Return every field of the request, and the versions of libraries."""
-    show = Column(name="Value").cell
-    pairs = [(name, show(getattr(report, name))) for name in SETTINGS]
-    if report.request is not None:
-        pairs += [(name, show(value)) for name, value in _flat(request_to_plain(report.request))]
+    settings = [(name, getattr(report, name)) for name in SETTINGS]
+    settings += [] if report.request is None else _flat(request_to_plain(report.request))
+    pairs = [(name, Column(name="Value").cell(value)) for name, value in settings]
     pairs += [(f"version of {name}", version) for name, version in report.versions.items()]
     return Table.of_pairs(pairs, ("Setting", "Value"), wrap=True)
 
