@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cbs_opt.certify.certificates import ChosenSet, certify_blocks
+from cbs_opt.certify.certificates import CertifiedBlock, certify_blocks, relative_gap
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
-from cbs_opt.network.partition import Partition
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
-from cbs_opt.report.certified import with_certificates
-from cbs_opt.report.parts import BlockSummary, LayerSummary
+from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages.state import StageState
 from cbs_opt.system.checks import within
 from cbs_opt.system.memory import process_peak
 from cbs_opt.system.versions import library_versions
+
+SEARCHED = ("iterations", "locally_optimal", "seconds", "bound", "status")
+"""Fields of a `Choice` that a block summary has as they are."""
+PROVED = ("rho", "effective_rank", "n_fixed")
+"""Fields of a certificate that a block summary has as they are."""
 
 
 def describe(
@@ -64,7 +69,8 @@ def describe(
         modelled=rows is not None,
         by_rows=selects_by_rows(recipe),
     )
-    keep = partition.keep_by_parameter(best.keep)
+    keep = {name: mask.cpu() for name, mask in partition.keep_by_parameter(best.keep).items()}
+    old, new = partition.split(task.weights), partition.split(best.weights)
     selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
     updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
     samples, n_rows = (0, 0) if rows is None else (rows.samples, rows.shape[0])
@@ -82,7 +88,10 @@ def describe(
         requested_sparsity=request.sparsity,
         n=partition.n,
         n_prune=int((~best.keep).sum()),
-        layers=_layer_summaries(partition, task.weights, best.weights, keep),
+        layers=tuple(
+            LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask)
+            for name, mask in keep.items()
+        ),
         blocks=blocks,
         predicted_selection_loss=sum(selection) if selection else None,
         predicted_loss_increase=sum(updated) if updated else None,
@@ -98,7 +107,7 @@ def describe(
         layer_inputs=term_of(recipe),
         update_scale=best.scale,
         seed=request.seed,
-        masks={name: mask.cpu() for name, mask in keep.items()},
+        masks=keep,
         request=request,
         versions=library_versions(),
         stages=() if state is None else state.records,
@@ -117,9 +126,7 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             # The sets were chosen for another Hessian than the one that the update minimises.
             proved = [None] * len(proved)
     layer_inputs = 0.0 if selects_by_rows(recipe) else term_of(recipe)
-    chosen = [
-        ChosenSet(keep=choice.keep, proved=bound) for choice, bound in zip(best.choices, proved, strict=True)
-    ]
+    chosen = [(choice.keep, bound) for choice, bound in zip(best.choices, proved, strict=True)]
     with task.clock.phase("certificates"), within("weights", partition="blocks"):
         bounded = certify_blocks(
             model.blocks(damping, layer_inputs, gradient=recipe.gradient),
@@ -131,7 +138,13 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             progress=task.progress,
             path_of=task.done.certificate_path,
         )
-    return with_certificates(report, bounded)
+    blocks = tuple(map(_with_certificate, report.blocks, bounded))
+    return replace(
+        report,
+        blocks=blocks,
+        certified=CertifiedSum.of(report.program, blocks),
+        certificates=tuple(block.solution for block in bounded),
+    )
 
 
 def _block_summaries(
@@ -157,30 +170,31 @@ def _block_summaries(
             selection = chosen.step_loss(torch.where(choice.keep, 0.0, -before))
             updated = block.step_loss(weights[start : start + block.n].double() - before)
         start += block.n
-        summaries.append(
-            BlockSummary(
-                name=block.name,
-                n=block.n,
-                n_prune=int((~choice.keep).sum()),
-                selection_loss=selection,
-                updated_loss=updated,
-                initial_loss=choice.initial_value,
-                iterations=choice.iterations,
-                locally_optimal=choice.locally_optimal,
-                seconds=choice.seconds,
-                bound=choice.bound,
-                status=choice.status,
-            )
+        summary = BlockSummary(
+            name=block.name,
+            n=block.n,
+            n_prune=int((~choice.keep).sum()),
+            selection_loss=selection,
+            updated_loss=updated,
+            initial_loss=choice.initial_value,
+            **{name: getattr(choice, name) for name in SEARCHED},
         )
+        summaries.append(summary)
     return tuple(summaries)
 
 
-def _layer_summaries(
-    partition: Partition, before: Tensor, after: Tensor, keep: Mapping[str, Tensor]
-) -> tuple[LayerSummary, ...]:
-    """Return what the report says of every parameter; weights (n,) before and after, masks by name."""
-    old, new = partition.split(before), partition.split(after)
-    return tuple(
-        LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask.cpu())
-        for name, mask in keep.items()
+def _with_certificate(block: BlockSummary, certified: CertifiedBlock) -> BlockSummary:
+    """Return the summary of a block with its bound and what proves it."""
+    solution, evidence = certified.solution, certified.solution.certificate
+    proved: dict[str, Any] = {name: getattr(evidence, name, None) for name in PROVED}
+    return replace(
+        block,
+        objective=solution.objective,
+        bound=solution.bound,
+        gap=relative_gap(solution.objective, solution.bound),
+        certificate=None if evidence is None else evidence.kind,
+        certificate_status=certified.status,
+        certificate_seconds=solution.stats.seconds,
+        fingerprint=certified.fingerprint,
+        **proved,
     )

@@ -17,9 +17,8 @@ from cbs_opt.curvature.run_size import RunSize, check_fits, fitting_blocks, run_
 from cbs_opt.describe import certified, describe
 from cbs_opt.hessian.channel_system import DENSE_LIMIT
 from cbs_opt.network.data import Data, LossFunction, sample_count
-from cbs_opt.network.guard import unchanged
 from cbs_opt.network.partition import BlockRule, Partition
-from cbs_opt.network.trial import write_back
+from cbs_opt.network.trial import unchanged, write_back
 from cbs_opt.oneshot import (
     Task,
     check_data,

@@ -32,7 +32,7 @@ def allocate(
     scores: Tensor | None = None,
     floor: float = FLOOR,
 ) -> list[int]:
-    """Return number of weights to prune in every block.
+    """Return the number of weights to prune in every block.
 
     Parameters
     ----------
@@ -98,17 +98,15 @@ def allocate(
 
 def checked_sparsity(argument: str, sparsity: Any) -> float:
     """Return `sparsity` as a float if it is a number in [0, 1), else raise `ArgumentError`."""
-    remedy = "pass a number, 0 <= sparsity < 1"
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
-        raise ArgumentError(argument, f"{sparsity!r} ({type(sparsity).__name__})", remedy)
-    share = float(sparsity)
-    if not 0.0 <= share < 1.0:  # NaN fails as well
-        raise ArgumentError(argument, f"{sparsity!r}", remedy)
-    return share
+    number = isinstance(sparsity, Real) and not isinstance(sparsity, bool)
+    if not number or not 0.0 <= float(sparsity) < 1.0:  # NaN fails as well
+        found = f"{sparsity!r}" if number else f"{sparsity!r} ({type(sparsity).__name__})"
+        raise ArgumentError(argument, found, "pass a number, 0 <= sparsity < 1")
+    return float(sparsity)
 
 
 def _protected(partition: Partition, share: float, scores: Tensor, floor: float) -> Tensor:
-    """`scores` where the best weights of every parameter, as many as its floor, are infinite."""
+    """Return `scores` where the best weights of every parameter, as many as its floor, are infinite."""
     if floor == 0.0:
         return scores
     lifted = scores.detach().double().clone()
@@ -191,6 +189,5 @@ def _check_scores(scores: Tensor, n: int) -> None:
         raise ArgumentError("scores", f"a {type(scores).__name__}", "pass a tensor, one score a weight")
     if tuple(scores.shape) != (n,):
         raise ShapeError("scores", f"shape {tuple(scores.shape)} for {n} weights", f"pass ({n},)")
-    bad = int(torch.isnan(scores).sum())
-    if bad:
+    if bad := int(torch.isnan(scores).sum()):
         raise NonFiniteError("scores", f"{bad} of {n} are NaN", "repair the scores")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ def counts_left(
 ) -> list[int]:
     """Return the weights to prune now in each of `blocks`, the blocks that have any left.
 
+    They sum to ``round(sparsity * n)`` minus what is pruned already. A block that lost more than its
+    share in earlier stages loses nothing, and others with it in view lose less.
+
     Parameters
     ----------
     partition : Partition
@@ -38,12 +42,6 @@ def counts_left(
         Whose saliency spends a global budget.
     blocks : sequence of FisherBlock
         What is left of every block of the partition with weights left, in order.
-
-    Returns
-    -------
-    list of int
-        They sum to ``round(sparsity * n)`` minus what is pruned already. A block that lost more than
-        its share in earlier stages loses nothing, and others with it in view lose less.
     """
     spans = partition.blocks
     if isinstance(budget, Mapping):
@@ -60,6 +58,5 @@ def counts_left(
         cut = min(excess, more[index])
         more[index] -= cut
         excess -= cut
-    return [
-        count for count, span in zip(more, spans, strict=True) if bool(keep[span.start : span.stop].any())
-    ]
+    left = [bool(keep[span.start : span.stop].any()) for span in spans]
+    return list(compress(more, left))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from cbs_opt.budget.counts import checked_sparsity
+from cbs_opt.system.checks import whole_number
 from formulations.errors import ArgumentError
 
 Schedule = str | Sequence[float]
@@ -32,10 +33,6 @@ def sparsity_schedule(
     start : float, optional
         Sparsity of the first stage; by default the dense network counts as stage 0 of the rule.
 
-    Returns
-    -------
-    tuple of float
-
     Raises
     ------
     ArgumentError
@@ -43,14 +40,12 @@ def sparsity_schedule(
         than `stages` or another end than `target`.
     """
     last = checked_sparsity("sparsity", target)
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ArgumentError("stages", f"{stages!r}", "pass a whole number >= 1")
+    whole_number("stages", stages)
     if not isinstance(schedule, str):
         return _checked(tuple(schedule), last, stages)
     if schedule not in SCHEDULES:
-        raise ArgumentError(
-            "schedule", f"{schedule!r}", f"use one of {', '.join(SCHEDULES)} or the sparsities"
-        )
+        remedy = f"use one of {', '.join(SCHEDULES)} or the sparsities"
+        raise ArgumentError("schedule", f"{schedule!r}", remedy)
     if start is None:
         return (*(_between(schedule, 0.0, last, t / stages) for t in range(1, stages)), last)
     first = checked_sparsity("start", start)

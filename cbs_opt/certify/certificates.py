@@ -44,22 +44,6 @@ BETTER_SET = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChosenSet:
-    """The set of one block.
-
-    Parameters
-    ----------
-    keep : (n,) bool Tensor
-        True = kept.
-    proved : float, optional
-        A bound that an exact method proved while choosing.
-    """
-
-    keep: Tensor
-    proved: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class CertifiedBlock:
     """A chosen set, the bound on its program, and the evidence.
 
@@ -140,7 +124,7 @@ def certify_block(
 
 def certify_blocks(
     blocks: Sequence[FisherBlock],
-    chosen: Sequence[ChosenSet],
+    chosen: Sequence[tuple[Tensor, float | None]],
     program: str,
     *,
     method: str = "",
@@ -155,8 +139,8 @@ def certify_blocks(
     ----------
     blocks : sequence of FisherBlock
         With the damping and the gradient of the program.
-    chosen : sequence of ChosenSet
-        One a block.
+    chosen : sequence of (tensor, float or None)
+        The kept set (n,) of every block, True = kept, and a bound that an exact method proved while choosing.
     program : {"selection", "joint"}
     method : str, default ""
         What chose the sets.
@@ -191,7 +175,8 @@ def certify_blocks(
     certified: list[CertifiedBlock] = []
     silent = None if progress and len(blocks) > 1 else True
     for number, block in enumerate(tqdm(blocks, desc="certificates", unit="block", disable=silent)):
-        keep: BoolArray = chosen[number].keep.cpu().numpy()
+        kept, proved = chosen[number]
+        keep: BoolArray = kept.cpu().numpy()
         problem = block.to_problem(int((~keep).sum()))
         if block_dir is not None:
             write_instance(block_path(block_dir, number), problem)
@@ -199,16 +184,11 @@ def certify_blocks(
         path = path_of(number)
         result = None if path is None else _stored(path, problem, keep)
         if result is None and left <= 0.0:
-            result = _not_reached(problem, keep, program, method)
+            solution = _evaluated(problem, keep, program, method, NOT_REACHED)
+            result = CertifiedBlock(solution=solution, fingerprint=problem.fingerprint())
         elif result is None:
-            result = certify_block(
-                problem,
-                keep,
-                program,
-                method=method,
-                proved=chosen[number].proved,
-                time_limit=None if time_limit is None else left / (len(blocks) - number),
-            )
+            share = None if time_limit is None else left / (len(blocks) - number)
+            result = certify_block(problem, keep, program, method=method, proved=proved, time_limit=share)
             if path is not None:
                 write_solution(path, problem, result.solution)
         certified.append(result)
@@ -222,32 +202,25 @@ def relative_gap(objective: float | None, bound: float | None) -> float | None:
     return (objective - bound) / max(abs(objective), 1e-12)
 
 
-def _evaluated(problem: BlockProblem, keep: BoolArray, program: str, method: str) -> BlockSolution:
+def _evaluated(
+    problem: BlockProblem, keep: BoolArray, program: str, method: str, message: str = ""
+) -> BlockSolution:
+    weights, value = solved_weights(problem, keep, program), objective(problem, keep, program)
+    stats = SolveStats(message=message)
     return BlockSolution(
-        keep=keep,
-        weights=solved_weights(problem, keep, program),
-        objective=objective(problem, keep, program),
-        program=program,
-        method=method,
+        keep=keep, weights=weights, objective=value, program=program, method=method, stats=stats
     )
 
 
 def _stored(path: Path, problem: BlockProblem, keep: BoolArray) -> CertifiedBlock | None:
     """Read a file, if it is the certified solution of this set in this block."""
-    if not path.exists():
-        return None
     try:
-        solution = read_solution(path, problem)
+        solution = read_solution(path, problem) if path.exists() else None
     except InstanceFormatError as error:
         log.warning("%s; it is certified again", error.found)
         return None
-    if solution.keep is None or not np.array_equal(solution.keep, keep):
+    if solution is None or solution.keep is None or not np.array_equal(solution.keep, keep):
         return None
-    return CertifiedBlock(solution=solution, fingerprint=problem.fingerprint())
-
-
-def _not_reached(problem: BlockProblem, keep: BoolArray, program: str, method: str) -> CertifiedBlock:
-    solution = replace(_evaluated(problem, keep, program, method), stats=SolveStats(message=NOT_REACHED))
     return CertifiedBlock(solution=solution, fingerprint=problem.fingerprint())
 
 

@@ -36,8 +36,8 @@ def run(
 
         from cbs_opt.cli.tables import comparison_lines
         from cbs_opt.demo import CONTENDERS, SPARSITIES, compare_on_digits
-        from cbs_opt.report.comparison import comparison_frame
         from cbs_opt.report.html import write_comparison
+        from cbs_opt.report.tables import comparison_frame
         from cbs_opt.system.plain import plain
 
         levels = tuple(sparsity or SPARSITIES)

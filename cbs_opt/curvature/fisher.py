@@ -20,8 +20,7 @@ from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate, regroup, sample_count
-from cbs_opt.network.partition import BlockRule, Partition
-from cbs_opt.network.targets import Globs
+from cbs_opt.network.partition import BlockRule, Globs, Partition
 from cbs_opt.system.checks import finite_number, whole_number
 from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cbs_opt.errors import EmptyDataError, NoBatchNormError
-from cbs_opt.network.data import Data, device_of, forward, iterate, positive_integer, regroup
+from cbs_opt.network.data import Data, device_of, forward, iterate, regroup
 from cbs_opt.network.evaluation import evaluation_mode
+from cbs_opt.system.checks import whole_number
 from formulations.errors import ArgumentError, NonFiniteError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -20,7 +21,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 def recalibrate_batchnorm(
     model: nn.Module, data: Data, *, samples: int | None = None, batch_size: int = 256
 ) -> int:
-    """Estimate running means and variances anew from data.
+    """Estimate running means and variances anew from data; return the number of samples used.
 
     Pruning shifts what every layer passes on, so the statistics of training no longer fit. Batch
     normalisation runs in training mode (each batch normalised by itself), everything else in
@@ -39,11 +40,6 @@ def recalibrate_batchnorm(
     batch_size : int, default 256
         Batches are joined and cut to this size; a single sample left over at the end is dropped.
 
-    Returns
-    -------
-    int
-        Samples used.
-
     Raises
     ------
     NoBatchNormError
@@ -55,9 +51,9 @@ def recalibrate_batchnorm(
     EmptyDataError, DataLoaderError, BatchFormatError
         If the data cannot be read or holds fewer than two samples.
     """
-    if positive_integer("batch_size", batch_size) < 2:
+    if whole_number("batch_size", batch_size) < 2:
         raise ArgumentError("batch_size", "1", "a single sample has no variance; pass 2 or more")
-    limit = None if samples is None else positive_integer("samples", samples)
+    limit = None if samples is None else whole_number("samples", samples)
     layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     if not layers:
         found = "no batch normalisation with running statistics"
@@ -71,7 +67,10 @@ def recalibrate_batchnorm(
                 used += batch.size
         if used == 0:
             raise EmptyDataError("data", "one sample has no variance", "pass two samples or more")
-        _check_finite(layers)
+        statistics = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+        if not all(torch.isfinite(buffer).all() for buffer in statistics):
+            remedy = "check the data and the weights; the old statistics are back"
+            raise NonFiniteError("data", "leads to NaN or infinite statistics", remedy)
     return used
 
 
@@ -100,21 +99,10 @@ def _fresh_statistics(layers: list[BatchNorm]) -> Iterator[None]:
 
 def _averaging() -> Callable[[nn.Module, tuple[Any, ...]], None]:
     """Return a hook that makes running statistics the mean over all samples so far."""
-    seen = 0
+    sizes: list[int] = []
 
     def weigh(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        x: Tensor = args[0]
-        size = int(x.shape[0])
-        seen += size
-        layer.momentum = size / seen  # type: ignore[assignment]
+        sizes.append(len(args[0]))
+        layer.momentum = sizes[-1] / sum(sizes)  # type: ignore[assignment]
 
     return weigh
-
-
-def _check_finite(layers: list[BatchNorm]) -> None:
-    for layer in layers:
-        for buffer in (layer.running_mean, layer.running_var):
-            if buffer is not None and not bool(torch.isfinite(buffer).all()):
-                remedy = "check the data and the weights; the old statistics are back"
-                raise NonFiniteError("data", "leads to NaN or infinite statistics", remedy)

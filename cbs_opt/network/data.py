@@ -1,4 +1,4 @@
-"""Data as the caller has it, read batch by batch, and the evaluation of a network on it."""
+"""Data as the caller has it, read batch by batch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def map_tensors(function: Callable[..., Any], tree: Inputs, *others: Inputs) -> 
 
 
 def call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that pass `inputs` to a network.
+    """Return positional and keyword arguments that pass `inputs` to a network.
 
     A tensor is the one argument, a tuple or list is spread over positions, a dict over keywords.
     """
@@ -96,10 +96,8 @@ def iterate(
         replacement in random order; without a seed the first ones are read in order.
     batch_size : int
         Larger batches are cut; smaller ones are passed on as they come.
-    max_samples : int, optional
-        Where to stop; by default at the end.
-    seed : int, optional
-        See `data`.
+    max_samples, seed : int, optional
+        Where to stop, by default at the end; and see `data`.
     device : torch.device, optional
         Where the batches are moved to.
     argument : str, default "data"
@@ -107,20 +105,20 @@ def iterate(
 
     Raises
     ------
-    DataLoaderError
-        If the data raises; the original exception is chained.
-    BatchFormatError
-        If a batch is not a pair of tensors with one entry a sample.
-    EmptyDataError
-        If there is no sample.
+    DataLoaderError, BatchFormatError, EmptyDataError
+        If the data raises (the original exception is chained), a batch is not a pair of tensors with one
+        entry a sample, or there is no sample.
     """
     if _is_pair(data):
-        source: Iterator[Any] = iter([_subset(_as_batch(data, argument, 0), max_samples, seed)])
+        whole = _as_batch(data, argument, 0)
+        if max_samples is not None and seed is not None:
+            order = torch.randperm(whole.size, generator=torch.Generator().manual_seed(seed))
+            whole = whole.take(order[:max_samples])
+        batches: Iterable[Batch] = [whole]
     else:
-        source = _guarded(data, argument)
+        batches = (_as_batch(item, argument, i) for i, item in enumerate(_guarded(data, argument)))
     seen = 0
-    for number, item in enumerate(source):
-        batch = item if isinstance(item, Batch) else _as_batch(item, argument, number)
+    for batch in batches:
         if max_samples is not None:
             batch = batch.take(slice(max_samples - seen))
         for start in range(0, batch.size, batch_size):
@@ -135,7 +133,7 @@ def iterate(
 
 
 def sample_count(data: Data) -> int | None:
-    """How many samples a pair of tensors has; None for other data, which tell at their end."""
+    """Return how many samples a pair of tensors has; None for other data, which tell at their end."""
     pair: Any = data
     return len(pair[1]) if _is_pair(pair) else None
 
@@ -163,7 +161,8 @@ def class_count(output: Any, labels: Tensor) -> int | None:
     """Return the number of classes if `output` (B, C >= 2) and integer `labels` (B,) are a classifier's."""
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         return None
-    return int(output.shape[1]) if labels.ndim == 1 and _is_integer(labels) else None
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return int(output.shape[1]) if labels.ndim == 1 and whole else None
 
 
 def check_labels(labels: Tensor, classes: int, argument: str = "data") -> None:
@@ -183,38 +182,15 @@ def check_loss(loss: Any) -> Tensor:
     return loss
 
 
-def positive_integer(argument: str, value: Any) -> int:
-    """Return `value` if it is a positive integer, else raise `ArgumentError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(argument, f"{value!r}", "pass a positive integer")
-    return value
-
-
 def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
-
-
-def _is_integer(labels: Tensor) -> bool:
-    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-
-
-def _subset(batch: Batch, samples: int | None, seed: int | None) -> Batch:
-    if samples is None or seed is None:
-        return batch
-    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(seed))
-    return batch.take(order[:samples])
 
 
 def _guarded(data: Data, argument: str) -> Iterator[Any]:
     """Yield the items of `data`; whatever it raises becomes a `DataLoaderError`."""
     number = 0
     try:
-        source = iter(data)
-        while True:
-            try:
-                item = next(source)
-            except StopIteration:
-                return
+        for item in data:
             yield item
             number += 1
     except Exception as error:

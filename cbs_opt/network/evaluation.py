@@ -18,8 +18,8 @@ from cbs_opt.network.data import (
     device_of,
     forward,
     iterate,
-    positive_integer,
 )
+from cbs_opt.system.checks import whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,9 @@ def evaluate(
     max_samples: int | None = None,
     argument: str = "data",
 ) -> Evaluation:
-    """Mean loss and accuracy of a network, in evaluation mode and without gradients.
+    """Return mean loss and accuracy of a network, in evaluation mode and without gradients.
+
+    The accuracy is None unless outputs are (B, C) and labels integers (B,).
 
     Parameters
     ----------
@@ -69,25 +71,18 @@ def evaluate(
     argument : str, default "data"
         What messages call `data`.
 
-    Returns
-    -------
-    Evaluation
-        The accuracy is None unless outputs are (B, C) and labels integers (B,).
-
     Raises
     ------
     DataLoaderError, BatchFormatError, EmptyDataError, LabelRangeError
         If the data cannot be read or does not fit the network.
     """
-    positive_integer("batch_size", batch_size)
-    limit = None if max_samples is None else positive_integer("max_samples", max_samples)
+    whole_number("batch_size", batch_size)
+    limit = None if max_samples is None else whole_number("max_samples", max_samples)
     total, correct, samples = 0.0, 0, 0
     classifies = True
-    batches = iterate(
-        data, batch_size=batch_size, max_samples=limit, device=device_of(model), argument=argument
-    )
+    where = device_of(model)
     with evaluation_mode(model), torch.no_grad():
-        for batch in batches:
+        for batch in iterate(data, batch_size=batch_size, max_samples=limit, device=where, argument=argument):
             output = forward(model, batch.inputs)
             classes = class_count(output, batch.labels)
             if classes is None:
@@ -97,6 +92,5 @@ def evaluate(
                 correct += int((output.argmax(1) == batch.labels).sum())
             total += float(check_loss(loss_fn(output, batch.labels))) * batch.size
             samples += batch.size
-    return Evaluation(
-        loss=total / samples, accuracy=correct / samples if classifies else None, samples=samples
-    )
+    accuracy = correct / samples if classifies else None
+    return Evaluation(loss=total / samples, accuracy=accuracy, samples=samples)

@@ -1,4 +1,4 @@
-"""Kept masks: files, zeros in place, and torch's own pruning hooks. True means kept throughout."""
+"""Kept masks: files, and zeros in place. True means kept throughout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from cbs_opt.errors import MaskFileError, MaskMismatchError
 from formulations.errors import ArgumentError
@@ -57,37 +56,27 @@ def save_masks(
         if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
             remedy = f"map strings to strings, without {', '.join(RESERVED)}"
             raise ArgumentError("metadata", f"{key!r}: {value!r}", remedy)
-    _check_boolean(masks)
     # Copies: masks split from one flat vector share memory, which the format refuses.
     tensors = {
-        name: keep.detach().cpu().clone(memory_format=torch.contiguous_format) for name, keep in masks.items()
+        name: keep.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, keep in _boolean(masks).items()
     }
-    pruned = sum(keep.numel() - int(keep.sum()) for keep in tensors.values())
     size = sum(keep.numel() for keep in tensors.values())
-    entries |= {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "sense": SENSE,
-        "sparsity": repr(pruned / max(size, 1)),
-    }
+    pruned = size - sum(int(keep.sum()) for keep in tensors.values())
+    entries |= {"format": FORMAT, "version": str(VERSION), "sense": SENSE}
+    entries["sparsity"] = repr(pruned / max(size, 1))
     entries[CHECKSUM] = _checksum(entries, tensors)
     write_atomically(path, save(tensors, metadata=entries))
 
 
 def load_masks(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read kept masks.
+    """Return the kept masks in a file of `save_masks`, boolean, True = kept, on the CPU, by parameter name.
 
     Parameters
     ----------
     path : path-like
-        A file of `save_masks`.
     model : nn.Module, optional
         A network the masks must fit.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Boolean, True = kept, on the CPU, by parameter name.
 
     Raises
     ------
@@ -96,7 +85,7 @@ def load_masks(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
     MaskMismatchError
         If names or shapes do not fit `model`.
     """
-    masks, _ = _read(Path(path))
+    masks = _read(Path(path))[0]
     if model is not None:
         _fitting(model, masks)
     return masks
@@ -110,15 +99,8 @@ def load_mask_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def apply_masks(model: nn.Module, masks: Masks) -> None:
     """Set pruned weights to exactly 0 in place, as after a step of fine-tuning.
 
-    All masks are checked before anything is written. Parameters keep their identity, kept weights
-    their bits.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network to write to.
-    masks : mapping of str to Tensor
-        Boolean, True = kept, by parameter name, on any device.
+    All masks, as `load_masks` returns them or on any device, are checked before anything is written.
+    Parameters keep their identity, kept weights their bits.
 
     Raises
     ------
@@ -127,37 +109,13 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
     MaskMismatchError
         If names or shapes do not fit `model`; nothing is written.
     """
-    _check_boolean(masks)
-    pairs = _fitting(model, masks)
+    pairs = _fitting(model, _boolean(masks))
     with torch.no_grad():
         for parameter, keep in pairs:
             parameter.masked_fill_(~keep.to(parameter.device), 0.0)
 
 
-def register_custom_from_mask(model: nn.Module, masks: Masks) -> None:
-    """Hand the masks to `torch.nn.utils.prune.custom_from_mask`.
-
-    Each parameter becomes ``<name>_orig`` with a buffer ``<name>_mask``, and a hook multiplies them
-    before every forward pass. A tied parameter is registered in every module that holds it. Note
-    that these hooks do not survive a state dict; `save_masks` does.
-
-    Raises
-    ------
-    ArgumentError
-        If a mask is not boolean.
-    MaskMismatchError
-        If names or shapes do not fit `model`; nothing is registered.
-    """
-    _check_boolean(masks)
-    pairs = _fitting(model, masks)
-    for parameter, keep in pairs:
-        for module in model.modules():
-            for attribute, own in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                if own is parameter:
-                    prune.custom_from_mask(module, attribute, keep.to(parameter.device))  # type: ignore[no-untyped-call]
-
-
-def _check_boolean(masks: Masks) -> None:
+def _boolean(masks: Masks) -> Masks:
     if not isinstance(masks, Mapping):
         raise ArgumentError("masks", f"a {type(masks).__name__}", "map names of parameters to masks")
     if not masks:
@@ -167,13 +125,13 @@ def _check_boolean(masks: Masks) -> None:
             raise ArgumentError("masks", f"the name {name!r}", "use the names of parameters")
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
             found = f"{keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
-            raise ArgumentError(
-                f"masks[{name!r}]", found, "pass a boolean tensor, True where a weight is kept"
-            )
+            remedy = "pass a boolean tensor, True where a weight is kept"
+            raise ArgumentError(f"masks[{name!r}]", found, remedy)
+    return masks
 
 
 def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each mask with its parameter; every misfit is listed in one `MaskMismatchError`."""
+    """Return each mask with its parameter; every misfit is listed in one `MaskMismatchError`."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     misfits: list[str] = []
     for name, keep in masks.items():
@@ -183,8 +141,8 @@ def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]
             misfits.append(f"{name} is {tuple(parameters[name].shape)}, its mask {tuple(keep.shape)}")
     if misfits:
         shown = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
-        remedy = "use the masks of this network"
-        raise MaskMismatchError("masks", f"{len(misfits)} of {len(masks)} do not fit: {shown}", remedy)
+        found = f"{len(misfits)} of {len(masks)} do not fit: {shown}"
+        raise MaskMismatchError("masks", found, "use the masks of this network")
     return [(parameters[name], keep) for name, keep in masks.items()]
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from fnmatch import fnmatchcase
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cbs_opt.errors import PartitionMismatchError
-from cbs_opt.network.targets import Globs, eligible_parameters, names_by_parameter
+from cbs_opt.errors import NoEligibleWeightsError, PartitionMismatchError, UnmatchedPatternError
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
-if TYPE_CHECKING:
-    pass
-
+Globs = str | Sequence[str]
+DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BlockRule = str | int
 """How a partition forms blocks: "global", "layer", "row", or a block size."""
 
@@ -77,6 +73,8 @@ class Partition:
     ) -> Partition:
         """Choose the weights of `model` that may be pruned and cut them into blocks.
 
+        A tied parameter appears once, under its first name; a glob may use any of its names.
+
         Parameters
         ----------
         model : nn.Module
@@ -90,11 +88,6 @@ class Partition:
             One block in all, one a parameter, one an output channel (first axis), or blocks of at
             most that many weights cut within each parameter in flat order.
 
-        Returns
-        -------
-        Partition
-            A tied parameter appears once, under its first name; a glob may use any of its names.
-
         Raises
         ------
         NoEligibleWeightsError
@@ -106,34 +99,21 @@ class Partition:
         """
         rule = checked_rule("blocks", blocks)
         names = names_by_parameter(model)
-        chosen = eligible_parameters(model, names, target, ignore)
         spans: list[ParameterSpan] = []
-        start = 0
-        for parameter in chosen:
+        stop = 0
+        for parameter in eligible_parameters(model, names, target, ignore):
             first, *aliases = names[parameter]
-            stop = start + parameter.numel()
-            shape = tuple(parameter.shape)
-            spans.append(
-                ParameterSpan(name=first, shape=shape, start=start, stop=stop, aliases=tuple(aliases))
-            )
-            start = stop
-        if rule == "global":
-            cut = [BlockSpan(name="global", start=0, stop=start)]
-        else:
-            cut = list(chain.from_iterable(_cut(span, rule) for span in spans))
-        return cls(parameters=tuple(spans), blocks=tuple(cut))
+            start, stop, shape = stop, stop + parameter.numel(), tuple(parameter.shape)
+            span = ParameterSpan(name=first, shape=shape, start=start, stop=stop, aliases=tuple(aliases))
+            spans.append(span)
+        whole = (BlockSpan(name="global", start=0, stop=stop),)
+        cut = chain.from_iterable(_cut(span, rule) for span in spans)
+        return cls(parameters=tuple(spans), blocks=whole if rule == "global" else tuple(cut))
 
     @property
     def n(self) -> int:
         """Number of weights."""
         return self.parameters[-1].stop if self.parameters else 0
-
-    def parameters_of(self, block: BlockSpan) -> tuple[ParameterSpan, ...]:
-        """Return the parameters in which `block` has weights, in order; O(log + answer)."""
-        starts = [span.start for span in self.parameters]
-        first = max(bisect_right(starts, block.start) - 1, 0)
-        overlapping = (span for span in self.parameters[first:] if span.start < block.stop)
-        return tuple(span for span in overlapping if span.stop > block.start)
 
     def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters of `model` by name; `PartitionMismatchError` if names or shapes differ."""
@@ -147,18 +127,10 @@ class Partition:
         return {span.name: present[span.name] for span in self.parameters}
 
     def flatten(self, model: nn.Module) -> Tensor:
-        """Return a detached copy of the weights as one vector.
+        """Return a detached copy of the weights as one (n,) vector.
 
-        Parameters
-        ----------
-        model : nn.Module
-            The network the partition was built from, or one of the same shape.
-
-        Returns
-        -------
-        (n,) Tensor
-            On the device of the first parameter, in the smallest dtype that holds them all
-            (`torch.promote_types`: float16 beside float32 becomes float32).
+        It is on the device of the first parameter, in the smallest dtype that holds them all
+        (`torch.promote_types`: float16 beside float32 becomes float32).
 
         Raises
         ------
@@ -167,27 +139,19 @@ class Partition:
         NonFiniteError
             If a weight is NaN or infinite.
         """
-        tensors = self.tensors(model)
-        if not tensors:
-            return torch.zeros(0)
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-        device = next(iter(tensors.values())).device
-        flat = torch.empty(self.n, dtype=dtype, device=device)
-        for span in self.parameters:
-            weights = tensors[span.name].detach()
-            if not bool(torch.isfinite(weights).all()):
-                bad = int((~torch.isfinite(weights)).sum())
-                found = f"{bad} of {weights.numel()} weights of {span.name} are NaN or infinite"
+        flat = []
+        for name, tensor in self.tensors(model).items():
+            if bad := int((~torch.isfinite(tensor)).sum()):
+                found = f"{bad} of {tensor.numel()} weights of {name} are NaN or infinite"
                 raise NonFiniteError("model", found, "load an undamaged network")
-            flat[span.start : span.stop].copy_(weights.reshape(-1))
-        return flat
+            flat.append(tensor.detach().reshape(-1))
+        return torch.cat([weights.to(flat[0].device) for weights in flat]) if flat else torch.zeros(0)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return views of a flat (n,) vector in the shapes of the parameters, by name."""
         if tuple(vector.shape) != (self.n,):
-            raise ShapeError(
-                "vector", f"shape {tuple(vector.shape)} for {self.n} weights", f"pass ({self.n},)"
-            )
+            found = f"shape {tuple(vector.shape)} for {self.n} weights"
+            raise ShapeError("vector", found, f"pass ({self.n},)")
         return {span.name: vector[span.start : span.stop].view(span.shape) for span in self.parameters}
 
     def keep_by_parameter(self, keep: Tensor | NDArray[np.bool_]) -> dict[str, Tensor]:
@@ -207,15 +171,14 @@ def checked_rule(argument: str, blocks: BlockRule) -> BlockRule:
 
 
 def _cut(span: ParameterSpan, rule: BlockRule) -> Iterator[BlockSpan]:
-    n = span.stop - span.start
     if rule == "layer":
         yield BlockSpan(name=span.name, start=span.start, stop=span.stop)
         return
     size = math.prod(span.shape[1:]) if rule == "row" else int(rule)
-    for first in range(0, n, size):
-        last = min(first + size, n)
-        label = str(first // size) if rule == "row" else f"{first}:{last}"
-        yield BlockSpan(name=f"{span.name}[{label}]", start=span.start + first, stop=span.start + last)
+    for start in range(span.start, span.stop, size):
+        stop, first = min(start + size, span.stop), start - span.start
+        label = str(first // size) if rule == "row" else f"{first}:{stop - span.start}"
+        yield BlockSpan(name=f"{span.name}[{label}]", start=start, stop=stop)
 
 
 def _check_tiling(argument: str, spans: Sequence[ParameterSpan | BlockSpan], n: int) -> None:
@@ -227,3 +190,57 @@ def _check_tiling(argument: str, spans: Sequence[ParameterSpan | BlockSpan], n: 
         position = span.stop
     if position != n:
         raise ArgumentError(argument, f"cover {position} of {n} weights", "cover all of them")
+
+
+def names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return every parameter object with all its names, in `named_parameters` order."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def eligible_parameters(
+    model: nn.Module, names: dict[nn.Parameter, list[str]], target: Globs | None, ignore: Globs
+) -> list[nn.Parameter]:
+    """Return the trainable parameters that `target` names and `ignore` does not, in network order.
+
+    `names` are those of `names_by_parameter`; see `Partition.from_model` for the rest.
+    """
+    if target is None:
+        layers = (module for module in model.modules() if isinstance(module, DEFAULT_LAYERS))
+        weights = {module._parameters.get("weight") for module in layers}
+        wanted = [parameter for parameter in names if parameter in weights]
+    else:
+        wanted = _matching("target", names, target)
+    ignored = set(_matching("ignore", names, ignore))
+    wanted = [parameter for parameter in wanted if parameter not in ignored]
+    if not wanted:
+        found = "no parameter is left to prune" if names else "the network has no parameters"
+        remedy = f"choose among {_listed(names)}" if names else "pass a network with weights"
+        raise NoEligibleWeightsError("target, ignore" if names else "model", found, remedy)
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in wanted):
+        raise NoEligibleWeightsError("model", "lazy parameters without a shape", "run one forward pass first")
+    chosen = [p for p in wanted if p.requires_grad and p.is_floating_point() and p.numel() > 0]
+    if not chosen:
+        found = f"none of {', '.join(names[p][0] for p in wanted)} is trainable"
+        raise NoEligibleWeightsError("model", found, "call requires_grad_(True) on what may be pruned")
+    return chosen
+
+
+def _matching(argument: str, names: dict[nn.Parameter, list[str]], globs: Globs) -> list[nn.Parameter]:
+    """Return the parameters of which any name matches any glob, in network order."""
+    if not (isinstance(globs, str | list | tuple) and all(isinstance(glob, str) for glob in globs)):
+        raise ArgumentError(argument, f"{globs!r}", "pass a glob on parameter names, or a list of them")
+    matched: set[nn.Parameter] = set()
+    for pattern in [globs] if isinstance(globs, str) else globs:
+        hits = {p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)}
+        if not hits:
+            found = f"{pattern!r} matches no parameter"
+            raise UnmatchedPatternError(argument, found, f"choose among {_listed(names)}")
+        matched |= hits
+    return [parameter for parameter in names if parameter in matched]
+
+
+def _listed(names: dict[nn.Parameter, list[str]]) -> str:
+    return ", ".join(chain.from_iterable(names.values()))

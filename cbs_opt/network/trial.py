@@ -1,11 +1,18 @@
-"""Trying candidate weights without touching the network, and writing the chosen ones, or none."""
+"""Trying candidate weights without touching the network, and writing the chosen ones, or none.
+
+Whatever else changes the network in the meantime is found out.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cbs_opt.errors import NetworkChangedError
 from cbs_opt.network.partition import Partition
 from formulations.errors import NonFiniteError
 
@@ -13,13 +20,7 @@ from formulations.errors import NonFiniteError
 class TrialNetwork(nn.Module):
     """A network run with other weights in place of its own, which stay as they are.
 
-    Parameters
-    ----------
-    model : nn.Module
-    partition : Partition
-        Which weights are replaced.
-    weights : (n,) tensor
-        Their values, cast to the dtype of each parameter.
+    `weights` (n,) are those of `partition`, cast to the dtype of each parameter.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, weights: Tensor) -> None:
@@ -33,47 +34,90 @@ class TrialNetwork(nn.Module):
 
 
 def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
-    """Write flat weights into the parameters in place; all of them, or none.
+    """Write flat weights (n,) into the parameters in place; all of them, or none.
 
-    Parameters
-    ----------
-    model : nn.Module
-    partition : Partition
-    weights : (n,) tensor
+    If anything raises in between, an interruption included, every parameter gets its old values
+    back before the exception goes on. Other tensors are not touched.
 
     Raises
     ------
     NonFiniteError
         If a weight is NaN, infinite, or too large for its parameter's dtype; nothing is written.
-
-    Notes
-    -----
-    If anything raises in between, an interruption included, every parameter gets its old values
-    back before the exception goes on. Other tensors are not touched.
     """
     values = as_parameters(model, partition, weights)
     for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
+        if bad := int((~torch.isfinite(value)).sum()):
             found = f"{bad} of {value.numel()} new weights of {name} do not fit {value.dtype} or are NaN"
             raise NonFiniteError("damping", found, "use a larger damping or a shorter update.scale")
     tensors = partition.tensors(model)
     backup = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        try:
             for name, tensor in tensors.items():
                 tensor.copy_(values[name])
-    except BaseException:
-        with torch.no_grad():
+        except BaseException:
             for name, tensor in tensors.items():
                 tensor.copy_(backup[name])
-        raise
+            raise
 
 
 def as_parameters(model: nn.Module, partition: Partition, weights: Tensor) -> dict[str, Tensor]:
-    """Flat `weights` (n,) by parameter name, each as `model` has it: shape, dtype, device."""
-    tensors = partition.tensors(model)
+    """Return flat `weights` (n,) by parameter name, each as `model` has it: shape, dtype, device."""
     pieces = partition.split(weights)
     return {
-        name: pieces[name].to(device=tensor.device, dtype=tensor.dtype) for name, tensor in tensors.items()
+        name: pieces[name].to(tensor.device, tensor.dtype)
+        for name, tensor in partition.tensors(model).items()
     }
+
+
+@contextmanager
+def unchanged(model: nn.Module, partition: Partition) -> Iterator[None]:
+    """Raise at the end, or in place of what the change led to, if `model` is not as it was.
+
+    A data loader, a loss, a callback or another thread may move the network, cast it, replace a
+    parameter or train it; rows, sets and weights would then belong to different networks. Compared are
+    dtype, device and shape of every parameter and buffer, and the values of the weights of
+    `partition`, of which a copy is held.
+
+    Raises
+    ------
+    NetworkChangedError
+        With the tensor and what changed; an error that the change led to is its cause.
+    """
+    kinds = _kinds(model)
+    weights = {name: tensor.detach().clone() for name, tensor in partition.tensors(model).items()}
+
+    def check(cause: Exception | None = None) -> None:
+        change = _change(model, partition, kinds, weights)
+        if change is not None:
+            remedy = "leave the network alone while it is pruned (data, loss_fn and callbacks included)"
+            raise NetworkChangedError("model", f"{change} while it was being pruned", remedy) from cause
+
+    try:
+        yield
+    except Exception as error:
+        check(error)
+        raise
+    check()
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[object, ...]]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (tensor.dtype, tensor.device, tuple(tensor.shape)) for name, tensor in tensors}
+
+
+def _change(
+    model: nn.Module, partition: Partition, kinds: dict[str, tuple[object, ...]], weights: dict[str, Tensor]
+) -> str | None:
+    now = _kinds(model)
+    for name in kinds.keys() | now.keys():
+        before, after = kinds.get(name), now.get(name)
+        if before is None or after is None:
+            return f"{name} {'came' if before is None else 'went'}"
+        for what, old, new in zip(("dtype", "device", "shape"), before, after, strict=True):
+            if old != new:
+                return f"the {what} of {name} went from {old} to {new}"
+    for name, tensor in partition.tensors(model).items():
+        if not torch.equal(tensor.detach(), weights[name]):
+            return f"values of {name} changed"
+    return None

@@ -13,8 +13,7 @@ from cbs_opt.budget.counts import Budget, checked_sparsity
 from cbs_opt.budget.schedule import SCHEDULES, Schedule, sparsity_schedule
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.network.partition import BlockRule, checked_rule
-from cbs_opt.network.targets import Globs
+from cbs_opt.network.partition import BlockRule, Globs, checked_rule
 from cbs_opt.recipe.select import Select, select_by_name
 from cbs_opt.system.checks import finite_number, flag, names, one_of, path, seconds, whole_number, within
 from formulations.errors import ArgumentError

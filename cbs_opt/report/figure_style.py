@@ -20,6 +20,7 @@ DASHES = (0, (5, 2))
 INK = "#222222"
 GRID = "#DDDDDD"
 WIDTH = 5.4
+ABOVE: dict[str, Any] = {"loc": "outside upper center", "frameon": False, "fontsize": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,8 @@ class Style:
 
 def numbered_style(number: int) -> Style:
     """Return the style of series `number`; no two of the first 42 are alike."""
-    return Style(
-        color=OKABE_ITO[number % len(OKABE_ITO)],
-        marker=MARKERS[number % len(MARKERS)],
-        line=LINES[number % len(LINES)],
-    )
+    color, marker, line = (choices[number % len(choices)] for choices in (OKABE_ITO, MARKERS, LINES))
+    return Style(color=color, marker=marker, line=line)
 
 
 def single(height: float) -> tuple[Figure, Axes]:
@@ -74,8 +72,7 @@ def panels_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in sorted(panels, key=lambda axes: len(axes.get_lines()), reverse=True):
         handles, labels = axes.get_legend_handles_labels()
         drawn |= dict(zip(labels, handles, strict=True))
-    handles = list(drawn.values())
-    figure.legend(handles, list(drawn), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(list(drawn.values()), list(drawn), ncols=2, **ABOVE)
 
 
 def shortened(name: str, length: int) -> str:
@@ -96,13 +93,8 @@ def dress(axes: Axes) -> None:
 
 def marker(style: Style) -> dict[str, Any]:
     """Return the arguments of `plot` for the points of a series."""
-    return {
-        "color": style.color,
-        "marker": style.marker,
-        "markersize": 6.5,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.7,
-    }
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
+    return {"color": style.color, "marker": style.marker, "markersize": 6.5, **edge}
 
 
 def percent() -> FuncFormatter:
@@ -120,4 +112,4 @@ def legend(axes: Axes, *, outside: bool = False) -> None:
     assert figure is not None
     longest = max((len(str(label)) for label in labels), default=0)
     columns = max(1, min(3, int(figure.get_figwidth() / (0.07 * longest + 0.6))))
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
+    figure.legend(handles, labels, ncols=columns, **ABOVE)

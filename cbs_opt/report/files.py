@@ -23,17 +23,8 @@ MASKS_FILE = "masks.safetensors"
 def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
     """Write report.json, layers.csv, report.html and, if any, recipe.toml, masks and certificates.
 
-    Parameters
-    ----------
-    report : PruneReport
-    folder : path
-        Made if missing. A report already there is replaced, each file at once; report.json
-        comes last, so that where it is present the rest is complete.
-
-    Returns
-    -------
-    Path
-        The folder.
+    The folder is made if missing, and returned. A report already there is replaced, each file at once;
+    report.json comes last, so that where it is present the rest is complete.
 
     Raises
     ------
@@ -49,15 +40,12 @@ def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_dir():
         raise ArgumentError("folder", f"{target} is a file", "pass a folder, or a name not yet used")
     target.mkdir(parents=True, exist_ok=True)
-    (target / REPORT_JSON).unlink(missing_ok=True)
+    for name in (REPORT_JSON, MASKS_FILE, RECIPE_FILE):
+        (target / name).unlink(missing_ok=True)
     if report.masks:
         save_masks(target / MASKS_FILE, report.masks, metadata={"method": report.method})
-    else:
-        (target / MASKS_FILE).unlink(missing_ok=True)
     if report.request is not None:
         save_request(report.request, target / RECIPE_FILE)
-    else:
-        (target / RECIPE_FILE).unlink(missing_ok=True)
     fingerprints = [block.fingerprint for block in report.blocks]
     save_certificates(fingerprints, report.certificates, target / CERTIFICATES)
     write_atomically(target / LAYERS_CSV, report.to_frame().to_csv(lineterminator="\n").encode())
@@ -73,10 +61,8 @@ def load_report(folder: str | os.PathLike[str]) -> PruneReport:
     ------
     ReportFormatError
         If there is no report, it is damaged, or of another version.
-    MaskFileError
-        If the mask file is damaged.
-    InstanceFormatError
-        If a certificate is damaged.
+    MaskFileError, InstanceFormatError
+        If the mask file or a certificate is damaged.
     """
     source = Path(folder)
     data = read_json(source / REPORT_JSON)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from cbs_opt.report import figures, gap_figures, tables
-from cbs_opt.report.comparison import evaluated_on
+from cbs_opt.report import figures, tables
 from cbs_opt.report.numbers import bytes_text, gap_text, number_text, percent_text, seconds_text
-from cbs_opt.report.pages import Picture, embedded, render
 from cbs_opt.report.record import PruneReport
-from cbs_opt.report.tables import Table
+from cbs_opt.report.tables import Table, evaluated_on
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
 
@@ -31,8 +33,6 @@ PREDICTION_CAPTION = (
     "and as measured. Points above the dotted line lost more than predicted."
 )
 HISTOGRAM_CAPTION = "Weights of the largest layers: all of them before, the kept ones after (zeros left out)."
-
-
 Part = tuple[str, Table, str]
 """Heading, table and note."""
 
@@ -40,16 +40,9 @@ Part = tuple[str, Table, str]
 def write_comparison(
     reports: Sequence[PruneReport], path: str | os.PathLike[str], *, title: str | None = None
 ) -> None:
-    """Write one HTML page about one report, or comparing several.
+    """Write one HTML page about one report, or comparing several in the order in which they are listed.
 
-    Parameters
-    ----------
-    reports : sequence of PruneReport
-        In the order in which methods shall be listed.
-    path : path-like
-        The file; replaced in one step if present.
-    title : str, optional
-        Heading of the page.
+    The file at `path` is replaced in one step; `title` is the heading of the page.
 
     Raises
     ------
@@ -106,19 +99,16 @@ def _tiles(report: PruneReport) -> list[tuple[str, str]]:
             change = f"{percent_text(before.accuracy, 1)} → {percent_text(after.accuracy, 1)}"
             values.append((f"Accuracy, {where}", change))
         values.append((f"Loss, {where}", f"{number_text(before.loss)} → {number_text(after.loss)}"))
-    for name, increase in (
-        ("Predicted before the update", report.predicted_selection_loss if report.update else None),
-        ("Predicted loss increase", report.predicted_loss_increase),
-        ("Measured loss increase", report.actual_loss_increase),
-    ):
-        if increase is not None and not math.isnan(increase):
-            values.append((name, number_text(increase)))
-    if report.certified is not None and report.certified.gap is not None:
-        values.append(("Certified gap, model", gap_text(report.certified.gap)))
-    values.append(("Time", seconds_text(report.total_seconds)))
-    if report.peak_memory_bytes is not None:
-        values.append(("Peak memory", bytes_text(report.peak_memory_bytes)))
-    return values
+    rest: list[tuple[str, Callable[[float], str], float | None]] = [
+        ("Predicted before the update", number_text, report.loss_before_update),
+        ("Predicted loss increase", number_text, report.predicted_loss_increase),
+        ("Measured loss increase", number_text, report.actual_loss_increase),
+        ("Certified gap, model", gap_text, None if report.certified is None else report.certified.gap),
+        ("Time", seconds_text, report.total_seconds),
+        ("Peak memory", bytes_text, report.peak_memory_bytes),
+    ]
+    shown = [(name, show(value)) for name, show, value in rest if not (value is None or math.isnan(value))]
+    return values + shown
 
 
 def _pictures(reports: Sequence[PruneReport]) -> list[Picture]:
@@ -127,7 +117,7 @@ def _pictures(reports: Sequence[PruneReport]) -> list[Picture]:
     if len(reports) == 1:
         return _embedded(
             (figures.sparsity_by_layer(reports), layers.format("")),
-            (gap_figures.gap_by_block(largest), GAP_CAPTION),
+            (figures.gap_by_block(largest), GAP_CAPTION),
             (figures.weights_before_and_after(largest), HISTOGRAM_CAPTION),
         )
     which = f" at {percent_text(largest.requested_sparsity, 1)} requested sparsity"
@@ -136,7 +126,7 @@ def _pictures(reports: Sequence[PruneReport]) -> list[Picture]:
     return _embedded(
         (figures.accuracy_against_sparsity(reports), accuracy),
         (figures.predicted_against_actual(reports), PREDICTION_CAPTION),
-        (gap_figures.loss_against_sparsity(reports), LOSS_CAPTION),
+        (figures.loss_against_sparsity(reports), LOSS_CAPTION),
         (figures.sparsity_by_layer(reports), layers.format(which)),
         (figures.weights_before_and_after(largest), weights),
     )
@@ -155,14 +145,40 @@ def _section(report: PruneReport, *, with_pictures: bool) -> dict[str, object]:
     ]
     if certificates is not None:
         parts.append(("Certificates", certificates, tables.certificates_note(report)))
-    drawings = (
-        (figures.weights_before_and_after(report), HISTOGRAM_CAPTION),
-        (gap_figures.gap_by_block(report), GAP_CAPTION),
-    )
+    weights = figures.weights_before_and_after(report), HISTOGRAM_CAPTION
+    gaps = figures.gap_by_block(report), GAP_CAPTION
     return {
         "title": f"{report.label}, sparsity {percent_text(report.sparsity)}",
-        "pictures": _embedded(*drawings) if with_pictures else [],
+        "pictures": _embedded(weights, gaps) if with_pictures else [],
         "parts": parts,
         "times": tables.times_table(report),
         "settings": tables.settings_table(report),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image as a data address, with what it shows in words."""
+
+    source: str
+    caption: str
+
+
+def embedded(figure: Figure, caption: str) -> Picture:
+    """Return a figure as SVG within the page."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(content.getvalue()).decode("ascii")
+    return Picture(source=f"data:image/svg+xml;base64,{encoded}", caption=caption)
+
+
+def render(template: str, *, package: str = "cbs_opt.report", **values: object) -> str:
+    """Return a page from a template of `package` or of the report; a value that it misses is an error."""
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("cbs_opt.report")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)

@@ -18,11 +18,6 @@ def number_text(value: float) -> str:
     return f"{value:.4g}"
 
 
-def count_text(value: float) -> str:
-    """Return a whole number with its thousands apart."""
-    return f"{int(value):,}"
-
-
 def percent_text(share: float, decimals: int = 2) -> str:
     """Return a share in per cent."""
     return f"{100.0 * share:.{decimals}f} %"
@@ -46,11 +41,6 @@ def seconds_text(value: float) -> str:
 def bytes_text(value: float) -> str:
     """Return a size of memory."""
     return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:.2f} GiB"
-
-
-def yes_no(value: bool) -> str:
-    """Return a truth value as a word."""
-    return "yes" if value else "no"
 
 
 def _rounded(value: float, digits: int, rounding: str) -> str:

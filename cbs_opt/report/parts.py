@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from cbs_opt.certify.certificates import relative_gap
-from cbs_opt.report.histogram import Histogram, shared_histograms
 from cbs_opt.report.numbers import bound_text, gap_text
-from cbs_opt.system.plain import rebuilt
 
 MEANING = "bound for the block-diagonal quadratic model of the loss, not for the loss or the accuracy"
 """What the sum of the blocks' bounds is; printed wherever the sum is."""
+MOST_BINS = 60
+FEWEST_BINS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts over bins: ``counts[i]`` values lie between ``edges[i]`` and ``edges[i + 1]``."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+def shared_histograms(first: Tensor, second: Tensor) -> tuple[Histogram, Histogram]:
+    """Return histograms of two tensors over the same equal bins that cover both.
+
+    Twice the square root of the number of values, within limits, gives the number of bins. Values
+    that are not finite are left out. O(number of values).
+    """
+    arrays = [values.detach()[values.isfinite()].double().cpu().numpy() for values in (first, second)]
+    joined = np.concatenate(arrays)
+    low, high = (float(joined.min()), float(joined.max())) if joined.size else (0.0, 0.0)
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, min(MOST_BINS, max(FEWEST_BINS, 2 * math.isqrt(arrays[0].size))) + 1)
+    counts = [tuple(np.histogram(array, edges)[0].tolist()) for array in arrays]
+    shared = tuple(edges.tolist())
+    return Histogram(edges=shared, counts=counts[0]), Histogram(edges=shared, counts=counts[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +49,8 @@ class LayerSummary:
 
     Parameters
     ----------
-    name : str
-        Name of the parameter.
-    shape : tuple of int
-        Its shape.
+    name, shape : str and tuple of int
+        Of the parameter.
     n, n_prune : int
         Number of weights, and of those set to zero.
     weight_histogram_before, weight_histogram_after : Histogram, optional
@@ -44,15 +67,9 @@ class LayerSummary:
     @classmethod
     def from_weights(cls, name: str, before: Tensor, after: Tensor, keep: Tensor) -> LayerSummary:
         """Return the summary of a parameter from its values before and after and its boolean `keep`."""
-        histogram_before, histogram_after = shared_histograms(before, after[keep])
-        return cls(
-            name=name,
-            shape=tuple(before.shape),
-            n=before.numel(),
-            n_prune=before.numel() - int(keep.sum()),
-            weight_histogram_before=histogram_before,
-            weight_histogram_after=histogram_after,
-        )
+        old, new = shared_histograms(before, after[keep])
+        summary = cls(name=name, shape=tuple(before.shape), n=before.numel(), n_prune=int((~keep).sum()))
+        return replace(summary, weight_histogram_before=old, weight_histogram_after=new)
 
     @property
     def sparsity(self) -> float:
@@ -70,37 +87,27 @@ class BlockSummary:
         Name of the block in its partition.
     n, n_prune : int
         Number of weights, and of those removed.
-    selection_loss : float, optional
-        Predicted loss increase with the kept weights as they were.
-    updated_loss : float, optional
-        Predicted loss increase after the update of the kept weights.
+    selection_loss, updated_loss : float, optional
+        Predicted loss increase with the kept weights as they were, and after their update.
     initial_loss : float, optional
         Selection loss of the set that the search started from.
-    iterations : int
-        Steps of the search; 0 for methods that do not search.
-    locally_optimal : bool, optional
-        True if no single swap improves the set, False if the search ended before it knew; None for
+    iterations, locally_optimal : int and bool, optional
+        Steps of the search, and whether it ended because no single swap improves the set; 0 and None for
         methods that do not search.
     seconds : float
         Time spent on this block; blocks solved as a batch share theirs evenly.
-    bound : float, optional
-        Proved lower bound on the objective of the program; None unless proved.
-    gap : float, optional
-        ``(objective - bound) / max(|objective|, 1e-12)``.
     status : str, default ""
         How the search ended.
-    objective : float, optional
-        Value of the chosen set under the program of the run, in float64; what `gap` refers to.
+    objective, bound, gap : float, optional
+        Value of the chosen set under the program of the run, in float64; a proved lower bound on it; and
+        ``(objective - bound) / max(|objective|, 1e-12)``.
     certificate : str, optional
         The relaxation that proves `bound`, such as "perspective".
-    certificate_status : str, default ""
-        How the certification ended; "" if none was asked for.
-    certificate_seconds : float, optional
-        Time it took.
-    rho : float, optional
-        Damping over the mean diagonal of the block's Fisher matrix ``F``.
-    effective_rank : float, optional
-        ``tr(F)^2 / tr(F^2)``. Gaps fall with `rho` and with ``n / effective_rank``.
+    certificate_status, certificate_seconds : str and float, optional
+        How the certification ended and the time it took; "" and None if none was asked for.
+    rho, effective_rank : float, optional
+        Damping over the mean diagonal of the block's Fisher matrix ``F``, and ``tr(F)^2 / tr(F^2)``.
+        Gaps fall with `rho` and with ``n / effective_rank``.
     n_fixed : int, optional
         Weights proved to have the same fate in every set as good as the best one known.
     fingerprint : str, default ""
@@ -137,22 +144,17 @@ class StageRecord:
     ----------
     stage, update : int
         From 0; update 0 of a stage also prunes, where the stage prunes at all.
-    sparsity : float
-        Share of weights pruned after the step.
-    n_prune : int
-        Their number.
+    sparsity, n_prune : float and int
+        Share and number of weights pruned after the step.
     loss_before, loss : float
         Training loss before and after, on the same samples, drawn afresh for every step.
-    damping : float
-        Damping of the winner, added to the diagonal of the Fisher matrix.
-    update_scale : float
-        Step length of the winner; 0 if the kept weights did not move.
+    damping, update_scale : float
+        Of the winner: added to the diagonal of the Fisher matrix, and step length; 0 if the kept weights
+        did not move.
     accepted : bool
         False if an update did not lower the loss, so that nothing changed.
-    tried : int
-        Networks that were compared.
-    best_rejected : float, optional
-        Lowest training loss among the others; None if there was no other.
+    tried, best_rejected : int and float, optional
+        Networks that were compared, and the lowest training loss among the others; None if there was none.
     predicted_change : float
         What the quadratic model, without damping, says of the winner's step.
     samples : int
@@ -176,12 +178,6 @@ class StageRecord:
     samples: int
     seconds: float
 
-    @classmethod
-    def from_plain(cls, entry: Mapping[str, Any]) -> StageRecord:
-        """Return a record from JSON, where losses that are not finite are strings."""
-        record: StageRecord = rebuilt(cls, entry)
-        return record
-
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedSum:
@@ -189,10 +185,8 @@ class CertifiedSum:
 
     Parameters
     ----------
-    program : str
-        The program whose values are added.
-    objective : float
-        Sum of the values of the chosen sets.
+    program, objective : str and float
+        The program, and the sum of the values of the chosen sets under it.
     bound : float, optional
         Sum of the blocks' bounds, rounded down; None if a block has none.
     blocks, bounded : int

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from cbs_opt.network.evaluation import Evaluation
@@ -46,40 +45,28 @@ class PruneReport:
     method, kind, program : str
         Name of the selection method, its kind ("saliency", "search", "exact", "bound" or "solver"), and the
         program it solved.
-    update : bool
-        True if the kept weights were updated.
+    update, update_scale : bool and float, optional
+        Whether the kept weights were updated, and the step length; None without an update.
     curvature : str
         Which Fisher matrix the rows sample.
-    partition : str or int
-        How the weights were cut into blocks.
-    budget : str or mapping
-        How the pruned count was spread over blocks.
+    partition, budget : str or int, str or mapping
+        How the weights were cut into blocks, and the pruned count was spread over them.
     requested_sparsity : float
         What was asked for.
     n, n_prune : int
         Weights that might be pruned, and those that were.
-    layers : tuple of LayerSummary
-    blocks : tuple of BlockSummary
-    predicted_selection_loss : float, optional
-        Predicted loss increase before the update.
-    predicted_loss_increase : float, optional
-        Predicted loss increase of the network as written back.
-    train_before, train_after : Evaluation, optional
-        On the samples that the curvature was taken from.
-    before, after : Evaluation, optional
-        On the evaluation data, where given.
-    seconds : dict of str to float
-        Wall-clock time by phase.
-    peak_memory_bytes : int, optional
-        Peak resident memory of the process.
+    layers, blocks, stages : tuple of LayerSummary, BlockSummary, StageRecord
+        Every layer, every block, and every step of a run in stages.
+    predicted_selection_loss, predicted_loss_increase : float, optional
+        Predicted loss increase before the update, and of the network as written back.
+    train_before, train_after, before, after : Evaluation, optional
+        On the samples that the curvature was taken from, and on the evaluation data, where given.
+    seconds, peak_memory_bytes : dict of str to float, and int, optional
+        Wall-clock time by phase, and peak resident memory of the process.
     samples, rows : int
         Samples read for the curvature, and gradient rows made of them.
-    damping : float
-        Added to the diagonal of the Fisher matrix.
-    layer_inputs : float
-        Weight of the layer-input term; 0 without one.
-    update_scale : float, optional
-        Step length of the update; None without one.
+    damping, layer_inputs : float
+        Added to the diagonal of the Fisher matrix, and weight of the layer-input term; 0 without one.
     seed : int
     masks : dict of str to Tensor
         Boolean `keep` (True = kept) by parameter name. Not part of the JSON.
@@ -88,12 +75,9 @@ class PruneReport:
         report that was read, if its rows were computed before the run.
     versions : dict of str to str
         Versions of Python and of the libraries that took part.
-    certified : CertifiedSum, optional
-        The bounds of all blocks added up, where `prune` was asked to certify.
-    certificates : tuple of BlockSolution
-        The chosen set of every block with its bound and the evidence. Not part of the JSON.
-    stages : tuple of StageRecord
-        Every step of a run in stages.
+    certified, certificates : CertifiedSum, optional, and tuple of BlockSolution
+        Where `prune` was asked to certify: the bounds of all blocks added up, and the chosen set of every
+        block with its bound and the evidence. The latter are not part of the JSON.
     """
 
     method: str
@@ -153,6 +137,11 @@ class PruneReport:
         return self.train_before, self.train_after
 
     @property
+    def loss_before_update(self) -> float | None:
+        """Predicted loss increase before the update; None without an update."""
+        return self.predicted_selection_loss if self.update else None
+
+    @property
     def actual_loss_increase(self) -> float | None:
         """Measured increase on the curvature's own samples, to set against the prediction."""
         if self.train_before is None or self.train_after is None:
@@ -172,8 +161,7 @@ class PruneReport:
 
     def __repr__(self) -> str:
         """Return method, counts and sparsity in one line."""
-        counts = f"{self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}"
-        return f"PruneReport({self.label}: {counts})"
+        return f"PruneReport({self.summary().splitlines()[0]})"
 
     def _repr_html_(self) -> str:
         """Return the summary and the layers, as a notebook shows them."""
@@ -187,20 +175,17 @@ class PruneReport:
         """
         import pandas as pd
 
-        columns = {
-            "shape": ["x".join(map(str, layer.shape)) for layer in self.layers],
-            "n": [layer.n for layer in self.layers],
-            "n_prune": [layer.n_prune for layer in self.layers],
-            "n_keep": [layer.n - layer.n_prune for layer in self.layers],
-            "sparsity": [layer.sparsity for layer in self.layers],
-        }
-        frame = pd.DataFrame(columns, index=pd.Index([layer.name for layer in self.layers], name="layer"))
+        rows = [
+            ("x".join(map(str, layer.shape)), layer.n, layer.n_prune, layer.n - layer.n_prune, layer.sparsity)
+            for layer in self.layers
+        ]
+        index = pd.Index([layer.name for layer in self.layers], name="layer")
+        frame = pd.DataFrame(rows, index, columns=["shape", "n", "n_prune", "n_keep", "sparsity"])
         frame.attrs.update(n=self.n, n_prune=self.n_prune, sparsity=self.sparsity)
         if self.certified is not None:
             sums = [self._sum_within(layer.name) for layer in self.layers]
             for name in ("objective", "bound", "gap"):
-                values = [getattr(total, name, None) for total in sums]
-                frame[name] = [math.nan if value is None else value for value in values]
+                frame[name] = np.array([getattr(total, name, None) for total in sums], dtype=float)
             frame.attrs["certified"] = self.certified
         return frame
 
@@ -208,8 +193,7 @@ class PruneReport:
         """Return one row a step of a run in stages, with the fields of `StageRecord`."""
         import pandas as pd
 
-        columns = [field.name for field in dataclasses.fields(StageRecord)]
-        return pd.DataFrame([vars(record) for record in self.stages], columns=columns)
+        return pd.DataFrame(map(vars, self.stages), columns=[f.name for f in fields(StageRecord)])
 
     def summary(self) -> str:
         """Return a few lines for a terminal."""
@@ -221,19 +205,17 @@ class PruneReport:
         ]
         if self.predicted_loss_increase is not None:
             line = f"loss increase: predicted {self.predicted_loss_increase:.4g}"
-            if self.update and self.predicted_selection_loss is not None:
-                line += f" ({self.predicted_selection_loss:.4g} before the update)"
+            if self.loss_before_update is not None:
+                line += f" ({self.loss_before_update:.4g} before the update)"
             if self.actual_loss_increase is not None:
                 line += f", actual {self.actual_loss_increase:.4g}"
             lines.append(line)
         if self.certified is not None:
             lines += self.certified.lines()
-        for title, before, after in (
-            ("training", self.train_before, self.train_after),
-            ("evaluation", self.before, self.after),
-        ):
-            if before is not None and after is not None:
-                lines.append(f"{title} data: {_change(before, after)}")
+        if self.train_before is not None and self.train_after is not None:
+            lines.append(f"training data: {_change(self.train_before, self.train_after)}")
+        if self.before is not None and self.after is not None:
+            lines.append(f"evaluation data: {_change(self.before, self.after)}")
         if self.seconds:
             phases = ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())
             lines.append(f"{self.total_seconds:.2f} s ({phases})")
@@ -241,10 +223,9 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json` can write; everything but the masks and the certificates."""
-        names = [field.name for field in dataclasses.fields(self) if field.name not in APART]
-        fields = {name: plain(getattr(self, name)) for name in names}
+        body = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in APART}
         request = None if self.request is None else plain(request_to_plain(self.request))
-        return {"format": FORMAT, "version": VERSION, **fields, "request": request}
+        return {"format": FORMAT, "version": VERSION, **body, "request": request}
 
     @classmethod
     def from_dict(
@@ -273,7 +254,7 @@ class PruneReport:
             request = _request(data.get("request"))
         except (TypeError, ValueError, AttributeError) as error:
             raise ReportFormatError("data", f"damaged report ({error})", "write the report again") from error
-        return dataclasses.replace(report, masks=masks or {}, certificates=certificates, request=request)
+        return replace(report, masks=masks or {}, certificates=certificates, request=request)
 
     def _sum_within(self, layer: str) -> CertifiedSum | None:
         """Return the sum over the blocks that lie within a layer, None if there is none."""

@@ -6,23 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from cbs_opt.recipe.files import request_to_plain
-from cbs_opt.report.comparison import comparison_frame
 from cbs_opt.report.numbers import (
     MISSING,
     bound_text,
     bytes_text,
-    count_text,
     gap_text,
     number_text,
     percent_text,
     seconds_text,
-    yes_no,
 )
 from cbs_opt.report.parts import BlockSummary
 from cbs_opt.report.record import PruneReport
@@ -32,16 +29,7 @@ TOP_BLOCKS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of a table; text is set to the left, numbers to the right.
-
-    Parameters
-    ----------
-    name : str
-        Its heading.
-    text : bool, default False
-    show : callable, default str
-        From a value to its cell; what is missing becomes `MISSING` without it.
-    """
+    """A column of a table: its heading, whether it is text (set to the left), and how a value is shown."""
 
     name: str
     text: bool = False
@@ -72,10 +60,8 @@ class Table:
     @classmethod
     def of_pairs(cls, pairs: Iterable[tuple[str, str]], headings: tuple[str, str], **more: Any) -> Table:
         """Return a table of names and values."""
-        name, value = headings
-        return cls(
-            columns=(Column(name=name), Column(name=value, text=bool(value))), rows=tuple(pairs), **more
-        )
+        columns = (Column(name=headings[0]), Column(name=headings[1], text=bool(headings[1])))
+        return cls(columns=columns, rows=tuple(pairs), **more)
 
     def markdown(self) -> str:
         """Return the table as Markdown, cells of `best` in bold."""
@@ -92,10 +78,10 @@ COLUMNS = {
     for show, text, headings in (
         (str, False, {"label": "Method", "layer": "Layer", "block": "Block"}),
         (str, True, {"status": "Status", "certificate": "Certificate", "certificate_status": "Status"}),
-        (yes_no, True, {"locally_optimal": "1-swap optimal"}),
+        (lambda value: "yes" if value else "no", True, {"locally_optimal": "1-swap optimal"}),
         (lambda shape: shape.replace("x", " x "), False, {"shape": "Shape"}),
-        (count_text, False, {"n": "Weights", "n_prune": "Pruned", "n_keep": "Kept", "n_fixed": "Fixed"}),
-        (count_text, False, {"iterations": "Steps"}),
+        ("{:,.0f}".format, False, {"n": "Weights", "n_prune": "Pruned", "n_keep": "Kept"}),
+        ("{:,.0f}".format, False, {"iterations": "Steps", "n_fixed": "Fixed"}),
         (percent_text, False, {"sparsity": "Sparsity", "accuracy": "Accuracy"}),
         (number_text, False, {"loss": "Loss", "predicted_selection_loss": "Predicted before update"}),
         (number_text, False, {"predicted_loss_increase": "Predicted loss increase"}),
@@ -132,34 +118,78 @@ SETTINGS = (
 )
 
 
+def comparison_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
+    """Return one row a report, in the given order.
+
+    Columns are ``method``, ``update``, ``sparsity`` (achieved), ``accuracy_before``, ``accuracy``,
+    ``loss_before``, ``loss`` (on the evaluation data, else on the curvature's samples),
+    ``predicted_selection_loss`` (before the update), ``predicted_loss_increase``,
+    ``actual_loss_increase`` (all three on the curvature's samples), ``certified_gap`` (of the model),
+    ``seconds`` and ``peak_memory_bytes``. What was not measured is NaN.
+    """
+    rows = []
+    for report in reports:
+        before, after = report.evaluations
+        row = {
+            "method": report.method,
+            "update": report.update,
+            "sparsity": report.sparsity,
+            "accuracy_before": before and before.accuracy,
+            "accuracy": after and after.accuracy,
+            "loss_before": before and before.loss,
+            "loss": after and after.loss,
+            "predicted_selection_loss": report.predicted_selection_loss,
+            "predicted_loss_increase": report.predicted_loss_increase,
+            "actual_loss_increase": report.actual_loss_increase,
+            "certified_gap": report.certified and report.certified.gap,
+            "seconds": report.total_seconds,
+            "peak_memory_bytes": report.peak_memory_bytes,
+        }
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    # Else a column that is missing throughout would hold None.
+    return frame.astype({name: float for name in frame.columns[2:]})
+
+
+def evaluated_on(reports: Sequence[PruneReport]) -> str:
+    """Return in words which data `PruneReport.evaluations` refers to."""
+    held_out = {report.after is not None for report in reports}
+    if held_out == {True}:
+        return "evaluation data"
+    return "curvature samples" if held_out == {False} else "evaluation data where given"
+
+
+def labelled_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
+    """Return `comparison_frame` with what else is shown of a run."""
+    frame = comparison_frame(reports)
+    frame["label"] = [run.label for run in reports]
+    frame["requested"] = [run.requested_sparsity for run in reports]
+    frame["locally_optimal"] = [run.locally_optimal for run in reports]
+    frame["loss_before_update"] = np.array([run.loss_before_update for run in reports], dtype=float)
+    bounds = [None if run.certified is None else run.certified.bound for run in reports]
+    frame["certified_bound"] = np.array(bounds, dtype=float)
+    return frame
+
+
 def accuracy_table(reports: Sequence[PruneReport]) -> Table | None:
     """Return accuracy by method and requested sparsity, the mean where runs repeat; None where unmeasured."""
-    frame = comparison_frame(reports)
-    frame["label"] = [report.label for report in reports]
-    frame["requested"] = [report.requested_sparsity for report in reports]
+    frame = labelled_frame(reports)
     means = frame.dropna(subset="accuracy").pivot_table("accuracy", "label", "requested", sort=False)
     if means.empty:
         return None
     means = means.sort_index(axis=1)
-    columns = [Column(name=percent_text(float(s), 1), show=percent_text) for s in means.columns.to_list()]
-    rows = [
-        (label, *(column.cell(mean) for column, mean in zip(columns, values, strict=True)))
-        for label, values in zip(means.index, means.to_numpy(), strict=True)
-    ]
-    places = np.argwhere(means.eq(means.max()).to_numpy()).tolist()
+    best = np.argwhere(means.eq(means.max()).to_numpy()).tolist()
+    headings = [percent_text(float(sparsity), 1) for sparsity in means.columns.to_list()]
     return Table(
-        columns=(Column(name="Method"), *columns),
-        rows=tuple(rows),
-        best=frozenset((row, place + 1) for row, place in places),
+        columns=(Column(name="Method"), *(Column(name=heading) for heading in headings)),
+        rows=tuple((label, *map(COLUMNS["accuracy"].cell, row)) for label, *row in means.itertuples()),
+        best=frozenset((row, column + 1) for row, column in best),
     )
 
 
 def results_table(reports: Sequence[PruneReport], columns: Sequence[str] = RESULTS) -> Table:
     """Return one row a report."""
-    frame = comparison_frame(reports)
-    frame["label"] = [report.label for report in reports]
-    frame["locally_optimal"] = [report.locally_optimal for report in reports]
-    return Table.of(frame, columns)
+    return Table.of(labelled_frame(reports), columns)
 
 
 def layers_table(report: PruneReport) -> Table:
@@ -176,19 +206,14 @@ def layers_table(report: PruneReport) -> Table:
 
 def blocks_table(report: PruneReport) -> Table:
     """Return the blocks of largest predicted loss."""
-
-    def loss(block: BlockSummary) -> float:
-        value = block.updated_loss if block.updated_loss is not None else block.selection_loss
-        return -math.inf if value is None or math.isnan(value) else value
-
-    return Table.of(_blocks_frame(sorted(report.blocks, key=loss, reverse=True)[:TOP_BLOCKS]), BLOCKS)
+    frame = _blocks_frame(report)
+    losses = frame["updated_loss"].fillna(frame["selection_loss"])
+    return Table.of(frame.loc[_largest(losses, missing="last")], BLOCKS)
 
 
 def blocks_note(report: PruneReport) -> str:
     """Return what the losses and bounds of blocks are."""
-    notes = []
-    if len(report.blocks) > TOP_BLOCKS:
-        notes.append(f"The {TOP_BLOCKS} blocks of largest predicted loss, of {len(report.blocks):,}.")
+    notes = _shown(report, "predicted loss")
     bounded = any(block.bound is not None for block in report.blocks)
     if report.certified is None and len(report.blocks) > 1 and bounded:
         notes.append("Bounds hold for each block alone; their sum bounds the block-diagonal model only.")
@@ -196,12 +221,18 @@ def blocks_note(report: PruneReport) -> str:
     return " ".join(notes)
 
 
+def _shown(report: PruneReport, what: str) -> list[str]:
+    """Return which blocks a table has, unless it has all."""
+    n = len(report.blocks)
+    return [f"The {TOP_BLOCKS} blocks of largest {what}, of {n:,}."] if n > TOP_BLOCKS else []
+
+
 def certificates_table(report: PruneReport) -> Table | None:
     """Return what was proved, loosest blocks first; None of a run without certificates."""
     if report.certified is None:
         return None
-    loosest = sorted(report.blocks, key=lambda b: math.inf if b.gap is None else b.gap, reverse=True)
-    return Table.of(_blocks_frame(loosest[:TOP_BLOCKS]), CERTIFICATES)
+    frame = _blocks_frame(report)
+    return Table.of(frame.loc[_largest(frame["gap"], missing="first")], CERTIFICATES)
 
 
 def certificates_note(report: PruneReport) -> str:
@@ -209,8 +240,7 @@ def certificates_note(report: PruneReport) -> str:
     if report.certified is None:
         return ""
     notes = [f"{line[0].upper()}{line[1:]}." for line in report.certified.lines()]
-    if len(report.blocks) > TOP_BLOCKS:
-        notes.append(f"The {TOP_BLOCKS} blocks of largest gap, of {len(report.blocks):,}.")
+    notes += _shown(report, "gap")
     notes.append(
         f"Objective: that of the {report.program} program. rho: damping over the mean Fisher diagonal. "
         "Gaps fall with rho and with n / effective rank."
@@ -220,8 +250,8 @@ def certificates_note(report: PruneReport) -> str:
 
 def times_table(report: PruneReport) -> Table:
     """Return the time of every phase, and the peak memory."""
-    pairs = [(phase, seconds_text(value)) for phase, value in report.seconds.items()]
-    pairs.append(("all", seconds_text(report.total_seconds)))
+    phases = {**report.seconds, "all": report.total_seconds}
+    pairs = [(phase, seconds_text(value)) for phase, value in phases.items()]
     if report.peak_memory_bytes is not None:
         pairs.append(("peak memory of the process", bytes_text(report.peak_memory_bytes)))
     return Table.of_pairs(pairs, ("Phase", ""))
@@ -229,10 +259,9 @@ def times_table(report: PruneReport) -> Table:
 
 def settings_table(report: PruneReport) -> Table:
     """Return every field of the request, and the versions of libraries."""
-    show = Column(name="Value").cell
-    pairs = [(name, show(getattr(report, name))) for name in SETTINGS]
-    if report.request is not None:
-        pairs += [(name, show(value)) for name, value in _flat(request_to_plain(report.request))]
+    settings = [(name, getattr(report, name)) for name in SETTINGS]
+    settings += [] if report.request is None else _flat(request_to_plain(report.request))
+    pairs = [(name, Column(name="Value").cell(value)) for name, value in settings]
     pairs += [(f"version of {name}", version) for name, version in report.versions.items()]
     return Table.of_pairs(pairs, ("Setting", "Value"), wrap=True)
 
@@ -249,8 +278,13 @@ def _flat(document: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, document
 
 
-def _blocks_frame(blocks: Sequence[BlockSummary]) -> pd.DataFrame:
+def _blocks_frame(report: PruneReport) -> pd.DataFrame:
     """Return one row a block, with the fields of `BlockSummary` and ``n_per_rank``."""
-    names = [name for name in BlockSummary.__dataclass_fields__]
-    frame = pd.DataFrame([vars(block) for block in blocks], columns=names).rename(columns={"name": "block"})
-    return frame.assign(n_per_rank=frame["n"] / frame["effective_rank"].astype(float))
+    frame = pd.DataFrame(map(vars, report.blocks), columns=list(BlockSummary.__dataclass_fields__))
+    numbers = ("selection_loss", "updated_loss", "gap", "effective_rank")
+    frame = frame.rename(columns={"name": "block"}).astype(dict.fromkeys(numbers, float))
+    return frame.assign(n_per_rank=frame["n"] / frame["effective_rank"])
+
+
+def _largest(values: pd.Series[float], *, missing: Literal["first", "last"]) -> pd.Index[int]:
+    return values.sort_values(ascending=False, kind="stable", na_position=missing).index[:TOP_BLOCKS]

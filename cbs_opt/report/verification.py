@@ -13,7 +13,6 @@ import numpy as np
 from cbs_opt.certify.files import CERTIFICATES, block_path
 from cbs_opt.report.files import load_report
 from cbs_opt.report.parts import BlockSummary
-from cbs_opt.report.record import PruneReport
 from formulations.errors import ArgumentError, InstanceFormatError
 from formulations.instances import read_instance
 from formulations.loss import verify
@@ -42,9 +41,9 @@ class CheckedBlock:
 
     name: str
     ok: bool
-    objective: float | None
-    bound: float | None
-    proved: bool
+    objective: float | None = None
+    bound: float | None = None
+    proved: bool = False
     notes: tuple[str, ...]
 
 
@@ -60,18 +59,12 @@ def check_certificates(
     blocks : iterable of BlockProblem, optional
         The blocks, built anew, in the order of the report. By default their files are read.
 
-    Yields
-    ------
-    CheckedBlock
-
     Raises
     ------
-    ReportFormatError
-        If there is no report, or a damaged one.
     ArgumentError
         If the run was not certified, or there are more or fewer blocks than certificates.
-    InstanceFormatError
-        If a file is missing or damaged.
+    ReportFormatError, InstanceFormatError
+        If there is no report, or a file is missing or damaged.
     """
     source = Path(directory)
     report = load_report(source)
@@ -81,7 +74,9 @@ def check_certificates(
         counted = f"{len(report.certificates)} certificates for {len(report.blocks)} blocks in {directory}"
         raise ArgumentError("directory", counted, "save the report again")
     problems = _read_blocks(source / CERTIFICATES) if blocks is None else iter(blocks)
-    masks = _masks_in_order(report)
+    # The masks as one flat array in the order of the blocks.
+    flat = [report.masks[layer.name].cpu().numpy().ravel() for layer in report.layers if report.masks]
+    masks = np.concatenate(flat) if flat else None
     start = 0
     for number, (summary, solution) in enumerate(zip(report.blocks, report.certificates, strict=True)):
         problem = next(problems, None)
@@ -103,22 +98,13 @@ def _read_blocks(directory: Path) -> Iterator[BlockProblem]:
         yield read_instance(path)[0]
 
 
-def _masks_in_order(report: PruneReport) -> BoolArray | None:
-    """Return the masks of the report as one flat array in the order of the blocks."""
-    if not report.masks:
-        return None
-    return np.concatenate([report.masks[layer.name].cpu().numpy().ravel() for layer in report.layers])
-
-
 def _checked(
     summary: BlockSummary, solution: BlockSolution, problem: BlockProblem, keep: BoolArray | None
 ) -> CheckedBlock:
     fingerprint = problem.fingerprint()
     if fingerprint != summary.fingerprint:
         notes = (f"other data than were certified: fingerprint {fingerprint[:12]}...",)
-        return CheckedBlock(
-            name=summary.name, ok=False, objective=None, bound=None, proved=False, notes=notes
-        )
+        return CheckedBlock(name=summary.name, ok=False, notes=notes)
     result = verify(problem, solution)
     wrong = []
     if (summary.objective, summary.bound) != (solution.objective, solution.bound):

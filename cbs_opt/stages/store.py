@@ -11,7 +11,7 @@ import torch
 from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.folder import Pieces
 from cbs_opt.stages.state import StageState
-from cbs_opt.system.plain import plain
+from cbs_opt.system.plain import plain, rebuilt
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def stored_stages(pieces: Pieces, device: torch.device) -> Iterator[StageState]:
             state = StageState(
                 weights=torch.tensor(arrays["weights"], device=device),
                 keep=torch.tensor(arrays["keep"], device=device),
-                records=tuple(StageRecord.from_plain(entry) for entry in header["records"]),
+                records=tuple(rebuilt(StageRecord, entry) for entry in header["records"]),
                 **{name: header[name] for name in FIELDS},
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cbs_opt.report.pages import Picture, embedded, render
+from cbs_opt.report.html import Picture, embedded, render
 from cbs_opt.report.tables import Table
 from cbs_opt.study import figures, figures_excess, tables
 from cbs_opt.study.effects import RESAMPLES, Effect, effects

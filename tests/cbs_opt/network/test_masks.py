@@ -14,7 +14,6 @@ from cbs_opt.network.masks import (
     apply_masks,
     load_mask_metadata,
     load_masks,
-    register_custom_from_mask,
     save_masks,
 )
 from cbs_opt.network.partition import Partition
@@ -112,8 +111,6 @@ def test_masks_of_another_network_are_listed(tmp_path, masks):
         assert "2 of 2" in str(caught.value)
         assert "no parameter 2.weight" in str(caught.value)
         assert "0.weight is (2, 1, 5, 5), its mask (2, 1, 3, 3)" in str(caught.value)
-    with pytest.raises(MaskMismatchError):
-        register_custom_from_mask(other, masks)
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
 
 
@@ -148,26 +145,6 @@ def test_applied_masks_survive_a_training_step(model, masks):
     assert (model[2].weight[~masks["2.weight"]] != 0).any()
     apply_masks(model, masks)
     assert (model[2].weight[~masks["2.weight"]] == 0).all()
-
-
-def test_torch_hooks_compute_the_same_as_zeros(model, masks):
-    hooked = copy.deepcopy(model)
-    register_custom_from_mask(hooked, masks)
-    apply_masks(model, masks)
-    x = torch.randn(5, 1, 4, 4)
-    torch.testing.assert_close(hooked(x), model(x))
-    assert torch.equal(hooked[2].weight_mask.bool(), masks["2.weight"])
-
-
-def test_torch_hooks_reach_both_ends_of_a_tie():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    model[1].weight = model[0].weight
-    keep = torch.eye(3, dtype=torch.bool)
-    register_custom_from_mask(model, {"1.weight": keep})
-    diagonal = model[0].weight_orig.diagonal() ** 2
-    torch.testing.assert_close(model(torch.eye(3)), torch.diag(diagonal))
-    assert model[0].weight_orig is model[1].weight_orig
 
 
 @pytest.mark.parametrize("metadata", [{"sense": "x"}, {"a": 1}, {1: "a"}])

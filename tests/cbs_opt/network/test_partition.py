@@ -48,7 +48,7 @@ def test_blocks_tile_the_flat_vector_within_parameters(rule):
     assert covered == list(range(partition.n))
     assert len({block.name for block in partition.blocks}) == len(partition.blocks)
     for block in partition.blocks:
-        spanned = partition.parameters_of(block)
+        spanned = [p for p in partition.parameters if p.start < block.stop and p.stop > block.start]
         assert len(spanned) == (2 if rule == "global" else 1)
         assert spanned[0].start <= block.start < block.stop <= spanned[-1].stop
         if isinstance(rule, int):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cbs_opt.report.gap_figures import NAMED_BLOCKS, gap_by_block, loss_against_sparsity
+from cbs_opt.report.figures import NAMED_BLOCKS, gap_by_block, loss_against_sparsity
 from cbs_opt.report.html import render_comparison
 from cbs_opt.report.numbers import OPTIMAL_GAP
 from cbs_opt.report.parts import CertifiedSum

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from cbs_opt.network.evaluation import Evaluation
 from cbs_opt.recipe.files import load_request
-from cbs_opt.report.comparison import comparison_frame
 from cbs_opt.report.files import (
     LAYERS_CSV,
     MASKS_FILE,
@@ -25,9 +24,9 @@ from cbs_opt.report.files import (
     load_report,
     save_report,
 )
-from cbs_opt.report.histogram import shared_histograms
-from cbs_opt.report.parts import LayerSummary
+from cbs_opt.report.parts import LayerSummary, shared_histograms
 from cbs_opt.report.record import PruneReport, ReportFormatError
+from cbs_opt.report.tables import comparison_frame
 from cbs_opt.system.plain import plain
 from formulations.errors import ArgumentError
 from tests.cbs_opt.reports import made_report
@@ -50,8 +49,8 @@ def test_layer_summary_counts_zeros_and_kept_weights() -> None:
     assert layer.sparsity == layer.n_prune / 40
     assert layer.weight_histogram_before is not None
     assert layer.weight_histogram_after is not None
-    assert layer.weight_histogram_before.total == 40
-    assert layer.weight_histogram_after.total == 40 - layer.n_prune
+    assert sum(layer.weight_histogram_before.counts) == 40
+    assert sum(layer.weight_histogram_after.counts) == 40 - layer.n_prune
     assert layer.weight_histogram_before.edges == layer.weight_histogram_after.edges
 
 
@@ -62,14 +61,14 @@ def test_layer_summary_counts_zeros_and_kept_weights() -> None:
 )
 def test_histograms_lose_no_value(first: list[float], second: list[float]) -> None:
     left, right = shared_histograms(torch.tensor(first), torch.tensor(second))
-    assert (left.total, right.total) == (len(first), len(second))
+    assert (sum(left.counts), sum(right.counts)) == (len(first), len(second))
     assert len(left.edges) == len(left.counts) + 1
     assert list(left.edges) == sorted(left.edges)
 
 
 def test_histograms_leave_out_what_is_not_finite() -> None:
     left, _ = shared_histograms(torch.tensor([1.0, math.nan, math.inf]), torch.tensor([2.0]))
-    assert left.total == 1
+    assert sum(left.counts) == 1
 
 
 def test_frames_agree_with_the_totals() -> None:
