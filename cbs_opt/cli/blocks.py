@@ -155,13 +155,12 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
     solution is not trusted.
     """
     with reported(debug):
-        if Path(block).is_dir():
-            if solution is not None:
-                raise typer.BadParameter("a directory has its own", param_hint="SOLUTION")
+        if Path(block).is_dir() != (solution is None):
+            found = "name the solution of this block" if solution is None else "a directory has its own"
+            raise typer.BadParameter(found, param_hint="SOLUTION")
+        if solution is None:
             _verify_run(Path(block), as_json)
             return
-        if solution is None:
-            raise typer.BadParameter("name the solution of this block", param_hint="SOLUTION")
         from formulations.loss import verify as verify_solution
 
         problem, claimed = _loaded(block, solution)

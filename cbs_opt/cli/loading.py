@@ -43,8 +43,8 @@ def load_network(specification: str, weights: Path | None, device: str) -> nn.Mo
     """
     network = _call(specification, "--model")
     if not isinstance(network, nn.Module):
-        found = type(network).__name__
-        raise UserCodeError(f"--model: {specification} returned {found}; return a torch.nn.Module")
+        found = f"--model: {specification} returned {type(network).__name__}"
+        raise UserCodeError(f"{found}; return a torch.nn.Module")
     if weights is not None:
         _require_file(weights, "--weights")
         try:
@@ -108,12 +108,9 @@ def require_free(directory: Path, force: bool, resume: bool) -> None:
 @contextmanager
 def block_directory(out: Path, state: Path | None, wanted: bool) -> Iterator[Path | None]:
     """Yield where the data of blocks go until the run has succeeded; None unless wanted."""
-    if not wanted:
-        yield None
-        return
-    if state is not None:
+    if not wanted or state is not None:
         # What a killed run has written there is of use to the next one.
-        yield state / "blocks"
+        yield state / "blocks" if wanted and state is not None else None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as directory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -144,20 +144,16 @@ def _echo_plan(plan: Plan, chosen: list[Run], todo: list[Run], jobs: int, as_jso
     """Print what would run, by method and program, and the longest that it can take."""
     from cbs_opt.study.runner import longest
 
-    at_most = longest(todo, jobs)
-    content = {
-        "runs": [run.describe() for run in todo],
-        "done": len(chosen) - len(todo),
-        "left_out": plan.left_out,
-        "longest_seconds": at_most,
-    }
+    at_most, done = longest(todo, jobs), len(chosen) - len(todo)
+    content: dict[str, Any] = {"runs": [run.describe() for run in todo], "done": done}
+    content |= {"left_out": plan.left_out, "longest_seconds": at_most}
     counts = Counter((run.program, run.method) for run in todo)
     limits = {(run.program, run.method): run.limits.time_limit for run in todo}
     rows = [(*what, str(count), f"{limits[what]:g}") for what, count in counts.items()]
     instances = len({run.recipe.name for run in todo})
     lines = [
         f"{len(todo)} runs on {instances} blocks, at most {duration(at_most)} with --jobs {jobs}",
-        f"{len(chosen) - len(todo)} are done already",
+        f"{done} are done already",
         *text_table(("program", "method", "runs", "limit (s)"), rows, left=2),
         *(f"left out: {reason}" for reason in plan.left_out),
     ]

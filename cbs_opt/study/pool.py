@@ -87,10 +87,7 @@ class Worker:
     def step(self) -> dict[str, Any] | None:
         """Take its messages and look at its clock and memory; the columns of a row if its run has ended.
 
-        Raises
-        ------
-        WorkerStartError
-            If it ended before it was ready.
+        A process that ended before it was ready is a `WorkerStartError`.
         """
         try:
             while self.connection.poll():

@@ -308,7 +308,7 @@ def settings_table(table: pd.DataFrame) -> Table:
         values = [f"{value:g}" if isinstance(value, float) else str(value) for value in table[name].dropna()]
         if values:
             rows.append((name.replace("_", " "), ", ".join(dict.fromkeys(values))))
-    return _table((Column(name="Setting"), Column(name="Value", text=True)), rows, wrap=True)
+    return Table.of_pairs(rows, ("Setting", "Value"), wrap=True)
 
 
 def unavailable_only(table: pd.DataFrame) -> list[str]:
