@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from cbs_opt.report.figure_style import INK, dress, marker, numbered_style
-from cbs_opt.study.effects import Interval, bootstrap_mean
+from cbs_opt.study.statistics import Interval, bootstrap_mean
 from formulations.files import write_atomically
 
 EXACT = "exact"

@@ -19,13 +19,12 @@ import matplotlib
 import pandas as pd
 import typer
 
-from cbs_opt.study import tables
-from cbs_opt.study.effects import effects
-from cbs_opt.study.report import sections
+from cbs_opt.study.report import effects_table, methods_table, sections
 from cbs_opt.study.results import Results, read_results
 from cbs_opt.study.statistics import (
     CLOCKS,
     clock,
+    effects,
     processor_share,
     ranking,
     with_labels,
@@ -109,7 +108,7 @@ def _methods(own: pd.DataFrame) -> str:
     """Return the table of methods, cut to those that proved most and fastest where there are many."""
     order = ranking(own)
     shown = sorted(order, key=order.__getitem__)[:MOST_METHODS] if len(order) > MOST_METHODS else list(order)
-    text = tables.methods_table(own[own["label"].isin(shown)]).markdown()
+    text = methods_table(own[own["label"].isin(shown)]).markdown()
     left = len(order) - len(shown)
     return f"{text}\n\nThe {left} other methods proved fewer blocks, or took longer." if left else text
 
@@ -118,7 +117,7 @@ def _effects(own: pd.DataFrame) -> str:
     """Return the effects whose interval leaves out "none"."""
     found = effects(own)
     clear = [effect for effect in found if not effect.ratio.low <= 1.0 <= effect.ratio.high]
-    table = tables.effects_table(clear)
+    table = effects_table(clear)
     words = f"{len(clear)} of {len(found)} effects have an interval without 1."
     return words if table is None else f"{table.markdown()}\n\n{words}"
 

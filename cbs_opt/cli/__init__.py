@@ -1,4 +1,4 @@
-"""The command line: `cbs-opt`. Data on stdout, progress on stderr; see `failures` for exit codes."""
+"""The command line: `cbs-opt`. Data on stdout, progress on stderr; see `errors` for exit codes."""
 
 from cbs_opt.cli.app import app, main
 

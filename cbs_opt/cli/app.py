@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from cbs_opt.cli import blocks, compare, demo, methods, prepare, prune, report, study, verify
+from cbs_opt.cli import blocks, compare, demo, prune, study
 
 EPILOG = "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."
+COMMANDS: dict[str, Callable[..., None]] = {
+    **{"demo": demo.run, "prune": prune.run, "methods": compare.methods, "solve": blocks.solve},
+    **{"bound": blocks.bound, "compare": compare.compare, "verify": blocks.verify, "export": blocks.export},
+    **{"solvers": compare.solvers, "library": compare.library, "study": study.run},
+    **{"report": study.report, "prepare": compare.prepare},
+}
 
 app = typer.Typer(
     name="cbs-opt",
@@ -22,19 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo", epilog=EPILOG)(demo.run)
-app.command("prune", epilog=EPILOG)(prune.run)
-app.command("methods", epilog=EPILOG)(methods.run)
-app.command("solve", epilog=EPILOG)(blocks.solve)
-app.command("bound", epilog=EPILOG)(blocks.bound)
-app.command("compare", epilog=EPILOG)(compare.compare)
-app.command("verify", epilog=EPILOG)(verify.verify)
-app.command("export", epilog=EPILOG)(blocks.export)
-app.command("solvers", epilog=EPILOG)(compare.solvers)
-app.command("library", epilog=EPILOG)(blocks.library)
-app.command("study", epilog=EPILOG)(study.run)
-app.command("report", epilog=EPILOG)(report.run)
-app.command("prepare", epilog=EPILOG)(prepare.run)
+for _name, _command in COMMANDS.items():
+    app.command(_name, epilog=EPILOG)(_command)
 
 
 def main() -> None:

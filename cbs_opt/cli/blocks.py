@@ -1,18 +1,19 @@
-"""`cbs-opt solve`, `bound`, `export`, `library`: one block, one program."""
+"""`cbs-opt solve`, `bound`, `export`, `verify`: one block, one program; or all blocks of a run, verified."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbs_opt.cli.errors import ERROR, INTERRUPTED, reported
-from cbs_opt.cli.streams import solver_messages_on_stderr
-from cbs_opt.cli.tables import MISSING, text_table
+from cbs_opt.cli import tables
+from cbs_opt.cli.errors import ERROR, INTERRUPTED, Debug, reported
+from cbs_opt.cli.tables import MISSING, aligned, lower, number, show
+from cbs_opt.report.numbers import yes_no
 
 if TYPE_CHECKING:
     from formulations.loss import Verification
@@ -56,8 +57,20 @@ SolutionOut = Annotated[Path | None, typer.Option(help="Write the solution to th
 Model = Annotated[str, typer.Option(help="A formulation, such as joint_perspective.")]
 Format = Annotated[str, typer.Option(help="mps, lp or qplib.")]
 Out = Annotated[Path, typer.Option(help="File to write.")]
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="BLOCK",
+        help="A block, FILE.npz, or a shipped one; or what `cbs-opt prune --certify --save-blocks` wrote.",
+    ),
+]
+Solution = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="SOLUTION", help="A solution of the block, as --out writes it; none for a directory."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def solve(
@@ -130,51 +143,63 @@ def export(
         from formulations import instances
 
         problem, warm = _loaded(block, incumbent)
-        written = instances.export_model(problem, model, out, format, incumbent=warm)
-        if as_json:
-            echo_json(written)
+        written = plain(instances.export_model(problem, model, out, format, incumbent=warm))
+        lines = {name.replace("_", " "): str(value) for name, value in written.items()}
+        show(written, aligned(lines), as_json)
+
+
+def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Recompute feasibility, objective and certified bound; exit code 1 if one is wrong.
+
+    Everything is computed anew in float64 from the data of the blocks; the run that wrote the
+    solution is not trusted.
+    """
+    with reported(debug):
+        if Path(block).is_dir() != (solution is None):
+            found = "name the solution of this block" if solution is None else "a directory has its own"
+            raise typer.BadParameter(found, param_hint="SOLUTION")
+        if solution is None:
+            _verify_run(Path(block), as_json)
             return
-        lines = {name.replace("_", " "): str(value) for name, value in plain(written).items()}
-        typer.echo("\n".join(aligned(lines)))
+        from formulations.loss import verify as verify_solution
+
+        problem, claimed = _loaded(block, solution)
+        assert claimed is not None
+        result = verify_solution(problem, claimed)
+        lines = {
+            "ok": yes_no(result.ok),
+            "feasible": yes_no(result.feasible),
+            "objective": number(result.objective),
+            "bound": lower(result.bound),
+            "bound checked": yes_no(result.bound_checked),
+            "notes": "; ".join(result.notes) or MISSING,
+        }
+        show(result, aligned(lines), as_json)
+        if not result.ok:
+            raise typer.Exit(ERROR)
 
 
-def library(as_json: AsJson = False) -> None:
-    """List the shipped blocks with their proven optima, or the best values known."""
-    with reported(debug=False):
-        from formulations import instances
-        from formulations.problem import PROGRAMS
+def _verify_run(directory: Path, as_json: bool) -> None:
+    from tqdm import tqdm
 
-        shipped = {name: instances.load_library(name) for name in instances.library()}
-        if as_json:
-            echo_json(
-                [
-                    {"name": name, "n": problem.n, "n_prune": problem.n_prune}
-                    | {program: known[program] for program in PROGRAMS}
-                    for name, (problem, known) in shipped.items()
-                ]
-            )
-            return
-        headings = ["name", "weights", "pruned"]
-        for program in PROGRAMS:
-            headings += [f"{program} objective", "gap", "proved"]
-        rows = [
-            [name, str(problem.n), str(problem.n_prune)]
-            + [cell for program in PROGRAMS for cell in _known(known[program])]
-            for name, (problem, known) in shipped.items()
-        ]
-        typer.echo("\n".join(text_table(headings, rows)))
+    from cbs_opt.report.verification import check_certificates
+
+    blocks = list(tqdm(check_certificates(directory), desc="blocks", unit="block", disable=None))
+    headings = ("block", "ok", "objective", "bound", "proved", "notes")
+    rows = [
+        (
+            *(block.name, yes_no(block.ok), number(block.objective), lower(block.bound)),
+            *(yes_no(block.proved), "; ".join(block.notes) or MISSING),
+        )
+        for block in blocks
+    ]
+    show(blocks, tables.text_table(headings, rows, left=2), as_json)
+    if not all(block.ok for block in blocks):
+        raise typer.Exit(ERROR)
 
 
 def load_block(name: str) -> BlockProblem:
-    """Return the block in a file, or a shipped one.
-
-    Raises
-    ------
-    typer.BadParameter
-        If there is neither.
-    InstanceFormatError
-        If the file is not a block.
-    """
+    """Return the block in a file, or a shipped one."""
     from formulations import instances
 
     if Path(name).is_file():
@@ -186,7 +211,7 @@ def load_block(name: str) -> BlockProblem:
 
 
 def _loaded(block: str, incumbent: Path | None) -> tuple[BlockProblem, BlockSolution | None]:
-    """Return a block and the warm start."""
+    """Return a block and a solution of it, if there is one."""
     from formulations import instances
 
     problem = load_block(block)
@@ -200,33 +225,29 @@ def _solved(
     from cbs_opt import solving
 
     problem, warm = _loaded(block, incumbent)
-    with solver_messages_on_stderr():
+    with tables.solver_messages_on_stderr():
         return problem, solving.solve(problem, method, incumbent=warm, **options)
 
 
-def number(value: float | None) -> str:
-    """Return an objective to nine digits, as many as a gap of 1e-6 needs and some more."""
-    return MISSING if value is None else f"{value:.9g}"
-
-
-def lower(bound: float | None) -> str:
-    """Return a lower bound to nine digits, rounded down: what is printed is a bound too."""
-    from cbs_opt.report.numbers import bound_text
-
-    return MISSING if bound is None else bound_text(bound, 9)
-
-
 def _free_options(pairs: list[str]) -> dict[str, Any]:
-    """Return options of the method itself; those that `solve` names have their own switches."""
+    """Return ``NAME=VALUE`` pairs as a dict; a value that is not JSON is a string.
+
+    They are options of the method itself; those that `solve` names have their own switches.
+    """
     from cbs_opt import solving
 
-    options = parse_options(pairs, "--option")
-    for name in options:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise typer.BadParameter(f"{pair!r}; write NAME=VALUE", param_hint="--option")
         if name in inspect.signature(solving.solve).parameters:
-            switch = "--" + name.replace("_", "-")
-            raise typer.BadParameter(
-                f"{name!r} is no option of a method; use {switch}", param_hint="--option"
-            )
+            found = f"{name!r} is no option of a method; use --{name.replace('_', '-')}"
+            raise typer.BadParameter(found, param_hint="--option")
+        try:
+            options[name] = json.loads(text)
+        except json.JSONDecodeError:
+            options[name] = text
     return options
 
 
@@ -240,10 +261,8 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
     if out is not None:
         instances.write_solution(out, problem, solution)
         typer.echo(f"written to {out}", err=True)
-    if as_json:
-        echo_json(_solution_values(problem, solution, checked))
-    else:
-        typer.echo("\n".join(aligned(_solution_lines(problem, solution, checked))))
+    values = _solution_values(problem, solution, checked)
+    show(values, aligned(_solution_lines(problem, solution, checked, values)), as_json)
     if not checked.ok:
         typer.echo(f"error: the solution contradicts itself: {'; '.join(checked.notes)}", err=True)
         raise typer.Exit(ERROR)
@@ -252,8 +271,11 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
 
 
 def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Verification) -> dict[str, Any]:
+    """Return what is printed as JSON; kind and numbers of the certificate are None where there is none."""
     answer = ("program", "method", "termination", "limit", "objective", "bound", "rel_gap")
     effort = ("seconds", "nodes", "iterations", "message")
+    evidence = solution.certificate
+    rank = getattr(evidence, "effective_rank", None)
     return {
         "block": problem.name,
         "n": problem.n,
@@ -261,17 +283,28 @@ def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Ve
         **{name: getattr(solution, name) for name in answer},
         "gap": None if solution.bound is None else solution.gap,
         "pruned": None if solution.keep is None else solution.pruned.tolist(),
-        **certificate_values(problem, solution),
+        "certificate": getattr(evidence, "kind", None),
+        "rho": getattr(evidence, "rho", None),
+        "effective_rank": rank,
+        "n_over_effective_rank": None if rank is None else problem.n / rank,
+        "n_fixed": getattr(evidence, "n_fixed", None),
         "verification": checked,
         **{name: getattr(solution.stats, name) for name in effort},
     }
 
 
 def _solution_lines(
-    problem: BlockProblem, solution: BlockSolution, checked: Verification
+    problem: BlockProblem, solution: BlockSolution, checked: Verification, values: Mapping[str, Any]
 ) -> Mapping[str, str]:
     from cbs_opt import solving
 
+    rho, rank, ratio = (values[name] for name in ("rho", "effective_rank", "n_over_effective_rank"))
+    certificate = {
+        "certificate": values["certificate"],
+        "rho": MISSING if rho is None else f"{rho:.3g}",
+        "effective rank": MISSING if rank is None else f"{rank:.3g} (n is {ratio:.3g} times that)",
+        "fixed": f"{values['n_fixed']} of {problem.n} weights",
+    }
     return {
         "block": f"{problem.name or 'unnamed'}: {problem.n} weights, {problem.n_prune} pruned",
         "program": solution.program,
@@ -280,69 +313,9 @@ def _solution_lines(
         "objective": number(solution.objective),
         "bound": lower(solution.bound),
         "gap": MISSING if solution.bound is None else f"{solution.gap:.2g}",
-        **_certificate_lines(problem, solution),
+        **({} if solution.certificate is None else certificate),
         "seconds": f"{solution.stats.seconds:.3f}",
         "nodes": str(solution.stats.nodes),
         "message": solution.stats.message or MISSING,
         "verified": "; ".join(("yes" if checked.ok else "NO", *checked.notes)),
     }
-
-
-def certificate_values(problem: BlockProblem, solution: BlockSolution) -> dict[str, Any]:
-    """Return kind and numbers of the certificate; None where there is none."""
-    evidence = solution.certificate
-    rank = None if evidence is None else evidence.effective_rank
-    return {
-        "certificate": None if evidence is None else evidence.kind,
-        "rho": None if evidence is None else evidence.rho,
-        "effective_rank": rank,
-        "n_over_effective_rank": None if rank is None else problem.n / rank,
-        "n_fixed": None if evidence is None else evidence.n_fixed,
-    }
-
-
-def _certificate_lines(problem: BlockProblem, solution: BlockSolution) -> Mapping[str, str]:
-    if solution.certificate is None:
-        return {}
-    found = certificate_values(problem, solution)
-    rank, ratio = found["effective_rank"], found["n_over_effective_rank"]
-    return {
-        "certificate": found["certificate"],
-        "rho": MISSING if found["rho"] is None else f"{found['rho']:.3g}",
-        "effective rank": MISSING if rank is None else f"{rank:.3g} (n is {ratio:.3g} times that)",
-        "fixed": f"{found['n_fixed']} of {problem.n} weights",
-    }
-
-
-def _known(entry: Mapping[str, Any]) -> Sequence[str]:
-    gap = (entry["objective"] - entry["bound"]) / max(abs(entry["objective"]), 1e-12)
-    return number(entry["objective"]), f"{gap:.1g}", yes_no(entry["proved"])
-
-
-def yes_no(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def aligned(lines: Mapping[str, str]) -> list[str]:
-    width = max(map(len, lines))
-    return [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
-
-
-def echo_json(value: Any) -> None:
-    from cbs_opt.system.plain import plain
-
-    typer.echo(json.dumps(plain(value), allow_nan=False))
-
-
-def parse_options(pairs: list[str], hint: str = "--option") -> dict[str, Any]:
-    """Return ``NAME=VALUE`` pairs as a dict; a value that is not JSON is a string."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator or not name:
-            raise typer.BadParameter(f"{pair!r}; write NAME=VALUE", param_hint=hint)
-        try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = text
-    return options

@@ -1,25 +1,23 @@
-"""`cbs-opt compare` and `solvers`: every method on the same block, and what is installed."""
+"""`cbs-opt compare`: every method on the same block; `methods`, `solvers`, `library`: what is installed."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbs_opt.cli.blocks import AsJson, Block, Debug, Program, RelGap, Seed, Threads, load_block, lower, number
-from cbs_opt.cli.errors import ERROR, INTERRUPTED, reported
-from cbs_opt.cli.streams import solver_messages_on_stderr
-from cbs_opt.cli.tables import MISSING, text_table
+from cbs_opt.cli.blocks import AsJson, Block, Program, RelGap, Seed, Threads, load_block
+from cbs_opt.cli.errors import ERROR, INTERRUPTED, Debug, reported
+from cbs_opt.cli.tables import MISSING, lower, number, show, solver_messages_on_stderr, text_table
+from cbs_opt.report.numbers import yes_no
 
 if TYPE_CHECKING:
     from formulations.solvers import SolverInfo
 
 CHECK_BLOCK = "digits_12_s50"
-CHECK_SECONDS = 60.0
-CHECK_GAP = 1e-4
+CHECK_LIMITS: dict[str, Any] = {"time_limit": 60.0, "rel_gap": 1e-4}
 
 Methods = Annotated[
     list[str] | None,
@@ -55,19 +53,15 @@ def compare(
         from tqdm import tqdm
 
         from cbs_opt import solving
-        from cbs_opt.system.plain import plain
 
         problem = load_block(block)
-        if method:
-            names = [name.strip() for entry in method for name in entry.split(",") if name.strip()]
-        else:
-            names = None
-        total = len(solving.default_methods(program, all_models=all_models) if names is None else names)
+        names = [name.strip() for entry in method or () for name in entry.split(",") if name.strip()]
+        total = len(names if method else solving.default_methods(program, all_models=all_models))
         with tqdm(total=total, desc="methods", disable=None) as bar, solver_messages_on_stderr():
             table = solving.compare(
                 problem,
                 program=program,
-                methods=names,
+                methods=names if method else None,
                 all_models=all_models,
                 time_limit=time_limit,
                 rel_gap=rel_gap,
@@ -76,12 +70,25 @@ def compare(
                 on_row=lambda _: bar.update(),
             )
         rows = [_without_nan(row) for row in table.to_dict("records")]
-        if as_json:
-            typer.echo(json.dumps(plain(rows), allow_nan=False))
-        else:
-            typer.echo("\n".join(_comparison_lines(rows)))
+        show(rows, _comparison_lines(rows), as_json)
         if any(row["status"].endswith(solving.INTERRUPTED) for row in rows):
             raise typer.Exit(INTERRUPTED)
+
+
+def methods(as_json: AsJson = False) -> None:
+    """List the methods, the programs they take and their options."""
+    with reported(debug=False):
+        from cbs_opt.select.methods import available_methods
+
+        found = available_methods()
+        listed = [
+            {"name": m.name, "kind": m.kind, "programs": m.programs}
+            | {"options": dict.fromkeys(m.programs, m.options), "summary": m.summary}
+            for m in found
+        ]
+        rows = [(m.name, m.kind, " ".join(m.programs), " ".join(m.options) or "-", m.summary) for m in found]
+        headings = ("method", "kind", "programs", "options", "what it does")
+        show(listed, text_table(headings, rows, left=len(headings)), as_json)
 
 
 def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False) -> None:
@@ -94,18 +101,64 @@ def solvers(check: Check = False, as_json: AsJson = False, debug: Debug = False)
         infos = available_solvers()
         with solver_messages_on_stderr():
             checks = {info.name: _check(info) for info in infos if check and info.available}
-        if as_json:
-            listed = [
-                plain(info)
-                | {"models": {program: models_for(info.name, program) for program in PROGRAMS}}
-                | ({"check": checks.get(info.name)} if check else {})
-                for info in infos
-            ]
-            typer.echo(json.dumps(listed, allow_nan=False))
-        else:
-            typer.echo("\n".join(_solver_lines(infos, checks if check else None)))
+        listed = [
+            plain(info)
+            | {"models": {program: models_for(info.name, program) for program in PROGRAMS}}
+            | ({"check": checks.get(info.name)} if check else {})
+            for info in infos
+        ]
+        show(listed, _solver_lines(infos, checks if check else None), as_json)
         if any(answer != "ok" for answers in checks.values() for answer in answers.values()):
             raise typer.Exit(ERROR)
+
+
+def library(as_json: AsJson = False) -> None:
+    """List the shipped blocks with their proven optima, or the best values known."""
+    with reported(debug=False):
+        from formulations import instances
+        from formulations.problem import PROGRAMS
+
+        listed, rows = [], []
+        for name in instances.library():
+            problem, known = instances.load_library(name)
+            optima = {program: known[program] for program in PROGRAMS}
+            listed.append({"name": name, "n": problem.n, "n_prune": problem.n_prune, **optima})
+            rows.append([name, str(problem.n), str(problem.n_prune)])
+            for program in PROGRAMS:
+                objective, bound = known[program]["objective"], known[program]["bound"]
+                gap = (objective - bound) / max(abs(objective), 1e-12)
+                rows[-1] += [number(objective), f"{gap:.1g}", yes_no(known[program]["proved"])]
+        headings = ["name", "weights", "pruned"]
+        for program in PROGRAMS:
+            headings += [f"{program} objective", "gap", "proved"]
+        show(listed, text_table(headings, rows), as_json)
+
+
+def prepare() -> None:
+    """Compile ahead, once after an installation: what exact methods and searches else do at first use."""
+    with reported(debug=False):
+        from cbs_opt.select.preparation import prepare_all
+
+        prepare_all()
+        typer.echo("ready", err=True)
+
+
+def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
+    import pandas as pd
+
+    return {str(key): None if pd.isna(value) else value for key, value in row.items()}
+
+
+def _comparison_lines(rows: list[dict[str, Any]]) -> list[str]:
+    shown: dict[str, Callable[[Any], str]] = {
+        **{"method": str, "status": str, "objective": number, "excess": "{:.1e}".format, "bound": lower},
+        **{"gap": "{:.1e}".format, "seconds": "{:.2f}".format, "nodes": "{:.0f}".format},
+    }
+    cells = [
+        [MISSING if row[name] is None else text(row[name]) for name, text in shown.items()] for row in rows
+    ]
+    reasons = [f"{row['method']}: {row['note']}" for row in rows if row["objective"] is None and row["note"]]
+    return text_table(list(shown), cells, left=2) + ([""] if reasons else []) + reasons
 
 
 def _check(info: SolverInfo) -> dict[str, str]:
@@ -117,45 +170,17 @@ def _check(info: SolverInfo) -> dict[str, str]:
 
     problem, optima = load_library(CHECK_BLOCK)
     answers: dict[str, str] = {}
-    for program in PROGRAMS:
-        if not models_for(info.name, program):
-            continue
-        table = solving.compare(
-            problem, program=program, methods=[info.name], time_limit=CHECK_SECONDS, rel_gap=CHECK_GAP
-        )
+    for program in filter(lambda program: models_for(info.name, program), PROGRAMS):
+        table = solving.compare(problem, program=program, methods=[info.name], **CHECK_LIMITS)
         row = _without_nan(table.to_dict("records")[0])
         best = optima[program]["objective"]
         if row["status"] != "optimal":
             answers[program] = f"{row['status']} {row['note'] or ''}".strip()
-        elif not math.isclose(row["objective"], best, rel_tol=CHECK_GAP):
+        elif not math.isclose(row["objective"], best, rel_tol=CHECK_LIMITS["rel_gap"]):
             answers[program] = f"objective {number(row['objective'])}, the optimum is {number(best)}"
         else:
             answers[program] = "ok"
     return answers
-
-
-def _without_nan(row: Mapping[Any, Any]) -> dict[str, Any]:
-    import pandas as pd
-
-    return {str(key): None if pd.isna(value) else value for key, value in row.items()}
-
-
-def _comparison_lines(rows: list[dict[str, Any]]) -> list[str]:
-    shown: dict[str, Callable[[Any], str]] = {
-        "method": str,
-        "status": str,
-        "objective": number,
-        "excess": "{:.1e}".format,
-        "bound": lower,
-        "gap": "{:.1e}".format,
-        "seconds": "{:.2f}".format,
-        "nodes": "{:.0f}".format,
-    }
-    cells = [
-        [MISSING if row[name] is None else show(row[name]) for name, show in shown.items()] for row in rows
-    ]
-    reasons = [f"{row['method']}: {row['note']}" for row in rows if row["objective"] is None and row["note"]]
-    return text_table(list(shown), cells, left=2) + ([""] if reasons else []) + reasons
 
 
 def _solver_lines(infos: list[SolverInfo], checks: Mapping[str, Mapping[str, str]] | None) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cbs_opt.cli.errors import reported
+from cbs_opt.cli.errors import Debug, reported
+from cbs_opt.cli.tables import comparison_lines, show
 
 Out = Annotated[Path, typer.Option(help="Directory for report.html; made if missing.")]
 Sparsities = Annotated[
@@ -16,7 +16,6 @@ Sparsities = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the training and of every run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the rows of the table as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def run(
@@ -34,11 +33,9 @@ def run(
     with reported(debug, {"sparsity": "--sparsity", "seed": "--seed"}.get):
         from tqdm import tqdm
 
-        from cbs_opt.cli.tables import comparison_lines
         from cbs_opt.demo import CONTENDERS, SPARSITIES, compare_on_digits
         from cbs_opt.report.html import write_comparison
         from cbs_opt.report.tables import comparison_frame
-        from cbs_opt.system.plain import plain
 
         levels = tuple(sparsity or SPARSITIES)
         out.mkdir(parents=True, exist_ok=True)
@@ -46,9 +43,5 @@ def run(
             reports = compare_on_digits(seed=seed, sparsities=levels, on_report=lambda _: bar.update())
         page = out / "report.html"
         write_comparison(reports, page, title="A digits network, pruned")
-        if as_json:
-            rows = comparison_frame(reports).to_dict("records")
-            typer.echo(json.dumps(plain(rows), allow_nan=False))
-        else:
-            typer.echo("\n".join(comparison_lines(reports)))
+        show(comparison_frame(reports).to_dict("records"), comparison_lines(reports), as_json)
         typer.echo(f"pictures and details: {page}", err=True)

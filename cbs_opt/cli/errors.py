@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 
@@ -26,57 +27,21 @@ ERROR = 1
 USAGE = 2
 INTERRUPTED = 130
 
-FLAGS = {
-    "curvature.samples": "--samples",
-    "damping": "--damping",
-    "method": "--method",
-    "program": "--program",
-    "recipe": "--recipe",
-    "run_dir": "--resume, --run-dir",
-    "seed": "--seed",
-    "select.method": "--method",
-    "select.program": "--program",
-    "set": "--set",
-    "sparsity": "--sparsity",
-    "stages": "--stages",
-    "stages.count": "--stages",
+OWN_NAMES = ("damping", "method", "program", "recipe", "seed", "set", "sparsity", "stages")
+FLAGS = {name: f"--{name}" for name in OWN_NAMES} | {
+    **{"select.method": "--method", "select.program": "--program", "stages.count": "--stages"},
+    **{"curvature.samples": "--samples", "run_dir": "--resume, --run-dir"},
 }
 """Options of `cbs-opt prune` that have a name of their own, by the field that they set."""
-FIELDS = (
-    "certify",
-    "choice_samples",
-    "curvature",
-    "gradient",
-    "layer_inputs",
-    "recipe",
-    "resources",
-    "select",
-    "selection_damping",
-    "stages",
-    "update",
-    "weights",
-)
-"""What a dotted name of a field begins with."""
-
 BLOCK_OPTIONS = {
-    "fix": "--fix",
-    "format": "--format",
-    "iteration_limit": "--iteration-limit",
-    "method": "--method",
-    "method_options": "--option",
-    "model": "--model",
-    "model_name": "--model",
-    "node_limit": "--node-limit",
-    "options": "--option",
-    "program": "--program",
-    "rel_gap": "--rel-gap",
-    "relaxation": "--relaxation",
-    "seed": "--seed",
-    "threads": "--threads",
-    "time_limit": "--time-limit",
+    **{name: f"--{name}" for name in ("fix", "format", "method", "model", "program", "relaxation", "seed")},
+    **{"iteration_limit": "--iteration-limit", "node_limit": "--node-limit", "time_limit": "--time-limit"},
+    **{"rel_gap": "--rel-gap", "threads": "--threads", "model_name": "--model"},
+    **{"method_options": "--option", "options": "--option"},
 }
 """Options of the commands on one block, by the argument of `solve` or `export_model` that they set."""
 
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 NOTHING_WRITTEN = "nothing was written"
 GOES_ON = "the same command goes on"
@@ -88,17 +53,16 @@ class UserCodeError(CbsError):
 
 def field_option(argument: str) -> str | None:
     """Return the option of `cbs-opt prune` that sets a field, or None for what no option sets."""
-    if argument in FLAGS:
-        return FLAGS[argument]
+    from cbs_opt.recipe.records import Recipe, Request
+
+    known = {"resources", *FLAGS, *Recipe.__dataclass_fields__, *Request.__dataclass_fields__}
     root = argument.partition(".")[0].partition("[")[0]
-    return f"--set {argument}" if root in FIELDS else None
+    return FLAGS.get(argument, f"--set {argument}" if root in known else None)
 
 
 @contextmanager
 def reported(
-    debug: bool,
-    option_of: Callable[[str], str | None] = BLOCK_OPTIONS.get,
-    stopped: str = NOTHING_WRITTEN,
+    debug: bool, option_of: Callable[[str], str | None] = BLOCK_OPTIONS.get, stopped: str = NOTHING_WRITTEN
 ) -> Iterator[None]:
     """Turn exceptions into one line on stderr and an exit code; leave them alone under `debug`.
 

@@ -1,10 +1,14 @@
-"""The user's own files: networks, weights, data and losses named on the command line."""
+"""The user's own files: networks, weights, data and losses that are read, the directory that is written."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +20,15 @@ import typer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cbs_opt.certify.files import BLOCK, CERTIFICATES
 from cbs_opt.cli.errors import UserCodeError
 from cbs_opt.network.data import Data, LossFunction
+from cbs_opt.report.files import save_report
+from cbs_opt.report.record import PruneReport
+
+WEIGHTS_FILE = "weights.safetensors"
+STATE = "state"
+"""Directory within the output where a run that can be resumed keeps what it finds."""
 
 LOSSES: dict[str, LossFunction] = {
     "cross_entropy": nn.functional.cross_entropy,
@@ -28,26 +39,19 @@ LOSSES: dict[str, LossFunction] = {
 def load_network(specification: str, weights: Path | None, device: str) -> nn.Module:
     """Return the network that ``FILE.py:factory`` makes, in evaluation mode, with `weights` if given.
 
-    Raises
-    ------
-    UserCodeError
-        If the factory raises or makes no network, or the weights do not fit.
-    typer.BadParameter
-        If the specification names no file or no function in it.
+    A factory that raises or makes no network, and weights that do not fit, are a `UserCodeError`.
     """
     network = _call(specification, "--model")
     if not isinstance(network, nn.Module):
-        found = type(network).__name__
-        raise UserCodeError(f"--model: {specification} returned {found}; return a torch.nn.Module")
+        found = f"--model: {specification} returned {type(network).__name__}"
+        raise UserCodeError(f"{found}; return a torch.nn.Module")
     if weights is not None:
         _require_file(weights, "--weights")
         try:
             safetensors.torch.load_model(network, weights)
         except (SafetensorError, RuntimeError) as error:
-            raise UserCodeError(
-                f"--weights: {weights} does not fit {specification} ({error}); "
-                "pass the safetensors state dict of this network"
-            ) from error
+            found = f"--weights: {weights} does not fit {specification} ({error})"
+            raise UserCodeError(f"{found}; pass the safetensors state dict of this network") from error
     try:
         return network.to(device).eval()
     except RuntimeError as error:
@@ -57,15 +61,8 @@ def load_network(specification: str, weights: Path | None, device: str) -> nn.Mo
 def load_data(specification: str, option: str, dtype: torch.dtype) -> Data:
     """Return samples from ``FILE.npz`` (arrays x and y) or from what ``FILE.py:factory`` returns.
 
-    Floating-point arrays become `dtype`; integers become int64, as class labels and embeddings
-    need.
-
-    Raises
-    ------
-    UserCodeError
-        If the file is not readable or the factory raises.
-    typer.BadParameter
-        If there is no such file, function or array.
+    Floating-point arrays become `dtype`; integers become int64, as class labels and embeddings need. A file
+    that cannot be read and a factory that raises are a `UserCodeError`.
     """
     if Path(specification).suffix != ".npz":
         return _call(specification, option)  # type: ignore[no-any-return]
@@ -79,9 +76,8 @@ def load_data(specification: str, option: str, dtype: torch.dtype) -> Data:
                 raise typer.BadParameter(f"{found}; name the arrays x and y", param_hint=option)
             return _tensor(archive["x"], dtype), _tensor(archive["y"], dtype)
     except (ValueError, TypeError, OSError, EOFError) as error:
-        raise UserCodeError(
-            f"{option}: {path} is unreadable ({error}); save arrays by numpy.savez"
-        ) from error
+        found = f"{option}: {path} is unreadable ({error})"
+        raise UserCodeError(f"{found}; save arrays by numpy.savez") from error
 
 
 def load_loss(specification: str) -> LossFunction:
@@ -89,25 +85,60 @@ def load_loss(specification: str) -> LossFunction:
     if specification in LOSSES:
         return LOSSES[specification]
     if ":" not in specification:
-        known = ", ".join(LOSSES)
-        raise typer.BadParameter(
-            f"{specification!r} is no loss; use one of {known}, or FILE.py:function", param_hint="--loss"
-        )
+        found = f"{specification!r} is no loss; use one of {', '.join(LOSSES)}, or FILE.py:function"
+        raise typer.BadParameter(found, param_hint="--loss")
     return _function(specification, "--loss")
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
     """Return the dtype of the first floating-point parameter; float32 without any."""
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.float32
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+
+def require_free(directory: Path, force: bool, resume: bool) -> None:
+    """Refuse a directory in use, unless it is that of the run which is to go on."""
+    if directory.is_file():
+        raise typer.BadParameter(f"{directory} is a file", param_hint="--out")
+    in_use = directory.is_dir() and any(directory.iterdir())
+    if in_use and not force and not (resume and (directory / STATE).is_dir()):
+        message = f"{directory} is not empty; choose another directory or pass --force"
+        raise typer.BadParameter(message, param_hint="--out")
+
+
+@contextmanager
+def block_directory(out: Path, state: Path | None, wanted: bool) -> Iterator[Path | None]:
+    """Yield where the data of blocks go until the run has succeeded; None unless wanted."""
+    if not wanted or state is not None:
+        # What a killed run has written there is of use to the next one.
+        yield state / "blocks" if wanted and state is not None else None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as directory:
+        yield Path(directory)
+
+
+def write_outputs(network: nn.Module, report: PruneReport, out: Path, block_dir: Path | None) -> None:
+    """Write weights, masks, report and the data of blocks; report.json comes last but for the blocks."""
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".{WEIGHTS_FILE}"
+    safetensors.torch.save_model(network, str(temporary))
+    temporary.replace(out / WEIGHTS_FILE)
+    save_report(report, out)
+    # The data of the blocks belong where their certificates are.
+    kept = out / CERTIFICATES
+    for stale in kept.glob(f"*{BLOCK}"):
+        stale.unlink()
+    for path in sorted(block_dir.glob(f"*{BLOCK}")) if block_dir is not None else ():
+        try:
+            os.link(path, kept / path.name)
+        except OSError:
+            # Another file system, or one without links.
+            shutil.copyfile(path, kept / path.name)
 
 
 def _tensor(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    if array.dtype.kind in "iub":
-        return torch.as_tensor(array.astype(np.int64))
-    return torch.as_tensor(array).to(dtype)
+    whole = array.dtype.kind in "iub"
+    return torch.as_tensor(array.astype(np.int64)) if whole else torch.as_tensor(array).to(dtype)
 
 
 def _call(specification: str, option: str) -> Any:

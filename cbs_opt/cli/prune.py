@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbs_opt.cli.errors import GOES_ON, NOTHING_WRITTEN, field_option, reported
+from cbs_opt.cli.errors import GOES_ON, NOTHING_WRITTEN, Debug, field_option, reported
+from cbs_opt.cli.tables import show
 
 if TYPE_CHECKING:
     from cbs_opt.recipe.records import Request
     from cbs_opt.system.resources import Resources
+
+FLAGGED = ("select.method", "select.program", "curvature.samples", "damping", "stages.count")
+"""Fields that have an option of their own."""
 
 Model = Annotated[
     str, typer.Option(help="FILE.py:factory; the factory takes no argument and returns a torch.nn.Module.")
@@ -51,8 +54,7 @@ Method = Annotated[
     str | None, typer.Option(help="How weights are selected; `cbs-opt methods` lists the names.")
 ]
 Program = Annotated[
-    str | None,
-    typer.Option(help="What is minimised: joint, which accounts for the update, or selection."),
+    str | None, typer.Option(help="What is minimised: joint, which accounts for the update, or selection.")
 ]
 Samples = Annotated[int | None, typer.Option(help="Samples that the curvature is taken from.")]
 Damping = Annotated[
@@ -93,7 +95,6 @@ Seed = Annotated[int | None, typer.Option(help="Seed of every random choice; 0 b
 Device = Annotated[str, typer.Option(help="Where the network runs, such as cpu or cuda.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into --out even if it is not empty.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def run(
@@ -128,54 +129,40 @@ def run(
     """
     goes_on = resume or run_dir is not None
     with reported(debug, field_option, stopped=GOES_ON if goes_on else NOTHING_WRITTEN):
-        from cbs_opt.cli.loading import dtype_of, load_data, load_loss, load_network
-        from cbs_opt.cli.outputs import block_directory, require_free, state_directory, write_outputs
+        from cbs_opt.cli import loading
+        from cbs_opt.cli.loading import load_data
         from cbs_opt.pruning import plan, prune
         from cbs_opt.recipe.records import Certify as CertifyRecord
 
-        flags = {
-            "select.method": method,
-            "select.program": program,
-            "curvature.samples": samples,
-            "damping": damping,
-            "stages.count": stages,
-        }
-        typed = [f"{name}={value}" for name, value in flags.items() if value is not None]
+        values = (method, program, samples, damping, stages)
+        typed = [f"{name}={value}" for name, value in zip(FLAGGED, values, strict=True) if value is not None]
         request, resources = requested(recipe, sparsity, seed, typed + (fields or []))
-        require_free(out, force, resume)
-        state = state_directory(out, run_dir, resume)
+        loading.require_free(out, force, resume)
+        state = out / loading.STATE if resume and run_dir is None else run_dir
         if save_blocks and not (certify or request.certify):
             raise typer.BadParameter("it needs --certify", param_hint="--save-blocks")
-        network = load_network(model, weights, device)
-        dtype = dtype_of(network)
+        network = loading.load_network(model, weights, device)
+        dtype = loading.dtype_of(network)
+        what: dict[str, Any] = {"sparsity": request.sparsity, "recipe": request.recipes}
+        what |= {"stages": request.stages, "resources": resources}
         if dry_run:
-            size = plan(
-                network,
-                load_data(data, "--data", dtype),
-                sparsity=request.sparsity,
-                recipe=request.recipes,
-                stages=request.stages,
-                resources=resources,
-            )
-            typer.echo(json.dumps(size.to_dict(), allow_nan=False) if as_json else size.summary())
-            raise typer.Exit
-        with block_directory(out, state, save_blocks) as block_dir:
+            size = plan(network, load_data(data, "--data", dtype), **what)
+            show(size.to_dict(), [size.summary()], as_json)
+            return
+        with loading.block_directory(out, state, save_blocks) as block_dir:
             record = request.certify or (CertifyRecord() if certify else None)
             report = prune(
                 network,
                 load_data(data, "--data", dtype),
-                sparsity=request.sparsity,
-                recipe=request.recipes,
-                loss_fn=load_loss(loss),
-                stages=request.stages,
+                **what,
+                loss_fn=loading.load_loss(loss),
                 certify=False if record is None else replace(record, block_dir=block_dir),
                 evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
-                resources=resources,
                 run_dir=state,
                 seed=request.seed,
             )
-            write_outputs(network, report, out, block_dir)
-        typer.echo(json.dumps(report.to_dict(), allow_nan=False) if as_json else report.summary())
+            loading.write_outputs(network, report, out, block_dir)
+        show(report.to_dict(), [report.summary()], as_json)
         typer.echo(f"written to {out}", err=True)
 
 

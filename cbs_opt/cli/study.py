@@ -1,21 +1,21 @@
-"""`cbs-opt study`: work through a study file, stop and go on."""
+"""`cbs-opt study`: work through a study file, stop and go on; `cbs-opt report`: what came of it."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbs_opt.cli.errors import INTERRUPTED, reported
-from cbs_opt.cli.tables import text_table
+from cbs_opt.cli.errors import INTERRUPTED, Debug, reported
+from cbs_opt.cli.tables import show, text_table
 
 if TYPE_CHECKING:
     from cbs_opt.study.expansion import Plan, Run
+    from cbs_opt.study.results import Row
     from cbs_opt.study.runner import Outcome, Progress
-    from cbs_opt.study.store import Row
 
 OPTIONS = {"jobs": "--jobs", "filter": "--filter", "out": "--out"}
 BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
@@ -35,7 +35,16 @@ Filters = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Run again what was made from other data or limits.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Run again what failed, was killed or unavailable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder that `cbs-opt study` was given with --out.")
+]
+ReportOut = Annotated[
+    Path | None, typer.Option(help="Folder for the report; DIR by default, made if missing.")
+]
+Pictures = Annotated[
+    str | None, typer.Option(help="png, svg or pdf: write every picture to a file of its own too.")
+]
+RowsAsJson = Annotated[bool, typer.Option("--json", help="Print the rows of the study as JSON on stdout.")]
 
 
 def run(
@@ -60,9 +69,8 @@ def run(
 
         from cbs_opt.study.config import read_study
         from cbs_opt.study.expansion import expand, select
+        from cbs_opt.study.results import read_rows
         from cbs_opt.study.runner import is_to_do, run_study
-        from cbs_opt.study.store import read_rows
-        from cbs_opt.system.plain import plain
 
         described = read_study(study)
         if dry_run:
@@ -73,21 +81,46 @@ def run(
             return
         with tqdm(desc="runs", bar_format=BAR, disable=None) as bar:
 
-            def show(_: Row, progress: Progress) -> None:
+            def advance(_: Row, progress: Progress) -> None:
                 bar.total, bar.n = progress.total, progress.done
                 bar.set_postfix_str(f"about {duration(progress.seconds_left)} left")
 
             outcome = run_study(
-                described, out, jobs=jobs, filters=filter or [], force=force, retry=retry, on_row=show
+                described, out, jobs=jobs, filters=filter or [], force=force, retry=retry, on_row=advance
             )
-        if as_json:
-            typer.echo(json.dumps(plain(outcome), allow_nan=False))
-        else:
-            typer.echo("\n".join(_outcome_lines(outcome)))
+        show(outcome, _outcome_lines(outcome), as_json)
         if outcome.interrupted:
             typer.echo("stopped; the same command goes on where it was", err=True)
             raise typer.Exit(INTERRUPTED)
         typer.echo(f"pictures and tables: cbs-opt report {out}", err=True)
+
+
+def report(
+    folder: Folder,
+    out: ReportOut = None,
+    pictures: Pictures = None,
+    as_json: RowsAsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write report.html and report.md about a study, finished or not, and print the Markdown.
+
+    Performance profiles, shifted geometric means, gaps against time, effects of options with
+    confidence intervals, and the excess of each heuristic over the proved optimum.
+    """
+    with reported(debug):
+        from cbs_opt.study.report import FORMATS, render_markdown, write_report
+        from cbs_opt.study.results import read_results
+
+        if pictures is not None and pictures not in FORMATS:
+            found = f"{pictures!r}; use one of {', '.join(FORMATS)}"
+            raise typer.BadParameter(found, param_hint="--pictures")
+        results = read_results(folder)
+        target = out or folder
+        target.mkdir(parents=True, exist_ok=True)
+        written = write_report(results, target, pictures=pictures)
+        rows = json.loads(results.table.to_json(orient="records"))
+        show(rows, [render_markdown(results).removesuffix("\n")], as_json)
+        typer.echo(f"written: {', '.join(str(path) for path in written)}", err=True)
 
 
 def duration(seconds: float) -> str:
@@ -109,27 +142,19 @@ def _outcome_lines(outcome: Outcome) -> list[str]:
 
 def _echo_plan(plan: Plan, chosen: list[Run], todo: list[Run], jobs: int, as_json: bool) -> None:
     """Print what would run, by method and program, and the longest that it can take."""
-    from cbs_opt.study.estimate import longest
-    from cbs_opt.system.plain import plain
+    from cbs_opt.study.runner import longest
 
-    at_most = longest(todo, jobs)
-    if as_json:
-        content = {
-            "runs": [run.describe() for run in todo],
-            "done": len(chosen) - len(todo),
-            "left_out": plan.left_out,
-            "longest_seconds": at_most,
-        }
-        typer.echo(json.dumps(plain(content), allow_nan=False))
-        return
+    at_most, done = longest(todo, jobs), len(chosen) - len(todo)
+    content: dict[str, Any] = {"runs": [run.describe() for run in todo], "done": done}
+    content |= {"left_out": plan.left_out, "longest_seconds": at_most}
     counts = Counter((run.program, run.method) for run in todo)
     limits = {(run.program, run.method): run.limits.time_limit for run in todo}
     rows = [(*what, str(count), f"{limits[what]:g}") for what, count in counts.items()]
     instances = len({run.recipe.name for run in todo})
     lines = [
         f"{len(todo)} runs on {instances} blocks, at most {duration(at_most)} with --jobs {jobs}",
-        f"{len(chosen) - len(todo)} are done already",
+        f"{done} are done already",
         *text_table(("program", "method", "runs", "limit (s)"), rows, left=2),
         *(f"left out: {reason}" for reason in plan.left_out),
     ]
-    typer.echo("\n".join(lines))
+    show(content, lines, as_json)

@@ -1,7 +1,4 @@
-"""A study as its TOML file states it: instances, methods, parameter grids, seeds and limits.
-
-The file says *what* to run; `cbs_opt.study.expansion` turns it into single runs.
-"""
+"""A study as its TOML file states it; `cbs_opt.study.expansion` turns it into single runs."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, cast
 
 from cbs_opt.system.checks import finite_number, one_of, whole_number
 from cbs_opt.system.documents import known_names, read_document
@@ -25,22 +23,11 @@ SOURCES = ("library", "files", "factory")
 class RunLimits:
     """What ends a run: by the method itself, and by force.
 
-    Parameters
-    ----------
-    time_limit : float, default 60
-        Wall-clock seconds, given to the method.
-    rel_gap : float, default 1e-4
-        Relative gap at which an exact method may stop.
-    node_limit, iteration_limit : int, optional
-    threads : int, default 1
-        Threads of the method and of the numerical libraries beneath it.
-    grace : float, default 10
-        Seconds past `time_limit` after which the process is killed.
-    memory_gib : float, default 4
-        Largest resident memory of the process, its libraries included, in GiB.
-    warm_up : float, default 300
-        Longest untimed solve of a small block before the first timed run of a method in a process,
-        in seconds: what is imported and compiled there is not measured. 0 for none.
+    Past `time_limit` (wall-clock seconds, given to the method) the process has `grace` seconds until it is
+    killed, and it is killed where its resident memory, libraries included, grows beyond `memory_gib`.
+    `rel_gap`: at which an exact method may stop. `threads`: of the method and of the numerical libraries
+    beneath it. `warm_up`: longest untimed solve of a small block before the first timed run of a method in
+    a process, in seconds, since what is imported and compiled there is not measured; 0 for none.
     """
 
     time_limit: float = 60.0
@@ -70,18 +57,9 @@ class RunLimits:
 class InstanceGroup:
     """Blocks from one source, each with every damping and sparsity that are listed.
 
-    Attributes
-    ----------
-    library : tuple of str
-        Names or globs of shipped blocks.
-    files : tuple of str
-        Paths or globs of block files; those in a study file are taken from its folder.
-    factory : str
-        ``"module:function"`` that returns a `BlockProblem`, called with one choice of `arguments`.
-    arguments : mapping of str to tuple
-        Keyword arguments of the factory, each with its values: all combinations.
-    damping, sparsity : tuple of float
-        Replace the block's own; empty to keep it.
+    `library` has names or globs of shipped blocks; `files` paths or globs, those in a study file taken from
+    its folder; `factory` is a ``"module:function"`` that returns a `BlockProblem`, called with all
+    combinations of `arguments`. `damping` and `sparsity` replace the block's own; empty to keep it.
     """
 
     library: tuple[str, ...] = ()
@@ -96,19 +74,9 @@ class InstanceGroup:
 class MethodGroup:
     """Methods with one grid of options.
 
-    Attributes
-    ----------
-    programs : tuple of str
-    methods : tuple of str
-        Names as `cbs_opt.solve` takes them.
-    solvers, formulations : tuple of str
-        Every solver with every formulation (names or globs) that it can take.
-    options : mapping of str to tuple
-        Options of the methods, each with its values.
-    vary : {"all", "one"}
-        All combinations, or one option at a time away from the first value of each.
-    seeds : tuple of int
-    limits : RunLimits
+    `methods` are names as `cbs_opt.solve` takes them; or every one of `solvers` with every one of
+    `formulations` (names or globs) that it can take. `vary` of `options`: "all" combinations, or "one"
+    option at a time away from the first value of each.
     """
 
     programs: tuple[str, ...]
@@ -143,28 +111,16 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     """
     source = Path(path)
     parse = partial(parse_study, folder=source.resolve().parent, default_name=source.stem)
-    study: Study = read_document(source, "study", parse)
-    return study
+    return cast(Study, read_document(source, "study", parse))
 
 
 def parse_study(document: Mapping[str, Any], *, folder: Path = Path(), default_name: str = "study") -> Study:
-    """Return the study that the tables of its file state.
+    """Return the study that the tables of its file, as `tomllib` reads it, state.
 
-    Parameters
-    ----------
-    document : mapping
-        As `tomllib` reads it.
-    folder : path
-        Where relative paths of block files start.
-    default_name : str
-        Used where the file gives no name.
-
-    Raises
-    ------
-    ArgumentError
-        If an entry is missing, unknown or impossible.
+    Relative paths of block files start at `folder`. An entry that is missing, unknown or impossible is
+    an `ArgumentError`.
     """
-    readers = {"name": _text, "description": _text, "seeds": _seeds}
+    readers: dict[str, Reader] = {"name": _text, "description": _text, "seeds": _seeds}
     fields = _fields("", document, readers, "limits", "instances", "methods")
     limits = _limits("limits", document.get("limits", {}), RunLimits())
     shared = {"seeds": fields.pop("seeds", (0,)), "limits": limits}
@@ -177,7 +133,7 @@ def parse_study(document: Mapping[str, Any], *, folder: Path = Path(), default_n
 
 
 def _instance_group(where: str, table: Any) -> InstanceGroup:
-    readers = {"library": _texts, "files": _texts, "factory": _text, "arguments": _grid}
+    readers: dict[str, Reader] = {"library": _texts, "files": _texts, "factory": _text, "arguments": _grid}
     fields = _fields(where, table, {**readers, "damping": _numbers, "sparsity": _shares})
     sources = [source for source in SOURCES if source in fields]
     if len(sources) != 1:
@@ -191,8 +147,8 @@ def _instance_group(where: str, table: Any) -> InstanceGroup:
 
 
 def _method_group(where: str, table: Any, shared: Mapping[str, Any]) -> MethodGroup:
-    readers = {"program": _programs, "methods": _texts, "solvers": _texts, "formulations": _texts}
-    readers |= {"options": _grid, "vary": _vary, "seeds": _seeds}
+    readers: dict[str, Reader] = dict.fromkeys(("methods", "solvers", "formulations"), _texts)
+    readers = {"program": _programs, **readers, "options": _grid, "vary": _vary, "seeds": _seeds}
     fields = _fields(where, table, readers, "limits")
     if ("methods" in fields) == ("solvers" in fields):
         found = "both" if "methods" in fields else "neither"
@@ -232,14 +188,10 @@ def _tables(name: str, document: Mapping[str, Any]) -> Iterable[tuple[str, Any]]
     return [(f"{name}[{number}]", table) for number, table in enumerate(tables)]
 
 
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ArgumentError(where, f"{value!r}", "write a string")
+def _of_type(where: str, value: Any, types: type | UnionType, remedy: str) -> Any:
+    if not isinstance(value, types):
+        raise ArgumentError(where, f"{value!r}", remedy)
     return value
-
-
-def _vary(where: str, value: Any) -> str:
-    return one_of(where, value, VARY)
 
 
 def _several(read: Reader, least: int = 0) -> Reader:
@@ -254,17 +206,14 @@ def _several(read: Reader, least: int = 0) -> Reader:
     return read_each
 
 
-def _scalar(where: str, value: Any) -> str | int | float | bool:
-    if not isinstance(value, str | int | float):
-        raise ArgumentError(where, f"{value!r}", "write numbers, strings or booleans")
-    return value
-
-
+_text = partial(_of_type, types=str, remedy="write a string")
+_scalar = partial(_of_type, types=str | int | float, remedy="write numbers, strings or booleans")
 _texts = _several(_text)
 _numbers = _several(finite_number)
-_shares = _several(lambda where, value: finite_number(where, value, most=1.0))
-_seeds = _several(lambda where, value: whole_number(where, value, least=0), least=1)
-_programs = _several(lambda where, value: one_of(where, value, PROGRAMS), least=1)
+_shares = _several(partial(finite_number, most=1.0))
+_seeds = _several(partial(whole_number, least=0), least=1)
+_programs = _several(partial(one_of, choices=PROGRAMS), least=1)
+_vary = partial(one_of, choices=VARY)
 _scalars = _several(_scalar, least=1)
 
 

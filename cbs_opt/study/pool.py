@@ -18,9 +18,8 @@ from typing import Any
 
 import psutil
 
-from cbs_opt.study.errors import WorkerStartError
+from cbs_opt.study.errors import CRASHED, OUT_OF_MEMORY, TIMED_OUT, WorkerStartError
 from cbs_opt.study.expansion import Run
-from cbs_opt.study.statuses import CRASHED, OUT_OF_MEMORY, TIMED_OUT
 from cbs_opt.study.worker import READY, STARTED
 
 START_PATIENCE = 300.0
@@ -39,13 +38,7 @@ LIBRARIES = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "NUMBA_NUM", "VECLIB_MAXIMUM"
 
 
 class Worker:
-    """One process that solves runs.
-
-    Parameters
-    ----------
-    threads : int
-        Threads of the numerical libraries in it, which are fixed when it starts.
-    """
+    """One process that solves runs; the threads of its numerical libraries are fixed when it starts."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -54,10 +47,14 @@ class Worker:
         self.started: float | None = None
         self._submitted = time.perf_counter()
         self._largest = 0
-        self._at_rest: int | None = None
+        self._at_rest = 0
         self._killed = False
         # Opened for appending, so that it can be emptied while the process writes to it.
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115
+        # Threads that wait in a busy loop would take the cores of the other workers.
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        environment |= {f"{name}_THREADS": str(threads) for name in LIBRARIES}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         self.connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -68,7 +65,7 @@ class Worker:
                 stderr=self._log,
                 # Ctrl-C is for the parent, and a kill reaches what the process started.
                 start_new_session=True,
-                env=_environment(threads),
+                env=environment,
             )
         self._gauge = psutil.Process(self._process.pid)
 
@@ -83,24 +80,14 @@ class Worker:
         self._submitted = time.perf_counter()
         self._largest = 0
         os.ftruncate(self._log.fileno(), 0)
-        try:
+        # If it died while idle, `step` finds out and says so.
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send((run, warm_up and run.limits.warm_up > 0.0))
-        except (BrokenPipeError, ConnectionResetError):
-            # It died while idle; `step` finds out and says so.
-            return
 
     def step(self) -> dict[str, Any] | None:
-        """Take its messages and look at its clock and memory; the outcome if its run has ended.
+        """Take its messages and look at its clock and memory; the columns of a row if its run has ended.
 
-        Returns
-        -------
-        dict or None
-            Columns of a row. The process is dead if `alive` says so.
-
-        Raises
-        ------
-        WorkerStartError
-            If it ended before it was ready.
+        A process that ended before it was ready is a `WorkerStartError`.
         """
         try:
             while self.connection.poll():
@@ -131,7 +118,7 @@ class Worker:
         run, self.run = self.run, None
         assert run is not None
         limit = run.limits.memory_gib * 2**30
-        kept = (self._resident() or 0) - (self._at_rest or 0)
+        kept = self._resident() - self._at_rest
         if outcome["status"] == OUT_OF_MEMORY or kept > KEPT_SHARE * limit:
             self._kill()
         return outcome
@@ -155,7 +142,7 @@ class Worker:
                 raise WorkerStartError(f"a worker process did not start in {START_PATIENCE:g} s")
             return None
         limits = self.run.limits
-        resident = self._resident() or 0
+        resident = self._resident()
         self._largest = max(self._largest, resident)
         if resident > limits.memory_gib * 2**30:
             return self._outcome(OUT_OF_MEMORY, f"killed: over {limits.memory_gib:g} GiB of memory")
@@ -171,27 +158,21 @@ class Worker:
         self._kill()
         self.run = None
         seconds = None if self.started is None else time.perf_counter() - self.started
-        return {
-            "status": status,
-            "note": note.strip().removesuffix(":"),
-            "seconds": seconds,
-            "peak_memory": self._largest or None,
-        }
+        note = note.strip().removesuffix(":")
+        return {"status": status, "note": note, "seconds": seconds, "peak_memory": self._largest or None}
 
     def _kill(self) -> None:
         """End the process and its group, which may outlive it; once, since numbers are used again."""
-        if self._killed:
-            return
-        self._killed = True
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if not self._killed:
+            self._killed = True
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
-    def _resident(self) -> int | None:
-        try:
+    def _resident(self) -> int:
+        with suppress(psutil.NoSuchProcess):
             return int(self._gauge.memory_info().rss)
-        except psutil.NoSuchProcess:
-            return None
+        return 0
 
     def _tail(self) -> str:
         """Return what it wrote last, on one line; of a fatal error the kind and the innermost calls."""
@@ -200,15 +181,6 @@ class Worker:
         _, fatal, calls = text.rpartition(FATAL)
         shown = (fatal + calls.partition(MODULES)[0])[:LONGEST_TAIL] if fatal else text[-LONGEST_TAIL:]
         return " ".join(shown.split())
-
-
-def _environment(threads: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    # Threads that wait in a busy loop would take the cores of the other workers.
-    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    environment |= {f"{name}_THREADS": str(threads) for name in LIBRARIES}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return environment
 
 
 def _exit_words(code: int) -> str:

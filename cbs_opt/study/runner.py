@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cbs_opt.select.preparation import prepare
 from cbs_opt.study.config import Study
-from cbs_opt.study.errors import ChangedInputsError
-from cbs_opt.study.estimate import TimeLeft
+from cbs_opt.study.errors import FAILURES, ChangedInputsError
 from cbs_opt.study.expansion import Plan, Run, expand, select
 from cbs_opt.study.pool import Worker
-from cbs_opt.study.results import write_parquet
-from cbs_opt.study.statuses import FAILURES
-from cbs_opt.study.store import Journal, Row, read_rows, superseded
+from cbs_opt.study.results import Journal, Row, read_rows, superseded, write_parquet
 from cbs_opt.system.versions import versions
 from formulations.errors import ArgumentError
 
@@ -44,18 +44,8 @@ class Progress:
 class Outcome:
     """How `run_study` ended.
 
-    Attributes
-    ----------
-    planned, selected : int
-        Runs of the study, and those that the filters let through.
-    done : int
-        Selected runs that have a row.
-    new : int
-        Rows added by this call.
-    interrupted : bool
-        Whether Ctrl-C ended it.
-    statuses : mapping of str to int
-        Rows of the selected runs by status.
+    Of the `planned` runs of the study the filters let `selected` ones through, `done` of which have a
+    row, counted by their `statuses`; this call added `new` rows, and Ctrl-C may have `interrupted` it.
     """
 
     planned: int
@@ -64,6 +54,38 @@ class Outcome:
     new: int
     interrupted: bool
     statuses: dict[str, int] = field(default_factory=dict)
+
+
+class TimeLeft:
+    """Running estimate: the mean time of a method where known, else of all, else the longest allowed."""
+
+    def __init__(self, runs: Iterable[Run], jobs: int) -> None:
+        self._jobs = jobs
+        self._waiting = {run.fingerprint: run for run in runs}
+        self._times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+
+    def finished(self, run: Run, seconds: float) -> None:
+        """Take note that a run occupied a worker for `seconds`."""
+        del self._waiting[run.fingerprint]
+        self._times[run.what].append(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Expected wall-clock seconds until all runs are done."""
+        means = {what: fmean(times) for what, times in self._times.items()}
+        usual = fmean(chain.from_iterable(self._times.values())) if means else math.inf
+        expected = (means.get(run.what, min(run.limits.longest, usual)) for run in self._waiting.values())
+        return sum(expected) / self._jobs
+
+
+def longest(runs: Iterable[Run], jobs: int) -> float:
+    """Return upper bound on the wall-clock seconds of `runs`: every one at its limit and its grace.
+
+    Starting processes and the untimed warm-up of each method come on top.
+    """
+    times = [run.limits.longest for run in runs]
+    # No worker is idle while a run waits, so the last one starts before the others' mean is over.
+    return sum(times) / jobs + (1.0 - 1.0 / jobs) * max(times, default=0.0)
 
 
 def run_study(
@@ -120,7 +142,7 @@ def run_study(
         journal.write_plan(study.name, study.description, plan)
         todo = [run for run in selected if is_to_do(run, journal.rows, retry)]
         _warn_of_other_versions(row for run in selected if (row := journal.rows.get(run.fingerprint)))
-        for method, program in sorted({(run.method, run.program) for run in todo}):
+        for method, program in sorted({run.what for run in todo}):
             prepare(method, program)
         new, interrupted, left = 0, False, TimeLeft(todo, jobs)
         with closing(_Queue(todo, jobs).outcomes()) as outcomes:
@@ -156,8 +178,7 @@ def is_to_do(run: Run, rows: dict[str, Row], retry: bool) -> bool:
 
 
 def _check_unchanged(plan: Plan, journal: Journal) -> None:
-    changes = superseded(plan, journal.rows)
-    if changes:
+    if changes := superseded(plan, journal.rows):
         shown = "; ".join(changes[:MOST_NAMED])
         more = f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
         found = f"{len(changes)} runs have rows made from other inputs: {shown}{more}"
@@ -167,11 +188,10 @@ def _check_unchanged(plan: Plan, journal: Journal) -> None:
 def _warn_of_other_versions(rows: Iterable[Row]) -> None:
     """Warn of rows made with other software: they stay, but nobody should find out later."""
     now = versions()
-    differing: dict[str, set[str]] = {}
-    for row in rows:
-        for name, version in row.get("versions", {}).items():
-            if now.get(name) != version:
-                differing.setdefault(name, set()).add(version)
+    differing: defaultdict[str, set[str]] = defaultdict(set)
+    for name, version in (pair for row in rows for pair in row.get("versions", {}).items()):
+        if now.get(name) != version:
+            differing[name].add(version)
     for name, earlier in differing.items():
         found = ", ".join(sorted(earlier))
         logger.warning("earlier rows were made with %s %s, now %s", name, found, now.get(name, "absent"))
@@ -186,9 +206,9 @@ class _Queue:
         self._workers: list[Worker] = []
         self._submitted: dict[Worker, float] = {}
         self._warm: set[tuple[str, str]] = set()
-        """Methods that have been compiled and imported by some worker, or cannot be warmed up."""
+        """What has been compiled and imported by some worker, or cannot be warmed up."""
         self._cold: set[tuple[str, str]] = set()
-        """Methods that are run without a warm-up, because theirs took the process with it."""
+        """What is run without a warm-up, because its own took the process with it."""
 
     def outcomes(self) -> Generator[tuple[Run, dict[str, Any], float], None, None]:
         """Give each run as it ends, with its outcome and the seconds that it occupied a worker."""
@@ -214,35 +234,33 @@ class _Queue:
             if run.limits.threads != worker.threads:
                 self._replace(worker)
                 self._workers.append(Worker(run.limits.threads))
-                continue
-            self._waiting.remove(run)
-            self._submitted[worker] = time.perf_counter()
-            worker.submit(run, warm_up=_what(run) not in self._cold)
+            else:
+                self._waiting.remove(run)
+                self._submitted[worker] = time.perf_counter()
+                worker.submit(run, warm_up=run.what not in self._cold)
         starting = sum(worker.run is None for worker in self._workers)
         if len(self._workers) < self._jobs and starting < len(self._waiting):
             self._workers.append(Worker(self._waiting[0].limits.threads))
 
     def _next(self) -> Run | None:
         """Return the first run whose method no other worker is compiling for the first time."""
-        compiling = {
-            _what(worker.run) for worker in self._workers if worker.run and worker.started is None
-        } - self._warm
-        return next((run for run in self._waiting if _what(run) not in compiling), None)
+        begun = {worker.run.what for worker in self._workers if worker.run and worker.started is None}
+        return next((run for run in self._waiting if run.what not in begun - self._warm), None)
 
     def _outcome(self, worker: Worker) -> dict[str, Any] | None:
         """Return the outcome of a run that ended, if one did and it says something about the run."""
         run = worker.run
         outcome = worker.step()
         if worker.started is not None and run is not None:
-            self._warm.add(_what(run))
+            self._warm.add(run.what)
         if not worker.alive:
             self._replace(worker)
-        if run is None or outcome is None or worker.started is not None or _what(run) in self._cold:
+        if run is None or outcome is None or worker.started is not None or run.what in self._cold:
             return outcome
         # The small block of the warm-up took the process with it: once more without.
         logger.info("the warm-up of %s failed: %s", run.method, outcome["note"])
-        self._cold.add(_what(run))
-        self._warm.add(_what(run))
+        self._cold.add(run.what)
+        self._warm.add(run.what)
         self._waiting.insert(0, run)
         return None
 
@@ -250,7 +268,3 @@ class _Queue:
         """Drop a worker; `_assign` starts another if there is work."""
         worker.stop()
         self._workers.remove(worker)
-
-
-def _what(run: Run) -> tuple[str, str]:
-    return run.method, run.program

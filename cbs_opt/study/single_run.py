@@ -13,8 +13,8 @@ from typing import Any
 
 from cbs_opt import solving
 from cbs_opt.select.preparation import prepare
+from cbs_opt.study.errors import INVALID, OUT_OF_MEMORY, REFUSED, UNAVAILABLE
 from cbs_opt.study.expansion import Run
-from cbs_opt.study.statuses import INVALID, OUT_OF_MEMORY, REFUSED, UNAVAILABLE
 from cbs_opt.system import memory
 from cbs_opt.system.plain import plain
 from cbs_opt.system.versions import machine, versions
@@ -112,19 +112,9 @@ def _processor_seconds() -> float:
 
 
 def _solve(problem: BlockProblem, run: Run, time_limit: float) -> BlockSolution:
-    limits = run.limits
-    return solving.solve(
-        problem,
-        run.method,
-        program=run.program,
-        time_limit=time_limit,
-        rel_gap=limits.rel_gap,
-        node_limit=limits.node_limit,
-        iteration_limit=limits.iteration_limit,
-        threads=limits.threads,
-        seed=run.seed,
-        **run.options,
-    )
+    names = ("rel_gap", "node_limit", "iteration_limit", "threads")
+    limits = {"time_limit": time_limit, **{name: getattr(run.limits, name) for name in names}}
+    return solving.solve(problem, run.method, program=run.program, seed=run.seed, **limits, **run.options)
 
 
 def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
@@ -137,36 +127,26 @@ def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
         wrong.append(f"it solved program {solution.program!r}")
     stats = solution.stats
     columns: dict[str, Any] = {
-        "status": INVALID if wrong else solution.termination.value,
-        "note": "; ".join(wrong) or stats.message,
-        "nodes": stats.nodes,
-        "iterations": stats.iterations,
-        "certified_bound": _number(checked.bound),
-        "trace": _trace(solution.trace),
-        "extra": plain(stats.extra),
+        **{"nodes": stats.nodes, "iterations": stats.iterations, "extra": plain(stats.extra)},
+        **{"certified_bound": _number(checked.bound), "trace": _trace(solution.trace)},
     }
-    return (
-        columns
-        if wrong
-        else columns
-        | {
-            "limit": None if solution.limit is None else solution.limit.value,
-            "objective": _number(checked.objective),
-            "bound": _number(solution.bound),
-            "gap": None if solution.bound is None else _number(solution.gap),
-            "proved": solution.proved,
-        }
-    )
+    if wrong:
+        return {"status": INVALID, "note": "; ".join(wrong), **columns}
+    return {
+        **{"status": solution.termination.value, "note": stats.message, **columns},
+        "limit": None if solution.limit is None else solution.limit.value,
+        "objective": _number(checked.objective),
+        "bound": _number(solution.bound),
+        "gap": None if solution.bound is None else _number(solution.gap),
+        "proved": solution.proved,
+    }
 
 
 def _trace(points: Sequence[TracePoint]) -> list[dict[str, Any]]:
     """Return at most `LONGEST_TRACE` points, evenly chosen, the last one among them."""
     count = min(len(points), LONGEST_TRACE)
     chosen = [points[round((i + 1) * len(points) / count) - 1] for i in range(count)]
-    return [
-        {**asdict(point), "objective": _number(point.objective), "bound": _number(point.bound)}
-        for point in chosen
-    ]
+    return [asdict(p) | {"objective": _number(p.objective), "bound": _number(p.bound)} for p in chosen]
 
 
 def _number(value: float | None) -> float | None:

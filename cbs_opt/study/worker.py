@@ -1,8 +1,7 @@
 """The process that runs are solved in: ``python -m cbs_opt.study.worker``, started by `pool.Worker`.
 
-It takes one run after another from a connection and answers each with what happened. Whatever goes
-wrong inside costs the run it was given: the parent has the clock and the memory gauge, and ends it by
-force. It dies with its parent, even inside a solver.
+It takes one run after another and answers each with what happened. Whatever goes wrong inside costs the
+run it was given: the parent ends it by force. It dies with its parent, even inside a solver.
 """
 
 from __future__ import annotations
@@ -24,15 +23,7 @@ STARTED = "started"
 
 
 def main(handle: int, parent: int) -> None:
-    """Answer runs until the connection closes.
-
-    Parameters
-    ----------
-    handle : int
-        File descriptor of one end of a socket pair.
-    parent : int
-        Process to die with.
-    """
+    """Answer runs on the socket with file descriptor `handle` until it closes; die with process `parent`."""
     _die_with(parent)
     faulthandler.enable()
     from cbs_opt.study.single_run import RunSolver

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from cbs_opt.study.results import read_results
-from cbs_opt.study.store import read_rows
+from cbs_opt.study.results import read_results, read_rows
 from experiments import tune_solver
 from formulations.errors import ArgumentError
 from tests.cbs_opt.study.conftest import in_process as in_process

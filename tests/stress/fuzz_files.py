@@ -34,7 +34,7 @@ from cbs_opt.recipe.records import Recipe
 from cbs_opt.runs.folder import RUN_FILE, RunStore
 from cbs_opt.stages.store import stored_stages
 from cbs_opt.study.expansion import Plan
-from cbs_opt.study.store import DATABASE, Journal, read_plan, read_rows
+from cbs_opt.study.results import DATABASE, Journal, read_plan, read_rows
 from formulations.errors import InstanceFormatError
 from formulations.files import checksum
 from formulations.instances import read_instance, read_solution, write_instance, write_solution

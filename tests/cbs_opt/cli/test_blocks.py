@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from cbs_opt import solving
 from cbs_opt.cli import app
-from cbs_opt.cli.streams import solver_messages_on_stderr
+from cbs_opt.cli.tables import solver_messages_on_stderr
 from cbs_opt.select import methods
 from formulations import BlockProblem, verify
 from formulations.enumeration import enumerate_optimum

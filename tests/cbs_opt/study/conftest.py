@@ -12,8 +12,8 @@ import pytest
 
 from cbs_opt.study import runner
 from cbs_opt.study.expansion import Run
+from cbs_opt.study.results import DATABASE, PLAN
 from cbs_opt.study.single_run import RunSolver
-from cbs_opt.study.store import DATABASE, PLAN
 
 
 class InProcessWorker:

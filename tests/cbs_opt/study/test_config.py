@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cbs_opt.study.config import RunLimits, parse_study, read_study
-from cbs_opt.study.estimate import TimeLeft, longest
 from cbs_opt.study.expansion import combinations, expand, select
+from cbs_opt.study.runner import TimeLeft, longest
 from formulations.errors import ArgumentError
 from formulations.instances import load_library, write_instance
 from formulations.problem import BlockProblem

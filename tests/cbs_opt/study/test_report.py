@@ -16,8 +16,7 @@ from cbs_opt.cli import app
 from cbs_opt.report.tables import MISSING
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.figures import profile_figure
-from cbs_opt.study.report import Drawing, render_html, render_markdown, sections, write_report
-from cbs_opt.study.tables import methods_table
+from cbs_opt.study.report import Drawing, methods_table, render_html, render_markdown, sections, write_report
 from tests.cbs_opt.study.made_up import heuristic, labelled, results, row
 
 BLOCKS = (("w", 16, 1e-5), ("x", 32, 1e-5), ("y", 16, 1e-3), ("z", 32, 1e-3))

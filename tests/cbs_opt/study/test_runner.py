@@ -10,9 +10,8 @@ import pytest
 
 from cbs_opt.study.config import Study, parse_study
 from cbs_opt.study.errors import ChangedInputsError, StudyFolderError
-from cbs_opt.study.results import PARQUET, read_results
+from cbs_opt.study.results import PARQUET, Journal, read_results
 from cbs_opt.study.runner import Progress, run_study
-from cbs_opt.study.store import Journal
 from tests.cbs_opt.study.foreign import installed, write_misbehaved
 
 SMALL = {"library": ["digits_12_s50", "digits_12_s80"]}

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbs_opt.study.effects import bootstrap_mean, effects
 from cbs_opt.study.statistics import (
     PROCESSOR,
     SHIFT_NODES,
     SHIFT_SECONDS,
     WALL,
+    bootstrap_mean,
     charged_seconds,
     clock,
+    effects,
     performance_profile,
     processor_share,
     shifted_geometric_mean,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cbs_opt.study.errors import StudyFolderError
 from cbs_opt.study.expansion import Plan
-from cbs_opt.study.store import DATABASE, Journal, read_plan, read_rows
+from cbs_opt.study.results import DATABASE, Journal, read_plan, read_rows
 
 ROWS = [{"run": f"{i:02d}", "note": 'ä\n\t\u2028 \\ " ' * i, "objective": 1.0 / (i + 1)} for i in range(4)]
 NO_RUNS = Plan(runs=(), left_out=("highs: no",))
@@ -113,7 +113,8 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: 
         Journal(tmp_path)
         os._exit(0)
     os.waitpid(child, 0)
-    Journal(tmp_path).close()
+    with Journal(tmp_path):
+        pass
 
 
 def test_numbers_that_json_has_not_are_refused_before_anything_is_written(tmp_path: Path) -> None:
