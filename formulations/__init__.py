@@ -1,7 +1,7 @@
 """One block, one program: data, evaluator, relaxations, exact methods and solvers (no torch)."""
 
 from formulations.errors import ArgumentError, CbsError
-from formulations.loss import Verification, joint_loss, objective, selection_loss, step_loss, update, verify
+from formulations.loss import joint_loss, objective, selection_loss, step_loss, update
 from formulations.problem import BlockProblem
 from formulations.solution import (
     BlockSolution,
@@ -9,9 +9,11 @@ from formulations.solution import (
     Limit,
     Limits,
     SolveStats,
+    Subject,
     Termination,
     TracePoint,
 )
+from formulations.verification import Verdict, Verification, verify
 
 __all__ = [
     "ArgumentError",
@@ -22,8 +24,10 @@ __all__ = [
     "Limit",
     "Limits",
     "SolveStats",
+    "Subject",
     "Termination",
     "TracePoint",
+    "Verdict",
     "Verification",
     "joint_loss",
     "objective",

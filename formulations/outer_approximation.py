@@ -193,7 +193,7 @@ def outer_approximation(
         problem.require_definite()
     known = known_set(problem, program, METHOD, limits, incumbent)
     if problem.n_prune in (0, problem.n):
-        return only_set(problem, known, began)
+        return only_set(problem, known, limits, began)
     if limits.time_limit == 0.0:
         return conclude(problem, known, limits, began, limit=Limit.TIME)
     search = _prepared(problem, known, limits, began)

@@ -24,9 +24,9 @@ import numpy as np
 
 from formulations.errors import ArgumentError, InstanceFormatError
 from formulations.instances import read_instance, read_solution, write_solution
-from formulations.loss import Verification, verify
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution
+from formulations.verification import Verdict, verify
 
 if TYPE_CHECKING:
     from cbs_opt.report.record import BlockSummary, PruneReport
@@ -72,9 +72,9 @@ class CheckedBlock:
     ----------
     name : str
         Of the block.
-    ok : bool
-        The data are those that were certified, the set has its stated value, and the evidence proves
-        the stated bound or rests on a search that says so.
+    verdict : Verdict
+        OK if the data are those that were certified, the set is that of the masks and has its stated
+        value, and the evidence proves the stated bound.
     objective, bound : float or None
         Recomputed in float64.
     proved : bool
@@ -84,11 +84,16 @@ class CheckedBlock:
     """
 
     name: str
-    ok: bool
+    verdict: Verdict
     objective: float | None
     bound: float | None
     proved: bool
     notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was checked and holds."""
+        return self.verdict is Verdict.OK
 
 
 def check_certificates(
@@ -136,12 +141,6 @@ def check_certificates(
         raise ArgumentError("blocks", f"more than {len(report.blocks)}", "pass those of the report")
 
 
-def _only_set(problem: BlockProblem, solution: BlockSolution, found: Verification) -> bool:
-    """Whether nothing or everything is pruned, so that the one set's value is its own bound."""
-    no_choice = problem.n_prune in (0, problem.n)
-    return no_choice and found.ok and solution.bound is not None
-
-
 def _next_block(directory: Path, number: int, given: Iterator[BlockProblem] | None) -> BlockProblem:
     if given is not None:
         problem = next(given, None)
@@ -170,7 +169,12 @@ def _checked(
     if fingerprint != summary.fingerprint:
         notes = (f"other data than were certified: fingerprint {fingerprint[:12]}...",)
         return CheckedBlock(
-            name=summary.name, ok=False, objective=None, bound=None, proved=False, notes=notes
+            name=summary.name,
+            verdict=Verdict.WRONG,
+            objective=None,
+            bound=None,
+            proved=False,
+            notes=notes,
         )
     found = verify(problem, solution)
     wrong = []
@@ -178,11 +182,15 @@ def _checked(
         wrong.append("the report states other values than the certificate")
     if keep is not None and (solution.keep is None or not np.array_equal(keep, solution.keep)):
         wrong.append("the certified set is not that of the masks")
+    verdict, notes = found.verdict, found.notes
+    if keep is None:
+        notes = (*notes, "the report has no masks to compare the set with")
+        verdict = Verdict.WRONG if found.wrong else Verdict.UNCHECKED
     return CheckedBlock(
         name=summary.name,
-        ok=found.ok and not wrong,
+        verdict=Verdict.WRONG if wrong else verdict,
         objective=found.objective,
         bound=found.bound,
-        proved=bool(found.bound_checked) or _only_set(problem, solution, found),
-        notes=(*wrong, *found.notes),
+        proved=found.bound_checked and not wrong,
+        notes=(*wrong, *notes),
     )

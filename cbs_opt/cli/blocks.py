@@ -18,10 +18,10 @@ from cbs_opt.cli.tables import MISSING, text_table
 from cbs_opt.report.files import plain
 from cbs_opt.report.text import bound_text
 from formulations import instances
-from formulations.loss import Verification
-from formulations.loss import verify as verify_solution
 from formulations.problem import PROGRAMS, BlockProblem
 from formulations.solution import BlockSolution, Limit
+from formulations.verification import Verification
+from formulations.verification import verify as verify_solution
 
 Block = Annotated[
     str,
@@ -235,7 +235,7 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
         echo_json(_solution_values(problem, solution, checked))
     else:
         typer.echo("\n".join(aligned(_solution_lines(problem, solution, checked))))
-    if not checked.ok:
+    if checked.wrong:
         typer.echo(f"error: the solution contradicts itself: {'; '.join(checked.notes)}", err=True)
         raise typer.Exit(ERROR)
     if solution.limit is Limit.INTERRUPTED:
@@ -281,7 +281,7 @@ def _solution_lines(
         "seconds": f"{solution.stats.seconds:.3f}",
         "nodes": str(solution.stats.nodes),
         "message": solution.stats.message or MISSING,
-        "verified": "; ".join(("yes" if checked.ok else "NO", *checked.notes)),
+        "verified": "; ".join((checked.verdict.value, *checked.notes)),
     }
 
 

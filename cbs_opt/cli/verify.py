@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +10,11 @@ import typer
 from tqdm import tqdm
 
 from cbs_opt.cli.blocks import AsJson, Debug, aligned, echo_json, load_block, lower, number, yes_no
-from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, reported
+from cbs_opt.cli.errors import BLOCK_OPTIONS, ERROR, UNCHECKED, reported
 from cbs_opt.cli.tables import MISSING, text_table
 from formulations import instances
-from formulations.loss import Verification
-from formulations.loss import verify as verify_solution
+from formulations.verification import Verdict, Verification
+from formulations.verification import verify as verify_solution
 
 Subject = Annotated[
     str,
@@ -32,7 +32,7 @@ Solution = Annotated[
 
 
 def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Recompute feasibility, objective and certified bound; exit code 1 if one is wrong.
+    """Recompute set, objective, bound and status; exit code 1 if one is wrong, 3 if one has no proof.
 
     Everything is computed anew in float64 from the data of the blocks; the run that wrote the
     solution is not trusted.
@@ -51,8 +51,7 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
             echo_json(found)
         else:
             typer.echo("\n".join(aligned(_verification(found))))
-        if not found.ok:
-            raise typer.Exit(ERROR)
+        _leave([found.verdict])
 
 
 def _verify_run(directory: Path, as_json: bool) -> None:
@@ -62,11 +61,11 @@ def _verify_run(directory: Path, as_json: bool) -> None:
     if as_json:
         echo_json(blocks)
     else:
-        headings = ("block", "ok", "objective", "bound", "proved", "notes")
+        headings = ("block", "verdict", "objective", "bound", "proved", "notes")
         rows = [
             (
                 found.name,
-                yes_no(found.ok),
+                found.verdict.value,
                 number(found.objective),
                 lower(found.bound),
                 yes_no(found.proved),
@@ -75,13 +74,20 @@ def _verify_run(directory: Path, as_json: bool) -> None:
             for found in blocks
         ]
         typer.echo("\n".join(text_table(headings, rows, left=2)))
-    if not all(found.ok for found in blocks):
+    _leave([found.verdict for found in blocks])
+
+
+def _leave(verdicts: Sequence[Verdict]) -> None:
+    """End with the exit code of the worst verdict."""
+    if Verdict.WRONG in verdicts:
         raise typer.Exit(ERROR)
+    if Verdict.UNCHECKED in verdicts:
+        raise typer.Exit(UNCHECKED)
 
 
 def _verification(found: Verification) -> Mapping[str, str]:
     return {
-        "ok": yes_no(found.ok),
+        "verdict": found.verdict.value,
         "feasible": yes_no(found.feasible),
         "objective": number(found.objective),
         "bound": lower(found.bound),

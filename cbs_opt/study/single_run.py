@@ -18,9 +18,9 @@ from cbs_opt.system import memory
 from cbs_opt.system.versions import machine, versions
 from formulations.errors import CbsError, InstanceFormatError, SolverUnavailableError
 from formulations.instances import load_library
-from formulations.loss import verify
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Termination, TracePoint
+from formulations.verification import verify
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
     if not isinstance(solution, BlockSolution):
         return {"status": INVALID, "note": f"returned a {type(solution).__name__}, not a BlockSolution"}
     found = verify(problem, solution)
-    wrong = list(found.notes) if not found.ok else []
+    wrong = list(found.notes) if found.wrong else []
     if solution.program != run.program:
         wrong.append(f"it solved program {solution.program!r}")
     stats = solution.stats

@@ -12,6 +12,7 @@ from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint
 from formulations.relaxations.diagonal_split import LAPACK_FROM, barrier_step
 from formulations.relaxations.perspective_kernels import (
     dual_rounding,
+    indefinite_rounding,
     solve_perspective,
     split_slopes,
 )
@@ -32,8 +33,11 @@ def evaluate_joint(
     split_rounds: int,
     patience: int,
     barrier_share: float,
+    reach: FloatArray,
 ) -> tuple[int, float, int, bool]:
     """Bound one node of the joint form; `status`, `split` and `warm` are updated in place.
+
+    `reach` is that of the form's rounding, its minimum without the form's constant.
 
     Returns
     -------
@@ -76,6 +80,7 @@ def evaluate_joint(
                 smooth, reduced_linear / root, size, start * root, cutoff - constant, 150, 1e-3
             )
             bound = value + constant - dual_rounding(smooth, reduced_linear / root, point, residual, size)
+            bound -= indefinite_rounding(reduced_linear / root, point, residual, constant, reach)
             start = point / root
             gained = bound - best
             if gained > 0.0:

@@ -73,12 +73,21 @@ class Subproblems:
             rounds if self.diagonal_split else 0,
             patience,
             BARRIER_SHARE,
+            *self._reach(),
         )
         if outcome == FAILED:
             raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use a larger damping")
         node.status = status.astype(np.int8)
         node.bound = max(node.bound, bound + self.constant)
         return outcome, index, keep_first
+
+    def _reach(self) -> tuple[FloatArray, ...]:
+        """What the joint kernel needs of the form's rounding; the other one needs none."""
+        if self.program != "joint":
+            return ()
+        reach = self.form.rounding.reach
+        reach[3] -= self.constant
+        return (reach,)
 
     def expand(self, node: Node, cutoff: float) -> tuple[int, list[Node]]:
         """Evaluate `node`; the outcome and its children, the one to dive into last."""

@@ -29,7 +29,7 @@ from formulations.relaxations.capped_simplex import round_selection
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import column_norms
 from formulations.relaxations.fisher_shape import fisher_shape
-from formulations.solution import Limits
+from formulations.solution import Limits, Subject
 
 if TYPE_CHECKING:
     from formulations.solvers.highs import Milp
@@ -253,6 +253,7 @@ class _LinearProgram:
         if self.relaxation == "rlt":
             degree = -groups[3]
         return LinearCertificate(
+            subject=Subject.of(problem, "selection"),
             relaxation=self.relaxation,
             above=above,
             below=below,

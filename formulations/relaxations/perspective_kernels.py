@@ -63,6 +63,24 @@ def dual_rounding(
 
 
 @compiled
+def indefinite_rounding(
+    linear: FloatArray, point: FloatArray, residual: FloatArray, constant: float, reach: FloatArray
+) -> float:
+    """What a point far from every good set may lose where rounding has made ``Q`` indefinite; O(n).
+
+    ``Q`` may be indefinite by ``gamma (|u|_1 + |v|_1)^2 / 2`` between a good set's point ``u`` and the
+    relaxation's ``v``. The form's allowance covers ``u``, and ``v`` if its quadratic value is as good;
+    here ``|v|_1`` is bounded by that value, as in `dense_forms.joint_form`.
+    """
+    quadratic = constant
+    for i in range(point.size):
+        quadratic += point[i] * (0.5 * (point[i] - linear[i] - residual[i]))
+    above = max(quadratic - reach[3], 0.0)
+    size = reach[1] + reach[2] * np.sqrt(2.0 * above)
+    return reach[0] * size * size
+
+
+@compiled
 def newton_support(
     smooth: FloatArray,
     linear: FloatArray,
@@ -274,6 +292,10 @@ def solve_perspective(
         solved = np.dot(inverse, right_side)
         product = right_side - solved
         value = dual_value(solved, product, linear, ones, size)
+        if value > best:
+            # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
+            product = np.dot(smooth, solved)
+            value = dual_value(solved, product, linear, ones, size)
         if value > best:
             best = value
             best_point[:] = solved

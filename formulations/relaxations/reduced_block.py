@@ -82,15 +82,13 @@ class ReducedBlock:
             carried = solution.bound + self.offset
             carried -= self.allowance + error_factor(4) * (abs(solution.bound) + abs(self.offset))
             bound = max(bound, min(carried, self.fixing.cutoff))
-        rel_gap = solution.rel_gap
-        gap = math.inf if bound is None else (pool.objective - bound) / max(abs(pool.objective), 1e-12)
-        proved = rel_gap is not None and gap <= rel_gap
         return pool.solution(
             method=solution.method,
-            bound=bound,
-            termination=Termination.OPTIMAL if proved else Termination.FEASIBLE,
-            limit=None if proved else solution.limit,
-            rel_gap=rel_gap if proved else None,
+            # Without a gap asked for, none but an exact bound is called a proof.
+            rel_gap=0.0 if solution.rel_gap is None else solution.rel_gap,
+            bound=-math.inf if bound is None else bound,
+            finished=solution.termination is Termination.OPTIMAL,
+            limit=solution.limit,
             certificate=self.certificate,
             stats=solution.stats,
         )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 
 from formulations.dense_forms import DenseForm, joint_form, selection_form
-from formulations.problem import BlockProblem, BoolArray, FloatArray
+from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
 from formulations.relaxations.certified import provable_split
 from formulations.relaxations.diagonal_split import never
@@ -20,6 +20,7 @@ from formulations.relaxations.perspective import (
     relax_joint,
     round_joint,
 )
+from formulations.solution import Subject
 
 
 def relax_with_split(
@@ -91,6 +92,7 @@ def joint_certificate(
 ) -> PerspectiveCertificate:
     """A point and split of the joint form in the block's own units."""
     return PerspectiveCertificate(
+        subject=Subject.of(problem, "joint"),
         point=point * math.sqrt(form.scale) / root,
         split=provable_split(problem, split * root**2 * (1.0 - SPLIT_MARGIN)),
         **asdict(fisher_shape(problem)),
@@ -102,7 +104,9 @@ def selection_certificate(
 ) -> CappedSimplexCertificate:
     """A point and shift of the selection form in the block's own units."""
     square = problem.weights**2
-    used = square > 0.0
+    used = square >= SMALLEST
     split = np.divide(shift * form.scale, square, out=np.zeros(problem.n), where=used)
-    proved = np.where(used, provable_split(problem, split) * square, shift * form.scale)
-    return CappedSimplexCertificate(point=point, shift=proved, **asdict(fisher_shape(problem)))
+    proved = np.where(used, provable_split(problem, split) * square, np.minimum(shift * form.scale, 0.0))
+    return CappedSimplexCertificate(
+        subject=Subject.of(problem, "selection"), point=point, shift=proved, **asdict(fisher_shape(problem))
+    )

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from formulations.errors import NotPositiveDefiniteError
+from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool
 from formulations.loss import solve_kept_block, solved_weights
 from formulations.problem import BlockProblem, FloatArray
@@ -116,7 +116,8 @@ def _relaxed_again(
             inner, keep = relax_with_split(reduced.problem, pool.program, cutoff, rounds, stopped)
             pool.offer(reduced.lifted(keep))
             point, split = inner.point, _split_of(inner)
-    except NotPositiveDefiniteError:
+    except ArgumentError:
+        # Singular, or out of the range of float64.
         return None
     lift = _lifted_joint if joint else _lifted_selection
     return lift(reduced, basis, point, split, ridge)
@@ -148,6 +149,7 @@ def _lifted_joint(
     if kept.size:
         full[kept] = parent.weights[kept] + solve_kept_block(parent, kept, right)
     return PerspectiveCertificate(
+        subject=basis.subject,
         point=full,
         split=np.maximum(full_split, np.finfo(np.float64).tiny),
         rho=basis.rho,
@@ -163,5 +165,10 @@ def _lifted_selection(
     full, full_shift = reduced.fixing.prune.astype(np.float64), np.zeros(reduced.parent.n)
     full[reduced.free], full_shift[reduced.free] = point, split
     return CappedSimplexCertificate(
-        point=full, shift=full_shift, rho=basis.rho, effective_rank=basis.effective_rank, basis=basis
+        subject=basis.subject,
+        point=full,
+        shift=full_shift,
+        rho=basis.rho,
+        effective_rank=basis.effective_rank,
+        basis=basis,
     )

@@ -23,7 +23,7 @@ def assert_optimal(problem, solution, optimum):
     assert solution.objective == pytest.approx(optimum, rel=2e-6, abs=slack(problem))
     assert solution.bound <= optimum + slack(problem)
     assert solution.gap <= solution.rel_gap
-    assert verify(problem, solution).ok
+    assert not verify(problem, solution).wrong
 
 
 def agreement(kinds, sizes, seeds):

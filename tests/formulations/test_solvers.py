@@ -75,7 +75,7 @@ def test_agrees_with_brute_force(solver, program, model):
         assert solution.objective <= optimum + 1e-4 * abs(optimum) + slack(problem)
         assert solution.bound <= optimum + slack(problem)
         assert solution.gap <= solution.rel_gap + 1e-15
-        assert verify(problem, solution).ok
+        assert not verify(problem, solution).wrong
         assert solution.program == program
         assert model in solution.method
 
@@ -91,7 +91,7 @@ def test_base_install_solves_degenerate_blocks(solver, program, kind):
     solution = solve_with(solver, problem, program, limits=Limits(rel_gap=1e-3, time_limit=60))
     assert solution.bound <= optimum + slack(problem)
     assert solution.objective >= optimum - slack(problem)
-    assert verify(problem, solution).ok
+    assert not verify(problem, solution).wrong
     if abs(optimum) > 1e-6 * problem.constant_term():
         assert solution.objective <= optimum + 2e-3 * abs(optimum) + slack(problem)
 
