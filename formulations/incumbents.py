@@ -98,7 +98,8 @@ class IncumbentPool:
         bound : float
             Proved bound, minus infinity if there is none. One above the objective is lowered to it.
         finished : bool
-            The method has come to its end; a gap that is left is stated as `Limit.GAP`.
+            The method has come to its end: a gap that is left is stated as `Limit.GAP`, and a bound below
+            that of a loss model that is never negative is raised to it.
         limit, certificate, stats, trace
             Fields of the solution.
         """
@@ -106,7 +107,7 @@ class IncumbentPool:
         proved: float | None = None
         termination = Termination.FEASIBLE
         if rel_gap is not None:
-            trivial = trivial_bound(self.problem)
+            trivial = trivial_bound(self.problem) if finished and math.isfinite(bound) else None
             bound = min(bound if trivial is None else max(bound, trivial), self.objective)
             proved = bound if math.isfinite(bound) else None
             termination = status_of(self.objective, proved, rel_gap)

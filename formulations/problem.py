@@ -337,7 +337,8 @@ def _check_semidefinite(hessian: FloatArray, damping: float) -> None:
 
 def _size_of(hessian: FloatArray) -> float:
     """Size against which an eigenvalue counts as rounding."""
-    return max(float(np.abs(np.diagonal(hessian)).mean()), float(np.abs(hessian).max()) / hessian.shape[0])
+    order = int(hessian.shape[0])
+    return max(float(np.abs(np.diagonal(hessian)).mean()), float(np.abs(hessian).max()) / order)
 
 
 def _check_range(problem: BlockProblem) -> None:

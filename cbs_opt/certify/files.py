@@ -167,14 +167,14 @@ def _checked(
 ) -> CheckedBlock:
     fingerprint = problem.fingerprint()
     if fingerprint != summary.fingerprint:
-        notes = (f"other data than were certified: fingerprint {fingerprint[:12]}...",)
+        other = f"other data than were certified: fingerprint {fingerprint[:12]}..."
         return CheckedBlock(
             name=summary.name,
             verdict=Verdict.WRONG,
             objective=None,
             bound=None,
             proved=False,
-            notes=notes,
+            notes=(other,),
         )
     found = verify(problem, solution)
     wrong = []

@@ -66,8 +66,9 @@ def branch_and_bound(
     -------
     BlockSolution
         OPTIMAL if the gap asked for was met, else FEASIBLE with the limit that came (`Limit.GAP` where
-        the search is complete and rounding leaves more) and the bound so far; `certificate` proves the root bound of the whole block, the rest of `bound`
-        rests on the search. Ctrl-C returns incumbent and bound with `Limit.INTERRUPTED`.
+        the search is complete and rounding leaves more) and the bound so far; `certificate` proves the
+        root bound of the whole block, the rest of `bound` rests on the search. Ctrl-C returns incumbent
+        and bound with `Limit.INTERRUPTED`.
 
     Raises
     ------

@@ -98,6 +98,7 @@ def lower_bound(
         method="lower_bound",
         rel_gap=limits.rel_gap,
         bound=bound,
+        finished=has_one_set(problem),
         limit=stop.limit,
         certificate=certificate if math.isfinite(bound) else None,
         stats=SolveStats(seconds=time.perf_counter() - started, iterations=stop.steps),

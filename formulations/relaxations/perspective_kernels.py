@@ -77,7 +77,7 @@ def indefinite_rounding(
         quadratic += point[i] * (0.5 * (point[i] - linear[i] - residual[i]))
     above = max(quadratic - reach[3], 0.0)
     size = reach[1] + reach[2] * np.sqrt(2.0 * above)
-    return reach[0] * size * size
+    return float(reach[0] * size * size)
 
 
 @compiled

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 import time
 import warnings
 from collections import Counter
@@ -118,6 +119,11 @@ def _wrong(
     return found
 
 
+def say(line: str) -> None:
+    """Write one line to the terminal."""
+    sys.stdout.write(f"{line}\n")
+
+
 def main() -> None:
     """Run the number of blocks asked for and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -138,15 +144,15 @@ def main() -> None:
         for fault in wrong:
             kinds[re.sub(r"[-+]?\d[\w.+-]*", "#", fault)[:60]] += 1
             if shown < arguments.show:
-                print(f"{seed}: {fault}")
+                say(f"{seed}: {fault}")
                 shown += 1
     seconds = time.perf_counter() - began
-    print(f"{arguments.blocks} blocks from seed {arguments.seed} in {seconds:.0f} s")
+    say(f"{arguments.blocks} blocks from seed {arguments.seed} in {seconds:.0f} s")
     for name, count in sorted(counts.items()):
-        print(f"  {name}: {count}")
-    print(f"{kinds.total()} faults")
+        say(f"  {name}: {count}")
+    say(f"{kinds.total()} faults")
     for name, count in kinds.most_common():
-        print(f"  {name}: {count}")
+        say(f"  {name}: {count}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ a kept set is a quotient of two determinants, found for all sets by fraction-fre
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 from formulations import BlockProblem
@@ -121,9 +120,3 @@ def _least_quotient(matrix: list[list[int]], size: int) -> Fraction | None:
                 ]
             stack.append((following, lead[i], left - 1))
     return Fraction(*best)
-
-
-def upward(value: Fraction) -> float:
-    """The float64 next above `value`, or equal."""
-    number = float(value)
-    return number if Fraction(number) >= value else math.nextafter(number, math.inf)
