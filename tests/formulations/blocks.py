@@ -55,7 +55,8 @@ def closed(problem: BlockProblem, solution: BlockSolution, tolerance: float = 0.
     if solution.termination is Termination.OPTIMAL:
         return solution.limit is None and solution.gap <= solution.rel_gap
     form = dense_form(problem, solution.program)
-    allowance = 3.0 * form.scale * form.rounding.allowance(solution.objective / form.scale)
+    # Three allowances, and what the nodes lose to rounding of their own.
+    allowance = 4.0 * form.scale * form.rounding.allowance(solution.objective / form.scale)
     left = solution.objective - solution.bound
     return solution.limit is Limit.GAP and left <= 1.001 * allowance + tolerance * abs(solution.objective)
 
