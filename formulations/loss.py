@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from formulations.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
-from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
+from formulations.problem import LARGEST_FACTORISED, BlockProblem, BoolArray, FloatArray, check_program
 
 
 def step_loss(problem: BlockProblem, step: ArrayLike) -> float:
@@ -79,8 +79,13 @@ def solve_kept_block(problem: BlockProblem, index: np.ndarray, right: FloatArray
                 # (damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping
                 inner = block @ block.T
                 inner[np.diag_indices(m)] += problem.damping
-                correction = block.T @ cho_solve(cho_factor(inner), block @ right)
-                return np.asarray((right - correction) / problem.damping)
+                try:
+                    correction = block.T @ cho_solve(cho_factor(inner), block @ right)
+                    return np.asarray((right - correction) / problem.damping)
+                except LinAlgError:
+                    # Badly scaled columns: the kept block itself may still have a factor.
+                    if index.size > LARGEST_FACTORISED:
+                        raise
             kept_hessian = block.T @ block
         else:
             kept_hessian = problem._hessian[np.ix_(index, index)].copy()

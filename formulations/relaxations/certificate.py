@@ -24,6 +24,9 @@ from formulations.problem import BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.certified import largest_sum
 from formulations.solution import Subject
 
+UNDERFLOW = 1e-300
+"""More than all terms of a bound that vanish in float64 can add up to."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fixing:
@@ -217,7 +220,7 @@ class RelaxationCertificate(ABC):
         magnitude = float(np.abs(cost).sum()) + largest_sum(np.abs(rest), count)
         lost = line.lost + float(line.error[chosen].sum()) + largest_sum(line.error[free], count)
         # A sum of n terms in any order, and the additions around it.
-        lost += error_factor(problem.n + 16) * magnitude
+        lost += error_factor(problem.n + 16) * magnitude + UNDERFLOW
         return line.base + total - caution * lost
 
 
