@@ -101,7 +101,7 @@ class _Search:
         return None if limit is None else limit - (time.perf_counter() - self.began)
 
     def stopped(self) -> Limit | None:
-        """The limit that has been reached, if one has."""
+        """Return the limit that has been reached, if one has."""
         left = self.seconds_left()
         if self.interrupted:
             return Limit.INTERRUPTED
@@ -195,7 +195,7 @@ def outer_approximation(
         problem.require_definite()
     known = known_set(problem, program, METHOD, limits, incumbent)
     if problem.n_prune in (0, problem.n):
-        return only_set(problem, known, began)
+        return only_set(problem, known, limits, began)
     if limits.time_limit == 0.0:
         return conclude(problem, known, limits, began, limit=Limit.TIME)
     search = _prepared(problem, known, limits, began)

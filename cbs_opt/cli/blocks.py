@@ -15,9 +15,9 @@ from cbs_opt.cli.streams import solver_messages_on_stderr
 from cbs_opt.cli.tables import MISSING, text_table
 
 if TYPE_CHECKING:
-    from formulations.loss import Verification
     from formulations.problem import BlockProblem
     from formulations.solution import BlockSolution
+    from formulations.verification import Verification
 
 Block = Annotated[
     str,
@@ -233,8 +233,8 @@ def _free_options(pairs: list[str]) -> dict[str, Any]:
 def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as_json: bool) -> None:
     """Check, write and print a solution; an interrupted one ends with the exit code of an interrupt."""
     from formulations import instances
-    from formulations.loss import verify
     from formulations.solution import Limit
+    from formulations.verification import verify
 
     checked = verify(problem, solution)
     if out is not None:
@@ -244,7 +244,7 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
         echo_json(_solution_values(problem, solution, checked))
     else:
         typer.echo("\n".join(aligned(_solution_lines(problem, solution, checked))))
-    if not checked.ok:
+    if checked.wrong:
         typer.echo(f"error: the solution contradicts itself: {'; '.join(checked.notes)}", err=True)
         raise typer.Exit(ERROR)
     if solution.limit is Limit.INTERRUPTED:
@@ -284,7 +284,7 @@ def _solution_lines(
         "seconds": f"{solution.stats.seconds:.3f}",
         "nodes": str(solution.stats.nodes),
         "message": solution.stats.message or MISSING,
-        "verified": "; ".join(("yes" if checked.ok else "NO", *checked.notes)),
+        "verified": "; ".join((checked.verdict.value, *checked.notes)),
     }
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cbs_opt.cli.blocks import AsJson, Debug, aligned, echo_json, load_block, lower, number, yes_no
-from cbs_opt.cli.errors import ERROR, reported
+from cbs_opt.cli.errors import ERROR, UNCHECKED, reported
 from cbs_opt.cli.tables import MISSING, text_table
 
 if TYPE_CHECKING:
-    from formulations.loss import Verification
+    from formulations.verification import Verdict, Verification
 
 Subject = Annotated[
     str,
@@ -31,7 +31,7 @@ Solution = Annotated[
 
 
 def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Recompute feasibility, objective and certified bound; exit code 1 if one is wrong.
+    """Recompute set, objective, bound and status; exit code 1 if one is wrong, 3 if one has no proof.
 
     Everything is computed anew in float64 from the data of the blocks; the run that wrote the
     solution is not trusted.
@@ -45,7 +45,7 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
         if solution is None:
             raise typer.BadParameter("name the solution of this block", param_hint="SOLUTION")
         from formulations import instances
-        from formulations.loss import verify as verify_solution
+        from formulations.verification import verify as verify_solution
 
         problem = load_block(block)
         result = verify_solution(problem, instances.read_solution(solution, problem))
@@ -53,8 +53,7 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
             echo_json(result)
         else:
             typer.echo("\n".join(aligned(_verification(result))))
-        if not result.ok:
-            raise typer.Exit(ERROR)
+        _leave([result.verdict])
 
 
 def _verify_run(directory: Path, as_json: bool) -> None:
@@ -68,20 +67,29 @@ def _verify_run(directory: Path, as_json: bool) -> None:
     else:
         rows = [
             (
-                *(block.name, yes_no(block.ok), number(block.objective), lower(block.bound)),
+                *(block.name, block.verdict.value, number(block.objective), lower(block.bound)),
                 *(yes_no(block.proved), "; ".join(block.notes) or MISSING),
             )
             for block in blocks
         ]
-        headings = ("block", "ok", "objective", "bound", "proved", "notes")
+        headings = ("block", "verdict", "objective", "bound", "proved", "notes")
         typer.echo("\n".join(text_table(headings, rows, left=2)))
-    if not all(block.ok for block in blocks):
+    _leave([block.verdict for block in blocks])
+
+
+def _leave(verdicts: Sequence[Verdict]) -> None:
+    """End with the exit code of the worst verdict."""
+    from formulations.verification import Verdict
+
+    if Verdict.WRONG in verdicts:
         raise typer.Exit(ERROR)
+    if Verdict.UNCHECKED in verdicts:
+        raise typer.Exit(UNCHECKED)
 
 
 def _verification(result: Verification) -> Mapping[str, str]:
     return {
-        "ok": yes_no(result.ok),
+        "verdict": result.verdict.value,
         "feasible": yes_no(result.feasible),
         "objective": number(result.objective),
         "bound": lower(result.bound),

@@ -29,7 +29,7 @@ from formulations.relaxations.capped_simplex import round_selection
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import column_norms
 from formulations.relaxations.fisher_shape import fisher_shape
-from formulations.solution import Limits
+from formulations.solution import Limits, Subject
 
 if TYPE_CHECKING:
     from formulations.solvers.highs import Milp
@@ -74,7 +74,7 @@ class LinearCertificate(RelaxationCertificate):
         return self.relaxation
 
     def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
-        """The underestimate above, computed anew from the block; O(m n^2)."""
+        """Return the underestimate above, computed anew from the block; O(m n^2)."""
         n = problem.n
         fits = self.above.shape == self.below.shape == (n, n) and self.degree.shape == (n,)
         if not fits or bool((self.above < 0.0).any() or (self.below < 0.0).any()):
@@ -183,7 +183,7 @@ class _LinearProgram:
         return 1 + self.repelled.size + 2 * self.attracted.size + degrees
 
     def model(self) -> Milp:
-        """The program for HiGHS, without integer columns."""
+        """Return the program for HiGHS, without integer columns."""
         from formulations.solvers.highs import Milp
 
         first, second = self.pairs
@@ -241,7 +241,7 @@ class _LinearProgram:
         )
 
     def certificate(self, duals: FloatArray, problem: BlockProblem) -> LinearCertificate:
-        """The multipliers in units of the loss, wrong signs set to 0."""
+        """Return the multipliers in units of the loss, wrong signs set to 0."""
         first, second = self.pairs
         n, up, down = self.n, self.repelled, self.attracted
         duals = duals * self.unit
@@ -253,6 +253,7 @@ class _LinearProgram:
         if self.relaxation == "rlt":
             degree = -groups[3]
         return LinearCertificate(
+            subject=Subject.of(problem, "selection"),
             relaxation=self.relaxation,
             above=above,
             below=below,

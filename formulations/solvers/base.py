@@ -247,7 +247,7 @@ class Solver:
         method = ":".join((kind, spec.name, backend) if backend else (kind, spec.name))
         known = known_set(problem, program, method, limits, incumbent)
         if problem.n_prune in (0, problem.n):
-            return only_set(problem, known, began)
+            return only_set(problem, known, limits, began)
         if limits.time_limit == 0.0:
             return conclude(problem, known, limits, began, limit=Limit.TIME)
         deadline = None if limits.time_limit is None else began + limits.time_limit

@@ -39,7 +39,7 @@ from formulations.solvers import (
     solver_names,
 )
 from formulations.solvers.base import Probe, RawResult, Solver, SolverInfo
-from tests.formulations.blocks import KINDS, block, brute_force, slack
+from tests.formulations.blocks import KINDS, block, brute_force, closed, slack
 
 
 @functools.cache
@@ -77,11 +77,11 @@ def test_agrees_with_brute_force(solver, program, model):
         solution = solve_with(
             solver, problem, program, model=model, limits=Limits(rel_gap=1e-4, time_limit=60)
         )
-        assert solution.termination is Termination.OPTIMAL, solution.stats.message
+        # What a solver's tolerances leave of a gap is stated, and not called optimal.
+        assert closed(problem, solution, tolerance=1e-3), solution.stats.message
         assert solution.objective <= optimum + 1e-4 * abs(optimum) + slack(problem)
         assert solution.bound <= optimum + slack(problem)
-        assert solution.gap <= solution.rel_gap + 1e-15
-        assert verify(problem, solution).ok
+        assert not verify(problem, solution).wrong
         assert solution.program == program
         assert model in solution.method
 
@@ -97,7 +97,7 @@ def test_base_install_solves_degenerate_blocks(solver, program, kind):
     solution = solve_with(solver, problem, program, limits=Limits(rel_gap=1e-3, time_limit=60))
     assert solution.bound <= optimum + slack(problem)
     assert solution.objective >= optimum - slack(problem)
-    assert verify(problem, solution).ok
+    assert not verify(problem, solution).wrong
     if abs(optimum) > 1e-6 * problem.constant_term():
         assert solution.objective <= optimum + 2e-3 * abs(optimum) + slack(problem)
 
@@ -109,7 +109,9 @@ def test_a_single_set_is_proved_at_once(solver, n_prune):
     problem = block("gradient", 6, n_prune, seed=1)
     solution = solve_with(solver, problem, "selection")
     assert solution.proved
-    assert solution.bound == solution.objective
+    assert solution.bound <= solution.objective
+    assert solution.gap < 1e-9
+    assert verify(problem, solution).ok
     assert solution.keep.sum() == 6 - n_prune
 
 
