@@ -16,7 +16,7 @@ no such relaxation: its new weights enter quadratically.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -24,15 +24,13 @@ from scipy.sparse import coo_matrix
 from formulations.dense_forms import error_factor
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
+from formulations.milp import Milp, MilpControls, run_milp
 from formulations.problem import BlockProblem, FloatArray, IntArray, frozen_array
 from formulations.relaxations.capped_simplex import round_selection
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import column_norms
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.solution import Limits, Subject
-
-if TYPE_CHECKING:
-    from formulations.solvers.highs import Milp
 
 LINEAR_RELAXATIONS = ("mccormick", "rlt")
 LINEAR_LARGEST = 128
@@ -120,8 +118,6 @@ def relax_linear(
     UnsupportedProblemError
         If the block has more than 128 weights.
     """
-    from formulations.solvers.highs import MilpControls, run_milp
-
     n = problem.n
     if n > LINEAR_LARGEST:
         found = f"{relaxation!r} for {n} weights"
@@ -184,8 +180,6 @@ class _LinearProgram:
 
     def model(self) -> Milp:
         """Return the program for HiGHS, without integer columns."""
-        from formulations.solvers.highs import Milp
-
         first, second = self.pairs
         n, up, down = self.n, self.repelled, self.attracted
         entries: list[tuple[IntArray, IntArray, float]] = []

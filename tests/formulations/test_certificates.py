@@ -175,8 +175,8 @@ def test_linear_relaxations_are_ordered_and_travel(tmp_path):
 
 
 def test_linear_relaxations_reach_the_solvers_own_value():
+    from formulations.milp import MilpControls, run_milp
     from formulations.relaxations.linear import _LinearProgram
-    from formulations.solvers.highs import MilpControls, run_milp
 
     problem = block("gradient", 12, 7, seed=1)
     for relaxation in ("mccormick", "rlt"):

@@ -26,6 +26,7 @@ from formulations.errors import (
     UnsupportedProblemError,
 )
 from formulations.incumbents import greedy
+from formulations.milp import Milp, MilpControls, run_milp
 from formulations.models import MODELS, ModelSize
 from formulations.outer_approximation import outer_approximation
 from formulations.solvers import (
@@ -372,7 +373,7 @@ def test_absent_package_is_a_reason_not_a_crash(monkeypatch):
         scip.SOLVER.solve(block("random", 6, 3, seed=1), "joint")
 
 
-def milp(**changes: object) -> highs.Milp:
+def milp(**changes: object) -> Milp:
     data = {
         "cost": np.array([1.0, 1.0]),
         "lower": np.zeros(2),
@@ -382,25 +383,23 @@ def milp(**changes: object) -> highs.Milp:
         "row_lower": np.array([1.0]),
         "row_upper": np.array([1.0]),
     }
-    return highs.Milp(**{**data, **changes})
+    return Milp(**{**data, **changes})
 
 
 def test_highs_reads_nothing_from_a_failed_solve():
-    infeasible = highs.run_milp(
-        milp(row_lower=np.array([3.0]), row_upper=np.array([3.0])), highs.MilpControls()
-    )
+    infeasible = run_milp(milp(row_lower=np.array([3.0]), row_upper=np.array([3.0])), MilpControls())
     assert infeasible.status == "Infeasible"
     assert infeasible.point is None
     assert infeasible.bound is None
     # HiGHS calls a cost that is not a number optimal; its bound is not one.
-    assert highs.run_milp(milp(cost=np.array([np.nan, 1.0])), highs.MilpControls()).bound is None
-    refused = highs.run_milp(milp(), highs.MilpControls(options={"presolve": "sideways"}))
+    assert run_milp(milp(cost=np.array([np.nan, 1.0])), MilpControls()).bound is None
+    refused = run_milp(milp(), MilpControls(options={"presolve": "sideways"}))
     assert "refused" in refused.status
     assert refused.bound is None
 
 
 def test_highs_solves_the_relaxation_when_nothing_is_integer():
-    result = highs.run_milp(milp(integer=np.zeros(2, dtype=bool)), highs.MilpControls())
+    result = run_milp(milp(integer=np.zeros(2, dtype=bool)), MilpControls())
     assert result.status == "Optimal"
     assert result.bound == pytest.approx(1.0)
 
