@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from cbs_opt.solving import compare, solve
     from cbs_opt.system.resources import Resources
     from formulations.errors import CbsError
-    from formulations.loss import verify
     from formulations.problem import BlockProblem
     from formulations.relaxations.bounds import lower_bound
     from formulations.solution import BlockSolution, Termination
     from formulations.solvers import available_solvers
+    from formulations.verification import verify
 
     __version__: str
 
@@ -108,7 +108,6 @@ _MODULES = {
     ),
     "cbs_opt.system.resources": ("Resources",),
     "formulations.errors": ("CbsError",),
-    "formulations.loss": ("verify",),
     "formulations.problem": ("BlockProblem",),
     "formulations.relaxations.bounds": ("lower_bound",),
     "formulations.solution": (
@@ -116,6 +115,7 @@ _MODULES = {
         "Termination",
     ),
     "formulations.solvers": ("available_solvers",),
+    "formulations.verification": ("verify",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

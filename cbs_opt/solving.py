@@ -20,7 +20,7 @@ from cbs_opt.select.preparation import prepare
 from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
-from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats
 from formulations.solvers import available_solvers, models_for
 
 if TYPE_CHECKING:
@@ -276,9 +276,7 @@ def _select(
     stats = SolveStats(
         seconds=time.perf_counter() - began, iterations=choice.iterations, message=choice.status
     )
-    return pool.solution(
-        method=method.name, termination=Termination.FEASIBLE, limit=choice.limit, stats=stats
-    )
+    return pool.solution(method=method.name, limit=choice.limit, stats=stats)
 
 
 def _as_block(problem: BlockProblem) -> FisherBlock:

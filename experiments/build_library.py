@@ -78,7 +78,7 @@ def _trace(block: FisherBlock) -> float:
 def record(problem: BlockProblem, program: str, time_limit: float) -> dict[str, Any]:
     """Solve one program and return what the index says about it, verified."""
     solution = branch_and_bound(problem, program, limits=Limits(time_limit=time_limit, rel_gap=REL_GAP))
-    if not verify(problem, solution).ok:
+    if verify(problem, solution).wrong:
         raise RuntimeError(f"{problem.name} {program}: the solution does not verify")
     logger.info("%s %s gap %.2e in %.1f s", problem.name, program, solution.gap, solution.stats.seconds)
     return {

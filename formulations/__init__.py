@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from formulations.errors import ArgumentError, CbsError
-    from formulations.loss import (
-        Verification,
-        joint_loss,
-        objective,
-        selection_loss,
-        step_loss,
-        update,
-        verify,
-    )
+    from formulations.loss import joint_loss, objective, selection_loss, step_loss, update
     from formulations.problem import BlockProblem
     from formulations.solution import (
         BlockSolution,
@@ -26,9 +18,11 @@ if TYPE_CHECKING:
         Limit,
         Limits,
         SolveStats,
+        Subject,
         Termination,
         TracePoint,
     )
+    from formulations.verification import Verdict, Verification, verify
 
 _HOME = {
     "ArgumentError": "errors",
@@ -39,15 +33,17 @@ _HOME = {
     "Limit": "solution",
     "Limits": "solution",
     "SolveStats": "solution",
+    "Subject": "solution",
     "Termination": "solution",
     "TracePoint": "solution",
-    "Verification": "loss",
+    "Verdict": "verification",
+    "Verification": "verification",
     "joint_loss": "loss",
     "objective": "loss",
     "selection_loss": "loss",
     "step_loss": "loss",
     "update": "loss",
-    "verify": "loss",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -59,8 +55,10 @@ __all__ = [
     "Limit",
     "Limits",
     "SolveStats",
+    "Subject",
     "Termination",
     "TracePoint",
+    "Verdict",
     "Verification",
     "joint_loss",
     "objective",

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import LinAlgError, cholesky
 
 from formulations.problem import BlockProblem, FloatArray
 
@@ -35,8 +36,13 @@ class Rounding:
     growth: float = 0.0
     minimum: float = 0.0
 
+    @property
+    def reach(self) -> FloatArray:
+        """``gamma``, `one_norm`, `growth`, `minimum` as kernels take them, (4,)."""
+        return np.array([self.gamma, self.one_norm, self.growth, self.minimum])
+
     def allowance(self, value: float) -> float:
-        """Allowance in form units once a set of value `value` is known."""
+        """Return the allowance in form units once a set of value `value` is known."""
         if not math.isfinite(self.growth):
             return math.inf
         above = max(value - self.minimum, 0.0) + self.gamma * (abs(value) + self.fixed)
@@ -79,7 +85,7 @@ def error_factor(operations: int) -> float:
 
 
 def joint_form(problem: BlockProblem) -> DenseForm:
-    """The joint program in column-scaled new weights ``u``; O(m n^2 + n^3).
+    """Return the joint program in column-scaled new weights ``u``; O(m n^2 + n^3).
 
     Raises
     ------
@@ -133,7 +139,8 @@ def _joint_rounding(
     reach = float(root @ np.abs(problem.weights))
     fixed = (reach * reach + float(gradient @ np.abs(problem.weights))) / scale
     eigenvalues, vectors = np.linalg.eigh(matrix)
-    lowest = float(eigenvalues[0] - 4.0 * n * UNIT_ROUNDOFF * eigenvalues[-1])
+    # Of the matrix as it is in exact arithmetic: forming it moves an eigenvalue by n gamma at most.
+    lowest = float(eigenvalues[0] - 4.0 * n * UNIT_ROUNDOFF * eigenvalues[-1]) - n * gamma
     if lowest <= 0.0:
         return Rounding(gamma=gamma, fixed=fixed, growth=math.inf)
     minimiser = vectors @ ((vectors.T @ linear) / np.maximum(eigenvalues, lowest))
@@ -152,7 +159,7 @@ def _height(problem: BlockProblem) -> int:
 
 
 def selection_form(problem: BlockProblem) -> DenseForm:
-    """The selection program with ``A = diag(w) H diag(w)`` and ``c = -g w``; O(m n^2).
+    """Return the selection program with ``A = diag(w) H diag(w)`` and ``c = -g w``; O(m n^2).
 
     Notes
     -----
@@ -166,21 +173,52 @@ def selection_form(problem: BlockProblem) -> DenseForm:
     linear = -problem.gradient_or_zero * weights
     scale = 1.0
     if n:
-        scale = float(np.trace(matrix)) / n or float(np.abs(linear).mean()) or 1.0
+        scale = float(np.trace(matrix)) / n
+        if not scale > 0.0:
+            # No costs of its own, or only such as rounding has made negative.
+            scale = float(np.abs(np.diagonal(matrix)).mean()) or float(np.abs(linear).mean()) or 1.0
     matrix = np.ascontiguousarray(matrix / scale)
     linear = linear / scale
     reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - problem.n_prune :].sum()
     gamma = error_factor(2 * _height(problem) + 12 * n + 64)
     fixed = 2.0 * float(reach * reach + np.abs(linear).sum())
+    dip = _dip(problem)
+    # A relaxation that is indefinite by rounding overestimates by 1/2 dip (y - z).A_ii (y - z) at most.
+    fixed += dip / gamma * float(np.abs(np.diagonal(matrix)).sum()) if math.isfinite(dip) else 0.0
     return DenseForm(
         matrix=matrix,
         linear=linear,
         constant=0.0,
         scale=scale,
-        rounding=Rounding(gamma=gamma, fixed=fixed),
+        rounding=Rounding(gamma=gamma, fixed=fixed, growth=0.0 if math.isfinite(dip) else math.inf),
     )
 
 
+def _dip(problem: BlockProblem) -> float:
+    """How far the eigenvalues of ``H``, scaled to a unit diagonal, may be below 0.
+
+    A Hessian that was computed from rows is semidefinite up to rounding; infinite if not even that is
+    proved, by one Cholesky factorisation.
+    """
+    if problem.n == 0 or problem.curvature_floor() >= 0.0:
+        return 0.0
+    diagonal = problem.hessian_diagonal()
+    used = np.flatnonzero(diagonal)
+    hessian = problem.dense_hessian()
+    rest = np.flatnonzero(diagonal == 0.0)
+    if bool((diagonal < 0.0).any() or (hessian[rest] != 0.0).any()):
+        return math.inf
+    root = np.sqrt(diagonal[used])
+    scaled = hessian[np.ix_(used, used)] / root[:, None] / root[None, :]
+    shift = 4.0 * used.size * error_factor(used.size + 8)
+    scaled[np.diag_indices(used.size)] = 1.0 + shift
+    try:
+        cholesky(scaled, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        return math.inf
+    return 2.0 * shift
+
+
 def dense_form(problem: BlockProblem, program: str) -> DenseForm:
-    """The scaled dense form of `program`, "selection" or "joint"."""
+    """Return the scaled dense form of `program`, "selection" or "joint"."""
     return joint_form(problem) if program == "joint" else selection_form(problem)

@@ -13,7 +13,8 @@ from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, FloatArray, IntArray, check_program
-from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
+from formulations.relaxations.only_set import has_one_set, only_set_certificate
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats
 
 CHUNK = 2_000_000
 """Elementary operations between two looks at the clock (a few milliseconds)."""
@@ -43,8 +44,9 @@ def enumerate_optimum(
     Returns
     -------
     BlockSolution
-        OPTIMAL with a bound that is the objective less the rounding allowance. `rel_gap` is the
-        larger of the one asked for and the one that rounding leaves.
+        With a bound that is the least value of the recursion less the rounding allowance: OPTIMAL if
+        that meets the objective to `rel_gap`, FEASIBLE with `Limit.GAP` if rounding leaves more.
+        Ctrl-C returns the best set seen with `Limit.INTERRUPTED`.
 
     Raises
     ------
@@ -70,32 +72,38 @@ def enumerate_optimum(
         raise UnsupportedProblemError(
             "problem", found, f"enumerate at most {max_sets:.3g} or use branch_and_bound"
         )
-    form = dense_form(problem, program)
     pool = IncumbentPool(problem, program, incumbent)
-    chosen_are_kept = program == "joint"
-    size = problem.n_keep if chosen_are_kept else problem.n_prune
-    finished = True
-    if size > 0:
-        best, finished = _visit_all(form, size, chosen_are_kept, limits.time_limit, started)
-        if best is not None:
-            chosen = np.zeros(problem.n, dtype=np.bool_)
-            chosen[best] = True
-            pool.offer(chosen if chosen_are_kept else ~chosen)
-    else:
-        pool.offer(np.full(problem.n, not chosen_are_kept))
+    if has_one_set(problem):
+        pool.offer(np.full(problem.n, problem.n_prune == 0))
+        certificate = only_set_certificate(problem, program)
+        return pool.solution(
+            method="enumeration",
+            rel_gap=limits.rel_gap,
+            bound=certificate.lower_bound(problem),
+            finished=True,
+            certificate=certificate,
+            stats=SolveStats(seconds=time.perf_counter() - started, nodes=1),
+        )
+    form = dense_form(problem, program)
+    kept_first = program == "joint"
+    size = problem.n_keep if kept_first else problem.n_prune
+    best, least, limit = _visit_all(form, size, kept_first, limits.time_limit, started)
+    if best is not None:
+        chosen = np.zeros(problem.n, dtype=np.bool_)
+        chosen[best] = True
+        pool.offer(chosen if kept_first else ~chosen)
     pool.offer_magnitude_if_empty()
-    bound: float | None = None
-    rel_gap: float | None = None
+    finished = limit is None
+    bound = -math.inf
     allowance = form.rounding.allowance(pool.objective / form.scale)
     if finished and math.isfinite(allowance):
-        bound = pool.objective - allowance * form.scale
-        rel_gap = max(limits.rel_gap, (pool.objective - bound) / max(abs(pool.objective), 1e-12))
+        bound = (least + form.constant - allowance) * form.scale
     return pool.solution(
         method="enumeration",
+        rel_gap=limits.rel_gap,
         bound=bound,
-        termination=Termination.FEASIBLE if bound is None else Termination.OPTIMAL,
-        limit=None if finished else Limit.TIME,
-        rel_gap=rel_gap,
+        finished=finished,
+        limit=limit,
         stats=SolveStats(seconds=time.perf_counter() - started, nodes=sets if finished else 0),
     )
 
@@ -106,8 +114,8 @@ def _visit_all(
     joint: bool,
     time_limit: float | None,
     started: float,
-) -> tuple[IntArray | None, bool]:
-    """Run the kernel in chunks; the best set seen (None if none) and whether all were seen."""
+) -> tuple[IntArray | None, float, Limit | None]:
+    """Run the kernel in chunks: the best set seen (None if none), its value, what came before the end."""
     n = form.linear.size
     cursor = np.zeros(size, dtype=np.int64)
     best = np.full(size, -1, dtype=np.int64)
@@ -120,14 +128,19 @@ def _visit_all(
     schur = np.zeros((size if joint else 0, n, n))
     if joint:
         schur[0] = form.matrix
-    while depth[0] >= 0:
-        if time_limit is not None and time.perf_counter() - started >= time_limit:
-            break
-        if joint:
-            _advance_joint(schur, gradient, prefix_value, cursor, best, depth, value, CHUNK)
-        else:
-            _advance_selection(form.matrix, gradient, prefix_value, cursor, best, depth, value, CHUNK)
-    return (best if best[0] >= 0 else None), bool(depth[0] < 0)
+    limit: Limit | None = None
+    try:
+        while depth[0] >= 0:
+            if time_limit is not None and time.perf_counter() - started >= time_limit:
+                limit = Limit.TIME
+                break
+            if joint:
+                _advance_joint(schur, gradient, prefix_value, cursor, best, depth, value, CHUNK)
+            else:
+                _advance_selection(form.matrix, gradient, prefix_value, cursor, best, depth, value, CHUNK)
+    except KeyboardInterrupt:
+        limit = Limit.INTERRUPTED
+    return (best if best[0] >= 0 else None), float(value[0]), limit
 
 
 @entry(MATRIX, MATRIX, VECTOR, INDICES, INDICES, INDICES, VECTOR, INTEGER)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
 
 from formulations.dense_forms import DenseForm, dense_form
 from formulations.errors import ArgumentError, ShapeError
-from formulations.loss import objective, solved_weights
+from formulations.loss import objective, solved_weights, trivial_bound
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import (
@@ -19,6 +20,7 @@ from formulations.solution import (
     SolveStats,
     Termination,
     TracePoint,
+    status_of,
 )
 from formulations.swap_kernels import prune_joint, prune_selection, swap_joint, swap_selection, sweep
 
@@ -42,11 +44,15 @@ class IncumbentPool:
         If the warm start belongs to a block of another size.
     ArgumentError
         If the warm start does not prune exactly `n_prune` weights.
+    NotPositiveDefiniteError
+        If the program is joint and ``H`` is singular to rounding: decided here for every method.
     """
 
     def __init__(self, problem: BlockProblem, program: str, incumbent: BlockSolution | None = None) -> None:
         self.problem = problem
         self.program = check_program(program)
+        if program == "joint":
+            problem.require_definite()
         self.keep: BoolArray | None = None
         self.objective = float("inf")
         if incumbent is not None and not isinstance(incumbent, BlockSolution):
@@ -56,9 +62,11 @@ class IncumbentPool:
             self.offer(checked_incumbent(problem, incumbent))
 
     def offer(self, keep: BoolArray) -> bool:
-        """Take `keep` if it is better than what is here; whether it was taken."""
+        """Take `keep` if it is of the right size and better than what is here; whether it was taken."""
+        if int(keep.sum()) != self.problem.n_keep:
+            return False
         value = objective(self.problem, keep, self.program)
-        if self.keep is not None and value >= self.objective:
+        if self.keep is not None and not value < self.objective:
             return False
         self.keep = keep.copy()
         self.objective = value
@@ -73,26 +81,51 @@ class IncumbentPool:
         self,
         *,
         method: str,
-        bound: float | None = None,
-        termination: Termination = Termination.FEASIBLE,
-        limit: Limit | None = None,
         rel_gap: float | None = None,
+        bound: float = -math.inf,
+        finished: bool = False,
+        limit: Limit | None = None,
         certificate: Certificate | None = None,
         stats: SolveStats | None = None,
         trace: tuple[TracePoint, ...] = (),
     ) -> BlockSolution:
-        """The pool's best set as a `BlockSolution`; a bound above the objective is lowered to it."""
+        """Return the pool's best set as a `BlockSolution`, with the status that the gap allows.
+
+        Parameters
+        ----------
+        method : str
+        rel_gap : float, optional
+            The gap asked of a method that bounds; None for one that does not.
+        bound : float
+            Proved bound, minus infinity if there is none. One above the objective is lowered to it.
+        finished : bool
+            The method has come to its end: a gap that is left is stated as `Limit.GAP`, and a bound below
+            that of a loss model that is never negative is raised to it.
+        limit, certificate, stats, trace
+            Fields of the solution.
+        """
         assert self.keep is not None
+        proved: float | None = None
+        termination = Termination.FEASIBLE
+        if rel_gap is not None:
+            trivial = trivial_bound(self.problem) if finished and math.isfinite(bound) else None
+            bound = min(bound if trivial is None else max(bound, trivial), self.objective)
+            proved = bound if math.isfinite(bound) else None
+            termination = status_of(self.objective, proved, rel_gap)
+        if termination is Termination.OPTIMAL:
+            limit = None
+        elif finished and limit is None:
+            limit = Limit.GAP
         return BlockSolution(
             keep=self.keep,
             weights=solved_weights(self.problem, self.keep, self.program),
             objective=self.objective,
-            bound=None if bound is None else min(bound, self.objective),
+            bound=proved,
             termination=termination,
             limit=limit,
             program=self.program,
             method=method,
-            rel_gap=rel_gap,
+            rel_gap=rel_gap if termination is Termination.OPTIMAL else None,
             certificate=certificate,
             stats=stats or SolveStats(),
             trace=trace,
@@ -100,7 +133,7 @@ class IncumbentPool:
 
 
 def checked_incumbent(problem: BlockProblem, incumbent: BlockSolution) -> BoolArray:
-    """The kept set of a warm start, refused unless it fits the block."""
+    """Return the kept set of a warm start, refused unless it fits the block."""
     if incumbent.keep is None:
         raise ArgumentError("incumbent", "it has no set", "pass a solution with one, or None")
     if incumbent.keep.shape != (problem.n,):
@@ -245,7 +278,7 @@ def swap_search(
 
 
 def kicked(keep: BoolArray, generator: np.random.Generator, share: float = 0.05) -> BoolArray:
-    """A copy of `keep` with a few random kept and pruned weights exchanged."""
+    """Return a copy of `keep` with a few random kept and pruned weights exchanged."""
     kept, pruned = np.flatnonzero(keep), np.flatnonzero(~keep)
     count = min(kept.size, pruned.size, max(2, round(share * min(kept.size, pruned.size))))
     changed = keep.copy()
@@ -290,7 +323,7 @@ def descend(
 
 
 def joint_tableau(matrix: FloatArray, linear: FloatArray, keep: BoolArray) -> tuple[FloatArray, FloatArray]:
-    """The symmetric swept tableau of ``M`` over the kept set, and its state vector.
+    """Return the symmetric swept tableau of ``M`` over the kept set, and its state vector.
 
     ``T_KK = -M_KK^-1``, ``T_KP = M_KK^-1 M_KP``, ``T_PP = M_PP - M_PK M_KK^-1 M_KP``; the state holds
     the minimiser on kept entries and the residual ``l - M u`` on pruned ones.

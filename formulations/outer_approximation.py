@@ -22,6 +22,7 @@ from scipy.sparse import csr_matrix
 
 from formulations.cut_planes import Cut, CutSource, JointCuts, SelectionCuts
 from formulations.incumbents import swap_search
+from formulations.milp import DUAL_TOLERANCE, Milp, MilpControls, MilpResult, run_milp
 from formulations.models.scaling import diagonal_split, scale_block
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
@@ -29,9 +30,7 @@ from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.solution import BlockSolution, Certificate, Limit, Limits, TracePoint
-from formulations.solvers.base import DUAL_TOLERANCE
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
-from formulations.solvers.highs import Milp, MilpControls, MilpResult, run_milp
 
 METHOD = "outer_approximation"
 LP_ROUNDS = 60
@@ -101,7 +100,7 @@ class _Search:
         return None if limit is None else limit - (time.perf_counter() - self.began)
 
     def stopped(self) -> Limit | None:
-        """The limit that has been reached, if one has."""
+        """Return the limit that has been reached, if one has."""
         left = self.seconds_left()
         if self.interrupted:
             return Limit.INTERRUPTED
@@ -195,7 +194,7 @@ def outer_approximation(
         problem.require_definite()
     known = known_set(problem, program, METHOD, limits, incumbent)
     if problem.n_prune in (0, problem.n):
-        return only_set(problem, known, began)
+        return only_set(problem, known, limits, began)
     if limits.time_limit == 0.0:
         return conclude(problem, known, limits, began, limit=Limit.TIME)
     search = _prepared(problem, known, limits, began)

@@ -19,9 +19,9 @@ from functools import wraps
 from importlib import metadata
 from typing import Any, TypeVar
 
-from formulations.loss import verify
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution
+from formulations.verification import verify
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class PluginError(RuntimeError):
 def load_plugins(
     group: str, adapt: Callable[[str, Any], Adapted], taken: Collection[str]
 ) -> dict[str, Adapted]:
-    """What installed packages add to a group, by name.
+    """Return what installed packages add to a group, by name.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def checked_solver(name: str, solver: Callable[..., Any]) -> Callable[..., Block
     Raises, when called
     -------------------
     PluginError
-        If the answer is not a `BlockSolution` of the program, or contradicts itself.
+        If the answer is not a `BlockSolution` of the program, or a claim of it is wrong.
     """
 
     @wraps(solver)
@@ -87,7 +87,7 @@ def checked_solver(name: str, solver: Callable[..., Any]) -> Callable[..., Block
         if answer.program != program:
             raise PluginError(f"{name} was given program {program!r} and solved {answer.program!r}")
         found = verify(problem, answer)
-        if not found.ok:
+        if found.wrong:
             raise PluginError(f"{name}: {'; '.join(found.notes)}")
         return answer
 

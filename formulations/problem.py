@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,14 @@ SYMMETRY_TOLERANCE = 1e-8
 """Largest accepted ``|H_ij - H_ji|`` relative to ``max |H|``; smaller differences are averaged."""
 DEFINITENESS_TOLERANCE = 1e-10
 """Negative eigenvalues down to this share of the mean diagonal count as rounding."""
+SINGULAR_TO_ROUNDING = 8.0 * float(np.finfo(np.float64).eps)
+"""``H`` with unit diagonal counts as singular below n times this."""
+LARGEST_FACTORISED = 4096
+"""Largest block with rows that is factorised to decide whether ``H`` is singular to rounding."""
+SMALLEST, LARGEST = 1e-140, 1e140
+"""Range of curvatures and costs: squares of what lies within keep their 16 digits in float64."""
+LARGEST_ENTRY = 1e150
+"""Largest weight and gradient entry."""
 
 
 def check_program(program: str) -> str:
@@ -38,12 +48,21 @@ def frozen_array(name: str, value: ArrayLike, ndim: int) -> FloatArray:
     Writable input is copied; a read-only float64 array is taken as it is, which is how a caller
     with gigabytes of rows avoids the copy.
     """
+    if np.ma.isMaskedArray(value):
+        raise ArgumentError(name, "a masked array", "fill or drop the masked entries and pass a plain array")
     try:
-        given = np.asarray(value)
-        if np.iscomplexobj(given):
+        raw = np.asarray(value)
+        if np.iscomplexobj(raw):
             raise ArgumentError(name, "complex numbers", "pass an array of real numbers")
-        array = np.asarray(given, dtype=np.float64)
+        plain = raw.dtype.kind in "biuf" or (
+            raw.dtype.kind == "O" and all(isinstance(entry, Number) for entry in raw.flat)
+        )
+        if not plain:
+            raise ArgumentError(name, f"not numeric (dtype {raw.dtype})", "pass an array of numbers")
+        array = np.asarray(raw, dtype=np.float64)
     except (TypeError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
         raise ArgumentError(name, f"not numeric ({error})", "pass an array of numbers") from error
     if array.ndim != ndim:
         raise ShapeError(name, f"{array.ndim} dimensions, shape {array.shape}", f"pass {ndim}")
@@ -83,8 +102,9 @@ class BlockProblem:
     Raises
     ------
     ArgumentError
-        If an argument is missing, of the wrong shape, not finite, or `hessian` is not symmetric
-        positive semidefinite (that test costs one Cholesky factorisation, O(n^3)).
+        If an argument is missing, of the wrong shape, no number or not finite, if `hessian` is not
+        symmetric positive semidefinite (that test costs one Cholesky factorisation, O(n^3)), or if
+        curvatures or costs leave the range 1e-140 to 1e140 in which float64 keeps its digits.
 
     Notes
     -----
@@ -116,8 +136,10 @@ class BlockProblem:
         if self.gradient is not None:
             put(self, "gradient", frozen_array("gradient", self.gradient, 1))
             _check_width("gradient", self.gradient, self.n)
+        _check_range(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {name: value for name, value in state.items() if name not in ("_digest", "indefiniteness")}
         for value in state.values():
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False
@@ -182,34 +204,80 @@ class BlockProblem:
         w = self.weights
         return float(0.5 * (w @ self.hessian_product(w)) - self.gradient_or_zero @ w)
 
-    def require_definite(self) -> None:
-        """Raise `NotPositiveDefiniteError` unless ``H`` is positive definite (joint needs it).
+    @cached_property
+    def indefiniteness(self) -> float:
+        """What makes the 2 x 2 blocks of a Hessian semidefinite that rounding left indefinite; else 0.
 
-        With positive damping this holds by construction and costs nothing; otherwise one Cholesky
-        factorisation of the dense matrix.
+        Negative eigenvalues down to 1e-10 of the mean diagonal are accepted as rounding.
         """
-        if self.damping > 0.0 or self.n == 0:
+        if self.hessian is None or self.n == 0:
+            return 0.0
+        diagonal = self.hessian_diagonal()
+        squares = np.maximum(diagonal, 0.0)
+        inside = np.abs(self.hessian) <= np.sqrt(squares)[:, None] * np.sqrt(squares) * (1.0 + 1e-7)
+        np.fill_diagonal(inside, diagonal >= 0.0)
+        return 0.0 if bool(inside.all()) else max(-self.curvature_floor(), 0.0)
+
+    def curvature_floor(self) -> float:
+        """Return what every eigenvalue of ``H`` is proved to exceed without a factorisation; may be negative.
+
+        With rows it is the damping. A Hessian matrix is known to be semidefinite up to rounding only.
+        """
+        if self.hessian is None or self.n == 0:
+            return self.damping
+        largest = float(np.abs(self.hessian).max())
+        rounding = self.n * np.finfo(np.float64).eps * largest * (self.n + 8)
+        return self.damping - 2.0 * DEFINITENESS_TOLERANCE * _size_of(self.hessian) - rounding
+
+    def require_definite(self) -> None:
+        """Raise `NotPositiveDefiniteError` if ``H`` is singular to rounding (joint needs its inverse).
+
+        The one decision for all methods: scaled to a unit diagonal, the smallest eigenvalue of ``H``
+        must exceed ``8 n eps``. Free where the damping alone says so; otherwise one Cholesky
+        factorisation, or the damping alone again where rows are given and ``n > 4096``.
+        """
+        if self.n == 0:
             return
-        remedy = "add damping > 0"
-        if self.rows is not None and self.rows.shape[0] < self.n:
-            found = f"0 with {self.rows.shape[0]} rows for {self.n} weights: H is singular"
+        remedy = "use a larger damping"
+        diagonal = self.hessian_diagonal()
+        least = self.n * SINGULAR_TO_ROUNDING
+        floor, largest = self.curvature_floor(), float(diagonal.max())
+        if floor > least * largest:
+            return
+        if self.damping == 0.0:
+            remedy = "add damping > 0"
+            if self.rows is not None and self.rows.shape[0] < self.n:
+                found = f"0 with {self.rows.shape[0]} rows for {self.n} weights: H is singular"
+                raise NotPositiveDefiniteError("damping", found, remedy)
+        found = f"{self.damping:g} and H is singular to rounding"
+        if largest > 0.0:
+            remedy += f": {2.0 * least * largest:.1g} is enough"
+        if self.rows is not None and self.n > LARGEST_FACTORISED:
+            if floor > np.finfo(np.float64).eps * largest:
+                return
             raise NotPositiveDefiniteError("damping", found, remedy)
+        if float(diagonal.min()) <= 0.0:
+            raise NotPositiveDefiniteError("damping", found, remedy)
+        root = np.sqrt(diagonal)
+        scaled = self.dense_hessian() / root[:, None] / root[None, :]
+        scaled[np.diag_indices(self.n)] = 1.0 - least
         try:
-            factor = cholesky(self.dense_hessian(), lower=True, check_finite=False)
+            cholesky(scaled, lower=True, overwrite_a=True, check_finite=False)
         except LinAlgError:
-            raise NotPositiveDefiniteError("damping", "0 and H is singular", remedy) from None
-        pivots = np.diagonal(factor) ** 2
-        if pivots.min() <= np.finfo(np.float64).eps * self.n * pivots.max():
-            raise NotPositiveDefiniteError("damping", "0 and H is singular to rounding", remedy)
+            raise NotPositiveDefiniteError("damping", found, remedy) from None
 
     def fingerprint(self) -> str:
-        """SHA-256 of the data (not of the name), as 64 hex digits."""
+        """SHA-256 of the data (not of the name), as 64 hex digits; computed once."""
+        known: str | None = self.__dict__.get("_digest")
+        if known is not None:
+            return known
         digest = hashlib.sha256(f"{self.n} {self.n_prune} {self.damping.hex()}".encode())
         for tag in ("weights", "rows", "hessian", "gradient"):
             array = getattr(self, tag)
             if array is not None:
                 digest.update(f"{tag} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array, dtype="<f8").data)
+        object.__setattr__(self, "_digest", digest.hexdigest())
         return digest.hexdigest()
 
     @property
@@ -256,9 +324,8 @@ def _checked_hessian(value: ArrayLike, n: int, damping: float) -> FloatArray:
 
 def _check_semidefinite(hessian: FloatArray, damping: float) -> None:
     n = hessian.shape[0]
-    scale = max(float(np.abs(np.diagonal(hessian)).mean()), float(np.abs(hessian).max()) / n)
     shifted = hessian.copy()
-    shifted[np.diag_indices(n)] += DEFINITENESS_TOLERANCE * scale + np.finfo(np.float64).tiny
+    shifted[np.diag_indices(n)] += DEFINITENESS_TOLERANCE * _size_of(hessian) + np.finfo(np.float64).tiny
     try:
         cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
     except LinAlgError:
@@ -266,3 +333,47 @@ def _check_semidefinite(hessian: FloatArray, damping: float) -> None:
         found = f"indefinite: smallest eigenvalue {lowest:.3g} before damping {damping:g}"
         remedy = "pass a positive semidefinite model such as a Fisher or Gauss-Newton matrix"
         raise NotPositiveDefiniteError("hessian", found, remedy) from None
+
+
+def _size_of(hessian: FloatArray) -> float:
+    """Size against which an eigenvalue counts as rounding."""
+    order = int(hessian.shape[0])
+    return max(float(np.abs(np.diagonal(hessian)).mean()), float(np.abs(hessian).max()) / order)
+
+
+def _check_range(problem: BlockProblem) -> None:
+    """Refuse data whose curvatures or costs over- or underflow; O(m n).
+
+    Products below 1e-308 lose their digits without notice, and no bound on rounding covers that.
+    """
+    weights, gradient = np.abs(problem.weights), np.abs(problem.gradient_or_zero)
+    for name, entries in (("weights", weights), ("gradient", gradient)):
+        if entries.size and float(entries.max()) > LARGEST_ENTRY:
+            found = f"an entry of size {float(entries.max()):.3g}"
+            raise ArgumentError(name, found, f"rescale the data to at most {LARGEST_ENTRY:g}")
+    tag = "hessian" if problem.rows is None else "rows"
+    with np.errstate(over="ignore"):
+        diagonal = np.abs(problem.hessian_diagonal())
+        costs = np.concatenate(
+            (
+                diagonal * weights * weights,
+                gradient * weights,
+                np.divide(gradient, diagonal, out=np.zeros(problem.n), where=diagonal > 0.0) * gradient,
+            )
+        )
+    small = np.flatnonzero(diagonal < SMALLEST)
+    entries = np.diagonal(problem._hessian)[small] if problem.rows is None else problem.rows[:, small]
+    if (problem.damping > 0.0 and small.size) or bool((entries != 0.0).any()):
+        found = f"curvatures down to {float(diagonal[small].min()):.3g}, which underflow in float64"
+        raise ArgumentError(tag, found, "rescale the block, or set negligible entries and damping to 0")
+    largest = float(diagonal.max(initial=0.0))
+    if not largest <= LARGEST:
+        raise ArgumentError(tag, f"curvatures up to {largest:.3g}", f"rescale to at most {LARGEST:g}")
+    cost = float(costs.max(initial=0.0))
+    curved, moved = diagonal > 0.0, weights > 0.0
+    costly = bool(((curved & moved) | ((gradient > 0.0) & (curved | moved))).any())
+    if cost > LARGEST or (costly and cost < SMALLEST):
+        found = f"terms of the loss up to {cost:.3g}"
+        raise ArgumentError(
+            "weights", found, f"rescale the block so that they lie in {SMALLEST:g} to {LARGEST:g}"
+        )

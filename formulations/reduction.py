@@ -69,7 +69,7 @@ def reduce_joint(
 def reduce_selection(
     matrix: FloatArray, linear: FloatArray, pruned: IntArray, free: IntArray
 ) -> tuple[FloatArray, FloatArray, float]:
-    """The selection form on the free indices once `pruned` are set to 1; the rest to 0."""
+    """Return the selection form on the free indices once `pruned` are set to 1; the rest to 0."""
     size = free.size
     reduced = np.empty((size, size))
     reduced_linear = np.empty(size)

@@ -17,7 +17,7 @@ class Termination(enum.Enum):
     """Why a solve ended, as far as the answer is concerned."""
 
     OPTIMAL = "optimal"
-    """The objective is proved optimal to the stated relative gap."""
+    """The bound meets the objective to the relative gap asked for."""
     FEASIBLE = "feasible"
     """A set of the right size, not proved optimal."""
     NO_SOLUTION = "no_solution"
@@ -35,6 +35,7 @@ class Limit(enum.Enum):
     NODE = "node"
     ITERATION = "iteration"
     GAP = "gap"
+    """The method had done all it can, and rounding or tolerances leave a larger gap than was asked for."""
     INTERRUPTED = "interrupted"
 
 
@@ -51,7 +52,7 @@ class Limits:
         Wall-clock seconds; 0 returns the warm start or the cheapest incumbent at once.
     rel_gap : float, default 1e-6
         Relative gap ``(objective - bound) / max(|objective|, 1e-12)`` at which an exact method
-        stops and calls the result optimal *to that gap*.
+        stops; a result is called optimal only if its gap is that small.
     node_limit : int, optional
         Branch-and-bound nodes.
     iteration_limit : int, optional
@@ -70,12 +71,12 @@ class Limits:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_at_least("time_limit", self.time_limit, 0.0)
-        _require_at_least("rel_gap", self.rel_gap, 0.0, optional=False)
-        _require_at_least("node_limit", self.node_limit, 0, whole=True)
-        _require_at_least("iteration_limit", self.iteration_limit, 0, whole=True)
-        _require_at_least("threads", self.threads, 1, whole=True, optional=False)
-        _require_at_least("seed", self.seed, 0, whole=True, optional=False)
+        self._take("time_limit", 0.0)
+        self._take("rel_gap", 0.0, optional=False)
+        self._take("node_limit", 0, whole=True)
+        self._take("iteration_limit", 0, whole=True)
+        self._take("threads", 1, whole=True, optional=False)
+        self._take("seed", 0, whole=True, optional=False)
         if self.seed >= LARGEST_SEED:
             raise ArgumentError("seed", f"{self.seed}", "pass one that fits in 63 bits")
         for limit in fields(self):
@@ -84,17 +85,39 @@ class Limits:
                 # What is computed from a limit keeps its type: a kernel would be compiled for it.
                 object.__setattr__(self, limit.name, value.item())
 
+    def _take(self, name: str, lowest: float, *, whole: bool = False, optional: bool = True) -> None:
+        """Check a field and make it a plain Python number."""
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not number or not lowest <= value < math.inf:
+            wanted = "whole" if whole else "finite"
+            raise ArgumentError(name, f"{value!r}", f"pass a {wanted} number >= {lowest:g}")
+        object.__setattr__(self, name, int(value) if whole else float(value))
 
-def _require_at_least(
-    name: str, value: Any, lowest: float, *, whole: bool = False, optional: bool = True
-) -> None:
-    if value is None and optional:
-        return
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not number or not lowest <= value < math.inf:
-        wanted = "whole" if whole else "finite"
-        raise ArgumentError(name, f"{value!r}", f"pass a {wanted} number >= {lowest:g}")
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a certificate is about: one program on one block with one count.
+
+    Attributes
+    ----------
+    program : {"selection", "joint"}
+    n_keep : int
+    fingerprint : str
+        `BlockProblem.fingerprint`.
+    """
+
+    program: str
+    n_keep: int
+    fingerprint: str
+
+    @staticmethod
+    def of(problem: BlockProblem, program: str) -> Subject:
+        """Return the subject of `program` on `problem`."""
+        return Subject(program=program, n_keep=problem.n_keep, fingerprint=problem.fingerprint())
 
 
 @runtime_checkable
@@ -104,6 +127,16 @@ class Certificate(Protocol):
     @property
     def kind(self) -> str:
         """The relaxation, e.g. "perspective" or "capped_simplex"."""
+        ...
+
+    @property
+    def program(self) -> str:
+        """The program that it bounds, "selection" or "joint"."""
+        ...
+
+    @property
+    def subject(self) -> Subject | None:
+        """What it was made for; None in files from before certificates said so."""
         ...
 
     @property
@@ -123,6 +156,10 @@ class Certificate(Protocol):
 
     def lower_bound(self, problem: BlockProblem) -> float:
         """Recompute the bound from `problem` in float64, rounded down by the proven error."""
+        ...
+
+    def proves_bound(self, problem: BlockProblem, bound: float) -> bool:
+        """Whether `bound` is proved, whatever machine had computed it from this certificate."""
         ...
 
     def proves_fixing(self, problem: BlockProblem) -> bool:
@@ -172,7 +209,7 @@ class BlockSolution:
         "selection" or "joint".
     method : str
     rel_gap : float or None
-        Gap tolerance to which `Termination.OPTIMAL` is meant.
+        The gap asked for, which `Termination.OPTIMAL` has met.
     certificate : Certificate or None
         Evidence for `bound`, or for a weaker root bound; `verify` says what it checked.
     stats : SolveStats
@@ -207,7 +244,7 @@ class BlockSolution:
         self.__dict__.update(state)
 
     def __repr__(self) -> str:
-        """Counts and values in one line; the arrays are left out."""
+        """Return counts and values in one line; the arrays are left out."""
         ended = self.termination.value + (f", {self.limit.value} limit" if self.limit else "")
         kept = "no set" if self.keep is None else f"{int(self.keep.sum())} of {self.keep.size} kept"
         values = f"objective={_short(self.objective)}, bound={_short(self.bound)}"
@@ -216,9 +253,7 @@ class BlockSolution:
     @property
     def gap(self) -> float:
         """``(objective - bound) / max(|objective|, 1e-12)``; infinity without a bound."""
-        if self.objective is None or self.bound is None:
-            return math.inf
-        return (self.objective - self.bound) / max(abs(self.objective), 1e-12)
+        return relative_gap(self.objective, self.bound)
 
     @property
     def proved(self) -> bool:
@@ -231,6 +266,23 @@ class BlockSolution:
         if self.keep is None:
             raise ArgumentError("solution", f"no set: {self.termination.value}", "check `termination` first")
         return np.flatnonzero(~self.keep)
+
+
+def relative_gap(objective: float | None, bound: float | None) -> float:
+    """Return ``(objective - bound) / max(|objective|, 1e-12)``; infinity where one is missing or NaN."""
+    if objective is None or bound is None:
+        return math.inf
+    gap = (objective - bound) / max(abs(objective), 1e-12)
+    return math.inf if math.isnan(gap) else gap
+
+
+def status_of(objective: float | None, bound: float | None, rel_gap: float) -> Termination:
+    """Return OPTIMAL if the gap asked for was met in the problem's own units, else FEASIBLE.
+
+    The one decision for all methods: that a search has come to its end proves nothing.
+    """
+    proved = relative_gap(objective, bound) <= rel_gap
+    return Termination.OPTIMAL if proved else Termination.FEASIBLE
 
 
 def _short(value: float | None) -> str:

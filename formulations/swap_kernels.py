@@ -182,6 +182,8 @@ def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps:
                 if value > gain:
                     gain = value
                     enter = j
+        if enter < 0:
+            break
         sweep(table, state, enter, 1.0)
         sweep(table, state, leave, -1.0)
         keep[enter] = True

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cbs_opt.cli import tables
-from cbs_opt.cli.errors import ERROR, INTERRUPTED, Debug, reported
-from cbs_opt.cli.tables import MISSING, aligned, lower, number, show
-from cbs_opt.report.numbers import yes_no
+from cbs_opt.cli.errors import ERROR, INTERRUPTED, UNCHECKED, Debug, reported
+from cbs_opt.cli.tables import MISSING, aligned, lower, number, show, yes_no
 
 if TYPE_CHECKING:
-    from formulations.loss import Verification
     from formulations.problem import BlockProblem
     from formulations.solution import BlockSolution
+    from formulations.verification import Verdict, Verification
 
 Block = Annotated[
     str,
@@ -149,7 +148,7 @@ def export(
 
 
 def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Recompute feasibility, objective and certified bound; exit code 1 if one is wrong.
+    """Recompute set, objective, bound and status; exit code 1 if one is wrong, 3 if one has no proof.
 
     Everything is computed anew in float64 from the data of the blocks; the run that wrote the
     solution is not trusted.
@@ -161,13 +160,13 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
         if solution is None:
             _verify_run(Path(block), as_json)
             return
-        from formulations.loss import verify as verify_solution
+        from formulations.verification import verify as verify_solution
 
         problem, claimed = _loaded(block, solution)
         assert claimed is not None
         result = verify_solution(problem, claimed)
         lines = {
-            "ok": yes_no(result.ok),
+            "verdict": result.verdict.value,
             "feasible": yes_no(result.feasible),
             "objective": number(result.objective),
             "bound": lower(result.bound),
@@ -175,8 +174,7 @@ def verify(block: Subject, solution: Solution = None, as_json: AsJson = False, d
             "notes": "; ".join(result.notes) or MISSING,
         }
         show(result, aligned(lines), as_json)
-        if not result.ok:
-            raise typer.Exit(ERROR)
+        _leave([result.verdict])
 
 
 def _verify_run(directory: Path, as_json: bool) -> None:
@@ -185,17 +183,26 @@ def _verify_run(directory: Path, as_json: bool) -> None:
     from cbs_opt.report.verification import check_certificates
 
     blocks = list(tqdm(check_certificates(directory), desc="blocks", unit="block", disable=None))
-    headings = ("block", "ok", "objective", "bound", "proved", "notes")
+    headings = ("block", "verdict", "objective", "bound", "proved", "notes")
     rows = [
         (
-            *(block.name, yes_no(block.ok), number(block.objective), lower(block.bound)),
+            *(block.name, block.verdict.value, number(block.objective), lower(block.bound)),
             *(yes_no(block.proved), "; ".join(block.notes) or MISSING),
         )
         for block in blocks
     ]
     show(blocks, tables.text_table(headings, rows, left=2), as_json)
-    if not all(block.ok for block in blocks):
+    _leave([block.verdict for block in blocks])
+
+
+def _leave(verdicts: Sequence[Verdict]) -> None:
+    """End with the exit code of the worst verdict."""
+    from formulations.verification import Verdict
+
+    if Verdict.WRONG in verdicts:
         raise typer.Exit(ERROR)
+    if Verdict.UNCHECKED in verdicts:
+        raise typer.Exit(UNCHECKED)
 
 
 def load_block(name: str) -> BlockProblem:
@@ -254,8 +261,8 @@ def _free_options(pairs: list[str]) -> dict[str, Any]:
 def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as_json: bool) -> None:
     """Check, write and print a solution; an interrupted one ends with the exit code of an interrupt."""
     from formulations import instances
-    from formulations.loss import verify
     from formulations.solution import Limit
+    from formulations.verification import verify
 
     checked = verify(problem, solution)
     if out is not None:
@@ -263,7 +270,7 @@ def _finish(problem: BlockProblem, solution: BlockSolution, out: Path | None, as
         typer.echo(f"written to {out}", err=True)
     values = _solution_values(problem, solution, checked)
     show(values, aligned(_solution_lines(problem, solution, checked, values)), as_json)
-    if not checked.ok:
+    if checked.wrong:
         typer.echo(f"error: the solution contradicts itself: {'; '.join(checked.notes)}", err=True)
         raise typer.Exit(ERROR)
     if solution.limit is Limit.INTERRUPTED:
@@ -317,5 +324,5 @@ def _solution_lines(
         "seconds": f"{solution.stats.seconds:.3f}",
         "nodes": str(solution.stats.nodes),
         "message": solution.stats.message or MISSING,
-        "verified": "; ".join(("yes" if checked.ok else "NO", *checked.notes)),
+        "verified": "; ".join((checked.verdict.value, *checked.notes)),
     }

@@ -10,8 +10,7 @@ import typer
 
 from cbs_opt.cli.blocks import AsJson, Block, Program, RelGap, Seed, Threads, load_block
 from cbs_opt.cli.errors import ERROR, INTERRUPTED, Debug, reported
-from cbs_opt.cli.tables import MISSING, lower, number, show, solver_messages_on_stderr, text_table
-from cbs_opt.report.numbers import yes_no
+from cbs_opt.cli.tables import MISSING, lower, number, show, solver_messages_on_stderr, text_table, yes_no
 
 if TYPE_CHECKING:
     from formulations.solvers import SolverInfo

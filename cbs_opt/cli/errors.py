@@ -6,6 +6,7 @@ code meaning
 0    done
 1    error: unusable model, data or weights, a full disk, a failure of our own
 2    usage: unknown command or option, missing or impossible value, directory in use
+3    `verify`: nothing is wrong, but not everything that is claimed could be checked
 130  interrupted
 ==== ==================================================================================
 
@@ -25,6 +26,7 @@ from formulations.errors import ArgumentError, CbsError
 
 ERROR = 1
 USAGE = 2
+UNCHECKED = 3
 INTERRUPTED = 130
 
 OWN_NAMES = ("damping", "method", "program", "recipe", "seed", "set", "sparsity", "stages")

@@ -82,3 +82,8 @@ def solver_messages_on_stderr() -> Iterator[None]:
             ctypes.CDLL(None).fflush(None)
         os.dup2(kept, stdout)
         os.close(kept)
+
+
+def yes_no(value: bool) -> str:
+    """Return "yes" or "no"."""
+    return "yes" if value else "no"

@@ -107,7 +107,8 @@ def unsolved(
         if pool.keep is not None:
             # After an interrupt the warm start is an answer; after an error the error is the news.
             termination = Termination.ERROR if limit is None else Termination.FEASIBLE
-            return pool.solution(method=call.label, termination=termination, limit=limit, stats=stats)
+            warm = pool.solution(method=call.label, limit=limit, stats=stats)
+            return replace(warm, termination=termination)
     except CbsError as error:
         stats = replace(stats, message=f"{message}; the warm start does not fit: {error}")
     return BlockSolution(

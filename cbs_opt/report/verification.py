@@ -15,9 +15,9 @@ from cbs_opt.report.files import load_report
 from cbs_opt.report.parts import BlockSummary
 from formulations.errors import ArgumentError, InstanceFormatError
 from formulations.instances import read_instance
-from formulations.loss import verify
 from formulations.problem import BlockProblem, BoolArray
 from formulations.solution import BlockSolution
+from formulations.verification import Verdict, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class CheckedBlock:
     ----------
     name : str
         Of the block.
-    ok : bool
-        The data are those that were certified, the set has its stated value, and the evidence proves
-        the stated bound or rests on a search that says so.
+    verdict : Verdict
+        OK if the data are those that were certified, the set is that of the masks and has its stated
+        value, and the evidence proves the stated bound.
     objective, bound : float or None
         Recomputed in float64.
     proved : bool
@@ -40,11 +40,16 @@ class CheckedBlock:
     """
 
     name: str
-    ok: bool
+    verdict: Verdict
     objective: float | None = None
     bound: float | None = None
     proved: bool = False
     notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was checked and holds."""
+        return self.verdict is Verdict.OK
 
 
 def check_certificates(
@@ -104,20 +109,22 @@ def _checked(
     fingerprint = problem.fingerprint()
     if fingerprint != summary.fingerprint:
         notes = (f"other data than were certified: fingerprint {fingerprint[:12]}...",)
-        return CheckedBlock(name=summary.name, ok=False, notes=notes)
+        return CheckedBlock(name=summary.name, verdict=Verdict.WRONG, notes=notes)
     result = verify(problem, solution)
     wrong = []
     if (summary.objective, summary.bound) != (solution.objective, solution.bound):
         wrong.append("the report states other values than the certificate")
     if keep is not None and (solution.keep is None or not np.array_equal(keep, solution.keep)):
         wrong.append("the certified set is not that of the masks")
-    # Where nothing or everything is pruned, the value of the one set is its bound.
-    no_choice = problem.n_prune in (0, problem.n) and result.ok and solution.bound is not None
+    verdict, notes = result.verdict, result.notes
+    if keep is None:
+        notes = (*notes, "the report has no masks to compare the set with")
+        verdict = Verdict.WRONG if result.wrong else Verdict.UNCHECKED
     return CheckedBlock(
         name=summary.name,
-        ok=result.ok and not wrong,
+        verdict=Verdict.WRONG if wrong else verdict,
         objective=result.objective,
         bound=result.bound,
-        proved=bool(result.bound_checked) or no_choice,
-        notes=(*wrong, *result.notes),
+        proved=result.bound_checked and not wrong,
+        notes=(*wrong, *notes),
     )

@@ -215,11 +215,11 @@ class StagedRun:
         task, data, step = self.task, self.task.data, f"_s{self.state.stages:04d}"
         curvature = task.recipe.curvature
         assert isinstance(curvature, Fisher)
-        assert task.data is not None
+        assert data is not None
         with task.clock.phase("curvature"), row_fields():
             rows = gradient_rows(
                 task.model,
-                task.data,
+                data,
                 task.loss_fn,
                 task.partition,
                 curvature=curvature,
@@ -246,7 +246,7 @@ class StagedRun:
             both = with_layer_inputs(
                 rows,
                 task.model,
-                task.data,
+                data,
                 task.partition,
                 weight=task.recipe.layer_inputs,
                 moments=moments,

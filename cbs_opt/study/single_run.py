@@ -20,9 +20,9 @@ from cbs_opt.system.plain import plain
 from cbs_opt.system.versions import machine, versions
 from formulations.errors import CbsError, InstanceFormatError, SolverUnavailableError
 from formulations.instances import load_library
-from formulations.loss import verify
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Termination, TracePoint
+from formulations.verification import verify
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _checked(problem: BlockProblem, run: Run, solution: Any) -> dict[str, Any]:
     if not isinstance(solution, BlockSolution):
         return {"status": INVALID, "note": f"returned a {type(solution).__name__}, not a BlockSolution"}
     checked = verify(problem, solution)
-    wrong = list(checked.notes) if not checked.ok else []
+    wrong = list(checked.notes) if checked.wrong else []
     if solution.program != run.program:
         wrong.append(f"it solved program {solution.program!r}")
     stats = solution.stats

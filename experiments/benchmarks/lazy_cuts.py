@@ -19,13 +19,13 @@ import numpy as np
 from formulations import BlockProblem, BlockSolution, Limits
 from formulations.cut_planes import Cut, CutSource, JointCuts, SelectionCuts
 from formulations.incumbents import swap_search
+from formulations.milp import DUAL_TOLERANCE
 from formulations.models.scaling import ScaledBlock, diagonal_split, scale_block
 from formulations.problem import BoolArray, FloatArray
 from formulations.relaxations import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.solution import Limit
-from formulations.solvers.base import DUAL_TOLERANCE
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set
 
 METHOD = "gurobi_lazy_cuts"

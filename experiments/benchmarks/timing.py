@@ -43,7 +43,7 @@ def timed(case: Case, name: str, method: ExactMethod, limits: Limits) -> Row:
     solution = method(case.problem, case.program, limits=limits)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     check = verify(case.problem, solution)
-    return Row(case=case, method=name, solution=solution, wall=wall, cpu=cpu, verified=check.ok)
+    return Row(case=case, method=name, solution=solution, wall=wall, cpu=cpu, verified=not check.wrong)
 
 
 def formatted(row: Row) -> str:

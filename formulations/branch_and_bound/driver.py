@@ -15,7 +15,8 @@ from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool, descend, greedy_keep, kicked
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, check_program
-from formulations.solution import BlockSolution, Certificate, Limit, Limits, SolveStats, Termination
+from formulations.relaxations.only_set import has_one_set, only_set_certificate
+from formulations.solution import BlockSolution, Certificate, Limit, Limits, SolveStats
 
 SEARCHES = ("best", "depth")
 KICKS = 10
@@ -65,9 +66,10 @@ def branch_and_bound(
     Returns
     -------
     BlockSolution
-        OPTIMAL with `rel_gap` the tolerance reached, or FEASIBLE with the limit that came and the
-        bound so far; `certificate` proves the root bound of the whole block, the rest of `bound`
-        rests on the search. Ctrl-C returns incumbent and bound with `Limit.INTERRUPTED`.
+        OPTIMAL if the gap asked for was met, else FEASIBLE with the limit that came (`Limit.GAP` where
+        the search is complete and rounding leaves more) and the bound so far; `certificate` proves the
+        root bound of the whole block, the rest of `bound` rests on the search. Ctrl-C returns incumbent
+        and bound with `Limit.INTERRUPTED`.
 
     Raises
     ------
@@ -79,8 +81,8 @@ def branch_and_bound(
     Notes
     -----
     Deterministic for a seed unless a time limit comes. O(n^3) a node at worst, usually far less
-    after fixing. Bounds are lowered by a proven allowance for all rounding, so that `rel_gap` below
-    about 1e-9 may end with a larger gap, which is then what the result states.
+    after fixing. Bounds are lowered by a proven allowance for all rounding, so that a `rel_gap` below
+    about 1e-9 may not be met.
     """
     check_program(program)
     if search not in SEARCHES:
@@ -93,19 +95,12 @@ def branch_and_bound(
         pool.offer_magnitude_if_empty()
         return pool.solution(method="branch_and_bound", limit=Limit.TIME)
     try:
+        if has_one_set(problem):
+            return _only_set(pool, limits, started)
         form = dense_form(problem, program)
     except KeyboardInterrupt:
         pool.offer_magnitude_if_empty()
         return pool.solution(method="branch_and_bound", limit=Limit.INTERRUPTED)
-    if problem.n_prune in (0, problem.n):
-        pool.offer(np.full(problem.n, problem.n_prune == 0))
-        return pool.solution(
-            method="branch_and_bound",
-            bound=pool.objective,
-            termination=Termination.OPTIMAL,
-            rel_gap=limits.rel_gap,
-            stats=SolveStats(seconds=time.perf_counter() - started),
-        )
     limit = _first_incumbents(form, pool, limits, started, swaps)
     tree = Search(
         subproblems=whole_block(problem, program, form, fixing=fixing, diagonal_split=diagonal_split),
@@ -119,7 +114,8 @@ def branch_and_bound(
     )
     tree.record()
     certificate: Certificate | None = None
-    if limit is None:
+    # Without an allowance for rounding no bound can be proved, and no factorisation relied upon.
+    if limit is None and math.isfinite(tree.allowance):
         limit, certificate = solve_from_root(tree, problem, reduction=reduction, swaps=swaps)
     tree.record()
     return _account(tree, limit, certificate)
@@ -157,7 +153,7 @@ def _first_incumbents(
 def whole_block(
     problem: BlockProblem, program: str, form: DenseForm, *, fixing: bool, diagonal_split: bool
 ) -> Subproblems:
-    """The subproblems of a block in which nothing is decided."""
+    """Return the subproblems of a block in which nothing is decided."""
     return Subproblems(
         program=program,
         form=form,
@@ -172,25 +168,35 @@ def whole_block(
     )
 
 
-def _account(tree: Search, limit: Limit | None, certificate: Certificate | None) -> BlockSolution:
-    """The solution: OPTIMAL only if the search was completed or its bound meets the incumbent."""
-    pool, limits = tree.pool, tree.limits
-    bound: float | None = tree.bound * tree.scale
-    if bound is None or not math.isfinite(bound):
-        bound = None
-    gap = math.inf if bound is None else (pool.objective - bound) / max(abs(pool.objective), 1e-12)
-    complete = bound is not None and (limit is None or gap <= limits.rel_gap)
+def _only_set(pool: IncumbentPool, limits: Limits, started: float) -> BlockSolution:
+    """Return the solution where all or no weights are pruned."""
+    problem = pool.problem
+    pool.offer(np.full(problem.n, problem.n_prune == 0))
+    certificate = only_set_certificate(problem, pool.program)
     return pool.solution(
         method="branch_and_bound",
-        bound=bound,
-        termination=Termination.OPTIMAL if complete else Termination.FEASIBLE,
-        limit=None if complete else limit,
-        rel_gap=max(limits.rel_gap, gap) if complete else None,
+        rel_gap=limits.rel_gap,
+        bound=certificate.lower_bound(problem),
+        finished=True,
+        certificate=certificate,
+        stats=SolveStats(seconds=time.perf_counter() - started),
+    )
+
+
+def _account(tree: Search, limit: Limit | None, certificate: Certificate | None) -> BlockSolution:
+    """Return the solution, OPTIMAL only if its bound meets the incumbent to the gap asked for."""
+    message = "" if math.isfinite(tree.allowance) else "H is singular to rounding: no bound"
+    return tree.pool.solution(
+        method="branch_and_bound",
+        rel_gap=tree.limits.rel_gap,
+        bound=tree.bound * tree.scale,
+        finished=True,
+        limit=limit,
         certificate=certificate,
         stats=SolveStats(
             seconds=time.perf_counter() - tree.started,
             nodes=tree.nodes,
-            message="" if math.isfinite(tree.allowance) else "H is singular to rounding: no bound",
+            message=message,
             extra={"open_after_root": tree.open_after_root},
         ),
         trace=tuple(tree.trace),

@@ -13,6 +13,7 @@ from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint
 from formulations.relaxations.diagonal_split import LAPACK_FROM, barrier_step
 from formulations.relaxations.perspective_kernels import (
     dual_rounding,
+    indefinite_rounding,
     solve_perspective,
     split_slopes,
 )
@@ -20,7 +21,7 @@ from formulations.relaxations.support_norm import prox_support_norm
 from formulations.swap_kernels import swap_joint, sweep
 
 
-@entry(MATRIX, VECTOR, INTEGER, INDICES, VECTOR, VECTOR, REAL, RULES)
+@entry(MATRIX, VECTOR, INTEGER, INDICES, VECTOR, VECTOR, REAL, RULES, VECTOR)
 @compiled
 def evaluate_joint(
     matrix: FloatArray,
@@ -31,8 +32,11 @@ def evaluate_joint(
     warm: FloatArray,
     cutoff: float,
     rules: NodeRules,
+    reach: FloatArray,
 ) -> tuple[int, float, int, bool]:
     """Bound one node of the joint form; `status`, `split` and `warm` are updated in place.
+
+    `reach` is that of the form's rounding, its minimum without the form's constant.
 
     Returns
     -------
@@ -81,6 +85,7 @@ def evaluate_joint(
                 rules.tolerance,
             )
             bound = value + constant - dual_rounding(smooth, reduced_linear / root, point, residual, size)
+            bound -= indefinite_rounding(reduced_linear / root, point, residual, constant, reach)
             start = point / root
             gained = bound - best
             if gained > 0.0:

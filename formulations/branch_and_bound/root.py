@@ -60,20 +60,22 @@ def solve_from_root(
 
 
 def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> Certificate:
-    """Relax before anything is decided; the point and split are the certificate."""
+    """Relax before anything is decided; the point and split are the certificate, which bounds the root."""
     form = tree.subproblems.form
+    certificate: Certificate
     if tree.subproblems.program == "joint":
-        bound, point, _, split = relax_joint(
+        _, node.warm, _, node.split = relax_joint(
             form, problem.n_keep, joint_split(problem, form), cutoff=tree.cutoff
         )
-        node.bound, node.warm, node.split = bound, point, split
         root = np.sqrt(problem.hessian_diagonal())
-        return joint_certificate(problem, form, point, split, root)
-    bound, point, shift = relax_selection(
-        form, problem.n_prune, selection_shift(problem, form), cutoff=tree.cutoff
-    )
-    node.bound, node.warm, node.split = bound, point, shift
-    return selection_certificate(problem, form, point, shift)
+        certificate = joint_certificate(problem, form, node.warm, node.split, root)
+    else:
+        _, node.warm, node.split = relax_selection(
+            form, problem.n_prune, selection_shift(problem, form), cutoff=tree.cutoff
+        )
+        certificate = selection_certificate(problem, form, node.warm, node.split)
+    node.bound = certificate.lower_bound(problem) / tree.scale
+    return certificate
 
 
 def _evaluate(tree: Search, node: Node, rounds: int) -> None:

@@ -83,12 +83,21 @@ class Subproblems:
                 steps=RELAXATION_STEPS,
                 tolerance=RELAXATION_TOLERANCE,
             ),
+            *self._reach(),
         )
         if outcome == FAILED:
             raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use a larger damping")
         node.status = status.astype(np.int8)
         node.bound = max(node.bound, bound + self.constant)
         return outcome, index, keep_first
+
+    def _reach(self) -> tuple[FloatArray, ...]:
+        """Return what the joint kernel needs of the form's rounding; the other one needs none."""
+        if self.program != "joint":
+            return ()
+        reach = self.form.rounding.reach
+        reach[3] -= self.constant
+        return (reach,)
 
     def expand(self, node: Node, cutoff: float) -> tuple[int, list[Node]]:
         """Evaluate `node`; the outcome and its children, the one to dive into last."""
@@ -102,7 +111,7 @@ class Subproblems:
         return outcome, children
 
     def compacted(self, node: Node) -> tuple[Subproblems, Node]:
-        """The same search on the indices that `node` leaves free, and its root."""
+        """Return the same search on the indices that `node` leaves free, and its root."""
         kept, pruned, free = (np.flatnonzero(node.status == value) for value in (KEPT, PRUNED, FREE))
         if self.program == "joint":
             definite, matrix, linear, constant = reduce_joint(self.matrix, self.linear, kept, free)
@@ -131,7 +140,7 @@ class Subproblems:
         return self.lifted(node.status == KEPT)
 
     def improve(self, node: Node) -> BoolArray:
-        """A kept set from rounding the node's relaxation and swaps."""
+        """Return a kept set from rounding the node's relaxation and swaps."""
         kernel = improve_joint if self.program == "joint" else improve_selection
         return self.lifted(
             kernel(

@@ -76,7 +76,12 @@ class Search:
         """Bound from which a node cannot hold a set better by more than the gap asked for."""
         slack = self.limits.rel_gap * max(abs(self.incumbent), 1e-12 / self.scale)
         allowance = self.allowance
-        return self.incumbent - max(slack - 2.0 * allowance, 2.0 * allowance)
+        if slack < 4.0 * allowance:
+            # The bound is the cutoff less one allowance: room for that where the gap can be met at all.
+            room = slack - allowance if 2.0 * slack >= 3.0 * allowance else 2.0 * allowance
+        else:
+            room = slack - 2.0 * allowance
+        return self.incumbent - room
 
     @property
     def bound(self) -> float:
@@ -126,7 +131,7 @@ class Search:
         )
 
     def reached(self) -> Limit | None:
-        """The limit that has been reached, if any; keeps the trace going."""
+        """Return the limit that has been reached, if any; keeps the trace going."""
         now = time.perf_counter()
         if now - self._traced > TRACE_INTERVAL:
             self.record()

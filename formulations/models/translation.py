@@ -95,7 +95,7 @@ def _column_arrays(variables: list[Any]) -> dict[str, Any]:
 
 
 def _plain_name(name: str) -> str:
-    """A name that MPS, LP and QPLIB readers all take: letters, digits and underscores."""
+    """Return a name that MPS, LP and QPLIB readers all take: letters, digits and underscores."""
     return "".join(c if c.isalnum() else "_" for c in name).strip("_").replace("__", "_")
 
 

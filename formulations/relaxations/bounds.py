@@ -18,10 +18,11 @@ from formulations.relaxations.first_order import StopRule
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.linear import LINEAR_RELAXATIONS, relax_linear
 from formulations.relaxations.matrix_free import GRAM_LARGEST, JointRows, SelectionRows, solve_rows
+from formulations.relaxations.only_set import has_one_set, only_set_certificate
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate, round_joint
 from formulations.relaxations.split_relaxation import relax_with_split
 from formulations.relaxations.tightening import SPLIT_LARGEST, SPLIT_ROUNDS, tightened
-from formulations.solution import BlockSolution, Certificate, Limits, SolveStats, Termination
+from formulations.solution import BlockSolution, Limits, SolveStats, Subject
 
 DENSE_LARGEST = 2000
 """Largest block for which ``H`` is formed although rows are given."""
@@ -86,29 +87,22 @@ def lower_bound(
     pool = IncumbentPool(problem, program, incumbent)
     wanted = pool.objective - limits.rel_gap * max(abs(pool.objective), 1e-12)
     stop = StopRule(limits, started, wanted)
-    certificate: Certificate | None = None
-    bound: float | None
-    if 0 < problem.n_prune < problem.n:
-        if relaxation in LINEAR_RELAXATIONS:
-            certificate = relax_linear(problem, relaxation, limits, pool)
-        else:
-            certificate = _relaxed(problem, pool, stop, incumbent, diagonal_split, fix)
-        bound = certificate.lower_bound(problem)
-    else:
-        # One set only: its value is the optimum.
+    certificate: RelaxationCertificate
+    if has_one_set(problem):
         pool.offer(np.full(problem.n, problem.n_prune == 0))
-        bound = pool.objective
-    if not math.isfinite(bound):
-        bound, certificate = None, None
-    gap = math.inf if bound is None else (pool.objective - bound) / max(abs(pool.objective), 1e-12)
-    proved = gap <= limits.rel_gap
+        certificate = only_set_certificate(problem, program)
+    elif relaxation in LINEAR_RELAXATIONS:
+        certificate = relax_linear(problem, relaxation, limits, pool)
+    else:
+        certificate = _relaxed(problem, pool, stop, incumbent, diagonal_split, fix)
+    bound = certificate.lower_bound(problem)
     return pool.solution(
         method="lower_bound",
+        rel_gap=limits.rel_gap,
         bound=bound,
-        termination=Termination.OPTIMAL if proved else Termination.FEASIBLE,
-        limit=None if proved else stop.limit,
-        rel_gap=limits.rel_gap if proved else None,
-        certificate=certificate,
+        finished=has_one_set(problem),
+        limit=stop.limit,
+        certificate=certificate if math.isfinite(bound) else None,
         stats=SolveStats(seconds=time.perf_counter() - started, iterations=stop.steps),
     )
 
@@ -133,7 +127,7 @@ def _relaxed(
     diagonal_split: bool | None,
     fix: bool,
 ) -> RelaxationCertificate:
-    """The certificate of the program's own relaxation."""
+    """Return the certificate of the program's own relaxation."""
     split_here = problem.n <= SPLIT_LARGEST if diagonal_split is None else diagonal_split
     rounds = SPLIT_ROUNDS if split_here else 0
     certificate: RelaxationCertificate
@@ -155,7 +149,7 @@ def _relaxed(
 
 
 def _earlier_point(problem: BlockProblem, program: str, incumbent: BlockSolution | None) -> FloatArray | None:
-    """The point of the incumbent's certificate, if it is one of this program."""
+    """Return the point of the incumbent's certificate, if it is one of this program."""
     certificate = None if incumbent is None else incumbent.certificate
     own = PerspectiveCertificate if program == "joint" else CappedSimplexCertificate
     if not isinstance(certificate, own):
@@ -174,7 +168,8 @@ def _from_rows(
         unscaled = None if gram is None else gram * problem.damping
         split = np.full(problem.n, problem.damping * (1.0 - SPLIT_MARGIN))
         shape = asdict(fisher_shape(problem, unscaled, rank=False))
-        return PerspectiveCertificate(point=best.point / joint.root, split=split, **shape)
+        subject = Subject.of(problem, "joint")
+        return PerspectiveCertificate(subject=subject, point=best.point / joint.root, split=split, **shape)
     selection = SelectionRows(problem)
     uniform = np.full(problem.n, problem.n_prune / problem.n)
     best, _ = solve_rows(selection, stop, uniform if start is None else start)
@@ -182,6 +177,7 @@ def _from_rows(
     pool.offer(round_selection(point, problem.n_prune))
     affordable = min(problem.rows.shape) <= GRAM_LARGEST and not stop.out_of_time()
     return CappedSimplexCertificate(
+        subject=Subject.of(problem, "selection"),
         point=point,
         shift=problem.damping * problem.weights**2 * (1.0 - SPLIT_MARGIN),
         **asdict(fisher_shape(problem, rank=affordable)),

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from formulations.dense_forms import DenseForm, error_factor
-from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
+from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray, frozen_array
 from formulations.relaxations.capped_simplex_kernels import (
     METRIC_FLOOR,
     METRIC_SHARE,
@@ -60,7 +60,7 @@ class CappedSimplexCertificate(RelaxationCertificate):
         return "capped_simplex"
 
     def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
-        """The underestimate ``base + sum over the pruned of r_i``; O(m n).
+        """Return the underestimate ``base + sum over the pruned of r_i``; O(m n).
 
         None if the shifted matrix on the free weights is not proved semidefinite: free with rows and
         ``u <= damping w^2``, a Cholesky factorisation otherwise.
@@ -72,10 +72,12 @@ class CappedSimplexCertificate(RelaxationCertificate):
         y = np.where(given.prune, 1.0, np.where(given.keep, 0.0, self.point))
         # A zero weight has a zero row in diag(w) H diag(w), so only the other indices matter.
         square = w * w
-        used = square > 0.0
+        used = square >= SMALLEST
         split = np.divide(shift, square, out=np.zeros(problem.n), where=used) * (1.0 + 1e-15)
+        # The square of a tiny weight has lost its digits: such a weight has a place, and no shift.
+        used = w != 0.0
         free = given.free
-        if bool((shift[free & ~used] > 0.0).any()):
+        if bool((shift[free & (square < SMALLEST)] > 0.0).any()):
             return None
         if not split_is_valid(problem, split, norms, used & free):
             return None

@@ -259,6 +259,10 @@ def solve_capped_simplex(
         product = right_side - metric * solved
         value = -0.5 * np.dot(solved, product) + smallest_sum(product + linear, count)
         if value > best:
+            # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
+            product = np.dot(smooth, solved)
+            value = -0.5 * np.dot(solved, product) + smallest_sum(product + linear, count)
+        if value > best:
             best = value
             copy_into(best_point, solved)
             copy_into(best_slope, product + linear)

@@ -22,6 +22,10 @@ import numpy as np
 from formulations.dense_forms import error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.certified import largest_sum
+from formulations.solution import Subject
+
+UNDERFLOW = 1e-300
+"""More than all terms of a bound that vanish in float64 can add up to."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +51,7 @@ class Fixing:
             object.__setattr__(self, name, array)
 
     def __repr__(self) -> str:
-        """Counts in one line; the arrays are left out."""
+        """Return counts in one line; the arrays are left out."""
         kept, pruned = int(self.keep.sum()), int(self.prune.sum())
         return f"Fixing({kept} kept, {pruned} pruned of {self.keep.size}, cutoff={self.cutoff:.6g})"
 
@@ -62,10 +66,11 @@ class Fixing:
         return int(self.keep.sum() + self.prune.sum())
 
     @staticmethod
-    def nothing(n: int) -> Fixing:
-        """No weight fixed, which holds for every set."""
-        none = np.zeros(n, dtype=np.bool_)
-        return Fixing(keep=none, prune=none, cutoff=math.inf)
+    def by_count(problem: BlockProblem) -> Fixing:
+        """Return what holds for every set of the right size: no weight fixed, or all if all or none stay."""
+        keep = np.full(problem.n, problem.n_prune == 0)
+        prune = np.full(problem.n, problem.n_keep == 0)
+        return Fixing(keep=keep & ~prune, prune=prune, cutoff=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,9 @@ class RelaxationCertificate(ABC):
 
     Attributes
     ----------
+    subject : Subject or None
+        Program, count and fingerprint of the block that it was made for. Nothing rests on it, as
+        everything is computed anew from the block at hand; `formulations.verify` compares it.
     rho : float or None
         Relative damping of the block, `FisherShape.rho`; descriptive.
     effective_rank : float or None
@@ -106,6 +114,7 @@ class RelaxationCertificate(ABC):
     chosen_are_kept: ClassVar[bool]
     """Whether the costs are paid by kept weights, or by pruned ones."""
 
+    subject: Subject | None = None
     rho: float | None = None
     effective_rank: float | None = None
     fixing: Fixing | None = None
@@ -117,25 +126,37 @@ class RelaxationCertificate(ABC):
         """Name of the relaxation."""
 
     @property
+    def program(self) -> str:
+        """The program that it bounds."""
+        return "joint" if self.chosen_are_kept else "selection"
+
+    @property
     def n_fixed(self) -> int:
         """Number of weights proved fixed."""
         return 0 if self.fixing is None else self.fixing.count
 
     @abstractmethod
     def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
-        """The linear underestimate on the sets that obey `given`; None if it is not proved valid."""
+        """Return the linear underestimate on the sets that obey `given`; None if it is not proved valid."""
 
     def lower_bound(self, problem: BlockProblem) -> float:
-        """Recompute the bound with one product with ``H``, less a proven bound on all rounding.
+        """Recompute the bound with one product with ``H``, less twice a proven bound on all rounding.
 
         With a `basis`, whose fixings are proved first, the bound is the smaller of the restricted
         bound and the cutoff. ``-inf`` if anything does not fit the block or is not proved.
         """
+        return self._proved(problem, 2.0)
+
+    def proves_bound(self, problem: BlockProblem, bound: float) -> bool:
+        """Whether `bound` is proved: what one machine lowered by twice the rounding, another may by 1.5."""
+        return bound <= self._proved(problem, 1.5)
+
+    def _proved(self, problem: BlockProblem, caution: float) -> float:
         given = self._proved_basis(problem)
         line = None if given is None else self.linearisation(problem, given)
         if line is None or given is None:
             return -math.inf
-        return min(self._restricted(problem, line, given), given.cutoff)
+        return min(self._restricted(problem, line, given, caution), given.cutoff)
 
     def proves_fixing(self, problem: BlockProblem) -> bool:
         """Whether every weight listed in `fixing` is proved fixed, by one product with ``H``."""
@@ -175,8 +196,11 @@ class RelaxationCertificate(ABC):
 
     def _proved_basis(self, problem: BlockProblem) -> Fixing | None:
         if self.basis is None:
-            return Fixing.nothing(problem.n)
-        return self.basis.fixing if self.basis.proves_fixing(problem) else None
+            return Fixing.by_count(problem)
+        # What every good set of one program has in common says nothing about the other one.
+        if self.basis.program != self.program or not self.basis.proves_fixing(problem):
+            return None
+        return self.basis.fixing
 
     def _parts(self, problem: BlockProblem, given: Fixing) -> tuple[BoolArray, BoolArray, BoolArray, int]:
         """Chosen, not chosen and free weights under `given`, and how many free ones to choose."""
@@ -184,7 +208,9 @@ class RelaxationCertificate(ABC):
             return given.keep, given.prune, given.free, problem.n_keep - int(given.keep.sum())
         return given.prune, given.keep, given.free, problem.n_prune - int(given.prune.sum())
 
-    def _restricted(self, problem: BlockProblem, line: Linearisation, given: Fixing) -> float:
+    def _restricted(
+        self, problem: BlockProblem, line: Linearisation, given: Fixing, caution: float = 2.0
+    ) -> float:
         """Minimum of the underestimate over the sets that obey `given`, rounded down."""
         chosen, _, free, count = self._parts(problem, given)
         if not 0 <= count <= int(free.sum()):
@@ -194,8 +220,8 @@ class RelaxationCertificate(ABC):
         magnitude = float(np.abs(cost).sum()) + largest_sum(np.abs(rest), count)
         lost = line.lost + float(line.error[chosen].sum()) + largest_sum(line.error[free], count)
         # A sum of n terms in any order, and the additions around it.
-        lost += error_factor(problem.n + 16) * magnitude
-        return line.base + total - 2.0 * lost
+        lost += error_factor(problem.n + 16) * magnitude + UNDERFLOW
+        return line.base + total - caution * lost
 
 
 def _rise(bound: float, new: FloatArray | float, old: FloatArray | float) -> FloatArray:

@@ -24,7 +24,8 @@ class BoundedVector:
 
 def column_norms(problem: BlockProblem) -> FloatArray:
     """``sqrt(H_ii)`` from above, (n,): ``|H_ij| <= d_i d_j`` bounds every rounding error of ``H``."""
-    return np.asarray(np.sqrt(problem.hessian_diagonal()) * (1.0 + 1e-6))
+    diagonal = problem.hessian_diagonal() + problem.indefiniteness
+    return np.asarray(np.sqrt(diagonal) * (1.0 + 1e-6))
 
 
 def row_norms(problem: BlockProblem, norms: FloatArray) -> FloatArray:
@@ -64,7 +65,7 @@ def definiteness_margin(problem: BlockProblem, order: int) -> float:
 
 
 def provable_split(problem: BlockProblem, split: FloatArray) -> FloatArray:
-    """The largest split up to `split` that `split_is_valid` can prove if ``H - diag(split)`` is semidefinite.
+    """Return the largest split up to `split` that `split_is_valid` proves if ``H - split`` is semidefinite.
 
     A damping that came with a Hessian proves nothing by itself: the split gives way for the rounding of a
     Cholesky factorisation, twice, and may no longer be positive then.
@@ -85,6 +86,8 @@ def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, 
     if problem.rows is not None and bool((split[index] <= problem.damping).all()):
         return True
     n = index.size
+    if n == 0:
+        return True
     margin = definiteness_margin(problem, n)
     if problem.rows is not None:
         columns = problem.rows[:, index]
@@ -102,7 +105,13 @@ def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, 
 
 
 def value_ceiling(problem: BlockProblem, new_weights: FloatArray) -> float:
-    """The loss increase of `new_weights`, rounded up by a proven bound on all rounding; O(m n).
+    """Return the loss increase of `new_weights`, rounded up by a proven bound on all rounding; O(m n)."""
+    value, lost = bounded_value(problem, new_weights)
+    return value + lost
+
+
+def bounded_value(problem: BlockProblem, new_weights: FloatArray) -> tuple[float, float]:
+    """Return the loss increase of `new_weights` and a proven bound on its error; O(m n).
 
     ``d = u - w`` has relative error ``e`` in each entry, which moves ``1/2 d.H d`` by at most
     ``2 e (sum_i d_i |H_ii|^1/2)^2``.
@@ -117,7 +126,7 @@ def value_ceiling(problem: BlockProblem, new_weights: FloatArray) -> float:
     )
     magnitude = 0.5 * float(size @ np.abs(product.value)) + float(np.abs(gradient) @ size)
     lost += error_factor(problem.n + 16) * magnitude
-    return 0.5 * float(step @ product.value) + float(gradient @ step) + 2.0 * lost
+    return 0.5 * float(step @ product.value) + float(gradient @ step), 2.0 * lost
 
 
 def largest_sum(values: FloatArray, count: int) -> float:

@@ -98,7 +98,7 @@ def barrier_step(
 
 
 def interior_split(matrix: FloatArray, split: FloatArray, positive: bool) -> FloatArray:
-    """A strictly feasible split near a feasible one: the barrier's starting point."""
+    """Return a strictly feasible split near a feasible one: the barrier's starting point."""
     shrunk = INTERIOR_SHARE * split
     if not positive:
         # The split may be 0 on a singular matrix; it may also be negative.

@@ -58,7 +58,7 @@ class RowRelaxation(Protocol):
         ...
 
     def bound(self, point: FloatArray, product: FloatArray) -> float:
-        """The bound that `point` proves in units of the loss; `product` = ``Q point``."""
+        """Return the bound that `point` proves in units of the loss; `product` = ``Q point``."""
         ...
 
     def shrink(self, target: FloatArray, penalty: float, image: FloatArray) -> None:
@@ -146,7 +146,7 @@ def q_product(relaxation: RowRelaxation, x: FloatArray) -> FloatArray:
 
 
 def starting_point(relaxation: RowRelaxation, start: FloatArray | None) -> BestPoint:
-    """The first point and its bound: `start`, or zero."""
+    """Return the first point and its bound: `start`, or zero."""
     if start is None:
         start = np.zeros(relaxation.linear.size)
         product = np.zeros_like(start)

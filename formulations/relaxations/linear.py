@@ -16,7 +16,7 @@ no such relaxation: its new weights enter quadratically.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -24,15 +24,13 @@ from scipy.sparse import coo_matrix
 from formulations.dense_forms import error_factor
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
+from formulations.milp import Milp, MilpControls, run_milp
 from formulations.problem import BlockProblem, FloatArray, IntArray, frozen_array
 from formulations.relaxations.capped_simplex import round_selection
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import column_norms
 from formulations.relaxations.fisher_shape import fisher_shape
-from formulations.solution import Limits
-
-if TYPE_CHECKING:
-    from formulations.solvers.highs import Milp
+from formulations.solution import Limits, Subject
 
 LINEAR_RELAXATIONS = ("mccormick", "rlt")
 LINEAR_LARGEST = 128
@@ -74,7 +72,7 @@ class LinearCertificate(RelaxationCertificate):
         return self.relaxation
 
     def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
-        """The underestimate above, computed anew from the block; O(m n^2)."""
+        """Return the underestimate above, computed anew from the block; O(m n^2)."""
         n = problem.n
         fits = self.above.shape == self.below.shape == (n, n) and self.degree.shape == (n,)
         if not fits or bool((self.above < 0.0).any() or (self.below < 0.0).any()):
@@ -120,8 +118,6 @@ def relax_linear(
     UnsupportedProblemError
         If the block has more than 128 weights.
     """
-    from formulations.solvers.highs import MilpControls, run_milp
-
     n = problem.n
     if n > LINEAR_LARGEST:
         found = f"{relaxation!r} for {n} weights"
@@ -183,9 +179,7 @@ class _LinearProgram:
         return 1 + self.repelled.size + 2 * self.attracted.size + degrees
 
     def model(self) -> Milp:
-        """The program for HiGHS, without integer columns."""
-        from formulations.solvers.highs import Milp
-
+        """Return the program for HiGHS, without integer columns."""
         first, second = self.pairs
         n, up, down = self.n, self.repelled, self.attracted
         entries: list[tuple[IntArray, IntArray, float]] = []
@@ -241,7 +235,7 @@ class _LinearProgram:
         )
 
     def certificate(self, duals: FloatArray, problem: BlockProblem) -> LinearCertificate:
-        """The multipliers in units of the loss, wrong signs set to 0."""
+        """Return the multipliers in units of the loss, wrong signs set to 0."""
         first, second = self.pairs
         n, up, down = self.n, self.repelled, self.attracted
         duals = duals * self.unit
@@ -253,6 +247,7 @@ class _LinearProgram:
         if self.relaxation == "rlt":
             degree = -groups[3]
         return LinearCertificate(
+            subject=Subject.of(problem, "selection"),
             relaxation=self.relaxation,
             above=above,
             below=below,

@@ -61,7 +61,7 @@ class PerspectiveCertificate(RelaxationCertificate):
         return "perspective"
 
     def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
-        """The underestimate ``base - sum over the kept of 1/2 h_i^2 / D_i``; O(m n).
+        """Return the underestimate ``base - sum over the kept of 1/2 h_i^2 / D_i``; O(m n).
 
         None if ``H - D`` on the weights not given as pruned is not proved semidefinite: free with rows
         and ``D <= damping``, a Cholesky factorisation otherwise.

@@ -36,7 +36,7 @@ OVER_RELAXATION = 1.7
 
 @compiled
 def dual_value(u: FloatArray, product: FloatArray, linear: FloatArray, split: FloatArray, size: int) -> float:
-    """The lower bound that `u` proves; `product` = ``Q u``."""
+    """Return the lower bound that `u` proves; `product` = ``Q u``."""
     residual = linear - product
     return -0.5 * float(np.dot(u, product)) - 0.5 * largest_sum(residual * residual / split, size)
 
@@ -60,6 +60,24 @@ def dual_rounding(
         error = np.sqrt(max(smooth[i, i], 0.0)) * reach + abs(linear[i]) + abs(residual[i])
         terms[i] = error * (abs(residual[i]) + gamma * error)
     return 1.01 * gamma * (reach * reach + largest_sum(terms, size))
+
+
+@compiled
+def indefinite_rounding(
+    linear: FloatArray, point: FloatArray, residual: FloatArray, constant: float, reach: FloatArray
+) -> float:
+    """Return what a point far from every good set may lose where rounding has made ``Q`` indefinite; O(n).
+
+    ``Q`` may be indefinite by ``gamma (|u|_1 + |v|_1)^2 / 2`` between a good set's point ``u`` and the
+    relaxation's ``v``. The form's allowance covers ``u``, and ``v`` if its quadratic value is as good;
+    here ``|v|_1`` is bounded by that value, as in `dense_forms.joint_form`.
+    """
+    quadratic = constant
+    for i in range(point.size):
+        quadratic += point[i] * (0.5 * (point[i] - linear[i] - residual[i]))
+    above = max(quadratic - reach[3], 0.0)
+    size = reach[1] + reach[2] * np.sqrt(2.0 * above)
+    return float(reach[0] * size * size)
 
 
 @compiled
@@ -275,6 +293,10 @@ def solve_perspective(
         solved = np.dot(inverse, right_side)
         product = right_side - solved
         value = dual_value(solved, product, linear, ones, size)
+        if value > best:
+            # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
+            product = np.dot(smooth, solved)
+            value = dual_value(solved, product, linear, ones, size)
         if value > best:
             best = value
             copy_into(best_point, solved)

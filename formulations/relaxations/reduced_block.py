@@ -67,7 +67,7 @@ class ReducedBlock:
         return full
 
     def lift(self, solution: BlockSolution) -> BlockSolution:
-        """A solution of the reduced block as one of the block, evaluated there.
+        """Return a solution of the reduced block as one of the block, evaluated there.
 
         Its bound carries over, lowered by `allowance`: every set of the block is above the cutoff of
         the fixings or one of the reduced block. Where no allowance is proved the bound is that of
@@ -82,22 +82,20 @@ class ReducedBlock:
             carried = solution.bound + self.offset
             carried -= self.allowance + error_factor(4) * (abs(solution.bound) + abs(self.offset))
             bound = max(bound, min(carried, self.fixing.cutoff))
-        rel_gap = solution.rel_gap
-        gap = math.inf if bound is None else (pool.objective - bound) / max(abs(pool.objective), 1e-12)
-        proved = rel_gap is not None and gap <= rel_gap
         return pool.solution(
             method=solution.method,
-            bound=bound,
-            termination=Termination.OPTIMAL if proved else Termination.FEASIBLE,
-            limit=None if proved else solution.limit,
-            rel_gap=rel_gap if proved else None,
+            # Without a gap asked for, none but an exact bound is called a proof.
+            rel_gap=0.0 if solution.rel_gap is None else solution.rel_gap,
+            bound=-math.inf if bound is None else bound,
+            finished=solution.termination is Termination.OPTIMAL,
+            limit=solution.limit,
             certificate=self.certificate,
             stats=solution.stats,
         )
 
 
 def reduce_block(problem: BlockProblem, solution: BlockSolution) -> ReducedBlock:
-    """The block on the weights that the certificate of `solution` leaves free.
+    """Return the block on the weights that the certificate of `solution` leaves free.
 
     Parameters
     ----------
@@ -125,7 +123,7 @@ def reduce_block(problem: BlockProblem, solution: BlockSolution) -> ReducedBlock
 
 
 def reduced_block(problem: BlockProblem, program: str, fixing: Fixing, *, ridge: float = 0.0) -> ReducedBlock:
-    """The reduced block of given fixings.
+    """Return the reduced block of given fixings.
 
     `ridge` is taken off the diagonal of the kept weights before they are eliminated: a split of the
     reduced block, with `ridge` on the kept weights, is then a split of the block. O(m^2 n + m^3).
@@ -237,7 +235,7 @@ def _eliminate_in_rows(
 def _eliminate_dense(
     problem: BlockProblem, target: FloatArray, kept: IntArray, free: IntArray, ridge: float
 ) -> _Eliminated:
-    """The Schur complement."""
+    """Return the Schur complement."""
     matrix = problem.dense_hessian()
     matrix[kept, kept] -= ridge
     definite, reduced, linear, gained = reduce_joint(matrix, target, kept, free)

@@ -20,7 +20,7 @@ LARGEST_PERTURBATION = 0.1
 def selection_allowance(
     problem: BlockProblem, removed: FloatArray, image: BoundedVector, free: IntArray
 ) -> float:
-    """Allowance of the selection program, with `image` = ``H removed`` and its error.
+    """Return the allowance of the selection program, with `image` = ``H removed`` and its error.
 
     The gradient of the reduced block is ``g - image``, rounded; the offset two inner products.
     """
@@ -40,7 +40,7 @@ def joint_allowance(
     carried: FloatArray,
     cutoff: float,
 ) -> float:
-    """Allowance of the joint program on rows, for sets of value at most `cutoff`; inf if none is proved.
+    """Return the joint program's allowance on rows for sets of value up to `cutoff`; inf if none is proved.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ PANEL_BYTES = 2**26
 
 
 def scaled_gram(rows: FloatArray, scale: FloatArray, stopped: Callable[[], bool]) -> FloatArray | None:
-    """The smaller of ``Z Z^T`` and ``Z^T Z``, summed over panels; None if `stopped` says so in between.
+    """Return the smaller of ``Z Z^T`` and ``Z^T Z``, summed over panels; None if `stopped` says so between.
 
     O(m n min(m, n)); beside the rows it needs the result and one panel.
     """

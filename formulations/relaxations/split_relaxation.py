@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 
 from formulations.dense_forms import DenseForm, joint_form, selection_form
-from formulations.problem import BlockProblem, BoolArray, FloatArray
+from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
 from formulations.relaxations.certified import provable_split
 from formulations.relaxations.diagonal_split import never
@@ -20,6 +20,7 @@ from formulations.relaxations.perspective import (
     relax_joint,
     round_joint,
 )
+from formulations.solution import Subject
 
 
 def relax_with_split(
@@ -74,7 +75,7 @@ def relax_with_split(
 
 
 def joint_split(problem: BlockProblem, form: DenseForm) -> FloatArray:
-    """A valid split of the joint form: the damping, or without one the smallest eigenvalue."""
+    """Return a valid split of the joint form: the damping, or without one the smallest eigenvalue."""
     if problem.damping > 0.0:
         return problem.damping / problem.hessian_diagonal() * (1.0 - SPLIT_MARGIN)
     lowest = float(np.linalg.eigvalsh(form.matrix)[0])
@@ -82,15 +83,16 @@ def joint_split(problem: BlockProblem, form: DenseForm) -> FloatArray:
 
 
 def selection_shift(problem: BlockProblem, form: DenseForm) -> FloatArray:
-    """A valid shift of the selection form: the damping's share of the diagonal."""
+    """Return a valid shift of the selection form: the damping's share of the diagonal."""
     return problem.damping * problem.weights**2 / form.scale * (1.0 - SPLIT_MARGIN)
 
 
 def joint_certificate(
     problem: BlockProblem, form: DenseForm, point: FloatArray, split: FloatArray, root: FloatArray
 ) -> PerspectiveCertificate:
-    """A point and split of the joint form in the block's own units."""
+    """Return a point and split of the joint form in the block's own units."""
     return PerspectiveCertificate(
+        subject=Subject.of(problem, "joint"),
         point=point * math.sqrt(form.scale) / root,
         split=provable_split(problem, split * root**2 * (1.0 - SPLIT_MARGIN)),
         **asdict(fisher_shape(problem)),
@@ -100,9 +102,11 @@ def joint_certificate(
 def selection_certificate(
     problem: BlockProblem, form: DenseForm, point: FloatArray, shift: FloatArray
 ) -> CappedSimplexCertificate:
-    """A point and shift of the selection form in the block's own units."""
+    """Return a point and shift of the selection form in the block's own units."""
     square = problem.weights**2
-    used = square > 0.0
+    used = square >= SMALLEST
     split = np.divide(shift * form.scale, square, out=np.zeros(problem.n), where=used)
-    proved = np.where(used, provable_split(problem, split) * square, shift * form.scale)
-    return CappedSimplexCertificate(point=point, shift=proved, **asdict(fisher_shape(problem)))
+    proved = np.where(used, provable_split(problem, split) * square, np.minimum(shift * form.scale, 0.0))
+    return CappedSimplexCertificate(
+        subject=Subject.of(problem, "selection"), point=point, shift=proved, **asdict(fisher_shape(problem))
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.linear import LinearCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
-from formulations.solution import Certificate
+from formulations.solution import Certificate, Subject
 
 CERTIFICATES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "perspective": (PerspectiveCertificate, ("point", "split")),
@@ -43,6 +44,7 @@ def certificate_entries(
         entries.append(
             {
                 "kind": current.kind,
+                "subject": None if current.subject is None else asdict(current.subject),
                 "rho": current.rho,
                 "effective_rank": current.effective_rank,
                 "cutoff": None if fixing is None else fixing.cutoff,
@@ -55,7 +57,7 @@ def certificate_entries(
 def restored_certificate(
     entries: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]
 ) -> RelaxationCertificate | None:
-    """The certificate that `certificate_entries` described.
+    """Return the certificate that `certificate_entries` described.
 
     Raises
     ------
@@ -72,10 +74,12 @@ def restored_certificate(
         if entry.get("cutoff") is not None:
             keep, prune = arrays[f"{prefix}keep"], arrays[f"{prefix}prune"]
             fixing = Fixing(keep=keep, prune=prune, cutoff=float(entry["cutoff"]))
+        subject = entry.get("subject")
         named = {"relaxation": entry["kind"]} if cls is LinearCertificate else {}
         certificate = cls(
             **named,
             **{name: arrays[prefix + name] for name in names},
+            subject=None if subject is None else Subject(**subject),
             rho=entry.get("rho"),
             effective_rank=entry.get("effective_rank"),
             fixing=fixing,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from formulations.errors import NotPositiveDefiniteError
+from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool
 from formulations.loss import solve_kept_block, solved_weights
 from formulations.problem import BlockProblem, FloatArray
@@ -41,7 +41,7 @@ def tightened(
     improve_split: bool,
     stopped: Callable[[], bool],
 ) -> RelaxationCertificate:
-    """The certificate with its fixings, or a better one that rests on them.
+    """Return the certificate with its fixings, or a better one that rests on them.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def tightened(
 def _with_fixing(
     problem: BlockProblem, pool: IncumbentPool, certificate: RelaxationCertificate
 ) -> tuple[RelaxationCertificate, Fixing | None]:
-    """The certificate with what it fixes given the best set known."""
+    """Return the certificate with what it fixes given the best set known."""
     assert pool.keep is not None
     cutoff = value_ceiling(problem, solved_weights(problem, pool.keep, pool.program))
     if certificate.basis is not None and certificate.basis.fixing is not None:
@@ -98,7 +98,7 @@ def _relaxed_again(
     improve_split: bool,
     stopped: Callable[[], bool],
 ) -> RelaxationCertificate | None:
-    """A certificate on the weights left free, or None where that cannot help or costs too much."""
+    """Return a certificate on the weights left free, or None where that cannot help or costs too much."""
     free = int(fixing.free.sum())
     joint = pool.program == "joint"
     if free > SPLIT_LARGEST or (joint and problem.n - int(fixing.prune.sum()) > KEPT_LARGEST):
@@ -116,19 +116,20 @@ def _relaxed_again(
             inner, keep = relax_with_split(reduced.problem, pool.program, cutoff, rounds, stopped)
             pool.offer(reduced.lifted(keep))
             point, split = inner.point, _split_of(inner)
-    except NotPositiveDefiniteError:
+    except ArgumentError:
+        # Singular, or out of the range of float64.
         return None
     lift = _lifted_joint if joint else _lifted_selection
     return lift(reduced, basis, point, split, ridge)
 
 
 def _least_curvature(problem: BlockProblem, basis: RelaxationCertificate) -> float:
-    """A positive number that ``H`` exceeds: the damping, or the least entry of a proved split."""
+    """Return a positive number that ``H`` exceeds: the damping, or the least entry of a proved split."""
     return problem.damping if problem.damping > 0.0 else float(_split_of(basis).min())
 
 
 def _split_of(certificate: RelaxationCertificate) -> FloatArray:
-    """The diagonal part of either certificate."""
+    """Return the diagonal part of either certificate."""
     if isinstance(certificate, PerspectiveCertificate):
         return certificate.split
     assert isinstance(certificate, CappedSimplexCertificate)
@@ -138,7 +139,7 @@ def _split_of(certificate: RelaxationCertificate) -> FloatArray:
 def _lifted_joint(
     reduced: ReducedBlock, basis: RelaxationCertificate, point: FloatArray, split: FloatArray, ridge: float
 ) -> PerspectiveCertificate:
-    """The point and split of the reduced block on the whole one, the kept weights at their best."""
+    """Return the point and split of the reduced block on the whole one, the kept weights at their best."""
     parent, fixing, free = reduced.parent, reduced.fixing, reduced.free
     full, full_split = np.zeros(parent.n), np.full(parent.n, ridge)
     full[free], full_split[free] = point, split
@@ -148,6 +149,7 @@ def _lifted_joint(
     if kept.size:
         full[kept] = parent.weights[kept] + solve_kept_block(parent, kept, right)
     return PerspectiveCertificate(
+        subject=basis.subject,
         point=full,
         split=np.maximum(full_split, np.finfo(np.float64).tiny),
         rho=basis.rho,
@@ -159,9 +161,14 @@ def _lifted_joint(
 def _lifted_selection(
     reduced: ReducedBlock, basis: RelaxationCertificate, point: FloatArray, split: FloatArray, ridge: float
 ) -> CappedSimplexCertificate:
-    """The point and shift of the reduced block on the whole one; `ridge` is not used."""
+    """Return the point and shift of the reduced block on the whole one; `ridge` is not used."""
     full, full_shift = reduced.fixing.prune.astype(np.float64), np.zeros(reduced.parent.n)
     full[reduced.free], full_shift[reduced.free] = point, split
     return CappedSimplexCertificate(
-        point=full, shift=full_shift, rho=basis.rho, effective_rank=basis.effective_rank, basis=basis
+        subject=basis.subject,
+        point=full,
+        shift=full_shift,
+        rho=basis.rho,
+        effective_rank=basis.effective_rank,
+        basis=basis,
     )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from formulations.errors import SolverUnavailableError, UnknownOptionError, UnsupportedProblemError
+from formulations.milp import DUAL_TOLERANCE
 from formulations.models import MODELS, ModelSize, ModelSpec, model_spec
 from formulations.models.standard_form import StandardForm
 from formulations.preparation import prepare
@@ -26,8 +27,6 @@ from formulations.problem import BlockProblem, BoolArray, FloatArray, check_prog
 from formulations.solution import BlockSolution, Limit, Limits
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
 
-DUAL_TOLERANCE = 1e-9
-"""Dual feasibility tolerance asked of every linear-programming solver."""
 FIXED = "the bridge, because the stated bound rests on it"
 """Why a native option is reserved that no field of `Limits` sets."""
 
@@ -247,7 +246,7 @@ class Solver:
         method = ":".join((kind, spec.name, backend) if backend else (kind, spec.name))
         known = known_set(problem, program, method, limits, incumbent)
         if problem.n_prune in (0, problem.n):
-            return only_set(problem, known, began)
+            return only_set(problem, known, limits, began)
         if limits.time_limit == 0.0:
             return conclude(problem, known, limits, began, limit=Limit.TIME)
         deadline = None if limits.time_limit is None else began + limits.time_limit

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from formulations.incumbents import checked_incumbent, greedy
-from formulations.loss import objective, solved_weights
+from formulations.loss import objective, solved_weights, trivial_bound
 from formulations.problem import BlockProblem, BoolArray
+from formulations.relaxations.only_set import only_set_certificate
 from formulations.solution import (
     BlockSolution,
     Certificate,
@@ -24,6 +25,7 @@ from formulations.solution import (
     SolveStats,
     Termination,
     TracePoint,
+    status_of,
 )
 
 INCONSISTENCY = 1e-6
@@ -44,6 +46,8 @@ def known_set(
     ArgumentError
         If the incumbent has no set or keeps the wrong number of weights.
     """
+    if program == "joint":
+        problem.require_definite()
     if incumbent is None:
         incumbent = greedy(problem, program, limits=limits)
     return _solution(problem, program, method, checked_incumbent(problem, incumbent))
@@ -62,24 +66,21 @@ def _solution(
     )
 
 
-def only_set(problem: BlockProblem, known: BlockSolution, began: float) -> BlockSolution:
-    """Return the proved answer where only one set has the right size (``n_prune`` 0 or n)."""
+def only_set(problem: BlockProblem, known: BlockSolution, limits: Limits, began: float) -> BlockSolution:
+    """Return the answer where only one set has the right size (``n_prune`` 0 or n), with its certificate."""
     assert known.keep is not None
-    return _solution(
+    certificate = only_set_certificate(problem, known.program)
+    bound = certificate.lower_bound(problem)
+    return conclude(
         problem,
-        known.program,
-        known.method,
-        known.keep,
-        bound=known.objective,
-        termination=Termination.OPTIMAL,
-        rel_gap=0.0,
-        stats=SolveStats(seconds=time.perf_counter() - began, message="only one set has this size"),
+        known,
+        limits,
+        began,
+        bound=bound if np.isfinite(bound) else None,
+        finished=True,
+        stats={"message": "only one set has this size"},
+        certificate=certificate,
     )
-
-
-def trivial_bound(problem: BlockProblem) -> float | None:
-    """Return 0 where the gradient vanishes (the loss model is then never negative), else None."""
-    return None if np.any(problem.gradient_or_zero) else 0.0
 
 
 def conclude(
@@ -113,9 +114,9 @@ def conclude(
     bound : float, optional
         Proved bound in units of the problem, tolerances already taken off.
     slack : float
-        Size of the solver's tolerances: one that finished may miss the requested gap by a few times it.
+        Size of the solver's tolerances: a bound may exceed the objective by as much.
     finished : bool
-        The solver claims optimality.
+        The solver claims optimality; a gap that its tolerances leave is stated as `Limit.GAP`.
     limit : Limit, optional
     failure : str
         Message of a backend that failed.
@@ -134,7 +135,7 @@ def conclude(
     trivial = trivial_bound(problem)
     proved = [b for b in (None if failure else bound, trivial) if b is not None]
     lower = min(max(proved), value) if proved else None
-    termination, gap = _status(value, lower, limits, finished, slack, failure)
+    termination = Termination.ERROR if failure else status_of(value, lower, limits.rel_gap)
     if termination is not Termination.FEASIBLE:
         limit = None
     elif limit is None and finished:
@@ -153,26 +154,8 @@ def conclude(
         limit=limit,
         program=known.program,
         method=known.method,
-        rel_gap=gap,
+        rel_gap=limits.rel_gap if termination is Termination.OPTIMAL else None,
         certificate=certificate,
         stats=SolveStats(seconds=seconds, **details),
         trace=(*trace, point),
     )
-
-
-def _status(
-    value: float, bound: float | None, limits: Limits, finished: bool, slack: float, failure: str
-) -> tuple[Termination, float | None]:
-    """Return termination, and the gap to which it is meant when it is a proof."""
-    scale = max(abs(value), 1e-12)
-    if failure:
-        return Termination.ERROR, None
-    if bound is None:
-        return Termination.FEASIBLE, None
-    gap = (value - bound) / scale
-    if gap <= limits.rel_gap:
-        return Termination.OPTIMAL, limits.rel_gap
-    # The solver is done, and what is left is its own tolerance: proved, to the gap stated.
-    if finished and gap <= limits.rel_gap + 4.0 * slack / scale + CONSTANT_ERROR:
-        return Termination.OPTIMAL, gap
-    return Termination.FEASIBLE, None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from formulations.milp import DUAL_TOLERANCE
 from formulations.models import (
     INDICATOR,
     INTEGER,
@@ -21,7 +22,6 @@ from formulations.models import (
 from formulations.models.standard_form import StandardForm, Terms
 from formulations.solution import Limit
 from formulations.solvers.base import (
-    DUAL_TOLERANCE,
     FIXED,
     Probe,
     RawResult,

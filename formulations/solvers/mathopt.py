@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from formulations.milp import DUAL_TOLERANCE
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
 from formulations.models.standard_form import Row, StandardForm
 from formulations.solution import Limit
-from formulations.solvers.base import DUAL_TOLERANCE, RawResult, Solver, Task, dual_error, probe_package
+from formulations.solvers.base import RawResult, Solver, Task, dual_error, probe_package
 
 DEFAULT_MODELS = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
 """The fastest measured."""

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from formulations.milp import DUAL_TOLERANCE
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
 from formulations.models.standard_form import StandardForm
 from formulations.models.translation import standard_form
 from formulations.solution import Limit
 from formulations.solvers import gurobi, highs, scip
-from formulations.solvers.base import DUAL_TOLERANCE, FIXED, Probe, RawResult, Solver, Task, dual_error
+from formulations.solvers.base import FIXED, Probe, RawResult, Solver, Task, dual_error
 
 FACTORY = "pyomo.contrib.solver.common.factory"
 THREADS_REFUSED = (

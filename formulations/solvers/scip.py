@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from formulations.milp import DUAL_TOLERANCE
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
 from formulations.models.standard_form import StandardForm, Terms
 from formulations.solution import Limit
 from formulations.solvers.base import (
-    DUAL_TOLERANCE,
     FIXED,
     RawResult,
     Solver,

@@ -6,7 +6,8 @@ import itertools
 
 import numpy as np
 
-from formulations import BlockProblem, objective
+from formulations import BlockProblem, BlockSolution, Limit, Termination, objective
+from formulations.dense_forms import dense_form
 
 KINDS = ("random", "gradient", "hessian", "duplicates", "zeros", "wide", "real")
 
@@ -48,6 +49,17 @@ def brute_force(problem: BlockProblem, program: str) -> float:
         keep[list(pruned)] = False
         best = min(best, objective(problem, keep, program))
     return float(best)
+
+
+def closed(problem: BlockProblem, solution: BlockSolution, tolerance: float = 0.0) -> bool:
+    """Whether a solution is proved, or its method complete and no gap left but rounding and `tolerance`."""
+    if solution.termination is Termination.OPTIMAL:
+        return solution.limit is None and solution.gap <= solution.rel_gap
+    form = dense_form(problem, solution.program)
+    # Three allowances, and what the nodes lose to rounding of their own.
+    allowance = 4.0 * form.scale * form.rounding.allowance(solution.objective / form.scale)
+    left = solution.objective - solution.bound
+    return solution.limit is Limit.GAP and left <= 1.001 * allowance + tolerance * abs(solution.objective)
 
 
 def slack(problem: BlockProblem) -> float:

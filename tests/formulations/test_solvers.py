@@ -26,6 +26,7 @@ from formulations.errors import (
     UnsupportedProblemError,
 )
 from formulations.incumbents import greedy
+from formulations.milp import Milp, MilpControls, run_milp
 from formulations.models import MODELS, ModelSize
 from formulations.outer_approximation import outer_approximation
 from formulations.solvers import (
@@ -39,7 +40,7 @@ from formulations.solvers import (
     solver_names,
 )
 from formulations.solvers.base import Probe, RawResult, Solver, SolverInfo
-from tests.formulations.blocks import KINDS, block, brute_force, slack
+from tests.formulations.blocks import KINDS, block, brute_force, closed, slack
 
 
 @functools.cache
@@ -77,11 +78,11 @@ def test_agrees_with_brute_force(solver, program, model):
         solution = solve_with(
             solver, problem, program, model=model, limits=Limits(rel_gap=1e-4, time_limit=60)
         )
-        assert solution.termination is Termination.OPTIMAL, solution.stats.message
+        # What a solver's tolerances leave of a gap is stated, and not called optimal.
+        assert closed(problem, solution, tolerance=1e-3), solution.stats.message
         assert solution.objective <= optimum + 1e-4 * abs(optimum) + slack(problem)
         assert solution.bound <= optimum + slack(problem)
-        assert solution.gap <= solution.rel_gap + 1e-15
-        assert verify(problem, solution).ok
+        assert not verify(problem, solution).wrong
         assert solution.program == program
         assert model in solution.method
 
@@ -97,7 +98,7 @@ def test_base_install_solves_degenerate_blocks(solver, program, kind):
     solution = solve_with(solver, problem, program, limits=Limits(rel_gap=1e-3, time_limit=60))
     assert solution.bound <= optimum + slack(problem)
     assert solution.objective >= optimum - slack(problem)
-    assert verify(problem, solution).ok
+    assert not verify(problem, solution).wrong
     if abs(optimum) > 1e-6 * problem.constant_term():
         assert solution.objective <= optimum + 2e-3 * abs(optimum) + slack(problem)
 
@@ -109,7 +110,9 @@ def test_a_single_set_is_proved_at_once(solver, n_prune):
     problem = block("gradient", 6, n_prune, seed=1)
     solution = solve_with(solver, problem, "selection")
     assert solution.proved
-    assert solution.bound == solution.objective
+    assert solution.bound <= solution.objective
+    assert solution.gap < 1e-9
+    assert verify(problem, solution).ok
     assert solution.keep.sum() == 6 - n_prune
 
 
@@ -370,7 +373,7 @@ def test_absent_package_is_a_reason_not_a_crash(monkeypatch):
         scip.SOLVER.solve(block("random", 6, 3, seed=1), "joint")
 
 
-def milp(**changes: object) -> highs.Milp:
+def milp(**changes: object) -> Milp:
     data = {
         "cost": np.array([1.0, 1.0]),
         "lower": np.zeros(2),
@@ -380,25 +383,23 @@ def milp(**changes: object) -> highs.Milp:
         "row_lower": np.array([1.0]),
         "row_upper": np.array([1.0]),
     }
-    return highs.Milp(**{**data, **changes})
+    return Milp(**{**data, **changes})
 
 
 def test_highs_reads_nothing_from_a_failed_solve():
-    infeasible = highs.run_milp(
-        milp(row_lower=np.array([3.0]), row_upper=np.array([3.0])), highs.MilpControls()
-    )
+    infeasible = run_milp(milp(row_lower=np.array([3.0]), row_upper=np.array([3.0])), MilpControls())
     assert infeasible.status == "Infeasible"
     assert infeasible.point is None
     assert infeasible.bound is None
     # HiGHS calls a cost that is not a number optimal; its bound is not one.
-    assert highs.run_milp(milp(cost=np.array([np.nan, 1.0])), highs.MilpControls()).bound is None
-    refused = highs.run_milp(milp(), highs.MilpControls(options={"presolve": "sideways"}))
+    assert run_milp(milp(cost=np.array([np.nan, 1.0])), MilpControls()).bound is None
+    refused = run_milp(milp(), MilpControls(options={"presolve": "sideways"}))
     assert "refused" in refused.status
     assert refused.bound is None
 
 
 def test_highs_solves_the_relaxation_when_nothing_is_integer():
-    result = highs.run_milp(milp(integer=np.zeros(2, dtype=bool)), highs.MilpControls())
+    result = run_milp(milp(integer=np.zeros(2, dtype=bool)), MilpControls())
     assert result.status == "Optimal"
     assert result.bound == pytest.approx(1.0)
 

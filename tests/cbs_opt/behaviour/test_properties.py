@@ -141,7 +141,7 @@ def check_solution(problem: BlockProblem, solution: BlockSolution) -> None:
     assert solution.pruned.size == problem.n_prune
     assert not solution.weights[~solution.keep].any()
     verification = cbs.verify(problem, solution)
-    assert verification.ok, verification
+    assert not verification.wrong, verification
     if solution.bound is not None:
         assert solution.bound <= solution.objective + 1e-9 * value_scale(problem)
 
@@ -240,7 +240,7 @@ def test_verify_sees_through_any_solution(problem, keep, weights, value, bound):
         found = cbs.verify(problem, solution)
     except CbsError:
         return
-    if found.ok:
+    if not found.wrong:
         assert solution.keep.sum() == problem.n_keep
         assert solution.objective == pytest.approx(objective(problem, solution.keep, "joint"), rel=1e-5)
 

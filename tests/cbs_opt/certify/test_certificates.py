@@ -176,8 +176,10 @@ def test_blocks_without_a_choice_are_optimal(sparsity: float) -> None:
     report = run(network(), sparsity=sparsity, weights=Weights(blocks="row"), certify=True)
     for block in report.blocks:
         if block.n_prune in (0, block.n):
-            assert block.gap == 0.0
-            assert block.bound == block.objective
+            assert block.gap is not None
+            assert block.gap < 1e-9
+            assert block.bound is not None
+            assert block.bound <= block.objective
 
 
 def test_a_time_limit_leaves_blocks_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_a_certified_run_verifies_and_leaves_no_scratch(work: Path) -> None:
     said = json.loads(invoke("verify", "run", "--json").stdout)
     report = load_report("run")
     assert [block["name"] for block in said] == [block.name for block in report.blocks]
-    assert all(block["ok"] and block["proved"] for block in said)
+    assert all(block["verdict"] == "ok" and block["proved"] for block in said)
     for line, block in zip(checked.stdout.splitlines()[2:], report.blocks, strict=True):
         assert block.bound is not None
         assert Fraction(line.split()[3]) <= Fraction(block.bound)

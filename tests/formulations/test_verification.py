@@ -1,0 +1,221 @@
+"""What no label, status or bound may claim without being found out, and what is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from formulations import BlockProblem, Limit, Limits, Subject, Termination, Verdict, verify
+from formulations.branch_and_bound import branch_and_bound
+from formulations.enumeration import enumerate_optimum
+from formulations.errors import ArgumentError, NotPositiveDefiniteError
+from formulations.incumbents import greedy, swap_search
+from formulations.outer_approximation import outer_approximation
+from formulations.relaxations import lower_bound
+from tests.stress.exact import ExactBlock
+
+PROGRAMS = ("selection", "joint")
+METHODS = (branch_and_bound, enumerate_optimum, lower_bound, greedy, swap_search, outer_approximation)
+
+
+def gaussian(seed: int = 0, n_prune: int = 5) -> BlockProblem:
+    rng = np.random.default_rng(seed)
+    return BlockProblem(
+        weights=rng.normal(size=10), rows=rng.normal(size=(25, 10)) / 5.0, damping=0.05, n_prune=n_prune
+    )
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("relaxation", [None, "rlt"])
+def test_a_certificate_of_the_other_program_proves_nothing(program, relaxation):
+    if program == "joint" and relaxation:
+        pytest.skip("the joint program has no linear relaxation")
+    problem = gaussian()
+    solution = lower_bound(problem, program, relaxation=relaxation)
+    assert verify(problem, solution).ok
+    other = "joint" if program == "selection" else "selection"
+    found = verify(problem, dataclasses.replace(solution, program=other))
+    assert found.wrong
+    assert not found.bound_checked
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_certificate_states_program_count_and_block(program):
+    problem = gaussian()
+    solution = lower_bound(problem, program)
+    assert solution.certificate.subject == Subject.of(problem, program)
+    for changed in ({"n_keep": 4}, {"program": "none"}, {"fingerprint": "0" * 64}):
+        subject = dataclasses.replace(solution.certificate.subject, **changed)
+        certificate = dataclasses.replace(solution.certificate, subject=subject)
+        assert verify(problem, dataclasses.replace(solution, certificate=certificate)).wrong
+    certificate = dataclasses.replace(solution.certificate, subject=None)
+    silent = verify(problem, dataclasses.replace(solution, certificate=certificate))
+    assert silent.verdict is Verdict.UNCHECKED
+    assert verify(gaussian(seed=1), solution).wrong
+    assert verify(gaussian(n_prune=4), solution).wrong
+
+
+def test_fixings_of_the_other_program_are_no_basis():
+    problem = gaussian()
+    best = {program: enumerate_optimum(problem, program) for program in PROGRAMS}
+    fixed = {p: lower_bound(problem, p, incumbent=best[p], fix=True).certificate for p in PROGRAMS}
+    mixed = dataclasses.replace(fixed["joint"], basis=fixed["selection"])
+    assert mixed.lower_bound(problem) == -math.inf
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"bound": None},
+        {"bound": -math.inf},
+        {"bound": math.nan},
+        {"bound": math.inf},
+        {"half": True},
+        {"rel_gap": None},
+        {"rel_gap": math.nan},
+        {"rel_gap": -1.0},
+        {"program": "nonsense"},
+        {"objective": None},
+        {"objective": math.nan},
+        {"keep": None, "weights": None},
+        {"keep": None, "weights": None, "termination": Termination.INFEASIBLE, "bound": 1e9},
+        {"termination": Termination.INFEASIBLE},
+        {"termination": Termination.NO_SOLUTION},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_claims_that_contradict_each_other_are_wrong(program, claims):
+    problem = gaussian()
+    solution = branch_and_bound(problem, program)
+    assert solution.proved
+    if claims.get("half"):
+        claims = {"bound": 0.5 * solution.objective, "rel_gap": 1e-9}
+    assert verify(problem, dataclasses.replace(solution, **claims)).wrong
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_rests_on_a_search_is_unchecked(program):
+    problem = gaussian()
+    solution = branch_and_bound(problem, program)
+    found = verify(problem, solution)
+    assert found.verdict is Verdict.UNCHECKED
+    assert not found.ok
+    assert not found.wrong
+    assert not found.bound_checked
+    raised = dataclasses.replace(solution, bound=solution.objective * 1.01, rel_gap=1.0)
+    assert verify(problem, raised).wrong
+    assert verify(problem, greedy(problem, program)).ok
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_bound_raised_by_one_in_a_million_is_not_proved(program):
+    problem = gaussian()
+    solution = lower_bound(problem, program)
+    raised = dataclasses.replace(solution, bound=solution.bound * (1.0 + 1e-6))
+    assert verify(problem, raised).verdict is Verdict.UNCHECKED
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-18, 1e-16, 1e-15])
+def test_singular_to_rounding_is_one_decision_with_a_remedy(damping):
+    rng = np.random.default_rng(2)
+    rows = rng.integers(-2, 3, size=(4, 8)).astype(float)
+    problem = BlockProblem(weights=rng.normal(size=8), rows=rows, damping=damping, n_prune=3)
+    for method in METHODS:
+        with pytest.raises(NotPositiveDefiniteError, match="damping"):
+            method(problem, "joint")
+        assert int((~method(problem, "selection").keep).sum()) == 3
+
+
+def test_a_hessian_indefinite_by_rounding_is_never_a_raw_error():
+    problem = BlockProblem(weights=np.ones(3), hessian=np.diag([1.0, 1.0, -1e-11]), n_prune=1)
+    for method in METHODS:
+        with pytest.raises(NotPositiveDefiniteError):
+            method(problem, "joint")
+        solution = method(problem, "selection")
+        assert int((~solution.keep).sum()) == 1
+        if solution.bound is not None:
+            assert solution.bound <= float(ExactBlock(problem).optimum("selection"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_optimal_means_that_the_gap_was_met(program):
+    problem = BlockProblem(
+        weights=np.array([1e10, 1.0, 1.0, 1.0]), rows=np.eye(4) + 0.3, damping=1e-3, n_prune=1
+    )
+    for method in (branch_and_bound, enumerate_optimum, lower_bound, outer_approximation):
+        solution = method(problem, program, limits=Limits(rel_gap=1e-6))
+        assert solution.proved == (solution.gap <= 1e-6)
+        if method in (branch_and_bound, enumerate_optimum) and not solution.proved:
+            assert solution.limit is Limit.GAP
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-13, 1e-12])
+@pytest.mark.parametrize("n_prune", [0, 3])
+def test_the_bound_of_the_only_set_is_below_its_value(damping, n_prune):
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(3, 3))
+    rows[:, 2] = -rows[:, 1]
+    weights = rng.normal(size=3)
+    problem = BlockProblem(
+        weights=weights, rows=rows, damping=damping, n_prune=n_prune, gradient=rows.T @ (rows @ weights)
+    )
+    for program in PROGRAMS:
+        optimum = ExactBlock(problem).optimum(program)
+        for method in (branch_and_bound, enumerate_optimum, lower_bound, outer_approximation):
+            solution = method(problem, program)
+            assert solution.bound is None or solution.bound <= optimum
+            assert verify(problem, solution).ok
+
+
+def test_the_bound_of_the_enumeration_has_room_for_rounding():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        problem = BlockProblem(
+            weights=rng.normal(size=4), rows=rng.normal(size=(2, 4)), damping=4e-14, n_prune=2
+        )
+        try:
+            solution = enumerate_optimum(problem, "joint")
+        except NotPositiveDefiniteError:
+            continue
+        assert solution.bound is None or solution.bound <= ExactBlock(problem).optimum("joint")
+
+
+@pytest.mark.parametrize("scale", [1e-80, 1e-155, 1e80, 1e160])
+def test_what_over_or_underflows_is_refused_by_name(scale):
+    with pytest.raises(ArgumentError, match="rescale"):
+        BlockProblem(weights=np.ones(3), rows=np.eye(3) * scale, n_prune=1)
+    with pytest.raises(ArgumentError, match="rescale"):
+        BlockProblem(weights=np.ones(3) * scale, rows=np.eye(3), damping=0.1, n_prune=1)
+
+
+@pytest.mark.parametrize("name", ["weights", "rows", "gradient"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda array: np.ma.masked_array(array, mask=array == 0.0),
+        lambda array: array.astype(str),
+        lambda array: array.astype("timedelta64[s]"),
+        lambda array: array.astype("datetime64[s]"),
+        lambda array: array.astype(str).astype(object),
+        lambda array: array + 0j,
+    ],
+)
+def test_arrays_that_hold_no_numbers_are_refused(name, spoil):
+    data = {"weights": np.ones(3), "rows": np.eye(3), "gradient": np.zeros(3)}
+    data[name] = spoil(data[name])
+    with pytest.raises(ArgumentError, match=name):
+        BlockProblem(**data, n_prune=1)
+
+
+def test_numpy_scalars_are_numbers():
+    limits = Limits(
+        rel_gap=np.float32(0.25), time_limit=np.float64(2.0), threads=np.int64(1), node_limit=np.int32(7)
+    )
+    assert [type(x) for x in (limits.rel_gap, limits.time_limit, limits.threads)] == [float, float, int]
+    problem = BlockProblem(weights=np.ones(2), rows=np.eye(2), n_prune=np.int64(1), damping=np.float32(0.5))
+    assert (type(problem.n_prune), type(problem.damping)) == (int, float)
+    assert type(branch_and_bound(problem, "joint", limits=limits).bound) is float

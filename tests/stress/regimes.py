@@ -1,0 +1,119 @@
+"""Small blocks of every regime: scale, rank, cancellation, damping, gradient, count, and bad numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
+SIZE_SHARES = (0.02, 0.06, 0.12, 0.2, 0.2, 0.14, 0.1, 0.07, 0.04, 0.03, 0.02)
+DECADES = 12.0
+
+
+def draw(seed: int) -> dict[str, Any]:
+    """Arguments of `BlockProblem` for one block."""
+    rng = np.random.default_rng([seed, 15])
+    n = int(rng.choice(SIZES, p=SIZE_SHARES))
+    rows = _rows(rng, n)
+    weights = _weights(rng, n)
+    if rng.random() < 0.3:
+        # Badly scaled parameters: a weight and its column against each other, or freely.
+        columns = 10.0 ** rng.uniform(-DECADES, DECADES, n)
+        rows = rows * columns
+        weights = weights / columns if rng.random() < 0.7 else weights
+    unit = _unit(rng)
+    rows = rows * unit
+    mean = float((rows**2).sum()) / n or 1.0
+    damping = 0.0 if rng.random() < 0.15 else mean * 10.0 ** rng.uniform(-18.0, 3.0)
+    if rng.random() < 0.1:
+        damping = float(10.0 ** rng.uniform(-16.0, 0.0))
+    gradient = _gradient(rng, rows, weights, damping)
+    arguments: dict[str, Any] = {
+        "weights": weights,
+        "damping": damping,
+        "gradient": gradient,
+        "n_prune": int(rng.choice([0, n])) if rng.random() < 0.15 else int(rng.integers(0, n + 1)),
+    }
+    if rng.random() < 0.25:
+        return arguments | {"hessian": _hessian(rng, rows)}
+    return arguments | {"rows": rows}
+
+
+def _rows(rng: np.random.Generator, n: int) -> np.ndarray:
+    m = int(rng.integers(0, 2 * n + 2)) if rng.random() < 0.7 else int(rng.integers(1, 4))
+    kind = rng.integers(0, 6)
+    if kind == 0:
+        rows = rng.integers(-2, 3, size=(m, n)).astype(np.float64)
+    elif kind == 1:
+        rank = int(rng.integers(1, n + 1))
+        rows = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n))
+    elif kind == 2:
+        rows = np.eye(n) + 0.3
+    else:
+        rows = rng.normal(size=(m, n)) / np.sqrt(max(m, 1))
+    if rng.random() < 0.15 and n > 1:
+        half = n // 2
+        rows[:, half : 2 * half] = rows[:, :half] * rng.choice([1.0, -1.0, 1.0 + 1e-9])
+    if rng.random() < 0.1:
+        rows[:, rng.random(n) < 0.4] = 0.0
+    return rows
+
+
+def _weights(rng: np.random.Generator, n: int) -> np.ndarray:
+    kind = rng.integers(0, 8)
+    weights = rng.normal(size=n)
+    if kind == 0:
+        weights = np.ones(n)
+    elif kind == 1:
+        weights = rng.integers(-3, 4, size=n).astype(np.float64)
+    elif kind == 2:
+        weights = weights * 10.0 ** rng.uniform(-DECADES, DECADES, n)
+    elif kind == 3:
+        weights = np.ones(n)
+        weights[0] = 1e10
+    elif kind == 4:
+        weights[rng.random(n) < 0.4] = 0.0
+    if rng.random() < 0.02:
+        weights[int(rng.integers(n))] = 5e-324
+    return weights
+
+
+def _unit(rng: np.random.Generator) -> float:
+    chance = rng.random()
+    if chance < 0.5:
+        return 1.0
+    if chance < 0.9:
+        return float(10.0 ** rng.uniform(-DECADES, DECADES))
+    return float(10.0 ** rng.uniform(-90.0, 80.0))
+
+
+def _gradient(
+    rng: np.random.Generator, rows: np.ndarray, weights: np.ndarray, damping: float
+) -> np.ndarray | None:
+    kind = rng.integers(0, 6)
+    if kind < 2:
+        return None
+    if kind == 2:
+        return rows.T @ (rows @ weights)
+    if kind == 3:
+        return rows.T @ rng.normal(size=rows.shape[0])
+    if kind == 4:
+        return np.zeros(weights.size)
+    size = np.sqrt((rows**2).sum(axis=0) + damping)
+    return (
+        rng.normal(size=weights.size) * size * np.abs(weights * size).max() * 10.0 ** rng.uniform(-3.0, 6.0)
+    )
+
+
+def _hessian(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
+    hessian = rows.T @ rows
+    hessian = 0.5 * (hessian + hessian.T)
+    chance = rng.random()
+    if chance < 0.1:
+        hessian = np.diag(np.diagonal(hessian).copy())
+        hessian[-1, -1] = -1e-11 * float(np.abs(hessian).mean())
+    elif chance < 0.2:
+        # As a float32 accumulation would leave it.
+        hessian = hessian.astype(np.float32).astype(np.float64)
+    return hessian
