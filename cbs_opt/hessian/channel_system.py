@@ -90,11 +90,7 @@ class ChannelHessian(Hessian):
             yield self.system(damping, keep, name)
 
     def system(
-        self,
-        damping: float,
-        keep: Tensor | None = None,
-        name: str = "",
-        precision: torch.dtype | None = None,
+        self, damping: float, keep: Tensor | None = None, name: str = "", precision: torch.dtype | None = None
     ) -> ChannelSystem:
         """Return ``H_KK`` for one damping, in the precision of the rows or another."""
         kept = torch.arange(self.n, device=self.base.data.device)

@@ -10,14 +10,10 @@ from formulations.problem import PROGRAMS
 from formulations.solvers import BRIDGES
 
 DENSE = "cbs_opt.select.selection_program.dense"
-SCAN = "cbs_opt.select.selection_program.pair_scan"
+SCAN = "cbs_opt.select.selection_program.pair_search"
 JOINT_SEARCH = (*SWAP_SEARCH["joint"], *BOUND["joint"])
 KERNELS = {
-    ("swap_search", "selection"): (
-        f"{DENSE}:_swap_one_block",
-        f"{DENSE}:_swap_blocks",
-        f"{SCAN}:_scan_rows",
-    ),
+    ("swap_search", "selection"): (f"{DENSE}:_swap_one_block", f"{DENSE}:_swap_blocks", f"{SCAN}:_scan_rows"),
     ("swap_search", "joint"): JOINT_SEARCH,
     ("greedy_obs", "joint"): JOINT_SEARCH,
     ("iterative_hard_threshold", "joint"): JOINT_SEARCH,

@@ -242,12 +242,7 @@ class StagedRun:
                 step,
             )
             both = with_layer_inputs(
-                rows,
-                task.model,
-                task.data,
-                task.partition,
-                weight=task.recipe.layer_inputs,
-                moments=moments,
+                rows, task.model, task.data, task.partition, weight=task.recipe.layer_inputs, moments=moments
             )
         assert both.channels is not None
         return StageModel(task.partition, keep, rows.rows[:, keep], both.channels.restricted(keep))

@@ -102,11 +102,7 @@ def updates(expansion: Expansion, request: Request, dampings: tuple[float, ...])
 
 
 def selections(
-    expansion: Expansion,
-    request: Request,
-    resources: Resources,
-    dampings: tuple[float, ...],
-    sparsity: float,
+    expansion: Expansion, request: Request, resources: Resources, dampings: tuple[float, ...], sparsity: float
 ) -> Iterator[Proposal]:
     """Yield sets at `sparsity` for every method, seed and damping, each with its updates and without."""
     for group in grouped(request.recipes, lambda recipe: (recipe.select, recipe.selection_damping)):

@@ -29,16 +29,10 @@ ENOUGH = 512
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """What each weight of a block costs or brings in a swap.
+    """What each weight of a block costs or brings in a swap, (n,) float64 each.
 
-    Attributes
-    ----------
-    levels, leverages : (n,) float64 tensors
-        ``h`` and ``q`` of `cbs_opt.select.joint_program.program`.
-    costs : (n,) float64 tensor
-        Twice the cost of dropping; infinite where pruned.
-    gains : (n,) float64 tensor
-        Twice the gain of adding; -1 where kept.
+    `levels` and `leverages` are ``h`` and ``q`` of `cbs_opt.select.joint_program.program`, `costs` twice the
+    cost of dropping, infinite where pruned, and `gains` twice the gain of adding, -1 where kept.
     """
 
     levels: Tensor
@@ -64,16 +58,9 @@ class Scores:
 class ImprovingPairs:
     """What a scan of pairs found.
 
-    Attributes
-    ----------
-    leaving, entering : (p,) int64 tensors
-        Disjoint pairs, the best first.
-    changes : (p,) float64 tensor
-        Exact change of the objective by each pair alone, negative.
-    complete : bool
-        Every pair was looked at or discarded with proof.
-    computed : int
-        Pairs that were computed.
+    `leaving` and `entering` (p,) are disjoint pairs, the best first; `changes` (p,) float64 are the exact
+    changes of the objective by each pair alone, negative. If `complete`, every pair was looked at or discarded
+    with proof; `computed` pairs were computed.
     """
 
     leaving: Tensor
@@ -88,26 +75,15 @@ def improving_pairs(
 ) -> ImprovingPairs:
     """Return swaps that lower the objective by more than `threshold`, each kept weight with its best partner.
 
-    Parameters
-    ----------
-    program : JointProgram
-    kept : KeptSet
-    scores : Scores
-    threshold : float
-        Non-negative.
-    deadline : float or None
-        Reading of `time.monotonic` at which to return what there is.
+    The threshold is not negative, the deadline a reading of `time.monotonic` at which to return what there is.
 
-    Notes
-    -----
     O(m) a pair that is computed, O(n) for every 256 kept weights that cannot be discarded as a whole.
     """
     candidates, reach, pull = _candidates(kept, scores, threshold)
     nothing = candidates[:0]
     parts = [(nothing, nothing, scores.costs[nothing])]
     complete, number, computed = True, 0, 0
-    for first in range(0, len(candidates), LEAVING_CHUNK):
-        chunk = candidates[first : first + LEAVING_CHUNK]
+    for chunk in torch.split(candidates, LEAVING_CHUNK) if len(candidates) else ():
         if number >= ENOUGH or (deadline is not None and time.monotonic() >= deadline):
             complete = False
             break

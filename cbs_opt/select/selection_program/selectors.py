@@ -10,10 +10,9 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import mapped
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchResult
-from cbs_opt.select.scores import STARTS, start_set
-from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.scores import STARTS, start_sets
+from cbs_opt.select.selection_program.program import TUNING, SelectionProgram, SwapTuning
 from cbs_opt.select.selection_program.swap_search import swap_search_batch
-from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
 
@@ -50,10 +49,6 @@ def by_swap_search(
         Of `swap_search`.
     tuning : SwapTuning
 
-    Returns
-    -------
-    list of Choice
-
     Raises
     ------
     ArgumentError
@@ -66,13 +61,9 @@ def by_swap_search(
     deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     ends: list[list[SearchResult]] = []
     for name in names if warm is None else ["warm"]:
-        starts = warm or [
-            start_set(name, block, counts[number], limits.seed + number, spread)
-            for number, block in enumerate(blocks)
-        ]
         results = swap_search_batch(
             programs,
-            starts,
+            warm or start_sets(name, blocks, counts, limits.seed, spread),
             tolerance=tolerance,
             max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
             deadline=deadline,
@@ -80,17 +71,4 @@ def by_swap_search(
             tuning=tuning,
         )
         ends.append(results)
-    return [choice_of(min(results, key=lambda result: result.value)) for results in zip(*ends, strict=True)]
-
-
-def choice_of(result: SearchResult) -> Choice:
-    """Return what a swap search found as a choice."""
-    return Choice(
-        keep=result.keep,
-        initial_value=result.initial_value,
-        iterations=result.swaps,
-        locally_optimal=result.locally_optimal,
-        seconds=result.seconds,
-        status=result.ending,
-        limit=result.limit,
-    )
+    return [min(results, key=lambda result: result.value).choice for results in zip(*ends, strict=True)]

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select.joint_program.channel_program import joint_saliency
-from cbs_opt.select.joint_program.core import open_core
 from cbs_opt.select.joint_program.pairs import Scores, improving_pairs
 from cbs_opt.select.joint_program.program import JointProgram
+from cbs_opt.select.joint_program.search import open_core
 from cbs_opt.select.saliency import obs
 from formulations import loss
 from formulations.errors import NotPositiveDefiniteError
