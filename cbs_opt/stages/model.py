@@ -59,7 +59,7 @@ class _Piece:
         return self.pruning.prepared()
 
     def _with_metric(self, share: float) -> Hessian:
-        return self.rows if self.metric is None else MetricHessian(self.rows.rows, self.metric, share)
+        return self.rows if self.metric is None else MetricHessian(self.rows.data, self.metric, share)
 
 
 class StageModel:
@@ -96,14 +96,9 @@ class StageModel:
         for span in partition.blocks:
             stop = start + int(keep[span.start : span.stop].sum())
             if stop > start:
-                piece = _Piece(
-                    span=span,
-                    start=start,
-                    stop=stop,
-                    rows=RowsHessian(rows[:, start:stop], KeptGram()),
-                    metric=None if metric is None else metric.within(start, stop),
-                )
-                self._pieces.append(piece)
+                part = RowsHessian(rows[:, start:stop], KeptGram())
+                within = None if metric is None else metric.within(start, stop)
+                self._pieces.append(_Piece(span=span, start=start, stop=stop, rows=part, metric=within))
             start = stop
 
     @property
@@ -124,17 +119,14 @@ class StageModel:
 
     def blocks(self, weights: Tensor, gradient: Tensor | None, damping: float) -> list[FisherBlock]:
         """Return one block a span of `spans`, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
-        hessians: list[Hessian] = [piece.rows for piece in self._pieces]
-        if self.channels is not None and damping > 0.0:
-            term = self.channels.scaled(damping / self.unit)
-            damping *= IDENTITY_SHARE
-            hessians = [
-                ChannelHessian(piece.rows, term.within(piece.start, piece.stop)) for piece in self._pieces
-            ]
-        return [
-            self._block(piece, hessian, weights, gradient, damping)
-            for piece, hessian in zip(self._pieces, hessians, strict=True)
-        ]
+        if self.channels is None or damping <= 0.0:
+            return [self._block(piece, piece.rows, weights, gradient, damping) for piece in self._pieces]
+        term = self.channels.scaled(damping / self.unit)
+        blocks = []
+        for piece in self._pieces:
+            hessian = ChannelHessian(piece.rows, term.within(piece.start, piece.stop))
+            blocks.append(self._block(piece, hessian, weights, gradient, damping * IDENTITY_SHARE))
+        return blocks
 
     def around_minimum(
         self, weights: Tensor, gradient: Tensor | None, damping: float, *, factorised: bool

@@ -59,7 +59,7 @@ class ImprovingPairs:
     """What a scan of pairs found.
 
     `leaving` and `entering` (p,) are disjoint pairs, the best first; `changes` (p,) float64 are the exact
-    changes of the objective by each pair alone, negative. If `complete`, every pair was looked at or discarded
+    changes of the objective by each pair alone, negative. If `complete`, every pair was computed or discarded
     with proof; `computed` pairs were computed.
     """
 
@@ -75,7 +75,7 @@ def improving_pairs(
 ) -> ImprovingPairs:
     """Return swaps that lower the objective by more than `threshold`, each kept weight with its best partner.
 
-    The threshold is not negative, the deadline a reading of `time.monotonic` at which to return what there is.
+    The threshold is not negative, the deadline a `time.monotonic` at which to return what there is.
 
     O(m) a pair that is computed, O(n) for every 256 kept weights that cannot be discarded as a whole.
     """

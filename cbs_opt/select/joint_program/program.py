@@ -28,6 +28,7 @@ from cbs_opt.hessian.products import (
     factorise,
     image,
     inner_gram,
+    inverse_of_factor,
     solved,
 )
 from cbs_opt.hessian.rows import RowsHessian
@@ -153,11 +154,9 @@ class JointProgram(Program[KeptSet]):
 
         Computed in `precision`; O(m^2) a weight.
         """
-        identity = torch.eye(len(kept.factor), dtype=torch.float64, device=kept.factor.device)
-        inverse = torch.linalg.solve_triangular(kept.factor, identity, upper=False).to(precision)
-        leverages = torch.empty(
-            self.n if index is None else len(index), dtype=torch.float64, device=inverse.device
-        )
+        inverse = inverse_of_factor(kept.factor, precision)
+        count = self.n if index is None else len(index)
+        leverages = torch.empty(count, dtype=torch.float64, device=inverse.device)
         for span, columns in column_pieces(self.rows, index, precision):
             leverages[span] = (inverse @ columns).square_().sum(dim=0)
         return leverages

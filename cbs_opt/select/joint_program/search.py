@@ -53,54 +53,23 @@ def joint_search(
 ) -> SearchResult:
     """Improve a kept set of the joint program until no swap helps, or no batch beside a channel term.
 
-    Parameters
-    ----------
-    program : JointProgram or ChannelProgram
-    start : (n,) bool tensor
-        Weights kept at the start.
-    tolerance : float, default 1e-9
-        A swap counts if it lowers the objective by more than ``tolerance * |objective|``.
-    max_swaps : int, optional
-    restarts : int, default 0
-        Descents of the core from randomly changed sets, each time the search has come to a 1-swap
-        optimum; it ends when they bring nothing. Of no use beside a channel term.
-    deadline : float, optional
-        Reading of `time.monotonic` at which to stop; looked at between products with the rows.
-    seed : int, default 0
-        Of the restarts.
+    It begins with the weights kept in `start` (n,); a swap counts if it lowers the objective by more than
+    ``tolerance * |objective|``. Restarts are descents of the core from randomly changed sets by `seed`, each
+    time the search has come to a 1-swap optimum; it ends when they bring nothing. They are of no use beside a
+    channel term. The deadline, a reading of `time.monotonic`, is looked at between products with the rows.
 
-    Returns
-    -------
-    SearchResult
-        Never worse than the start; after Ctrl-C what was found until then, with `Limit.INTERRUPTED`.
+    The result is never worse than the start; after Ctrl-C it is what was found until then, with
+    `Limit.INTERRUPTED`.
 
     Notes
     -----
     O(m^2 n) for the leverages whenever many weights changed, O(m^2 b + m^3) to try b swaps. Memory beyond
     the rows: O(m^2 + n) and some columns of the rows.
     """
-    began = time.monotonic()
     arguments = (start, tolerance, max_swaps, deadline)
-    search: RowSearch | ChannelSearch
     if isinstance(program, ChannelProgram):
-        search = ChannelSearch(program, *arguments)
-    else:
-        search = RowSearch(program, *arguments)
-    initial = search.kept.value
-    try:
-        search.run(restarts, seed)
-    except KeyboardInterrupt:
-        search.limit = Limit.INTERRUPTED
-    return SearchResult(
-        keep=search.kept.keep,
-        value=search.kept.value,
-        initial_value=initial,
-        swaps=search.swaps,
-        locally_optimal=search.locally_optimal,
-        limit=search.limit,
-        seconds=time.monotonic() - began,
-        trace=tuple(search.trace),
-    )
+        return ChannelSearch(program, *arguments).result(restarts, seed)
+    return RowSearch(program, *arguments).result(restarts, seed)
 
 
 class Search(ABC, Generic[Kept]):
@@ -120,15 +89,31 @@ class Search(ABC, Generic[Kept]):
         deadline: float | None,
     ) -> None:
         self.began = time.monotonic()
-        self.program = program
-        self.tolerance = tolerance
-        self.max_swaps = max_swaps
-        self.deadline = deadline
+        self.program, self.tolerance = program, tolerance
+        self.max_swaps, self.deadline = max_swaps, deadline
         self.kept = program.at(start)
         self.swaps = 0
         self.limit: Limit | None = None
         self.locally_optimal = int(start.sum()) in (0, program.n)
         self.trace: list[TracePoint] = []
+
+    def result(self, restarts: int, seed: int) -> SearchResult:
+        """Run to the end or to an interrupt."""
+        initial = self.kept.value
+        try:
+            self.run(restarts, seed)
+        except KeyboardInterrupt:
+            self.limit = Limit.INTERRUPTED
+        return SearchResult(
+            keep=self.kept.keep,
+            value=self.kept.value,
+            initial_value=initial,
+            swaps=self.swaps,
+            locally_optimal=self.locally_optimal,
+            limit=self.limit,
+            seconds=time.monotonic() - self.began,
+            trace=tuple(self.trace),
+        )
 
     @abstractmethod
     def run(self, restarts: int, seed: int) -> None:

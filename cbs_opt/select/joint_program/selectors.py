@@ -51,28 +51,10 @@ def by_joint_swap_search(
 ) -> list[Choice]:
     """Search by swaps on the joint program of every block, to proved 1-swap optima.
 
-    Parameters
-    ----------
-    blocks, counts, warm, ledger
-        As of `Selector`; from a warm start the result is never worse.
-    limits : Limits
-        `time_limit` for all blocks together, shared by their size.
-    start : str or sequence of str, optional
-        Sets to start from: "relaxation", "greedy_obs", "iterative_hard_threshold", a saliency or
-        "randomized_magnitude". Of several, the one that ends lowest in each block is kept. By
-        default the rounded relaxation, and greedy elimination in small blocks and beside a channel term.
-    spread : float, default 0.1
-        Of "randomized_magnitude" starts.
-    max_swaps : int, optional
-        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
-    restarts : int, default 0
-        Further descents from randomly changed sets, in a large block within its core.
-    drops : int, default 12
-        Of greedy elimination in large blocks.
-    tolerance : float, default 1e-9
-        Relative improvement that counts in large blocks.
-    dense_limit : int, default 1024
-        Largest block whose Hessian is formed.
+    Blocks, counts, warm and ledger are as of `Selector`; from a warm start the result is never worse. The
+    time limit is for all blocks together, shared by their size. The options are those of
+    `cbs_opt.recipe.select.SwapSearch`; `restarts` are within the core of a large block. It starts by default
+    from the rounded relaxation, and from greedy elimination in small blocks and beside a channel term.
 
     Raises
     ------
@@ -88,8 +70,7 @@ def by_joint_swap_search(
     Blocks of up to `dense_limit` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
     `cbs_opt.select.joint_program.search`, O(m^2 n) whenever many weights have changed. A Hessian without
     rows, and more rows than weights, cost an eigendecomposition there. Larger ones with a layer-input
-    term: the same from greedy OBS or a saliency, by batches of swaps
-    without a proof of 1-swap optimality and without restarts.
+    term: the same from greedy OBS or a saliency, by batches of swaps without a proof and without restarts.
     """
     names = (start,) if isinstance(start, str) else tuple(start or ())
     if (start is not None and not names) or any(name not in JOINT_STARTS for name in names):

@@ -118,12 +118,7 @@ def _swap_blocks(
 @entry(MATRIX, VECTOR, VECTOR, FLAGS, REAL, INTEGER)
 @compiled
 def _swap_one_block(
-    a: Reals,
-    v: Reals,
-    linear: Reals,
-    y: Flags,
-    tolerance: float,
-    max_swaps: int,
+    a: Reals, v: Reals, linear: Reals, y: Flags, tolerance: float, max_swaps: int
 ) -> tuple[int, bool]:
     n = v.shape[0]
     norm = np.empty(n)

@@ -157,8 +157,7 @@ class TorchScan:
     def __init__(
         self, projection: Projection, cost: Tensor, outside: Tensor, gathered: int = TUNING.gathered
     ) -> None:
-        self.projection, self.cost, self.outside = projection, cost, outside
-        self.gathered = gathered
+        self.projection, self.cost, self.outside, self.gathered = projection, cost, outside, gathered
         self.wide = torch.cat([projection.coordinates, projection.remainder[:, 1:].float()], dim=1)
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,23 +323,11 @@ def improving_pairs(
 ) -> Pairs:
     """Return pairs (out of P, into P) that improve, and pairs within reach that do not quite.
 
-    Parameters
-    ----------
-    changes : SwapChanges
-        At a set with at least one weight on either side.
-    projection : Projection
-        From `project`.
-    cost : (n,) float64 tensor
-        ``p_i`` for pruned and ``q_j`` for kept weights, or less.
-    improving : float
-        Pairs whose change is below it are looked for until ``tuning.enough`` are found.
-    reach : float
-        At least `improving`; pairs below it that come up on the way are returned as well.
-    start : int, default 0
-        Pruned weights, by rank of their cost, that are left for the end of the sweep.
-    deadline : float, optional
-        Reading of `time.monotonic`; looked at between chunks and tables.
-    tuning : SwapTuning
+    `changes` are at a set with at least one weight on either side; `cost` (n,) float64 is ``p_i`` for pruned
+    and ``q_j`` for kept weights, or less. Pairs whose change is below `improving` are looked for until
+    ``tuning.enough`` are found; those below `reach`, which is no less, that come up on the way are returned as
+    well. The first `start` pruned weights by rank of their cost are left for the end of the sweep. The
+    deadline, a reading of `time.monotonic`, is looked at between chunks and tables.
 
     Notes
     -----

@@ -32,22 +32,9 @@ def by_swap_search(
 ) -> list[Choice]:
     """Search by swaps on the selection program of every block.
 
-    Parameters
-    ----------
-    blocks, counts, warm, ledger
-        As of `Selector`. All blocks are searched at once, so the ledger is not asked.
-    limits : Limits
-        `time_limit` for all blocks and starts together.
-    start : str or sequence of str, default "magnitude"
-        Sets to start from: a saliency or "randomized_magnitude". Of several, the one that ends
-        lowest in each block is kept.
-    spread : float, default 0.1
-        Of "randomized_magnitude" starts.
-    max_swaps : int, optional
-        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
-    tolerance : float, optional
-        Of `swap_search`.
-    tuning : SwapTuning
+    Blocks, counts, warm and ledger are as of `Selector`: blocks are searched all at once; the ledger is not
+    asked. The time limit is for all blocks and starts together. The options are those of
+    `cbs_opt.recipe.select.SwapSearch`, the tolerance is that of `swap_search_batch`.
 
     Raises
     ------

@@ -125,7 +125,7 @@ def _search_dense(
     deadline: float | None,
     tuning: SwapTuning,
 ) -> list[SearchResult]:
-    """Search blocks of one size at once, each on its Gram matrix, made from one block's rows after another."""
+    """Search blocks of one size at once, each on its Gram matrix; one block's rows are in use at a time."""
     began = time.monotonic()
     n, device = programs[0].n, programs[0].weights.device
     everything = torch.arange(n, device=device)

@@ -6,13 +6,18 @@ import time
 
 import pytest
 import torch
-from cbs_opt.select.selection_program.pair_search import CompiledScan, Projection, TorchScan
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.select.selection_program import pair_search
-from cbs_opt.select.selection_program.pair_search import SwapChanges, improving_pairs
+from cbs_opt.select.selection_program.pair_search import (
+    CompiledScan,
+    Projection,
+    SwapChanges,
+    TorchScan,
+    improving_pairs,
+)
 from cbs_opt.select.selection_program.program import SelectionProgram, SwapTuning
 from tests.cbs_opt.fisher import data_of, dense_form, fisher_block, random_set, swap_changes
 
