@@ -325,8 +325,8 @@ def improving_pairs(
 
     `changes` are at a set with at least one weight on either side; `cost` (n,) float64 is ``p_i`` for pruned
     and ``q_j`` for kept weights, or less. Pairs whose change is below `improving` are looked for until
-    ``tuning.enough`` are found; those below `reach`, which is no less, that come up on the way are returned as
-    well. The first `start` pruned weights by rank of their cost are left for the end of the sweep. The
+    ``tuning.enough`` are found; those below `reach`, which is no less, that come up on the way are returned
+    too. The first `start` pruned weights by rank of their cost are left for the end of the sweep. The
     deadline, a reading of `time.monotonic`, is looked at between chunks and tables.
 
     Notes
