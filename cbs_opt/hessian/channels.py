@@ -25,14 +25,8 @@ from torch import Tensor
 class Channel:
     """The weights ``start:stop`` of one output channel, or what is left of them.
 
-    Parameters
-    ----------
-    start, stop : int
-    moment : (f, f) float64 Tensor
-        Second moments of the inputs; channels of a layer share one.
-    scale : float
-    index : (stop - start,) int64 Tensor, optional
-        Which inputs the weights belong to; by default all, in order.
+    `moment` (f, f) float64 are second moments of the inputs, which channels of a layer share; `index` says
+    which inputs the weights belong to, by default all, in order.
     """
 
     start: int
@@ -68,12 +62,8 @@ class Channel:
 class ChannelTerm:
     """A block-diagonal positive semidefinite (n, n) matrix.
 
-    Parameters
-    ----------
-    channels : tuple of Channel
-        Tile ``0:n`` in order.
-    weight : float, default 1
-        Mean diagonal in units of that of the rows it was matched with.
+    Its channels tile ``0:n`` in order; `weight` is the mean diagonal in units of that of the rows it was
+    matched with.
     """
 
     channels: tuple[Channel, ...]

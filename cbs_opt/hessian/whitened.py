@@ -25,13 +25,7 @@ from formulations.errors import UnsupportedProblemError
 class MetricHessian(RowsHessian):
     """``A = R^T R`` whose damping multiplies the metric ``M = C + shift I`` in the place of the identity.
 
-    Parameters
-    ----------
-    rows : (m, n) tensor
-    channels : ChannelTerm
-        C, of the same n weights.
-    shift : float
-        Positive where C is singular.
+    C, the term over channels, is of the same n weights; the shift is positive where C is singular.
 
     Notes
     -----

@@ -17,23 +17,10 @@ from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 class Choice:
     """The kept set of one block and how it was chosen.
 
-    Attributes
-    ----------
-    keep : (n,) bool tensor
-        True where the weight stays.
-    initial_value : float or None
-        Selection objective that a search started from.
-    iterations : int
-        Swaps of a search.
-    locally_optimal : bool or None
-        Whether a search ended at a proved 1-swap optimum; None for methods that do not search.
-    seconds : float
-    bound : float or None
-        Proved lower bound on the objective of the program.
-    status : str
-        How the method ended.
-    limit : Limit or None
-        What stopped it early.
+    `keep` (n,) is True where the weight stays, `initial_value` the selection objective that a search started
+    from, `iterations` its swaps. `locally_optimal` says whether a search ended at a proved 1-swap optimum;
+    None for methods that do not search. `bound` is a proved lower bound on the objective of the program,
+    `status` how the method ended, and `limit` what stopped it early.
     """
 
     keep: Tensor

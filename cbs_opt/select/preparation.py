@@ -25,12 +25,8 @@ KERNELS = {
 def prepare(method: str, program: str) -> None:
     """Compile what `method` needs on `program`, or load it, so that none of it counts in its times.
 
-    Parameters
-    ----------
-    method : str
-        A name of `available_methods`. A saliency and a method of another package compile nothing of ours,
-        the name of a solver stands for what any solver needs, a first set of weights.
-    program : {"selection", "joint"}
+    A saliency and a method of another package compile nothing of ours, the name of a solver stands for what
+    any solver needs, a first set of weights.
 
     Notes
     -----

@@ -25,18 +25,8 @@ def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, 
     ``sqrt(n)`` buckets of similar magnitude; from every bucket the same share is drawn at random,
     with the remainders spread so that the total is exact.
 
-    Parameters
-    ----------
-    weights : (n,) tensor
-    n_prune : int
-    spread : float, default 0.1
-        Share of the kept weights that enters the draw; 0 is plain magnitude pruning.
-    seed : int, default 0
-
-    Returns
-    -------
-    (n,) bool tensor
-        True where kept, all but `n_prune` of them, on the device of `weights`.
+    The share `spread` of the kept weights enters the draw; 0 is plain magnitude pruning. The set (n,) keeps
+    all but `n_prune` weights, on the device of `weights`.
 
     Notes
     -----

@@ -69,17 +69,8 @@ class StageModel:
     (``C / unit + I`` for updates that prune nothing): long steps then are cheap where the layers are
     fed little, and not where rows are blind.
 
-    Vectors of kept weights have length ``n_kept``; blocks without any are left out.
-
-    Parameters
-    ----------
-    partition : Partition
-    keep : (n,) bool tensor
-        True where a weight is still there.
-    rows : (m, n_kept) tensor
-        Gradient rows of the kept weights.
-    channels : ChannelTerm, optional
-        Of the kept weights.
+    `keep` (n,) is True where a weight is still there; `rows` (m, n_kept) and `channels` are of those weights,
+    vectors of which have length ``n_kept``. Blocks without any are left out.
     """
 
     def __init__(

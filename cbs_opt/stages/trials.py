@@ -35,8 +35,9 @@ class DampingSearch:
     """The grid of dampings of the next step, which follows the winners.
 
     It begins with `first`, the grid of the first step, or goes on around `centre`. After a step was accepted
-    the grid is the winner, a third and three times that; after one was refused it starts at the largest value
-    tried. Levenberg (1944), Marquardt (1963), with the ratio test replaced by the comparison of actual losses.
+    the grid is the winner, a third and three times that; after one was refused it starts at the largest
+    tried. Levenberg (1944), Marquardt (1963), with the ratio test replaced by the comparison of actual
+    losses.
     """
 
     def __init__(self, first: Sequence[float], centre: float | None = None) -> None:

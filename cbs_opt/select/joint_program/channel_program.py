@@ -35,12 +35,6 @@ class ChannelSet(Evaluated):
 class ChannelProgram(Program[ChannelSet]):
     """The joint program of one block with rows and a channel term.
 
-    Parameters
-    ----------
-    block : FisherBlock
-
-    Notes
-    -----
     Products with the rows where all the work is are taken in their own precision; weights, slopes and
     values are those of float64.
     """

@@ -106,20 +106,13 @@ class KeptSet(Evaluated):
 class JointProgram(Program[KeptSet]):
     """The joint program of one block, prepared for many evaluations.
 
-    Parameters
-    ----------
-    block : FisherBlock
-        A dense Hessian, and more rows than weights, become at most n rows by an eigendecomposition,
-        O(n^3); a damping of 0 then takes half of the smallest eigenvalue.
+    See `PlainHessian.row_form` for how a dense Hessian, and more rows than weights, become rows. These stay
+    in their precision; what is computed from them is accumulated in float64.
 
     Raises
     ------
     NotPositiveDefiniteError
         If ``H`` is singular.
-
-    Notes
-    -----
-    The rows stay in their precision; what is computed from them is accumulated in float64.
     """
 
     def __init__(self, block: FisherBlock) -> None:

@@ -296,8 +296,6 @@ class Core:
 def open_core(program: JointProgram, kept: KeptSet, scores: Scores, size: int = CORE) -> Core:
     """Return the kept weights that cost least and the pruned ones that gain most, as a dense block.
 
-    Notes
-    -----
     With K' the other kept weights, ``H = damping (I + R_C^T M_K'^-1 R_C)`` and ``l = damping h_C``, the
     Schur complement and its right-hand side. O(m^2 (c + m) + m n).
     """

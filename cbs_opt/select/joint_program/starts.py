@@ -25,20 +25,8 @@ def greedy_obs_set(
 ) -> Tensor:
     """Return the set of greedy OBS in blocks: drop what costs least, move the rest, score again.
 
-    Parameters
-    ----------
-    program : Program
-    count : int
-        Weights to prune.
-    drops : int, default 12
-        The kept count falls by the same factor each time.
-    deadline : float, optional
-        Reading of `time.monotonic` after which all that is left to drop goes at once.
-
-    Returns
-    -------
-    (n,) bool tensor
-        The kept set.
+    `count` weights are pruned; the kept count falls by the same factor with each of the drops. After the
+    deadline, a reading of `time.monotonic`, all that is left to drop goes at once.
 
     Notes
     -----

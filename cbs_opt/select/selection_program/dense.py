@@ -57,22 +57,11 @@ def swap_dense(
 ) -> SwapCounts:
     """Run best-improvement swaps in place on a batch of dense blocks until none helps.
 
-    Parameters
-    ----------
-    gram : (B, n, n) tensor
-        ``A = diag(w) H diag(w)``, symmetric positive semidefinite.
-    product : (B, n) tensor
-        ``v = A y``, plus whatever fixed weights outside the block contribute; updated in place.
-    linear : (B, n) tensor
-        ``c = g * w``.
-    pruned : (B, n) bool tensor
-        ``y``; updated in place, its row sums never change.
-    tolerance : (B,) tensor
-        A swap must lower the objective by more than this.
-    budget : (B,) int64 tensor
-        Most swaps to make in each block.
-    compiled : bool, default True
-        Use the compiled kernel on the CPU.
+    For each of B blocks: `gram` (n, n) is ``A = diag(w) H diag(w)``, symmetric positive semidefinite;
+    `product` (n,), updated in place, is ``v = A y`` plus what fixed weights outside the block contribute;
+    `linear` (n,) is ``c = g * w``; `pruned` (n,), updated in place, is ``y``, whose sum never changes. A swap
+    must lower the objective by more than `tolerance`, and there are at most `budget`. The compiled kernel is
+    for the CPU.
 
     Notes
     -----

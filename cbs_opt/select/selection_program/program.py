@@ -63,15 +63,9 @@ TUNING = SwapTuning()
 class SelectionProgram:
     """``f(y) = 1/2 y.A y - c.y`` with ``A = diag(w) H diag(w)`` and ``c = g * w``; y is 1 where pruned.
 
-    Parameters
-    ----------
-    block : FisherBlock
-        One with a channel term must be small.
-
-    Notes
-    -----
-    Rows keep their dtype and device; the image ``z = R (w * y)``, or ``H_0 (w * y)`` where there are none, is
-    accumulated in float64, because the objective is what is left after many columns have cancelled in it.
+    A block with a channel term must be small. Rows keep their dtype and device; the image ``z = R (w * y)``,
+    or ``H_0 (w * y)`` where there are none, is accumulated in float64, because the objective is what is left
+    after many columns have cancelled in it.
     """
 
     def __init__(self, block: FisherBlock) -> None:

@@ -70,26 +70,12 @@ def swap_search_batch(
 ) -> list[SearchResult]:
     """Improve kept sets by best-improvement swaps until none helps, equal small blocks side by side.
 
-    Parameters
-    ----------
-    programs : sequence of SelectionProgram
-    starts : sequence of (n,) bool tensors
-        Weights kept at the start.
-    tolerance : float, optional
-        Relative: a swap counts if it lowers the objective by more than ``tolerance * |objective|``.
-        Default 1e-10 for float64 rows and 1e-7 for lower precision.
-    max_swaps : int, optional
-    deadline : float, optional
-        Reading of `time.monotonic` at which to stop. A large block looks at it every second or so;
-        small blocks are searched to the end once begun.
-    seed : int, default 0
-        Seed of the column sample that the pair search fits its directions to.
-    tuning : SwapTuning
+    The starts are the weights kept, (n,) bool each. A swap counts if it lowers the objective by more than
+    ``tolerance * |objective|``, by default 1e-10 for float64 rows and 1e-7 for lower precision. A large block
+    looks at the deadline, a reading of `time.monotonic`, every second or so; small blocks are searched to the
+    end once begun. The seed is that of the column sample that the pair search fits its directions to.
 
-    Returns
-    -------
-    list of SearchResult
-        In the order of `programs`, never worse than the start; the seconds of a batch are spread evenly.
+    The results are never worse than the starts; the seconds of a batch are spread evenly.
 
     Notes
     -----
