@@ -114,7 +114,7 @@ class ChannelSystem:
         self.channels = hessian.channels.restricted(self.member)
         self.whole: Tensor | None = None
         if len(kept) <= hessian.base.rank:
-            self.whole = self._factorise(self._dense())
+            self.whole = self._factorise(damped(hessian.base.part(kept) + self.channels.dense(), damping))
             return
         self.rows = hessian.base.data
         self.parts = self._factored()
@@ -134,8 +134,7 @@ class ChannelSystem:
         storage = torch.empty(sum(squares), dtype=torch.float64, device=self.kept.device)
         parts = []
         for channel, piece in zip(channels, torch.split(storage, squares), strict=True):
-            matrix = channel.matrix()
-            matrix.diagonal().add_(self.damping)
+            matrix = damped(channel.matrix(), self.damping)
             # By columns, as LAPACK has it.
             factor = piece.view_as(matrix).T.copy_(self._factorise(matrix))
             parts.append(_Factored(self.kept[channel.start : channel.stop], factor))
@@ -209,9 +208,6 @@ class ChannelSystem:
             cross = torch.linalg.solve_triangular(factor, cross, upper=False)
             pieces.append((diagonal[others] - cross.square().sum(dim=0)).clamp_min(self.damping))
         return torch.cat(pieces)
-
-    def _dense(self) -> Tensor:
-        return damped(self.hessian.base.part(self.kept) + self.channels.dense(), self.damping)
 
     def _inner_matrix(self) -> Tensor:
         """Return ``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,8 @@ def improving_pairs(
         parts.append((chunk[better], best[better], changes[better]))
     leaving, entering, changes = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     order = changes.argsort(stable=True)
-    order = order[_first_of_each(entering[order])]
+    _, first = np.unique(entering[order].cpu().numpy(), return_index=True)
+    order = order[torch.from_numpy(np.sort(first)).to(order.device)]
     return ImprovingPairs(
         leaving=leaving[order],
         entering=entering[order],
@@ -145,12 +147,3 @@ def _best_partners(
         least = torch.where(closer, value, least)
         best = torch.where(closer, piece[index], best)
     return least, best
-
-
-def _first_of_each(values: Tensor) -> Tensor:
-    """Return positions of the first occurrence of each value, ascending."""
-    order = values.argsort(stable=True)
-    sorted_values = values[order]
-    first = torch.ones_like(sorted_values, dtype=torch.bool)
-    first[1:] = sorted_values[1:] != sorted_values[:-1]
-    return order[first].sort().values

@@ -111,20 +111,27 @@ positions in `rows` of weights with more such partners than `SwapTuning.gathered
 """
 
 
-class CompiledScan:
+@dataclass(eq=False)
+class _Scan:
+    """What a scan knows: `cost` (n,) holds ``p_i`` and ``q_j`` or less, `outside` the partners."""
+
+    projection: Projection
+    cost: Tensor
+    outside: Tensor
+    gathered: int = TUNING.gathered
+
+
+@dataclass(eq=False)
+class CompiledScan(_Scan):
     """`PairScan` on the CPU: groups of partners, then a few directions, then all of them.
 
-    `cost` (n,) holds ``p_i`` and ``q_j`` or less, `outside` the partners. Worst case O(n_keep DIRECTIONS)
-    a weight; with a decaying spectrum most pairs fall to one comparison.
+    Worst case O(n_keep DIRECTIONS) a weight; with a decaying spectrum most pairs fall to one comparison.
     """
 
-    def __init__(
-        self, projection: Projection, cost: Tensor, outside: Tensor, gathered: int = TUNING.gathered
-    ) -> None:
-        self.projection, self.cost, self.gathered = projection, cost, gathered
-        self.outside = outside[_grouped(projection.norm[outside], cost[outside])]
+    def __post_init__(self) -> None:
+        self.outside = self.outside[_grouped(self.projection.norm[self.outside], self.cost[self.outside])]
         self.right = self._arrays(self.outside)
-        starts = np.arange(0, outside.numel(), GROUP)
+        starts = np.arange(0, self.outside.numel(), GROUP)
         self.cheapest = np.minimum.reduceat(self.right[0], starts)
         self.longest = np.maximum.reduceat(self.right[1], starts)
 
@@ -151,14 +158,13 @@ def _above(counts: Tensor, most: int) -> Tensor:
     return (counts > most).nonzero().squeeze(1)
 
 
-class TorchScan:
+@dataclass(eq=False)
+class TorchScan(_Scan):
     """`PairScan` on any device: tables of the bound, `TABLE` entries at a time."""
 
-    def __init__(
-        self, projection: Projection, cost: Tensor, outside: Tensor, gathered: int = TUNING.gathered
-    ) -> None:
-        self.projection, self.cost, self.outside, self.gathered = projection, cost, outside, gathered
-        self.wide = torch.cat([projection.coordinates, projection.remainder[:, 1:].float()], dim=1)
+    def __post_init__(self) -> None:
+        rest = self.projection.remainder[:, 1:].float()
+        self.wide = torch.cat([self.projection.coordinates, rest], dim=1)
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         norm = self.projection.norm
@@ -343,11 +349,11 @@ def improving_pairs(
     done = 0
     while done < order.numel() and not sweep.over():
         done += sweep.examine(order[done : done + tuning.scan_rows])
-    out, into, change = sweep.best()
+    sweep.forget()
     return Pairs(
-        out=out,
-        into=into,
-        change=change,
+        out=sweep.pairs[:, 0],
+        into=sweep.pairs[:, 1],
+        change=sweep.change,
         complete=done == order.numel(),
         crowded=sweep.crowded,
         resume=(start + done) % order.numel(),
@@ -432,14 +438,9 @@ class _Sweep:
         self.pairs = torch.cat([self.pairs, torch.stack([out[within], into[within]], dim=1)])
         self.change = torch.cat([self.change, change[within]])
         if self.change.numel() > 2 * self.tuning.most_pairs:
-            self._forget()
+            self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Drop all but the best pairs, and sort them."""
         order = self.change.argsort(stable=True)[: self.tuning.most_pairs]
         self.pairs, self.change = self.pairs[order], self.change[order]
-
-    def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best pairs, best first: ``out``, ``into`` and their changes."""
-        self._forget()
-        return self.pairs[:, 0], self.pairs[:, 1], self.change
