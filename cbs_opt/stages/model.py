@@ -97,11 +97,6 @@ class StageModel:
         """Mean diagonal entry of the Fisher matrix, without damping."""
         return float(self._diagonal.mean()) if self._diagonal.numel() else 1.0
 
-    @property
-    def spans(self) -> list[BlockSpan]:
-        """The blocks of the partition that have weights left."""
-        return [piece.span for piece in self._pieces]
-
     def restricted(self, keep: Tensor) -> StageModel:
         """Return the model of fewer weights, `keep` (n,) within the present one."""
         kept = keep[self.keep]
@@ -109,7 +104,7 @@ class StageModel:
         return StageModel(self.partition, keep, self.rows[:, kept], channels)
 
     def blocks(self, weights: Tensor, gradient: Tensor | None, damping: float) -> list[FisherBlock]:
-        """Return one block a span of `spans`, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
+        """Return the blocks that have weights left, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
         if self.channels is None or damping <= 0.0:
             return [self._block(piece, piece.rows, weights, gradient, damping) for piece in self._pieces]
         term = self.channels.scaled(damping / self.unit)

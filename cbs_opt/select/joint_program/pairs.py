@@ -61,14 +61,13 @@ class ImprovingPairs:
 
     `leaving` and `entering` (p,) are disjoint pairs, the best first; `changes` (p,) float64 are the exact
     changes of the objective by each pair alone, negative. If `complete`, every pair was computed or discarded
-    with proof; `computed` pairs were computed.
+    with proof.
     """
 
     leaving: Tensor
     entering: Tensor
     changes: Tensor
     complete: bool
-    computed: int
 
 
 def improving_pairs(
@@ -83,7 +82,7 @@ def improving_pairs(
     candidates, reach, pull = _candidates(kept, scores, threshold)
     nothing = candidates[:0]
     parts = [(nothing, nothing, scores.costs[nothing])]
-    complete, number, computed = True, 0, 0
+    complete, number = True, 0
     for chunk in torch.split(candidates, LEAVING_CHUNK) if len(candidates) else ():
         if number >= ENOUGH or (deadline is not None and time.monotonic() >= deadline):
             complete = False
@@ -93,7 +92,6 @@ def improving_pairs(
         entering = partners.nonzero().squeeze(1)
         if len(entering) == 0:
             continue
-        computed += len(chunk) * len(entering)
         changes, best = _best_partners(program, kept, scores, chunk, entering)
         better = changes < -threshold
         number += int(better.sum())
@@ -107,7 +105,6 @@ def improving_pairs(
         entering=entering[order],
         changes=changes[order],
         complete=complete,
-        computed=computed,
     )
 
 

@@ -177,10 +177,6 @@ class JointProgram(Program[KeptSet]):
         slack = (1.0 - self.leverages(kept, precision, index)).clamp_min(torch.finfo(precision).eps)
         return self.damping * self.levels(kept)[index].square() / slack
 
-    def weights(self, kept: KeptSet) -> Tensor:
-        """Return the best new weights of a kept set, (n,) float64."""
-        return torch.where(kept.keep, self.levels(kept), 0.0)
-
     def _image_of(self, index: Tensor) -> Tensor:
         """Return ``R_I a_I``, (m,) float64."""
         total = torch.zeros_like(self.pull)
