@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cbs_opt.hessian.operators import Hessian
+from cbs_opt.hessian.operators import Factor, Hessian
 from formulations.errors import ShapeError
 from formulations.problem import BlockProblem
 
@@ -79,7 +79,11 @@ class FisherBlock:
         NotPositiveDefiniteError
             If ``H`` is singular.
         """
-        return next(iter(self.hessian.factored([self.damping], name=self.name))).inverse_diagonal()
+        return self.factor().inverse_diagonal()
+
+    def factor(self) -> Factor:
+        """Return ``H``, factored."""
+        return next(iter(self.hessian.factored([self.damping], name=self.name)))
 
     def step_loss(self, step: Tensor) -> float:
         """Return the loss increase ``g.d + 1/2 d.H d`` that the model predicts for a float64 step (n,)."""

@@ -12,7 +12,7 @@ the solution to double precision in a few steps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from cbs_opt.hessian.channels import ChannelTerm
 from cbs_opt.hessian.dense import DenseHessian
 from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
-from cbs_opt.hessian.products import adjoint_image, factorise, image, solved
+from cbs_opt.hessian.products import adjoint_image, damped, factorise, image, inverse_of_factor, solved
 from formulations.errors import ShapeError, UnsupportedProblemError
 
 DENSE_LIMIT = 4_096
@@ -34,24 +34,15 @@ RESIDUAL = 1e-11
 REFINEMENTS = 50
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Factored:
+class _Factored(NamedTuple):
     """The kept weights of one channel and the Cholesky factor of their block of D."""
 
-    index: Tensor
+    kept: Tensor
     factor: Tensor
 
 
 class ChannelHessian(Hessian):
-    """``A = R^T R + C`` with C block-diagonal over output channels, or a matrix in the place of ``R^T R``.
-
-    Parameters
-    ----------
-    base : PlainHessian
-        ``R^T R``, or the matrix.
-    channels : ChannelTerm
-        C, of the same n weights.
-    """
+    """``A = R^T R + C`` with C block-diagonal over output channels, or a matrix in the place of ``R^T R``."""
 
     def __init__(self, base: PlainHessian, channels: ChannelTerm) -> None:
         if channels.n != base.n:
@@ -90,32 +81,17 @@ class ChannelHessian(Hessian):
             yield self.system(damping, keep, name)
 
     def system(
-        self,
-        damping: float,
-        keep: Tensor | None = None,
-        name: str = "",
-        precision: torch.dtype | None = None,
+        self, damping: float, keep: Tensor | None = None, name: str = "", precision: torch.dtype | None = None
     ) -> ChannelSystem:
         """Return ``H_KK`` for one damping, in the precision of the rows or another."""
-        kept = torch.arange(self.n, device=self.base.data.device)
-        kept = kept if keep is None else keep.nonzero().squeeze(1)
-        return ChannelSystem(self, kept, damping, name, precision or self.base.precision)
+        return ChannelSystem(self, self.base.kept(keep), damping, name, precision or self.base.precision)
 
 
 class ChannelSystem:
     """``H_KK`` of a `ChannelHessian`, factored once for solves and its inverse's diagonal: a `Factor`.
 
-    Parameters
-    ----------
-    hessian : ChannelHessian
-    kept : (s,) int64 Tensor
-        Kept weights in increasing order.
-    damping : float
-    name : str
-        Of the block, for messages.
-    precision : torch.dtype, default float64
-        Of the products with the rows, where the work is. Solutions are in float64 whatever it is; the
-        diagonal of the inverse is not.
+    `kept` (s,) are the kept weights in increasing order. The products with the rows, where the work is, are
+    taken in `precision`. Solutions are in float64 whatever it is; the diagonal of the inverse is not.
 
     Raises
     ------
@@ -129,24 +105,16 @@ class ChannelSystem:
     """
 
     def __init__(
-        self,
-        hessian: ChannelHessian,
-        kept: Tensor,
-        damping: float,
-        name: str = "",
-        precision: torch.dtype = torch.float64,
+        self, hessian: ChannelHessian, kept: Tensor, damping: float, name: str, precision: torch.dtype
     ) -> None:
-        self.hessian = hessian
-        self.kept = kept
-        self.damping = damping
-        self.name = name
-        self.precision = precision
+        self.hessian, self.kept = hessian, kept
+        self.damping, self.name, self.precision = damping, name, precision
         self.member = torch.zeros(hessian.n, dtype=torch.bool, device=kept.device)
         self.member[kept] = True
         self.channels = hessian.channels.restricted(self.member)
         self.whole: Tensor | None = None
         if len(kept) <= hessian.base.rank:
-            self.whole = self._factorise(self._dense())
+            self.whole = self._factorise(damped(hessian.base.part(kept) + self.channels.dense(), damping))
             return
         self.rows = hessian.base.data
         self.parts = self._factored()
@@ -166,11 +134,10 @@ class ChannelSystem:
         storage = torch.empty(sum(squares), dtype=torch.float64, device=self.kept.device)
         parts = []
         for channel, piece in zip(channels, torch.split(storage, squares), strict=True):
-            matrix = channel.matrix()
-            matrix.diagonal().add_(self.damping)
+            matrix = damped(channel.matrix(), self.damping)
             # By columns, as LAPACK has it.
             factor = piece.view_as(matrix).T.copy_(self._factorise(matrix))
-            parts.append(_Factored(index=self.kept[channel.start : channel.stop], factor=factor))
+            parts.append(_Factored(self.kept[channel.start : channel.stop], factor))
         return parts
 
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
@@ -192,7 +159,7 @@ class ChannelSystem:
         if self.whole is not None:
             diagonal: Tensor = torch.cholesky_inverse(self.whole).diagonal()
             return diagonal
-        inverse = self._inverse_factor()
+        inverse = inverse_of_factor(self.inner, self.precision)
         diagonals = []
         for group in _groups(self.parts):
             alone = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
@@ -209,15 +176,15 @@ class ChannelSystem:
         """
         if self.whole is not None:
             return self._dense_schur_diagonal(self.whole)
-        inverse = self._inverse_factor()
+        inverse = inverse_of_factor(self.inner, self.precision)
         parts = iter(self.parts)
         part = next(parts, None)
         diagonals = []
         for channel in self.hessian.channels.channels:
             member = torch.zeros(channel.stop - channel.start, dtype=torch.bool, device=self.kept.device)
-            inside = part if part is not None and int(part.index[0]) < channel.stop else None
+            inside = part if part is not None and int(part.kept[0]) < channel.stop else None
             if inside is not None:
-                member[inside.index - channel.start] = True
+                member[inside.kept - channel.start] = True
                 part = next(parts, None)
             others = (~member).nonzero().squeeze(1)
             if not len(others):
@@ -232,12 +199,6 @@ class ChannelSystem:
             diagonals.append(diagonal + (outer @ inverse.T).square_().sum(dim=1).double())
         return torch.cat(diagonals) if diagonals else torch.zeros_like(self.inner[0, :0])
 
-    def _inverse_factor(self) -> Tensor:
-        """Return ``L^-1`` with ``L L^T = M``, in the precision of the products."""
-        identity = torch.eye(len(self.inner), dtype=torch.float64, device=self.inner.device)
-        inverse: Tensor = torch.linalg.solve_triangular(self.inner, identity, upper=False)
-        return inverse.to(self.precision)
-
     def _dense_schur_diagonal(self, factor: Tensor) -> Tensor:
         diagonal = self.hessian.diagonal() + self.damping
         pieces = [diagonal[:0]]
@@ -247,12 +208,6 @@ class ChannelSystem:
             cross = torch.linalg.solve_triangular(factor, cross, upper=False)
             pieces.append((diagonal[others] - cross.square().sum(dim=0)).clamp_min(self.damping))
         return torch.cat(pieces)
-
-    def _dense(self) -> Tensor:
-        """Return ``H_KK``, (s, s) float64."""
-        matrix = self.hessian.base.part(self.kept) + self.channels.dense()
-        matrix.diagonal().add_(self.damping)
-        return matrix
 
     def _inner_matrix(self) -> Tensor:
         """Return ``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
@@ -264,7 +219,7 @@ class ChannelSystem:
 
     def _half(self, part: _Factored) -> Tensor:
         """Return ``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
-        columns = self.rows.index_select(1, part.index).to(self.precision)
+        columns = self.rows.index_select(1, part.kept).to(self.precision)
         half: Tensor = torch.linalg.solve_triangular(part.factor.to(self.precision), columns.T, upper=False)
         return half
 
@@ -314,7 +269,7 @@ class ChannelSystem:
 
     def _by_channel(self, right: Tensor) -> Tensor:
         """Return ``D^-1 right``."""
-        pieces = torch.split(right, [len(part.index) for part in self.parts])
+        pieces = torch.split(right, [len(part.kept) for part in self.parts])
         return torch.cat([solved(part.factor, piece) for piece, part in zip(pieces, self.parts, strict=True)])
 
 
@@ -323,10 +278,10 @@ def _groups(parts: list[_Factored]) -> Iterator[list[_Factored]]:
     group: list[_Factored] = []
     size = 0
     for part in parts:
-        if group and size + len(part.index) > GROUP:
+        if group and size + len(part.kept) > GROUP:
             yield group
             group, size = [], 0
         group.append(part)
-        size += len(part.index)
+        size += len(part.kept)
     if group:
         yield group

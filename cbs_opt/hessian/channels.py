@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,14 +25,8 @@ from torch import Tensor
 class Channel:
     """The weights ``start:stop`` of one output channel, or what is left of them.
 
-    Parameters
-    ----------
-    start, stop : int
-    moment : (f, f) float64 Tensor
-        Second moments of the inputs; channels of a layer share one.
-    scale : float
-    index : (stop - start,) int64 Tensor, optional
-        Which inputs the weights belong to; by default all, in order.
+    `moment` (f, f) float64 are second moments of the inputs, which channels of a layer share; `index` says
+    which inputs the weights belong to, by default all, in order.
     """
 
     start: int
@@ -69,12 +62,8 @@ class Channel:
 class ChannelTerm:
     """A block-diagonal positive semidefinite (n, n) matrix.
 
-    Parameters
-    ----------
-    channels : tuple of Channel
-        Tile ``0:n`` in order.
-    weight : float, default 1
-        Mean diagonal in units of that of the rows it was matched with.
+    Its channels tile ``0:n`` in order; `weight` is the mean diagonal in units of that of the rows it was
+    matched with.
     """
 
     channels: tuple[Channel, ...]
@@ -100,9 +89,8 @@ class ChannelTerm:
         last = bisect_left(self.channels, stop, key=lambda channel: channel.start)
         channels = []
         for channel in self.channels[first:last]:
-            place = torch.arange(
-                max(start, channel.start), min(stop, channel.stop), device=channel.moment.device
-            )
+            span = max(start, channel.start), min(stop, channel.stop)
+            place = torch.arange(*span, device=channel.moment.device)
             channels.append(channel.part_of(place - channel.start, int(place[0]) - start))
         return ChannelTerm(channels=tuple(channels), weight=self.weight)
 
@@ -120,7 +108,8 @@ class ChannelTerm:
     def product(self, x: Tensor) -> Tensor:
         """Return the matrix times a float64 vector (n,): one product for all channels of a layer."""
         result = torch.empty_like(x)
-        for run in self._runs():
+        for _, neighbours in itertools.groupby(self.channels, key=lambda channel: id(channel.moment)):
+            run = list(neighbours)
             spread = x.new_zeros(len(run), run[0].moment.shape[0])
             for row, channel in zip(spread, run, strict=True):
                 row[channel.inputs] = channel.scale * x[channel.start : channel.stop]
@@ -128,11 +117,6 @@ class ChannelTerm:
             for row, channel in zip(spread, run, strict=True):
                 result[channel.start : channel.stop] = row[channel.inputs]
         return result
-
-    def _runs(self) -> Iterator[list[Channel]]:
-        """Return neighbouring channels that share their moments."""
-        for _, run in itertools.groupby(self.channels, key=lambda channel: id(channel.moment)):
-            yield list(run)
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of the matrix, (n,) float64."""
@@ -142,13 +126,10 @@ class ChannelTerm:
     def entries(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the entries at `left` (a,) and `right` (b,), both in increasing order, (a, b) float64."""
         entries = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
-        stops = torch.tensor(
-            [channel.stop for channel in self.channels], dtype=torch.int64, device=left.device
-        )
-        row_ends = torch.searchsorted(left, stops).tolist()
-        column_ends = torch.searchsorted(right, stops).tolist()
+        stops = torch.tensor([c.stop for c in self.channels], dtype=torch.int64, device=left.device)
+        ends = (torch.searchsorted(side, stops).tolist() for side in (left, right))
         a = b = 0
-        for channel, row_end, column_end in zip(self.channels, row_ends, column_ends, strict=True):
+        for channel, row_end, column_end in zip(self.channels, *ends, strict=True):
             if row_end > a and column_end > b:
                 rows = torch.arange(channel.moment.shape[0], device=left.device)[channel.inputs]
                 above = rows[left[a:row_end] - channel.start]

@@ -14,13 +14,7 @@ from formulations.errors import ShapeError
 
 
 class DenseHessian(PlainHessian):
-    """A symmetric positive semidefinite matrix.
-
-    Parameters
-    ----------
-    matrix : (n, n) tensor
-        Of any precision.
-    """
+    """A symmetric positive semidefinite matrix (n, n) of any precision."""
 
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

@@ -22,11 +22,7 @@ class Factor(Protocol):
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
         """Return ``H_KK^-1 (right + H_KP removed_P)``, (s,) float64.
 
-        Parameters
-        ----------
-        right : (s,) float64 tensor
-        removed : (n,) float64 tensor, optional
-            0 on K. Its part of the right-hand side is formed in the space of the rows, where nothing cancels.
+        `removed` (n,) is 0 on K; it enters in the space of the rows, where nothing cancels.
         """
         ...
 
@@ -41,14 +37,8 @@ class Hessian(ABC):
     The Hessian of a block is ``H = A + damping M``; the metric M is the identity for all but
     `cbs_opt.hessian.whitened.MetricHessian`.
 
-    Attributes
-    ----------
-    n : int
-        Number of weights.
-    by_rows : bool
-        Whether A is ``R^T R`` and nothing else, so that searches may work on the columns of R.
-    by_channels : bool
-        Whether solves go channel by channel beside rows: searches then go by `schur_diagonal` of the factors.
+    It has `n` weights. Where it is ``R^T R`` and nothing else (`by_rows`), searches may use the columns of
+    R; where solves go channel by channel beside rows (`by_channels`), by `schur_diagonal` of the factors.
     """
 
     n: int
@@ -69,11 +59,11 @@ class Hessian(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Return a itself, (n, n) float64; O(m n^2), for small blocks."""
+        """Return A itself, (n, n) float64; O(m n^2), for small blocks."""
 
     @abstractmethod
     def plain(self, purpose: str) -> PlainHessian:
-        """Return a as rows or as one matrix.
+        """Return A as rows or as one matrix.
 
         Raises
         ------
@@ -87,13 +77,7 @@ class Hessian(ABC):
     ) -> Iterator[Factor]:
         """Return ``H_KK`` for each damping, with what they share computed once.
 
-        Parameters
-        ----------
-        dampings : sequence of float
-        keep : (n,) bool tensor, optional
-            True on K; by default on all weights.
-        name : str
-            Of the block, for messages.
+        `keep` (n,) is True on K, by default everywhere; `name` is that of the block, for messages.
 
         Raises
         ------
@@ -102,7 +86,7 @@ class Hessian(ABC):
         """
 
     def without_channels(self) -> Hessian:
-        """Return a without its term over channels, if it has one."""
+        """Return A without its term over channels, if it has one."""
         return self
 
     def prepared(self) -> Hessian:
@@ -125,12 +109,7 @@ class Hessian(ABC):
 class PlainHessian(Hessian):
     """Rows or one matrix: A is ``F^T F`` or F, and what searches ask of F.
 
-    Attributes
-    ----------
-    data : (m, n) or (n, n) tensor
-        F.
-    rank : int
-        No more than that many eigenvalues of A differ from 0.
+    F is `data`, (m, n) or (n, n); no more than `rank` eigenvalues of A differ from 0.
     """
 
     data: Tensor

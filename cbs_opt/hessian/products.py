@@ -123,6 +123,13 @@ def solved(factor: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
+def inverse_of_factor(factor: Tensor, precision: torch.dtype) -> Tensor:
+    """Return ``L^-1`` of a lower triangular float64 factor, in another precision."""
+    identity = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse.to(precision)
+
+
 def raise_singular(name: str, damping: float, why: str) -> NoReturn:
     """Raise `NotPositiveDefiniteError` for a block and its damping."""
     found = f"{damping:g} for block {name!r}: {why}"

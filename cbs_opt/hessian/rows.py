@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -61,27 +62,24 @@ class RowsHessian(PlainHessian):
         R, of any precision; often a view of the rows of the whole network.
     gram : KeptGram, optional
         Shared by operators of the same rows whose kept sets differ little.
+    spectral : bool, default False
+        Take the diagonal of the whole inverse from eigenvectors of A: it is cheap for all dampings but the
+        first. They are kept in the precision of the rows and take as much memory as they do.
 
     Notes
     -----
     `factored` solves through the kept block where it is no larger than m, and through the m x m Woodbury
     system otherwise: O(m s min(m, s)) for the first damping and O(m^3 + m s) for the others. No array of the
-    size of the rows is made.
+    size of the rows is made. The eigenvectors take O(m n min(m, n)) once, then O(n min(m, n)) a damping.
     """
 
     by_rows: ClassVar[bool] = True
 
-    def __init__(self, rows: Tensor, gram: KeptGram | None = None) -> None:
+    def __init__(self, rows: Tensor, gram: KeptGram | None = None, *, spectral: bool = False) -> None:
         if rows.ndim != 2:
             raise ShapeError("rows", f"shape {tuple(rows.shape)}", "pass one row a sample, (m, n)")
-        self.data = rows
-        self.gram = gram
+        self.data, self.gram, self.spectral = rows, gram, spectral
         self.rank, self.n = rows.shape
-
-    @property
-    def rows(self) -> Tensor:
-        """R."""
-        return self.data
 
     @property
     def precision(self) -> torch.dtype:
@@ -128,17 +126,31 @@ class RowsHessian(PlainHessian):
         return reduced_rows(inner_gram(self.data.T), damping, name)
 
     def prepared(self) -> Hessian:
-        return SpectralHessian(self.data, self.gram)
+        return self if self.spectral else RowsHessian(self.data, self.gram, spectral=True)
 
     def factored(
         self, dampings: Sequence[float], keep: Tensor | None = None, name: str = ""
     ) -> Iterator[Factor]:
-        shared = _KeptRows(self, keep, name)
-        if shared.wide and min(dampings) == 0.0:
+        whole = self.spectral and (keep is None or bool(keep.all()))
+        shared = _KeptRows(self, None if whole else keep, name)
+        if shared.wide and min(dampings) == 0.0 and not whole:
             why = f"H is singular with {self.rank} rows for {len(shared.kept)} kept weights"
             raise_singular(name, 0.0, why)
         for damping in dampings:
             yield RowsFactor(shared, damping)
+
+    def eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues of A with its eigenvectors, as rows times their roots where m < n."""
+        rows = self.data
+        if self.rank >= self.n:
+            values, vectors = torch.linalg.eigh(inner_gram(rows.T))
+            return values.clamp_min(0.0), vectors
+        everything = torch.ones(self.n, dtype=torch.bool, device=rows.device)
+        gram = inner_gram(rows) if self.gram is None else self.gram.of(rows, everything)
+        values, vectors = torch.linalg.eigh(gram)
+        return values.clamp_min(0.0), vectors.T.to(rows.dtype) @ rows
+
+    spectrum = cached_property(eigenvectors)
 
 
 class _KeptRows:
@@ -146,23 +158,19 @@ class _KeptRows:
 
     def __init__(self, hessian: RowsHessian, keep: Tensor | None, name: str) -> None:
         self.hessian, self.keep, self.name = hessian, keep, name
-        self.rows = hessian.rows
+        self.rows = hessian.data
         self.kept = hessian.kept(keep)
         self.wide = len(self.kept) > self.rows.shape[0]
-        self._matrix: Tensor | None = None
         self._images: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
         """``R_K R_K^T`` (m, m) where s > m, else ``R_K^T R_K`` (s, s)."""
-        if self._matrix is None:
-            if not self.wide:
-                self._matrix = self.hessian.part(self.kept)
-            else:
-                keep = torch.ones(self.hessian.n, dtype=torch.bool, device=self.rows.device)
-                gram = self.hessian.gram or KeptGram()
-                self._matrix = gram.of(self.rows, keep if self.keep is None else self.keep)
-        return self._matrix
+        if not self.wide:
+            return self.hessian.part(self.kept)
+        everything = torch.ones(self.hessian.n, dtype=torch.bool, device=self.rows.device)
+        gram = self.hessian.gram or KeptGram()
+        return gram.of(self.rows, everything if self.keep is None else self.keep)
 
     def image(self, x: Tensor) -> Tensor:
         """Return ``R x``, or ``R_K x`` for `x` (s,): once for all dampings."""
@@ -180,7 +188,11 @@ class RowsFactor:
 
     def __init__(self, shared: _KeptRows, damping: float) -> None:
         self.shared, self.damping = shared, damping
-        self._factor: Tensor | None = None
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The Cholesky factor of ``damping I`` and the small matrix."""
+        return factorise(damped(self.shared.matrix, self.damping), self.shared.name, self.damping)
 
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
         return self.solve_pulled(right, None if removed is None else self.shared.image(removed))
@@ -191,20 +203,20 @@ class RowsFactor:
         ``(damping I + B^T B)^-1 = (I - B^T (damping I + B B^T)^-1 B) / damping``, and applied to
         ``B^T z`` it is ``B^T (damping I + B B^T)^-1 z``, where nothing cancels however small the damping.
         """
-        shared = self.shared
-        if self._factor is None:
-            self._factor = factorise(damped(shared.matrix, self.damping), shared.name, self.damping)
+        shared, factor = self.shared, self.factor
         if not shared.wide:
             if pulled is not None:
                 right = right + shared.hessian.columns(shared.kept).T @ pulled
-            return solved(self._factor, right)
+            return solved(factor, right)
         outer = (0.0 if pulled is None else pulled) - shared.image(right) / self.damping
-        return right / self.damping + kept_adjoint(shared.rows, shared.kept, solved(self._factor, outer))
+        return right / self.damping + kept_adjoint(shared.rows, shared.kept, solved(factor, outer))
 
     def inverse_diagonal(self) -> Tensor:
         """Return ``diag(H_KK^-1)``, (s,) float64; O(m^2 s), or O(s^3) where that is less."""
         shared = self.shared
         index = None if shared.keep is None else shared.kept
+        if index is None and shared.hessian.spectral:
+            return self._spectral_diagonal(*shared.hessian.spectrum)
         if not shared.wide:
             rows = shared.rows if index is None else shared.rows.index_select(1, index)
             matrix = inner_gram(rows.T)
@@ -218,61 +230,12 @@ class RowsFactor:
             seen[span] = torch.linalg.solve_triangular(factor, columns, upper=False).square_().sum(dim=0)
         return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / self.damping
 
-
-class SpectralHessian(RowsHessian):
-    """``A = R^T R`` with its eigenvectors, so that the inverse's diagonal is cheap after the first.
-
-    Notes
-    -----
-    O(m n min(m, n)) once; then O(n min(m, n)) a damping. The eigenvectors are kept in the precision of the
-    rows and take as much memory as they do.
-    """
-
-    _eigen: tuple[Tensor, Tensor] | None = None
-
-    def prepared(self) -> Hessian:
-        return self
-
-    def factored(
-        self, dampings: Sequence[float], keep: Tensor | None = None, name: str = ""
-    ) -> Iterator[Factor]:
-        if keep is not None and not bool(keep.all()):
-            yield from super().factored(dampings, keep, name)
-            return
-        shared = _KeptRows(self, None, name)
-        for damping in dampings:
-            yield _SpectralFactor(shared, damping)
-
-    def inverse_diagonal(self, damping: float) -> Tensor:
-        """Return ``diag((R^T R + damping I)^-1)``; `damping` > 0 unless R has full column rank."""
-        values, vectors = self._eigenvectors()
-        weights = 1.0 / (values + damping)
-        if self.rank >= self.n:
+    def _spectral_diagonal(self, values: Tensor, vectors: Tensor) -> Tensor:
+        weights = 1.0 / (values + self.damping)
+        if not self.shared.wide:
             return vectors.square() @ weights
         seen = weighted_squares(vectors, weights)
-        return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / damping
-
-    def _eigenvectors(self) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues of ``R^T R`` with its eigenvectors, as rows times their roots where m < n."""
-        if self._eigen is None:
-            rows = self.rows
-            if self.rank >= self.n:
-                values, vectors = torch.linalg.eigh(inner_gram(rows.T))
-            else:
-                everything = torch.ones(self.n, dtype=torch.bool, device=rows.device)
-                values, vectors = torch.linalg.eigh(
-                    inner_gram(rows) if self.gram is None else self.gram.of(rows, everything)
-                )
-                vectors = vectors.T.to(rows.dtype) @ rows
-            self._eigen = values.clamp_min(0.0), vectors
-        return self._eigen
-
-
-class _SpectralFactor(RowsFactor):
-    def inverse_diagonal(self) -> Tensor:
-        hessian = self.shared.hessian
-        assert isinstance(hessian, SpectralHessian)
-        return hessian.inverse_diagonal(self.damping)
+        return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / self.damping
 
 
 def reduced_rows(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, float]:

@@ -10,13 +10,14 @@ so that in the coordinates ``L^T d`` the metric is the identity, and one Gram ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.channels import ChannelTerm
 from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
-from cbs_opt.hessian.products import damped, factorise, image, inner_gram, weighted_squares
+from cbs_opt.hessian.products import damped, factorise, image, weighted_squares
 from cbs_opt.hessian.rows import KeptGram, RowsFactor, RowsHessian
 from formulations.errors import UnsupportedProblemError
 
@@ -24,13 +25,7 @@ from formulations.errors import UnsupportedProblemError
 class MetricHessian(RowsHessian):
     """``A = R^T R`` whose damping multiplies the metric ``M = C + shift I`` in the place of the identity.
 
-    Parameters
-    ----------
-    rows : (m, n) tensor
-    channels : ChannelTerm
-        C, of the same n weights.
-    shift : float
-        Positive where C is singular.
+    C, the term over channels, is of the same n weights; the shift is positive where C is singular.
 
     Notes
     -----
@@ -62,89 +57,72 @@ class MetricHessian(RowsHessian):
     def factored(
         self, dampings: Sequence[float], keep: Tensor | None = None, name: str = ""
     ) -> Iterator[Factor]:
-        whole = keep is None or bool(keep.all())
-        if whole and self._whole is None:
-            self._whole = _Whitened(self.rows, self.channels, self.shift, name)
-        whitened = self._whole
-        if keep is not None and not whole:
-            whitened = _Whitened(self.rows[:, keep], self.channels.restricted(keep), self.shift, name)
-        assert whitened is not None
+        if keep is not None and not bool(keep.all()):
+            whitened = _Whitened(self.data[:, keep], self.channels.restricted(keep), self.shift, name)
+        else:
+            whitened = self._whole = self._whole or _Whitened(self.data, self.channels, self.shift, name)
         kept = self.kept(keep)
-        for damping, factor in zip(dampings, whitened.hessian.factored(dampings, None, name), strict=True):
+        for factor in whitened.hessian.factored(dampings, None, name):
             assert isinstance(factor, RowsFactor)
-            yield _MetricFactor(self, whitened, kept, factor, damping)
+            yield _MetricFactor(self, whitened, kept, factor)
 
 
 class _MetricFactor:
     """`Factor` of a `MetricHessian`."""
 
-    def __init__(
-        self, hessian: MetricHessian, whitened: _Whitened, kept: Tensor, factor: RowsFactor, damping: float
-    ) -> None:
-        self.hessian, self.whitened, self.kept = hessian, whitened, kept
-        self.factor, self.damping = factor, damping
+    def __init__(self, hessian: MetricHessian, whitened: _Whitened, kept: Tensor, factor: RowsFactor) -> None:
+        self.hessian, self.whitened, self.kept, self.factor = hessian, whitened, kept, factor
 
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
         pulled = None
         if removed is not None:
-            right = self.damping * self.hessian.metric(removed)[self.kept] + right
-            pulled = image(self.hessian.rows, removed)
+            right = self.factor.damping * self.hessian.metric(removed)[self.kept] + right
+            pulled = image(self.hessian.data, removed)
         forth = self.whitened.by_channel(right, transposed=False)
         return self.whitened.by_channel(self.factor.solve_pulled(forth, pulled), transposed=True)
 
     def inverse_diagonal(self) -> Tensor:
-        return self.whitened.inverse_diagonal(self.damping)
+        return self.whitened.inverse_diagonal(self.factor.damping)
 
 
 class _Whitened:
     """Gradient rows in the coordinates of a metric: `hessian` is ``W^T W``."""
 
     def __init__(self, rows: Tensor, channels: ChannelTerm, shift: float, name: str) -> None:
-        self._spans = [(channel.start, channel.stop) for channel in channels.channels]
         self._factors = [
-            factorise(damped(channel.matrix(), shift), name, shift) for channel in channels.channels
+            (slice(channel.start, channel.stop), factorise(damped(channel.matrix(), shift), name, shift))
+            for channel in channels.channels
         ]
-        self._rows = torch.empty_like(rows)
-        for (start, stop), factor in zip(self._spans, self._factors, strict=True):
-            half = torch.linalg.solve_triangular(factor.to(rows.dtype), rows[:, start:stop].T, upper=False)
-            self._rows[:, start:stop] = half.T
-        self._gram = KeptGram()
-        self.hessian = RowsHessian(self._rows, self._gram)
-        self._eigen: tuple[Tensor, Tensor] | None = None
+        white = torch.empty_like(rows)
+        for span, factor in self._factors:
+            half = torch.linalg.solve_triangular(factor.to(rows.dtype), rows[:, span].T, upper=False)
+            white[:, span] = half.T
+        self.hessian = RowsHessian(white, KeptGram())
 
     def inverse_diagonal(self, damping: float) -> Tensor:
         """Return ``diag((R^T R + damping M)^-1)``, (n,) float64."""
-        values, vectors = self._eigenvectors()
+        values, vectors = self._spectrum
         seen = weighted_squares(vectors, 1.0 / (values + damping))
-        if self._rows.shape[0] >= self._rows.shape[1]:
+        if self.hessian.rank >= self.hessian.n:
             return seen
-        alone = torch.cat([torch.cholesky_inverse(factor).diagonal() for factor in self._factors])
-        return (alone - seen).maximum(torch.finfo(self._rows.dtype).eps * alone) / damping
+        alone = torch.cat([torch.cholesky_inverse(factor).diagonal() for _, factor in self._factors])
+        return (alone - seen).maximum(torch.finfo(self.hessian.precision).eps * alone) / damping
 
-    def _eigenvectors(self) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues of ``W^T W``, and eigenvectors as rows, times roots if m < n, times L^-1."""
-        if self._eigen is None:
-            rows = self._rows
-            if rows.shape[0] < rows.shape[1]:
-                keep = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
-                values, vectors = torch.linalg.eigh(self._gram.of(rows, keep))
-                spread = vectors.T.to(rows.dtype) @ rows
-            else:
-                values, vectors = torch.linalg.eigh(inner_gram(rows.T))
-                spread = vectors.T.contiguous()
-            for (start, stop), factor in zip(self._spans, self._factors, strict=True):
-                upper = factor.to(spread.dtype).T
-                spread[:, start:stop] = torch.linalg.solve_triangular(
-                    upper, spread[:, start:stop].T, upper=True
-                ).T
-            self._eigen = values.clamp_min(0.0), spread
-        return self._eigen
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of ``W^T W``, and eigenvectors as rows, times roots if m < n, times L^-1."""
+        values, spread = self.hessian.eigenvectors()
+        if self.hessian.rank >= self.hessian.n:
+            spread = spread.T.contiguous()
+        for span, factor in self._factors:
+            upper = factor.to(spread.dtype).T
+            spread[:, span] = torch.linalg.solve_triangular(upper, spread[:, span].T, upper=True).T
+        return values, spread
 
     def by_channel(self, x: Tensor, *, transposed: bool) -> Tensor:
         """Return ``L^-1 x``, or ``L^-T x``."""
         result = torch.empty_like(x)
-        for (start, stop), factor in zip(self._spans, self._factors, strict=True):
+        for span, factor in self._factors:
             matrix = factor.T if transposed else factor
-            piece = torch.linalg.solve_triangular(matrix, x[start:stop, None], upper=transposed)
-            result[start:stop] = piece[:, 0]
+            result[span] = torch.linalg.solve_triangular(matrix, x[span, None], upper=transposed)[:, 0]
         return result

@@ -108,8 +108,8 @@ def _checked(
 ) -> CheckedBlock:
     fingerprint = problem.fingerprint()
     if fingerprint != summary.fingerprint:
-        notes = (f"other data than were certified: fingerprint {fingerprint[:12]}...",)
-        return CheckedBlock(name=summary.name, verdict=Verdict.WRONG, notes=notes)
+        other = f"other data than were certified: fingerprint {fingerprint[:12]}..."
+        return CheckedBlock(name=summary.name, verdict=Verdict.WRONG, notes=(other,))
     result = verify(problem, solution)
     wrong = []
     if (summary.objective, summary.bound) != (solution.objective, solution.bound):

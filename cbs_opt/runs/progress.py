@@ -51,7 +51,7 @@ class RunProgress:
 
     @property
     def pieces(self) -> Pieces:
-        """Where stages are kept, see `cbs_opt.stages.store`."""
+        """Where stages are kept, see `cbs_opt.stages.state`."""
         return self._pieces
 
     def rows(self, step: str = "") -> Journal:

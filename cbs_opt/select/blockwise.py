@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, Selector
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, Selector, one_by_one
 from formulations.errors import ArgumentError, UnsupportedProblemError
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import BlockSolution, Limits
 
 DENSE_BLOCK = 4_096
 """Largest block that is handed to a dense method."""
@@ -28,19 +28,12 @@ def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> 
         ledger: Ledger = NO_LEDGER,
         **options: Any,
     ) -> list[Choice]:
-        choices = []
-        # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
-        for number, block in enumerate(blocks):
-            choice = ledger.choice(number)
-            if choice is None:
-                require_dense(block, name, program)
-                solution = solver(block.to_problem(counts[number]), program, limits=limits, **options)
-                choice = Choice.of_solution(block, checked_solution(block, solution, name))
-                if choice.limit is Limit.INTERRUPTED:
-                    raise KeyboardInterrupt
-                ledger.add(number, choice)
-            choices.append(choice)
-        return choices
+        def solve(block: FisherBlock, number: int) -> Choice:
+            require_dense(block, name, program)
+            solution = solver(block.to_problem(counts[number]), program, limits=limits, **options)
+            return Choice.of_solution(block, checked_solution(block, solution, name))
+
+        return one_by_one(blocks, ledger, solve)
 
     return select
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,23 +17,10 @@ from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 class Choice:
     """The kept set of one block and how it was chosen.
 
-    Attributes
-    ----------
-    keep : (n,) bool tensor
-        True where the weight stays.
-    initial_value : float or None
-        Selection objective that a search started from.
-    iterations : int
-        Swaps of a search.
-    locally_optimal : bool or None
-        Whether a search ended at a proved 1-swap optimum; None for methods that do not search.
-    seconds : float
-    bound : float or None
-        Proved lower bound on the objective of the program.
-    status : str
-        How the method ended.
-    limit : Limit or None
-        What stopped it early.
+    `keep` (n,) is True where the weight stays, `initial_value` the selection objective that a search started
+    from, `iterations` its swaps. `locally_optimal` says whether a search ended at a proved 1-swap optimum;
+    None for methods that do not search. `bound` is a proved lower bound on the objective of the program,
+    `status` how the method ended, and `limit` what stopped it early.
     """
 
     keep: Tensor
@@ -63,20 +50,10 @@ class Choice:
 class SearchResult:
     """What a search of one block found.
 
-    Attributes
-    ----------
-    keep : (n,) bool tensor
-        The kept set; its size is that of the start.
-    value, initial_value : float
-        Objective of the program after and before, in float64.
-    swaps : int
-    locally_optimal : bool
-        Proved: no single swap lowers the objective by more than the tolerance, over all pairs.
-    limit : Limit or None
-        What stopped the search before that.
-    seconds : float
-    trace : tuple of TracePoint
-        The objective after every accepted move, of searches that follow it.
+    `keep` has the size of the start, `value` and `initial_value` are the objective of the program after and
+    before, in float64. `locally_optimal` is proved: no single swap lowers the objective by more than the
+    tolerance, over all pairs; `limit` is what stopped the search before that. `trace` is the objective after
+    every accepted move, of searches that follow it.
     """
 
     keep: Tensor
@@ -89,9 +66,17 @@ class SearchResult:
     trace: tuple[TracePoint, ...] = ()
 
     @property
-    def ending(self) -> str:
-        """How the search ended, in a few words."""
-        return ending(self.locally_optimal, self.limit)
+    def choice(self) -> Choice:
+        """The same as a choice."""
+        return Choice(
+            keep=self.keep,
+            initial_value=self.initial_value,
+            iterations=self.swaps,
+            locally_optimal=self.locally_optimal,
+            seconds=self.seconds,
+            status=ending(self.locally_optimal, self.limit),
+            limit=self.limit,
+        )
 
 
 def ending(locally_optimal: bool, limit: Limit | None) -> str:
@@ -112,25 +97,45 @@ class SearchInterruptedError(KeyboardInterrupt):
 
 
 class Ledger(Protocol):
-    """The choices of blocks that are made already, None for the others, and where further ones are added."""
-
-    def choice(self, index: int) -> Choice | None: ...
-
-    def add(self, index: int, choice: Choice) -> None: ...
-
-
-class NoLedger:
-    """A `Ledger` that knows nothing and forgets everything."""
+    """The choices of blocks that are made already, and where further ones are added."""
 
     def choice(self, index: int) -> Choice | None:
-        """Return None."""
+        """Return the choice of a block, or None if it is not made yet."""
         return None
 
     def add(self, index: int, choice: Choice) -> None:
-        """Do nothing."""
+        """Keep the choice of a block."""
+        return None
+
+
+class NoLedger(Ledger):
+    """A `Ledger` that knows nothing and forgets everything."""
 
 
 NO_LEDGER = NoLedger()
+
+
+def one_by_one(
+    blocks: Sequence[FisherBlock], ledger: Ledger, choose: Callable[[FisherBlock, int], Choice]
+) -> list[Choice]:
+    """Return the choices of all blocks in order: those of the ledger, and what `choose` makes of the others.
+
+    Raises
+    ------
+    SearchInterruptedError
+        At the first choice that an interrupt ended.
+    """
+    choices = []
+    # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
+    for number, block in enumerate(blocks):
+        choice = ledger.choice(number)
+        if choice is None:
+            choice = choose(block, number)
+            if choice.limit is Limit.INTERRUPTED:
+                raise SearchInterruptedError(choice)
+            ledger.add(number, choice)
+        choices.append(choice)
+    return choices
 
 
 class Selector(Protocol):

@@ -105,13 +105,10 @@ class Method:
 
     def check_options(self, options: Mapping[str, Any], program: str) -> None:
         """Raise `UnknownOptionError` for an option that the method does not take."""
-        if not options or self.free_options:
-            return
-        choices = self.options
-        for name in options:
-            if name not in choices:
+        for name in () if self.free_options else options:
+            if name not in self.options:
                 found = f"{name!r} for {self.name} on program {program!r}"
-                listed = ", ".join(choices) or "none"
+                listed = ", ".join(self.options) or "none"
                 raise UnknownOptionError("method_options", found, f"it takes: {listed}")
 
 
@@ -148,22 +145,21 @@ def _search(name: str, program: str, summary: str, function: str) -> Method:
     )
 
 
-def _dense(name: str, kind: str, summary: str, function: str) -> Method:
-    return Method(name=name, kind=kind, summary=summary, function=function)
+def _dense(name: str, kind: str, summary: str, engine: str) -> Method:
+    module, _, function = engine.partition(":")
+    return Method(name=name, kind=kind, summary=summary, function=f"formulations.{module}:{function or name}")
 
 
 SWAPS = "best-improvement swaps to a proved 1-swap optimum"
 GREEDY = "what costs least goes, the rest moves, again; one by one in small blocks"
+THRESHOLDING = "gradient steps on the weights, each keeping the largest"
 BUILT_IN = (
     _saliency("magnitude", "smallest |w|"),
-    Method(
+    replace(
+        _saliency("magnitude", "small |w|, drawn at random within buckets of similar magnitude"),
         name="randomized_magnitude",
-        kind="saliency",
-        summary="small |w|, drawn at random within buckets of similar magnitude",
         function=f"{SCORES}:by_randomized_magnitude",
-        blockwise=False,
         randomized=True,
-        needs_curvature=False,
     ),
     _saliency("obd", "Optimal Brain Damage: 1/2 H_ii w_i^2"),
     _saliency("obs", "Optimal Brain Surgeon: w_i^2 / (2 [H^-1]_ii)"),
@@ -171,44 +167,15 @@ BUILT_IN = (
     _saliency("gradient_norm", "|w_i (H g)_i|"),
     _search("swap_search", "selection", SWAPS, f"{SELECTION}:by_swap_search"),
     _search("swap_search", "joint", SWAPS, f"{JOINT}:by_joint_swap_search"),
-    Method(
-        name="greedy_obs",
-        kind="search",
-        summary=GREEDY,
-        function="formulations.incumbents:greedy",
-        programs=("selection",),
-    ),
+    replace(_dense("greedy_obs", "search", GREEDY, "incumbents:greedy"), programs=("selection",)),
     _search("greedy_obs", "joint", GREEDY, f"{JOINT}:by_joint_greedy_obs"),
-    _search(
-        "iterative_hard_threshold",
-        "joint",
-        "gradient steps on the weights, each keeping the largest",
-        f"{JOINT}:by_iterative_hard_threshold",
-    ),
+    _search("iterative_hard_threshold", "joint", THRESHOLDING, f"{JOINT}:by_iterative_hard_threshold"),
     _dense(
-        "enumeration",
-        "exact",
-        "every set: the oracle, n up to about 24",
-        "formulations.enumeration:enumerate_optimum",
+        "enumeration", "exact", "every set: the oracle, n up to about 24", "enumeration:enumerate_optimum"
     ),
-    _dense(
-        "branch_and_bound",
-        "exact",
-        "our branch and bound, with certified bounds",
-        "formulations.branch_and_bound:branch_and_bound",
-    ),
-    _dense(
-        "outer_approximation",
-        "exact",
-        "cuts on a HiGHS integer program",
-        "formulations.outer_approximation:outer_approximation",
-    ),
-    _dense(
-        "lower_bound",
-        "bound",
-        "certified relaxation bound and its rounding",
-        "formulations.relaxations:lower_bound",
-    ),
+    _dense("branch_and_bound", "exact", "our branch and bound, with certified bounds", "branch_and_bound"),
+    _dense("outer_approximation", "exact", "cuts on a HiGHS integer program", "outer_approximation"),
+    _dense("lower_bound", "bound", "certified relaxation bound and its rounding", "relaxations"),
 )
 """Our methods."""
 
@@ -243,10 +210,7 @@ def _on_solver(name: str) -> Method | None:
 def available_methods() -> tuple[Method, ...]:
     """Return every registered method: ours, then those of installed packages (`formulations.plugins`).
 
-    Returns
-    -------
-    tuple of Method
-        A method with an engine for each program is there once for each.
+    A method with an engine for each program is there once for each.
     """
     return (*BUILT_IN, *_plugged_in())
 
@@ -290,15 +254,14 @@ def find_method(name: str, program: str) -> Method:
         raise UnknownMethodError("method", f"{name!r}", "pass the name of a method")
     methods = available_methods()
     entries = [method for method in methods if method.name == name]
-    if not entries:
-        method = _on_solver(name)
-        if method is None:
-            from formulations.solvers import solver_names
-
-            names, solvers = ", ".join(dict.fromkeys(m.name for m in methods)), ", ".join(solver_names())
-            remedy = f"choose among {names}, or <solver>:<model> with a solver of {solvers}"
-            raise UnknownMethodError("method", f"{name!r}", remedy)
+    if not entries and (method := _on_solver(name)):
         entries = [method]
+    if not entries:
+        from formulations.solvers import solver_names
+
+        names, solvers = ", ".join(dict.fromkeys(m.name for m in methods)), ", ".join(solver_names())
+        remedy = f"choose among {names}, or <solver>:<model> with a solver of {solvers}"
+        raise UnknownMethodError("method", f"{name!r}", remedy)
     for entry in entries:
         if program in entry.programs:
             return entry

@@ -10,14 +10,10 @@ from formulations.problem import PROGRAMS
 from formulations.solvers import BRIDGES
 
 DENSE = "cbs_opt.select.selection_program.dense"
-SCAN = "cbs_opt.select.selection_program.pair_scan"
+SCAN = "cbs_opt.select.selection_program.pair_search"
 JOINT_SEARCH = (*SWAP_SEARCH["joint"], *BOUND["joint"])
 KERNELS = {
-    ("swap_search", "selection"): (
-        f"{DENSE}:_swap_one_block",
-        f"{DENSE}:_swap_blocks",
-        f"{SCAN}:_scan_rows",
-    ),
+    ("swap_search", "selection"): (f"{DENSE}:_swap_one_block", f"{DENSE}:_swap_blocks", f"{SCAN}:_scan_rows"),
     ("swap_search", "joint"): JOINT_SEARCH,
     ("greedy_obs", "joint"): JOINT_SEARCH,
     ("iterative_hard_threshold", "joint"): JOINT_SEARCH,
@@ -29,12 +25,8 @@ KERNELS = {
 def prepare(method: str, program: str) -> None:
     """Compile what `method` needs on `program`, or load it, so that none of it counts in its times.
 
-    Parameters
-    ----------
-    method : str
-        A name of `available_methods`. A saliency and a method of another package compile nothing of ours,
-        the name of a solver stands for what any solver needs, a first set of weights.
-    program : {"selection", "joint"}
+    A saliency and a method of another package compile nothing of ours, the name of a solver stands for what
+    any solver needs, a first set of weights.
 
     Notes
     -----

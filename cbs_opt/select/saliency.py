@@ -63,11 +63,7 @@ def _gradient(block: FisherBlock) -> Tensor:
 
 
 SALIENCIES: dict[str, Callable[[FisherBlock], Tensor]] = {
-    "magnitude": magnitude,
-    "obd": obd,
-    "obs": obs,
-    "loss_preservation": loss_preservation,
-    "gradient_norm": gradient_norm,
+    saliency.__name__: saliency for saliency in (magnitude, obd, obs, loss_preservation, gradient_norm)
 }
 
 

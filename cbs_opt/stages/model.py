@@ -59,7 +59,7 @@ class _Piece:
         return self.pruning.prepared()
 
     def _with_metric(self, share: float) -> Hessian:
-        return self.rows if self.metric is None else MetricHessian(self.rows.rows, self.metric, share)
+        return self.rows if self.metric is None else MetricHessian(self.rows.data, self.metric, share)
 
 
 class StageModel:
@@ -69,17 +69,8 @@ class StageModel:
     (``C / unit + I`` for updates that prune nothing): long steps then are cheap where the layers are
     fed little, and not where rows are blind.
 
-    Vectors of kept weights have length ``n_kept``; blocks without any are left out.
-
-    Parameters
-    ----------
-    partition : Partition
-    keep : (n,) bool tensor
-        True where a weight is still there.
-    rows : (m, n_kept) tensor
-        Gradient rows of the kept weights.
-    channels : ChannelTerm, optional
-        Of the kept weights.
+    `keep` (n,) is True where a weight is still there; `rows` (m, n_kept) and `channels` are of those weights,
+    vectors of which have length ``n_kept``. Blocks without any are left out.
     """
 
     def __init__(
@@ -96,25 +87,15 @@ class StageModel:
         for span in partition.blocks:
             stop = start + int(keep[span.start : span.stop].sum())
             if stop > start:
-                piece = _Piece(
-                    span=span,
-                    start=start,
-                    stop=stop,
-                    rows=RowsHessian(rows[:, start:stop], KeptGram()),
-                    metric=None if metric is None else metric.within(start, stop),
-                )
-                self._pieces.append(piece)
+                part = RowsHessian(rows[:, start:stop], KeptGram())
+                within = None if metric is None else metric.within(start, stop)
+                self._pieces.append(_Piece(span=span, start=start, stop=stop, rows=part, metric=within))
             start = stop
 
     @property
     def unit(self) -> float:
         """Mean diagonal entry of the Fisher matrix, without damping."""
         return float(self._diagonal.mean()) if self._diagonal.numel() else 1.0
-
-    @property
-    def spans(self) -> list[BlockSpan]:
-        """The blocks of the partition that have weights left."""
-        return [piece.span for piece in self._pieces]
 
     def restricted(self, keep: Tensor) -> StageModel:
         """Return the model of fewer weights, `keep` (n,) within the present one."""
@@ -123,18 +104,15 @@ class StageModel:
         return StageModel(self.partition, keep, self.rows[:, kept], channels)
 
     def blocks(self, weights: Tensor, gradient: Tensor | None, damping: float) -> list[FisherBlock]:
-        """Return one block a span of `spans`, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
-        hessians: list[Hessian] = [piece.rows for piece in self._pieces]
-        if self.channels is not None and damping > 0.0:
-            term = self.channels.scaled(damping / self.unit)
-            damping *= IDENTITY_SHARE
-            hessians = [
-                ChannelHessian(piece.rows, term.within(piece.start, piece.stop)) for piece in self._pieces
-            ]
-        return [
-            self._block(piece, hessian, weights, gradient, damping)
-            for piece, hessian in zip(self._pieces, hessians, strict=True)
-        ]
+        """Return the blocks that have weights left, at `weights` (n_kept,) and with `gradient` (n_kept,)."""
+        if self.channels is None or damping <= 0.0:
+            return [self._block(piece, piece.rows, weights, gradient, damping) for piece in self._pieces]
+        term = self.channels.scaled(damping / self.unit)
+        blocks = []
+        for piece in self._pieces:
+            hessian = ChannelHessian(piece.rows, term.within(piece.start, piece.stop))
+            blocks.append(self._block(piece, hessian, weights, gradient, damping * IDENTITY_SHARE))
+        return blocks
 
     def around_minimum(
         self, weights: Tensor, gradient: Tensor | None, damping: float, *, factorised: bool

@@ -23,10 +23,16 @@ from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages.model import StageModel
-from cbs_opt.stages.state import StageResult, StageState
-from cbs_opt.stages.store import keep_stage, stored_stages
-from cbs_opt.stages.trials import Expansion, Proposal, first_dampings, judged, selections, updates
-from cbs_opt.stages.trust_region import DampingSearch
+from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
+from cbs_opt.stages.trials import (
+    DampingSearch,
+    Expansion,
+    Proposal,
+    first_dampings,
+    judged,
+    selections,
+    updates,
+)
 
 PATIENCE = 2
 """Updates refused in a row that end the final stage."""
@@ -37,12 +43,7 @@ PASS_SEED_STEP = 1_000_003
 
 
 class Passes:
-    """Passes over the training data: each has a seed of its own, and its samples are counted.
-
-    Parameters
-    ----------
-    task : Task
-    """
+    """Passes over the training data: each has a seed of its own, and its samples are counted."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -71,15 +72,7 @@ class Passes:
 
 
 class StagedRun:
-    """A run in stages.
-
-    Parameters
-    ----------
-    task : Task
-        With stages and data.
-    passes : Passes
-        Which drew the sample of the task.
-    """
+    """A run in stages of a task with stages and data; `passes` drew its sample."""
 
     def __init__(self, task: Task, passes: Passes) -> None:
         assert task.request.stages is not None
@@ -181,8 +174,7 @@ class StagedRun:
                 if prunes
                 else updates(expansion, task.request, search.grid())
             )
-            verdict = judged(proposals, lambda proposal: self._loss_at(proposal.weights, sample))
-        best, losses = verdict.best, verdict.losses
+            best, losses = judged(proposals, lambda proposal: self._loss_at(proposal.weights, sample))
         accepted = prunes or losses[0] < before
         if not accepted:
             search.refused()
@@ -212,8 +204,8 @@ class StagedRun:
 
     def _model(self, weights: Tensor, keep: Tensor) -> StageModel:
         """Return the model at `weights` of those still there, with the channel term if there is to be one."""
-        task, data, step = self.task, self.task.data, f"_s{self.state.stages:04d}"
-        curvature = task.recipe.curvature
+        task, step = self.task, f"_s{self.state.stages:04d}"
+        data, curvature = task.data, task.recipe.curvature
         assert isinstance(curvature, Fisher)
         assert data is not None
         with task.clock.phase("curvature"), row_fields():
@@ -244,12 +236,7 @@ class StagedRun:
                 step,
             )
             both = with_layer_inputs(
-                rows,
-                task.model,
-                data,
-                task.partition,
-                weight=task.recipe.layer_inputs,
-                moments=moments,
+                rows, task.model, data, task.partition, weight=task.recipe.layer_inputs, moments=moments
             )
         assert both.channels is not None
         return StageModel(task.partition, keep, rows.rows[:, keep], both.channels.restricted(keep))

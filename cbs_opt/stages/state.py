@@ -1,33 +1,30 @@
-"""What is kept of a run in stages: a line for every step, and the state between two stages."""
+"""The state of a run between two stages, and what is kept of it in the folder of the run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, nn
 
 from cbs_opt.report.parts import StageRecord
+from cbs_opt.runs.folder import Pieces
+from cbs_opt.system.plain import plain, rebuilt
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("stages", "damping", "update_damping", "passes", "samples")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageState:
-    """All that a run needs to go on after a number of stages.
+    """All that a run needs to go on after a number of `stages`.
 
-    Parameters
-    ----------
-    stages : int
-        Stages done.
-    weights : (n,) float64 Tensor
-    keep : (n,) bool Tensor
-        True = kept.
-    damping, update_damping : float or None
-        Centres of the next grids, for steps that prune and for updates alone, in the units of the
-        run's options; None before the first step.
-    passes : int
-        Times that the data were read.
-    samples : int
-        Samples differentiated.
-    records : tuple of StageRecord
+    `weights` (n,) are float64, `keep` (n,) is True where kept. `damping` and `update_damping` are the centres
+    of the next grids, for steps that prune and for updates alone, in the units of the run's options; None
+    before the first step. `passes` counts how often the data were read, `samples` those differentiated.
     """
 
     stages: int
@@ -67,3 +64,34 @@ class StageResult:
     weights: dict[str, Tensor]
     keep: dict[str, Tensor]
     records: tuple[StageRecord, ...]
+
+
+def keep_stage(pieces: Pieces, state: StageState) -> None:
+    """Put the state after a stage on disk."""
+    records = [plain(asdict(record)) for record in state.records]
+    header = {**{name: getattr(state, name) for name in FIELDS}, "records": records}
+    arrays = {"weights": state.weights.cpu().numpy(), "keep": state.keep.cpu().numpy()}
+    pieces.keep(_name(state.stages), header, arrays)
+
+
+def stored_stages(pieces: Pieces, device: torch.device) -> Iterator[StageState]:
+    """Yield the states on disk, from the first stage on, up to the first one missing or damaged."""
+    stages = 1
+    while (piece := pieces.recall(_name(stages))) is not None:
+        header, arrays = piece
+        try:
+            state = StageState(
+                weights=torch.tensor(arrays["weights"], device=device),
+                keep=torch.tensor(arrays["keep"], device=device),
+                records=tuple(rebuilt(StageRecord, entry) for entry in header["records"]),
+                **{name: header[name] for name in FIELDS},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("stage %d is none of this release (%s); it is made again", stages, error)
+            return
+        yield state
+        stages += 1
+
+
+def _name(stages: int) -> str:
+    return f"stage_{stages:04d}"

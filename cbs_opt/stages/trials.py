@@ -1,9 +1,12 @@
-"""The networks that one step of a stage compares: sets, dampings and step lengths."""
+"""The networks that one step of a stage compares: sets, dampings and step lengths.
+
+How far a quadratic model is trusted is told by dampings after Levenberg and Marquardt, by the training loss.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +26,37 @@ from cbs_opt.oneshot import (
 from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request, in_units
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
+
+FACTOR = 3.0
+"""Between neighbours of the grid of dampings."""
+
+
+class DampingSearch:
+    """The grid of dampings of the next step, which follows the winners.
+
+    It begins with `first`, the grid of the first step, or goes on around `centre`. After a step was accepted
+    the grid is the winner, a third and three times that; after one was refused it starts at the largest
+    tried. Levenberg (1944), Marquardt (1963), with the ratio test replaced by the comparison of actual
+    losses.
+    """
+
+    def __init__(self, first: Sequence[float], centre: float | None = None) -> None:
+        self._first = tuple(first)
+        self.centre = centre
+
+    def grid(self) -> tuple[float, ...]:
+        """Dampings to try, in increasing order."""
+        if self.centre is None:
+            return tuple(sorted(self._first))
+        return (self.centre / FACTOR, self.centre, self.centre * FACTOR)
+
+    def accepted(self, damping: float) -> None:
+        """`damping` won."""
+        self.centre = damping
+
+    def refused(self) -> None:
+        """Nothing improved: trust the model less."""
+        self.centre = max(self.grid()) * (FACTOR if self.centre is not None else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,11 +136,7 @@ def updates(expansion: Expansion, request: Request, dampings: tuple[float, ...])
 
 
 def selections(
-    expansion: Expansion,
-    request: Request,
-    resources: Resources,
-    dampings: tuple[float, ...],
-    sparsity: float,
+    expansion: Expansion, request: Request, resources: Resources, dampings: tuple[float, ...], sparsity: float
 ) -> Iterator[Proposal]:
     """Yield sets at `sparsity` for every method, seed and damping, each with its updates and without."""
     for group in grouped(request.recipes, lambda recipe: (recipe.select, recipe.selection_damping)):
@@ -145,16 +175,12 @@ def _staying(
     attempt: int,
 ) -> Tensor:
     """Return what the method keeps of the weights still there, (n_kept,) bool."""
-    model = expansion.model
-    if selects_by_rows(recipe) and method_of(recipe).kind == "search":
-        blocks = model.blocks(expansion.kept_weights, expansion.gradient, damping * expansion.unit)
+    model, method = expansion.model, method_of(recipe)
+    place = expansion.kept_weights, expansion.gradient, damping * expansion.unit
+    if selects_by_rows(recipe) and method.kind == "search":
+        blocks = model.blocks(*place)
     else:
-        blocks = model.around_minimum(
-            expansion.kept_weights,
-            expansion.gradient,
-            damping * expansion.unit,
-            factorised=method_of(recipe).name == "obs",
-        )
+        blocks = model.around_minimum(*place, factorised=method.name == "obs")
     with budget_fields():
         counts = counts_left(
             model.partition,
@@ -169,16 +195,11 @@ def _staying(
     return torch.cat([choice.keep for choice in choices])
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Verdict:
-    """The proposal of lowest training loss, and the losses of all in increasing order."""
+def judged(proposals: Iterable[Proposal], loss: Callable[[Proposal], float]) -> tuple[Proposal, list[float]]:
+    """Return the proposal of lowest training loss, of equals the first, and all losses in increasing order.
 
-    best: Proposal
-    losses: list[float]
-
-
-def judged(proposals: Iterable[Proposal], loss: Callable[[Proposal], float]) -> Verdict:
-    """Evaluate every proposal; of equals the first wins, and NaN is worse than anything."""
+    NaN is worse than anything.
+    """
     losses: list[float] = []
     best: Proposal | None = None
     for proposal in proposals:
@@ -188,4 +209,4 @@ def judged(proposals: Iterable[Proposal], loss: Callable[[Proposal], float]) -> 
             best = proposal
         losses.append(value)
     assert best is not None
-    return Verdict(best=best, losses=sorted(losses))
+    return best, sorted(losses)

@@ -14,16 +14,7 @@ from cbs_opt.hessian.block import FisherBlock
 def cbs_update(block: FisherBlock, keep: Tensor) -> Tensor:
     """Return the best new weights for a kept set, ``d_K = H_KK^-1 (H_KP w_P - g_K)``: CBS-U.
 
-    Parameters
-    ----------
-    block : FisherBlock
-    keep : (n,) bool tensor
-        True where the weight stays.
-
-    Returns
-    -------
-    (n,) float64 tensor
-        New weights, exactly 0 where pruned.
+    `keep` (n,) is True where the weight stays; the new weights (n,) float64 are exactly 0 elsewhere.
 
     Raises
     ------
@@ -57,18 +48,10 @@ def independent_update(block: FisherBlock, keep: Tensor) -> Tensor:
 
     Every pruned weight moves the others by ``-w_p / [H^-1]_pp H^-1[:, p]`` as if it were alone; the
     pruned entries are then set to 0. For comparison with `cbs_update`, which accounts for them
-    jointly.
-
-    Returns
-    -------
-    (n,) float64 tensor
-
-    Notes
-    -----
-    O(m^2 n). Source: Singh, Alistarh (WoodFisher, NeurIPS 2020).
+    jointly. O(m^2 n). Source: Singh, Alistarh (WoodFisher, NeurIPS 2020).
     """
     weights = block.weights.double()
-    factor = next(iter(block.hessian.factored([block.damping], name=block.name)))
+    factor = block.factor()
     pull = torch.where(keep, 0.0, weights / factor.inverse_diagonal())
     return torch.where(keep, weights - factor.solve(pull), 0.0)
 

@@ -9,13 +9,7 @@ SHARED_GRAM_SIZE = 1 << 26
 
 
 class SharedGrams:
-    """A `KeptGram` for every block, where there are few enough blocks to keep them.
-
-    Parameters
-    ----------
-    blocks : int
-        How many there are.
-    """
+    """A `KeptGram` for every one of so many blocks, where they are few enough to keep them."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks

@@ -32,7 +32,7 @@ from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.network.masks import load_mask_metadata
 from cbs_opt.recipe.records import Recipe
 from cbs_opt.runs.folder import RUN_FILE, RunStore
-from cbs_opt.stages.store import stored_stages
+from cbs_opt.stages.state import stored_stages
 from cbs_opt.study.expansion import Plan
 from cbs_opt.study.results import DATABASE, Journal, read_plan, read_rows
 from formulations.errors import InstanceFormatError

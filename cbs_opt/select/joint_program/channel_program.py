@@ -20,42 +20,21 @@ from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian, ChannelSystem
-from cbs_opt.select.joint_program.program import JointProgram
+from cbs_opt.select.joint_program.program import Evaluated, JointProgram, Program, exchange
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChannelSet:
-    """A kept set with its best weights.
+class ChannelSet(Evaluated):
+    """A kept set with ``H_KK``, its best `weights` (n,) float64 and the slope of the model there, 0 on K."""
 
-    Attributes
-    ----------
-    keep : (n,) bool tensor
-    system : ChannelSystem
-        ``H_KK``, factored.
-    weights : (n,) float64 tensor
-        0 where pruned.
-    slope : (n,) float64 tensor
-        Slope of the model at `weights`; 0 on K.
-    value : float
-        Objective of the joint program.
-    """
-
-    keep: Tensor
     system: ChannelSystem
     weights: Tensor
     slope: Tensor
-    value: float
 
 
-class ChannelProgram:
+class ChannelProgram(Program[ChannelSet]):
     """The joint program of one block with rows and a channel term.
 
-    Parameters
-    ----------
-    block : FisherBlock
-
-    Notes
-    -----
     Products with the rows where all the work is are taken in their own precision; weights, slopes and
     values are those of float64.
     """
@@ -68,11 +47,6 @@ class ChannelProgram:
         self.hessian = block.hessian
         self.anchor = block.weights.double()
         self.linear = block.slope
-
-    @property
-    def n(self) -> int:
-        """Number of weights."""
-        return self.block.n
 
     def at(self, keep: Tensor) -> ChannelSet:
         """Return a kept set, evaluated; O(m^2 s + m^3 + sum of m k^2 over channels of k kept weights)."""
@@ -89,23 +63,14 @@ class ChannelProgram:
 
     def exchanged(self, kept: ChannelSet, leaving: Tensor, entering: Tensor) -> ChannelSet:
         """Return the kept set after an exchange of indices, evaluated as by `at`."""
-        keep = kept.keep.clone()
-        keep[leaving] = False
-        keep[entering] = True
-        return self.at(keep)
+        return self.at(exchange(kept.keep, leaving, entering))
 
-    def costs(self, kept: ChannelSet) -> Tensor:
-        """Return ``cost_i``, (s,) float64; O(m^2 s)."""
+    def costs(self, kept: ChannelSet, precision: torch.dtype | None = None) -> Tensor:
         return kept.weights[kept.keep].square() / kept.system.inverse_diagonal()
 
     def gains(self, kept: ChannelSet) -> Tensor:
         """Return ``gain_j``, (n - s,) float64; O(m^2 (n - s) + sum of m k p over channels)."""
         return kept.slope[~kept.keep].square() / kept.system.schur_diagonal()
-
-    def saliency(self) -> Tensor:
-        """Return what removing each weight alone costs, (n,) float64."""
-        everything = torch.ones(self.n, dtype=torch.bool, device=self.anchor.device)
-        return 0.5 * self.costs(self.at(everything))
 
 
 def joint_program(block: FisherBlock) -> JointProgram | ChannelProgram:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,16 +30,10 @@ ENOUGH = 512
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """What each weight of a block costs or brings in a swap.
+    """What each weight of a block costs or brings in a swap, (n,) float64 each.
 
-    Attributes
-    ----------
-    levels, leverages : (n,) float64 tensors
-        ``h`` and ``q`` of `cbs_opt.select.joint_program.program`.
-    costs : (n,) float64 tensor
-        Twice the cost of dropping; infinite where pruned.
-    gains : (n,) float64 tensor
-        Twice the gain of adding; -1 where kept.
+    `levels` and `leverages` are ``h`` and ``q`` of `cbs_opt.select.joint_program.program`, `costs` twice the
+    cost of dropping, infinite where pruned, and `gains` twice the gain of adding, -1 where kept.
     """
 
     levels: Tensor
@@ -64,23 +59,15 @@ class Scores:
 class ImprovingPairs:
     """What a scan of pairs found.
 
-    Attributes
-    ----------
-    leaving, entering : (p,) int64 tensors
-        Disjoint pairs, the best first.
-    changes : (p,) float64 tensor
-        Exact change of the objective by each pair alone, negative.
-    complete : bool
-        Every pair was looked at or discarded with proof.
-    computed : int
-        Pairs that were computed.
+    `leaving` and `entering` (p,) are disjoint pairs, the best first; `changes` (p,) float64 are the exact
+    changes of the objective by each pair alone, negative. If `complete`, every pair was computed or discarded
+    with proof.
     """
 
     leaving: Tensor
     entering: Tensor
     changes: Tensor
     complete: bool
-    computed: int
 
 
 def improving_pairs(
@@ -88,26 +75,15 @@ def improving_pairs(
 ) -> ImprovingPairs:
     """Return swaps that lower the objective by more than `threshold`, each kept weight with its best partner.
 
-    Parameters
-    ----------
-    program : JointProgram
-    kept : KeptSet
-    scores : Scores
-    threshold : float
-        Non-negative.
-    deadline : float or None
-        Reading of `time.monotonic` at which to return what there is.
+    The threshold is not negative, the deadline a `time.monotonic` at which to return what there is.
 
-    Notes
-    -----
     O(m) a pair that is computed, O(n) for every 256 kept weights that cannot be discarded as a whole.
     """
     candidates, reach, pull = _candidates(kept, scores, threshold)
     nothing = candidates[:0]
     parts = [(nothing, nothing, scores.costs[nothing])]
-    complete, number, computed = True, 0, 0
-    for first in range(0, len(candidates), LEAVING_CHUNK):
-        chunk = candidates[first : first + LEAVING_CHUNK]
+    complete, number = True, 0
+    for chunk in torch.split(candidates, LEAVING_CHUNK) if len(candidates) else ():
         if number >= ENOUGH or (deadline is not None and time.monotonic() >= deadline):
             complete = False
             break
@@ -116,20 +92,19 @@ def improving_pairs(
         entering = partners.nonzero().squeeze(1)
         if len(entering) == 0:
             continue
-        computed += len(chunk) * len(entering)
         changes, best = _best_partners(program, kept, scores, chunk, entering)
         better = changes < -threshold
         number += int(better.sum())
         parts.append((chunk[better], best[better], changes[better]))
     leaving, entering, changes = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     order = changes.argsort(stable=True)
-    order = order[_first_of_each(entering[order])]
+    _, first = np.unique(entering[order].cpu().numpy(), return_index=True)
+    order = order[torch.from_numpy(np.sort(first)).to(order.device)]
     return ImprovingPairs(
         leaving=leaving[order],
         entering=entering[order],
         changes=changes[order],
         complete=complete,
-        computed=computed,
     )
 
 
@@ -169,12 +144,3 @@ def _best_partners(
         least = torch.where(closer, value, least)
         best = torch.where(closer, piece[index], best)
     return least, best
-
-
-def _first_of_each(values: Tensor) -> Tensor:
-    """Return positions of the first occurrence of each value, ascending."""
-    order = values.argsort(stable=True)
-    sorted_values = values[order]
-    first = torch.ones_like(sorted_values, dtype=torch.bool)
-    first[1:] = sorted_values[1:] != sorted_values[:-1]
-    return order[first].sort().values

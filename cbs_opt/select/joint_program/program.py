@@ -13,8 +13,9 @@ since ``[H_KK^-1]_ii = (1 - q_i) / damping`` and the Schur complement of j is ``
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,89 +28,91 @@ from cbs_opt.hessian.products import (
     factorise,
     image,
     inner_gram,
+    inverse_of_factor,
     solved,
 )
 from cbs_opt.hessian.rows import RowsHessian
 
 
-class Evaluated(Protocol):
-    """A kept set (n,) with its objective, and whatever its program needs to know of it."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluated:
+    """A kept set (n,) with its objective; its program adds what it needs to know of it."""
 
-    @property
-    def keep(self) -> Tensor: ...
-
-    @property
-    def value(self) -> float: ...
+    keep: Tensor
+    value: float
 
 
 Kept = TypeVar("Kept", bound=Evaluated)
 
 
-class Program(Protocol[Kept]):
+class Program(ABC, Generic[Kept]):
     """The joint program of a block, as the searches see it.
 
-    `at` evaluates a kept set from scratch, `exchanged` one that is a few indices away; `costs` are twice what
-    dropping each kept weight costs, (s,). `offset` is taken off at the end of an evaluation, which then has
-    its rounding.
+    `offset` is taken off at the end of an evaluation, which then has its rounding.
     """
 
+    block: FisherBlock
     anchor: Tensor
     offset: float
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Number of weights."""
+        return self.block.n
 
-    def at(self, keep: Tensor) -> Kept: ...
+    @abstractmethod
+    def at(self, keep: Tensor) -> Kept:
+        """Return a kept set, evaluated from scratch."""
 
-    def exchanged(self, kept: Kept, leaving: Tensor, entering: Tensor) -> Kept: ...
+    @abstractmethod
+    def exchanged(self, kept: Kept, leaving: Tensor, entering: Tensor) -> Kept:
+        """Return the kept set after an exchange of indices, evaluated."""
 
-    def costs(self, kept: Kept) -> Tensor: ...
+    @abstractmethod
+    def costs(self, kept: Kept, precision: torch.dtype | None = None) -> Tensor:
+        """Return ``cost_i``, twice what dropping each kept weight costs, (s,) float64.
+
+        What it needs of the inverse is in the precision of the rows, or another where that is a choice.
+        """
+
+    def saliency(self) -> Tensor:
+        """Return what removing each weight alone costs, (n,) float64."""
+        everything = torch.ones(self.n, dtype=torch.bool, device=self.anchor.device)
+        return 0.5 * self.costs(self.at(everything), torch.float64)
+
+
+def exchange(keep: Tensor, leaving: Tensor, entering: Tensor) -> Tensor:
+    """Return a copy of a kept set after an exchange of indices."""
+    keep = keep.clone()
+    keep[leaving] = False
+    keep[entering] = True
+    return keep
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KeptSet:
-    """A kept set and the small system that describes it.
+class KeptSet(Evaluated):
+    """A kept set and the small system that describes it, float64.
 
-    Attributes
-    ----------
-    keep : (n,) bool tensor
-    gram : (m, m) float64 tensor
-        ``R_K R_K^T``.
-    target : (m,) float64 tensor
-        ``R w - R_K a_K``.
-    factor : (m, m) float64 tensor
-        Lower Cholesky factor of ``M``.
-    dual : (m,) float64 tensor
-        ``y = M^-1 target``.
-    value : float
-        Objective of the joint program.
+    `gram` (m, m) is ``R_K R_K^T``, `target` (m,) ``R w - R_K a_K``, `factor` (m, m) the lower Cholesky factor
+    of ``M`` and `dual` (m,) ``y = M^-1 target``.
     """
 
-    keep: Tensor
     gram: Tensor
     target: Tensor
     factor: Tensor
     dual: Tensor
-    value: float
 
 
-class JointProgram:
+class JointProgram(Program[KeptSet]):
     """The joint program of one block, prepared for many evaluations.
 
-    Parameters
-    ----------
-    block : FisherBlock
-        A dense Hessian, and more rows than weights, become at most n rows by an eigendecomposition,
-        O(n^3); a damping of 0 then takes half of the smallest eigenvalue.
+    See `PlainHessian.row_form` for how a dense Hessian, and more rows than weights, become rows. These stay
+    in their precision; what is computed from them is accumulated in float64.
 
     Raises
     ------
     NotPositiveDefiniteError
         If ``H`` is singular.
-
-    Notes
-    -----
-    The rows stay in their precision; what is computed from them is accumulated in float64.
     """
 
     def __init__(self, block: FisherBlock) -> None:
@@ -121,11 +124,6 @@ class JointProgram:
         self.pull = image(self.rows, weights)
         self.offset = 0.5 * float(slope @ slope) / self.damping
 
-    @property
-    def n(self) -> int:
-        """Number of weights."""
-        return self.block.n
-
     def at(self, keep: Tensor) -> KeptSet:
         """Return a kept set, evaluated from scratch; O(m^2 s + m^3)."""
         index = keep.nonzero().squeeze(1)
@@ -134,12 +132,9 @@ class JointProgram:
 
     def exchanged(self, kept: KeptSet, leaving: Tensor, entering: Tensor) -> KeptSet:
         """Return the kept set after an exchange of indices; O(m^2 (changes + m))."""
-        keep = kept.keep.clone()
-        keep[leaving] = False
-        keep[entering] = True
         gram = kept.gram + inner_gram(self.rows, entering) - inner_gram(self.rows, leaving)
         target = kept.target - self._image_of(entering) + self._image_of(leaving)
-        return self._solved(keep, gram, target)
+        return self._solved(exchange(kept.keep, leaving, entering), gram, target)
 
     def levels(self, kept: KeptSet) -> Tensor:
         """Return ``h = a + R^T y``, (n,) float64: new weights on K, residual over damping on P; O(m n)."""
@@ -152,11 +147,9 @@ class JointProgram:
 
         Computed in `precision`; O(m^2) a weight.
         """
-        identity = torch.eye(len(kept.factor), dtype=torch.float64, device=kept.factor.device)
-        inverse = torch.linalg.solve_triangular(kept.factor, identity, upper=False).to(precision)
-        leverages = torch.empty(
-            self.n if index is None else len(index), dtype=torch.float64, device=inverse.device
-        )
+        inverse = inverse_of_factor(kept.factor, precision)
+        count = self.n if index is None else len(index)
+        leverages = torch.empty(count, dtype=torch.float64, device=inverse.device)
         for span, columns in column_pieces(self.rows, index, precision):
             leverages[span] = (inverse @ columns).square_().sum(dim=0)
         return leverages
@@ -179,20 +172,10 @@ class JointProgram:
         return moved.clamp_min_(0.0)
 
     def costs(self, kept: KeptSet, precision: torch.dtype | None = None) -> Tensor:
-        """Return ``cost_i``, (s,) float64, with leverages in the precision of the rows or another."""
         index = kept.keep.nonzero().squeeze(1)
         precision = precision or self.rows.dtype
         slack = (1.0 - self.leverages(kept, precision, index)).clamp_min(torch.finfo(precision).eps)
         return self.damping * self.levels(kept)[index].square() / slack
-
-    def weights(self, kept: KeptSet) -> Tensor:
-        """Return the best new weights of a kept set, (n,) float64."""
-        return torch.where(kept.keep, self.levels(kept), 0.0)
-
-    def saliency(self) -> Tensor:
-        """Return what removing each weight alone costs, (n,) float64."""
-        everything = torch.ones(self.n, dtype=torch.bool, device=self.rows.device)
-        return 0.5 * self.costs(self.at(everything), torch.float64)
 
     def _image_of(self, index: Tensor) -> Tensor:
         """Return ``R_I a_I``, (m,) float64."""

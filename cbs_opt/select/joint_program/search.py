@@ -4,13 +4,14 @@
 the true objective after the update; scores are those of single moves, so this is fast and proves nothing.
 Blocks with a channel term are searched by batches alone. By rows follow *pairs*: the exact change of all
 swaps that can improve (`pairs`), again tried together and halved; when none is left, a 1-swap optimum.
-*Restarts* leave it again: descents from random sets within the core of weights whose fate is open (`core`).
+*Restarts* leave it again: descents from random sets within the core of weights whose fate is open (`Core`).
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Generic
 
 import torch
@@ -18,16 +19,19 @@ from torch import Tensor
 
 from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet
-from cbs_opt.select.joint_program.core import open_core, restarted_core
 from cbs_opt.select.joint_program.pairs import ImprovingPairs, Scores, improving_pairs
 from cbs_opt.select.joint_program.program import JointProgram, Kept, KeptSet, Program
-from formulations.solution import Limit, Limits, TracePoint
+from formulations.incumbents import swap_search
+from formulations.problem import BlockProblem
+from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 
 TOLERANCE = 1e-9
 """Relative improvement that counts."""
 ROUNDING = 1e-13
 """No change below this share of the terms that cancel in the objective can be told from rounding."""
 TINY = 1e-300
+CORE = 512
+"""Weights in a core."""
 LARGEST_BATCH = 8_192
 LARGEST_SHARE = 0.1
 """Of the kept weights that the first batch beside a channel term may exchange."""
@@ -49,54 +53,23 @@ def joint_search(
 ) -> SearchResult:
     """Improve a kept set of the joint program until no swap helps, or no batch beside a channel term.
 
-    Parameters
-    ----------
-    program : JointProgram or ChannelProgram
-    start : (n,) bool tensor
-        Weights kept at the start.
-    tolerance : float, default 1e-9
-        A swap counts if it lowers the objective by more than ``tolerance * |objective|``.
-    max_swaps : int, optional
-    restarts : int, default 0
-        Descents of the core from randomly changed sets, each time the search has come to a 1-swap
-        optimum; it ends when they bring nothing. Of no use beside a channel term.
-    deadline : float, optional
-        Reading of `time.monotonic` at which to stop; looked at between products with the rows.
-    seed : int, default 0
-        Of the restarts.
+    It begins with the weights kept in `start` (n,); a swap counts if it lowers the objective by more than
+    ``tolerance * |objective|``. Restarts are descents of the core from randomly changed sets by `seed`, each
+    time the search has come to a 1-swap optimum; it ends when they bring nothing. They are of no use beside a
+    channel term. The deadline, a reading of `time.monotonic`, is looked at between products with the rows.
 
-    Returns
-    -------
-    SearchResult
-        Never worse than the start; after Ctrl-C what was found until then, with `Limit.INTERRUPTED`.
+    The result is never worse than the start; after Ctrl-C it is what was found until then, with
+    `Limit.INTERRUPTED`.
 
     Notes
     -----
     O(m^2 n) for the leverages whenever many weights changed, O(m^2 b + m^3) to try b swaps. Memory beyond
     the rows: O(m^2 + n) and some columns of the rows.
     """
-    began = time.monotonic()
     arguments = (start, tolerance, max_swaps, deadline)
-    search: RowSearch | ChannelSearch
     if isinstance(program, ChannelProgram):
-        search = ChannelSearch(program, *arguments)
-    else:
-        search = RowSearch(program, *arguments)
-    initial = search.kept.value
-    try:
-        search.run(restarts, seed)
-    except KeyboardInterrupt:
-        search.limit = Limit.INTERRUPTED
-    return SearchResult(
-        keep=search.kept.keep,
-        value=search.kept.value,
-        initial_value=initial,
-        swaps=search.swaps,
-        locally_optimal=search.locally_optimal,
-        limit=search.limit,
-        seconds=time.monotonic() - began,
-        trace=tuple(search.trace),
-    )
+        return ChannelSearch(program, *arguments).result(restarts, seed)
+    return RowSearch(program, *arguments).result(restarts, seed)
 
 
 class Search(ABC, Generic[Kept]):
@@ -116,15 +89,31 @@ class Search(ABC, Generic[Kept]):
         deadline: float | None,
     ) -> None:
         self.began = time.monotonic()
-        self.program = program
-        self.tolerance = tolerance
-        self.max_swaps = max_swaps
-        self.deadline = deadline
+        self.program, self.tolerance = program, tolerance
+        self.max_swaps, self.deadline = max_swaps, deadline
         self.kept = program.at(start)
         self.swaps = 0
         self.limit: Limit | None = None
         self.locally_optimal = int(start.sum()) in (0, program.n)
         self.trace: list[TracePoint] = []
+
+    def result(self, restarts: int, seed: int) -> SearchResult:
+        """Run to the end or to an interrupt."""
+        initial = self.kept.value
+        try:
+            self.run(restarts, seed)
+        except KeyboardInterrupt:
+            self.limit = Limit.INTERRUPTED
+        return SearchResult(
+            keep=self.kept.keep,
+            value=self.kept.value,
+            initial_value=initial,
+            swaps=self.swaps,
+            locally_optimal=self.locally_optimal,
+            limit=self.limit,
+            seconds=time.monotonic() - self.began,
+            trace=tuple(self.trace),
+        )
 
     @abstractmethod
     def run(self, restarts: int, seed: int) -> None:
@@ -289,3 +278,57 @@ class ChannelSearch(Search[ChannelSet]):
         gains, entering = self.program.gains(self.kept).topk(size)
         better = int((gains > costs).sum())
         return inside[leaving[:better]], outside[entering[:better]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Core:
+    """The few weights `index` (c,) of a large block whose fate is open, the others eliminated exactly.
+
+    `keep` (c,) are those kept now; `problem` is ``min 1/2 u.H u - l.u`` over u with as many non-zeros: the
+    large program where the other weights stay kept or pruned.
+    """
+
+    index: Tensor
+    keep: Tensor
+    problem: BlockProblem
+
+
+def open_core(program: JointProgram, kept: KeptSet, scores: Scores, size: int = CORE) -> Core:
+    """Return the kept weights that cost least and the pruned ones that gain most, as a dense block.
+
+    With K' the other kept weights, ``H = damping (I + R_C^T M_K'^-1 R_C)`` and ``l = damping h_C``, the
+    Schur complement and its right-hand side. O(m^2 (c + m) + m n).
+    """
+    half = size // 2
+    leaving = scores.costs.topk(min(half, int(kept.keep.sum())), largest=False).indices
+    entering = scores.gains.topk(min(half, int((~kept.keep).sum()))).indices
+    index = torch.cat([leaving, entering])
+    rest = program.exchanged(kept, leaving, leaving[:0])
+    columns = program.rows.index_select(1, index).double()
+    hessian = program.damping * (columns.T @ torch.cholesky_solve(columns, rest.factor))
+    linear = program.damping * program.levels(rest)[index]
+    problem = BlockProblem(
+        weights=torch.zeros(len(index), dtype=torch.float64).numpy(),
+        n_prune=len(entering),
+        hessian=(0.5 * (hessian + hessian.T)).cpu().numpy(),
+        gradient=-linear.cpu().numpy(),
+        damping=program.damping,
+    )
+    return Core(index=index, keep=kept.keep[index], problem=problem)
+
+
+def restarted_core(core: Core, restarts: int, limits: Limits) -> tuple[Tensor, Tensor]:
+    """Run descents of the core from randomly changed sets: which weights then leave and which enter."""
+    solution = swap_search(
+        core.problem, "joint", limits=limits, incumbent=warm_start(core.keep), restarts=restarts
+    )
+    assert solution.keep is not None
+    keep = torch.tensor(solution.keep, device=core.index.device)
+    return core.index[core.keep & ~keep], core.index[~core.keep & keep]
+
+
+def warm_start(keep: Tensor) -> BlockSolution:
+    """Return a kept set as what `formulations` starts from."""
+    return BlockSolution(
+        keep=keep.cpu().numpy(), weights=None, objective=None, program="joint", method="start"
+    )

@@ -11,10 +11,10 @@ from functools import cached_property
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchInterruptedError, ending
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, ending, one_by_one
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, joint_program
 from cbs_opt.select.joint_program.program import JointProgram
-from cbs_opt.select.joint_program.search import TOLERANCE, joint_search
+from cbs_opt.select.joint_program.search import TOLERANCE, joint_search, warm_start
 from cbs_opt.select.joint_program.starts import (
     DROPS,
     THRESHOLD_STEPS,
@@ -27,25 +27,11 @@ from cbs_opt.select.scores import STARTS, start_set
 from formulations import incumbents
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import Limit, Limits
 
 DENSE_JOINT = 1_024
 """Largest block whose Hessian is formed for a joint search."""
 JOINT_STARTS = ("relaxation", "greedy_obs", "iterative_hard_threshold", *STARTS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """What a joint swap search was asked for, beside its blocks."""
-
-    starts: tuple[str, ...]
-    warm: Sequence[Tensor] | None
-    spread: float
-    max_swaps: int | None
-    restarts: int
-    drops: int
-    tolerance: float
-    seed: int
 
 
 def by_joint_swap_search(
@@ -65,32 +51,10 @@ def by_joint_swap_search(
 ) -> list[Choice]:
     """Search by swaps on the joint program of every block, to proved 1-swap optima.
 
-    Parameters
-    ----------
-    blocks, counts, warm, ledger
-        As of `Selector`; from a warm start the result is never worse.
-    limits : Limits
-        `time_limit` for all blocks together, shared by their size.
-    start : str or sequence of str, optional
-        Sets to start from: "relaxation", "greedy_obs", "iterative_hard_threshold", a saliency or
-        "randomized_magnitude". Of several, the one that ends lowest in each block is kept. By
-        default the rounded relaxation, and greedy elimination in small blocks and beside a channel term.
-    spread : float, default 0.1
-        Of "randomized_magnitude" starts.
-    max_swaps : int, optional
-        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
-    restarts : int, default 0
-        Further descents from randomly changed sets, in a large block within its core.
-    drops : int, default 12
-        Of greedy elimination in large blocks.
-    tolerance : float, default 1e-9
-        Relative improvement that counts in large blocks.
-    dense_limit : int, default 1024
-        Largest block whose Hessian is formed.
-
-    Returns
-    -------
-    list of Choice
+    Blocks, counts, warm and ledger are as of `Selector`; from a warm start the result is never worse. The
+    time limit is for all blocks together, shared by their size. The options are those of
+    `cbs_opt.recipe.select.SwapSearch`; `restarts` are within the core of a large block. It starts by default
+    from the rounded relaxation, and from greedy elimination in small blocks and beside a channel term.
 
     Raises
     ------
@@ -106,30 +70,29 @@ def by_joint_swap_search(
     Blocks of up to `dense_limit` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
     `cbs_opt.select.joint_program.search`, O(m^2 n) whenever many weights have changed. A Hessian without
     rows, and more rows than weights, cost an eigendecomposition there. Larger ones with a layer-input
-    term: the same from greedy OBS or a saliency, by batches of swaps
-    without a proof of 1-swap optimality and without restarts.
+    term: the same from greedy OBS or a saliency, by batches of swaps without a proof and without restarts.
     """
     names = (start,) if isinstance(start, str) else tuple(start or ())
     if (start is not None and not names) or any(name not in JOINT_STARTS for name in names):
         raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(JOINT_STARTS)}")
-    if restarts < 0:
-        raise ArgumentError("restarts", f"{restarts}", "pass 0 or more")
-    if drops < 1:
-        raise ArgumentError("drops", f"{drops}", "pass 1 or more")
-    request = _Request(
-        starts=names,
-        warm=warm,
-        spread=spread,
-        max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
-        restarts=restarts,
-        drops=drops,
-        tolerance=tolerance,
-        seed=limits.seed,
-    )
+    _require_at_least(0, restarts=restarts)
+    _require_at_least(1, drops=drops)
 
-    def search(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
+    def search(block: FisherBlock, number: int, deadline: float | None) -> Choice:
         engine = _DenseSearch if block.n <= dense_limit else _LargeSearch
-        return engine(block, count, number, deadline, request).best()
+        return engine(
+            block=block,
+            count=counts[number],
+            deadline=deadline,
+            starts=names,
+            warm=None if warm is None else warm[number],
+            spread=spread,
+            max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
+            restarts=restarts,
+            drops=drops,
+            tolerance=tolerance,
+            seed=limits.seed + number,
+        ).best()
 
     return _each(blocks, counts, limits, ledger, search)
 
@@ -148,14 +111,13 @@ def by_joint_greedy_obs(
 
     Parameters and errors as in `by_joint_swap_search`.
     """
-    if drops < 1:
-        raise ArgumentError("drops", f"{drops}", "pass 1 or more")
+    _require_at_least(1, drops=drops)
 
-    def drop(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
+    def drop(block: FisherBlock, number: int, deadline: float | None) -> Choice:
         if block.n <= dense_limit:
-            left = Limits(time_limit=_left(deadline))
-            return Choice.of_solution(block, incumbents.greedy(block.to_problem(count), "joint", limits=left))
-        keep = greedy_obs_set(joint_program(block), count, drops=drops, deadline=deadline)
+            problem, left = block.to_problem(counts[number]), Limits(time_limit=_left(deadline))
+            return Choice.of_solution(block, incumbents.greedy(problem, "joint", limits=left))
+        keep = greedy_obs_set(joint_program(block), counts[number], drops=drops, deadline=deadline)
         return _finished(keep, deadline)
 
     return _each(blocks, counts, limits, ledger, drop)
@@ -174,14 +136,19 @@ def by_iterative_hard_threshold(
 
     Parameters and errors as in `by_joint_swap_search`.
     """
-    if steps < 0:
-        raise ArgumentError("steps", f"{steps}", "pass 0 or more")
+    _require_at_least(0, steps=steps)
 
-    def threshold(block: FisherBlock, count: int, number: int, deadline: float | None) -> Choice:
-        keep = hard_threshold_set(JointProgram(block), count, steps=steps, deadline=deadline)
+    def threshold(block: FisherBlock, number: int, deadline: float | None) -> Choice:
+        keep = hard_threshold_set(JointProgram(block), counts[number], steps=steps, deadline=deadline)
         return _finished(keep, deadline)
 
     return _each(blocks, counts, limits, ledger, threshold)
+
+
+def _require_at_least(least: int, **option: int) -> None:
+    for name, value in option.items():
+        if value < least:
+            raise ArgumentError(name, f"{value}", f"pass {least} or more")
 
 
 def _each(
@@ -189,52 +156,47 @@ def _each(
     counts: Sequence[int],
     limits: Limits,
     ledger: Ledger,
-    method: Callable[[FisherBlock, int, int, float | None], Choice],
+    method: Callable[[FisherBlock, int, float | None], Choice],
 ) -> list[Choice]:
     """Run `method` on every block without a choice, in a share of the time left in proportion to its size."""
     ends = None if limits.time_limit is None else time.monotonic() + limits.time_limit
-    rest = sum(block.n for block in blocks)
-    choices = []
-    # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
-    for number, block in enumerate(blocks):
+    sizes = [block.n for block in blocks]
+
+    def choose(block: FisherBlock, number: int) -> Choice:
         began = time.monotonic()
-        deadline = None if ends is None else began + max(0.0, ends - began) * block.n / max(1, rest)
-        rest -= block.n
-        choice = ledger.choice(number)
-        if choice is None:
-            try:
-                choice = method(block, counts[number], number, deadline)
-            except KeyboardInterrupt:
-                keep = without_lowest(magnitude(block), counts[number])
-                status = ending(False, Limit.INTERRUPTED)
-                choice = Choice(keep=keep, status=status, limit=Limit.INTERRUPTED)
-            choice = replace(choice, seconds=time.monotonic() - began)
-            if choice.limit is Limit.INTERRUPTED:
-                raise SearchInterruptedError(choice)
-            ledger.add(number, choice)
-        choices.append(choice)
-    return choices
+        share = block.n / max(1, sum(sizes[number:]))
+        deadline = None if ends is None else began + max(0.0, ends - began) * share
+        try:
+            choice = method(block, number, deadline)
+        except KeyboardInterrupt:
+            keep = without_lowest(magnitude(block), counts[number])
+            status = ending(False, Limit.INTERRUPTED)
+            choice = Choice(keep=keep, status=status, limit=Limit.INTERRUPTED)
+        return replace(choice, seconds=time.monotonic() - began)
+
+    return one_by_one(blocks, ledger, choose)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Search(ABC):
-    """One block that is searched from several starts."""
+    """One block that is searched from several starts, with the options of `by_joint_swap_search`."""
 
-    def __init__(
-        self, block: FisherBlock, count: int, number: int, deadline: float | None, request: _Request
-    ) -> None:
-        self.block, self.count, self.deadline, self.request = block, count, deadline, request
-        self.seed = request.seed + number
-        self.warm = None if request.warm is None else request.warm[number]
+    block: FisherBlock
+    count: int
+    deadline: float | None
+    starts: tuple[str, ...]
+    warm: Tensor | None
+    spread: float
+    max_swaps: int | None
+    restarts: int
+    drops: int
+    tolerance: float
+    seed: int
 
     @cached_property
     def program(self) -> JointProgram | ChannelProgram:
         """The program that large blocks are searched by, and that the starts of all are made with."""
         return JointProgram(self.block)
-
-    @cached_property
-    def problem(self) -> BlockProblem:
-        """The block as a dense problem."""
-        return self.block.to_problem(self.count)
 
     @property
     @abstractmethod
@@ -247,7 +209,7 @@ class _Search(ABC):
 
     def best(self) -> Choice:
         """Return the lowest end of all starts; an interrupt ends the walk over them."""
-        names = self.request.starts or (self.default_start,)
+        names = self.starts or (self.default_start,)
         best: tuple[float, Choice] | None = None
         for name in names if self.warm is None else (None,):
             value, choice = self.descend(self.warm if name is None else self.start(name))
@@ -267,12 +229,12 @@ class _Search(ABC):
         if left == 0.0 or count in (0, block.n):
             return without_lowest(magnitude(block), count)
         if name == "greedy_obs":
-            return greedy_obs_set(program, count, drops=self.request.drops, deadline=self.deadline)
+            return greedy_obs_set(program, count, drops=self.drops, deadline=self.deadline)
         if isinstance(program, JointProgram) and name == "relaxation":
             return relaxed_set(program, count, time_limit=left)
         if isinstance(program, JointProgram) and name == "iterative_hard_threshold":
             return hard_threshold_set(program, count, deadline=self.deadline)
-        return start_set(name, block, count, self.seed, self.request.spread)
+        return start_set(name, block, count, self.seed, self.spread)
 
 
 class _LargeSearch(_Search):
@@ -291,20 +253,15 @@ class _LargeSearch(_Search):
         result = joint_search(
             self.program,
             start,
-            tolerance=self.request.tolerance,
-            max_swaps=self.request.max_swaps,
-            restarts=self.request.restarts,
+            tolerance=self.tolerance,
+            max_swaps=self.max_swaps,
+            restarts=self.restarts,
             deadline=self.deadline,
             seed=self.seed,
         )
-        settled = isinstance(self.program, ChannelProgram) and result.limit is None
-        choice = Choice(
-            keep=result.keep,
-            iterations=result.swaps,
-            locally_optimal=result.locally_optimal,
-            status="no batch of swaps improves" if settled else result.ending,
-            limit=result.limit,
-        )
+        choice = replace(result.choice, initial_value=None)
+        if isinstance(self.program, ChannelProgram) and result.limit is None:
+            choice = replace(choice, status="no batch of swaps improves")
         return result.value, choice
 
 
@@ -313,19 +270,18 @@ class _DenseSearch(_Search):
 
     default_start = None
 
+    @cached_property
+    def problem(self) -> BlockProblem:
+        """The block as a dense problem."""
+        return self.block.to_problem(self.count)
+
     def descend(self, start: Tensor | None) -> tuple[float, Choice]:
-        request, incumbent = self.request, None
-        if start is not None:
-            keep = start.cpu().numpy()
-            incumbent = BlockSolution(
-                keep=keep, weights=None, objective=None, program="joint", method="start"
-            )
         solution = incumbents.swap_search(
             self.problem,
             "joint",
-            limits=Limits(time_limit=_left(self.deadline), iteration_limit=request.max_swaps, seed=self.seed),
-            incumbent=incumbent,
-            restarts=request.restarts,
+            limits=Limits(time_limit=_left(self.deadline), iteration_limit=self.max_swaps, seed=self.seed),
+            incumbent=None if start is None else warm_start(start),
+            restarts=self.restarts,
         )
         assert solution.objective is not None
         settled = solution.limit is None
@@ -340,6 +296,6 @@ def _left(deadline: float | None) -> float | None:
 
 def _finished(keep: Tensor, deadline: float | None) -> Choice:
     """Return the choice of a method that hurries once its time is over."""
-    late = deadline is not None and time.monotonic() >= deadline
-    limit = Limit.TIME if late else None
-    return Choice(keep=keep, status="" if limit is None else f"{limit.value} limit", limit=limit)
+    if _left(deadline) == 0.0:
+        return Choice(keep=keep, status=f"{Limit.TIME.value} limit", limit=Limit.TIME)
+    return Choice(keep=keep)

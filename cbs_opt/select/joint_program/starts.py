@@ -25,20 +25,8 @@ def greedy_obs_set(
 ) -> Tensor:
     """Return the set of greedy OBS in blocks: drop what costs least, move the rest, score again.
 
-    Parameters
-    ----------
-    program : Program
-    count : int
-        Weights to prune.
-    drops : int, default 12
-        The kept count falls by the same factor each time.
-    deadline : float, optional
-        Reading of `time.monotonic` after which all that is left to drop goes at once.
-
-    Returns
-    -------
-    (n,) bool tensor
-        The kept set.
+    `count` weights are pruned; the kept count falls by the same factor with each of the drops. After the
+    deadline, a reading of `time.monotonic`, all that is left to drop goes at once.
 
     Notes
     -----
@@ -69,28 +57,15 @@ def hard_threshold_set(
 ) -> Tensor:
     """Return the set of iterative hard thresholding: a gradient step, then a solve for the largest weights.
 
-    Parameters
-    ----------
-    program : JointProgram
-    count : int
-        Weights to prune.
-    steps : int, default 100
-        At most; it ends when no step length lowers the objective any more.
-    deadline : float, optional
-        Reading of `time.monotonic`.
-
-    Returns
-    -------
-    (n,) bool tensor
-        The kept set, never worse than that of magnitude pruning.
+    Arguments are those of `greedy_obs_set`, and at most so many steps: it ends when no step length lowers the
+    objective any more. The kept set is never worse than that of magnitude pruning.
 
     Notes
     -----
     O(m n) a step, and O(m^2 (changes + m)) for each length that is tried. The first length is the exact
     one for the pruned weights alone, or as much longer as changes the set; then it is halved until the
-    objective falls. Source: Foucart
-    (2011), Hard thresholding pursuit; Blumensath & Davies (2010) for the step length; CHITA (Benbaki et
-    al., ICML 2023) uses the method for pruning.
+    objective falls. Source: Foucart (2011), Hard thresholding pursuit; Blumensath & Davies (2010) for the
+    step length; CHITA (Benbaki et al., ICML 2023) uses the method for pruning.
     """
     kept = program.at(without_lowest(program.block.weights.double().abs(), count))
     for _ in range(steps):
@@ -127,24 +102,7 @@ def relaxed_set(
 ) -> Tensor:
     """Return the perspective relaxation rounded: keep its largest residuals or its largest weights.
 
-    Parameters
-    ----------
-    program : JointProgram
-    count : int
-        Weights to prune.
-    steps : int, default 40
-        ADMM steps.
-    time_limit : float, optional
-        Seconds.
-
-    Returns
-    -------
-    (n,) bool tensor
-        The kept set.
-
-    Notes
-    -----
-    O(m^2 n + m^3) once and O(m n) a step; the rows are copied to float64. See
+    It takes so many ADMM steps: O(m^2 n + m^3) once and O(m n) a step; the rows are copied to float64. See
     `formulations.relaxations`.
     """
     problem = program.block.to_problem(count)

@@ -10,6 +10,7 @@ loses nothing; on other devices the whole table of pairs is formed with torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numba
 import numpy as np
@@ -30,6 +31,10 @@ from formulations.compiled import (
     entry,
     kept_on_disk,
 )
+
+Reals: TypeAlias = NDArray[np.float64]
+Flags: TypeAlias = NDArray[np.bool_]
+Indices: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,40 +57,19 @@ def swap_dense(
 ) -> SwapCounts:
     """Run best-improvement swaps in place on a batch of dense blocks until none helps.
 
-    Parameters
-    ----------
-    gram : (B, n, n) tensor
-        ``A = diag(w) H diag(w)``, symmetric positive semidefinite.
-    product : (B, n) tensor
-        ``v = A y``, plus whatever fixed weights outside the block contribute; updated in place.
-    linear : (B, n) tensor
-        ``c = g * w``.
-    pruned : (B, n) bool tensor
-        ``y``; updated in place, its row sums never change.
-    tolerance : (B,) tensor
-        A swap must lower the objective by more than this.
-    budget : (B,) int64 tensor
-        Most swaps to make in each block.
-    compiled : bool, default True
-        Use the compiled kernel on the CPU.
-
-    Returns
-    -------
-    SwapCounts
+    For each of B blocks: `gram` (n, n) is ``A = diag(w) H diag(w)``, symmetric positive semidefinite;
+    `product` (n,), updated in place, is ``v = A y`` plus what fixed weights outside the block contribute;
+    `linear` (n,) is ``c = g * w``; `pruned` (n,), updated in place, is ``y``, whose sum never changes. A swap
+    must lower the objective by more than `tolerance`, and there are at most `budget`. The compiled kernel is
+    for the CPU.
 
     Notes
     -----
     O(n) to O(n^2) a swap and block. The CPU kernel and the torch path make the same swaps, up to
     ties within rounding.
     """
-    if compiled and gram.device.type == "cpu":
-        return _swap_compiled(gram, product, linear, pruned, tolerance, budget)
-    return _swap_torch(gram, product, linear, pruned, tolerance, budget)
-
-
-def _swap_compiled(
-    gram: Tensor, product: Tensor, linear: Tensor, pruned: Tensor, tolerance: Tensor, budget: Tensor
-) -> SwapCounts:
+    if not compiled or gram.device.type != "cpu":
+        return _swap_torch(gram, product, linear, pruned, tolerance, budget)
     swaps = np.zeros(gram.shape[0], dtype=np.int64)
     settled = np.zeros(gram.shape[0], dtype=np.bool_)
     v = product.numpy().astype(np.float64)
@@ -107,30 +91,23 @@ def _swap_compiled(
 @kept_on_disk
 @numba.njit(parallel=True)
 def _swap_blocks(
-    gram: NDArray[np.float64],
-    v: NDArray[np.float64],
-    linear: NDArray[np.float64],
-    y: NDArray[np.bool_],
-    tolerance: NDArray[np.float64],
-    budget: NDArray[np.int64],
-    swaps: NDArray[np.int64],
-    settled: NDArray[np.bool_],
+    gram: Reals,
+    v: Reals,
+    linear: Reals,
+    y: Flags,
+    tolerance: Reals,
+    budget: Indices,
+    swaps: Indices,
+    settled: Flags,
 ) -> None:
-    for block in numba.prange(gram.shape[0]):
-        swaps[block], settled[block] = _swap_one_block(
-            gram[block], v[block], linear[block], y[block], tolerance[block], budget[block]
-        )
+    for b in numba.prange(gram.shape[0]):
+        swaps[b], settled[b] = _swap_one_block(gram[b], v[b], linear[b], y[b], tolerance[b], budget[b])
 
 
 @entry(MATRIX, VECTOR, VECTOR, FLAGS, REAL, INTEGER)
 @compiled
 def _swap_one_block(
-    a: NDArray[np.float64],
-    v: NDArray[np.float64],
-    linear: NDArray[np.float64],
-    y: NDArray[np.bool_],
-    tolerance: float,
-    max_swaps: int,
+    a: Reals, v: Reals, linear: Reals, y: Flags, tolerance: float, max_swaps: int
 ) -> tuple[int, bool]:
     n = v.shape[0]
     norm = np.empty(n)
@@ -154,14 +131,14 @@ def _swap_one_block(
 
 @compiled
 def _best_pair(
-    a: NDArray[np.float64],
-    v: NDArray[np.float64],
-    linear: NDArray[np.float64],
-    y: NDArray[np.bool_],
-    norm: NDArray[np.float64],
-    cost: NDArray[np.float64],
-    leaving: NDArray[np.int64],
-    entering: NDArray[np.int64],
+    a: Reals,
+    v: Reals,
+    linear: Reals,
+    y: Flags,
+    norm: Reals,
+    cost: Reals,
+    leaving: Indices,
+    entering: Indices,
     threshold: float,
 ) -> tuple[int, int]:
     """Return the pair (out of P, into P) with the lowest change below `threshold`, or (-1, -1)."""

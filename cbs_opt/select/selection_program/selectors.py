@@ -10,10 +10,9 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import mapped
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchResult
-from cbs_opt.select.scores import STARTS, start_set
-from cbs_opt.select.selection_program.program import SelectionProgram
+from cbs_opt.select.scores import STARTS, start_sets
+from cbs_opt.select.selection_program.program import TUNING, SelectionProgram, SwapTuning
 from cbs_opt.select.selection_program.swap_search import swap_search_batch
-from cbs_opt.select.selection_program.tuning import TUNING, SwapTuning
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
 
@@ -33,26 +32,9 @@ def by_swap_search(
 ) -> list[Choice]:
     """Search by swaps on the selection program of every block.
 
-    Parameters
-    ----------
-    blocks, counts, warm, ledger
-        As of `Selector`. All blocks are searched at once, so the ledger is not asked.
-    limits : Limits
-        `time_limit` for all blocks and starts together.
-    start : str or sequence of str, default "magnitude"
-        Sets to start from: a saliency or "randomized_magnitude". Of several, the one that ends
-        lowest in each block is kept.
-    spread : float, default 0.1
-        Of "randomized_magnitude" starts.
-    max_swaps : int, optional
-        Swaps in each block from each start; by default as many as it takes to a 1-swap optimum.
-    tolerance : float, optional
-        Of `swap_search`.
-    tuning : SwapTuning
-
-    Returns
-    -------
-    list of Choice
+    Blocks, counts, warm and ledger are as of `Selector`: blocks are searched all at once; the ledger is not
+    asked. The time limit is for all blocks and starts together. The options are those of
+    `cbs_opt.recipe.select.SwapSearch`, the tolerance is that of `swap_search_batch`.
 
     Raises
     ------
@@ -66,13 +48,9 @@ def by_swap_search(
     deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     ends: list[list[SearchResult]] = []
     for name in names if warm is None else ["warm"]:
-        starts = warm or [
-            start_set(name, block, counts[number], limits.seed + number, spread)
-            for number, block in enumerate(blocks)
-        ]
         results = swap_search_batch(
             programs,
-            starts,
+            warm or start_sets(name, blocks, counts, limits.seed, spread),
             tolerance=tolerance,
             max_swaps=limits.iteration_limit if max_swaps is None else max_swaps,
             deadline=deadline,
@@ -80,17 +58,4 @@ def by_swap_search(
             tuning=tuning,
         )
         ends.append(results)
-    return [choice_of(min(results, key=lambda result: result.value)) for results in zip(*ends, strict=True)]
-
-
-def choice_of(result: SearchResult) -> Choice:
-    """Return what a swap search found as a choice."""
-    return Choice(
-        keep=result.keep,
-        initial_value=result.initial_value,
-        iterations=result.swaps,
-        locally_optimal=result.locally_optimal,
-        seconds=result.seconds,
-        status=result.ending,
-        limit=result.limit,
-    )
+    return [min(results, key=lambda result: result.value).choice for results in zip(*ends, strict=True)]

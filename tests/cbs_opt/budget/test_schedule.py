@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbs_opt.budget.schedule import SCHEDULES, sparsity_schedule
-from cbs_opt.stages.trust_region import FACTOR, DampingSearch
+from cbs_opt.stages.trials import FACTOR, DampingSearch
 from formulations.errors import ArgumentError
 
 shares = st.floats(0.0, 0.999)

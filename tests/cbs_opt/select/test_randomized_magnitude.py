@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbs_opt.select.randomized_magnitude import randomized_magnitude
+from cbs_opt.select.scores import randomized_magnitude
 from formulations.errors import ArgumentError
 
 

@@ -21,7 +21,7 @@ from cbs_opt.select.methods import available_methods
 from cbs_opt.select.saliency import SALIENCIES, obs, without_lowest
 from cbs_opt.select.scores import STARTS, BySaliency, by_randomized_magnitude
 from cbs_opt.select.selection_program.program import SelectionProgram
-from cbs_opt.select.selection_program.selectors import by_swap_search, choice_of
+from cbs_opt.select.selection_program.selectors import by_swap_search
 from cbs_opt.select.selection_program.swap_search import swap_search
 from formulations import loss
 from formulations.enumeration import enumerate_optimum
@@ -121,11 +121,11 @@ def test_a_block_too_large_for_a_dense_method_is_named(monkeypatch: pytest.Monke
 
 def test_every_ending_of_a_search_is_named() -> None:
     found = swap_search(SelectionProgram(fisher_block("flat", 40, 8)), ~random_set(40, 20))
-    assert choice_of(found).status == "1-swap optimal"
+    assert found.choice.status == "1-swap optimal"
     late = replace(found, locally_optimal=False, limit=Limit.TIME)
-    assert choice_of(late).status == "stopped: time limit"
+    assert late.choice.status == "stopped: time limit"
     settled = replace(found, locally_optimal=False, limit=None)
-    assert choice_of(settled).status == "start kept: nothing better beyond rounding"
+    assert settled.choice.status == "start kept: nothing better beyond rounding"
 
 
 @pytest.mark.parametrize(

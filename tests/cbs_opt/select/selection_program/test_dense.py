@@ -10,7 +10,7 @@ from cbs_opt.select.selection_program import dense as dense_swaps
 from cbs_opt.select.selection_program.dense import SwapCounts, swap_dense
 from tests.cbs_opt.fisher import KINDS, dense_form, fisher_block, random_set, swap_changes
 
-ENGINES = (dense_swaps._swap_compiled, dense_swaps._swap_torch)
+ENGINES = (dense_swaps.swap_dense, dense_swaps._swap_torch)
 
 
 def batch_of(kinds: tuple[str, ...], n: int, n_prune: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
-from cbs_opt.select.selection_program import pair_scan
-from cbs_opt.select.selection_program.pair_scan import CompiledScan, Projection, TorchScan
-from cbs_opt.select.selection_program.pair_search import SwapChanges, improving_pairs
-from cbs_opt.select.selection_program.program import SelectionProgram
-from cbs_opt.select.selection_program.tuning import SwapTuning
+from cbs_opt.select.selection_program import pair_search
+from cbs_opt.select.selection_program.pair_search import (
+    CompiledScan,
+    Projection,
+    SwapChanges,
+    TorchScan,
+    improving_pairs,
+)
+from cbs_opt.select.selection_program.program import SelectionProgram, SwapTuning
 from tests.cbs_opt.fisher import data_of, dense_form, fisher_block, random_set, swap_changes
 
 WITH_ROWS = ("flat", "decaying", "duplicates", "zeros", "gradient", "undamped")
@@ -34,12 +38,18 @@ def exact(block: FisherBlock, pruned: Tensor) -> tuple[Tensor, Tensor]:
 
 def changes_of(block: FisherBlock, pruned: Tensor) -> SwapChanges:
     program = SelectionProgram(block)
-    return SwapChanges(program, program.image(pruned.double()), 0.5 * program.diagonal(), program.linear())
+    return SwapChanges(
+        program=program,
+        pruned=pruned,
+        image=program.image(pruned.double()),
+        half_diagonal=0.5 * program.diagonal(),
+        linear=program.linear(),
+    )
 
 
 def projection_of(block: FisherBlock, seed: int = 0) -> Projection:
     columns = data_of(block).double() * block.weights.double()
-    return pair_scan.project(SelectionProgram(block), columns.square().sum(dim=0), seed)
+    return pair_search.project(SelectionProgram(block), columns.square().sum(dim=0), seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -103,7 +113,6 @@ def test_lists_and_tables_find_the_same_pairs(kind: str, gathered: int) -> None:
             changes_of(block, pruned),
             projection_of(block),
             cost,
-            pruned,
             improving=threshold,
             reach=threshold,
             start=17,
@@ -129,7 +138,6 @@ def test_a_sweep_that_has_enough_is_not_called_complete_and_resumes() -> None:
             changes_of(block, pruned),
             projection_of(block),
             cost,
-            pruned,
             improving=torch.inf,
             reach=torch.inf,
             start=start,
@@ -155,7 +163,6 @@ def test_the_clock_is_looked_at_within_a_sweep(monkeypatch: pytest.MonkeyPatch, 
         changes_of(block, pruned),
         projection_of(block),
         cost,
-        pruned,
         improving=torch.inf,
         reach=torch.inf,
         deadline=5.0,
@@ -174,10 +181,10 @@ def test_projection_bounds_every_inner_product(dtype: torch.dtype) -> None:
         inner = columns.T @ columns
         norms = projection.norm[:, None] * projection.norm[None, :]
         torch.testing.assert_close(projection.norm.square(), inner.diagonal())
-        for width, column in ((pair_scan.COARSE, 0), (None, 1)):
+        for width, column in ((pair_search.COARSE, 0), (None, 1)):
             leading = projection.coordinates[:, :width].double()
             rest = projection.remainder[:, column]
-            bound = leading @ leading.T + rest[:, None] * rest[None, :] + pair_scan.SLACK * norms
+            bound = leading @ leading.T + rest[:, None] * rest[None, :] + pair_search.SLACK * norms
             assert bool((inner <= bound + 1e-14).all())
 
 
@@ -194,5 +201,5 @@ def test_a_column_inside_the_directions_still_has_its_remainder() -> None:
         projection.coordinates[0] @ projection.coordinates[1]
         + projection.remainder[0, 1] * projection.remainder[1, 1]
     )
-    slack = pair_scan.SLACK * projection.norm[0] * projection.norm[1]
+    slack = pair_search.SLACK * projection.norm[0] * projection.norm[1]
     assert float(bound + slack) >= 8e-4

@@ -14,10 +14,8 @@ from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.select.choice import SearchResult
 from cbs_opt.select.saliency import magnitude, without_lowest
-from cbs_opt.select.selection_program.large import relative_tolerance
-from cbs_opt.select.selection_program.program import SelectionProgram
-from cbs_opt.select.selection_program.swap_search import swap_search, swap_search_batch
-from cbs_opt.select.selection_program.tuning import SwapTuning
+from cbs_opt.select.selection_program.program import SelectionProgram, SwapTuning
+from cbs_opt.select.selection_program.swap_search import relative_tolerance, swap_search, swap_search_batch
 from formulations.enumeration import enumerate_optimum
 from formulations.solution import Limit
 from tests.cbs_opt.fisher import (
