@@ -32,8 +32,7 @@ from cbs_opt.oneshot import (
     selects_by_rows,
     take_rows,
 )
-from cbs_opt.recipe.named import recipe_by_name
-from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights
+from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights, recipe_by_name
 from cbs_opt.recipe.select import Exact, GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import run_fingerprint
@@ -87,7 +86,7 @@ def prune(
     recipe : Recipe, sequence of Recipe, or str, default "balanced"
         How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
         one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of
-        `cbs_opt.recipe.named.NAMED`.
+        `cbs_opt.recipe.records.NAMED`.
     loss_fn : callable, default cross-entropy
         ``loss_fn(output, y)``: the mean loss of a batch.
     stages : Stages or int, optional

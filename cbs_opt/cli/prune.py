@@ -185,8 +185,7 @@ def requested(
     """Return what the options ask for: a recipe, and the fields that were set over it."""
     from cbs_opt.errors import RecipeFileError
     from cbs_opt.recipe.files import load_request, with_fields
-    from cbs_opt.recipe.named import recipe_by_name
-    from cbs_opt.recipe.records import Request
+    from cbs_opt.recipe.records import Request, recipe_by_name
 
     if recipe.endswith(".toml"):
         try:

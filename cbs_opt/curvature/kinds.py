@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from cbs_opt.system.checks import flag, whole_number
+from cbs_opt.system.checks import check_fields, flag, whole_number
 from formulations.errors import ArgumentError
 
 
@@ -19,9 +19,8 @@ class _Fisher:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value: Any = getattr(self, entry.name)
             check: Any = flag if entry.name == "vectorize" else whole_number
-            object.__setattr__(self, entry.name, check(f"curvature.{entry.name}", value))
+            check_fields(self, "curvature.", check, entry.name)
         per_row: int = getattr(self, "per_row", 1)
         if per_row > self.samples:
             found = f"{per_row} of {self.samples} samples"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from cbs_opt.system.checks import finite_number, names, one_of, plain_value, seconds, whole_number
+from cbs_opt.system.checks import check_fields, finite_number, names, one_of, plain_value, whole_number
 from formulations.errors import ArgumentError
 from formulations.problem import PROGRAMS
 
@@ -39,7 +39,9 @@ class Select:
 
     def __post_init__(self) -> None:
         one_of("select.program", self.program, PROGRAMS)
-        self._put("time_limit", seconds("select.time_limit", self.time_limit))
+        self._check(finite_number, "time_limit")
+        if hasattr(self, "repeats"):
+            self._check(whole_number, "repeats")
 
     @property
     def tries(self) -> int:
@@ -52,14 +54,8 @@ class Select:
         pairs = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
         return {name: value for name, value in pairs if name not in COMMON and value is not None}
 
-    def _put(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _whole(self, least: int, *attributes: str) -> None:
-        """Check fields that are whole numbers >= `least`, or None."""
-        for name in attributes:
-            if getattr(self, name) is not None:
-                self._put(name, whole_number(f"select.{name}", getattr(self, name), least))
+    def _check(self, check: Callable[..., Any], *attributes: str, **options: Any) -> None:
+        check_fields(self, "select.", check, *attributes, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +84,7 @@ class RandomizedMagnitude(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._put("repeats", whole_number("select.repeats", self.repeats))
-        if self.spread is not None:
-            self._put("spread", finite_number("select.spread", self.spread))
+        self._check(finite_number, "spread")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,22 +154,17 @@ class SwapSearch(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._put("repeats", whole_number("select.repeats", self.repeats))
-        self._whole(1, "drops", "dense_limit")
-        self._whole(0, "max_swaps", "restarts")
-        if self.start is not None and not isinstance(self.start, str):
-            self._put("start", names("select.start", self.start))
-            if not self.start:
+        self._check(whole_number, "drops", "dense_limit")
+        self._check(whole_number, "max_swaps", "restarts", least=0)
+        self._check(finite_number, "spread", "tolerance")
+        if not isinstance(self.start, str):
+            self._check(names, "start")
+            if self.start == ():
                 raise ArgumentError("select.start", "empty", "name at least one set, or leave it out")
-        for name in ("spread", "tolerance"):
+        for name in ("restarts", "drops", "dense_limit") if self.program == "selection" else ():
             if getattr(self, name) is not None:
-                self._put(name, finite_number(f"select.{name}", getattr(self, name)))
-        if self.program == "selection":
-            for name in ("restarts", "drops", "dense_limit"):
-                if getattr(self, name) is not None:
-                    remedy = 'leave it out, or use program="joint"'
-                    found = f"{getattr(self, name)} for the selection program"
-                    raise ArgumentError(f"select.{name}", found, remedy)
+                found = f"{getattr(self, name)} for the selection program"
+                raise ArgumentError(f"select.{name}", found, 'leave it out, or use program="joint"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +186,7 @@ class GreedyOBS(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(1, "drops", "dense_limit")
+        self._check(whole_number, "drops", "dense_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +205,7 @@ class HardThreshold(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(0, "steps")
+        self._check(whole_number, "steps", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +230,6 @@ class Exact(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._put("repeats", whole_number("select.repeats", self.repeats))
         if not isinstance(self.method, str):
             raise ArgumentError("select.method", f"{self.method!r}", "pass the name of a method")
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
@@ -251,7 +239,8 @@ class Exact(Select):
             remedy = f"use {record}, which has the options as fields"
             raise ArgumentError("select.method", f"{self.method!r}", remedy)
         given = {name: value for name, value in self.options.items() if value is not None}
-        self._put("options", {name: plain_value(f"select.options.{name}", given[name]) for name in given})
+        options = {name: plain_value(f"select.options.{name}", value) for name, value in given.items()}
+        object.__setattr__(self, "options", options)
 
     @property
     def method_options(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -42,11 +42,6 @@ def finite_number(
         wanted = f"{'>' if above else '>='} {least:g}" + (f" and <= {most:g}" if most < math.inf else "")
         raise ArgumentError(argument, f"{value!r}", f"pass a finite number {wanted}")
     return float(value)
-
-
-def seconds(argument: str, value: Any) -> float | None:
-    """Return a time limit as a float, or None; raise `ArgumentError` for anything else."""
-    return None if value is None else finite_number(argument, value)
 
 
 def flag(argument: str, value: Any) -> bool:
@@ -93,6 +88,24 @@ def plain_value(argument: str, value: Any) -> Any:
         return [plain_value(argument, entry) for entry in value]
     remedy = "pass a number, a string, or a list or mapping of them"
     raise ArgumentError(argument, f"{value!r}", remedy)
+
+
+def check_fields(record: Any, prefix: str, check: Callable[..., Any], *fields: str, **options: Any) -> None:
+    """Replace fields of a frozen record by what `check` returns for them; None stays where it is the default.
+
+    Parameters
+    ----------
+    record : dataclass instance
+    prefix : str
+        What stands before the name of a field in messages.
+    check : callable
+        ``check(argument, value, **options)``, one of this module.
+    *fields : str
+    """
+    for name in fields:
+        value = getattr(record, name)
+        if value is not None or record.__dataclass_fields__[name].default is not None:
+            object.__setattr__(record, name, check(f"{prefix}{name}", value, **options))
 
 
 @contextmanager
