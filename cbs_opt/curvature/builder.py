@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 
 from cbs_opt.curvature.disk import RowTarget
 from cbs_opt.curvature.gradients import Gradients, NetworkFunction, probe, require_classifier, sampled_labels
-from cbs_opt.curvature.journal import Journal, NoJournal
 from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, Fisher, SketchedFisher
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.network.data import Batch, check_labels
@@ -25,6 +24,27 @@ log = logging.getLogger(__name__)
 
 TargetOf = Callable[[int, int, torch.dtype, torch.device], RowTarget]
 """Where rows go, from their number at most, their width, dtype and device."""
+
+
+class Journal:
+    """Where rows are kept as they are made, so that a killed run goes on: here nowhere.
+
+    `cbs_opt.runs.progress.RowJournal` keeps them in the folder of a run.
+    """
+
+    def restore(self, gradient: Tensor) -> Iterable[Tensor]:
+        """Yield the rows made before, (r, n) pieces not yet scaled; set `gradient` (n,) to their sum."""
+        return ()
+
+    def seen(self, part: Batch, samples: int) -> bool:
+        """Take note of a chunk that begins after `samples` samples; return whether its rows are there."""
+        return False
+
+    def take(self, rows: Tensor) -> None:
+        """Take rows (r, n) that were made, to be kept with the next `save`."""
+
+    def save(self, gradient: Tensor, samples: int, *, done: bool = False) -> None:
+        """Keep what was taken, of `samples` samples in all, in time; `done` if no row comes any more."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,7 +84,7 @@ class RowBuilder:
     target_of: TargetOf
     keep: Tensor | None = None
     gradient: bool = True
-    journal: Journal = field(default_factory=NoJournal)
+    journal: Journal = field(default_factory=Journal)
     samples: int = field(init=False, default=0)
     target: RowTarget = field(init=False)
 

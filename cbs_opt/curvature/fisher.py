@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cbs_opt.curvature.builder import RowBuilder
+from cbs_opt.curvature.builder import Journal, RowBuilder
 from cbs_opt.curvature.disk import RowsInMemory, RowsOnDisk, RowTarget, fit_in_memory
 from cbs_opt.curvature.gradients import NetworkFunction, require_evaluation_mode
-from cbs_opt.curvature.journal import Journal, NoJournal
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.errors import NonFiniteGradientError
@@ -154,7 +153,7 @@ def gradient_rows(
             target_of=target_of,
             keep=keep,
             gradient=gradient,
-            journal=NoJournal() if journal is None else journal,
+            journal=Journal() if journal is None else journal,
         )
         batches = iterate(
             data,
