@@ -6,15 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cbs_opt.curvature.disk import RowTarget
 from cbs_opt.curvature.gradients import Gradients, NetworkFunction, probe, require_classifier, sampled_labels
 from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, Fisher, SketchedFisher
+from cbs_opt.curvature.rows import RowTarget
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.network.data import Batch, check_labels
 from cbs_opt.network.partition import Partition
@@ -51,29 +50,7 @@ class Journal:
 class RowBuilder:
     """Computes rows batch by batch and puts them into `target`, which `target_of` makes at the first one.
 
-    Parameters
-    ----------
-    function : NetworkFunction
-    partition : Partition
-        The n weights.
-    curvature : Fisher
-    seed : int
-        Of labels and signs that are drawn.
-    chunk_memory : int
-        Bytes for temporaries.
-    target_of : callable
-    keep : (n,) bool Tensor, optional
-        Columns to compute; by default all.
-    gradient : bool, default True
-        Take the mean gradient too where the rows do not give it.
-    journal : Journal
-        Where rows come from that were made before, and where the others are put.
-
-    Attributes
-    ----------
-    samples : int
-        Samples used so far.
-    target : RowTarget
+    `samples` counts those used so far; the other fields are the arguments of `gradient_rows`.
     """
 
     function: NetworkFunction
@@ -135,12 +112,11 @@ class RowBuilder:
             classes = require_classifier(self._classes, self.curvature.kind)
             capacity *= classes if self._exact else 1
             self._rows_function = self.function.with_loss(cross_entropy)
-        tensors = self.function.parameters.values()
-        dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+        dtype, device = self.function.dtype, self.function.device
         width = n if self._columns is None else sum(index.numel() for index in self._columns.values())
-        self.target = self.target_of(capacity, width, dtype, self.function.device)
-        self._gradient = torch.zeros(n, dtype=dtype, device=self.function.device)
-        gradient_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.target = self.target_of(capacity, width, dtype, device)
+        self._gradient = torch.zeros(n, dtype=dtype, device=device)
+        gradient_bytes = sum(t.numel() * t.element_size() for t in self.function.parameters.values())
         self._chunk, self._group = chunk_sizes(self.chunk_memory, gradient_bytes, saved)
         for rows in self.journal.restore(self._gradient):
             self._put([rows], kept=True)
@@ -197,12 +173,10 @@ class RowBuilder:
 
     def _write(self, gradients: Gradients, count: int) -> None:
         """Put `count` rows in place, each the gradients of all parameters side by side."""
-        pieces = []
-        for span in self.partition.parameters:
-            values = gradients[span.name].reshape(count, -1)
-            pieces.append(
-                values if self._columns is None else values.index_select(1, self._columns[span.name])
-            )
+        pieces = [gradients[span.name].reshape(count, -1) for span in self.partition.parameters]
+        if self._columns is not None:
+            columns = self._columns.values()
+            pieces = [piece.index_select(1, index) for piece, index in zip(pieces, columns, strict=True)]
         self._put(pieces)
 
     def _put(self, pieces: Sequence[Tensor], *, kept: bool = False) -> None:
@@ -227,7 +201,12 @@ class RowBuilder:
         bad = (~finite.all(dim=1)).nonzero().flatten().tolist()
         if not bad:
             return
-        names = self._names_where(~finite.all(dim=0))
+        spans = self.partition.parameters
+        sizes = [span.stop - span.start for span in spans]
+        if self._columns is not None:
+            sizes = [index.numel() for index in self._columns.values()]
+        pieces = torch.split(finite.all(dim=0), sizes)
+        names = [span.name for span, piece in zip(spans, pieces, strict=True) if not bool(piece.all())]
         shown = ", ".join(str(self.target.filled + row) for row in bad[:5])
         found = f"gradient rows {shown}{' ...' if len(bad) > 5 else ''} are NaN or infinite"
         remedy = "check the loss and the data there (rows count samples in the order read, from 0)"
@@ -238,22 +217,8 @@ class RowBuilder:
         if self._columns is None:
             return values
         wide = values.new_zeros(self.partition.n)
-        sizes = [index.numel() for index in self._columns.values()]
-        targets = self.partition.split(wide).values()
-        pieces = torch.split(values, sizes)
-        for target, index, piece in zip(targets, self._columns.values(), pieces, strict=True):
-            target.view(-1)[index] = piece
+        wide[self.keep] = values
         return wide
-
-    def _names_where(self, bad: Tensor) -> list[str]:
-        """Parameters with a column of the rows that is `bad`."""
-        spans = self.partition.parameters
-        sizes = [
-            span.stop - span.start if self._columns is None else self._columns[span.name].numel()
-            for span in spans
-        ]
-        pieces = torch.split(bad, sizes)
-        return [span.name for span, piece in zip(spans, pieces, strict=True) if bool(piece.any())]
 
 
 def chunk_sizes(chunk_memory: int, gradient_bytes: int, saved: int) -> tuple[int, int]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cbs_opt.curvature.builder import Journal, RowBuilder
-from cbs_opt.curvature.disk import RowsInMemory, RowsOnDisk, RowTarget, fit_in_memory
 from cbs_opt.curvature.gradients import NetworkFunction, require_evaluation_mode
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
-from cbs_opt.curvature.rows import Rows
+from cbs_opt.curvature.rows import Rows, RowsInMemory, RowsOnDisk, RowTarget, fit_in_memory
 from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
@@ -72,7 +70,6 @@ def gradient_rows(
     seed : int, default 0
         Draws the samples, the Monte-Carlo labels and the signs of sketches.
     progress : bool, default True
-        Show a bar where standard error is a terminal.
     weights : (n,) Tensor, optional
         Take the gradients at these weights instead of the network's own.
     keep : (n,) bool Tensor, optional
@@ -217,10 +214,7 @@ def mean_gradient(
     whole_number("samples", samples)
     require_evaluation_mode(model)
     function = NetworkFunction(model, partition, loss_fn, weights)
-    dtype = reduce(
-        torch.promote_types, (tensor.dtype for tensor in function.parameters.values()), torch.float32
-    )
-    total = torch.zeros(partition.n, dtype=dtype, device=device_of(model))
+    total = torch.zeros(partition.n, dtype=function.dtype, device=function.device)
     used = 0
     batches = iterate(data, batch_size=batch_size, max_samples=samples, seed=seed, device=total.device)
     with tqdm(total=samples, desc="gradient", unit="sample", disable=None if progress else True) as bar:

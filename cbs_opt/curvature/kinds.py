@@ -28,7 +28,12 @@ class _Fisher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmpiricalFisher(_Fisher):
+class _AnyLabels(_Fisher):
+    per_row: int = 1
+    vectorize: bool = True
+
+
+class EmpiricalFisher(_AnyLabels):
     """Gradients at the labels of the data.
 
     Parameters
@@ -51,9 +56,6 @@ class EmpiricalFisher(_Fisher):
 
     kind: ClassVar[str] = "empirical_fisher"
 
-    per_row: int = 1
-    vectorize: bool = True
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExactFisher(_Fisher):
@@ -70,24 +72,16 @@ class ExactFisher(_Fisher):
     vectorize: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class MonteCarloFisher(_Fisher):
+class MonteCarloFisher(_AnyLabels):
     """Gradients at labels drawn from the network's own distribution.
 
     Parameters
     ----------
-    samples : int, default 1000
-        Training samples to use.
-    per_row : int, default 1
-        Samples averaged into each row.
-    vectorize : bool, default True
+    samples, per_row, vectorize
         As in `EmpiricalFisher`.
     """
 
     kind: ClassVar[str] = "monte_carlo_fisher"
-
-    per_row: int = 1
-    vectorize: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
