@@ -206,7 +206,7 @@ def requested(
 def resources_of(assignments: list[str]) -> Resources:
     """Return the resources that ``resources.FIELD=VALUE`` set; sizes may have units, such as 2GB."""
     from cbs_opt.system.resources import Resources
-    from cbs_opt.system.sizes import parsed
+    from cbs_opt.system.memory import parsed
 
     values: dict[str, Any] = {}
     for assignment in assignments:

@@ -20,7 +20,7 @@ from cbs_opt.errors import RowMemoryError, RowStoreError
 from cbs_opt.hessian.channels import ChannelTerm
 from cbs_opt.hessian.products import column_squares
 from cbs_opt.network.partition import Partition
-from cbs_opt.system.sizes import readable
+from cbs_opt.system.memory import readable
 from formulations.errors import ShapeError
 
 PathLike = str | os.PathLike[str]

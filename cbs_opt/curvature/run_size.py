@@ -15,10 +15,9 @@ from cbs_opt.curvature.kinds import ExactFisher, Fisher
 from cbs_opt.curvature.rows import Rows, check_block, check_space, stored_bytes
 from cbs_opt.errors import RowMemoryError
 from cbs_opt.network.partition import BlockRule, Partition
-from cbs_opt.system.memory import resident
+from cbs_opt.system.memory import readable, resident
 from cbs_opt.system.plain import plain
 from cbs_opt.system.resources import Resources
-from cbs_opt.system.sizes import readable
 
 ORDINARY = Resources()
 DOUBLE = 8

@@ -17,11 +17,9 @@ from cbs_opt.recipe.files import request_to_plain
 from cbs_opt.recipe.records import Request
 from cbs_opt.select.methods import find_method
 from cbs_opt.system.plain import plain
-from cbs_opt.system.versions import versions
+from cbs_opt.system.versions import LIBRARIES, versions
 
 FORMAT = "cbs-opt run"
-LIBRARIES = ("python", "cbs-opt", "torch", "numpy", "scipy", "numba")
-"""What every run rests on; those that call solvers rest on these as well."""
 
 
 def run_fingerprint(
@@ -65,7 +63,7 @@ def run_fingerprint(
         "chunk_memory": chunk_memory,
         "threads": torch.get_num_threads(),
         "device": _device(device_of(model)),
-        "versions": {name: found for name, found in used.items() if solves or name in LIBRARIES},
+        "versions": {name: found for name, found in used.items() if solves or name in ("python", *LIBRARIES)},
     }
 
 

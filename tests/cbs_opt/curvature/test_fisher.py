@@ -297,10 +297,11 @@ def test_fisher_blocks_are_views_with_the_weights_and_gradient(network, data):
     whole = gradient_rows(network, data, cross_entropy, partition, curvature=EmpiricalFisher(samples=9))
     assert torch.equal(torch.cat([block.weights for block in blocks]), partition.flatten(network))
     assert torch.equal(torch.cat([block.gradient for block in blocks]), whole.gradient)
-    assert len({block.rows.untyped_storage().data_ptr() for block in blocks}) == 1
+    assert len({block.hessian.rows.untyped_storage().data_ptr() for block in blocks}) == 1
     problem = blocks[4].to_problem(2)
     expected = whole.rows.T @ whole.rows
-    part = slice(blocks[4].start, blocks[4].stop)
+    row = Partition.from_model(network, blocks="row").blocks[4]
+    part = slice(row.start, row.stop)
     dense = expected[part, part] + 0.25 * torch.eye(blocks[4].n)
     torch.testing.assert_close(torch.from_numpy(problem.dense_hessian()), dense)
     with pytest.raises(ArgumentError, match="damping"):
