@@ -293,15 +293,9 @@ def stored_bytes(partition: Partition, rows: int, itemsize: int) -> int:
     return sum(_whole_pages(rows * (block.stop - block.start) * itemsize) for block in partition.blocks)
 
 
-def fit_in_memory(partition: Partition, rows: int, itemsize: int, row_memory: int | None) -> bool:
-    """Return whether that many rows may be in memory all at once.
-
-    Raises
-    ------
-    RowMemoryError
-        If not even the rows of the largest block may.
-    """
-    if row_memory is None or rows * partition.n * itemsize <= row_memory:
+def fit_in_memory(partition: Partition, rows: int, itemsize: int, row_memory: int) -> bool:
+    """Return whether that many rows may be in memory all at once; raise if not even the largest block may."""
+    if rows * partition.n * itemsize <= row_memory:
         return True
     largest = max(partition.blocks, key=lambda block: block.stop - block.start)
     check_block(largest.name, rows * (largest.stop - largest.start) * itemsize, rows * itemsize, row_memory)

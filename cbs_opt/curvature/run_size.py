@@ -17,9 +17,8 @@ from cbs_opt.errors import RowMemoryError
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.system.memory import readable, resident
 from cbs_opt.system.plain import plain
-from cbs_opt.system.resources import Resources
+from cbs_opt.system.resources import ORDINARY, Resources
 
-ORDINARY = Resources()
 DOUBLE = 8
 VECTORS = 8
 """Vectors of length n in float64 that a run has at a time: weights, scores, candidates and their copies."""
@@ -183,11 +182,7 @@ def run_size(
 def check_fits(size: RunSize, free: int | None = None) -> None:
     """Refuse a run that does not fit, before its first gradient.
 
-    Parameters
-    ----------
-    size : RunSize
-    free : int, optional
-        Bytes of memory that the run may take; by default those that the machine has free.
+    `free` are the bytes of memory that it may take; by default those that the machine has free.
 
     Raises
     ------
@@ -217,19 +212,8 @@ def check_fits(size: RunSize, free: int | None = None) -> None:
 def fitting_blocks(size: RunSize, free: int | None = None) -> tuple[BlockRule, int | None]:
     """Return the partition and the `row_memory` that fit, where the caller asked for no partition.
 
-    Parameters
-    ----------
-    size : RunSize
-        Of the run with one block.
-    free : int, optional
-        As in `check_fits`.
-
-    Returns
-    -------
-    str
-        "global" if that fits, or if nothing does: `check_fits` then says so. Else "layer" or "row".
-    int or None
-        The `row_memory` to use; that of `size` for "global".
+    `size` is that of the run with one block. The partition is "global" if that fits, or if nothing does:
+    `check_fits` then says so. Else it is "layer" or "row".
     """
     free = psutil.virtual_memory().available if free is None else free
     whole = size.row_memory is None or size.row_bytes <= size.row_memory

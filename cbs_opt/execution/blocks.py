@@ -292,15 +292,7 @@ def _run_blocks(
     workers: int | None,
     on_solution: OnSolution | None = None,
 ) -> tuple[dict[int, BlockSolution], dict[int, Pair] | None]:
-    """Solve every block.
-
-    Returns
-    -------
-    dict of int to BlockSolution
-        By the position of the block.
-    dict of int to (BlockProblem, BlockSolution or None), or None
-        After Ctrl-C: the blocks that were handed out and have no solution.
-    """
+    """Return the solutions by position; after Ctrl-C also the blocks that were handed out and have none."""
     solutions: dict[int, BlockSolution] = {}
     waiting: dict[int, Pair] = {}
     reading: list[Exception] = []
@@ -376,13 +368,9 @@ def _pairs(
         except StopIteration:
             remedy = "pass one a block; None where there is none"
             raise ArgumentError("incumbents", f"{index} for more blocks", remedy) from None
-        _check_entry("problems", index, problem, BlockProblem)
-        if incumbent is not None:
-            _check_entry("incumbents", index, incumbent, BlockSolution)
+        entries = ("problems", problem, BlockProblem), ("incumbents", incumbent, BlockSolution)
+        for argument, value, kind in entries:
+            if not isinstance(value, kind) and (value is not None or kind is BlockProblem):
+                found = f"entry {index} is a {type(value).__name__}"
+                raise ArgumentError(argument, found, f"pass objects of type {kind.__name__}")
         yield problem, incumbent
-
-
-def _check_entry(argument: str, index: int, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        found = f"entry {index} is a {type(value).__name__}"
-        raise ArgumentError(argument, found, f"pass objects of type {kind.__name__}")

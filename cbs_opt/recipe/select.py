@@ -58,7 +58,6 @@ class Select:
         check_fields(self, "select.", check, *attributes, **options)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Magnitude(Select):
     """Remove the weights of smallest ``|w|``."""
 
@@ -87,28 +86,24 @@ class RandomizedMagnitude(Select):
         self._check(finite_number, "spread")
 
 
-@dataclass(frozen=True, kw_only=True)
 class OBD(Select):
     """Remove the weights of smallest ``1/2 H_ii w_i^2`` (LeCun, Denker, Solla, 1989)."""
 
     method: ClassVar[str] = "obd"
 
 
-@dataclass(frozen=True, kw_only=True)
 class OBS(Select):
     """Remove the weights of smallest ``w_i^2 / (2 [H^-1]_ii)`` (Hassibi, Stork, 1992)."""
 
     method: ClassVar[str] = "obs"
 
 
-@dataclass(frozen=True, kw_only=True)
 class LossPreservation(Select):
     """Remove the weights of smallest ``|g_i w_i|`` (SNIP: Lee, Ajanthan, Torr, 2019)."""
 
     method: ClassVar[str] = "loss_preservation"
 
 
-@dataclass(frozen=True, kw_only=True)
 class GradientNorm(Select):
     """Remove the weights of smallest ``|w_i (H g)_i|`` (GraSP: Wang, Zhang, Grosse, 2020)."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.certify.files import BLOCK, CERTIFICATES, load_certificates, save_certificates
-from cbs_opt.curvature.builder import Journal
+from cbs_opt.curvature.fisher import Journal
 from cbs_opt.errors import RunMismatchError
 from cbs_opt.network.data import Batch
 from cbs_opt.network.partition import Partition

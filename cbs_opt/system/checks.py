@@ -25,18 +25,7 @@ def whole_number(argument: str, value: Any, least: int = 1) -> int:
 def finite_number(
     argument: str, value: Any, *, least: float = 0.0, most: float = math.inf, above: bool = False
 ) -> float:
-    """Return `value` as a float if it is finite and in range, else raise `ArgumentError`.
-
-    Parameters
-    ----------
-    argument : str
-        What the message calls it.
-    value : object
-    least, most : float
-        Allowed range, both ends included.
-    above : bool, default False
-        Leave `least` itself out.
-    """
+    """Return `value` as a float if it is finite, >= `least` (or `above` it) and <= `most`, else raise."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < least or value > most or (above and value == least):
         wanted = f"{'>' if above else '>='} {least:g}" + (f" and <= {most:g}" if most < math.inf else "")
@@ -91,16 +80,9 @@ def plain_value(argument: str, value: Any) -> Any:
 
 
 def check_fields(record: Any, prefix: str, check: Callable[..., Any], *fields: str, **options: Any) -> None:
-    """Replace fields of a frozen record by what `check` returns for them; None stays where it is the default.
+    """Replace fields of a frozen record by ``check(argument, value, **options)``, one of this module.
 
-    Parameters
-    ----------
-    record : dataclass instance
-    prefix : str
-        What stands before the name of a field in messages.
-    check : callable
-        ``check(argument, value, **options)``, one of this module.
-    *fields : str
+    `prefix` stands before the name of a field in messages. None stays where it is the default.
     """
     for name in fields:
         value = getattr(record, name)
@@ -110,16 +92,9 @@ def check_fields(record: Any, prefix: str, check: Callable[..., Any], *fields: s
 
 @contextmanager
 def within(record: str, *fields: str, **renamed: str) -> Iterator[None]:
-    """Let errors about an argument name the field of a record that it came from.
+    """Let errors about an argument name the field of a record that it came from: ``record.field``.
 
-    Parameters
-    ----------
-    record : str
-        What the names of the fields begin with.
-    *fields : str
-        Arguments that are called as the fields are.
-    **renamed : str
-        The field of every other argument.
+    `fields` are arguments that are called as the fields are; `renamed` has the field of every other one.
     """
     try:
         yield

@@ -43,3 +43,6 @@ class Resources:
     def __post_init__(self) -> None:
         check_fields(self, "resources.", whole_number, "workers", "row_memory", "chunk_memory")
         path("resources.row_dir", self.row_dir)
+
+
+ORDINARY = Resources()
