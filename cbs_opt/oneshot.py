@@ -131,12 +131,7 @@ class LossModel:
     Gram matrices of kept sets are shared by all blocks of a name, and brought from one set to the next:
     the order of the updates decides their rounding.
 
-    Parameters
-    ----------
-    partition : Partition
-    weights : (n,) Tensor
-    rows : Rows, optional
-        Gradient rows, with the layer-input term if there is to be one; None without curvature.
+    `rows` have the layer-input term if there is to be one; they are None without curvature.
     """
 
     def __init__(self, partition: Partition, weights: Tensor, rows: Rows | None) -> None:
@@ -194,9 +189,8 @@ def method_of(recipe: Recipe) -> Method:
 
 def scoring_of(recipe: Recipe) -> Method:
     """Return the method whose saliency spends a global budget."""
-    if recipe.weights.budget_score is not None:
-        return find_method(recipe.weights.budget_score, "selection")
-    return method_of(recipe)
+    score = recipe.weights.budget_score
+    return method_of(recipe) if score is None else find_method(score, "selection")
 
 
 def needs_curvature(request: Request) -> bool:

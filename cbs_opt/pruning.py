@@ -133,8 +133,7 @@ def prune(
     request, partition, resources, size = prepared
     with within("resources", "row_memory", "row_dir", memory="row_memory"):
         check_fits(size)
-    for recipe_used in request.recipes:
-        select = select_of(recipe_used)
+    for select in map(select_of, request.recipes):
         prepare(select.method, select.program)
         if request.certify is not None:
             prepare("lower_bound", select.program)
@@ -153,12 +152,9 @@ def prune(
         )
         passes = Passes(task)
         if data is not None:
-            first = request.recipes[0]
-            sample = (
-                draw_sample(model, data, first.choice_samples or first.samples, request.seed)
-                if request.stages is None
-                else passes.sample()
-            )
+            most = task.recipe.choice_samples or task.recipe.samples
+            once = request.stages is None
+            sample = draw_sample(model, data, most, request.seed) if once else passes.sample()
             task = replace(task, sample=sample)
         if run_dir is not None:
             fingerprint = run_fingerprint(
@@ -172,10 +168,7 @@ def prune(
             )
             store = opened.enter_context(RunStore(run_dir, fingerprint))
             task = replace(task, done=RunProgress(store, task.weights.device))
-        result = _finished(task, passes)
-        if result is None:
-            result = _run(task, passes, evaluate, opened)
-        weights, report = result
+        weights, report = _finished(task, passes) or _run(task, passes, evaluate, opened)
     write_back(model, partition, weights)
     return report
 
@@ -263,7 +256,6 @@ def _prepared(
 
 
 def _partition(model: nn.Module, weights: Weights, rule: BlockRule) -> Partition:
-    """Cut the weights of a record into blocks by a rule; errors name its fields."""
     with within("weights", "target", "ignore", "blocks", **{"target, ignore": "target, ignore"}):
         return Partition.from_model(model, target=weights.target, ignore=weights.ignore, blocks=rule)
 
@@ -286,10 +278,8 @@ def _size(
 
 def _with_method(recipe: Recipe, request: Request) -> Recipe:
     """Return the recipe with a method: exchanges pay in one stage, further stages more."""
-    if recipe.select is not None:
-        return recipe
-    select = SwapSearch() if request.stages is None else GreedyOBS(drops=STAGE_DROPS)
-    return replace(recipe, select=select)
+    default = SwapSearch() if request.stages is None else GreedyOBS(drops=STAGE_DROPS)
+    return recipe if recipe.select is not None else replace(recipe, select=default)
 
 
 def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -> Recipe:

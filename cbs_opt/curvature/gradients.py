@@ -35,21 +35,8 @@ Gradients = dict[str, Tensor]
 class NetworkFunction:
     """A network as a function of the partition's parameters; every other tensor is held fixed.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Neither its parameters nor their `.grad` are written.
-    partition : Partition
-        The parameters to differentiate in.
-    loss_fn : callable
-        ``loss_fn(output, y)``, the mean loss of a batch.
-    weights : (n,) Tensor, optional
-        Take gradients at these weights of the partition instead of the network's own.
-
-    Attributes
-    ----------
-    parameters : dict of str to Tensor
-        The parameters at which gradients are taken, detached views of the network's.
+    Neither parameters nor their `.grad` are written. `parameters` are those at which gradients are taken:
+    detached views of the network's own, or of flat `weights` (n,).
     """
 
     def __init__(
@@ -82,7 +69,6 @@ class NetworkFunction:
         return reduce(torch.promote_types, dtypes, torch.float32)
 
     def output(self, parameters: Gradients, inputs: Inputs) -> Any:
-        """Return the output for a batch of inputs."""
         args, kwargs = call_arguments(inputs)
         return functional_call(self._model, {**self._fixed, **parameters}, args, kwargs)
 

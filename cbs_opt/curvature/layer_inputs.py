@@ -78,18 +78,12 @@ def matched_term(
     ----------
     moments : mapping of parameter name to (f, f) or (groups, f, f) Tensor
         See `input_moments`. A parameter without moments, or with moments that are zero, gets a multiple of
-        the identity.
+        the identity; one that they do not fit raises `ShapeError`.
     partition : Partition
     squares : (n,) float64 Tensor
         ``diag(rows^T rows)`` of all its weights.
     weight : float, default 1
-
-    Raises
-    ------
-    ArgumentError
-        If `weight` is not positive.
-    ShapeError
-        If a moment does not fit its parameter.
+        Positive.
     """
     if not weight > 0.0:
         raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
@@ -108,7 +102,6 @@ def matched_term(
 
 
 def _by_group(span: ParameterSpan, moment: Tensor | None, squares: Tensor) -> list[Tensor]:
-    """Return the (f, f) moments of each group of output channels; the identity where nothing is known."""
     size = math.prod(span.shape[1:])
     identity = torch.eye(size, dtype=torch.float64, device=squares.device)
     moment = identity if moment is None else moment
@@ -167,10 +160,8 @@ def input_moments(
 
     Raises
     ------
-    TrainingModeError, DataLoaderError, BatchFormatError, EmptyDataError
-        As `gradient_rows`.
     NonFiniteError
-        If a layer is fed NaN or infinity.
+        If a layer is fed NaN or infinity; other errors as from `gradient_rows`.
 
     Notes
     -----

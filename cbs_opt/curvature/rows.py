@@ -67,23 +67,16 @@ class RowsOnDisk:
 
     Parameters
     ----------
-    partition : Partition
-        The n weights and their blocks.
+    partition, dtype
     capacity : int
-        Most rows that will come, m.
-    dtype : torch.dtype
+        Most rows that will come, m. `RowStoreError` if the folder has too little space: all of it is
+        reserved at the start.
     device : torch.device
         Where blocks are handed out.
     folder : path, optional
         Where the file is; by default the system's place for temporary files.
     buffer_bytes : int
-        Rows that are gathered in memory before they are written, in bytes; one row at least. The more,
-        the longer the pieces in which a block is written.
-
-    Raises
-    ------
-    RowStoreError
-        If the folder cannot be written or has too little space: all of it is reserved at the start.
+        Rows that are gathered in memory before they are written; one at least.
 
     Notes
     -----

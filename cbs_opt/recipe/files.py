@@ -16,6 +16,7 @@ from cbs_opt.curvature.kinds import FISHERS, Fisher
 from cbs_opt.errors import RecipeFileError
 from cbs_opt.recipe.records import Absolute, Certify, Recipe, Request, Stages, Update, Weights
 from cbs_opt.recipe.select import SELECTS, Exact, Select
+from cbs_opt.system.checks import one_of
 from cbs_opt.system.documents import known_names, read_document
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
@@ -214,15 +215,12 @@ def _same(value: Any) -> Any:
 
 
 def _curvature(value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    kind = value.get("kind", "empirical_fisher") if isinstance(value, Mapping) else "empirical_fisher"
-    if kind == "given":
+    if isinstance(value, Mapping) and value.get("kind") == "given":
         remedy = "name a kind of curvature: rows that were computed before are not in the file"
         raise RecipeFileError("curvature.kind", "'given'", remedy)
-    if kind not in FISHERS:
-        raise RecipeFileError("curvature.kind", f"{kind!r}", f"choose among {', '.join(FISHERS)}")
-    return _record("curvature", FISHERS[kind], value, beside="kind")
+    return (
+        value if isinstance(value, str) else _chosen("curvature", "kind", "empirical_fisher", FISHERS, value)
+    )
 
 
 def _damping(value: Any) -> Any:
@@ -236,17 +234,21 @@ def _select(value: Any) -> Any:
         return value
     if value == {"program": "joint"}:
         return None
-    method = value.get("method", "swap_search") if isinstance(value, Mapping) else "swap_search"
-    if method in SELECTS:
-        return _record("select", SELECTS[method], value, beside="method")
-    return _record("select", Exact, value)
+    if isinstance(value, Mapping) and value.get("method", "swap_search") not in SELECTS:
+        return _record("select", Exact, value)
+    return _chosen("select", "method", "swap_search", SELECTS, value)
 
 
-def _record(argument: str, kind: type[Any], value: Any, beside: str = "") -> Any:
-    names = [entry.name for entry in fields(kind)] + ([beside] if beside else [])
-    table = dict(known_names(argument, value, names))
-    table.pop(beside, None)
-    return kind(**table)
+def _chosen(argument: str, field: str, default: str, kinds: Mapping[str, type[Any]], value: Any) -> Any:
+    """Return the record of the kind that a field of its table names."""
+    table = {field: default, **value} if isinstance(value, Mapping) else value
+    kind = table.pop(field) if isinstance(value, Mapping) else default
+    one_of(f"{argument}.{field}", kind, kinds)
+    return _record(argument, kinds[kind], table)
+
+
+def _record(argument: str, kind: type[Any], value: Any) -> Any:
+    return kind(**known_names(argument, value, [entry.name for entry in fields(kind)]))
 
 
 def _optional(argument: str, kind: type[Any], value: Any) -> Any:

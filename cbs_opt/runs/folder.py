@@ -63,17 +63,8 @@ class Pieces:
 class RunStore(Pieces):
     """The pieces of one run in a directory, open for one process; use as a context manager.
 
-    Parameters
-    ----------
-    directory : path
-        Made if missing.
-    fingerprint : mapping
-        Everything that decides the result; written to ``run.json`` by the first run.
-
-    Attributes
-    ----------
-    run : str
-        SHA-256 of the fingerprint, which every piece carries.
+    The directory is made if missing. The fingerprint, everything that decides the result, is written to
+    ``run.json`` by the first run; every piece carries its SHA-256, `run`.
 
     Raises
     ------
@@ -223,6 +214,5 @@ def _items(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    """Return a value for a message; digests are not to be read."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:16]}..."

@@ -50,10 +50,6 @@ class RowJournal(Journal):
     Every piece has the rows since the last one, not yet scaled, the sum of gradients so far, and the digest
     of all samples so far. The samples of rows that are there are read again and compared, not differentiated:
     other samples, or chunks of other sizes, raise `RunMismatchError`.
-
-    Parameters
-    ----------
-    series : Series
     """
 
     def __init__(self, series: Series) -> None:
@@ -109,13 +105,7 @@ class RowJournal(Journal):
 class ChoiceLedger:
     """The choices of one selection that were made, and where further ones are put: no block is solved twice.
 
-    Parameters
-    ----------
-    series : Series
-    sizes : sequence of int
-        Weights in each block.
-    device : torch.device
-        Where sets are read to.
+    `sizes` are the weights in each block; sets are read to `device`.
     """
 
     def __init__(self, series: Series, sizes: Sequence[int], device: torch.device) -> None:
@@ -194,19 +184,10 @@ def _decoded(piece: Piece, sizes: Sequence[int], device: torch.device) -> dict[i
 
 
 class RunProgress:
-    """The steps of one run that are done.
+    """The steps of one run that are done, kept in `store`; by default nowhere.
 
-    Parameters
-    ----------
-    store : RunStore, optional
-        Where they are kept; by default nowhere.
-    device : torch.device, default CPU
-        Where tensors are read to.
-
-    Attributes
-    ----------
-    pieces : Pieces
-        Where stages are kept, see `cbs_opt.stages.store`.
+    Tensors are read to `device`, by default the CPU. `pieces` is where stages are kept, see
+    `cbs_opt.stages.store`.
     """
 
     def __init__(self, store: RunStore | None = None, device: torch.device | None = None) -> None:
