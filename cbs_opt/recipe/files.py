@@ -7,6 +7,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -218,9 +219,9 @@ def _curvature(value: Any) -> Any:
     if isinstance(value, Mapping) and value.get("kind") == "given":
         remedy = "name a kind of curvature: rows that were computed before are not in the file"
         raise RecipeFileError("curvature.kind", "'given'", remedy)
-    return (
-        value if isinstance(value, str) else _chosen("curvature", "kind", "empirical_fisher", FISHERS, value)
-    )
+    if isinstance(value, str):
+        return value
+    return _chosen("curvature", "kind", "empirical_fisher", FISHERS, value)
 
 
 def _damping(value: Any) -> Any:
@@ -289,11 +290,8 @@ def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
 def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
-    try:
+    with suppress(tomllib.TOMLDecodeError):
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        pass
-    try:
+    with suppress(ValueError):
         return float(text)
-    except ValueError:
-        return text
+    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -12,6 +12,10 @@ from formulations.problem import PROGRAMS
 
 COMMON = ("program", "time_limit", "repeats", "method", "options")
 """Fields that are not options of the method itself."""
+WHOLE = {"repeats": 1, "drops": 1, "dense_limit": 1, "max_swaps": 0, "restarts": 0, "steps": 0}
+"""Fields that are whole numbers, with the least that they may be."""
+FINITE = ("time_limit", "spread", "tolerance")
+"""Fields that are finite numbers >= 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +43,11 @@ class Select:
 
     def __post_init__(self) -> None:
         one_of("select.program", self.program, PROGRAMS)
-        self._check(finite_number, "time_limit")
-        if hasattr(self, "repeats"):
-            self._check(whole_number, "repeats")
+        for entry in fields(self):
+            if entry.name in WHOLE:
+                check_fields(self, "select.", whole_number, entry.name, least=WHOLE[entry.name])
+            if entry.name in FINITE:
+                check_fields(self, "select.", finite_number, entry.name)
 
     @property
     def tries(self) -> int:
@@ -53,9 +59,6 @@ class Select:
         """The options to hand to the method: those that are not None."""
         pairs = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
         return {name: value for name, value in pairs if name not in COMMON and value is not None}
-
-    def _check(self, check: Callable[..., Any], *attributes: str, **options: Any) -> None:
-        check_fields(self, "select.", check, *attributes, **options)
 
 
 class Magnitude(Select):
@@ -80,10 +83,6 @@ class RandomizedMagnitude(Select):
 
     spread: float | None = None
     repeats: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(finite_number, "spread")
 
 
 class OBD(Select):
@@ -149,11 +148,8 @@ class SwapSearch(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(whole_number, "drops", "dense_limit")
-        self._check(whole_number, "max_swaps", "restarts", least=0)
-        self._check(finite_number, "spread", "tolerance")
         if not isinstance(self.start, str):
-            self._check(names, "start")
+            check_fields(self, "select.", names, "start")
             if self.start == ():
                 raise ArgumentError("select.start", "empty", "name at least one set, or leave it out")
         for name in ("restarts", "drops", "dense_limit") if self.program == "selection" else ():
@@ -179,10 +175,6 @@ class GreedyOBS(Select):
     drops: int | None = None
     dense_limit: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(whole_number, "drops", "dense_limit")
-
 
 @dataclass(frozen=True, kw_only=True)
 class HardThreshold(Select):
@@ -197,10 +189,6 @@ class HardThreshold(Select):
     method: ClassVar[str] = "iterative_hard_threshold"
 
     steps: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(whole_number, "steps", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
