@@ -40,11 +40,7 @@ class NetworkFunction:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        partition: Partition,
-        loss_fn: LossFunction,
-        weights: Tensor | None = None,
+        self, model: nn.Module, partition: Partition, loss_fn: LossFunction, weights: Tensor | None = None
     ) -> None:
         self._model = model
         if not callable(loss_fn):
