@@ -37,12 +37,8 @@ class Contender:
 def _contender(
     select: Select, *, update: bool = True, layer_inputs: float = 0.0, certify: bool = False
 ) -> Contender:
-    recipe = Recipe(
-        curvature=CURVATURE,
-        layer_inputs=layer_inputs,
-        select=select,
-        update=Update() if update else None,
-    )
+    moves = Update() if update else None
+    recipe = Recipe(curvature=CURVATURE, layer_inputs=layer_inputs, select=select, update=moves)
     return Contender(recipe=recipe, certify=certify)
 
 
@@ -147,21 +143,20 @@ def compare_on_digits(
     model, train, test = digits_network(seed)
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     reports = []
-    for contender in contenders:
-        for sparsity in levels:
-            model.load_state_dict(trained)
-            report = prune(
-                model,
-                train,
-                sparsity=sparsity,
-                recipe=contender.recipe,
-                certify=contender.certify,
-                evaluate=test,
-                seed=seed,
-                progress=False,
-            )
-            on_report(report)
-            reports.append(report)
+    for contender, sparsity in itertools.product(contenders, levels):
+        model.load_state_dict(trained)
+        report = prune(
+            model,
+            train,
+            sparsity=sparsity,
+            recipe=contender.recipe,
+            certify=contender.certify,
+            evaluate=test,
+            seed=seed,
+            progress=False,
+        )
+        on_report(report)
+        reports.append(report)
     return reports
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,18 +20,17 @@ from cbs_opt.curvature.fisher import gradient_rows
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.execution.selector import by_workers
+from cbs_opt.execution.blocks import by_workers
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.on_demand import OnDemand
-from cbs_opt.hessian.operators import Hessian
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.recipe.records import Recipe, Request, in_units
-from cbs_opt.recipe.select import COMMON, Exact, Select
+from cbs_opt.recipe.select import Exact, Select
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger
 from cbs_opt.select.methods import Method, find_method
@@ -130,27 +131,19 @@ class LossModel:
     Gram matrices of kept sets are shared by all blocks of a name, and brought from one set to the next:
     the order of the updates decides their rounding.
 
-    Parameters
-    ----------
-    partition : Partition
-    weights : (n,) Tensor
-    rows : Rows, optional
-        Gradient rows, with the layer-input term if there is to be one; None without curvature.
+    `rows` have the layer-input term if there is to be one; they are None without curvature.
     """
 
     def __init__(self, partition: Partition, weights: Tensor, rows: Rows | None) -> None:
         self.partition = partition
         self.weights = weights
         self.rows = rows
-        self._unit: float | None = None
         self._grams = SharedGrams(len(partition.blocks))
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """Mean diagonal entry of the Fisher matrix, without damping; 1 without curvature."""
-        if self._unit is None:
-            self._unit = 1.0 if self.rows is None else float(self.rows.column_squares().mean())
-        return self._unit
+        return 1.0 if self.rows is None else float(self.rows.column_squares().mean())
 
     def blocks(self, damping: float, layer_inputs: float, *, gradient: bool) -> Sequence[FisherBlock]:
         """Return the blocks with their model; of rows on disk, each when it is asked for."""
@@ -162,17 +155,13 @@ class LossModel:
         def block(number: int) -> FisherBlock:
             span = self.partition.blocks[number]
             weights = self.weights[span.start : span.stop]
-            piece = weights.new_zeros((0, len(weights)))
-            if rows is not None:
-                piece = rows.block(span.start, span.stop)
+            none = weights.new_zeros((0, len(weights)))
+            piece = none if rows is None else rows.block(span.start, span.stop)
             plain = RowsHessian(piece, self._grams.of(span.name, piece.shape[0]))
-            hessian: Hessian = plain
-            if term is not None:
-                hessian = ChannelHessian(plain, term.within(span.start, span.stop))
             return FisherBlock(
                 name=span.name,
                 weights=weights,
-                hessian=hessian,
+                hessian=plain if term is None else ChannelHessian(plain, term.within(span.start, span.stop)),
                 damping=damping,
                 gradient=None if slope is None else slope[span.start : span.stop],
             )
@@ -200,9 +189,8 @@ def method_of(recipe: Recipe) -> Method:
 
 def scoring_of(recipe: Recipe) -> Method:
     """Return the method whose saliency spends a global budget."""
-    if recipe.weights.budget_score is not None:
-        return find_method(recipe.weights.budget_score, "selection")
-    return method_of(recipe)
+    score = recipe.weights.budget_score
+    return method_of(recipe) if score is None else find_method(score, "selection")
 
 
 def needs_curvature(request: Request) -> bool:
@@ -233,27 +221,21 @@ def choose(
     if method.blockwise and resources.workers is not None:
         engine = by_workers(method.engine, method.name, select.program, resources.workers)
     limits = Limits(time_limit=select.time_limit, seed=seed)
-    with _select_fields(select), within("weights", partition="blocks"), within("resources", "workers"):
-        return engine(blocks, counts, limits=limits, ledger=ledger, **select.method_options)
+    options = select.method_options
+    names = {name: option_field(select, name) for name in options}
+    select_fields = within("select", "method", *vars(select), **names)
+    with select_fields, within("weights", partition="blocks"), within("resources", "workers"):
+        return engine(blocks, counts, limits=limits, ledger=ledger, **options)
 
 
-def _select_fields(select: Select) -> AbstractContextManager[None]:
-    """Let errors about an option of the method name the field of its record."""
-    if isinstance(select, Exact):
-        names = {name: f"options.{name}" for name in select.options}
-    else:
-        names = {entry.name: entry.name for entry in fields(select) if entry.name not in COMMON}
-    return within("select", **{"method": "method", **names})
+def option_field(select: Select, name: str) -> str:
+    """Return the field of the record that has an option of the method."""
+    return f"options.{name}" if isinstance(select, Exact) else name
 
 
-@contextmanager
-def row_fields() -> Iterator[None]:
-    """Let errors about gradient rows name the field of the curvature or of the resources."""
-    with (
-        within("curvature", "samples", samples_per_row="per_row"),
-        within("resources", "row_memory", "row_dir", memory_limit="chunk_memory"),
-    ):
-        yield
+def row_fields() -> AbstractContextManager[None]:
+    """Let errors about gradient rows name the field of the resources."""
+    return within("resources", "row_memory", "row_dir")
 
 
 def budget_fields() -> AbstractContextManager[None]:
@@ -278,19 +260,18 @@ def one_shot(task: Task, rows: Rows | None) -> tuple[Candidate, LossModel]:
 
 def take_rows(task: Task) -> Rows | None:
     """Take the gradient rows and the layer-input term, as far as they are needed and not given."""
-    recipe, request = task.recipe, task.request
-    rows = None if isinstance(recipe.curvature, Fisher) else recipe.curvature
-    if task.data is None:
+    request, curvature, data = task.request, task.recipe.curvature, task.data
+    rows = None if isinstance(curvature, Fisher) else curvature
+    if data is None:
         return rows
-    if rows is None and needs_curvature(request):
-        assert isinstance(recipe.curvature, Fisher)
+    if isinstance(curvature, Fisher) and needs_curvature(request):
         with task.clock.phase("curvature"), row_fields():
             rows = gradient_rows(
                 task.model,
-                task.data,
+                data,
                 task.loss_fn,
                 task.partition,
-                curvature=recipe.curvature,
+                curvature=curvature,
                 resources=task.resources,
                 seed=request.seed,
                 progress=task.progress,
@@ -298,7 +279,6 @@ def take_rows(task: Task) -> Rows | None:
             )
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
-            data = task.data
             moments = task.done.moments(
                 lambda: input_moments(task.model, data, task.partition, seed=request.seed)
             )
@@ -308,8 +288,9 @@ def take_rows(task: Task) -> Rows | None:
 
 def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
     """Yield the network of every recipe and seed; recipes with the same sets share the selection."""
-    selections = 0
-    for group in grouped(task.request.recipes, _set_key):
+    sizes = [block.stop - block.start for block in task.partition.blocks]
+    selections = itertools.count()
+    for group in grouped(task.request.recipes, lambda r: (r.layer_inputs, _selecting(r), r.select)):
         recipe = group[0]
         damping = in_units(_selecting(recipe), model.unit)
         counts = _counts(task, model, recipe, damping)
@@ -320,10 +301,7 @@ def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
                 0.0 if selects_by_rows(recipe) else term_of(recipe),
                 gradient=recipe.gradient or scored,
             )
-            ledger = task.done.selection(
-                selections, [block.stop - block.start for block in task.partition.blocks]
-            )
-            selections += 1
+            ledger = task.done.selection(next(selections), sizes)
             if ledger.complete:
                 choices = ledger.choices()
             else:
@@ -342,25 +320,15 @@ def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
 
 def grouped(recipes: Iterable[Recipe], key: Callable[[Recipe], object]) -> list[list[Recipe]]:
     """Return recipes of equal key together, in the order in which keys come first."""
-    groups: list[tuple[object, list[Recipe]]] = []
-    for recipe in recipes:
-        value = key(recipe)
-        members = next((members for other, members in groups if other == value), None)
-        if members is None:
-            groups.append((value, [recipe]))
-        else:
-            members.append(recipe)
-    return [members for _, members in groups]
+    pairs = [(key(recipe), recipe) for recipe in recipes]
+    keys = [value for value, _ in pairs]
+    firsts = [value for number, value in enumerate(keys) if value not in keys[:number]]
+    return [[recipe for value, recipe in pairs if value == first] for first in firsts]
 
 
 def _selecting(recipe: Recipe) -> Any:
     """Return the damping while selecting."""
     return recipe.damping if recipe.selection_damping is None else recipe.selection_damping
-
-
-def _set_key(recipe: Recipe) -> object:
-    """Return what decides the pruned sets, among recipes that share curvature and weights."""
-    return recipe.layer_inputs, _selecting(recipe), recipe.select
 
 
 def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> list[int]:
@@ -369,9 +337,8 @@ def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> lis
     budget = recipe.weights.budget
     if budget != "uniform" and len(task.partition.blocks) > 1:
         scoring = scoring_of(recipe)
-        blocks = model.blocks(
-            damping, term_of(recipe), gradient=recipe.gradient or scoring.kind == "saliency"
-        )
+        gradient = recipe.gradient or scoring.kind == "saliency"
+        blocks = model.blocks(damping, term_of(recipe), gradient=gradient)
         scores = torch.cat([scoring.score(block) for block in blocks])
     with budget_fields():
         return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)

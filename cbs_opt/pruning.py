@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -26,14 +26,14 @@ from cbs_opt.oneshot import (
     method_of,
     needs_curvature,
     one_shot,
+    option_field,
     scoring_of,
     select_of,
     selects_by_rows,
     take_rows,
 )
-from cbs_opt.recipe.named import recipe_by_name
-from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights
-from cbs_opt.recipe.select import Exact, GreedyOBS, SwapSearch
+from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights, recipe_by_name
+from cbs_opt.recipe.select import GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
@@ -86,7 +86,7 @@ def prune(
     recipe : Recipe, sequence of Recipe, or str, default "balanced"
         How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
         one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of
-        `cbs_opt.recipe.named.NAMED`.
+        `cbs_opt.recipe.records.NAMED`.
     loss_fn : callable, default cross-entropy
         ``loss_fn(output, y)``: the mean loss of a batch.
     stages : Stages or int, optional
@@ -128,13 +128,11 @@ def prune(
     >>> print(report.summary())  # doctest: +SKIP
     """
     path("run_dir", run_dir)
-    job = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
+    prepared = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
+    request, partition, resources, size = prepared
     with within("resources", "row_memory", "row_dir", memory="row_memory"):
-        check_fits(job.size)
-    partition, request = job.partition, job.request
-    trained = partition.flatten(model)
-    for recipe_used in request.recipes:
-        select = select_of(recipe_used)
+        check_fits(size)
+    for select in map(select_of, request.recipes):
         prepare(select.method, select.program)
         if request.certify is not None:
             prepare("lower_bound", select.program)
@@ -143,22 +141,19 @@ def prune(
         task = Task(
             model=model,
             partition=partition,
-            weights=trained,
+            weights=partition.flatten(model),
             data=data,
             loss_fn=loss_fn,
             request=request,
-            resources=job.resources,
+            resources=resources,
             sample=None,
             progress=progress,
         )
         passes = Passes(task)
         if data is not None:
-            first = request.recipes[0]
-            sample = (
-                draw_sample(model, data, first.choice_samples or first.samples, request.seed)
-                if request.stages is None
-                else passes.sample()
-            )
+            most = task.recipe.choice_samples or task.recipe.samples
+            once = request.stages is None
+            sample = draw_sample(model, data, most, request.seed) if once else passes.sample()
             task = replace(task, sample=sample)
         if run_dir is not None:
             fingerprint = run_fingerprint(
@@ -167,7 +162,7 @@ def prune(
                 loss_fn,
                 request,
                 task.sample or [],
-                chunk_memory=job.resources.chunk_memory,
+                chunk_memory=resources.chunk_memory,
                 held_out=evaluate,
             )
             store = opened.enter_context(RunStore(run_dir, fingerprint))
@@ -212,17 +207,7 @@ def plan(
     --------
     >>> print(plan(model, (x, y), sparsity=0.9).summary())  # doctest: +SKIP
     """
-    return _prepared(model, data, sparsity, recipe, stages, certify, resources, seed).size
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Job:
-    """A request with every default made concrete, and the weights that it is about."""
-
-    request: Request
-    partition: Partition
-    resources: Resources
-    size: RunSize
+    return _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)[-1]
 
 
 def _prepared(
@@ -234,7 +219,7 @@ def _prepared(
     certify: Certify | bool,
     resources: Resources | None,
     seed: int,
-) -> _Job:
+) -> tuple[Request, Partition, Resources, RunSize]:
     """Check all arguments, make defaults concrete, and cut the weights into blocks that fit in memory."""
     if resources is not None and not isinstance(resources, Resources):
         raise ArgumentError("resources", f"a {type(resources).__name__}", "pass a Resources record")
@@ -248,44 +233,39 @@ def _prepared(
     )
     request = replace(request, recipes=tuple(_with_method(entry, request) for entry in request.recipes))
     _check_methods(request, resources)
-    asked = request.recipes[0].weights.blocks
-    partition = _partition(model, request.recipes[0].weights, asked or "global")
-    request = replace(
-        request, recipes=tuple(_with_layer_inputs(entry, request, partition) for entry in request.recipes)
-    )
-    itemsize = max(4, *(tensor.element_size() for tensor in partition.tensors(model).values()))
-    size = _size(request, partition, resources, data, itemsize)
-    if asked is None:
+    weights = request.recipes[0].weights
+    partition = _partition(model, weights, weights.blocks or "global")
+    recipes = [_with_layer_inputs(entry, request, partition) for entry in request.recipes]
+    request = replace(request, recipes=tuple(recipes))
+    size = _size(model, request, partition, resources, data)
+    if weights.blocks is None:
         rule, row_memory = fitting_blocks(size)
         if rule != "global":
             text = 'rows of %s weights do not fit in memory: blocks are cut by "%s"'
             logger.warning(text, partition.n, rule)
-            partition = _partition(model, request.recipes[0].weights, rule)
+            partition = _partition(model, weights, rule)
             resources = replace(resources, row_memory=row_memory)
-            size = _size(request, partition, resources, data, itemsize)
-        request = replace(request, recipes=tuple(_with_blocks(entry, rule) for entry in request.recipes))
-    _check_rows(request, partition)
+            size = _size(model, request, partition, resources, data)
+        recipes = [replace(entry, weights=replace(entry.weights, blocks=rule)) for entry in request.recipes]
+        request = replace(request, recipes=tuple(recipes))
+    rows = request.recipes[0].curvature
+    if isinstance(rows, Rows):
+        rows.check(partition)
     _check_certifiable(request, partition)
     if request.stages is not None and resources.row_memory is not None:
         remedy = "use one stage, or leave it out"
         raise ArgumentError("resources.row_memory", "given for a run in stages", remedy)
-    return _Job(request=request, partition=partition, resources=resources, size=size)
+    return request, partition, resources, size
 
 
 def _partition(model: nn.Module, weights: Weights, rule: BlockRule) -> Partition:
-    """Cut the weights of a record into blocks by a rule; errors name its fields."""
     with within("weights", "target", "ignore", "blocks", **{"target, ignore": "target, ignore"}):
         return Partition.from_model(model, target=weights.target, ignore=weights.ignore, blocks=rule)
 
 
-def _with_blocks(recipe: Recipe, rule: BlockRule) -> Recipe:
-    return replace(recipe, weights=replace(recipe.weights, blocks=rule))
-
-
 def _size(
-    request: Request, partition: Partition, resources: Resources, data: Data | None, itemsize: int
+    model: nn.Module, request: Request, partition: Partition, resources: Resources, data: Data | None
 ) -> RunSize:
-    """Return the size of the run whose rows have numbers of `itemsize` bytes."""
     curvature = request.recipes[0].curvature
     fresh = isinstance(curvature, Fisher)
     return run_size(
@@ -293,7 +273,7 @@ def _size(
         None if fresh and not needs_curvature(request) else curvature,
         layer_inputs=any(recipe.layer_inputs for recipe in request.recipes),
         resources=resources,
-        itemsize=itemsize,
+        itemsize=max(4, partition.flatten(model).element_size()),
         available=None if data is None else sample_count(data),
         staged=request.stages is not None,
     )
@@ -301,10 +281,8 @@ def _size(
 
 def _with_method(recipe: Recipe, request: Request) -> Recipe:
     """Return the recipe with a method: exchanges pay in one stage, further stages more."""
-    if recipe.select is not None:
-        return recipe
-    select = SwapSearch() if request.stages is None else GreedyOBS(drops=STAGE_DROPS)
-    return replace(recipe, select=select)
+    default = SwapSearch() if request.stages is None else GreedyOBS(drops=STAGE_DROPS)
+    return recipe if recipe.select is not None else replace(recipe, select=default)
 
 
 def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -> Recipe:
@@ -324,32 +302,21 @@ def _check_methods(request: Request, resources: Resources) -> None:
         with within("select", "method", "program"):
             method = method_of(recipe)
         for name, value in select.method_options.items():
-            field = f"options.{name}" if isinstance(select, Exact) else name
-            with within("select", method_options=field):
+            with within("select", method_options=option_field(select, name)):
                 method.check_options({name: value}, select.program)
         score = recipe.weights.budget_score
         scores = [entry.name for entry in available_methods() if entry.kind == "saliency"]
         if score is not None and score not in scores:
-            raise UnknownMethodError(
-                "weights.budget_score", f"{score!r}", f"choose among {', '.join(scores)}"
-            )
+            remedy = f"choose among {', '.join(scores)}"
+            raise UnknownMethodError("weights.budget_score", f"{score!r}", remedy)
         scoring_of(recipe)
         if select.tries > 1 and not method.randomized:
             found = f"{select.tries} for {method.name}"
             raise ArgumentError("select.repeats", found, "it has no random choice: use 1")
         if resources.workers is not None and not method.blockwise:
             found = f"given for {method.name} on program {select.program!r}, which takes all blocks at once"
-            remedy = (
-                'leave it out, or use a method that takes one block at a time, such as "branch_and_bound"'
-            )
+            remedy = 'leave it out, or use a method that takes a block at a time, such as "branch_and_bound"'
             raise ArgumentError("resources.workers", found, remedy)
-
-
-def _check_rows(request: Request, partition: Partition) -> None:
-    """Raise `ShapeError` if given rows belong to other weights or other blocks."""
-    rows = request.recipes[0].curvature
-    if isinstance(rows, Rows):
-        rows.check(partition)
 
 
 def _check_certifiable(request: Request, partition: Partition) -> None:

@@ -6,6 +6,8 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,26 +159,20 @@ def compare(
         If a name in `methods` is no method's, before any runs.
     """
     check_program(program)
-    Limits(time_limit=time_limit, rel_gap=rel_gap, threads=threads, seed=seed)
-    limits: dict[str, Any] = {
-        "time_limit": time_limit,
-        "rel_gap": rel_gap,
-        "threads": threads,
-        "seed": seed,
-    }
+    limits = Limits(time_limit=time_limit, rel_gap=rel_gap, threads=threads, seed=seed)
     names = list(methods) if methods is not None else default_methods(program, all_models=all_models)
     unasked = methods is None and problem.n > LARGEST_DENSE
     for name in names:
-        try:
+        # A method that is known, but not for this program, gets a row with the reason.
+        with suppress(UnsupportedProblemError):
             find_method(name, program)
-        except UnsupportedProblemError:
-            # Known, but not for this program: a row with the reason.
-            continue
-        prepare(name, program)
+            prepare(name, program)
     rows: list[Mapping[str, Any]] = []
     for name in names:
         if unasked and find_method(name, program).kind in DENSE_KINDS:
-            rows.append(_too_large(problem, name))
+            found = f"it forms the Hessian of all {problem.n} weights, more than {LARGEST_DENSE}"
+            note = f"{found}; name it in methods to run it"
+            rows.append({"method": name, "status": "unavailable", "note": note})
         else:
             rows.append(_attempt(problem, name, program, limits))
         if on_row is not None:
@@ -212,17 +208,11 @@ def default_methods(program: str, *, all_models: bool = False) -> list[str]:
     return names
 
 
-def _too_large(problem: BlockProblem, name: str) -> Mapping[str, Any]:
-    """Return the row of a method that forms the Hessian of a block too large for that."""
-    found = f"it forms the Hessian of all {problem.n} weights, more than {LARGEST_DENSE}"
-    return {"method": name, "status": "unavailable", "note": f"{found}; name it in methods to run it"}
-
-
-def _attempt(problem: BlockProblem, name: str, program: str, limits: Mapping[str, Any]) -> Mapping[str, Any]:
+def _attempt(problem: BlockProblem, name: str, program: str, limits: Limits) -> Mapping[str, Any]:
     """Return the row of one method, whatever becomes of it."""
     began = time.perf_counter()
     try:
-        solution = solve(problem, name, program=program, **limits)
+        solution = solve(problem, name, program=program, **asdict(limits))
     except CbsError as error:
         return {"method": name, "status": "unavailable", "note": str(error)}
     except KeyboardInterrupt:
@@ -231,7 +221,16 @@ def _attempt(problem: BlockProblem, name: str, program: str, limits: Mapping[str
         # A defect of one method or backend is no reason to lose the rows of the others.
         logger.exception("%s failed", name)
         return {"method": name, "status": "error", "note": f"{type(error).__name__}: {error}"}
-    return _row(name, solution, time.perf_counter() - began)
+    return {
+        "method": name,
+        "status": status_words(solution),
+        "objective": solution.objective,
+        "bound": solution.bound,
+        "gap": solution.gap if solution.bound is not None else None,
+        "seconds": time.perf_counter() - began,
+        "nodes": solution.stats.nodes,
+        "note": solution.stats.message,
+    }
 
 
 def status_words(solution: BlockSolution) -> str:
@@ -240,19 +239,6 @@ def status_words(solution: BlockSolution) -> str:
     if solution.limit is Limit.INTERRUPTED:
         return f"{words}, {INTERRUPTED}"
     return words if solution.limit is None else f"{words}, {solution.limit.value} limit"
-
-
-def _row(name: str, solution: BlockSolution, seconds: float) -> Mapping[str, Any]:
-    return {
-        "method": name,
-        "status": status_words(solution),
-        "objective": solution.objective,
-        "bound": solution.bound,
-        "gap": solution.gap if solution.bound is not None else None,
-        "seconds": seconds,
-        "nodes": solution.stats.nodes,
-        "note": solution.stats.message,
-    }
 
 
 def _select(
@@ -273,9 +259,8 @@ def _select(
     except SearchInterruptedError as stop:
         choice = stop.choice
     pool.offer(choice.keep.numpy())
-    stats = SolveStats(
-        seconds=time.perf_counter() - began, iterations=choice.iterations, message=choice.status
-    )
+    seconds = time.perf_counter() - began
+    stats = SolveStats(seconds=seconds, iterations=choice.iterations, message=choice.status)
     return pool.solution(method=method.name, limit=choice.limit, stats=stats)
 
 

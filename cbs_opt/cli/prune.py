@@ -172,8 +172,7 @@ def requested(
     """Return what the options ask for: a recipe, and the fields that were set over it."""
     from cbs_opt.errors import RecipeFileError
     from cbs_opt.recipe.files import load_request, with_fields
-    from cbs_opt.recipe.named import recipe_by_name
-    from cbs_opt.recipe.records import Request
+    from cbs_opt.recipe.records import Request, recipe_by_name
 
     if recipe.endswith(".toml"):
         try:
@@ -193,8 +192,8 @@ def requested(
 
 def resources_of(assignments: list[str]) -> Resources:
     """Return the resources that ``resources.FIELD=VALUE`` set; sizes may have units, such as 2GB."""
+    from cbs_opt.system.memory import parsed
     from cbs_opt.system.resources import Resources
-    from cbs_opt.system.sizes import parsed
 
     values: dict[str, Any] = {}
     for assignment in assignments:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
+from functools import reduce
 from typing import Any
 
 import torch
@@ -33,35 +35,18 @@ Gradients = dict[str, Tensor]
 class NetworkFunction:
     """A network as a function of the partition's parameters; every other tensor is held fixed.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Neither its parameters nor their `.grad` are written.
-    partition : Partition
-        The parameters to differentiate in.
-    loss_fn : callable
-        ``loss_fn(output, y)``, the mean loss of a batch.
-    weights : (n,) Tensor, optional
-        Take gradients at these weights of the partition instead of the network's own.
-
-    Attributes
-    ----------
-    parameters : dict of str to Tensor
-        The parameters at which gradients are taken, detached views of the network's.
+    Neither parameters nor their `.grad` are written. `parameters` are those at which gradients are taken:
+    detached views of the network's own, or of flat `weights` (n,).
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        partition: Partition,
-        loss_fn: LossFunction,
-        weights: Tensor | None = None,
+        self, model: nn.Module, partition: Partition, loss_fn: LossFunction, weights: Tensor | None = None
     ) -> None:
         self._model = model
         if not callable(loss_fn):
             raise ArgumentError("loss_fn", f"{loss_fn!r}", "pass a function of output and labels")
         self._loss_fn = loss_fn
-        # All parameters are detached: one that requires grad would tie a graph to every result.
+        # One that requires grad would tie a graph to every result.
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.parameters: Gradients = {name: detached.pop(name) for name in partition.tensors(model)}
         self._fixed = detached
@@ -73,14 +58,15 @@ class NetworkFunction:
         """The device of the network."""
         return device_of(self._model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of gradients: that of the weights, float32 at least."""
+        dtypes = (tensor.dtype for tensor in self.parameters.values())
+        return reduce(torch.promote_types, dtypes, torch.float32)
+
     def output(self, parameters: Gradients, inputs: Inputs) -> Any:
-        """Return the output for a batch of inputs."""
         args, kwargs = call_arguments(inputs)
         return functional_call(self._model, {**self._fixed, **parameters}, args, kwargs)
-
-    def loss(self, parameters: Gradients, inputs: Inputs, labels: Tensor) -> Tensor:
-        """Return the mean loss of a batch."""
-        return self.loss_of(self.output(parameters, inputs), labels)
 
     def loss_of(self, output: Any, labels: Tensor) -> Tensor:
         """Return the mean loss of a batch whose output is known."""
@@ -90,17 +76,22 @@ class NetworkFunction:
         """Parameters and buffers of the network, detached."""
         return [*self.parameters.values(), *self._fixed.values(), *self._model.buffers()]
 
+    def leaves(self) -> Gradients:
+        """Return the parameters as leaves of a new graph."""
+        return {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+
     def with_loss(self, loss_fn: LossFunction) -> NetworkFunction:
         """Return the same network under another loss."""
-        other = object.__new__(NetworkFunction)
-        other.__dict__.update(self.__dict__, _loss_fn=loss_fn)
+        other = copy(self)
+        other._loss_fn = loss_fn
         return other
 
     def mean_gradient(self, batch: Batch, chunk: int) -> Gradients:
         """Return the gradient of the mean loss of `batch`, `chunk` samples in a backward pass."""
 
         def loss(leaves: Gradients, part: Batch, start: int) -> tuple[Tensor, Tensor | None, float]:
-            return self.loss(leaves, part.inputs, part.labels), None, part.size / batch.size
+            loss = self.loss_of(self.output(leaves, part.inputs), part.labels)
+            return loss, None, part.size / batch.size
 
         return self._added_up(batch, chunk, loss)
 
@@ -128,7 +119,7 @@ class NetworkFunction:
         forward: Callable[[Gradients, Batch, int], tuple[Tensor, Tensor | None, float]],
     ) -> Gradients:
         """Add up the gradients of what `forward` returns for each chunk: output, its seeds, and a factor."""
-        leaves = {name: value.requires_grad_() for name, value in _detached(self.parameters).items()}
+        leaves = self.leaves()
         total: Gradients = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         for start in range(0, batch.size, chunk):
             with torch.enable_grad():
@@ -143,7 +134,7 @@ class NetworkFunction:
         """Gradient of the loss of every sample, (B, *shape) by name."""
 
         def loss(parameters: Gradients, x: Inputs, y: Tensor) -> Tensor:
-            return self.loss(parameters, _alone(x), y.unsqueeze(0))
+            return self.loss_of(self.output(parameters, _alone(x)), y.unsqueeze(0))
 
         per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
         return _explained(lambda: per_sample(self.parameters, batch.inputs, batch.labels))
@@ -196,9 +187,8 @@ def probe(function: NetworkFunction, sample: Batch) -> tuple[int | None, int]:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    leaves = {name: value.requires_grad_() for name, value in _detached(function.parameters).items()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        output = function.output(leaves, sample.inputs)
+        output = function.output(function.leaves(), sample.inputs)
         classes = class_count(output, sample.labels)
         if classes is not None:
             check_labels(sample.labels, classes)
@@ -234,10 +224,6 @@ def _is_unsettled(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return module.track_running_stats
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _detached(gradients: Gradients) -> Gradients:
-    return {name: value.detach() for name, value in gradients.items()}
 
 
 def _alone(inputs: Inputs) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from cbs_opt.system.checks import flag, whole_number
+from cbs_opt.system.checks import check_fields, flag, whole_number
 from formulations.errors import ArgumentError
 
 
@@ -19,9 +19,8 @@ class _Fisher:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value: Any = getattr(self, entry.name)
             check: Any = flag if entry.name == "vectorize" else whole_number
-            object.__setattr__(self, entry.name, check(f"curvature.{entry.name}", value))
+            check_fields(self, "curvature.", check, entry.name)
         per_row: int = getattr(self, "per_row", 1)
         if per_row > self.samples:
             found = f"{per_row} of {self.samples} samples"
@@ -29,7 +28,12 @@ class _Fisher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmpiricalFisher(_Fisher):
+class _AnyLabels(_Fisher):
+    per_row: int = 1
+    vectorize: bool = True
+
+
+class EmpiricalFisher(_AnyLabels):
     """Gradients at the labels of the data.
 
     Parameters
@@ -52,9 +56,6 @@ class EmpiricalFisher(_Fisher):
 
     kind: ClassVar[str] = "empirical_fisher"
 
-    per_row: int = 1
-    vectorize: bool = True
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExactFisher(_Fisher):
@@ -71,24 +72,16 @@ class ExactFisher(_Fisher):
     vectorize: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class MonteCarloFisher(_Fisher):
+class MonteCarloFisher(_AnyLabels):
     """Gradients at labels drawn from the network's own distribution.
 
     Parameters
     ----------
-    samples : int, default 1000
-        Training samples to use.
-    per_row : int, default 1
-        Samples averaged into each row.
-    vectorize : bool, default True
+    samples, per_row, vectorize
         As in `EmpiricalFisher`.
     """
 
     kind: ClassVar[str] = "monte_carlo_fisher"
-
-    per_row: int = 1
-    vectorize: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

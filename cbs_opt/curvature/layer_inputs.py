@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from cbs_opt.curvature.gradients import require_evaluation_mode
 from cbs_opt.curvature.rows import Rows
@@ -45,7 +44,6 @@ def with_layer_inputs(
     weight: float = 1.0,
     samples: int = INPUT_SAMPLES,
     seed: int = 0,
-    weights: Tensor | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> Rows:
     """Return gradient rows together with the channel term of the same network.
@@ -54,10 +52,10 @@ def with_layer_inputs(
     ----------
     rows : Rows
         Of all weights of the partition. Not copied.
-    model, data, partition, samples, seed, weights
+    model, data, partition, samples, seed
         See `input_moments`.
     weight : float, default 1
-        Mean diagonal of the term in units of that of the rows, channel by channel.
+        See `matched_term`.
     moments : mapping of str to Tensor, optional
         What `input_moments` returned; by default it is called.
 
@@ -67,9 +65,8 @@ def with_layer_inputs(
         With `channels` set: the model is then ``H = R^T R + channels + damping I``.
     """
     if moments is None:
-        moments = input_moments(model, data, partition, samples=samples, seed=seed, weights=weights)
-    term = matched_term(moments, partition, rows.column_squares(), weight=weight)
-    return replace(rows, channels=term)
+        moments = input_moments(model, data, partition, samples=samples, seed=seed)
+    return replace(rows, channels=matched_term(moments, partition, rows.column_squares(), weight=weight))
 
 
 def matched_term(
@@ -81,18 +78,12 @@ def matched_term(
     ----------
     moments : mapping of parameter name to (f, f) or (groups, f, f) Tensor
         See `input_moments`. A parameter without moments, or with moments that are zero, gets a multiple of
-        the identity.
+        the identity; one that they do not fit raises `ShapeError`.
     partition : Partition
     squares : (n,) float64 Tensor
         ``diag(rows^T rows)`` of all its weights.
     weight : float, default 1
-
-    Raises
-    ------
-    ArgumentError
-        If `weight` is not positive.
-    ShapeError
-        If a moment does not fit its parameter.
+        Positive.
     """
     if not weight > 0.0:
         raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
@@ -111,23 +102,20 @@ def matched_term(
 
 
 def _by_group(span: ParameterSpan, moment: Tensor | None, squares: Tensor) -> list[Tensor]:
-    """Return the (f, f) moments of each group of output channels; the identity where nothing is known."""
     size = math.prod(span.shape[1:])
-    if moment is None:
-        moment = torch.eye(size, dtype=torch.float64, device=squares.device)
+    identity = torch.eye(size, dtype=torch.float64, device=squares.device)
+    moment = identity if moment is None else moment
     blocks = list(moment.double().reshape(-1, *moment.shape[-2:]))
-    if any(group.shape != (size, size) for group in blocks) or span.shape[0] % len(blocks):
+    if moment.shape[-2:] != (size, size) or span.shape[0] % len(blocks):
         shape = f"shape {tuple(moment.shape)} for {span.name} of shape {span.shape}"
         raise ShapeError("moments", shape, "compute them for this network")
-    identity = torch.eye(size, dtype=torch.float64, device=squares.device)
     return [group if bool(group.diagonal().any()) else identity for group in blocks]
 
 
 def term_work(partition: Partition) -> float:
     """Multiplications of one factorisation of every channel, up to a constant: ``sum out * fan_in^3``."""
-    return sum(
-        span.shape[0] * float(math.prod(span.shape[1:])) ** 3 for span in partition.parameters if span.shape
-    )
+    shapes = (span.shape for span in partition.parameters if span.shape)
+    return sum(shape[0] * float(math.prod(shape[1:])) ** 3 for shape in shapes)
 
 
 def default_layer_inputs(partition: Partition) -> float:
@@ -172,10 +160,8 @@ def input_moments(
 
     Raises
     ------
-    TrainingModeError, DataLoaderError, BatchFormatError, EmptyDataError
-        As `gradient_rows`.
     NonFiniteError
-        If a layer is fed NaN or infinity.
+        If a layer is fed NaN or infinity; other errors as from `gradient_rows`.
 
     Notes
     -----
@@ -205,35 +191,27 @@ def input_moments(
 def _layers(model: nn.Module, partition: Partition) -> dict[Layer, str]:
     """Return the layers that use a parameter of `partition`, with its name there."""
     names = {alias: span.name for span in partition.parameters for alias in (span.name, *span.aliases)}
-    return {
-        module: names[f"{path}.weight" if path else "weight"]
-        for path, module in model.named_modules()
-        if isinstance(module, Layer) and (f"{path}.weight" if path else "weight") in names
-    }
+    paths = ((module, f"{path}.weight" if path else "weight") for path, module in model.named_modules())
+    return {layer: names[path] for layer, path in paths if isinstance(layer, Layer) and path in names}
 
 
 @contextmanager
 def _recording(layers: Mapping[Layer, str], totals: dict[str, Tensor]) -> Iterator[None]:
     """Add up the second moments of what `layers` are fed while the body runs."""
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            # Under autocast the sums of products would be rounded to half precision, which is too coarse.
-            with torch.autocast(x.device.type, enabled=False):
-                moment = _moment(layer, x.detach())
-            totals[name] = totals[name] + moment if name in totals else moment
+    def record(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        # Under autocast the sums of products would be rounded to half precision, which is too coarse.
+        with torch.autocast(x.device.type, enabled=False):
+            moment = _moment(layer, x.detach())
+        name = layers[layer]
+        totals[name] = totals[name] + moment if name in totals else moment
 
-        return record
-
-    handles: list[RemovableHandle] = []
-    try:
-        for layer, name in layers.items():
-            handles.append(layer.register_forward_pre_hook(recorder(name), with_kwargs=True))
+    with ExitStack() as handles:
+        for layer in layers:
+            # A handle is a context manager that removes its hook.
+            handles.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _moment(layer: Layer, x: Tensor) -> Tensor:
@@ -258,10 +236,9 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     # What torch itself pads by, last dimension first, whether "same", zeros or another mode was asked for.
     padding = layer._reversed_padding_repeated_twice
     x = F.pad(x, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    sizes = layer.kernel_size, layer.dilation, layer.stride
+    sizes: list[tuple[int, ...]] = [layer.kernel_size, layer.dilation, layer.stride]
     if isinstance(layer, nn.Conv1d):
-        x = x.unsqueeze(-2)
-        sizes = (1, *sizes[0]), (1, *sizes[1]), (1, *sizes[2])
+        x, sizes = x.unsqueeze(-2), [(1, *size) for size in sizes]
     kernel, dilation, stride = sizes
     patches = F.unfold(x, kernel, dilation, 0, stride)
     grouped = patches.view(len(x), layer.groups, -1, patches.shape[-1])

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from cbs_opt.curvature.disk import check_block, check_space, stored_bytes
 from cbs_opt.curvature.kinds import ExactFisher, Fisher
-from cbs_opt.curvature.rows import Rows
+from cbs_opt.curvature.rows import Rows, check_block, check_space, stored_bytes
 from cbs_opt.errors import RowMemoryError
 from cbs_opt.network.partition import BlockRule, Partition
-from cbs_opt.system.memory import resident
-from cbs_opt.system.resources import Resources
-from cbs_opt.system.sizes import readable
+from cbs_opt.system.memory import readable, resident
+from cbs_opt.system.plain import plain
+from cbs_opt.system.resources import ORDINARY, Resources
 
-ORDINARY = Resources()
 DOUBLE = 8
 VECTORS = 8
 """Vectors of length n in float64 that a run has at a time: weights, scores, candidates and their copies."""
@@ -76,8 +74,8 @@ class RunSize:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        alternatives = {rule: list(sizes) for rule, sizes in self.alternatives.items()}
-        return {**asdict(self), "alternatives": alternatives}
+        values: dict[str, Any] = plain(self)
+        return values
 
     def summary(self) -> str:
         """Return a few lines for people."""
@@ -86,16 +84,18 @@ class RunSize:
             free = readable(self.disk_free_bytes)
             place = f"on disk in {self.row_dir}: {readable(self.disk_bytes)} of {free} free"
         largest = f"{self.largest_block}, {self.largest_block_n:,} weights"
-        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.arrays.items())
-        return "\n".join(
-            [
-                f"weights: {self.n:,} in {self.blocks:,} blocks",
-                f"largest block: {largest}, {readable(self.largest_block_bytes)} of rows",
-                f"gradient rows: {self.rows:,}, {readable(self.row_bytes)}, {place}",
-                f"peak memory: about {readable(self.peak_bytes)}, {readable(self.resident_bytes)} of it now",
-                f"largest arrays: {parts}",
-            ]
+        return (
+            f"weights: {self.n:,} in {self.blocks:,} blocks\n"
+            f"largest block: {largest}, {readable(self.largest_block_bytes)} of rows\n"
+            f"gradient rows: {self.rows:,}, {readable(self.row_bytes)}, {place}\n"
+            f"peak memory: about {readable(self.peak_bytes)}, {readable(self.resident_bytes)} of it now\n"
+            f"largest arrays: {self.listed_arrays}"
         )
+
+    @property
+    def listed_arrays(self) -> str:
+        """The largest arrays, for messages."""
+        return ", ".join(f"{name} {readable(size)}" for name, size in self.arrays.items())
 
 
 def run_size(
@@ -105,7 +105,6 @@ def run_size(
     layer_inputs: bool = False,
     resources: Resources = ORDINARY,
     itemsize: int = 4,
-    classes: int | None = None,
     available: int | None = None,
     staged: bool = False,
 ) -> RunSize:
@@ -121,22 +120,21 @@ def run_size(
     resources : Resources
     itemsize : int, default 4
         Bytes of a number of the rows.
-    classes : int, optional
-        Outputs of the network, one row each for the exact Fisher; by default the rows of the last weight
-        matrix.
     available : int, optional
-        Samples that there are, if that is known.
+        Samples that there are, if that is known. The exact Fisher has a row for each of them and each row
+        of the last weight matrix.
     staged : bool, default False
         Rows of several stages stay in memory.
     """
-    rows = _row_count(partition, curvature, classes, available)
+    rows = _row_count(partition, curvature, available)
     memory = None if staged else resources.row_memory
     row_bytes = rows * partition.n * itemsize
     largest = max(partition.blocks, key=lambda block: block.stop - block.start)
     size = largest.stop - largest.start
+    block_bytes = rows * size * itemsize
     if isinstance(curvature, Rows):
         fresh, on_disk = False, curvature.on_disk
-        held = rows * size * itemsize if on_disk else 0
+        held = block_bytes if on_disk else 0
     else:
         fresh, on_disk = rows > 0, memory is not None and row_bytes > memory
         held = row_bytes if memory is None else min(row_bytes, memory)
@@ -167,7 +165,7 @@ def run_size(
         blocks=len(partition.blocks),
         largest_block=largest.name,
         largest_block_n=size,
-        largest_block_bytes=rows * size * itemsize,
+        largest_block_bytes=block_bytes,
         rows=rows,
         row_bytes=row_bytes,
         row_memory=memory,
@@ -184,11 +182,7 @@ def run_size(
 def check_fits(size: RunSize, free: int | None = None) -> None:
     """Refuse a run that does not fit, before its first gradient.
 
-    Parameters
-    ----------
-    size : RunSize
-    free : int, optional
-        Bytes of memory that the run may take; by default those that the machine has free.
+    `free` are the bytes of memory that it may take; by default those that the machine has free.
 
     Raises
     ------
@@ -203,13 +197,11 @@ def check_fits(size: RunSize, free: int | None = None) -> None:
             column = size.largest_block_bytes // size.largest_block_n
             check_block(size.largest_block, size.largest_block_bytes, column, size.row_memory)
         check_space(Path(size.row_dir), size.disk_bytes)
-    free = _free() if free is None else free
-    if size.peak_bytes - size.resident_bytes <= free:
+    free = psutil.virtual_memory().available if free is None else free
+    needed = size.peak_bytes - size.resident_bytes
+    if needed <= free:
         return
-    parts = ", ".join(f"{name} {readable(bytes_)}" for name, bytes_ in size.arrays.items())
-    found = (
-        f"about {readable(size.peak_bytes - size.resident_bytes)} ({parts}) where {readable(free)} are free"
-    )
+    found = f"about {readable(needed)} ({size.listed_arrays}) where {readable(free)} are free"
     remedy = "use fewer samples, or more of them in a row"
     choice = _fitting(size, free)
     if choice is not None:
@@ -220,21 +212,10 @@ def check_fits(size: RunSize, free: int | None = None) -> None:
 def fitting_blocks(size: RunSize, free: int | None = None) -> tuple[BlockRule, int | None]:
     """Return the partition and the `row_memory` that fit, where the caller asked for no partition.
 
-    Parameters
-    ----------
-    size : RunSize
-        Of the run with one block.
-    free : int, optional
-        As in `check_fits`.
-
-    Returns
-    -------
-    str
-        "global" if that fits, or if nothing does: `check_fits` then says so. Else "layer" or "row".
-    int or None
-        The `row_memory` to use; that of `size` for "global".
+    `size` is that of the run with one block. The partition is "global" if that fits, or if nothing does:
+    `check_fits` then says so. Else it is "layer" or "row".
     """
-    free = _free() if free is None else free
+    free = psutil.virtual_memory().available if free is None else free
     whole = size.row_memory is None or size.row_bytes <= size.row_memory
     if whole and size.peak_bytes - size.resident_bytes <= free:
         return "global", size.row_memory
@@ -250,18 +231,12 @@ def _fitting(size: RunSize, free: int) -> tuple[BlockRule, int] | None:
     return None
 
 
-def _row_count(
-    partition: Partition, curvature: Fisher | Rows | None, classes: int | None, available: int | None
-) -> int:
+def _row_count(partition: Partition, curvature: Fisher | Rows | None, available: int | None) -> int:
     if curvature is None:
         return 0
     if isinstance(curvature, Rows):
         return curvature.shape[0]
     samples = curvature.samples if available is None else min(curvature.samples, available)
     if isinstance(curvature, ExactFisher):
-        return samples * (classes or partition.parameters[-1].shape[0])
+        return samples * partition.parameters[-1].shape[0]
     return max(1, samples // curvature.per_row)
-
-
-def _free() -> int:
-    return int(psutil.virtual_memory().available)

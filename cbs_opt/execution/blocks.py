@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import threading
+import time
+import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed, effective_n_jobs
+from torch import Tensor
 
 from cbs_opt.errors import ExecutorError
-from cbs_opt.execution.jobs import BlockCall, BlockMethod, solve_block, unsolved
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.select.blockwise import checked_solution, require_dense
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, Selector
 from cbs_opt.select.methods import find_method
 from cbs_opt.select.preparation import prepare
+from cbs_opt.solving import solve
 from cbs_opt.system.checks import whole_number
-from cbs_opt.system.threads import thread_limit
-from formulations.errors import ArgumentError
+from cbs_opt.system.threads import limit_numba, limit_thread, thread_limit
+from formulations.errors import ArgumentError, CbsError
+from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, check_program
-from formulations.solution import BlockSolution, Limit, Limits
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
 
+BlockMethod = str | Callable[..., BlockSolution]
+"""The name of a method, or ``method(problem, program, *, limits, incumbent, **options)``."""
 OnSolution = Callable[[int, BlockSolution], object]
 Pair = tuple[BlockProblem, BlockSolution | None]
 """A block and its warm start."""
@@ -116,8 +129,8 @@ def solve_blocks(
         threads=threads,
         seed=seed,
     )
-    call = BlockCall(method=method, program=check_program(program), limits=limits, options=options)
-    solutions, waiting = run_blocks(
+    call = _BlockCall(method=method, program=check_program(program), limits=limits, options=options)
+    solutions, waiting = _run_blocks(
         call,
         _pairs(problems, incumbents),
         seed_of=lambda index: block_seed(seed, index),
@@ -133,7 +146,7 @@ def solve_blocks(
             if index not in solutions
         }
     for index, (problem, incumbent) in (waiting or {}).items():
-        solutions[index] = unsolved(call, problem, incumbent, "interrupted", limit=Limit.INTERRUPTED)
+        solutions[index] = _unsolved(call, problem, incumbent, "interrupted", limit=Limit.INTERRUPTED)
     return [solutions[index] for index in sorted(solutions)]
 
 
@@ -142,23 +155,145 @@ def block_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0] >> np.uint32(1))
 
 
-def run_blocks(
-    call: BlockCall,
+def by_workers(
+    solver: Callable[..., BlockSolution], name: str, program: str, workers: int | None
+) -> Selector:
+    """Return `cbs_opt.select.blockwise.by_solver` over joblib's workers: the same sets, block by block."""
+
+    def select(
+        blocks: Sequence[FisherBlock],
+        counts: Sequence[int],
+        *,
+        limits: Limits,
+        warm: Sequence[Tensor] | None = None,
+        ledger: Ledger = NO_LEDGER,
+        **options: Any,
+    ) -> list[Choice]:
+        choices = [ledger.choice(number) for number in range(len(blocks))]
+        unsolved = [number for number, choice in enumerate(choices) if choice is None]
+        for number in unsolved:
+            require_dense(blocks[number], name, program)
+
+        def done(position: int, solution: BlockSolution) -> None:
+            number = unsolved[position]
+            if solution.keep is not None and solution.limit is not Limit.INTERRUPTED:
+                ledger.add(number, Choice.of_solution(blocks[number], solution))
+
+        call = _BlockCall(method=solver, program=program, limits=limits, options=options)
+        # One block at a time becomes a problem in float64, as workers take it.
+        pairs = ((blocks[number].to_problem(counts[number]), None) for number in unsolved)
+        solutions, waiting = _run_blocks(
+            call, pairs, seed_of=lambda index: limits.seed, workers=workers, on_solution=done
+        )
+        if waiting is not None:
+            raise KeyboardInterrupt
+        for position, number in enumerate(unsolved):
+            block = blocks[number]
+            choices[number] = Choice.of_solution(block, checked_solution(block, solutions[position], name))
+        return [choice for choice in choices if choice is not None]
+
+    return select
+
+
+def _this_process() -> tuple[str, int]:
+    """Return the machine and the number of this process."""
+    return socket.gethostname(), os.getpid()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BlockCall:
+    """What is the same for all blocks of one call; `home` is the process that made it."""
+
+    method: BlockMethod
+    program: str
+    limits: Limits
+    options: Mapping[str, Any]
+    home: tuple[str, int] = field(default_factory=_this_process)
+
+    @property
+    def label(self) -> str:
+        """The name of the method, for solutions."""
+        return self.method if isinstance(self.method, str) else getattr(self.method, "__name__", "callable")
+
+    def apply(self, problem: BlockProblem, seed: int, incumbent: BlockSolution | None) -> BlockSolution:
+        """Run the method on one block."""
+        limits = replace(self.limits, seed=seed)
+        if not isinstance(self.method, str):
+            return self.method(problem, self.program, limits=limits, incumbent=incumbent, **self.options)
+        call = {"program": self.program, "incumbent": incumbent, **asdict(limits), **self.options}
+        return solve(problem, self.method, **call)
+
+    def limit_threads(self) -> None:
+        """Hold this worker to the threads of the call; the main thread of the caller holds itself."""
+        if _this_process() != self.home or threading.current_thread() is not threading.main_thread():
+            limit_thread(self.limits.threads)
+        else:
+            limit_numba(self.limits.threads)
+
+
+def _solve_block(
+    call: _BlockCall, index: int, problem: BlockProblem, seed: int, incumbent: BlockSolution | None
+) -> tuple[int, BlockSolution]:
+    """Solve one block, whatever becomes of it; return its index with its solution."""
+    call.limit_threads()
+    began = time.perf_counter()
+    try:
+        solution = call.apply(problem, seed, incumbent)
+        if isinstance(solution, BlockSolution):
+            return index, solution
+        why = f"{call.label} returned a {type(solution).__name__}, not a BlockSolution"
+    except KeyboardInterrupt:
+        return index, _unsolved(call, problem, incumbent, "interrupted", limit=Limit.INTERRUPTED)
+    except CbsError as error:
+        why = f"{type(error).__name__}: {error}"
+    except Exception as error:
+        # One block's failure, foreseen or not, is its result; the traceback says where it was.
+        why = "".join(traceback.format_exception(error)).strip()
+    return index, _unsolved(call, problem, incumbent, why, seconds=time.perf_counter() - began)
+
+
+def _unsolved(
+    call: _BlockCall,
+    problem: BlockProblem,
+    incumbent: BlockSolution | None,
+    message: str,
+    *,
+    limit: Limit | None = None,
+    seconds: float = 0.0,
+) -> BlockSolution:
+    """Return a solution that says why there is none, with the warm start if that fits."""
+    stats = SolveStats(seconds=seconds, message=message)
+    termination = Termination.ERROR if limit is None else Termination.NO_SOLUTION
+    try:
+        pool = IncumbentPool(problem, call.program, incumbent)
+        if pool.keep is not None:
+            # After an interrupt the warm start is an answer; after an error the error is the news.
+            termination = Termination.ERROR if limit is None else Termination.FEASIBLE
+            warm = pool.solution(method=call.label, limit=limit, stats=stats)
+            return replace(warm, termination=termination)
+    except CbsError as error:
+        stats = replace(stats, message=f"{message}; the warm start does not fit: {error}")
+    return BlockSolution(
+        keep=None,
+        weights=None,
+        objective=None,
+        termination=termination,
+        limit=limit,
+        program=call.program,
+        method=call.label,
+        stats=stats,
+    )
+
+
+def _run_blocks(
+    call: _BlockCall,
     pairs: Iterable[Pair],
     *,
     seed_of: Callable[[int], int],
     workers: int | None,
     on_solution: OnSolution | None = None,
 ) -> tuple[dict[int, BlockSolution], dict[int, Pair] | None]:
-    """Solve every block.
-
-    Returns
-    -------
-    dict of int to BlockSolution
-        By the position of the block.
-    dict of int to (BlockProblem, BlockSolution or None), or None
-        After Ctrl-C: the blocks that were handed out and have no solution.
-    """
+    """Return the solutions by position; after Ctrl-C also the blocks that were handed out and have none."""
     solutions: dict[int, BlockSolution] = {}
     waiting: dict[int, Pair] = {}
     reading: list[Exception] = []
@@ -167,7 +302,7 @@ def run_blocks(
         try:
             for index, (problem, incumbent) in enumerate(pairs):
                 waiting[index] = problem, incumbent
-                yield delayed(solve_block)(call, index, problem, seed_of(index), incumbent)
+                yield delayed(_solve_block)(call, index, problem, seed_of(index), incumbent)
         except Exception as error:
             reading.append(error)
             raise
@@ -234,13 +369,9 @@ def _pairs(
         except StopIteration:
             remedy = "pass one a block; None where there is none"
             raise ArgumentError("incumbents", f"{index} for more blocks", remedy) from None
-        _check_entry("problems", index, problem, BlockProblem)
-        if incumbent is not None:
-            _check_entry("incumbents", index, incumbent, BlockSolution)
+        entries = ("problems", problem, BlockProblem), ("incumbents", incumbent, BlockSolution)
+        for argument, value, kind in entries:
+            if not isinstance(value, kind) and (value is not None or kind is BlockProblem):
+                found = f"entry {index} is a {type(value).__name__}"
+                raise ArgumentError(argument, found, f"pass objects of type {kind.__name__}")
         yield problem, incumbent
-
-
-def _check_entry(argument: str, index: int, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        found = f"entry {index} is a {type(value).__name__}"
-        raise ArgumentError(argument, found, f"pass objects of type {kind.__name__}")

@@ -7,7 +7,9 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields, replace
+from contextlib import suppress
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from cbs_opt.curvature.kinds import FISHERS, Fisher
 from cbs_opt.errors import RecipeFileError
 from cbs_opt.recipe.records import Absolute, Certify, Recipe, Request, Stages, Update, Weights
 from cbs_opt.recipe.select import SELECTS, Exact, Select
+from cbs_opt.system.checks import one_of
+from cbs_opt.system.documents import known_names, read_document
 from formulations.errors import ArgumentError
 from formulations.files import write_atomically
 
@@ -41,15 +45,15 @@ def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = 
     Raises
     ------
     RecipeFileError
-        If the document is of another version, has a field that does not exist, or lacks the sparsity.
+        If the document is of another version, or lacks the sparsity.
     ArgumentError
-        If a value is out of its range, or values contradict each other.
+        If a field does not exist, a value is out of its range, or values contradict each other.
     """
     version = document.get("format")
     if version != FORMAT:
         found = "no format" if version is None else f"format {version!r}"
         raise RecipeFileError("format", found, f"this version reads and writes format = {FORMAT}")
-    _known("", document, TOP)
+    known_names("", document, TOP)
     sparsity = document.get("sparsity") if sparsity is None else sparsity
     if sparsity is None:
         raise RecipeFileError("sparsity", "missing", "add a line such as sparsity = 0.9")
@@ -60,8 +64,8 @@ def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = 
     return Request(
         sparsity=sparsity,
         recipes=tuple(_numbered(number, recipes) for number in range(len(recipes))),
-        stages=_optional("stages", document.get("stages"), Stages),
-        certify=_optional("certify", document.get("certify"), Certify),
+        stages=_optional("stages", Stages, document.get("stages")),
+        certify=_optional("certify", Certify, document.get("certify")),
         seed=document.get("seed", 0),
     )
 
@@ -80,20 +84,12 @@ def load_request(path: str | Path, *, sparsity: float | None = None) -> Request:
         If the file cannot be read, is no TOML, is of another version, or has a field that does not
         exist or a value that is out of range: named with its line where there is one.
     """
+    parse = partial(request_from_plain, sparsity=sparsity)
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeFileError("recipe", f"{path} cannot be read ({error})", "name a TOML file") from error
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeFileError("recipe", f"{path} is no TOML: {error}", "repair that line") from error
-    try:
-        return request_from_plain(document, sparsity=sparsity)
+        request: Request = read_document(Path(path), "recipe", parse, inside="recipe")
     except ArgumentError as error:
-        place = _line(text, error.argument)
-        found = f"{path}{f', line {place}' if place else ''}: {error.found}"
-        raise RecipeFileError(error.argument, found, error.remedy) from error
+        raise RecipeFileError(error.argument, error.found, error.remedy) from error
+    return request
 
 
 def load_recipe(path: str | Path) -> list[Recipe]:
@@ -177,33 +173,27 @@ def _scalar(value: Any) -> str:
 
 def _fields(record: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the fields of a record that are not None, in order."""
-    values = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name not in leave}
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    kinds = ((tuple, list), (Mapping, dict))
     return {
-        name: list(value)
-        if isinstance(value, tuple)
-        else dict(value)
-        if isinstance(value, Mapping)
-        else value
+        name: next((make(value) for kind, make in kinds if isinstance(value, kind)), value)
         for name, value in values.items()
-        if value is not None
+        if value is not None and name not in leave
     }
 
 
 def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for name, value in _fields(recipe).items():
+    document = _fields(recipe)
+    for name, value in document.items():
         if isinstance(value, Absolute):
             document[name] = {"absolute": value.value}
-        elif isinstance(value, Fisher):
-            document[name] = {"kind": value.kind, **_fields(value)}
         elif name == "curvature":
-            document[name] = {"kind": "given"}
+            kind = {"kind": value.kind, **_fields(value)} if isinstance(value, Fisher) else {"kind": "given"}
+            document[name] = kind
         elif isinstance(value, Select):
             document[name] = {"method": value.method, **_fields(value)}
         elif isinstance(value, Weights | Update):
             document[name] = _fields(value)
-        else:
-            document[name] = value
     if recipe.update is None:
         document["update"] = False
     return document
@@ -212,7 +202,8 @@ def _recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
 def _numbered(number: int, recipes: list[Mapping[str, Any]]) -> Recipe:
     """Read one of several recipes; errors say which one."""
     try:
-        return _recipe_from_plain(recipes[number])
+        known_names("recipe", recipes[number], [entry.name for entry in fields(Recipe)])
+        return Recipe(**{name: READERS.get(name, _same)(value) for name, value in recipes[number].items()})
     except ArgumentError as error:
         if len(recipes) == 1:
             raise
@@ -220,36 +211,23 @@ def _numbered(number: int, recipes: list[Mapping[str, Any]]) -> Recipe:
         raise type(error)(name, error.found, error.remedy) from error
 
 
-def _recipe_from_plain(document: Mapping[str, Any]) -> Recipe:
-    readers: dict[str, Callable[[Any], Any]] = {
-        "curvature": _curvature,
-        "damping": _damping,
-        "selection_damping": _damping,
-        "weights": lambda value: _record("weights", value, Weights),
-        "select": _select,
-        "update": lambda value: None if value is False else _record("update", value, Update),
-    }
-    _known("recipe", document, [entry.name for entry in fields(Recipe)])
-    return Recipe(**{name: readers.get(name, lambda value: value)(value) for name, value in document.items()})
+def _same(value: Any) -> Any:
+    return value
 
 
 def _curvature(value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    kind = _table("curvature", value).get("kind", "empirical_fisher")
-    if kind == "given":
+    if isinstance(value, Mapping) and value.get("kind") == "given":
         remedy = "name a kind of curvature: rows that were computed before are not in the file"
         raise RecipeFileError("curvature.kind", "'given'", remedy)
-    if kind not in FISHERS:
-        raise RecipeFileError("curvature.kind", f"{kind!r}", f"choose among {', '.join(FISHERS)}")
-    return _record("curvature", value, FISHERS[kind], beside="kind")
+    if isinstance(value, str):
+        return value
+    return _chosen("curvature", "kind", "empirical_fisher", FISHERS, value)
 
 
 def _damping(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    _known("damping", value, ("absolute",))
-    return Absolute(value.get("absolute", math.nan))
+    return Absolute(known_names("damping", value, ("absolute",)).get("absolute", math.nan))
 
 
 def _select(value: Any) -> Any:
@@ -257,44 +235,37 @@ def _select(value: Any) -> Any:
         return value
     if value == {"program": "joint"}:
         return None
-    method = _table("select", value).get("method", "swap_search")
-    if method in SELECTS:
-        return _record("select", value, SELECTS[method], beside="method")
-    return _record("select", value, Exact)
+    if isinstance(value, Mapping) and value.get("method", "swap_search") not in SELECTS:
+        return _record("select", Exact, value)
+    return _chosen("select", "method", "swap_search", SELECTS, value)
 
 
-def _record(argument: str, value: Any, kind: type[Any], beside: str = "") -> Any:
-    table = dict(_table(argument, value))
-    _known(argument, table, [entry.name for entry in fields(kind)] + ([beside] if beside else []))
-    table.pop(beside, None)
-    missing = [
-        entry.name
-        for entry in fields(kind)
-        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in table
-    ]
-    if missing:
-        raise RecipeFileError(argument, f"no {missing[0]}", "add it")
-    return kind(**table)
+def _chosen(argument: str, field: str, default: str, kinds: Mapping[str, type[Any]], value: Any) -> Any:
+    """Return the record of the kind that a field of its table names."""
+    table = {field: default, **value} if isinstance(value, Mapping) else value
+    kind = table.pop(field) if isinstance(value, Mapping) else default
+    one_of(f"{argument}.{field}", kind, kinds)
+    return _record(argument, kinds[kind], table)
 
 
-def _optional(argument: str, value: Any, kind: type[Any]) -> Any:
+def _record(argument: str, kind: type[Any], value: Any) -> Any:
+    return kind(**known_names(argument, value, [entry.name for entry in fields(kind)]))
+
+
+def _optional(argument: str, kind: type[Any], value: Any) -> Any:
     """Return a record from its table; a number or flag stands for itself."""
-    return _record(argument, value, kind) if isinstance(value, Mapping) else value
+    return _record(argument, kind, value) if isinstance(value, Mapping) else value
 
 
-def _table(argument: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RecipeFileError(argument, f"{value!r}", f"write a table [{argument}] with its fields")
-    return value
-
-
-def _known(argument: str, table: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise `RecipeFileError` for a field that does not exist, with those that do."""
-    names = list(names)
-    for name in table:
-        if name not in names:
-            dotted = f"{argument}.{name}" if argument else name
-            raise RecipeFileError(dotted, "no such field", f"choose among {', '.join(names)}")
+READERS: dict[str, Callable[[Any], Any]] = {
+    "curvature": _curvature,
+    "damping": _damping,
+    "selection_damping": _damping,
+    "weights": partial(_record, "weights", Weights),
+    "select": _select,
+    "update": lambda value: None if value is False else _record("update", Update, value),
+}
+"""What makes the fields of a recipe of the values in a document; the others are taken as they are."""
 
 
 def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
@@ -319,46 +290,8 @@ def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
 def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
-    try:
+    with suppress(tomllib.TOMLDecodeError):
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        pass
-    try:
+    with suppress(ValueError):
         return float(text)
-    except ValueError:
-        return text
-
-
-def _line(text: str, dotted: str) -> int | None:
-    """Return the line that sets a dotted name, or that of the table that lacks it; None without either.
-
-    ``recipe[1].damping`` is that of the second recipe; names of fields of a recipe may go without
-    ``recipe``.
-    """
-    parts = dotted.split(".")
-    entry = re.fullmatch(r"recipe\[(\d+)\]", parts[0])
-    wanted = int(entry[1]) if entry else 0
-    path = parts[1:] if entry or parts[0] == "recipe" else parts
-    table: list[str] = []
-    recipes = -1
-    found = None
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*(\[+)\s*([^\]]+?)\s*\]+", line)
-        setting = re.match(r'\s*"?([A-Za-z0-9_.-]+)"?\s*=', line)
-        if header:
-            table = header[2].split(".")
-            recipes += header[1] == "[[" and table == ["recipe"]
-            here = table
-        elif setting:
-            here = [*table, *setting[1].split(".")]
-        else:
-            continue
-        if here[:1] == ["recipe"]:
-            if max(recipes, 0) != wanted:
-                continue
-            here = here[1:]
-        if here == path:
-            return number
-        if here and here == path[: len(here)]:
-            found = number
-    return found
+    return text

@@ -14,8 +14,8 @@ from cbs_opt.budget.schedule import SCHEDULES, Schedule, sparsity_schedule
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.partition import BlockRule, Globs, checked_rule
-from cbs_opt.recipe.select import Select, select_by_name
-from cbs_opt.system.checks import finite_number, flag, names, one_of, path, seconds, whole_number, within
+from cbs_opt.recipe.select import GreedyOBS, Select, select_by_name
+from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, path, whole_number, within
 from formulations.errors import ArgumentError
 
 DAMPING = 0.1
@@ -33,9 +33,7 @@ class Absolute:
         object.__setattr__(self, "value", finite_number("damping", self.value))
 
 
-def absolute(damping: float) -> Absolute:
-    """Return a damping that is added to the diagonal of the Fisher matrix as it is."""
-    return Absolute(damping)
+absolute = Absolute
 
 
 Damping = float | Absolute
@@ -78,20 +76,15 @@ class Weights:
     budget_score: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target", "ignore"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, names(f"weights.{name}", value))
+        check_fields(self, "weights.", names, "target", "ignore")
         if isinstance(self.blocks, Integral) and not isinstance(self.blocks, bool):
             object.__setattr__(self, "blocks", int(self.blocks))
         if self.blocks is not None:
             checked_rule("weights.blocks", self.blocks)
         if isinstance(self.budget, Mapping):
-            shares = {
-                str(glob): checked_sparsity(f"weights.budget[{glob!r}]", share)
-                for glob, share in self.budget.items()
-            }
-            object.__setattr__(self, "budget", shares)
+            pairs = ((glob, f"weights.budget[{glob!r}]", share) for glob, share in self.budget.items())
+            budget = {str(glob): checked_sparsity(argument, share) for glob, argument, share in pairs}
+            object.__setattr__(self, "budget", budget)
         elif self.budget not in ("global", "uniform"):
             remedy = 'use "global", "uniform" or a mapping from parameter globs to sparsities'
             raise ArgumentError("weights.budget", f"{self.budget!r}", remedy)
@@ -121,7 +114,7 @@ class Update:
 
     def __post_init__(self) -> None:
         one_of("update.kind", self.kind, UPDATES)
-        object.__setattr__(self, "scale", finite_number("update.scale", self.scale, above=True))
+        check_fields(self, "update.", finite_number, "scale", above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,24 +168,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "curvature", _curvature(self.curvature))
-        if self.layer_inputs is not None:
-            put(self, "layer_inputs", finite_number("layer_inputs", self.layer_inputs))
-        put(self, "damping", _damping("damping", self.damping))
-        if self.selection_damping is not None:
-            put(self, "selection_damping", _damping("selection_damping", self.selection_damping))
-        flag("gradient", self.gradient)
-        _instance("weights", self.weights, Weights)
         if isinstance(self.select, str):
             put(self, "select", select_by_name(self.select))
-        if self.select is not None:
-            _instance("select", self.select, Select)
         if isinstance(self.update, str):
             put(self, "update", Update(kind=one_of("update", self.update, UPDATES)))
-        if self.update is not None:
-            _instance("update", self.update, Update)
-        if self.choice_samples is not None:
-            put(self, "choice_samples", whole_number("choice_samples", self.choice_samples))
+        check_fields(self, "", _curvature, "curvature")
+        check_fields(self, "", finite_number, "layer_inputs")
+        check_fields(self, "", _damping, "damping", "selection_damping")
+        check_fields(self, "", flag, "gradient")
+        check_fields(self, "", whole_number, "choice_samples")
+        for name, kind in (("weights", Weights), ("select", Select), ("update", Update)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (value is not None or name == "weights"):
+                raise ArgumentError(name, f"a {type(value).__name__}", f"pass a {kind.__name__} record")
 
     @property
     def samples(self) -> int:
@@ -272,22 +260,10 @@ class Stages:
     on_stage: OnStage | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "count", whole_number("stages.count", self.count))
-        put(self, "updates", whole_number("stages.updates", self.updates))
-        put(self, "final_updates", whole_number("stages.final_updates", self.final_updates, 0))
-        if self.gradient_samples is not None:
-            put(self, "gradient_samples", whole_number("stages.gradient_samples", self.gradient_samples))
-        if not isinstance(self.schedule, str):
-            if not isinstance(self.schedule, Iterable):
-                remedy = "name a rule, or pass the sparsities, one a stage"
-                raise ArgumentError("stages.schedule", f"{self.schedule!r}", remedy)
-            shares = (checked_sparsity("stages.schedule", share) for share in self.schedule)
-            put(self, "schedule", tuple(shares))
-        else:
-            one_of("stages.schedule", self.schedule, SCHEDULES)
-        if self.start is not None:
-            put(self, "start", checked_sparsity("stages.start", self.start))
+        check_fields(self, "stages.", whole_number, "count", "updates", "gradient_samples")
+        check_fields(self, "stages.", whole_number, "final_updates", least=0)
+        check_fields(self, "stages.", _schedule, "schedule")
+        check_fields(self, "stages.", checked_sparsity, "start")
         if self.on_stage is not None and not callable(self.on_stage):
             raise ArgumentError("stages.on_stage", f"{self.on_stage!r}", "pass a function of a StageResult")
 
@@ -320,14 +296,12 @@ class Certify:
     block_dir: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "time_limit", seconds("certify.time_limit", self.time_limit))
+        check_fields(self, "certify.", finite_number, "time_limit")
         path("certify.block_dir", self.block_dir)
 
 
 SHARED = ("curvature", "gradient", "weights", "choice_samples")
 """What recipes that are tried side by side have in common."""
-DIFFERENT_IN_STAGES = ("damping", "select", "update")
-"""What recipes of a run in stages may differ in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,12 +331,11 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "sparsity", checked_sparsity("sparsity", self.sparsity))
-        put(self, "recipes", _recipes(self.recipes))
-        put(self, "stages", _stages(self.stages))
-        put(self, "certify", _certify(self.certify))
-        put(self, "seed", whole_number("seed", self.seed, 0))
+        check_fields(self, "", checked_sparsity, "sparsity")
+        check_fields(self, "", _recipes, "recipes")
+        check_fields(self, "", _stages, "stages")
+        check_fields(self, "", _certify, "certify")
+        check_fields(self, "", whole_number, "seed", least=0)
         for number, recipe in enumerate(self.recipes):
             for name in SHARED:
                 first, other = getattr(self.recipes[0], name), getattr(recipe, name)
@@ -382,20 +355,17 @@ class Request:
         if self.certify is not None:
             remedy = "use one stage: a bound holds for the model of one stage only"
             raise ArgumentError("certify", "given for a run in stages", remedy)
-        kinds = {isinstance(recipe.damping, Absolute) for recipe in self.recipes}
-        if len(kinds) > 1:
-            raise ArgumentError(
-                "recipe.damping", "absolute and relative ones in one run in stages", "use one kind"
-            )
+        if len({isinstance(recipe.damping, Absolute) for recipe in self.recipes}) > 1:
+            found = "absolute and relative ones in one run in stages"
+            raise ArgumentError("recipe.damping", found, "use one kind")
         for recipe in self.recipes:
             if recipe.layer_inputs != first.layer_inputs:
                 found = f"{first.layer_inputs} and {recipe.layer_inputs} for a run in stages"
                 remedy = "use one: in stages the damping scales the term, and is chosen by training loss"
                 raise ArgumentError("recipe.layer_inputs", found, remedy)
             if recipe.update is not None and recipe.update.kind == "independent":
-                raise ArgumentError(
-                    "recipe.update", "'independent' for a run in stages", 'use "cbs", or None for no update'
-                )
+                found = "'independent' for a run in stages"
+                raise ArgumentError("recipe.update", found, 'use "cbs", or None for no update')
             if recipe.update is None and (stages.updates > 1 or stages.final_updates):
                 found = f"None with {stages.updates} updates a stage and {stages.final_updates} at the end"
                 remedy = "use Stages(updates=1, final_updates=0)"
@@ -407,12 +377,12 @@ class Request:
         return sum(1 if recipe.select is None else recipe.select.tries for recipe in self.recipes)
 
 
-def _curvature(value: Any) -> Fisher | Rows:
+def _curvature(argument: str, value: Any) -> Fisher | Rows:
     if isinstance(value, str):
-        return FISHERS[one_of("curvature", value, FISHERS)]()
+        return FISHERS[one_of(argument, value, FISHERS)]()
     if not isinstance(value, Fisher | Rows):
         remedy = f"pass one of {', '.join(record.__name__ for record in FISHERS.values())}, or Rows"
-        raise ArgumentError("curvature", f"a {type(value).__name__}", remedy)
+        raise ArgumentError(argument, f"a {type(value).__name__}", remedy)
     return value
 
 
@@ -420,25 +390,35 @@ def _damping(argument: str, value: Any) -> Damping:
     return value if isinstance(value, Absolute) else finite_number(argument, value)
 
 
-def _instance(argument: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise ArgumentError(argument, f"a {type(value).__name__}", f"pass a {kind.__name__} record")
+def _schedule(argument: str, value: Any) -> Schedule:
+    if isinstance(value, str):
+        return one_of(argument, value, SCHEDULES)
+    if not isinstance(value, Iterable):
+        raise ArgumentError(argument, f"{value!r}", "name a rule, or pass the sparsities, one a stage")
+    return tuple(checked_sparsity(argument, share) for share in value)
 
 
-def _recipes(value: Any) -> tuple[Recipe, ...]:
+def _recipes(_: str, value: Any) -> tuple[Recipe, ...]:
     recipes = (value,) if isinstance(value, Recipe) else tuple(value) if isinstance(value, Sequence) else ()
     if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise ArgumentError("recipe", f"{value!r}", "pass a Recipe, or a sequence of them")
     return recipes
 
 
-def _stages(value: Any) -> Stages | None:
-    if value is None or isinstance(value, Stages):
-        return value
-    return Stages(count=whole_number("stages", value))
+def _stages(argument: str, value: Any) -> Stages:
+    return value if isinstance(value, Stages) else Stages(count=whole_number(argument, value))
 
 
-def _certify(value: Any) -> Certify | None:
-    if value is None or isinstance(value, Certify):
+def _certify(argument: str, value: Any) -> Certify | None:
+    if isinstance(value, Certify):
         return value
-    return Certify() if flag("certify", value) else None
+    return Certify() if flag(argument, value) else None
+
+
+NAMED: dict[str, Recipe] = {"fast": Recipe(select=GreedyOBS()), "balanced": Recipe()}
+"""fast: greedy OBS in drops, without exchanges; balanced, the default: with them."""
+
+
+def recipe_by_name(name: str) -> Recipe:
+    """Return the recipe called `name`, one of `NAMED`."""
+    return NAMED[one_of("recipe", name, NAMED)]

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from cbs_opt.system.checks import finite_number, names, one_of, plain_value, seconds, whole_number
+from cbs_opt.system.checks import check_fields, finite_number, names, one_of, plain_value, whole_number
 from formulations.errors import ArgumentError
 from formulations.problem import PROGRAMS
 
 COMMON = ("program", "time_limit", "repeats", "method", "options")
 """Fields that are not options of the method itself."""
+WHOLE = {"repeats": 1, "drops": 1, "dense_limit": 0, "max_swaps": 0, "restarts": 0, "steps": 0}
+"""Fields that are whole numbers, with the least that they may be."""
+FINITE = ("time_limit", "spread", "tolerance")
+"""Fields that are finite numbers >= 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,11 @@ class Select:
 
     def __post_init__(self) -> None:
         one_of("select.program", self.program, PROGRAMS)
-        self._put("time_limit", seconds("select.time_limit", self.time_limit))
+        for entry in fields(self):
+            if entry.name in WHOLE:
+                check_fields(self, "select.", whole_number, entry.name, least=WHOLE[entry.name])
+            if entry.name in FINITE:
+                check_fields(self, "select.", finite_number, entry.name)
 
     @property
     def tries(self) -> int:
@@ -52,17 +60,7 @@ class Select:
         pairs = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
         return {name: value for name, value in pairs if name not in COMMON and value is not None}
 
-    def _put(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
-    def _whole(self, least: int, *attributes: str) -> None:
-        """Check fields that are whole numbers >= `least`, or None."""
-        for name in attributes:
-            if getattr(self, name) is not None:
-                self._put(name, whole_number(f"select.{name}", getattr(self, name), least))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Magnitude(Select):
     """Remove the weights of smallest ``|w|``."""
 
@@ -86,35 +84,25 @@ class RandomizedMagnitude(Select):
     spread: float | None = None
     repeats: int = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._put("repeats", whole_number("select.repeats", self.repeats))
-        if self.spread is not None:
-            self._put("spread", finite_number("select.spread", self.spread))
 
-
-@dataclass(frozen=True, kw_only=True)
 class OBD(Select):
     """Remove the weights of smallest ``1/2 H_ii w_i^2`` (LeCun, Denker, Solla, 1989)."""
 
     method: ClassVar[str] = "obd"
 
 
-@dataclass(frozen=True, kw_only=True)
 class OBS(Select):
     """Remove the weights of smallest ``w_i^2 / (2 [H^-1]_ii)`` (Hassibi, Stork, 1992)."""
 
     method: ClassVar[str] = "obs"
 
 
-@dataclass(frozen=True, kw_only=True)
 class LossPreservation(Select):
     """Remove the weights of smallest ``|g_i w_i|`` (SNIP: Lee, Ajanthan, Torr, 2019)."""
 
     method: ClassVar[str] = "loss_preservation"
 
 
-@dataclass(frozen=True, kw_only=True)
 class GradientNorm(Select):
     """Remove the weights of smallest ``|w_i (H g)_i|`` (GraSP: Wang, Zhang, Grosse, 2020)."""
 
@@ -160,22 +148,14 @@ class SwapSearch(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._put("repeats", whole_number("select.repeats", self.repeats))
-        self._whole(1, "drops")
-        self._whole(0, "max_swaps", "restarts", "dense_limit")
-        if self.start is not None and not isinstance(self.start, str):
-            self._put("start", names("select.start", self.start))
-            if not self.start:
+        if not isinstance(self.start, str):
+            check_fields(self, "select.", names, "start")
+            if self.start == ():
                 raise ArgumentError("select.start", "empty", "name at least one set, or leave it out")
-        for name in ("spread", "tolerance"):
+        for name in ("restarts", "drops", "dense_limit") if self.program == "selection" else ():
             if getattr(self, name) is not None:
-                self._put(name, finite_number(f"select.{name}", getattr(self, name)))
-        if self.program == "selection":
-            for name in ("restarts", "drops", "dense_limit"):
-                if getattr(self, name) is not None:
-                    remedy = 'leave it out, or use program="joint"'
-                    found = f"{getattr(self, name)} for the selection program"
-                    raise ArgumentError(f"select.{name}", found, remedy)
+                found = f"{getattr(self, name)} for the selection program"
+                raise ArgumentError(f"select.{name}", found, 'leave it out, or use program="joint"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +175,6 @@ class GreedyOBS(Select):
     drops: int | None = None
     dense_limit: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._whole(1, "drops")
-        self._whole(0, "dense_limit")
-
 
 @dataclass(frozen=True, kw_only=True)
 class HardThreshold(Select):
@@ -214,10 +189,6 @@ class HardThreshold(Select):
     method: ClassVar[str] = "iterative_hard_threshold"
 
     steps: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._whole(0, "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +213,6 @@ class Exact(Select):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._put("repeats", whole_number("select.repeats", self.repeats))
         if not isinstance(self.method, str):
             raise ArgumentError("select.method", f"{self.method!r}", "pass the name of a method")
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
@@ -252,7 +222,8 @@ class Exact(Select):
             remedy = f"use {record}, which has the options as fields"
             raise ArgumentError("select.method", f"{self.method!r}", remedy)
         given = {name: value for name, value in self.options.items() if value is not None}
-        self._put("options", {name: plain_value(f"select.options.{name}", given[name]) for name in given})
+        options = {name: plain_value(f"select.options.{name}", value) for name, value in given.items()}
+        object.__setattr__(self, "options", options)
 
     @property
     def method_options(self) -> dict[str, Any]:

@@ -11,18 +11,15 @@ from torch import Tensor, nn
 
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.network.data import Data, LossFunction, device_of, iterate
+from cbs_opt.network.data import Data, LossFunction, device_of, iterate, map_tensors
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.files import request_to_plain
 from cbs_opt.recipe.records import Request
-from cbs_opt.runs.digests import absorb, samples_digest, tensors_digest
 from cbs_opt.select.methods import find_method
 from cbs_opt.system.plain import plain
-from cbs_opt.system.versions import versions
+from cbs_opt.system.versions import LIBRARIES, versions
 
 FORMAT = "cbs-opt run"
-LIBRARIES = ("python", "cbs-opt", "torch", "numpy", "scipy", "numba")
-"""What every run rests on; those that call solvers rest on these as well."""
 
 
 def run_fingerprint(
@@ -50,15 +47,15 @@ def run_fingerprint(
     network = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         network.update(name.encode())
-        absorb(network, tensor)
-    given = None if isinstance(curvature, Fisher) else tensors_digest(_tensors(curvature, partition))
+        _absorb(network, tensor)
+    given = None if isinstance(curvature, Fisher) else _tensors_digest(_tensors(curvature, partition))
     return {
         "format": FORMAT,
         "network": network.hexdigest(),
-        "tensors": {name: tensors_digest([tensor]) for name, tensor in state.items()},
+        "tensors": {name: _tensors_digest([tensor]) for name, tensor in state.items()},
         "pruned": {span.name: list(span.shape) for span in partition.parameters},
         "blocks": len(partition.blocks),
-        "data": samples_digest(sample),
+        "data": _samples_digest(sample),
         "loss_fn": plain(loss_fn),
         "request": request_to_plain(request),
         "curvature": given,
@@ -66,13 +63,40 @@ def run_fingerprint(
         "chunk_memory": chunk_memory,
         "threads": torch.get_num_threads(),
         "device": _device(device_of(model)),
-        "versions": {name: found for name, found in used.items() if solves or name in LIBRARIES},
+        "versions": {name: found for name, found in used.items() if solves or name in ("python", *LIBRARIES)},
     }
+
+
+def absorb_batch(digest: Any, inputs: Any, labels: Tensor) -> None:
+    """Feed dtypes, shapes and contents of a batch to a hash."""
+    map_tensors(lambda tensor: _absorb(digest, tensor), inputs)
+    _absorb(digest, labels)
+
+
+def _absorb(digest: Any, tensor: Tensor) -> Tensor:
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    content = tensor.detach().cpu().contiguous()
+    digest.update(content.reshape(-1).view(torch.uint8).numpy().data if content.numel() else b"")
+    return tensor
+
+
+def _tensors_digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        _absorb(digest, tensor)
+    return digest.hexdigest()
+
+
+def _samples_digest(sample: Iterable[tuple[Any, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for inputs, labels in sample:
+        absorb_batch(digest, inputs, labels)
+    return digest.hexdigest()
 
 
 def _first_batch(data: Data) -> str:
     batch = next(iter(iterate(data, batch_size=2**62, argument="evaluate")))
-    return samples_digest([(batch.inputs, batch.labels)])
+    return _samples_digest([(batch.inputs, batch.labels)])
 
 
 def _tensors(found: Rows, partition: Partition) -> Iterable[Tensor]:
@@ -89,6 +113,6 @@ def _tensors(found: Rows, partition: Partition) -> Iterable[Tensor]:
 
 def _device(device: torch.device) -> str:
     """Return the kind of device; other processors round otherwise."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.backends.cpu.get_cpu_capability()})"
+    cuda = device.type == "cuda"
+    kind = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+    return f"{device} ({kind})"

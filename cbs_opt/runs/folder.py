@@ -13,8 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -47,46 +46,25 @@ MOST_DIFFERENCES = 8
 log = logging.getLogger(__name__)
 
 
-class Pieces(Protocol):
-    """Where the pieces of a run are kept, or nowhere."""
+class Pieces:
+    """Where the pieces of a run are kept: a `RunStore`, or this, which keeps none."""
 
     def recall(self, name: str) -> Piece | None:
-        """Return the piece of that name, or None if it is not there or damaged."""
+        """Return the piece of that name; None if it is missing, or damaged, which is logged."""
+        return None
 
     def keep(self, name: str, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
-        """Put a piece on disk."""
+        """Put a piece on disk; when this returns it is there."""
 
     def drop(self, pattern: str) -> None:
         """Remove the pieces whose names match a glob."""
 
 
-class Nowhere:
-    """The pieces of a run that keeps none."""
-
-    def recall(self, name: str) -> Piece | None:
-        return None
-
-    def keep(self, name: str, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
-        pass
-
-    def drop(self, pattern: str) -> None:
-        pass
-
-
-class RunStore:
+class RunStore(Pieces):
     """The pieces of one run in a directory, open for one process; use as a context manager.
 
-    Parameters
-    ----------
-    directory : path
-        Made if missing.
-    fingerprint : mapping
-        Everything that decides the result; written to ``run.json`` by the first run.
-
-    Attributes
-    ----------
-    run : str
-        SHA-256 of the fingerprint, which every piece carries.
+    The directory is made if missing. The fingerprint, everything that decides the result, is written to
+    ``run.json`` by the first run; every piece carries its SHA-256, `run`.
 
     Raises
     ------
@@ -119,7 +97,6 @@ class RunStore:
             raise
 
     def recall(self, name: str) -> Piece | None:
-        """Return the piece of that name; None if it is missing, or damaged, which is logged."""
         path = self._path(name)
         if not path.exists():
             return None
@@ -134,12 +111,10 @@ class RunStore:
         return header, arrays
 
     def keep(self, name: str, header: Mapping[str, Any], arrays: Arrays, *, compress: bool = True) -> None:
-        """Put a piece on disk; when this returns it is there."""
         whole = {**header, "format": KIND, "version": VERSION, "run": self.run, "piece": name}
         write_container(self._path(name), whole, arrays, compress=compress)
 
     def drop(self, pattern: str) -> None:
-        """Remove the pieces whose names match a glob."""
         for path in self.directory.glob(f"{pattern}.npz"):
             path.unlink(missing_ok=True)
 
@@ -150,12 +125,7 @@ class RunStore:
     def __enter__(self) -> RunStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def _path(self, name: str) -> Path:
@@ -173,7 +143,7 @@ class RunStore:
         except (OSError, ValueError) as error:
             found = f"{path} is damaged ({error})"
             raise RunMismatchError("run_dir", found, "use an empty directory") from error
-        changed = differences(stored, fingerprint)
+        changed = _differences(stored, fingerprint)
         if changed:
             more = len(changed) - MOST_DIFFERENCES
             listed = "; ".join(changed[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
@@ -193,13 +163,9 @@ class RunStore:
 
 
 class Series:
-    """Pieces of one kind in the order in which they were written, for results that come little by little.
+    """Pieces in the order in which they were written, for results that come little by little.
 
-    Parameters
-    ----------
-    store : Pieces
-    name : str
-        What the names begin with.
+    Their names are `name` and a number.
     """
 
     def __init__(self, store: Pieces, name: str) -> None:
@@ -227,18 +193,15 @@ class Series:
         self._saved_at = time.monotonic()
 
 
-def differences(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
+def _differences(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
     """List what differs between two fingerprints, item by item: ``options.seed (0 -> 1)``.
 
     A fingerprint without a format is of an earlier release, and compared as far as it goes.
     """
     before, now = dict(_items(stored)), dict(_items(fingerprint))
     names = before.keys() | now.keys() if "format" in stored else before.keys()
-    return [
-        f"{name} ({_short(before.get(name))} -> {_short(now.get(name))})"
-        for name in sorted(names)
-        if before.get(name) != now.get(name)
-    ]
+    pairs = ((name, before.get(name), now.get(name)) for name in sorted(names))
+    return [f"{name} ({_short(old)} -> {_short(new)})" for name, old, new in pairs if old != new]
 
 
 def _items(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -251,6 +214,5 @@ def _items(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    """Return a value for a message; digests are not to be read."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:16]}..."

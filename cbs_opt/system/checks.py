@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -25,28 +25,12 @@ def whole_number(argument: str, value: Any, least: int = 1) -> int:
 def finite_number(
     argument: str, value: Any, *, least: float = 0.0, most: float = math.inf, above: bool = False
 ) -> float:
-    """Return `value` as a float if it is finite and in range, else raise `ArgumentError`.
-
-    Parameters
-    ----------
-    argument : str
-        What the message calls it.
-    value : object
-    least, most : float
-        Allowed range, both ends included.
-    above : bool, default False
-        Leave `least` itself out.
-    """
+    """Return `value` as a float if it is finite, >= `least` (or `above` it) and <= `most`, else raise."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < least or value > most or (above and value == least):
         wanted = f"{'>' if above else '>='} {least:g}" + (f" and <= {most:g}" if most < math.inf else "")
         raise ArgumentError(argument, f"{value!r}", f"pass a finite number {wanted}")
     return float(value)
-
-
-def seconds(argument: str, value: Any) -> float | None:
-    """Return a time limit as a float, or None; raise `ArgumentError` for anything else."""
-    return None if value is None else finite_number(argument, value)
 
 
 def flag(argument: str, value: Any) -> bool:
@@ -95,18 +79,22 @@ def plain_value(argument: str, value: Any) -> Any:
     raise ArgumentError(argument, f"{value!r}", remedy)
 
 
+def check_fields(record: Any, prefix: str, check: Callable[..., Any], *fields: str, **options: Any) -> None:
+    """Replace fields of a frozen record by ``check(argument, value, **options)``, one of this module.
+
+    `prefix` stands before the name of a field in messages. None stays where it is the default.
+    """
+    for name in fields:
+        value = getattr(record, name)
+        if value is not None or record.__dataclass_fields__[name].default is not None:
+            object.__setattr__(record, name, check(f"{prefix}{name}", value, **options))
+
+
 @contextmanager
 def within(record: str, *fields: str, **renamed: str) -> Iterator[None]:
-    """Let errors about an argument name the field of a record that it came from.
+    """Let errors about an argument name the field of a record that it came from: ``record.field``.
 
-    Parameters
-    ----------
-    record : str
-        What the names of the fields begin with.
-    *fields : str
-        Arguments that are called as the fields are.
-    **renamed : str
-        The field of every other argument.
+    `fields` are arguments that are called as the fields are; `renamed` has the field of every other one.
     """
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from formulations.errors import ArgumentError
 
 
-def read_document(path: Path, argument: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
+def read_document(
+    path: Path, argument: str, parse: Callable[[dict[str, Any]], Any], *, inside: str = ""
+) -> Any:
     """Return what `parse` makes of a TOML file.
 
     Parameters
@@ -22,6 +25,8 @@ def read_document(path: Path, argument: str, parse: Callable[[dict[str, Any]], A
         What messages call the file.
     parse : callable
         Raises `ArgumentError` about an entry of the document, such as ``methods[1].options``.
+    inside : str
+        Table in which an entry may stand although its name does not begin with it.
 
     Raises
     ------
@@ -31,22 +36,23 @@ def read_document(path: Path, argument: str, parse: Callable[[dict[str, Any]], A
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
-    except FileNotFoundError:
-        raise ArgumentError(argument, f"{path}: no such file", "check the name") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise ArgumentError(argument, f"{path} cannot be read ({why})", "name a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
         raise ArgumentError(argument, f"{path} is not TOML: {error}", "mend the file") from error
     try:
         return parse(document)
     except ArgumentError as error:
-        line = line_of(text, error.argument)
-        where = "" if line is None else f" (line {line} of {path})"
-        raise ArgumentError(error.argument, f"{error.found}{where}", error.remedy) from error
+        line = line_of(text, error.argument) or line_of(text, f"{inside}.{error.argument}")
+        where = path if line is None else f"line {line} of {path}"
+        raise type(error)(error.argument, f"{error.found} ({where})", error.remedy) from error
 
 
 def known_names(where: str, table: Any, names: Iterable[str]) -> Mapping[str, Any]:
     """Return `table` if it is a mapping with none but these names, else raise `ArgumentError`."""
     if not isinstance(table, Mapping):
-        raise ArgumentError(where, f"{table!r}", "write a table")
+        raise ArgumentError(where, f"{table!r}", f"write a table [{where}] with its fields")
     names = list(names)
     for name in table:
         if name not in names:
@@ -58,14 +64,24 @@ def known_names(where: str, table: Any, names: Iterable[str]) -> Mapping[str, An
 
 
 def line_of(text: str, entry: str) -> int | None:
-    """Return the number of the line that an entry such as ``methods[1].options`` stands in, if it does."""
-    lines = [line.partition("#")[0] for line in text.splitlines()]
-    found, start = None, 0
-    for name, index in re.findall(r"([\w-]+)(?:\[(\d+)\])?", entry):
-        header = rf"\[\[\s*{name}\s*\]\]" if index else rf"(?<![\w-]){name}[\"']?\s*[\].=]"
-        places = [i for i, line in enumerate(lines) if i >= start and re.search(header, line)]
-        if len(places) <= int(index or 0):
-            break
-        start = places[int(index or 0)]
-        found = start + 1
+    """Return the line of an entry such as ``methods[1].options``, else of the table that lacks it, if any."""
+    parts = re.findall(r"([\w-]+)(?:\[(\d+)\])?", entry)
+    wanted = [(name, int(index or 0)) for name, index in parts]
+    tables: Counter[str] = Counter()
+    table: list[tuple[str, int]] = []
+    found = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*(\[+)\s*([\w.-]+)\s*\]", line):
+            tables[header[2]] += header[1] == "[["
+            names = header[2].split(".")
+            counts = [tables[".".join(names[: depth + 1])] for depth in range(len(names))]
+            here = table = [(name, max(0, count - 1)) for name, count in zip(names, counts, strict=True)]
+        elif setting := re.match(r'\s*"?([\w.-]+)"?\s*=', line):
+            here = table + [(name, 0) for name in setting[1].split(".")]
+        else:
+            continue
+        if here == wanted:
+            return number
+        if here == wanted[: len(here)]:
+            found = number
     return found

@@ -1,11 +1,19 @@
-"""Memory of this process: a limit on what it may allocate, and the peak of one run."""
+"""Memory: sizes as people write them, what this process has and had at most, and a limit on it."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from pathlib import Path
 
+import psutil
+
+UNITS: dict[str, int] = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": int(base**power)
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
 ADDRESS_SLACK = 2**30
 """Address space beyond the memory limit, for libraries and for arenas that are reserved, not used."""
 STATUS = Path("/proc/self/status")
@@ -38,13 +46,13 @@ def reset_peak() -> None:
 
 def peak() -> int | None:
     """Largest resident memory since `reset_peak` in bytes, None where the system does not say."""
-    return _status("VmHWM:")
+    match = re.search(r"VmHWM:\s*(\d+)", STATUS.read_text()) if STATUS.exists() else None
+    return None if match is None else 1024 * int(match[1])
 
 
 def resident() -> int:
-    """Resident memory now in bytes; where the system does not say, the peak of the process so far."""
-    now = _status("VmRSS:")
-    return process_peak() if now is None else now
+    """Resident memory now in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def process_peak() -> int:
@@ -53,10 +61,28 @@ def process_peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _status(field: str) -> int | None:
-    if not STATUS.exists():
-        return None
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    return None
+def readable(size: int) -> str:
+    """``1536`` as "1.5 KiB"; exact below one KiB."""
+    amount, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024.0:
+            break
+        amount, unit = amount / 1024.0, larger
+    return f"{size} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def parsed(text: str) -> int:
+    """``"2GB"``, ``"500 MiB"`` or ``"1e9"`` as bytes.
+
+    Raises
+    ------
+    ValueError
+        If the text is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in UNITS:
+        raise ValueError(f"{text!r} is no size; write such as 2GB or 500MiB")
+    amount = float(match[1]) * float(UNITS[match[2]])
+    if not 1.0 <= amount < 2.0**63:
+        raise ValueError(f"{text!r} is no size of memory")
+    return round(amount)

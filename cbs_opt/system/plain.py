@@ -50,9 +50,7 @@ def rebuilt(cls: Any, body: Any) -> Any:
     return cls(**{name: _converted(hints[name], value) for name, value in body.items()})
 
 
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
+_hints = cache(get_type_hints)
 
 
 def _converted(hint: Any, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from cbs_opt.system.checks import path, whole_number
+from cbs_opt.system.checks import check_fields, path, whole_number
 
 CHUNK_MEMORY = 1 << 28
 """Bytes for temporaries of the curvature by default: 256 MiB."""
@@ -41,8 +41,8 @@ class Resources:
     chunk_memory: int = CHUNK_MEMORY
 
     def __post_init__(self) -> None:
-        for name in ("workers", "row_memory", "chunk_memory"):
-            value = getattr(self, name)
-            if value is not None or name == "chunk_memory":
-                object.__setattr__(self, name, whole_number(f"resources.{name}", value))
+        check_fields(self, "resources.", whole_number, "workers", "row_memory", "chunk_memory")
         path("resources.row_dir", self.row_dir)
+
+
+ORDINARY = Resources()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from functools import lru_cache
+import re
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -12,29 +14,18 @@ import psutil
 
 from formulations.plugins import METHODS, SOLVERS
 
-PACKAGES = (
-    "cbs-opt",
-    "numpy",
-    "scipy",
-    "numba",
-    "torch",
-    "pyomo",
-    "highspy",
-    "ortools",
-    "pyscipopt",
-    "gurobipy",
-)
+LIBRARIES = ["cbs-opt", "numpy", "scipy", "numba", "torch"]
+"""What every run rests on; those that call solvers rest on the others as well."""
+BACKENDS = ["pyomo", "highspy", "ortools", "pyscipopt", "gurobipy"]
 
 
-@lru_cache(maxsize=1)
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python, of every package that a result may depend on, and of plug-ins."""
     installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
+    for name in LIBRARIES + BACKENDS:
+        with suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     for group in (METHODS, SOLVERS):
         for point in metadata.entry_points(group=group):
             if point.dist is not None:
@@ -47,7 +38,7 @@ def library_versions() -> dict[str, str]:
     return {name: versions()[name] for name in ("python", "torch", "cbs-opt")}
 
 
-@lru_cache(maxsize=1)
+@cache
 def machine() -> dict[str, str | int | float]:
     """System, processor, cores that this process may use, memory in GiB; no name of the host."""
     return {
@@ -60,8 +51,6 @@ def machine() -> dict[str, str | int | float]:
 
 def _processor() -> str:
     listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    text = listing.read_text(errors="replace") if listing.exists() else ""
+    match = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
+    return (match[1].strip() if match else platform.processor()) or "unknown"

@@ -26,8 +26,8 @@ from cbs_opt import (
     gradient_rows,
     prune,
 )
-from cbs_opt.curvature.disk import RowsOnDisk
 from cbs_opt.curvature.kinds import Fisher
+from cbs_opt.curvature.rows import RowsOnDisk
 from cbs_opt.errors import RowMemoryError, RowStoreError
 from cbs_opt.recipe.records import Recipe, Update, Weights, absolute
 from cbs_opt.recipe.select import (

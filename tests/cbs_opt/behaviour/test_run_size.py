@@ -25,12 +25,11 @@ from cbs_opt import (
     plan,
     prune,
 )
-from cbs_opt.curvature.disk import RowsInMemory
-from cbs_opt.curvature.rows import Rows
+from cbs_opt.curvature.rows import Rows, RowsInMemory
 from cbs_opt.curvature.run_size import check_fits, fitting_blocks, run_size
 from cbs_opt.errors import RowMemoryError, RowStoreError
 from cbs_opt.recipe.records import Recipe, Weights
-from cbs_opt.system.sizes import parsed, readable
+from cbs_opt.system.memory import parsed, readable
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
 N = 6 * 8 + 8 * 3

@@ -330,10 +330,10 @@ def test_a_recipe_file_is_run_with_what_is_set_over_it() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("format = 1\nsparsity = 0.5\n[recipe]\nlayers = 1\n", "mine.toml, line 4"),
-        ("format = 1\nsparsity = 0.5\n[recipe]\ndamping = -1\n", "mine.toml, line 4"),
+        ("format = 1\nsparsity = 0.5\n[recipe]\nlayers = 1\n", "line 4 of"),
+        ("format = 1\nsparsity = 0.5\n[recipe]\ndamping = -1\n", "line 4 of"),
         ("format = 1\nsparsity = 0.5\n[recipe\n", "line 3"),
-        ("format = 9\n", "mine.toml, line 1"),
+        ("format = 9\n", "line 1 of"),
         ("format = 1\n", "add a line such as sparsity"),
     ],
 )

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cbs_opt.curvature.disk import RowsInMemory, RowsOnDisk, RowTarget, stored_bytes
+from cbs_opt.curvature.rows import RowsInMemory, RowsOnDisk, RowTarget, stored_bytes
 from cbs_opt.errors import RowStoreError
 from cbs_opt.network.partition import BlockSpan, ParameterSpan, Partition
 

@@ -137,7 +137,7 @@ def test_what_is_wrong_is_named_with_its_line(
         load_request(path)
     assert caught.value.argument == argument
     assert str(path) in caught.value.found
-    assert (f"mine.toml, line {line}:" in caught.value.found) == (line is not None)
+    assert (f"(line {line} of {path})" in caught.value.found) == (line is not None)
     assert ("line" in caught.value.found.replace(str(path), "")) == (line is not None)
     assert caught.value.remedy
 

@@ -23,8 +23,8 @@ from cbs_opt.curvature.kinds import (
     SketchedFisher,
 )
 from cbs_opt.pruning import prune
-from cbs_opt.recipe.named import NAMED, recipe_by_name
 from cbs_opt.recipe.records import (
+    NAMED,
     Absolute,
     Certify,
     Recipe,
@@ -34,6 +34,7 @@ from cbs_opt.recipe.records import (
     Weights,
     absolute,
     in_units,
+    recipe_by_name,
 )
 from cbs_opt.recipe.select import OBS, Exact, GreedyOBS, Magnitude, RandomizedMagnitude, SwapSearch
 from cbs_opt.report.record import PruneReport
