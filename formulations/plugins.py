@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution
-from formulations.verification import verify
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,8 @@ def checked_solver(name: str, solver: Callable[..., Any]) -> Callable[..., Block
 
     @wraps(solver)
     def checked(problem: BlockProblem, program: str, **arguments: Any) -> BlockSolution:
+        from formulations.verification import verify
+
         answer = solver(problem, program, **arguments)
         if not isinstance(answer, BlockSolution):
             raise PluginError(f"{name} returned a {type(answer).__name__}, not a BlockSolution")
