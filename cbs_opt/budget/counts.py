@@ -41,16 +41,14 @@ def allocate(
     sparsity : float
         Share of the weights to prune, ``0 <= sparsity < 1``.
     budget : {"global", "uniform"} or mapping of str to float, default "global"
-        "global": the weights with the lowest scores of the whole network; what a block has of
-        them is its count. "uniform": every block the same share, rounded by largest remainders.
-        A mapping gives sparsities by parameter glob; of several globs that match the first counts,
-        and parameters that none matches take `sparsity`. Blocks must then lie within parameters;
-        the count of a parameter with several blocks goes to its lowest scores where scores are
-        given, else uniformly.
+        "global": the weights with the lowest scores of the whole network; what a block has of them is its
+        count. "uniform": every block the same share, rounded by largest remainders. A mapping gives
+        sparsities by parameter glob; of several globs that match the first counts, and parameters that none
+        matches take `sparsity`. Blocks must then lie within parameters; the count of a parameter with several
+        blocks goes to its lowest scores where scores are given, else uniformly.
     scores : (n,) Tensor, optional
-        The loss expected from removing each weight, on one scale for the whole network; infinite
-        entries are allowed. Needed for "global" if there are several blocks. Ties fall to the
-        weights that come first.
+        The loss expected from removing each weight, on one scale for the whole network; infinite entries are
+        allowed. Needed for "global" if there are several blocks. Ties fall to the weights that come first.
     floor : float, default 0.1
         Under "global" no parameter is left with less than this share of what "uniform" would leave
         of it, nor with nothing: scores that are right one by one can empty a layer, which cuts the

@@ -145,8 +145,7 @@ def certify_blocks(
     method : str, default ""
         What chose the sets.
     time_limit : float, optional
-        Seconds for all blocks. Each gets an even share of what is left; blocks without a share have
-        no bound.
+        Seconds for all blocks. Each gets an even share of what is left; blocks without a share have no bound.
     block_dir : path, optional
         Made if missing; gets the data of every block, see `cbs_opt.certify.files`.
     path_of : callable, optional

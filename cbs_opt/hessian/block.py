@@ -74,10 +74,7 @@ class FisherBlock:
     def inverse_diagonal(self) -> Tensor:
         """Return ``diag(H^-1)``, (n,) float64.
 
-        Raises
-        ------
-        NotPositiveDefiniteError
-            If ``H`` is singular.
+        Raises `NotPositiveDefiniteError` if ``H`` is singular.
         """
         return self.factor().inverse_diagonal()
 
@@ -98,14 +95,9 @@ class FisherBlock:
     def to_problem(self, n_prune: int) -> BlockProblem:
         """Return the block as a `BlockProblem` that removes `n_prune` weights.
 
-        Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared,
-        not copied, so do not write to them while the problem is in use. With a channel term the
-        Hessian is formed: O(m n^2).
-
-        Raises
-        ------
-        UnsupportedProblemError
-            If there is a channel term and the block is too large to form its Hessian.
+        Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared, not copied,
+        so do not write to them while the problem is in use. With a channel term the Hessian is formed,
+        O(m n^2): `UnsupportedProblemError` if the block is too large for that.
         """
         plain = self.hessian.plain(f"block {self.name!r} as one problem")
         return BlockProblem(

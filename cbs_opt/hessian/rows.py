@@ -31,8 +31,6 @@ SPLIT_SHARE = 0.5
 class KeptGram:
     """``R_K R_K^T`` of a kept set that changes little from one call to the next.
 
-    Notes
-    -----
     Only columns that enter or leave K are multiplied: O(m^2 |change|), from the empty set at first. The rows
     have to be the same in every call; they are not held in between. The rounding depends on all sets seen.
     """

@@ -120,10 +120,7 @@ def one_by_one(
 ) -> list[Choice]:
     """Return the choices of all blocks in order: those of the ledger, and what `choose` makes of the others.
 
-    Raises
-    ------
-    SearchInterruptedError
-        At the first choice that an interrupt ended.
+    Raises `SearchInterruptedError` at the first choice that an interrupt ended.
     """
     choices = []
     # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.

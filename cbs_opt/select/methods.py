@@ -242,12 +242,8 @@ def _adapted(name: str, target: object) -> Method:
 def find_method(name: str, program: str) -> Method:
     """Return the method of that name for `program`.
 
-    Raises
-    ------
-    UnknownMethodError
-        With the known names.
-    UnsupportedProblemError
-        If the method exists, but not for `program`.
+    Raises `UnknownMethodError` with the known names; `UnsupportedProblemError` if the method exists, but not
+    for `program`.
     """
     check_program(program)
     if not isinstance(name, str):

@@ -27,9 +27,6 @@ def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, 
 
     The share `spread` of the kept weights enters the draw; 0 is plain magnitude pruning. The set (n,) keeps
     all but `n_prune` weights, on the device of `weights`.
-
-    Notes
-    -----
     O(n log n). After RMP of Yu et al. (ICML 2022), whose counts are met on average only.
     """
     if not (math.isfinite(spread) and 0.0 <= spread <= 1.0):

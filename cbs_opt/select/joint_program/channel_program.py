@@ -76,10 +76,7 @@ class ChannelProgram(Program[ChannelSet]):
 def joint_program(block: FisherBlock) -> JointProgram | ChannelProgram:
     """Return the joint program of a block in the space where its Hessian is factored.
 
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If ``H`` is singular.
+    Raises `NotPositiveDefiniteError` if ``H`` is singular.
     """
     return ChannelProgram(block) if block.hessian.by_channels else JointProgram(block)
 

@@ -108,11 +108,7 @@ class JointProgram(Program[KeptSet]):
 
     See `PlainHessian.row_form` for how a dense Hessian, and more rows than weights, become rows. These stay
     in their precision; what is computed from them is accumulated in float64.
-
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If ``H`` is singular.
+    Raises `NotPositiveDefiniteError` if ``H`` is singular.
     """
 
     def __init__(self, block: FisherBlock) -> None:

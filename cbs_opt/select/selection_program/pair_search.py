@@ -59,8 +59,7 @@ def columns_at_once(program: SelectionProgram, cells: int) -> int:
 class Projection:
     """Coordinates of every column: norms (n,), (n, d) leading ones in float32, (n, 2) remainders.
 
-    ``remainder[:, 0]`` is what is left outside the first `COARSE` directions, ``[:, 1]`` outside
-    all of them.
+    ``remainder[:, 0]`` is what is left outside the first `COARSE` directions, ``[:, 1]`` outside all of them.
     """
 
     norm: Tensor
@@ -334,11 +333,8 @@ def improving_pairs(
     ``tuning.enough`` are found; those below `reach`, which is no less, that come up on the way are returned
     too. The first `start` pruned weights by rank of their cost are left for the end of the sweep. The
     deadline, a reading of `time.monotonic`, is looked at between chunks and tables.
-
-    Notes
-    -----
-    O(n_prune n_keep COARSE) for the bounds, O(m) for each pair that they leave. Memory: O(n), of
-    which 4 DIRECTIONS bytes for each kept weight, and less than 128 MiB beyond.
+    O(n_prune n_keep COARSE) for the bounds, O(m) for each pair that they leave. Memory: O(n), of which 4
+    DIRECTIONS bytes for each kept weight, and less than 128 MiB beyond.
     """
     inside, outside = changes.pruned.nonzero().squeeze(1), (~changes.pruned).nonzero().squeeze(1)
     start %= inside.numel()

@@ -76,11 +76,8 @@ def swap_search_batch(
     end once begun. The seed is that of the column sample that the pair search fits its directions to.
 
     The results are never worse than the starts; the seconds of a batch are spread evenly.
-
-    Notes
-    -----
-    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
-    Source of the move: Yu et al. (ICML 2022), section 4.
+    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs. Source of the move: Yu et al.
+    (ICML 2022), section 4.
     """
     results: dict[int, SearchResult] = {}
     groups: dict[tuple[int, torch.device], list[int]] = {}
