@@ -34,10 +34,12 @@ def allocate(
 ) -> list[int]:
     """Return the number of weights to prune in every block.
 
+    They sum to ``round(sparsity * n)`` exactly; under a mapping those of each parameter sum to ``round(its
+    sparsity * its size)``. O(n log n) with scores, else O(blocks log blocks).
+
     Parameters
     ----------
     partition : Partition
-        The n weights and their blocks.
     sparsity : float
         Share of the weights to prune, ``0 <= sparsity < 1``.
     budget : {"global", "uniform"} or mapping of str to float, default "global"
@@ -54,12 +56,6 @@ def allocate(
         of it, nor with nothing: scores that are right one by one can empty a layer, which cuts the
         network. 0 is the scores alone. Where it comes into play a warning is logged.
 
-    Returns
-    -------
-    list of int
-        One count a block. They sum to ``round(sparsity * n)`` exactly; under a mapping those of
-        each parameter sum to ``round(its sparsity * its size)``.
-
     Raises
     ------
     ArgumentError
@@ -69,10 +65,6 @@ def allocate(
         If a glob of the mapping matches no parameter of the partition.
     ShapeError, NonFiniteError
         If `scores` is not (n,) or holds NaN.
-
-    Notes
-    -----
-    O(n log n) with scores, else O(blocks log blocks).
     """
     share = checked_sparsity("sparsity", sparsity)
     if not 0.0 <= floor <= 1.0:

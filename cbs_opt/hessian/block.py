@@ -18,23 +18,10 @@ from formulations.problem import BlockProblem
 class FisherBlock:
     """One block of a network's weights and the curvature of the loss there.
 
-    Parameters
-    ----------
-    name : str
-        Name of the block in its partition.
-    weights : (n,) Tensor
-        Trained weights.
-    hessian : Hessian
-        ``A``, without the damping: ``H = A + damping I``.
-    damping : float, default 0
-        Added to the diagonal.
-    gradient : (n,) Tensor, optional
-        Mean gradient of the loss; absent means zero.
-
-    Raises
-    ------
-    ShapeError
-        If the Hessian or the gradient is that of another number of weights.
+    `name` is that of the block in its partition, `weights` (n,) are the trained ones, `hessian` is ``A``,
+    without the damping that is added to its diagonal: ``H = A + damping I``. `gradient` (n,) is the mean
+    gradient of the loss; absent means zero. Raises `ShapeError` if the Hessian or the gradient is that of
+    another number of weights.
     """
 
     name: str

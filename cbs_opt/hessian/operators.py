@@ -53,9 +53,9 @@ class Hessian(ABC):
     def diagonal(self) -> Tensor:
         """Return ``diag(A)``, (n,) float64."""
 
-    @abstractmethod
     def quadratic(self, step: Tensor) -> float:
         """Return ``d.A d`` for a float64 step (n,)."""
+        return float(step @ self.product(step))
 
     @abstractmethod
     def dense(self) -> Tensor:

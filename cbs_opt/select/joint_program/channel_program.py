@@ -43,8 +43,7 @@ class ChannelProgram(Program[ChannelSet]):
 
     def __init__(self, block: FisherBlock) -> None:
         assert isinstance(block.hessian, ChannelHessian)
-        self.block = block
-        self.hessian = block.hessian
+        self.block, self.hessian = block, block.hessian
         self.anchor = block.weights.double()
         self.linear = block.slope
 

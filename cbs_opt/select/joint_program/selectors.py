@@ -264,7 +264,6 @@ class _DenseSearch(_Search):
 
     @cached_property
     def problem(self) -> BlockProblem:
-        """The block as a dense problem."""
         return self.block.to_problem(self.count)
 
     def descend(self, start: Tensor | None) -> tuple[float, Choice]:

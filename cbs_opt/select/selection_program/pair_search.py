@@ -135,12 +135,8 @@ class CompiledScan(_Scan):
         self.longest = np.maximum.reduceat(self.right[1], starts)
 
     def _arrays(self, index: Tensor) -> tuple[NDArray[Any], ...]:
-        return (
-            self.cost[index].numpy(),
-            self.projection.norm[index].numpy(),
-            self.projection.remainder[index].numpy(),
-            self.projection.coordinates[index].numpy(),
-        )
+        seen = self.projection
+        return tuple(x[index].numpy() for x in (self.cost, seen.norm, seen.remainder, seen.coordinates))
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         most = self.gathered
@@ -356,26 +352,24 @@ def improving_pairs(
     )
 
 
+@dataclass(eq=False)
 class _Sweep:
     """One pass over the pruned weights at a fixed set, and the best pairs so far."""
 
-    def __init__(
-        self,
-        changes: SwapChanges,
-        scan: PairScan,
-        outside: Tensor,
-        improving: float,
-        reach: float,
-        deadline: float | None,
-        tuning: SwapTuning,
-    ) -> None:
-        self.changes, self.scan, self.outside = changes, scan, outside
-        self.improving, self.reach, self.deadline, self.tuning = improving, reach, deadline, tuning
-        self.step = columns_at_once(changes.program, tuning.cells)
-        self.crowded = False
-        self.number = 0
-        self.pairs = outside.new_empty((0, 2))
-        self.change = changes.linear.new_empty(0)
+    changes: SwapChanges
+    scan: PairScan
+    outside: Tensor
+    improving: float
+    reach: float
+    deadline: float | None
+    tuning: SwapTuning
+    crowded: bool = False
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.step = columns_at_once(self.changes.program, self.tuning.cells)
+        self.pairs = self.outside.new_empty((0, 2))
+        self.change = self.changes.linear.new_empty(0)
 
     def over(self) -> bool:
         """Return whether enough improving pairs are in hand, or the time is up."""
