@@ -24,7 +24,7 @@ from cbs_opt.execution.blocks import by_workers
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.on_demand import OnDemand
-from cbs_opt.hessian.rows import RowsHessian
+from cbs_opt.hessian.rows import RowsHessian, SharedGrams
 from cbs_opt.network.data import Data, LossFunction, device_of, iterate
 from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
@@ -37,7 +37,6 @@ from cbs_opt.select.methods import Method, find_method
 from cbs_opt.system.checks import within
 from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
-from cbs_opt.update.grams import SharedGrams
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
 

@@ -34,33 +34,27 @@ def allocate(
 ) -> list[int]:
     """Return the number of weights to prune in every block.
 
+    They sum to ``round(sparsity * n)`` exactly; under a mapping those of each parameter sum to ``round(its
+    sparsity * its size)``. O(n log n) with scores, else O(blocks log blocks).
+
     Parameters
     ----------
     partition : Partition
-        The n weights and their blocks.
     sparsity : float
         Share of the weights to prune, ``0 <= sparsity < 1``.
     budget : {"global", "uniform"} or mapping of str to float, default "global"
-        "global": the weights with the lowest scores of the whole network; what a block has of
-        them is its count. "uniform": every block the same share, rounded by largest remainders.
-        A mapping gives sparsities by parameter glob; of several globs that match the first counts,
-        and parameters that none matches take `sparsity`. Blocks must then lie within parameters;
-        the count of a parameter with several blocks goes to its lowest scores where scores are
-        given, else uniformly.
+        "global": the weights with the lowest scores of the whole network; what a block has of them is its
+        count. "uniform": every block the same share, rounded by largest remainders. A mapping gives
+        sparsities by parameter glob; of several globs that match the first counts, and parameters that none
+        matches take `sparsity`. Blocks must then lie within parameters; the count of a parameter with several
+        blocks goes to its lowest scores where scores are given, else uniformly.
     scores : (n,) Tensor, optional
-        The loss expected from removing each weight, on one scale for the whole network; infinite
-        entries are allowed. Needed for "global" if there are several blocks. Ties fall to the
-        weights that come first.
+        The loss expected from removing each weight, on one scale for the whole network; infinite entries are
+        allowed. Needed for "global" if there are several blocks. Ties fall to the weights that come first.
     floor : float, default 0.1
         Under "global" no parameter is left with less than this share of what "uniform" would leave
         of it, nor with nothing: scores that are right one by one can empty a layer, which cuts the
         network. 0 is the scores alone. Where it comes into play a warning is logged.
-
-    Returns
-    -------
-    list of int
-        One count a block. They sum to ``round(sparsity * n)`` exactly; under a mapping those of
-        each parameter sum to ``round(its sparsity * its size)``.
 
     Raises
     ------
@@ -71,10 +65,6 @@ def allocate(
         If a glob of the mapping matches no parameter of the partition.
     ShapeError, NonFiniteError
         If `scores` is not (n,) or holds NaN.
-
-    Notes
-    -----
-    O(n log n) with scores, else O(blocks log blocks).
     """
     share = checked_sparsity("sparsity", sparsity)
     if not 0.0 <= floor <= 1.0:

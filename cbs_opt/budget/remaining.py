@@ -29,19 +29,9 @@ def counts_left(
     They sum to ``round(sparsity * n)`` minus what is pruned already. A block that lost more than its
     share in earlier stages loses nothing, and others with it in view lose less.
 
-    Parameters
-    ----------
-    partition : Partition
-    keep : (n,) bool tensor
-        True where a weight is still there.
-    sparsity, target : float
-        Of this stage, and of the last one; sparsities of a `budget` by parameter are those of the
-        last stage and grow towards it in proportion.
-    budget : {"global", "uniform"} or mapping
-    scoring : Method
-        Whose saliency spends a global budget.
-    blocks : sequence of FisherBlock
-        What is left of every block of the partition with weights left, in order.
+    `keep` (n,) is True where a weight is still there, `sparsity` that of this stage and `target` that of the
+    last one; sparsities of a `budget` by parameter are those of the last stage and grow towards it in
+    proportion. The saliency of `scoring` spends a global budget.
     """
     spans = partition.blocks
     if isinstance(budget, Mapping):

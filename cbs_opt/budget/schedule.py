@@ -19,25 +19,12 @@ def sparsity_schedule(
 ) -> tuple[float, ...]:
     """Return the sparsity of every stage, never falling, the last one exactly `target`.
 
-    Parameters
-    ----------
-    target : float
-        In [0, 1).
-    stages : int
-        Number of stages.
-    schedule : {"geometric", "polynomial", "linear"} or sequence of float, default "geometric"
-        Geometric: the kept share shrinks by the same factor every time, so that the last stages
-        take the fewest weights. Polynomial: the cubic of Zhu and Gupta, "To prune, or not to prune"
-        (2017), which also slows down towards the end. Linear: the same number of weights a stage.
-        A sequence gives the sparsities, one a stage.
-    start : float, optional
-        Sparsity of the first stage; by default the dense network counts as stage 0 of the rule.
-
-    Raises
-    ------
-    ArgumentError
-        If the rule is unknown, `start` exceeds `target`, or a sequence falls, has another length
-        than `stages` or another end than `target`.
+    Geometric: the kept share shrinks by the same factor every time, so that the last stages take the fewest
+    weights. Polynomial: the cubic of Zhu and Gupta, "To prune, or not to prune" (2017), which also slows down
+    towards the end. Linear: the same number of weights a stage. A sequence gives the sparsities, one a stage.
+    The target is in [0, 1); `start` is the sparsity of the first stage, by default the dense network counts
+    as stage 0 of the rule. Raises `ArgumentError` if the rule is unknown, `start` exceeds `target`, or a
+    sequence falls, has another length than `stages` or another end than `target`.
     """
     last = checked_sparsity("sparsity", target)
     whole_number("stages", stages)

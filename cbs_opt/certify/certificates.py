@@ -47,12 +47,8 @@ BETTER_SET = 1e-4
 class CertifiedBlock:
     """A chosen set, the bound on its program, and the evidence.
 
-    Parameters
-    ----------
-    solution : BlockSolution
-        The chosen set with its value, the proved bound and the certificate; OPTIMAL if they meet.
-    fingerprint : str
-        Of the block, as `BlockProblem.fingerprint` gives it.
+    `solution` is the chosen set with its value, the proved bound and the certificate, OPTIMAL if they meet;
+    `fingerprint` is that of the block, as `BlockProblem.fingerprint` gives it.
     """
 
     solution: BlockSolution
@@ -75,26 +71,11 @@ def certify_block(
 ) -> CertifiedBlock:
     """Bound the optimum of `program` and set the given kept set against it.
 
-    Parameters
-    ----------
-    problem : BlockProblem
-    keep : (n,) bool array
-        The chosen set, True = kept.
-    program : {"selection", "joint"}
-    method : str, default ""
-        What chose the set.
-    proved : float, optional
-        A bound on the same program that an exact method proved; the larger bound counts, and the
-        certificate is then evidence for the weaker one alone.
-    time_limit : float, optional
-        Seconds; what is proved by then is a valid bound.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        If the relaxation was interrupted.
-    NotPositiveDefiniteError
-        If `program` is "joint" and ``H`` is singular.
+    `keep` (n,) is the chosen set, True = kept, and `method` what chose it. `proved` is a bound on the same
+    program that an exact method proved; the larger bound counts, and the certificate is then evidence for the
+    weaker one alone. What is proved within the time limit, in seconds, is a valid bound.
+    Raises `KeyboardInterrupt` if the relaxation was interrupted; `NotPositiveDefiniteError` if `program` is
+    "joint" and ``H`` is singular.
     """
     began = time.perf_counter()
     chosen = _evaluated(problem, keep, program, method)
@@ -135,39 +116,14 @@ def certify_blocks(
 ) -> list[CertifiedBlock]:
     """Bound every block of a pruned network, one after another.
 
-    Parameters
-    ----------
-    blocks : sequence of FisherBlock
-        With the damping and the gradient of the program.
-    chosen : sequence of (tensor, float or None)
-        The kept set (n,) of every block, True = kept, and a bound that an exact method proved while choosing.
-    program : {"selection", "joint"}
-    method : str, default ""
-        What chose the sets.
-    time_limit : float, optional
-        Seconds for all blocks. Each gets an even share of what is left; blocks without a share have
-        no bound.
-    block_dir : path, optional
-        Made if missing; gets the data of every block, see `cbs_opt.certify.files`.
-    path_of : callable, optional
-        From the number of a block to the file of its certified solution, which is read if it is there and
-        of this very block, and else written.
-    progress : bool, default True
-
-    Returns
-    -------
-    list of CertifiedBlock
-        In the order of `blocks`.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        If interrupted; nothing but files in `block_dir` has changed.
-
-    Notes
-    -----
-    Memory beyond the rows: one block in float64 and what its relaxation takes, and three vectors a
-    block for its certificate.
+    The blocks have the damping and the gradient of the program; `chosen` are the kept set (n,) of each, True
+    = kept, and a bound that an exact method proved while choosing, by `method`. The time limit, in seconds,
+    is for all blocks: each gets an even share of what is left; blocks without a share have no bound.
+    `block_dir` is made if missing, and gets the data of every block, see `cbs_opt.certify.files`. `path_of`
+    leads from the number of a block to the file of its certified solution, which is read if it is there and
+    of this very block, and else written. Raises `KeyboardInterrupt` if interrupted; nothing but files in
+    `block_dir` has changed. Memory beyond the rows: one block in float64 and what its relaxation takes, and
+    three vectors a block for its certificate.
     """
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     if block_dir is not None:

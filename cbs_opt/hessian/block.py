@@ -18,23 +18,10 @@ from formulations.problem import BlockProblem
 class FisherBlock:
     """One block of a network's weights and the curvature of the loss there.
 
-    Parameters
-    ----------
-    name : str
-        Name of the block in its partition.
-    weights : (n,) Tensor
-        Trained weights.
-    hessian : Hessian
-        ``A``, without the damping: ``H = A + damping I``.
-    damping : float, default 0
-        Added to the diagonal.
-    gradient : (n,) Tensor, optional
-        Mean gradient of the loss; absent means zero.
-
-    Raises
-    ------
-    ShapeError
-        If the Hessian or the gradient is that of another number of weights.
+    `name` is that of the block in its partition, `weights` (n,) are the trained ones, `hessian` is ``A``,
+    without the damping that is added to its diagonal: ``H = A + damping I``. `gradient` (n,) is the mean
+    gradient of the loss; absent means zero. Raises `ShapeError` if the Hessian or the gradient is that of
+    another number of weights.
     """
 
     name: str
@@ -74,10 +61,7 @@ class FisherBlock:
     def inverse_diagonal(self) -> Tensor:
         """Return ``diag(H^-1)``, (n,) float64.
 
-        Raises
-        ------
-        NotPositiveDefiniteError
-            If ``H`` is singular.
+        Raises `NotPositiveDefiniteError` if ``H`` is singular.
         """
         return self.factor().inverse_diagonal()
 
@@ -98,14 +82,9 @@ class FisherBlock:
     def to_problem(self, n_prune: int) -> BlockProblem:
         """Return the block as a `BlockProblem` that removes `n_prune` weights.
 
-        Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared,
-        not copied, so do not write to them while the problem is in use. With a channel term the
-        Hessian is formed: O(m n^2).
-
-        Raises
-        ------
-        UnsupportedProblemError
-            If there is a channel term and the block is too large to form its Hessian.
+        Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared, not copied,
+        so do not write to them while the problem is in use. With a channel term the Hessian is formed,
+        O(m n^2): `UnsupportedProblemError` if the block is too large for that.
         """
         plain = self.hessian.plain(f"block {self.name!r} as one problem")
         return BlockProblem(

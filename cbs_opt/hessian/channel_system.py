@@ -92,16 +92,9 @@ class ChannelSystem:
 
     `kept` (s,) are the kept weights in increasing order. The products with the rows, where the work is, are
     taken in `precision`. Solutions are in float64 whatever it is; the diagonal of the inverse is not.
-
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If ``C_KK + damping I`` is singular.
-
-    Notes
-    -----
-    O(m^2 s + sum of m k^2 over channels of k kept weights); memory beyond the block O(m^2 + sum of
-    k^2). Where ``s <= m``, or there is a matrix for rows, ``H_KK`` is formed instead: O(m s^2).
+    Raises `NotPositiveDefiniteError` if ``C_KK + damping I`` is singular.
+    O(m^2 s + sum of m k^2 over channels of k kept weights); memory beyond the block O(m^2 + sum of k^2).
+    Where ``s <= m``, or there is a matrix for rows, ``H_KK`` is formed instead: O(m s^2).
     """
 
     def __init__(

@@ -28,9 +28,6 @@ class DenseHessian(PlainHessian):
     def diagonal(self) -> Tensor:
         return torch.diagonal(self.data).double()
 
-    def quadratic(self, step: Tensor) -> float:
-        return float(step @ image(self.data, step))
-
     def dense(self) -> Tensor:
         return self.data.double()
 

@@ -16,8 +16,7 @@ class OnDemand(Sequence[T]):
     """
 
     def __init__(self, make: Callable[[int], T], length: int) -> None:
-        self._make = make
-        self._length = length
+        self._make, self._length = make, length
 
     def __len__(self) -> int:
         return self._length

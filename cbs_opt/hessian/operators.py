@@ -53,9 +53,9 @@ class Hessian(ABC):
     def diagonal(self) -> Tensor:
         """Return ``diag(A)``, (n,) float64."""
 
-    @abstractmethod
     def quadratic(self, step: Tensor) -> float:
         """Return ``d.A d`` for a float64 step (n,)."""
+        return float(step @ self.product(step))
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -65,10 +65,8 @@ class Hessian(ABC):
     def plain(self, purpose: str) -> PlainHessian:
         """Return A as rows or as one matrix.
 
-        Raises
-        ------
-        UnsupportedProblemError
-            If the matrix would have to be formed and is too large; `purpose` says what for.
+        Raises `UnsupportedProblemError` if the matrix would have to be formed and is too large; `purpose`
+        says what for.
         """
 
     @abstractmethod
@@ -78,11 +76,7 @@ class Hessian(ABC):
         """Return ``H_KK`` for each damping, with what they share computed once.
 
         `keep` (n,) is True on K, by default everywhere; `name` is that of the block, for messages.
-
-        Raises
-        ------
-        NotPositiveDefiniteError
-            Here or by the factor, if ``H_KK`` is singular.
+        Raises `NotPositiveDefiniteError` here or by the factor, if ``H_KK`` is singular.
         """
 
     def without_channels(self) -> Hessian:
@@ -166,9 +160,5 @@ class PlainHessian(Hessian):
 
         A matrix, and more rows than weights, become at most n rows by an eigendecomposition, O(n^3); a
         damping of 0 then takes half of the smallest eigenvalue.
-
-        Raises
-        ------
-        NotPositiveDefiniteError
-            If the sum is singular.
+        Raises `NotPositiveDefiniteError` if the sum is singular.
         """

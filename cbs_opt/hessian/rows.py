@@ -9,30 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cbs_opt.hessian import products
 from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
-from cbs_opt.hessian.products import (
-    column_pieces,
-    column_squares,
-    damped,
-    factorise,
-    image,
-    inner_gram,
-    kept_adjoint,
-    raise_singular,
-    solved,
-    weighted_squares,
-)
 from formulations.errors import ShapeError
 
 SPLIT_SHARE = 0.5
 """Share of the smallest eigenvalue that stands in for a damping of 0."""
+SHARED_GRAM_SIZE = 1 << 26
+"""Numbers in the Gram matrices that are kept from one tried network to the next: 512 MiB."""
 
 
 class KeptGram:
     """``R_K R_K^T`` of a kept set that changes little from one call to the next.
 
-    Notes
-    -----
     Only columns that enter or leave K are multiplied: O(m^2 |change|), from the empty set at first. The rows
     have to be the same in every call; they are not held in between. The rounding depends on all sets seen.
     """
@@ -48,26 +37,33 @@ class KeptGram:
         members, gram = self._seen
         entering = (keep & ~members).nonzero().squeeze(1)
         leaving = (members & ~keep).nonzero().squeeze(1)
-        gram = gram + inner_gram(rows, entering) - inner_gram(rows, leaving)
+        gram = gram + products.inner_gram(rows, entering) - products.inner_gram(rows, leaving)
         self._seen = keep.clone(), gram
         return gram
+
+
+class SharedGrams:
+    """A `KeptGram` for every one of so many blocks, where they are few enough to keep them."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._grams: dict[str, KeptGram] = {}
+
+    def of(self, name: str, rows: int) -> KeptGram | None:
+        """Return that of block `name` with so many rows, or None where it is not worth its memory."""
+        if self._blocks * rows**2 > SHARED_GRAM_SIZE:
+            return None
+        return self._grams.setdefault(name, KeptGram())
 
 
 class RowsHessian(PlainHessian):
     """``A = R^T R``.
 
-    Parameters
-    ----------
-    rows : (m, n) tensor
-        R, of any precision; often a view of the rows of the whole network.
-    gram : KeptGram, optional
-        Shared by operators of the same rows whose kept sets differ little.
-    spectral : bool, default False
-        Take the diagonal of the whole inverse from eigenvectors of A: it is cheap for all dampings but the
-        first. They are kept in the precision of the rows and take as much memory as they do.
+    R (m, n) is of any precision, often a view of the rows of the whole network. `gram` is shared by operators
+    of the same rows whose kept sets differ little. If `spectral`, the diagonal of the whole inverse comes
+    from eigenvectors of A: it is cheap for all dampings but the first. They are kept in the precision of the
+    rows and take as much memory as they do.
 
-    Notes
-    -----
     `factored` solves through the kept block where it is no larger than m, and through the m x m Woodbury
     system otherwise: O(m s min(m, s)) for the first damping and O(m^3 + m s) for the others. No array of the
     size of the rows is made. The eigenvectors take O(m n min(m, n)) once, then O(n min(m, n)) a damping.
@@ -86,13 +82,13 @@ class RowsHessian(PlainHessian):
         return self.data.dtype
 
     def product(self, x: Tensor) -> Tensor:
-        return self.back(image(self.data, x))
+        return self.back(products.image(self.data, x))
 
     def diagonal(self) -> Tensor:
-        return column_squares(self.data)
+        return products.column_squares(self.data)
 
     def quadratic(self, step: Tensor) -> float:
-        return float(image(self.data, step).square().sum())
+        return float(products.image(self.data, step).square().sum())
 
     def dense(self) -> Tensor:
         rows = self.data.double()
@@ -116,14 +112,15 @@ class RowsHessian(PlainHessian):
         return (columns.T @ columns).double()
 
     def cross(self, kept: Tensor, removed: Tensor) -> Tensor:
-        return kept_adjoint(self.data, kept, image(self.data, removed))
+        return products.kept_adjoint(self.data, kept, products.image(self.data, removed))
 
     def row_form(self, damping: float, name: str) -> tuple[Tensor, float]:
         if self.rank <= self.n and damping > 0.0:
             return self.data, damping
         if self.rank < self.n:
-            raise_singular(name, damping, f"H is singular with {self.rank} rows for {self.n} weights")
-        return reduced_rows(inner_gram(self.data.T), damping, name)
+            why = f"H is singular with {self.rank} rows for {self.n} weights"
+            products.raise_singular(name, damping, why)
+        return reduced_rows(products.inner_gram(self.data.T), damping, name)
 
     def prepared(self) -> Hessian:
         return self if self.spectral else RowsHessian(self.data, self.gram, spectral=True)
@@ -135,7 +132,7 @@ class RowsHessian(PlainHessian):
         shared = _KeptRows(self, None if whole else keep, name)
         if shared.wide and min(dampings) == 0.0 and not whole:
             why = f"H is singular with {self.rank} rows for {len(shared.kept)} kept weights"
-            raise_singular(name, 0.0, why)
+            products.raise_singular(name, 0.0, why)
         for damping in dampings:
             yield RowsFactor(shared, damping)
 
@@ -143,10 +140,10 @@ class RowsHessian(PlainHessian):
         """Return eigenvalues of A with its eigenvectors, as rows times their roots where m < n."""
         rows = self.data
         if self.rank >= self.n:
-            values, vectors = torch.linalg.eigh(inner_gram(rows.T))
+            values, vectors = torch.linalg.eigh(products.inner_gram(rows.T))
             return values.clamp_min(0.0), vectors
         everything = torch.ones(self.n, dtype=torch.bool, device=rows.device)
-        gram = inner_gram(rows) if self.gram is None else self.gram.of(rows, everything)
+        gram = products.inner_gram(rows) if self.gram is None else self.gram.of(rows, everything)
         values, vectors = torch.linalg.eigh(gram)
         return values.clamp_min(0.0), vectors.T.to(rows.dtype) @ rows
 
@@ -179,7 +176,7 @@ class _KeptRows:
             if len(x) < self.hessian.n:
                 whole = torch.zeros(self.hessian.n, dtype=torch.float64, device=x.device)
                 whole[self.kept] = x
-            self._images[id(x)] = x, image(self.rows, whole)
+            self._images[id(x)] = x, products.image(self.rows, whole)
         return self._images[id(x)][1]
 
 
@@ -192,7 +189,8 @@ class RowsFactor:
     @cached_property
     def factor(self) -> Tensor:
         """The Cholesky factor of ``damping I`` and the small matrix."""
-        return factorise(damped(self.shared.matrix, self.damping), self.shared.name, self.damping)
+        matrix = products.damped(self.shared.matrix, self.damping)
+        return products.factorise(matrix, self.shared.name, self.damping)
 
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
         return self.solve_pulled(right, None if removed is None else self.shared.image(removed))
@@ -207,9 +205,10 @@ class RowsFactor:
         if not shared.wide:
             if pulled is not None:
                 right = right + shared.hessian.columns(shared.kept).T @ pulled
-            return solved(factor, right)
+            return products.solved(factor, right)
         outer = (0.0 if pulled is None else pulled) - shared.image(right) / self.damping
-        return right / self.damping + kept_adjoint(shared.rows, shared.kept, solved(factor, outer))
+        inner = products.solved(factor, outer)
+        return right / self.damping + products.kept_adjoint(shared.rows, shared.kept, inner)
 
     def inverse_diagonal(self) -> Tensor:
         """Return ``diag(H_KK^-1)``, (s,) float64; O(m^2 s), or O(s^3) where that is less."""
@@ -219,14 +218,14 @@ class RowsFactor:
             return self._spectral_diagonal(*shared.hessian.spectrum)
         if not shared.wide:
             rows = shared.rows if index is None else shared.rows.index_select(1, index)
-            matrix = inner_gram(rows.T)
-            factor = factorise(damped(matrix, self.damping), shared.name, self.damping)
+            matrix = products.inner_gram(rows.T)
+            factor = products.factorise(products.damped(matrix, self.damping), shared.name, self.damping)
             return torch.diagonal(torch.cholesky_inverse(factor))
         # H^-1 = (I - R^T (damping I + R R^T)^-1 R) / damping, so its diagonal needs |L^-1 R_i|^2.
-        matrix = damped(inner_gram(shared.rows, index), self.damping)
-        factor = factorise(matrix, shared.name, self.damping)
+        matrix = products.damped(products.inner_gram(shared.rows, index), self.damping)
+        factor = products.factorise(matrix, shared.name, self.damping)
         seen = torch.empty(len(shared.kept), dtype=torch.float64, device=matrix.device)
-        for span, columns in column_pieces(shared.rows, index):
+        for span, columns in products.column_pieces(shared.rows, index):
             seen[span] = torch.linalg.solve_triangular(factor, columns, upper=False).square_().sum(dim=0)
         return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / self.damping
 
@@ -234,7 +233,7 @@ class RowsFactor:
         weights = 1.0 / (values + self.damping)
         if not self.shared.wide:
             return vectors.square() @ weights
-        seen = weighted_squares(vectors, weights)
+        seen = products.weighted_squares(vectors, weights)
         return (1.0 - seen).clamp_min(torch.finfo(torch.float64).eps) / self.damping
 
 
@@ -242,7 +241,7 @@ def reduced_rows(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, flo
     """Return rows whose Gram matrix is `matrix`, or less by what a damping of 0 then takes."""
     values, vectors = torch.linalg.eigh(matrix)
     if damping == 0.0:
-        factorise(matrix, name, damping)
+        products.factorise(matrix, name, damping)
         damping = SPLIT_SHARE * float(values[0])
         values = values - damping
     return values.clamp_min(0.0).sqrt()[:, None] * vectors.T, damping

@@ -27,10 +27,8 @@ class MetricHessian(RowsHessian):
 
     C, the term over channels, is of the same n weights; the shift is positive where C is singular.
 
-    Notes
-    -----
-    `factored` costs O(m n k) for channels of k weights and O(m^2 n), then O(m^3 + m n) a damping. The
-    factors of all weights, once made, are kept: they have the precision and the size of `rows`.
+    `factored` costs O(m n k) for channels of k weights and O(m^2 n), then O(m^3 + m n) a damping. The factors
+    of all weights, once made, are kept: they have the precision and the size of `rows`.
     """
 
     def __init__(self, rows: Tensor, channels: ChannelTerm, shift: float) -> None:

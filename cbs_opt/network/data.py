@@ -89,25 +89,11 @@ def iterate(
 ) -> Iterator[Batch]:
     """Read batches of at most `batch_size` samples, at most `max_samples` in all.
 
-    Parameters
-    ----------
-    data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
-        A loader is read in its own order. Of a pair of tensors, `seed` draws `max_samples` without
-        replacement in random order; without a seed the first ones are read in order.
-    batch_size : int
-        Larger batches are cut; smaller ones are passed on as they come.
-    max_samples, seed : int, optional
-        Where to stop, by default at the end; and see `data`.
-    device : torch.device, optional
-        Where the batches are moved to.
-    argument : str, default "data"
-        What messages call `data`.
-
-    Raises
-    ------
-    DataLoaderError, BatchFormatError, EmptyDataError
-        If the data raises (the original exception is chained), a batch is not a pair of tensors with one
-        entry a sample, or there is no sample.
+    A loader is read in its own order. Of a pair of tensors, `seed` draws `max_samples` without replacement in
+    random order; without a seed the first ones are read in order. Larger batches are cut, smaller ones passed
+    on as they come, each moved to `device`. `argument` is what messages call the data.
+    Raises `DataLoaderError` (the original exception is chained), `BatchFormatError` and `EmptyDataError` if
+    the data raises, a batch is not a pair of tensors with one entry a sample, or there is no sample.
     """
     if _is_pair(data):
         whole = _as_batch(data, argument, 0)

@@ -56,25 +56,11 @@ def evaluate(
 
     The accuracy is None unless outputs are (B, C) and labels integers (B,).
 
-    Parameters
-    ----------
-    model : nn.Module
-        Unchanged; each module is given its mode back.
-    data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
-        Read in order. Batches are moved to the device of the network.
-    loss_fn : callable
-        ``loss_fn(output, y)``, the mean loss of a batch; batches weigh by their number of samples.
-    batch_size : int, default 512
-        Larger batches are cut.
-    max_samples : int, optional
-        Where to stop.
-    argument : str, default "data"
-        What messages call `data`.
-
-    Raises
-    ------
-    DataLoaderError, BatchFormatError, EmptyDataError, LabelRangeError
-        If the data cannot be read or does not fit the network.
+    Each module is given its mode back. The data are read in order, up to `max_samples`; batches are moved to
+    the device of the network, and larger ones cut to `batch_size`. ``loss_fn(output, y)`` is the mean loss of
+    a batch; batches weigh by their number of samples. `argument` is what messages call the data.
+    Raises `DataLoaderError`, `BatchFormatError`, `EmptyDataError`, `LabelRangeError` if the data cannot be
+    read or does not fit the network.
     """
     whole_number("batch_size", batch_size)
     limit = None if max_samples is None else whole_number("max_samples", max_samples)

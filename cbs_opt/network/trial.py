@@ -36,13 +36,9 @@ class TrialNetwork(nn.Module):
 def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
     """Write flat weights (n,) into the parameters in place; all of them, or none.
 
-    If anything raises in between, an interruption included, every parameter gets its old values
-    back before the exception goes on. Other tensors are not touched.
-
-    Raises
-    ------
-    NonFiniteError
-        If a weight is NaN, infinite, or too large for its parameter's dtype; nothing is written.
+    If anything raises in between, an interruption included, every parameter gets its old values back before
+    the exception goes on. Other tensors are not touched. Raises `NonFiniteError` if a weight is NaN,
+    infinite, or too large for its parameter's dtype; nothing is written.
     """
     values = as_parameters(model, partition, weights)
     for name, value in values.items():
@@ -74,15 +70,11 @@ def as_parameters(model: nn.Module, partition: Partition, weights: Tensor) -> di
 def unchanged(model: nn.Module, partition: Partition) -> Iterator[None]:
     """Raise at the end, or in place of what the change led to, if `model` is not as it was.
 
-    A data loader, a loss, a callback or another thread may move the network, cast it, replace a
-    parameter or train it; rows, sets and weights would then belong to different networks. Compared are
-    dtype, device and shape of every parameter and buffer, and the values of the weights of
-    `partition`, of which a copy is held.
-
-    Raises
-    ------
-    NetworkChangedError
-        With the tensor and what changed; an error that the change led to is its cause.
+    A data loader, a loss, a callback or another thread may move the network, cast it, replace a parameter or
+    train it; rows, sets and weights would then belong to different networks. Compared are dtype, device and
+    shape of every parameter and buffer, and the values of the weights of `partition`, of which a copy is
+    held. Raises `NetworkChangedError` with the tensor and what changed; an error that the change led to is
+    its cause.
     """
     kinds = _kinds(model)
     weights = {name: tensor.detach().clone() for name, tensor in partition.tensors(model).items()}

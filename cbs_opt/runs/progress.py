@@ -27,7 +27,7 @@ from cbs_opt.report.files import REPORT_JSON, read_json
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import absorb_batch
 from cbs_opt.runs.folder import Piece, Pieces, RunStore, Series
-from cbs_opt.select.choice import Choice
+from cbs_opt.select.choice import Choice, Ledger
 from formulations.errors import InstanceFormatError
 from formulations.files import sealed_json, write_atomically
 from formulations.solution import Limit
@@ -102,7 +102,7 @@ class RowJournal(Journal):
         return RunMismatchError("data", found, remedy)
 
 
-class ChoiceLedger:
+class ChoiceLedger(Ledger):
     """The choices of one selection that were made, and where further ones are put: no block is solved twice.
 
     `sizes` are the weights in each block; sets are read to `device`.

@@ -96,8 +96,8 @@ class SearchInterruptedError(KeyboardInterrupt):
         self.choice = choice
 
 
-class Ledger(Protocol):
-    """The choices of blocks that are made already, and where further ones are added."""
+class Ledger:
+    """The choices of blocks that are made already, and where further ones are added; this one forgets all."""
 
     def choice(self, index: int) -> Choice | None:
         """Return the choice of a block, or None if it is not made yet."""
@@ -105,14 +105,9 @@ class Ledger(Protocol):
 
     def add(self, index: int, choice: Choice) -> None:
         """Keep the choice of a block."""
-        return None
 
 
-class NoLedger(Ledger):
-    """A `Ledger` that knows nothing and forgets everything."""
-
-
-NO_LEDGER = NoLedger()
+NO_LEDGER = Ledger()
 
 
 def one_by_one(
@@ -120,10 +115,7 @@ def one_by_one(
 ) -> list[Choice]:
     """Return the choices of all blocks in order: those of the ledger, and what `choose` makes of the others.
 
-    Raises
-    ------
-    SearchInterruptedError
-        At the first choice that an interrupt ended.
+    Raises `SearchInterruptedError` at the first choice that an interrupt ended.
     """
     choices = []
     # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
@@ -153,19 +145,9 @@ class Selector(Protocol):
     ) -> list[Choice]:
         """Return one choice a block, in order.
 
-        Parameters
-        ----------
-        blocks : sequence of FisherBlock
-        counts : sequence of int
-            Weights to remove in each block.
-        limits : Limits
-            Of all blocks together.
-        warm : sequence of (n,) bool tensors, optional
-            A kept set for each block that a search starts from.
-        ledger : Ledger
-            A selector that takes a block at a time leaves out the blocks that have a choice there, and adds
-            the others as they are done.
-        **options
-            Of the method.
+        So many weights go in each block; the limits are for all blocks together, and the options are those of
+        the method. A search starts from the kept set (n,) that `warm` has for each block. A selector that
+        takes a block at a time leaves out the blocks that have a choice in the ledger, and adds the others as
+        they are done.
         """
         ...

@@ -35,33 +35,17 @@ COMMON = ("limits", "incumbent", "warm", "ledger", "tuning")
 class Method:
     """One way to choose the kept set, for the programs that it serves with one engine.
 
-    Attributes
-    ----------
-    name : str
-        A method with an engine for each program has an entry for each.
-    kind : str
-        "saliency", "search", "exact", "bound" or "solver".
-    summary : str
-        One line for tables.
-    function : callable or str
-        The engine, or ``"module:name"`` of it: where `blockwise`,
-        ``solver(problem, program, *, limits, incumbent, **options)`` on one `BlockProblem`, else a
-        `cbs_opt.select.choice.Selector` on the Fisher blocks of a network.
-    programs : tuple of str
-        Programs whose objective the method looks at. Saliencies look at neither, and are accepted
-        for both: the set is then evaluated under the program.
-    blockwise : bool
-        Whether it takes one block at a time, dense, so that workers can share the blocks.
-    scoring : callable or str
-        The saliency by which a global budget is spent across blocks, or ``"module:name"`` of it.
-    randomized : bool
-        Whether another seed gives another set.
-    needs_curvature : bool
-        False for methods that look at the weights alone.
-    free_options : bool
-        The engine checks its options itself; they cannot be listed here.
-    backend : str
-        Name of the solver that a model is handed to, empty for methods that are none.
+    A method with an engine for each program has an entry for each. `kind` is "saliency", "search", "exact",
+    "bound" or "solver", `summary` one line for tables. `function` is the engine, or ``"module:name"`` of it:
+    where `blockwise`, ``solver(problem, program, *, limits, incumbent, **options)`` on one `BlockProblem`,
+    dense, so that workers can share the blocks; else a `cbs_opt.select.choice.Selector` on the Fisher blocks
+    of a network. `programs` are those whose objective the method looks at: saliencies look at neither, and
+    are accepted for both; the set is then evaluated under the program.
+
+    `scoring` is the saliency by which a global budget is spent across blocks, or ``"module:name"`` of it.
+    `randomized` says whether another seed gives another set, `needs_curvature` is False for methods that look
+    at the weights alone. With `free_options` the engine checks its options itself; they cannot be listed
+    here. `backend` is the name of the solver that a model is handed to, empty for methods that are none.
     """
 
     name: str
@@ -217,7 +201,6 @@ def available_methods() -> tuple[Method, ...]:
 
 @cache
 def _plugged_in() -> tuple[Method, ...]:
-    """Return the methods that other packages add, imported once."""
     return tuple(load_plugins(METHODS, _adapted, {method.name for method in BUILT_IN}).values())
 
 
@@ -242,12 +225,8 @@ def _adapted(name: str, target: object) -> Method:
 def find_method(name: str, program: str) -> Method:
     """Return the method of that name for `program`.
 
-    Raises
-    ------
-    UnknownMethodError
-        With the known names.
-    UnsupportedProblemError
-        If the method exists, but not for `program`.
+    Raises `UnknownMethodError` with the known names; `UnsupportedProblemError` if the method exists, but not
+    for `program`.
     """
     check_program(program)
     if not isinstance(name, str):

@@ -28,11 +28,9 @@ def prepare(method: str, program: str) -> None:
     A saliency and a method of another package compile nothing of ours, the name of a solver stands for what
     any solver needs, a first set of weights.
 
-    Notes
-    -----
-    Compiles once an installation, half a minute at most, which a warning says; loads in some tenths of
-    a second in every other process; costs nothing after that. `formulations` does the same for
-    its methods when they are called directly.
+    Compiles once an installation, half a minute at most, which a warning says; loads in some tenths of a
+    second in every other process; costs nothing after that. `formulations` does the same for its methods when
+    they are called directly.
     """
     solver = method.partition(":")[0] in (*BRIDGES, "pyomo")
     names = preparation.kernel_names("greedy_obs" if solver else method, program)

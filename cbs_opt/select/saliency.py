@@ -30,15 +30,9 @@ def obd(block: FisherBlock) -> Tensor:
 def obs(block: FisherBlock) -> Tensor:
     """Return the saliency of Optimal Brain Surgeon, ``w_i^2 / (2 [H^-1]_ii)``, (n,) float64.
 
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If ``H`` is singular.
-
-    Notes
-    -----
-    O(m^2 n) through the m x m Woodbury system where ``m < n``, else O(n^3). Sources: Hassibi,
-    Stork (NeurIPS 1992); Singh, Alistarh (WoodFisher, NeurIPS 2020).
+    Raises `NotPositiveDefiniteError` if ``H`` is singular.
+    O(m^2 n) through the m x m Woodbury system where ``m < n``, else O(n^3). Sources: Hassibi, Stork (NeurIPS
+    1992); Singh, Alistarh (WoodFisher, NeurIPS 2020).
     """
     return 0.5 * block.weights.double() ** 2 / block.inverse_diagonal()
 

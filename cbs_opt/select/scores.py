@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,6 @@ def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, 
 
     The share `spread` of the kept weights enters the draw; 0 is plain magnitude pruning. The set (n,) keeps
     all but `n_prune` weights, on the device of `weights`.
-
-    Notes
-    -----
     O(n log n). After RMP of Yu et al. (ICML 2022), whose counts are met on average only.
     """
     if not (math.isfinite(spread) and 0.0 <= spread <= 1.0):
@@ -71,15 +69,7 @@ class BySaliency:
     def __init__(self, score: Callable[[FisherBlock], Tensor]) -> None:
         self.score = score
 
-    def __call__(
-        self,
-        blocks: Sequence[FisherBlock],
-        counts: Sequence[int],
-        *,
-        limits: Limits,
-        warm: Sequence[Tensor] | None = None,
-        ledger: Ledger = NO_LEDGER,
-    ) -> list[Choice]:
+    def __call__(self, blocks: Sequence[FisherBlock], counts: Sequence[int], **unused: Any) -> list[Choice]:
         """Return one choice a block; `limits`, `warm` and `ledger` are of no use."""
         choices = []
         for block, count in zip(blocks, counts, strict=True):

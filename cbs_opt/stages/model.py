@@ -40,7 +40,6 @@ class _Piece:
 
     @property
     def part(self) -> slice:
-        """Its range among the kept weights."""
         return slice(self.start, self.stop)
 
     @cached_property
@@ -76,10 +75,7 @@ class StageModel:
     def __init__(
         self, partition: Partition, keep: Tensor, rows: Tensor, channels: ChannelTerm | None = None
     ) -> None:
-        self.partition = partition
-        self.keep = keep
-        self.rows = rows
-        self.channels = channels
+        self.partition, self.keep, self.rows, self.channels = partition, keep, rows, channels
         self._diagonal = column_squares(rows)
         metric = None if channels is None else channels.scaled(1.0 / self.unit)
         self._pieces: list[_Piece] = []

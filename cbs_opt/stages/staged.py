@@ -22,17 +22,9 @@ from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, row_fields
 from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
 from cbs_opt.select.choice import Choice
+from cbs_opt.stages import trials
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
-from cbs_opt.stages.trials import (
-    DampingSearch,
-    Expansion,
-    Proposal,
-    first_dampings,
-    judged,
-    selections,
-    updates,
-)
 
 PATIENCE = 2
 """Updates refused in a row that end the final stage."""
@@ -120,11 +112,10 @@ class StagedRun:
         )
 
     def _next_stage(self, state: StageState) -> StageState:
-        """Take rows, select if weights are to go, and update."""
         self.passes.count, self.passes.samples = state.passes, state.samples
-        first, stage = first_dampings(self.task.request), state.stages
-        pruning = DampingSearch(first, state.damping)
-        updating = DampingSearch(first, state.update_damping)
+        first, stage = trials.first_dampings(self.task.request), state.stages
+        pruning = trials.DampingSearch(first, state.damping)
+        updating = trials.DampingSearch(first, state.update_damping)
         records: list[StageRecord] = []
         refused = 0
         began = time.perf_counter()
@@ -159,22 +150,24 @@ class StagedRun:
         return self.sparsities[min(stage, len(self.sparsities) - 1)]
 
     def _step(
-        self, model: StageModel, weights: Tensor, search: DampingSearch, update: int, prunes: bool
-    ) -> tuple[Proposal, StageRecord]:
+        self, model: StageModel, weights: Tensor, search: trials.DampingSearch, update: int, prunes: bool
+    ) -> tuple[trials.Proposal, StageRecord]:
         """Return the best network one step away, and whether it is to be taken."""
         task, stage = self.task, self.state.stages
         unit = 1.0 if isinstance(task.recipe.damping, Absolute) else model.unit
         gradient = self._gradient(weights, model) if task.recipe.gradient or not prunes else None
-        expansion = Expansion(model=model, weights=weights, gradient=gradient, unit=unit)
+        expansion = trials.Expansion(model=model, weights=weights, gradient=gradient, unit=unit)
         sample = self.passes.sample()
         before = self._loss_at(weights, sample)
         with task.clock.phase("steps"):
             proposals = (
-                selections(expansion, task.request, task.resources, search.grid(), self._sparsity(stage))
+                trials.selections(
+                    expansion, task.request, task.resources, search.grid(), self._sparsity(stage)
+                )
                 if prunes
-                else updates(expansion, task.request, search.grid())
+                else trials.updates(expansion, task.request, search.grid())
             )
-            best, losses = judged(proposals, lambda proposal: self._loss_at(proposal.weights, sample))
+            best, losses = trials.judged(proposals, lambda proposal: self._loss_at(proposal.weights, sample))
         accepted = prunes or losses[0] < before
         if not accepted:
             search.refused()
@@ -242,7 +235,6 @@ class StagedRun:
         return StageModel(task.partition, keep, rows.rows[:, keep], both.channels.restricted(keep))
 
     def _gradient(self, weights: Tensor, model: StageModel) -> Tensor:
-        """Return the gradient at `weights` in those still there."""
         task = self.task
         assert task.data is not None
         with task.clock.phase("gradient"):
@@ -263,7 +255,6 @@ class StagedRun:
         return evaluate(self.task.trial(weights), sample, self.task.loss_fn).loss
 
     def _announce(self) -> None:
-        """Hand the state after a stage to the caller."""
         if self.plan.on_stage is None:
             return
         task, state = self.task, self.state

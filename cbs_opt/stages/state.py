@@ -41,20 +41,9 @@ class StageState:
 class StageResult:
     """What `on_stage` is given when a stage is done.
 
-    Parameters
-    ----------
-    stage : int
-        From 0.
-    stages : int
-        How many there are.
-    sparsity : float
-    network : nn.Module
-        The network as it is now, to evaluate or to copy; valid during the call. The caller's own is
-        untouched until the end of the run.
-    weights, keep : dict of str to Tensor
-        Weights and boolean masks (True = kept) by parameter name.
-    records : tuple of StageRecord
-        The steps of this stage.
+    `stage` counts from 0, `stages` is how many there are. `network` is the network as it is now, to evaluate
+    or to copy; valid during the call. The caller's own is untouched until the end of the run. `weights` and
+    `keep` are weights and boolean masks (True = kept) by parameter name, `records` the steps of this stage.
     """
 
     stage: int

@@ -12,17 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cbs_opt import oneshot
 from cbs_opt.budget.remaining import counts_left
-from cbs_opt.oneshot import (
-    SEED_STEP,
-    budget_fields,
-    choose,
-    grouped,
-    method_of,
-    scoring_of,
-    select_of,
-    selects_by_rows,
-)
 from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request, in_units
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
@@ -139,9 +130,9 @@ def selections(
     expansion: Expansion, request: Request, resources: Resources, dampings: tuple[float, ...], sparsity: float
 ) -> Iterator[Proposal]:
     """Yield sets at `sparsity` for every method, seed and damping, each with its updates and without."""
-    for group in grouped(request.recipes, lambda recipe: (recipe.select, recipe.selection_damping)):
+    for group in oneshot.grouped(request.recipes, lambda recipe: (recipe.select, recipe.selection_damping)):
         recipe = group[0]
-        for attempt in range(select_of(recipe).tries):
+        for attempt in range(oneshot.select_of(recipe).tries):
             pairs: list[tuple[float, tuple[float, ...]]] = [(damping, (damping,)) for damping in dampings]
             if recipe.selection_damping is not None:
                 pairs = [(_selecting(expansion, recipe, recipe.selection_damping), dampings)]
@@ -161,8 +152,7 @@ def _selecting(expansion: Expansion, recipe: Recipe, damping: Damping) -> float:
 
 
 def _by_scale(recipes: Iterable[Recipe]) -> list[Recipe]:
-    """One recipe for every update."""
-    return [members[0] for members in grouped(recipes, lambda recipe: recipe.update)]
+    return [members[0] for members in oneshot.grouped(recipes, lambda recipe: recipe.update)]
 
 
 def _staying(
@@ -175,23 +165,25 @@ def _staying(
     attempt: int,
 ) -> Tensor:
     """Return what the method keeps of the weights still there, (n_kept,) bool."""
-    model, method = expansion.model, method_of(recipe)
+    model, method = expansion.model, oneshot.method_of(recipe)
     place = expansion.kept_weights, expansion.gradient, damping * expansion.unit
-    if selects_by_rows(recipe) and method.kind == "search":
+    if oneshot.selects_by_rows(recipe) and method.kind == "search":
         blocks = model.blocks(*place)
     else:
         blocks = model.around_minimum(*place, factorised=method.name == "obs")
-    with budget_fields():
+    with oneshot.budget_fields():
         counts = counts_left(
             model.partition,
             model.keep,
             sparsity,
             request.sparsity,
             budget=recipe.weights.budget,
-            scoring=scoring_of(recipe),
+            scoring=oneshot.scoring_of(recipe),
             blocks=blocks,
         )
-    choices = choose(recipe, blocks, counts, seed=request.seed + SEED_STEP * attempt, resources=resources)
+    choices = oneshot.choose(
+        recipe, blocks, counts, seed=request.seed + oneshot.SEED_STEP * attempt, resources=resources
+    )
     return torch.cat([choice.keep for choice in choices])
 
 

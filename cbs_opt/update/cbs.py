@@ -15,14 +15,8 @@ def cbs_update(block: FisherBlock, keep: Tensor) -> Tensor:
     """Return the best new weights for a kept set, ``d_K = H_KK^-1 (H_KP w_P - g_K)``: CBS-U.
 
     `keep` (n,) is True where the weight stays; the new weights (n,) float64 are exactly 0 elsewhere.
+    Raises `NotPositiveDefiniteError` if the kept block of ``H`` is singular.
 
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If the kept block of ``H`` is singular.
-
-    Notes
-    -----
     Solved in float64; see `cbs_opt.hessian` for what it costs. Source: Yu et al. (ICML 2022), CBS-U.
     """
     return cbs_updates(block, keep, [block.damping])[0]

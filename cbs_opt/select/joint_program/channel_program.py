@@ -43,8 +43,7 @@ class ChannelProgram(Program[ChannelSet]):
 
     def __init__(self, block: FisherBlock) -> None:
         assert isinstance(block.hessian, ChannelHessian)
-        self.block = block
-        self.hessian = block.hessian
+        self.block, self.hessian = block, block.hessian
         self.anchor = block.weights.double()
         self.linear = block.slope
 
@@ -76,10 +75,7 @@ class ChannelProgram(Program[ChannelSet]):
 def joint_program(block: FisherBlock) -> JointProgram | ChannelProgram:
     """Return the joint program of a block in the space where its Hessian is factored.
 
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If ``H`` is singular.
+    Raises `NotPositiveDefiniteError` if ``H`` is singular.
     """
     return ChannelProgram(block) if block.hessian.by_channels else JointProgram(block)
 

@@ -76,7 +76,6 @@ def improving_pairs(
     """Return swaps that lower the objective by more than `threshold`, each kept weight with its best partner.
 
     The threshold is not negative, the deadline a `time.monotonic` at which to return what there is.
-
     O(m) a pair that is computed, O(n) for every 256 kept weights that cannot be discarded as a whole.
     """
     candidates, reach, pull = _candidates(kept, scores, threshold)
@@ -101,10 +100,7 @@ def improving_pairs(
     _, first = np.unique(entering[order].cpu().numpy(), return_index=True)
     order = order[torch.from_numpy(np.sort(first)).to(order.device)]
     return ImprovingPairs(
-        leaving=leaving[order],
-        entering=entering[order],
-        changes=changes[order],
-        complete=complete,
+        leaving=leaving[order], entering=entering[order], changes=changes[order], complete=complete
     )
 
 

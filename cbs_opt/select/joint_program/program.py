@@ -20,17 +20,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from cbs_opt.hessian import products
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.products import (
-    adjoint_image,
-    column_pieces,
-    damped,
-    factorise,
-    image,
-    inner_gram,
-    inverse_of_factor,
-    solved,
-)
 from cbs_opt.hessian.rows import RowsHessian
 
 
@@ -108,11 +99,7 @@ class JointProgram(Program[KeptSet]):
 
     See `PlainHessian.row_form` for how a dense Hessian, and more rows than weights, become rows. These stay
     in their precision; what is computed from them is accumulated in float64.
-
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If ``H`` is singular.
+    Raises `NotPositiveDefiniteError` if ``H`` is singular.
     """
 
     def __init__(self, block: FisherBlock) -> None:
@@ -121,24 +108,24 @@ class JointProgram(Program[KeptSet]):
         self.block = replace(block, hessian=RowsHessian(self.rows), damping=self.damping)
         weights, slope = block.weights.double(), block.slope
         self.anchor = weights - slope / self.damping
-        self.pull = image(self.rows, weights)
+        self.pull = products.image(self.rows, weights)
         self.offset = 0.5 * float(slope @ slope) / self.damping
 
     def at(self, keep: Tensor) -> KeptSet:
         """Return a kept set, evaluated from scratch; O(m^2 s + m^3)."""
         index = keep.nonzero().squeeze(1)
         target = self.pull - self._image_of(index)
-        return self._solved(keep, inner_gram(self.rows, index), target)
+        return self._solved(keep, products.inner_gram(self.rows, index), target)
 
     def exchanged(self, kept: KeptSet, leaving: Tensor, entering: Tensor) -> KeptSet:
         """Return the kept set after an exchange of indices; O(m^2 (changes + m))."""
-        gram = kept.gram + inner_gram(self.rows, entering) - inner_gram(self.rows, leaving)
+        gram = kept.gram + products.inner_gram(self.rows, entering) - products.inner_gram(self.rows, leaving)
         target = kept.target - self._image_of(entering) + self._image_of(leaving)
         return self._solved(exchange(kept.keep, leaving, entering), gram, target)
 
     def levels(self, kept: KeptSet) -> Tensor:
         """Return ``h = a + R^T y``, (n,) float64: new weights on K, residual over damping on P; O(m n)."""
-        return self.anchor + adjoint_image(self.rows, kept.dual)
+        return self.anchor + products.adjoint_image(self.rows, kept.dual)
 
     def leverages(
         self, kept: KeptSet, precision: torch.dtype = torch.float64, index: Tensor | None = None
@@ -147,10 +134,10 @@ class JointProgram(Program[KeptSet]):
 
         Computed in `precision`; O(m^2) a weight.
         """
-        inverse = inverse_of_factor(kept.factor, precision)
+        inverse = products.inverse_of_factor(kept.factor, precision)
         count = self.n if index is None else len(index)
         leverages = torch.empty(count, dtype=torch.float64, device=inverse.device)
-        for span, columns in column_pieces(self.rows, index, precision):
+        for span, columns in products.column_pieces(self.rows, index, precision):
             leverages[span] = (inverse @ columns).square_().sum(dim=0)
         return leverages
 
@@ -166,7 +153,7 @@ class JointProgram(Program[KeptSet]):
         core = torch.diag(sign) + columns.T @ solved
         inverse, solved = torch.linalg.inv(core).to(self.rows.dtype), solved.T.to(self.rows.dtype)
         moved = leverages.clone()
-        for span, piece in column_pieces(self.rows, dtype=self.rows.dtype):
+        for span, piece in products.column_pieces(self.rows, dtype=self.rows.dtype):
             product = solved @ piece
             moved[span] -= (product * (inverse @ product)).sum(dim=0)
         return moved.clamp_min_(0.0)
@@ -180,13 +167,13 @@ class JointProgram(Program[KeptSet]):
     def _image_of(self, index: Tensor) -> Tensor:
         """Return ``R_I a_I``, (m,) float64."""
         total = torch.zeros_like(self.pull)
-        for span, columns in column_pieces(self.rows, index):
+        for span, columns in products.column_pieces(self.rows, index):
             total += columns @ self.anchor[index[span]]
         return total
 
     def _solved(self, keep: Tensor, gram: Tensor, target: Tensor) -> KeptSet:
-        factor = factorise(damped(gram, self.damping), self.block.name, self.damping)
-        dual = solved(factor, target)
+        factor = products.factorise(products.damped(gram, self.damping), self.block.name, self.damping)
+        dual = products.solved(factor, target)
         removed = torch.where(keep, 0.0, self.anchor)
         value = 0.5 * self.damping * float(dual @ target + removed @ removed) - self.offset
         return KeptSet(keep=keep, gram=gram, target=target, factor=factor, dual=dual, value=value)

@@ -59,12 +59,8 @@ def joint_search(
     channel term. The deadline, a reading of `time.monotonic`, is looked at between products with the rows.
 
     The result is never worse than the start; after Ctrl-C it is what was found until then, with
-    `Limit.INTERRUPTED`.
-
-    Notes
-    -----
-    O(m^2 n) for the leverages whenever many weights changed, O(m^2 b + m^3) to try b swaps. Memory beyond
-    the rows: O(m^2 + n) and some columns of the rows.
+    `Limit.INTERRUPTED`. O(m^2 n) for the leverages whenever many weights changed, O(m^2 b + m^3) to try b
+    swaps. Memory beyond the rows: O(m^2 + n) and some columns of the rows.
     """
     arguments = (start, tolerance, max_swaps, deadline)
     if isinstance(program, ChannelProgram):

@@ -55,22 +55,14 @@ def by_joint_swap_search(
     time limit is for all blocks together, shared by their size. The options are those of
     `cbs_opt.recipe.select.SwapSearch`; `restarts` are within the core of a large block. It starts by default
     from the rounded relaxation, and from greedy elimination in small blocks and beside a channel term.
+    Raises `ArgumentError` if a start is unknown, `restarts` is negative or `drops` below 1;
+    `NotPositiveDefiniteError` if the Hessian of a block is singular; `SearchInterruptedError` after Ctrl-C: a
+    `KeyboardInterrupt` with what was found for the block at hand.
 
-    Raises
-    ------
-    ArgumentError
-        If a start is unknown, `restarts` is negative or `drops` below 1.
-    NotPositiveDefiniteError
-        If the Hessian of a block is singular.
-    SearchInterruptedError
-        After Ctrl-C: a `KeyboardInterrupt` with what was found for the block at hand.
-
-    Notes
-    -----
     Blocks of up to `dense_limit` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
     `cbs_opt.select.joint_program.search`, O(m^2 n) whenever many weights have changed. A Hessian without
-    rows, and more rows than weights, cost an eigendecomposition there. Larger ones with a layer-input
-    term: the same from greedy OBS or a saliency, by batches of swaps without a proof and without restarts.
+    rows, and more rows than weights, cost an eigendecomposition there. Larger ones with a layer-input term:
+    the same from greedy OBS or a saliency, by batches of swaps without a proof and without restarts.
     """
     names = (start,) if isinstance(start, str) else tuple(start or ())
     if (start is not None and not names) or any(name not in JOINT_STARTS for name in names):
@@ -272,7 +264,6 @@ class _DenseSearch(_Search):
 
     @cached_property
     def problem(self) -> BlockProblem:
-        """The block as a dense problem."""
         return self.block.to_problem(self.count)
 
     def descend(self, start: Tensor | None) -> tuple[float, Choice]:

@@ -27,9 +27,6 @@ def greedy_obs_set(
 
     `count` weights are pruned; the kept count falls by the same factor with each of the drops. After the
     deadline, a reading of `time.monotonic`, all that is left to drop goes at once.
-
-    Notes
-    -----
     O(m^2 s) a drop of s kept weights. The scores, ``u_i^2 / (2 [H_KK^-1]_ii)`` of the moved weights u, are
     those of Hassibi & Stork (1993); one weight at a time would be their method. The weights are those of the
     trained network throughout: the model stays one quadratic, only the kept set shrinks.
@@ -59,13 +56,10 @@ def hard_threshold_set(
 
     Arguments are those of `greedy_obs_set`, and at most so many steps: it ends when no step length lowers the
     objective any more. The kept set is never worse than that of magnitude pruning.
-
-    Notes
-    -----
-    O(m n) a step, and O(m^2 (changes + m)) for each length that is tried. The first length is the exact
-    one for the pruned weights alone, or as much longer as changes the set; then it is halved until the
-    objective falls. Source: Foucart (2011), Hard thresholding pursuit; Blumensath & Davies (2010) for the
-    step length; CHITA (Benbaki et al., ICML 2023) uses the method for pruning.
+    O(m n) a step, and O(m^2 (changes + m)) for each length that is tried. The first length is the exact one
+    for the pruned weights alone, or as much longer as changes the set; then it is halved until the objective
+    falls. Source: Foucart (2011), Hard thresholding pursuit; Blumensath & Davies (2010) for the step length;
+    CHITA (Benbaki et al., ICML 2023) uses the method for pruning.
     """
     kept = program.at(without_lowest(program.block.weights.double().abs(), count))
     for _ in range(steps):

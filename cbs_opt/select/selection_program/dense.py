@@ -61,11 +61,7 @@ def swap_dense(
     `product` (n,), updated in place, is ``v = A y`` plus what fixed weights outside the block contribute;
     `linear` (n,) is ``c = g * w``; `pruned` (n,), updated in place, is ``y``, whose sum never changes. A swap
     must lower the objective by more than `tolerance`, and there are at most `budget`. The compiled kernel is
-    for the CPU.
-
-    Notes
-    -----
-    O(n) to O(n^2) a swap and block. The CPU kernel and the torch path make the same swaps, up to
+    for the CPU. O(n) to O(n^2) a swap and block. The CPU kernel and the torch path make the same swaps, up to
     ties within rounding.
     """
     if not compiled or gram.device.type != "cpu":

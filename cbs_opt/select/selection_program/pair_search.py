@@ -59,8 +59,7 @@ def columns_at_once(program: SelectionProgram, cells: int) -> int:
 class Projection:
     """Coordinates of every column: norms (n,), (n, d) leading ones in float32, (n, 2) remainders.
 
-    ``remainder[:, 0]`` is what is left outside the first `COARSE` directions, ``[:, 1]`` outside
-    all of them.
+    ``remainder[:, 0]`` is what is left outside the first `COARSE` directions, ``[:, 1]`` outside all of them.
     """
 
     norm: Tensor
@@ -136,12 +135,8 @@ class CompiledScan(_Scan):
         self.longest = np.maximum.reduceat(self.right[1], starts)
 
     def _arrays(self, index: Tensor) -> tuple[NDArray[Any], ...]:
-        return (
-            self.cost[index].numpy(),
-            self.projection.norm[index].numpy(),
-            self.projection.remainder[index].numpy(),
-            self.projection.coordinates[index].numpy(),
-        )
+        seen = self.projection
+        return tuple(x[index].numpy() for x in (self.cost, seen.norm, seen.remainder, seen.coordinates))
 
     def __call__(self, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         most = self.gathered
@@ -334,11 +329,8 @@ def improving_pairs(
     ``tuning.enough`` are found; those below `reach`, which is no less, that come up on the way are returned
     too. The first `start` pruned weights by rank of their cost are left for the end of the sweep. The
     deadline, a reading of `time.monotonic`, is looked at between chunks and tables.
-
-    Notes
-    -----
-    O(n_prune n_keep COARSE) for the bounds, O(m) for each pair that they leave. Memory: O(n), of
-    which 4 DIRECTIONS bytes for each kept weight, and less than 128 MiB beyond.
+    O(n_prune n_keep COARSE) for the bounds, O(m) for each pair that they leave. Memory: O(n), of which 4
+    DIRECTIONS bytes for each kept weight, and less than 128 MiB beyond.
     """
     inside, outside = changes.pruned.nonzero().squeeze(1), (~changes.pruned).nonzero().squeeze(1)
     start %= inside.numel()
@@ -360,26 +352,24 @@ def improving_pairs(
     )
 
 
+@dataclass(eq=False)
 class _Sweep:
     """One pass over the pruned weights at a fixed set, and the best pairs so far."""
 
-    def __init__(
-        self,
-        changes: SwapChanges,
-        scan: PairScan,
-        outside: Tensor,
-        improving: float,
-        reach: float,
-        deadline: float | None,
-        tuning: SwapTuning,
-    ) -> None:
-        self.changes, self.scan, self.outside = changes, scan, outside
-        self.improving, self.reach, self.deadline, self.tuning = improving, reach, deadline, tuning
-        self.step = columns_at_once(changes.program, tuning.cells)
-        self.crowded = False
-        self.number = 0
-        self.pairs = outside.new_empty((0, 2))
-        self.change = changes.linear.new_empty(0)
+    changes: SwapChanges
+    scan: PairScan
+    outside: Tensor
+    improving: float
+    reach: float
+    deadline: float | None
+    tuning: SwapTuning
+    crowded: bool = False
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.step = columns_at_once(self.changes.program, self.tuning.cells)
+        self.pairs = self.outside.new_empty((0, 2))
+        self.change = self.changes.linear.new_empty(0)
 
     def over(self) -> bool:
         """Return whether enough improving pairs are in hand, or the time is up."""

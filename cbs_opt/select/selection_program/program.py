@@ -14,32 +14,13 @@ from cbs_opt.hessian.block import FisherBlock
 class SwapTuning:
     """Sizes of a swap search on the selection program.
 
-    Parameters
-    ----------
-    dense_limit : int
-        Largest block whose whole Gram matrix is formed.
-    batch_bytes : int
-        Bytes of Gram matrices in one batch of small blocks.
-    pool : int
-        Weights in a pool.
-    swaps_a_look : int
-        Swaps within a pool between two looks at the clock.
-    gathered : int
-        Partners listed for one pruned weight; of one with more, a table over all partners is cheaper.
-    cells : int
-        Entries of the columns that are held in float64 at a time.
-    scan_rows : int
-        Pruned weights whose partners are scanned at a time.
-    table_rows, table_columns : int
-        Pruned and kept weights in a table of exact changes.
-    partners : int
-        Best partners that are kept of each weight in such a table.
-    most_pairs : int
-        Pairs that a sweep returns, the best ones.
-    enough : int
-        A sweep ends early once it has found this many improving pairs.
-    compiled : bool
-        Whether the kernels for the CPU are used there, and not those of other devices.
+    `dense_limit` is the largest block whose whole Gram matrix is formed, `batch_bytes` what those of one
+    batch of small blocks take, `pool` the weights in a pool, `swaps_a_look` swaps within it between two looks
+    at the clock. `gathered` partners are listed for one pruned weight; of one with more, a table over all
+    partners is cheaper: of `table_rows` pruned and `table_columns` kept weights, with the best `partners` of
+    each kept. `cells` entries of the columns are held in float64, and partners of `scan_rows` pruned weights
+    scanned, at a time. A sweep returns the best `most_pairs`, and ends early with `enough` improving ones.
+    `compiled` says whether the kernels for the CPU are used there, and not those of other devices.
     """
 
     dense_limit: int = 2_048

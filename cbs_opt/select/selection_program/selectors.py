@@ -35,11 +35,7 @@ def by_swap_search(
     Blocks, counts, warm and ledger are as of `Selector`: blocks are searched all at once; the ledger is not
     asked. The time limit is for all blocks and starts together. The options are those of
     `cbs_opt.recipe.select.SwapSearch`, the tolerance is that of `swap_search_batch`.
-
-    Raises
-    ------
-    ArgumentError
-        If a start is unknown.
+    Raises `ArgumentError` if a start is unknown.
     """
     names = [start] if isinstance(start, str) else list(start)
     if not names or any(name not in STARTS for name in names):

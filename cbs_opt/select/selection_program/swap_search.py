@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,8 @@ from torch import Tensor
 from cbs_opt.hessian.on_demand import chosen
 from cbs_opt.hessian.products import double_chunks
 from cbs_opt.select.choice import SearchResult
+from cbs_opt.select.selection_program import pair_search
 from cbs_opt.select.selection_program.dense import swap_dense
-from cbs_opt.select.selection_program.pair_search import (
-    Pairs,
-    Projection,
-    SwapChanges,
-    improving_pairs,
-    project,
-)
 from cbs_opt.select.selection_program.program import TUNING, SelectionProgram, SwapTuning
 from formulations.solution import Limit
 
@@ -76,40 +70,42 @@ def swap_search_batch(
     end once begun. The seed is that of the column sample that the pair search fits its directions to.
 
     The results are never worse than the starts; the seconds of a batch are spread evenly.
-
-    Notes
-    -----
-    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs.
-    Source of the move: Yu et al. (ICML 2022), section 4.
+    Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs. Source of the move: Yu et al.
+    (ICML 2022), section 4.
     """
+    options = _Options(tolerance, MAX_SWAPS if max_swaps is None else max_swaps, deadline, seed, tuning)
     results: dict[int, SearchResult] = {}
     groups: dict[tuple[int, torch.device], list[int]] = {}
     for number, (n, device) in enumerate([(program.n, program.weights.device) for program in programs]):
         if n <= tuning.dense_limit:
             groups.setdefault((n, device), []).append(number)
         else:
-            search = _LargeSearch(
-                programs[number], starts[number], tolerance, max_swaps, deadline, seed, tuning
-            )
-            results[number] = search.result()
+            results[number] = _LargeSearch(programs[number], starts[number], options).result()
     for (n, _), members in groups.items():
         size = max(1, tuning.batch_bytes // (8 * max(1, n) ** 2))
         for first in range(0, len(members), size):
             batch = members[first : first + size]
-            ends = _search_dense(
-                chosen(programs, batch), [starts[i] for i in batch], tolerance, max_swaps, deadline, tuning
-            )
+            ends = _search_dense(chosen(programs, batch), [starts[i] for i in batch], options)
             results.update(zip(batch, ends, strict=True))
     return [results[number] for number in range(len(programs))]
 
 
+class _Options(NamedTuple):
+    """Those of `swap_search_batch`."""
+
+    tolerance: float | None
+    max_swaps: int
+    deadline: float | None
+    seed: int
+    tuning: SwapTuning
+
+    @property
+    def expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
 def _search_dense(
-    programs: Sequence[SelectionProgram],
-    starts: Sequence[Tensor],
-    tolerance: float | None,
-    max_swaps: int | None,
-    deadline: float | None,
-    tuning: SwapTuning,
+    programs: Sequence[SelectionProgram], starts: Sequence[Tensor], options: _Options
 ) -> list[SearchResult]:
     """Search blocks of one size at once, each on its Gram matrix; one block's rows are in use at a time."""
     began = time.monotonic()
@@ -121,10 +117,10 @@ def _search_dense(
     linear = torch.stack([program.linear() for program in programs])
     pruned = ~torch.stack(list(starts))
     product = torch.einsum("bij,bj->bi", gram, pruned.double())
-    relative = torch.tensor([relative_tolerance(program, tolerance) for program in programs])
-    expired = deadline is not None and time.monotonic() >= deadline
-    most = 0 if expired else MAX_SWAPS if max_swaps is None else max_swaps
-    budget = torch.full((len(programs),), most, dtype=torch.int64, device=gram.device)
+    relative = torch.tensor([relative_tolerance(program, options.tolerance) for program in programs])
+    expired = options.expired
+    most = 0 if expired else options.max_swaps
+    budget = torch.full((len(programs),), most, dtype=torch.int64, device=device)
     terms = torch.diagonal(gram, dim1=1, dim2=2).amax(1) + linear.abs().amax(1)
     swaps = torch.zeros_like(budget)
     while True:
@@ -133,7 +129,7 @@ def _search_dense(
         rounding = ROUNDING * (terms + product.abs().amax(1)) + TINY
         threshold = torch.maximum(relative.to(value) * value.abs(), rounding)
         counts = swap_dense(
-            gram, product, linear, pruned, threshold, budget - swaps, compiled=tuning.compiled
+            gram, product, linear, pruned, threshold, budget - swaps, compiled=options.tuning.compiled
         )
         swaps += counts.swaps
         if not bool((counts.locally_optimal & (counts.swaps > 0)).any()):
@@ -166,22 +162,11 @@ def _never_worse(start: Tensor, result: SearchResult) -> SearchResult:
 class _LargeSearch:
     """State of one search on a block too large for its Gram matrix: pools of weights, and pairs by proof."""
 
-    def __init__(
-        self,
-        program: SelectionProgram,
-        keep: Tensor,
-        tolerance: float | None,
-        max_swaps: int | None,
-        deadline: float | None,
-        seed: int,
-        tuning: SwapTuning,
-    ) -> None:
+    def __init__(self, program: SelectionProgram, keep: Tensor, options: _Options) -> None:
         self.began = time.monotonic()
-        self.program, self.tuning = program, tuning
+        self.program, self.options, self.tuning = program, options, options.tuning
         self.start, self.pruned = keep, ~keep
-        self.tolerance = relative_tolerance(program, tolerance)
-        self.budget = MAX_SWAPS if max_swaps is None else max_swaps
-        self.deadline, self.seed = deadline, seed
+        self.tolerance = relative_tolerance(program, options.tolerance)
         self.linear = program.linear()
         self._read_data()
         self.initial_square = float(self.image.square().sum())
@@ -210,16 +195,18 @@ class _LargeSearch:
 
     def _run(self) -> None:
         self._check_time()
-        if self.limit is None and self.budget == 0:
+        if self.limit is None and self.options.max_swaps == 0:
             self.limit = Limit.ITERATION
         if not self.program.hessian.by_rows:
             self._improve_whole()
             return
         self._improve_by_pools()
         self.reach = NEARLY * abs(self.value)
-        projection: Projection | None = None
+        projection: pair_search.Projection | None = None
         while self.limit is None:
-            projection = projection or project(self.program, self.squares, self.seed, self.tuning)
+            projection = projection or pair_search.project(
+                self.program, self.squares, self.options.seed, self.tuning
+            )
             if not self._improve_by_pairs(projection):
                 return
             self._improve_by_pools()
@@ -289,7 +276,7 @@ class _LargeSearch:
             picks.append(masked.topk(min(self.tuning.pool // 2, int(side.sum())), largest=False).indices)
         return torch.cat(picks)
 
-    def _improve_by_pairs(self, projection: Projection) -> bool:
+    def _improve_by_pairs(self, projection: pair_search.Projection) -> bool:
         """Swap within pools of paired weights; False once no pair is left, or a limit is reached.
 
         Pairs that just fail to improve alone often do once their neighbours have moved, so the
@@ -297,8 +284,8 @@ class _LargeSearch:
         """
         improving = -self._threshold()
         reach = max(self.reach, improving)
-        pairs = improving_pairs(
-            SwapChanges(
+        pairs = pair_search.improving_pairs(
+            pair_search.SwapChanges(
                 program=self.program,
                 pruned=self.pruned,
                 image=self.image,
@@ -310,7 +297,7 @@ class _LargeSearch:
             improving=improving,
             reach=reach,
             start=self.resume,
-            deadline=self.deadline,
+            deadline=self.options.deadline,
             tuning=self.tuning,
         )
         self.resume = pairs.resume
@@ -334,13 +321,13 @@ class _LargeSearch:
         self._adapt_reach(reach, pairs)
         return self.limit is None
 
-    def _cost_error(self, projection: Projection) -> Tensor | float:
+    def _cost_error(self, projection: pair_search.Projection) -> Tensor | float:
         """Return what `_costs` may be too high by where the product with the rows is not in float64."""
         if self.program.precision == torch.float64:
             return 0.0
         return COST_SLACK * float(self.image.norm()) * projection.norm
 
-    def _adapt_reach(self, reach: float, pairs: Pairs) -> None:
+    def _adapt_reach(self, reach: float, pairs: pair_search.Pairs) -> None:
         """Set the reach: less far after a crowded sweep, or one cut short; further after a meagre one."""
         if reach <= 0.0:
             return
@@ -375,8 +362,8 @@ class _LargeSearch:
         threshold = torch.tensor([self._threshold()], dtype=torch.float64, device=pool.device)
         swaps = 0
         while True:
-            left = self.budget - self.swaps - swaps
-            most = left if self.deadline is None else min(left, self.tuning.swaps_a_look)
+            left = self.options.max_swaps - self.swaps - swaps
+            most = left if self.options.deadline is None else min(left, self.tuning.swaps_a_look)
             counts = swap_dense(
                 gram,
                 product,
@@ -396,5 +383,5 @@ class _LargeSearch:
                 return swaps
 
     def _check_time(self) -> None:
-        if self.limit is None and self.deadline is not None and time.monotonic() >= self.deadline:
+        if self.limit is None and self.options.expired:
             self.limit = Limit.TIME
