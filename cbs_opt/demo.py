@@ -118,6 +118,8 @@ def compare_on_digits(
 ) -> list[PruneReport]:
     """Prune the same trained digits network by every contender at every sparsity.
 
+    Raises `ArgumentError` if a sparsity lies outside [0, 1); nothing is trained then.
+
     Parameters
     ----------
     seed : int, default 0
@@ -133,11 +135,6 @@ def compare_on_digits(
     -------
     list of PruneReport
         Contender by contender, in the given order; evaluated on the test images.
-
-    Raises
-    ------
-    ArgumentError
-        If a sparsity lies outside [0, 1); nothing is trained then.
     """
     levels = [checked_sparsity("sparsity", sparsity) for sparsity in sparsities]
     model, train, test = digits_network(seed)

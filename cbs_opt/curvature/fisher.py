@@ -244,6 +244,9 @@ def fisher_blocks(
 ) -> list[FisherBlock]:
     """Cut the weights of a network into blocks, each with its Fisher model and gradient.
 
+    Raises `ArgumentError` if `damping` is negative or not finite, or a glob accompanies a `Partition`; and
+    all that `Partition.from_model` and `gradient_rows` raise.
+
     Parameters
     ----------
     partition : {"global", "layer", "row"}, int or Partition, default "layer"
@@ -259,12 +262,6 @@ def fisher_blocks(
     list of FisherBlock
         In the order of the partition. Rows, weights and gradients are views of one tensor each for
         the whole network.
-
-    Raises
-    ------
-    ArgumentError
-        If `damping` is negative or not finite, or a glob accompanies a `Partition`; and all that
-        `Partition.from_model` and `gradient_rows` raise.
     """
     damping = finite_number("damping", damping)
     if not isinstance(partition, Partition):

@@ -138,6 +138,8 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """``E[sum over positions of x x^T]`` of the inputs of every layer whose weights are pruned.
 
+    Raises `NonFiniteError` if a layer is fed NaN or infinity; other errors as from `gradient_rows`.
+
     Parameters
     ----------
     model : nn.Module
@@ -157,11 +159,6 @@ def input_moments(
         Float64, by parameter name; f is the fan-in, in the order of one output channel's weights. The
         uses of tied weights are added up. Parameters are left out that belong to no `nn.Linear`,
         `nn.Conv1d` or `nn.Conv2d`, and those of layers that the network does not call.
-
-    Raises
-    ------
-    NonFiniteError
-        If a layer is fed NaN or infinity; other errors as from `gradient_rows`.
 
     Notes
     -----

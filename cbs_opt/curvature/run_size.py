@@ -182,15 +182,10 @@ def run_size(
 def check_fits(size: RunSize, free: int | None = None) -> None:
     """Refuse a run that does not fit, before its first gradient.
 
-    `free` are the bytes of memory that it may take; by default those that the machine has free.
-
-    Raises
-    ------
-    RowMemoryError
-        If the rows of the largest block are not within `row_memory`, or the run not within `free`: then
-        with a partition and a `row_memory` that fit, if any do.
-    RowStoreError
-        If the folder for the rows is none, or has too little space.
+    `free` are the bytes of memory that it may take; by default those that the machine has free. Raises
+    `RowMemoryError` if the rows of the largest block are not within `row_memory`, or the run not within
+    `free`: then with a partition and a `row_memory` that fit, if any do; `RowStoreError` if the folder for
+    the rows is none, or has too little space.
     """
     if size.row_dir is not None:
         if size.row_memory is not None:

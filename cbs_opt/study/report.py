@@ -166,6 +166,8 @@ def sections(table: pd.DataFrame) -> list[Section]:
 def write_report(results: Results, folder: Path, *, pictures: str | None = None) -> list[Path]:
     """Write ``report.html`` and ``report.md``, each in one step.
 
+    Raises `StudyFolderError` if no run is done yet.
+
     Parameters
     ----------
     results : Results
@@ -179,11 +181,6 @@ def write_report(results: Results, folder: Path, *, pictures: str | None = None)
     -------
     list of Path
         The files.
-
-    Raises
-    ------
-    StudyFolderError
-        If no run is done yet.
     """
     contents = {HTML: render_html(results).encode(), MARKDOWN: render_markdown(results).encode()}
     for section in sections(_labelled(results)) if pictures is not None else ():

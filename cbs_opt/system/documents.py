@@ -18,6 +18,9 @@ def read_document(
 ) -> Any:
     """Return what `parse` makes of a TOML file.
 
+    Raises `ArgumentError` if the file cannot be read, is not TOML, or `parse` refuses it: with the line of
+    the entry.
+
     Parameters
     ----------
     path : path
@@ -27,11 +30,6 @@ def read_document(
         Raises `ArgumentError` about an entry of the document, such as ``methods[1].options``.
     inside : str
         Table in which an entry may stand although its name does not begin with it.
-
-    Raises
-    ------
-    ArgumentError
-        If the file cannot be read, is not TOML, or `parse` refuses it: with the line of the entry.
     """
     try:
         text = path.read_text(encoding="utf-8")
