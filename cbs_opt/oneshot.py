@@ -67,14 +67,8 @@ class Clock:
 class Task:
     """What a run works on, after its arguments were checked.
 
-    Attributes
-    ----------
-    weights : (n,) Tensor
-        The trained weights, flat.
-    sample : list of (inputs, labels), optional
-        On which networks are compared; None without data.
-    done : RunProgress
-        What is kept on disk.
+    `weights`: the trained weights, flat. `sample`: on which networks are compared; None without data. `done`:
+    what is kept on disk.
     """
 
     model: nn.Module
@@ -327,12 +321,10 @@ def grouped(recipes: Iterable[Recipe], key: Callable[[Recipe], object]) -> list[
 
 
 def _selecting(recipe: Recipe) -> Any:
-    """Return the damping while selecting."""
     return recipe.damping if recipe.selection_damping is None else recipe.selection_damping
 
 
 def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> list[int]:
-    """Return how many weights go in every block."""
     scores = None
     budget = recipe.weights.budget
     if budget != "uniform" and len(task.partition.blocks) > 1:
@@ -406,7 +398,6 @@ def check_data(request: Request, data: Data | None) -> None:
 
 
 def _needing(recipe: Recipe) -> str:
-    """Return what of a recipe needs gradient rows."""
     if method_of(recipe).needs_curvature:
         return select_of(recipe).method
     if recipe.update is not None:

@@ -286,7 +286,6 @@ def _with_method(recipe: Recipe, request: Request) -> Recipe:
 
 
 def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -> Recipe:
-    """Return the recipe with a weight of the layer-input term."""
     if recipe.layer_inputs is not None:
         return recipe
     if not isinstance(recipe.curvature, Fisher):
@@ -296,7 +295,6 @@ def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -
 
 
 def _check_methods(request: Request, resources: Resources) -> None:
-    """Raise `ArgumentError` for a method, an option or a score that cannot be used."""
     for recipe in request.recipes:
         select = select_of(recipe)
         with within("select", "method", "program"):
@@ -341,7 +339,6 @@ def _finished(task: Task, staged: StagedRun | None) -> tuple[Tensor, PruneReport
 def _run(
     task: Task, staged: StagedRun | None, held_out: Data | None, opened: ExitStack
 ) -> tuple[Tensor, PruneReport]:
-    """Prune, describe what was done, and keep the result."""
     certify = task.request.certify
     if staged is not None:
         best = staged.run()

@@ -195,19 +195,9 @@ def mean_gradient(
 ) -> tuple[Tensor, int]:
     """Return the gradient of the mean loss over many samples, by ordinary backward passes.
 
-    Parameters
-    ----------
-    model, data, loss_fn, partition, seed, weights, progress
-        See `gradient_rows`, also for errors.
-    samples : int
-        Samples to use; all that there are, if fewer.
-    batch_size : int, default 256
-        Samples in one backward pass.
-
-    Returns
-    -------
-    (n,) Tensor, int
-        The gradient, in the dtype of the weights, float32 at least; and the samples used.
+    `model`, `data`, `loss_fn`, `partition`, `seed`, `weights` and `progress`: see `gradient_rows`, also for
+    errors. `samples`: samples to use; all that there are, if fewer. `batch_size`: samples in one backward
+    pass. Returns the gradient, in the dtype of the weights, float32 at least; and the samples used.
     """
     whole_number("samples", samples)
     require_evaluation_mode(model)
@@ -390,7 +380,6 @@ class RowBuilder:
 
     @property
     def _part_size(self) -> int:
-        """Samples whose rows are made at once."""
         if self._exact:
             return max(1, self._chunk // require_classifier(self._classes, self.curvature.kind))
         return self.curvature.per_row if self._one_by_one else self._chunk

@@ -227,7 +227,6 @@ def _is_unsettled(module: nn.Module) -> bool:
 
 
 def _alone(inputs: Inputs) -> Inputs:
-    """One sample as a batch of one."""
     return map_tensors(lambda x: x.unsqueeze(0), inputs)
 
 

@@ -131,7 +131,6 @@ def _embedded(*drawings: tuple[Figure | None, str]) -> list[Picture]:
 
 
 def _section(report: PruneReport, *, with_pictures: bool) -> dict[str, object]:
-    """Return the details of one run."""
     certificates = tables.certificates_table(report)
     parts: list[Part] = [
         ("Layers", tables.layers_table(report), ""),

@@ -137,7 +137,6 @@ def superseded(plan: Plan, rows: Mapping[str, Row]) -> list[str]:
 
 
 def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give key and content of every record, the oldest first."""
     path = folder / DATABASE
     if not path.exists():
         return
