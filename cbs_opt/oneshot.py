@@ -101,8 +101,7 @@ class Task:
 class Candidate:
     """One pruned network: its sets, its flat weights in float64, and what it was made with.
 
-    `damping` is what was added to the diagonal. `loss` is the training loss, None where nothing was
-    compared.
+    `damping` is what was added to the diagonal. `loss` is the training loss, None where nothing was compared.
     """
 
     choices: list[Choice]

@@ -81,8 +81,7 @@ def prune(
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
         Training data. None is allowed for methods that need no curvature, without update.
     sparsity : float
-        Share of the eligible weights to remove, in [0, 1); met exactly,
-        ``n_prune = round(sparsity * n)``.
+        Share of the eligible weights to remove, in [0, 1); met exactly, ``n_prune = round(sparsity * n)``.
     recipe : Recipe, sequence of Recipe, or str, default "balanced"
         How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
         one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of

@@ -133,9 +133,8 @@ class Recipe:
     selection_damping : float or Absolute, optional
         Another damping while selecting; by default the same.
     gradient : bool, default False
-        Keep the gradient in the model while selecting. At a trained minimum, and after an update brought
-        the network to one, it is mostly sampling noise. Updates without selection, in stages, always
-        follow it.
+        Keep the gradient in the model while selecting. At a trained minimum, and after an update brought the
+        network to one, it is mostly sampling noise. Updates without selection, in stages, always follow it.
     weights : Weights
     select : Select or str, optional
         A record of `cbs_opt.recipe.select`, or the name of a method. By default `SwapSearch`, and
@@ -229,14 +228,12 @@ class Stages:
         the stage; each has a gradient of its own. An update is a damped Newton step; the grid of
         dampings follows the winners, a third to three times the last one.
     final_updates : int, default 4
-        Updates at the last sparsity, with new rows, after all stages. They end early when nothing
-        improves.
+        Updates at the last sparsity, with new rows, after all stages. They end early when nothing improves.
     gradient_samples : int, optional
         Training samples of every gradient; by default as many as the rows of a stage are made of.
     on_stage : callable, optional
-        Called with a `StageResult` after every stage, and first for those in `run_dir`: its network can
-        be evaluated or copied, so that one run serves a whole table of sparsities. Not saved with the
-        recipe.
+        Called with a `StageResult` after every stage, and first for those in `run_dir`: its network can be
+        evaluated or copied, so that one run serves a whole table of sparsities. Not saved with the recipe.
     """
 
     count: int = 1
