@@ -113,16 +113,8 @@ def compare_on_digits(
     reports = []
     for contender, sparsity in itertools.product(contenders, levels):
         model.load_state_dict(trained)
-        report = prune(
-            model,
-            train,
-            sparsity=sparsity,
-            recipe=contender.recipe,
-            certify=contender.certify,
-            evaluate=test,
-            seed=seed,
-            progress=False,
-        )
+        how = vars(contender)
+        report = prune(model, train, sparsity=sparsity, **how, evaluate=test, seed=seed, progress=False)
         on_report(report)
         reports.append(report)
     return reports

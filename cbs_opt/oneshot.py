@@ -272,10 +272,9 @@ def take_rows(task: Task) -> Rows | None:
             )
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
-            moments = task.done.moments(
-                lambda: input_moments(task.model, data, task.partition, seed=request.seed)
-            )
-            rows = with_layer_inputs(rows, task.model, data, task.partition, moments=moments)
+            given = task.model, data, task.partition
+            moments = task.done.moments(lambda: input_moments(*given, seed=request.seed))
+            rows = with_layer_inputs(rows, *given, moments=moments)
     return rows
 
 
@@ -289,24 +288,15 @@ def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
         counts = _counts(task, model, recipe, damping)
         scored = method_of(recipe).kind == "saliency"
         for attempt in range(select_of(recipe).tries):
-            blocks = model.blocks(
-                damping,
-                0.0 if selects_by_rows(recipe) else term_of(recipe),
-                gradient=recipe.gradient or scored,
-            )
+            term = 0.0 if selects_by_rows(recipe) else term_of(recipe)
+            blocks = model.blocks(damping, term, gradient=recipe.gradient or scored)
             ledger = task.done.selection(next(selections), sizes)
             if ledger.complete:
                 choices = ledger.choices()
             else:
                 with task.clock.phase("selection"):
-                    choices = choose(
-                        recipe,
-                        blocks,
-                        counts,
-                        seed=task.request.seed + SEED_STEP * attempt,
-                        resources=task.resources,
-                        ledger=ledger,
-                    )
+                    seed, resources = task.request.seed + SEED_STEP * attempt, task.resources
+                    choices = choose(recipe, blocks, counts, seed=seed, resources=resources, ledger=ledger)
                     ledger.close(choices)
             yield from _updated(task, model, group, choices)
 

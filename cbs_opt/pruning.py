@@ -193,10 +193,6 @@ def plan(
     model, data, sparsity, recipe, stages, certify, resources, seed
         As for `prune`; all are checked. No data are read, and the network is not run.
 
-    Returns
-    -------
-    RunSize
-
     Raises
     ------
     CbsError

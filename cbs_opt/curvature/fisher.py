@@ -157,15 +157,11 @@ def gradient_rows(
             gradient=gradient,
             journal=Journal() if journal is None else journal,
         )
-        batches = iterate(
-            data,
-            batch_size=min(curvature.samples, READ_AHEAD),
-            max_samples=curvature.samples,
-            seed=seed,
-            device=function.device,
-        )
+        wanted, device = curvature.samples, function.device
+        ahead = min(wanted, READ_AHEAD)
+        batches = iterate(data, batch_size=ahead, max_samples=wanted, seed=seed, device=device)
         silent = None if progress else True
-        with tqdm(total=curvature.samples, desc="gradients", unit="sample", disable=silent) as bar:
+        with tqdm(total=wanted, desc="gradients", unit="sample", disable=silent) as bar:
             for batch in batches if size == 1 else regroup(batches, size):
                 builder.consume(batch)
                 bar.update(batch.size)

@@ -231,15 +231,8 @@ class Exact(Select):
 SELECTS: dict[str, type[Select]] = {
     record.method: record
     for record in (
-        Magnitude,
-        RandomizedMagnitude,
-        OBD,
-        OBS,
-        LossPreservation,
-        GradientNorm,
-        SwapSearch,
-        GreedyOBS,
-        HardThreshold,
+        *(Magnitude, RandomizedMagnitude, OBD, OBS, LossPreservation, GradientNorm),
+        *(SwapSearch, GreedyOBS, HardThreshold),
     )
 }
 """The records by the name of their method; every other name is one for `Exact`."""
