@@ -47,46 +47,17 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
-    "cbs_opt.curvature.fisher": (
-        "fisher_blocks",
-        "gradient_rows",
-    ),
-    "cbs_opt.curvature.kinds": (
-        "EmpiricalFisher",
-        "ExactFisher",
-        "MonteCarloFisher",
-        "SketchedFisher",
-    ),
+    "cbs_opt.curvature.fisher": ("fisher_blocks", "gradient_rows"),
+    "cbs_opt.curvature.kinds": ("EmpiricalFisher", "ExactFisher", "MonteCarloFisher", "SketchedFisher"),
     "cbs_opt.curvature.rows": ("Rows",),
     "cbs_opt.curvature.run_size": ("RunSize",),
     "cbs_opt.execution.blocks": ("solve_blocks",),
     "cbs_opt.network.batchnorm": ("recalibrate_batchnorm",),
-    "cbs_opt.network.masks": (
-        "apply_masks",
-        "load_masks",
-        "save_masks",
-    ),
+    "cbs_opt.network.masks": ("apply_masks", "load_masks", "save_masks"),
     "cbs_opt.network.partition": ("Partition",),
-    "cbs_opt.pruning": (
-        "plan",
-        "prune",
-    ),
-    "cbs_opt.recipe.files": (
-        "load_recipe",
-        "load_report",
-        "load_request",
-        "save_recipe",
-        "save_report",
-    ),
-    "cbs_opt.recipe.records": (
-        "Certify",
-        "Recipe",
-        "Request",
-        "Stages",
-        "Update",
-        "Weights",
-        "absolute",
-    ),
+    "cbs_opt.pruning": ("plan", "prune"),
+    "cbs_opt.recipe.files": ("load_recipe", "load_request", "save_recipe"),
+    "cbs_opt.recipe.records": ("Certify", "Recipe", "Request", "Stages", "Update", "Weights", "absolute"),
     "cbs_opt.recipe.select": (
         "Exact",
         "GradientNorm",
@@ -102,18 +73,12 @@ _MODULES = {
     "cbs_opt.report.files": ("load_report", "save_report"),
     "cbs_opt.report.record": ("PruneReport",),
     "cbs_opt.select.methods": ("available_methods",),
-    "cbs_opt.solving": (
-        "compare",
-        "solve",
-    ),
+    "cbs_opt.solving": ("compare", "solve"),
     "cbs_opt.system.resources": ("Resources",),
     "formulations.errors": ("CbsError",),
     "formulations.problem": ("BlockProblem",),
     "formulations.relaxations.bounds": ("lower_bound",),
-    "formulations.solution": (
-        "BlockSolution",
-        "Termination",
-    ),
+    "formulations.solution": ("BlockSolution", "Termination"),
     "formulations.solvers": ("available_solvers",),
     "formulations.verification": ("verify",),
 }

@@ -56,10 +56,7 @@ CONTENDERS = (
 def digits_data(seed: int = 0) -> tuple[Pair, Pair]:
     """scikit-learn's 1 797 images of digits, split at random into training and test.
 
-    Returns
-    -------
-    train, test : pairs (X, y)
-        ``X`` (samples, 64) float32 in [0, 1], ``y`` (samples,) int64.
+    ``X`` is (samples, 64) float32 in [0, 1], ``y`` (samples,) int64.
     """
     from sklearn.datasets import load_digits
 
@@ -76,22 +73,9 @@ def digits_network(
 ) -> tuple[nn.Sequential, Pair, Pair]:
     """Train a perceptron on the digits; about a second on one core.
 
-    Parameters
-    ----------
-    seed : int, default 0
-        Of the split, the initial weights and the order of the batches. Torch's global generator is
-        not touched.
-    hidden : sequence of int, default (32,)
-        Widths of the hidden layers.
-    epochs : int, default 15
-        Passes over the training data.
-
-    Returns
-    -------
-    model : nn.Sequential
-        float32, in evaluation mode.
-    train, test : pairs (X, y)
-        See `digits_data`.
+    `seed`: of the split, the initial weights and the order of the batches. Torch's global generator is not
+    touched. `hidden`: widths of the hidden layers. `epochs`: passes over the training data. The network is
+    float32, in evaluation mode.
     """
     train, test = digits_data(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -118,26 +102,10 @@ def compare_on_digits(
 ) -> list[PruneReport]:
     """Prune the same trained digits network by every contender at every sparsity.
 
-    Parameters
-    ----------
-    seed : int, default 0
-        Of the training and of every run.
-    sparsities : sequence of float
-        In [0, 1).
-    contenders : sequence of Contender
-        What to compare.
-    on_report : callable, optional
-        Called with each report as it is made.
-
-    Returns
-    -------
-    list of PruneReport
-        Contender by contender, in the given order; evaluated on the test images.
-
-    Raises
-    ------
-    ArgumentError
-        If a sparsity lies outside [0, 1); nothing is trained then.
+    Raises `ArgumentError` if a sparsity lies outside [0, 1); nothing is trained then. `seed`: of the training
+    and of every run. `sparsities`: in [0, 1). `contenders`: what to compare. `on_report`: called with each
+    report as it is made. The reports come contender by contender, in the given order; evaluated on the test
+    images.
     """
     levels = [checked_sparsity("sparsity", sparsity) for sparsity in sparsities]
     model, train, test = digits_network(seed)
@@ -145,16 +113,8 @@ def compare_on_digits(
     reports = []
     for contender, sparsity in itertools.product(contenders, levels):
         model.load_state_dict(trained)
-        report = prune(
-            model,
-            train,
-            sparsity=sparsity,
-            recipe=contender.recipe,
-            certify=contender.certify,
-            evaluate=test,
-            seed=seed,
-            progress=False,
-        )
+        how = vars(contender)
+        report = prune(model, train, sparsity=sparsity, **how, evaluate=test, seed=seed, progress=False)
         on_report(report)
         reports.append(report)
     return reports

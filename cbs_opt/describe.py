@@ -40,16 +40,8 @@ def describe(
 ) -> PruneReport:
     """Evaluate the chosen network without writing it, and put everything on record.
 
-    Parameters
-    ----------
-    task : Task
-    best : Candidate
-    model : LossModel or None
-        What the network was chosen by; None for a run in stages, whose `state` has a record of every
-        step instead.
-    held_out : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
-    state : StageState, optional
-        At the end of a run in stages.
+    `model`: what the network was chosen by; None for a run in stages, whose `state` has a record of every
+    step instead. `state`: at the end of a run in stages.
     """
     request, recipe, partition = task.request, best.recipe, task.partition
     curvature = recipe.curvature
@@ -184,7 +176,6 @@ def _block_summaries(
 
 
 def _with_certificate(block: BlockSummary, certified: CertifiedBlock) -> BlockSummary:
-    """Return the summary of a block with its bound and what proves it."""
     solution, evidence = certified.solution, certified.solution.certificate
     proved: dict[str, Any] = {name: getattr(evidence, name, None) for name in PROVED}
     return replace(

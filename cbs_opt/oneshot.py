@@ -66,14 +66,8 @@ class Clock:
 class Task:
     """What a run works on, after its arguments were checked.
 
-    Attributes
-    ----------
-    weights : (n,) Tensor
-        The trained weights, flat.
-    sample : list of (inputs, labels), optional
-        On which networks are compared; None without data.
-    done : RunProgress
-        What is kept on disk.
+    `weights`: the trained weights, flat. `sample`: on which networks are compared; None without data. `done`:
+    what is kept on disk.
     """
 
     model: nn.Module
@@ -106,8 +100,7 @@ class Task:
 class Candidate:
     """One pruned network: its sets, its flat weights in float64, and what it was made with.
 
-    `damping` is what was added to the diagonal. `loss` is the training loss, None where nothing was
-    compared.
+    `damping` is what was added to the diagonal. `loss` is the training loss, None where nothing was compared.
     """
 
     choices: list[Choice]
@@ -278,10 +271,9 @@ def take_rows(task: Task) -> Rows | None:
             )
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
-            moments = task.done.moments(
-                lambda: input_moments(task.model, data, task.partition, seed=request.seed)
-            )
-            rows = with_layer_inputs(rows, task.model, data, task.partition, moments=moments)
+            given = task.model, data, task.partition
+            moments = task.done.moments(lambda: input_moments(*given, seed=request.seed))
+            rows = with_layer_inputs(rows, *given, moments=moments)
     return rows
 
 
@@ -295,24 +287,15 @@ def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
         counts = _counts(task, model, recipe, damping)
         scored = method_of(recipe).kind == "saliency"
         for attempt in range(select_of(recipe).tries):
-            blocks = model.blocks(
-                damping,
-                0.0 if selects_by_rows(recipe) else term_of(recipe),
-                gradient=recipe.gradient or scored,
-            )
+            term = 0.0 if selects_by_rows(recipe) else term_of(recipe)
+            blocks = model.blocks(damping, term, gradient=recipe.gradient or scored)
             ledger = task.done.selection(next(selections), sizes)
             if ledger.complete:
                 choices = ledger.choices()
             else:
                 with task.clock.phase("selection"):
-                    choices = choose(
-                        recipe,
-                        blocks,
-                        counts,
-                        seed=task.request.seed + SEED_STEP * attempt,
-                        resources=task.resources,
-                        ledger=ledger,
-                    )
+                    seed, resources = task.request.seed + SEED_STEP * attempt, task.resources
+                    choices = choose(recipe, blocks, counts, seed=seed, resources=resources, ledger=ledger)
                     ledger.close(choices)
             yield from _updated(task, model, group, choices)
 
@@ -326,12 +309,10 @@ def grouped(recipes: Iterable[Recipe], key: Callable[[Recipe], object]) -> list[
 
 
 def _selecting(recipe: Recipe) -> Any:
-    """Return the damping while selecting."""
     return recipe.damping if recipe.selection_damping is None else recipe.selection_damping
 
 
 def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> list[int]:
-    """Return how many weights go in every block."""
     scores = None
     budget = recipe.weights.budget
     if budget != "uniform" and len(task.partition.blocks) > 1:
@@ -405,7 +386,6 @@ def check_data(request: Request, data: Data | None) -> None:
 
 
 def _needing(recipe: Recipe) -> str:
-    """Return what of a recipe needs gradient rows."""
     if method_of(recipe).needs_curvature:
         return select_of(recipe).method
     if recipe.update is not None:

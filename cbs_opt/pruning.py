@@ -81,8 +81,7 @@ def prune(
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
         Training data. None is allowed for methods that need no curvature, without update.
     sparsity : float
-        Share of the eligible weights to remove, in [0, 1); met exactly,
-        ``n_prune = round(sparsity * n)``.
+        Share of the eligible weights to remove, in [0, 1); met exactly, ``n_prune = round(sparsity * n)``.
     recipe : Recipe, sequence of Recipe, or str, default "balanced"
         How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
         one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of
@@ -194,10 +193,6 @@ def plan(
     model, data, sparsity, recipe, stages, certify, resources, seed
         As for `prune`; all are checked. No data are read, and the network is not run.
 
-    Returns
-    -------
-    RunSize
-
     Raises
     ------
     CbsError
@@ -286,7 +281,6 @@ def _with_method(recipe: Recipe, request: Request) -> Recipe:
 
 
 def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -> Recipe:
-    """Return the recipe with a weight of the layer-input term."""
     if recipe.layer_inputs is not None:
         return recipe
     if not isinstance(recipe.curvature, Fisher):
@@ -296,7 +290,6 @@ def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -
 
 
 def _check_methods(request: Request, resources: Resources) -> None:
-    """Raise `ArgumentError` for a method, an option or a score that cannot be used."""
     for recipe in request.recipes:
         select = select_of(recipe)
         with within("select", "method", "program"):
@@ -341,7 +334,6 @@ def _finished(task: Task, staged: StagedRun | None) -> tuple[Tensor, PruneReport
 def _run(
     task: Task, staged: StagedRun | None, held_out: Data | None, opened: ExitStack
 ) -> tuple[Tensor, PruneReport]:
-    """Prune, describe what was done, and keep the result."""
     certify = task.request.certify
     if staged is not None:
         best = staged.run()

@@ -190,11 +190,7 @@ def compare(
 def default_methods(program: str, *, all_models: bool = False) -> list[str]:
     """Every method for `program`: our own, then each solver that can pose it, installed or not.
 
-    Parameters
-    ----------
-    program : {"selection", "joint"}
-    all_models : bool, default False
-        Each solver with each of its models, instead of the one it takes by default.
+    `all_models`: each solver with each of its models, instead of the one it takes by default.
     """
     names = [method.name for method in available_methods() if program in method.programs]
     for info in available_solvers():

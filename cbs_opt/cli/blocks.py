@@ -196,7 +196,6 @@ def _verify_run(directory: Path, as_json: bool) -> None:
 
 
 def _leave(verdicts: Sequence[Verdict]) -> None:
-    """End with the exit code of the worst verdict."""
     from formulations.verification import Verdict
 
     if Verdict.WRONG in verdicts:
@@ -218,7 +217,6 @@ def load_block(name: str) -> BlockProblem:
 
 
 def _loaded(block: str, incumbent: Path | None) -> tuple[BlockProblem, BlockSolution | None]:
-    """Return a block and a solution of it, if there is one."""
     from formulations import instances
 
     problem = load_block(block)
@@ -228,7 +226,6 @@ def _loaded(block: str, incumbent: Path | None) -> tuple[BlockProblem, BlockSolu
 def _solved(
     block: str, method: str, incumbent: Path | None, **options: Any
 ) -> tuple[BlockProblem, BlockSolution]:
-    """Return a block and its solution."""
     from cbs_opt import solving
 
     problem, warm = _loaded(block, incumbent)

@@ -157,15 +157,11 @@ def gradient_rows(
             gradient=gradient,
             journal=Journal() if journal is None else journal,
         )
-        batches = iterate(
-            data,
-            batch_size=min(curvature.samples, READ_AHEAD),
-            max_samples=curvature.samples,
-            seed=seed,
-            device=function.device,
-        )
+        wanted, device = curvature.samples, function.device
+        ahead = min(wanted, READ_AHEAD)
+        batches = iterate(data, batch_size=ahead, max_samples=wanted, seed=seed, device=device)
         silent = None if progress else True
-        with tqdm(total=curvature.samples, desc="gradients", unit="sample", disable=silent) as bar:
+        with tqdm(total=wanted, desc="gradients", unit="sample", disable=silent) as bar:
             for batch in batches if size == 1 else regroup(batches, size):
                 builder.consume(batch)
                 bar.update(batch.size)
@@ -195,19 +191,9 @@ def mean_gradient(
 ) -> tuple[Tensor, int]:
     """Return the gradient of the mean loss over many samples, by ordinary backward passes.
 
-    Parameters
-    ----------
-    model, data, loss_fn, partition, seed, weights, progress
-        See `gradient_rows`, also for errors.
-    samples : int
-        Samples to use; all that there are, if fewer.
-    batch_size : int, default 256
-        Samples in one backward pass.
-
-    Returns
-    -------
-    (n,) Tensor, int
-        The gradient, in the dtype of the weights, float32 at least; and the samples used.
+    `model`, `data`, `loss_fn`, `partition`, `seed`, `weights` and `progress`: see `gradient_rows`, also for
+    errors. `samples`: samples to use; all that there are, if fewer. `batch_size`: samples in one backward
+    pass. Returns the gradient, in the dtype of the weights, float32 at least; and the samples used.
     """
     whole_number("samples", samples)
     require_evaluation_mode(model)
@@ -244,6 +230,9 @@ def fisher_blocks(
 ) -> list[FisherBlock]:
     """Cut the weights of a network into blocks, each with its Fisher model and gradient.
 
+    Raises `ArgumentError` if `damping` is negative or not finite, or a glob accompanies a `Partition`; and
+    all that `Partition.from_model` and `gradient_rows` raise.
+
     Parameters
     ----------
     partition : {"global", "layer", "row"}, int or Partition, default "layer"
@@ -259,12 +248,6 @@ def fisher_blocks(
     list of FisherBlock
         In the order of the partition. Rows, weights and gradients are views of one tensor each for
         the whole network.
-
-    Raises
-    ------
-    ArgumentError
-        If `damping` is negative or not finite, or a glob accompanies a `Partition`; and all that
-        `Partition.from_model` and `gradient_rows` raise.
     """
     damping = finite_number("damping", damping)
     if not isinstance(partition, Partition):
@@ -393,7 +376,6 @@ class RowBuilder:
 
     @property
     def _part_size(self) -> int:
-        """Samples whose rows are made at once."""
         if self._exact:
             return max(1, self._chunk // require_classifier(self._classes, self.curvature.kind))
         return self.curvature.per_row if self._one_by_one else self._chunk

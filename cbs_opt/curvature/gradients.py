@@ -175,8 +175,7 @@ def require_evaluation_mode(model: nn.Module) -> None:
 def probe(function: NetworkFunction, sample: Batch) -> tuple[int | None, int]:
     """Run one sample: the number of classes (None unless a classifier) and bytes saved for backward.
 
-    Raises `LabelRangeError` for a label outside the outputs, `ArgumentError` for a loss that is no
-    scalar.
+    Raises `LabelRangeError` for a label outside the outputs, `ArgumentError` for a loss that is no scalar.
     """
     held = {tensor.untyped_storage().data_ptr() for tensor in function.own_tensors()}
     saved: dict[int, int] = {}
@@ -227,7 +226,6 @@ def _is_unsettled(module: nn.Module) -> bool:
 
 
 def _alone(inputs: Inputs) -> Inputs:
-    """One sample as a batch of one."""
     return map_tensors(lambda x: x.unsqueeze(0), inputs)
 
 

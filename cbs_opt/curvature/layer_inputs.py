@@ -48,21 +48,10 @@ def with_layer_inputs(
 ) -> Rows:
     """Return gradient rows together with the channel term of the same network.
 
-    Parameters
-    ----------
-    rows : Rows
-        Of all weights of the partition. Not copied.
-    model, data, partition, samples, seed
-        See `input_moments`.
-    weight : float, default 1
-        See `matched_term`.
-    moments : mapping of str to Tensor, optional
-        What `input_moments` returned; by default it is called.
-
-    Returns
-    -------
-    Rows
-        With `channels` set: the model is then ``H = R^T R + channels + damping I``.
+    `rows`: of all weights of the partition. Not copied. `model`, `data`, `partition`, `samples` and `seed`:
+    see `input_moments`. `weight`: see `matched_term`. `moments`: what `input_moments` returned; by default it
+    is called. The rows that are returned have `channels` set: the model is then ``H = R^T R + channels +
+    damping I``.
     """
     if moments is None:
         moments = input_moments(model, data, partition, samples=samples, seed=seed)
@@ -74,16 +63,9 @@ def matched_term(
 ) -> ChannelTerm:
     """Return the term whose mean diagonal in every channel is `weight` times that of the rows.
 
-    Parameters
-    ----------
-    moments : mapping of parameter name to (f, f) or (groups, f, f) Tensor
-        See `input_moments`. A parameter without moments, or with moments that are zero, gets a multiple of
-        the identity; one that they do not fit raises `ShapeError`.
-    partition : Partition
-    squares : (n,) float64 Tensor
-        ``diag(rows^T rows)`` of all its weights.
-    weight : float, default 1
-        Positive.
+    `moments`: see `input_moments`. A parameter without moments, or with moments that are zero, gets a
+    multiple of the identity; one that they do not fit raises `ShapeError`. `squares`: ``diag(rows^T rows)``
+    of all its weights. `weight`: positive.
     """
     if not weight > 0.0:
         raise ArgumentError("weight", f"{weight!r}", "pass a number > 0, or leave the term out")
@@ -138,6 +120,8 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """``E[sum over positions of x x^T]`` of the inputs of every layer whose weights are pruned.
 
+    Raises `NonFiniteError` if a layer is fed NaN or infinity; other errors as from `gradient_rows`.
+
     Parameters
     ----------
     model : nn.Module
@@ -157,11 +141,6 @@ def input_moments(
         Float64, by parameter name; f is the fan-in, in the order of one output channel's weights. The
         uses of tied weights are added up. Parameters are left out that belong to no `nn.Linear`,
         `nn.Conv1d` or `nn.Conv2d`, and those of layers that the network does not call.
-
-    Raises
-    ------
-    NonFiniteError
-        If a layer is fed NaN or infinity; other errors as from `gradient_rows`.
 
     Notes
     -----

@@ -65,18 +65,10 @@ class RowsInMemory:
 class RowsOnDisk:
     """Gradient rows in a temporary file, block after block: an (m, n_b) array for each; see `RowsInMemory`.
 
-    Parameters
-    ----------
-    partition, dtype
-    capacity : int
-        Most rows that will come, m. `RowStoreError` if the folder has too little space: all of it is
-        reserved at the start.
-    device : torch.device
-        Where blocks are handed out.
-    folder : path, optional
-        Where the file is; by default the system's place for temporary files.
-    buffer_bytes : int
-        Rows that are gathered in memory before they are written; one at least.
+    `capacity`: most rows that will come, m. `RowStoreError` if the folder has too little space: all of it is
+    reserved at the start. `device`: where blocks are handed out. `folder`: where the file is; by default the
+    system's place for temporary files. `buffer_bytes`: rows that are gathered in memory before they are
+    written; one at least.
 
     Notes
     -----
@@ -160,7 +152,6 @@ class RowsOnDisk:
         return torch.frombuffer(view, dtype=self._dtype).view(shape)
 
     def _flush(self) -> None:
-        """Append the buffered rows to every block."""
         assert self._buffer is not None
         if not self._used:
             return

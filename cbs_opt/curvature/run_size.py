@@ -110,21 +110,10 @@ def run_size(
 ) -> RunSize:
     """Return the size of a run, without reading data.
 
-    Parameters
-    ----------
-    partition : Partition
-    curvature : Fisher, Rows or None
-        None for methods that look at weights alone.
-    layer_inputs : bool, default False
-        Whether the layer-input term is taken.
-    resources : Resources
-    itemsize : int, default 4
-        Bytes of a number of the rows.
-    available : int, optional
-        Samples that there are, if that is known. The exact Fisher has a row for each of them and each row
-        of the last weight matrix.
-    staged : bool, default False
-        Rows of several stages stay in memory.
+    `curvature`: None for methods that look at weights alone. `layer_inputs`: whether the layer-input term is
+    taken. `itemsize`: bytes of a number of the rows. `available`: samples that there are, if that is known.
+    The exact Fisher has a row for each of them and each row of the last weight matrix. `staged`: rows of
+    several stages stay in memory.
     """
     rows = _row_count(partition, curvature, available)
     memory = None if staged else resources.row_memory
@@ -182,15 +171,10 @@ def run_size(
 def check_fits(size: RunSize, free: int | None = None) -> None:
     """Refuse a run that does not fit, before its first gradient.
 
-    `free` are the bytes of memory that it may take; by default those that the machine has free.
-
-    Raises
-    ------
-    RowMemoryError
-        If the rows of the largest block are not within `row_memory`, or the run not within `free`: then
-        with a partition and a `row_memory` that fit, if any do.
-    RowStoreError
-        If the folder for the rows is none, or has too little space.
+    `free` are the bytes of memory that it may take; by default those that the machine has free. Raises
+    `RowMemoryError` if the rows of the largest block are not within `row_memory`, or the run not within
+    `free`: then with a partition and a `row_memory` that fit, if any do; `RowStoreError` if the folder for
+    the rows is none, or has too little space.
     """
     if size.row_dir is not None:
         if size.row_memory is not None:

@@ -196,7 +196,6 @@ def by_workers(
 
 
 def _this_process() -> tuple[str, int]:
-    """Return the machine and the number of this process."""
     return socket.gethostname(), os.getpid()
 
 
@@ -212,11 +211,9 @@ class _BlockCall:
 
     @property
     def label(self) -> str:
-        """The name of the method, for solutions."""
         return self.method if isinstance(self.method, str) else getattr(self.method, "__name__", "callable")
 
     def apply(self, problem: BlockProblem, seed: int, incumbent: BlockSolution | None) -> BlockSolution:
-        """Run the method on one block."""
         limits = replace(self.limits, seed=seed)
         if not isinstance(self.method, str):
             return self.method(problem, self.program, limits=limits, incumbent=incumbent, **self.options)

@@ -42,12 +42,8 @@ def request_to_plain(request: Request) -> dict[str, Any]:
 def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = None) -> Request:
     """Return the request that `request_to_plain` wrote, at another sparsity if one is given.
 
-    Raises
-    ------
-    RecipeFileError
-        If the document is of another version, or lacks the sparsity.
-    ArgumentError
-        If a field does not exist, a value is out of its range, or values contradict each other.
+    Raises `RecipeFileError` if the document is of another version, or lacks the sparsity; `ArgumentError`
+    if a field does not exist, a value is out of its range, or values contradict each other.
     """
     version = document.get("format")
     if version != FORMAT:
@@ -78,11 +74,8 @@ def save_request(request: Request, path: str | Path) -> None:
 def load_request(path: str | Path, *, sparsity: float | None = None) -> Request:
     """Read a request from a TOML file, at another sparsity if one is given.
 
-    Raises
-    ------
-    RecipeFileError
-        If the file cannot be read, is no TOML, is of another version, or has a field that does not
-        exist or a value that is out of range: named with its line where there is one.
+    Raises `RecipeFileError` if the file cannot be read, is no TOML, is of another version, or has a field
+    that does not exist or a value that is out of range: named with its line where there is one.
     """
     parse = partial(request_from_plain, sparsity=sparsity)
     try:
@@ -109,14 +102,9 @@ def save_recipe(recipe: Recipe | Iterable[Recipe], path: str | Path, *, sparsity
 def with_fields(request: Request, assignments: Iterable[str]) -> Request:
     """Return the request with fields set, each ``NAME=VALUE`` with a dotted name and a TOML value.
 
-    A name is that of a field of a recipe (of all of them, where there are several), such as ``damping``
-    or ``curvature.samples``, or of the request, such as ``stages.count``. A value that is no TOML is a
-    string.
-
-    Raises
-    ------
-    ArgumentError
-        If an assignment has no ``=``, names no field, or gives a value out of its range.
+    A name is that of a field of a recipe (of all of them, where there are several), such as ``damping`` or
+    ``curvature.samples``, or of the request, such as ``stages.count``. A value that is no TOML is a string.
+    Raises `ArgumentError` if an assignment has no ``=``, names no field, or gives a value out of its range.
     """
     document = request_to_plain(request)
     for assignment in assignments:

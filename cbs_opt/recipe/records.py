@@ -49,6 +49,8 @@ def in_units(damping: Damping, unit: float) -> float:
 class Weights:
     """Which weights may go, how they form blocks, and how the pruned count is spread over blocks.
 
+    Raises `ArgumentError` if a field is out of its range; the message names it as ``weights.<field>``.
+
     Parameters
     ----------
     target, ignore : str or sequence of str
@@ -62,11 +64,6 @@ class Weights:
     budget_score : str, optional
         Saliency by which a global budget is spent; by default that of the method (magnitude for
         methods that have none).
-
-    Raises
-    ------
-    ArgumentError
-        If a field is out of its range; the message names it as ``weights.<field>``.
     """
 
     target: Globs | None = None
@@ -96,17 +93,14 @@ class Weights:
 class Update:
     """How the kept weights move after the selection.
 
+    Raises `ArgumentError` if a field is out of its range; the message names it as ``update.<field>``.
+
     Parameters
     ----------
     kind : {"cbs", "independent"}, default "cbs"
         To the minimum of the model (CBS-U), or by the sum of single-weight OBS updates (WoodFisher).
     scale : float, default 1
         Step length.
-
-    Raises
-    ------
-    ArgumentError
-        If a field is out of its range; the message names it as ``update.<field>``.
     """
 
     kind: str = "cbs"
@@ -120,6 +114,8 @@ class Update:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a network is pruned: the model of its loss, the selection, and the update.
+
+    Raises `ArgumentError` if a field is out of its range; the message names it.
 
     Parameters
     ----------
@@ -137,9 +133,8 @@ class Recipe:
     selection_damping : float or Absolute, optional
         Another damping while selecting; by default the same.
     gradient : bool, default False
-        Keep the gradient in the model while selecting. At a trained minimum, and after an update brought
-        the network to one, it is mostly sampling noise. Updates without selection, in stages, always
-        follow it.
+        Keep the gradient in the model while selecting. At a trained minimum, and after an update brought the
+        network to one, it is mostly sampling noise. Updates without selection, in stages, always follow it.
     weights : Weights
     select : Select or str, optional
         A record of `cbs_opt.recipe.select`, or the name of a method. By default `SwapSearch`, and
@@ -149,11 +144,6 @@ class Recipe:
     choice_samples : int, optional
         Training samples on which tried networks are compared; by default as many as the curvature is
         taken from.
-
-    Raises
-    ------
-    ArgumentError
-        If a field is out of its range; the message names it.
     """
 
     curvature: Fisher | Rows = field(default_factory=EmpiricalFisher)
@@ -223,6 +213,8 @@ OnStage = Callable[[Any], None]
 class Stages:
     """Pruning little by little, with fresh curvature at every stage.
 
+    Raises `ArgumentError` if a field is out of its range; the message names it as ``stages.<field>``.
+
     Parameters
     ----------
     count : int, default 1
@@ -236,19 +228,12 @@ class Stages:
         the stage; each has a gradient of its own. An update is a damped Newton step; the grid of
         dampings follows the winners, a third to three times the last one.
     final_updates : int, default 4
-        Updates at the last sparsity, with new rows, after all stages. They end early when nothing
-        improves.
+        Updates at the last sparsity, with new rows, after all stages. They end early when nothing improves.
     gradient_samples : int, optional
         Training samples of every gradient; by default as many as the rows of a stage are made of.
     on_stage : callable, optional
-        Called with a `StageResult` after every stage, and first for those in `run_dir`: its network can
-        be evaluated or copied, so that one run serves a whole table of sparsities. Not saved with the
-        recipe.
-
-    Raises
-    ------
-    ArgumentError
-        If a field is out of its range; the message names it as ``stages.<field>``.
+        Called with a `StageResult` after every stage, and first for those in `run_dir`: its network can be
+        evaluated or copied, so that one run serves a whole table of sparsities. Not saved with the recipe.
     """
 
     count: int = 1
@@ -308,6 +293,8 @@ SHARED = ("curvature", "gradient", "weights", "choice_samples")
 class Request:
     """All that decides the result of a run beside the network, its loss and the data.
 
+    Raises `ArgumentError` if a field is out of its range, or fields contradict each other.
+
     Parameters
     ----------
     sparsity : float
@@ -317,11 +304,6 @@ class Request:
     stages : Stages, optional
     certify : Certify, optional
     seed : int, default 0
-
-    Raises
-    ------
-    ArgumentError
-        If a field is out of its range, or fields contradict each other.
     """
 
     sparsity: float

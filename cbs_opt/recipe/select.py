@@ -22,6 +22,8 @@ FINITE = ("time_limit", "spread", "tolerance")
 class Select:
     """What every record of this module has.
 
+    Raises `ArgumentError` if a field is out of its range; the message names it as ``select.<field>``.
+
     Parameters
     ----------
     program : {"joint", "selection"}, default "joint"
@@ -29,11 +31,6 @@ class Select:
         "selection" does not.
     time_limit : float, optional
         Seconds for each run of the method.
-
-    Raises
-    ------
-    ArgumentError
-        If a field is out of its range; the message names it as ``select.<field>``.
     """
 
     method: ClassVar[str] = ""
@@ -234,15 +231,8 @@ class Exact(Select):
 SELECTS: dict[str, type[Select]] = {
     record.method: record
     for record in (
-        Magnitude,
-        RandomizedMagnitude,
-        OBD,
-        OBS,
-        LossPreservation,
-        GradientNorm,
-        SwapSearch,
-        GreedyOBS,
-        HardThreshold,
+        *(Magnitude, RandomizedMagnitude, OBD, OBS, LossPreservation, GradientNorm),
+        *(SwapSearch, GreedyOBS, HardThreshold),
     )
 }
 """The records by the name of their method; every other name is one for `Exact`."""

@@ -105,7 +105,6 @@ def _same_scales(axes: Axes, values: np.ndarray) -> tuple[float, float]:
 def _draw_curves(
     axes: Axes, frame: pd.DataFrame, x: str, y: str, looks: Mapping[str, Style], *, linewidth: float
 ) -> None:
-    """Draw one curve a label in order of sparsity."""
     for label, style in looks.items():
         curve = frame[frame["label"] == label].sort_values("sparsity", kind="stable")
         if len(curve):

@@ -24,14 +24,8 @@ def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
     """Write report.json, layers.csv, report.html and, if any, recipe.toml, masks and certificates.
 
     The folder is made if missing, and returned. A report already there is replaced, each file at once;
-    report.json comes last, so that where it is present the rest is complete.
-
-    Raises
-    ------
-    ArgumentError
-        If `folder` is a file.
-    OSError
-        If the disk refuses.
+    report.json comes last, so that where it is present the rest is complete. Raises `ArgumentError` if
+    `folder` is a file; `OSError` if the disk refuses.
     """
     # matplotlib and jinja2 are loaded when the first page is drawn.
     from cbs_opt.report.html import write_comparison
@@ -57,12 +51,8 @@ def save_report(report: PruneReport, folder: str | os.PathLike[str]) -> Path:
 def load_report(folder: str | os.PathLike[str]) -> PruneReport:
     """Read what `save_report` wrote.
 
-    Raises
-    ------
-    ReportFormatError
-        If there is no report, it is damaged, or of another version.
-    MaskFileError, InstanceFormatError
-        If the mask file or a certificate is damaged.
+    Raises `ReportFormatError` if there is no report, it is damaged, or of another version; `MaskFileError`
+    or `InstanceFormatError` if the mask file or a certificate is damaged.
     """
     source = Path(folder)
     data = read_json(source / REPORT_JSON)

@@ -42,14 +42,8 @@ def write_comparison(
 ) -> None:
     """Write one HTML page about one report, or comparing several in the order in which they are listed.
 
-    The file at `path` is replaced in one step; `title` is the heading of the page.
-
-    Raises
-    ------
-    ArgumentError
-        If there is no report.
-    OSError
-        If the file cannot be written.
+    The file at `path` is replaced in one step; `title` is the heading of the page. Raises `ArgumentError`
+    if there is no report; `OSError` if the file cannot be written.
     """
     write_atomically(Path(path), render_comparison(reports, title=title).encode())
 
@@ -137,7 +131,6 @@ def _embedded(*drawings: tuple[Figure | None, str]) -> list[Picture]:
 
 
 def _section(report: PruneReport, *, with_pictures: bool) -> dict[str, object]:
-    """Return the details of one run."""
     certificates = tables.certificates_table(report)
     parts: list[Part] = [
         ("Layers", tables.layers_table(report), ""),

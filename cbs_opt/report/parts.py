@@ -47,14 +47,9 @@ def shared_histograms(first: Tensor, second: Tensor) -> tuple[Histogram, Histogr
 class LayerSummary:
     """One parameter tensor before and after pruning.
 
-    Parameters
-    ----------
-    name, shape : str and tuple of int
-        Of the parameter.
-    n, n_prune : int
-        Number of weights, and of those set to zero.
-    weight_histogram_before, weight_histogram_after : Histogram, optional
-        Both over the same bins; the second counts kept weights only.
+    `name` and `shape`: of the parameter. `n` and `n_prune`: number of weights, and of those set to zero.
+    `weight_histogram_before` and `weight_histogram_after`: both over the same bins; the second counts kept
+    weights only.
     """
 
     name: str
@@ -183,16 +178,9 @@ class StageRecord:
 class CertifiedSum:
     """Certified blocks added up.
 
-    Parameters
-    ----------
-    program, objective : str and float
-        The program, and the sum of the values of the chosen sets under it.
-    bound : float, optional
-        Sum of the blocks' bounds, rounded down; None if a block has none.
-    blocks, bounded : int
-        Number of blocks, and of those with a bound.
-    meaning : str
-        What the bound is.
+    `program` and `objective`: the program, and the sum of the values of the chosen sets under it. `bound`:
+    sum of the blocks' bounds, rounded down; None if a block has none. `blocks` and `bounded`: number of
+    blocks, and of those with a bound. `meaning`: what the bound is.
     """
 
     program: str

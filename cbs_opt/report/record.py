@@ -237,10 +237,7 @@ class PruneReport:
     ) -> PruneReport:
         """Return the report of which `to_dict` gave `data`.
 
-        Raises
-        ------
-        ReportFormatError
-            If `data` is not what `to_dict` gives, or of another version.
+        Raises `ReportFormatError` if `data` is not what `to_dict` gives, or of another version.
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ReportFormatError("data", f'no "format": "{FORMAT}"', "pass what PruneReport.to_dict gave")

@@ -130,22 +130,12 @@ def comparison_frame(reports: Sequence[PruneReport]) -> pd.DataFrame:
     rows = []
     for report in reports:
         before, after = report.evaluations
-        row = {
-            "method": report.method,
-            "update": report.update,
-            "sparsity": report.sparsity,
-            "accuracy_before": before and before.accuracy,
-            "accuracy": after and after.accuracy,
-            "loss_before": before and before.loss,
-            "loss": after and after.loss,
-            "predicted_selection_loss": report.predicted_selection_loss,
-            "predicted_loss_increase": report.predicted_loss_increase,
-            "actual_loss_increase": report.actual_loss_increase,
-            "certified_gap": report.certified and report.certified.gap,
-            "seconds": report.total_seconds,
-            "peak_memory_bytes": report.peak_memory_bytes,
-        }
-        rows.append(row)
+        row: dict[str, Any] = {name: getattr(report, name) for name in ("method", "update", "sparsity")}
+        row |= {"accuracy_before": before and before.accuracy, "accuracy": after and after.accuracy}
+        row |= {"loss_before": before and before.loss, "loss": after and after.loss}
+        row |= {name: getattr(report, name) for name in ("predicted_selection_loss", *LOSSES)}
+        row |= {"certified_gap": report.certified and report.certified.gap, "seconds": report.total_seconds}
+        rows.append({**row, "peak_memory_bytes": report.peak_memory_bytes})
     frame = pd.DataFrame(rows)
     # Else a column that is missing throughout would hold None.
     return frame.astype({name: float for name in frame.columns[2:]})

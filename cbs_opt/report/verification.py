@@ -24,19 +24,10 @@ from formulations.verification import Verdict, verify
 class CheckedBlock:
     """One block after its check.
 
-    Parameters
-    ----------
-    name : str
-        Of the block.
-    verdict : Verdict
-        OK if the data are those that were certified, the set is that of the masks and has its stated
-        value, and the evidence proves the stated bound.
-    objective, bound : float or None
-        Recomputed in float64.
-    proved : bool
-        Whether the evidence alone proves the stated bound.
-    notes : tuple of str
-        What is wrong or was not checked.
+    `name`: of the block. `verdict`: OK if the data are those that were certified, the set is that of the
+    masks and has its stated value, and the evidence proves the stated bound. `objective` and `bound`:
+    recomputed in float64. `proved`: whether the evidence alone proves the stated bound. `notes`: what is
+    wrong or was not checked.
     """
 
     name: str
@@ -57,19 +48,10 @@ def check_certificates(
 ) -> Iterator[CheckedBlock]:
     """Check every certificate of a saved report, one block at a time.
 
-    Parameters
-    ----------
-    directory : path
-        Where the report was saved.
-    blocks : iterable of BlockProblem, optional
-        The blocks, built anew, in the order of the report. By default their files are read.
-
-    Raises
-    ------
-    ArgumentError
-        If the run was not certified, or there are more or fewer blocks than certificates.
-    ReportFormatError, InstanceFormatError
-        If there is no report, or a file is missing or damaged.
+    `directory`: where the report was saved. `blocks`: the blocks, built anew, in the order of the report. By
+    default their files are read. Raises `ArgumentError` if the run was not certified, or there are more or
+    fewer blocks than certificates; `ReportFormatError` or `InstanceFormatError` if there is no report, or a
+    file is missing or damaged.
     """
     source = Path(directory)
     report = load_report(source)

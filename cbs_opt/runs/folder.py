@@ -205,7 +205,6 @@ def _differences(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> l
 
 
 def _items(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every entry of nested mappings, by the names on the way to it."""
     if not isinstance(value, Mapping) or not value:
         yield name, value
         return

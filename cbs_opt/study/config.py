@@ -104,10 +104,8 @@ class Study:
 def read_study(path: str | os.PathLike[str]) -> Study:
     """Read a study file.
 
-    Raises
-    ------
-    ArgumentError
-        If it is absent, not TOML, or does not state a study; the message names the entry and its line.
+    Raises `ArgumentError` if it is absent, not TOML, or does not state a study; the message names the entry
+    and its line.
     """
     source = Path(path)
     parse = partial(parse_study, folder=source.resolve().parent, default_name=source.stem)

@@ -166,24 +166,8 @@ def sections(table: pd.DataFrame) -> list[Section]:
 def write_report(results: Results, folder: Path, *, pictures: str | None = None) -> list[Path]:
     """Write ``report.html`` and ``report.md``, each in one step.
 
-    Parameters
-    ----------
-    results : Results
-        See `cbs_opt.study.results.read_results`.
-    folder : path
-        Exists.
-    pictures : {"png", "svg", "pdf"}, optional
-        Write each picture to a file of its own too, for a paper.
-
-    Returns
-    -------
-    list of Path
-        The files.
-
-    Raises
-    ------
-    StudyFolderError
-        If no run is done yet.
+    Raises `StudyFolderError` if no run is done yet. `results`: see `cbs_opt.study.results.read_results`.
+    `folder`: exists. `pictures`: write each picture to a file of its own too, for a paper.
     """
     contents = {HTML: render_html(results).encode(), MARKDOWN: render_markdown(results).encode()}
     for section in sections(_labelled(results)) if pictures is not None else ():

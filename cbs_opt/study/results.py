@@ -137,7 +137,6 @@ def superseded(plan: Plan, rows: Mapping[str, Row]) -> list[str]:
 
 
 def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give key and content of every record, the oldest first."""
     path = folder / DATABASE
     if not path.exists():
         return
@@ -193,10 +192,7 @@ class Results:
 def read_results(folder: str | os.PathLike[str]) -> Results:
     """Read the folder of a study, finished or not.
 
-    Raises
-    ------
-    StudyFolderError
-        If it holds none, or is damaged.
+    Raises `StudyFolderError` if it holds none, or is damaged.
     """
     plan, rows = read_plan(Path(folder)), read_rows(Path(folder))
     done = [rows[run["run"]] for run in plan["runs"] if run["run"] in rows]

@@ -100,37 +100,14 @@ def run_study(
 ) -> Outcome:
     """Do the runs of a study that have no row in `folder` yet, and add their rows.
 
-    Parameters
-    ----------
-    study : Study
-    folder : path
-        Made if needed; what it holds of the same study is kept.
-    jobs : int, default 1
-        Worker processes.
-    filters : sequence of str
-        See `cbs_opt.study.expansion.select`.
-    force : bool, default False
-        Run again what has a row made from other data or limits, instead of refusing.
-    retry : bool, default False
-        Run again what failed: crashed, was killed, was not available.
-    on_row : callable, optional
-        Called with each new row and the progress.
-
-    Returns
-    -------
-    Outcome
-        Ctrl-C ends the study with what is done; the runs under way are dropped.
-
-    Raises
-    ------
-    ArgumentError
-        If the study or a filter makes no sense; nothing is run then.
-    ChangedInputsError
-        If rows were made from other data or limits and `force` is not given.
-    StudyFolderError
-        If the folder is in use, is damaged, or holds another study.
-    WorkerStartError
-        If no worker process can be started.
+    `folder`: made if needed; what it holds of the same study is kept. `jobs`: worker processes. `filters`:
+    see `cbs_opt.study.expansion.select`. `force`: run again what has a row made from other data or limits,
+    instead of refusing. `retry`: run again what failed: crashed, was killed, was not available. `on_row`:
+    called with each new row and the progress. Ctrl-C ends the study with what is done; the runs under way are
+    dropped. Raises `ArgumentError` if the study or a filter makes no sense; nothing is run then;
+    `ChangedInputsError` if rows were made from other data or limits and `force` is not given;
+    `StudyFolderError` if the folder is in use, is damaged, or holds another study; `WorkerStartError` if no
+    worker process can be started.
     """
     if jobs < 1:
         raise ArgumentError("jobs", f"{jobs}", "use at least 1")
@@ -265,6 +242,5 @@ class _Queue:
         return None
 
     def _replace(self, worker: Worker) -> None:
-        """Drop a worker; `_assign` starts another if there is work."""
         worker.stop()
         self._workers.remove(worker)

@@ -18,20 +18,10 @@ def read_document(
 ) -> Any:
     """Return what `parse` makes of a TOML file.
 
-    Parameters
-    ----------
-    path : path
-    argument : str
-        What messages call the file.
-    parse : callable
-        Raises `ArgumentError` about an entry of the document, such as ``methods[1].options``.
-    inside : str
-        Table in which an entry may stand although its name does not begin with it.
-
-    Raises
-    ------
-    ArgumentError
-        If the file cannot be read, is not TOML, or `parse` refuses it: with the line of the entry.
+    Raises `ArgumentError` if the file cannot be read, is not TOML, or `parse` refuses it: with the line of
+    the entry. `argument`: what messages call the file. `parse`: raises `ArgumentError` about an entry of the
+    document, such as ``methods[1].options``. `inside`: table in which an entry may stand although its name
+    does not begin with it.
     """
     try:
         text = path.read_text(encoding="utf-8")

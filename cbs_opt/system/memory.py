@@ -74,10 +74,7 @@ def readable(size: int) -> str:
 def parsed(text: str) -> int:
     """``"2GB"``, ``"500 MiB"`` or ``"1e9"`` as bytes.
 
-    Raises
-    ------
-    ValueError
-        If the text is no positive size.
+    Raises `ValueError` if the text is no positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in UNITS:

@@ -38,10 +38,8 @@ def plain(value: Any) -> Any:
 def rebuilt(cls: Any, body: Any) -> Any:
     """Return the dataclass whose `plain` values are `body`, each brought to its annotated type.
 
-    Raises
-    ------
-    TypeError, ValueError, AttributeError
-        If `body` has a field too many or too few, or a value of another type.
+    Raises `TypeError`, `ValueError` or `AttributeError` if `body` has a field too many or too few, or a
+    value of another type.
     """
     hints = _hints(cls)
     unknown = set(body) - set(hints)

@@ -15,6 +15,8 @@ CHUNK_MEMORY = 1 << 28
 class Resources:
     """Workers, memory and disk for one run.
 
+    Raises `ArgumentError` if a number is out of its range.
+
     Parameters
     ----------
     workers : int, optional
@@ -28,11 +30,6 @@ class Resources:
         Folder for that file; by default the system's place for temporary files.
     chunk_memory : int
         Bytes for temporaries of the curvature, besides the rows.
-
-    Raises
-    ------
-    ArgumentError
-        If a number is out of its range.
     """
 
     workers: int | None = None
