@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,15 @@ class BySaliency:
     def __init__(self, score: Callable[[FisherBlock], Tensor]) -> None:
         self.score = score
 
-    def __call__(self, blocks: Sequence[FisherBlock], counts: Sequence[int], **unused: Any) -> list[Choice]:
+    def __call__(
+        self,
+        blocks: Sequence[FisherBlock],
+        counts: Sequence[int],
+        *,
+        limits: Limits,
+        warm: Sequence[Tensor] | None = None,
+        ledger: Ledger = NO_LEDGER,
+    ) -> list[Choice]:
         """Return one choice a block; `limits`, `warm` and `ledger` are of no use."""
         choices = []
         for block, count in zip(blocks, counts, strict=True):
