@@ -187,7 +187,7 @@ class RunProgress:
     """The steps of one run that are done, kept in `store`; by default nowhere.
 
     Tensors are read to `device`, by default the CPU. `pieces` is where stages are kept, see
-    `cbs_opt.stages.store`.
+    `cbs_opt.stages.state`.
     """
 
     def __init__(self, store: RunStore | None = None, device: torch.device | None = None) -> None:

@@ -91,7 +91,7 @@ class MethodGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study: what `cbs_opt.study.run_study` works through."""
+    """A study: what `cbs_opt.study.runner.run_study` works through."""
 
     name: str
     instances: tuple[InstanceGroup, ...]
