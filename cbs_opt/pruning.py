@@ -268,7 +268,7 @@ def _size(
         None if fresh and not needs_curvature(request) else curvature,
         layer_inputs=any(recipe.layer_inputs for recipe in request.recipes),
         resources=resources,
-        itemsize=max(4, partition.flatten(model).element_size()),
+        itemsize=max(4, *(tensor.element_size() for tensor in partition.tensors(model).values())),
         available=None if data is None else sample_count(data),
         staged=request.stages is not None,
     )
