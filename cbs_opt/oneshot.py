@@ -225,9 +225,23 @@ def option_field(select: Select, name: str) -> str:
     return f"options.{name}" if isinstance(select, Exact) else name
 
 
-def row_fields() -> AbstractContextManager[None]:
-    """Let errors about gradient rows name the field of the resources."""
-    return within("resources", "row_memory", "row_dir")
+def sampled_rows(task: Task, *, seed: int, step: str = "", **options: Any) -> Rows:
+    """Take the gradient rows of a step; `options` are further ones of `gradient_rows`."""
+    curvature, data = task.recipe.curvature, task.data
+    assert isinstance(curvature, Fisher)
+    assert data is not None
+    with task.clock.phase("curvature"), within("resources", "row_memory", "row_dir"):
+        return gradient_rows(
+            task.model,
+            data,
+            task.loss_fn,
+            task.partition,
+            curvature=curvature,
+            resources=task.resources,
+            seed=seed,
+            journal=task.done.rows(step),
+            **options,
+        )
 
 
 def budget_fields() -> AbstractContextManager[None]:
@@ -257,18 +271,7 @@ def take_rows(task: Task) -> Rows | None:
     if data is None:
         return rows
     if isinstance(curvature, Fisher) and needs_curvature(request):
-        with task.clock.phase("curvature"), row_fields():
-            rows = gradient_rows(
-                task.model,
-                data,
-                task.loss_fn,
-                task.partition,
-                curvature=curvature,
-                resources=task.resources,
-                seed=request.seed,
-                progress=task.progress,
-                journal=task.done.rows(),
-            )
+        rows = sampled_rows(task, seed=request.seed, progress=task.progress)
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
             given = task.model, data, task.partition

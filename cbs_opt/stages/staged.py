@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cbs_opt.curvature.fisher import gradient_rows, mean_gradient
-from cbs_opt.curvature.kinds import Fisher
+from cbs_opt.curvature.fisher import mean_gradient
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
-from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, row_fields
+from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
 from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
 from cbs_opt.select.choice import Choice
@@ -198,25 +197,18 @@ class StagedRun:
     def _model(self, weights: Tensor, keep: Tensor) -> StageModel:
         """Return the model at `weights` of those still there, with the channel term if there is to be one."""
         task, step = self.task, f"_s{self.state.stages:04d}"
-        data, curvature = task.data, task.recipe.curvature
-        assert isinstance(curvature, Fisher)
+        data = task.data
         assert data is not None
-        with task.clock.phase("curvature"), row_fields():
-            rows = gradient_rows(
-                task.model,
-                data,
-                task.loss_fn,
-                task.partition,
-                curvature=curvature,
-                resources=task.resources,
-                seed=self.passes.seed(),
-                weights=weights,
-                # A channel's slope is that of all its weights, pruned ones as well.
-                keep=None if task.recipe.layer_inputs else keep,
-                gradient=False,
-                progress=False,
-                journal=task.done.rows(step),
-            )
+        rows = sampled_rows(
+            task,
+            seed=self.passes.seed(),
+            step=step,
+            weights=weights,
+            # A channel's slope is that of all its weights, pruned ones as well.
+            keep=None if task.recipe.layer_inputs else keep,
+            gradient=False,
+            progress=False,
+        )
         self.passes.samples += rows.samples
         if not task.recipe.layer_inputs:
             return StageModel(task.partition, keep, rows.rows)
