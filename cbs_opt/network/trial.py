@@ -110,6 +110,11 @@ def _change(
             if old != new:
                 return f"the {what} of {name} went from {old} to {new}"
     for name, tensor in partition.tensors(model).items():
-        if not torch.equal(tensor.detach(), weights[name]):
+        if not _same(tensor.detach(), weights[name]):
             return f"values of {name} changed"
     return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether all values agree; a NaN agrees with a NaN."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
