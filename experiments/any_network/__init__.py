@@ -1,0 +1,1 @@
+"""Kinds of networks and batches that `prune` takes, or refuses by name."""
