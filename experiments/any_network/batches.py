@@ -189,6 +189,28 @@ def _nan_sample() -> Trial:
     return _plain((x, y))
 
 
+def _one_output() -> Trial:
+    x, _ = _data()
+    return Trial(model=perceptron(outputs=1), data=(x, torch.zeros(SAMPLES, dtype=torch.long)))
+
+
+def _labels_out_of_range() -> Trial:
+    x, y = _data()
+    return _plain((x, y + 2))
+
+
+def _uneven() -> Trial:
+    x, y = _data()
+    return _plain((x, y[:-1]))
+
+
+def _raises() -> Trial:
+    def loss_fn(output: Tensor, labels: Tensor) -> Tensor:
+        raise ZeroDivisionError("no such loss")
+
+    return _plain(_data(), loss_fn=loss_fn)
+
+
 def _empty() -> Trial:
     return _plain([])
 
@@ -267,6 +289,12 @@ CASES = (
     ),
     Case(network="perceptron", batch="inputs of the wrong width", build=_wrong_width, refused="8x12"),
     Case(network="perceptron", batch="NaN in one sample", build=_nan_sample, refused="sample 5"),
+    Case(network="perceptron", batch="cross-entropy of one output", build=_one_output, refused="one output"),
+    Case(
+        network="perceptron", batch="labels out of range", build=_labels_out_of_range, refused="labels from"
+    ),
+    Case(network="perceptron", batch="more inputs than labels", build=_uneven, refused="24"),
+    Case(network="perceptron", batch="a loss that raises", build=_raises, refused="no such loss"),
     Case(network="perceptron", batch="no batch", build=_empty, refused="no sample"),
     Case(network="perceptron", batch="text", build=_words, refused="batch 0"),
     Case(network="perceptron", batch="inputs alone, no loss", build=_no_labels, refused="loss_fn"),

@@ -43,6 +43,42 @@ class Tied(nn.Module):
         return logits
 
 
+class Paired(nn.Module):
+    """`nn.Bilinear` of the input with itself, and a layer that the forward pass does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.Bilinear(8, 8, CLASSES)
+        self.unused = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, C)."""
+        logits: Tensor = self.pairs(x, x)
+        return logits
+
+
+class Own(nn.Module):
+    """A network that holds its weights itself, without layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 12) / 3.0)
+        self.out = nn.Parameter(torch.randn(12, CLASSES) / 3.0)
+        self.shift = nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, C)."""
+        return torch.tanh(x @ self.matrix + self.shift) @ self.out
+
+
+def _of(model: nn.Module) -> Trial:
+    return Trial(model=model.eval(), data=_data())
+
+
+def _normed(norm: nn.Module) -> Trial:
+    return _of(nn.Sequential(nn.Linear(8, 12), norm, nn.ReLU(), nn.Linear(12, CLASSES)))
+
+
 def _data() -> tuple[Tensor, Tensor]:
     return torch.randn(SAMPLES, 8), classes()
 
@@ -125,6 +161,16 @@ def _quantised(*layers: str) -> Trial:
 
 
 CASES = (
+    Case(network="Bilinear, beside an unused layer", batch="tensors", build=lambda: _of(Paired())),
+    Case(network="weights without layers", batch="tensors", build=lambda: _of(Own())),
+    Case(network="LayerNorm", batch="tensors", build=lambda: _normed(nn.LayerNorm(12))),
+    Case(network="GroupNorm", batch="tensors", build=lambda: _normed(nn.GroupNorm(3, 12))),
+    Case(
+        network="batch normalisation without running statistics",
+        batch="tensors",
+        build=lambda: _normed(nn.BatchNorm1d(12, track_running_stats=False)),
+        refused="running statistics",
+    ),
     Case(network="LoRA (peft) on BERT", batch="dict", build=_peft, needs=("transformers", "peft")),
     Case(network="LoRA by hand", batch="tensors", build=_lora_by_hand),
     Case(network="weight norm, old hook", batch="tensors", build=lambda: _weight_norm(old=True)),
@@ -142,7 +188,7 @@ CASES = (
     Case(
         network="transposed view of another weight",
         batch="tensors",
-        build=lambda: Trial(model=Tied().eval(), data=_data()),
+        build=lambda: _of(Tied()),
     ),
     Case(network="overlapping views", batch="tensors", build=_overlapping),
     Case(network="expanded weight", batch="tensors", build=_expanded),

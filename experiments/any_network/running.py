@@ -122,6 +122,23 @@ def _on_meta() -> Trial:
     return Trial(model=perceptron().to("meta"), data=_data())
 
 
+def _partly_on_meta() -> Trial:
+    model = perceptron()
+    model[2].to("meta")
+    return Trial(model=model, data=_data())
+
+
+def _in_inference_mode() -> Trial:
+    with torch.inference_mode():
+        return Trial(model=perceptron(), data=_data())
+
+
+def _damaged() -> Trial:
+    model = perceptron()
+    model[0].weight.data[3, 1] = torch.nan
+    return Trial(model=model, data=_data())
+
+
 def _lazy() -> Trial:
     return Trial(model=nn.Sequential(nn.LazyLinear(12), nn.ReLU(), nn.LazyLinear(3)), data=_data())
 
@@ -150,6 +167,11 @@ CASES = (
         network="a part offloaded by own hooks", batch="tensors", build=_offloaded_by_hooks, refused="empty"
     ),
     Case(network="on the meta device", batch="tensors", build=_on_meta, refused="meta"),
+    Case(network="partly on the meta device", batch="tensors", build=_partly_on_meta, refused="meta"),
+    Case(
+        network="made in inference mode", batch="tensors", build=_in_inference_mode, refused="inference mode"
+    ),
+    Case(network="NaN in a weight", batch="tensors", build=_damaged, refused="0.weight are NaN"),
     Case(network="lazy layers, never run", batch="tensors", build=_lazy, refused="one forward pass"),
     Case(network="traced by torch.jit", batch="tensors", build=_scripted),
     Case(

@@ -15,13 +15,12 @@ WORDS = 20
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer and a linear one on its last state; `packed` takes lengths beside the sequences."""
+    """A recurrent layer and a linear one on its last state; padded sequences come with their lengths."""
 
-    def __init__(self, kind: type[nn.RNNBase], *, packed: bool = False) -> None:
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
         super().__init__()
-        self.recurrent = kind(4, 8, batch_first=True)
-        self.out = nn.Linear(8, CLASSES)
-        self.packed = packed
+        self.recurrent = kind(4, 8, batch_first=True, **options)
+        self.out = nn.Linear(self.recurrent.proj_size or 8, CLASSES)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return logits (B, C)."""
@@ -30,6 +29,23 @@ class Recurrent(nn.Module):
             steps = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         state = self.recurrent(steps)[1]
         logits: Tensor = self.out((state[0] if isinstance(state, tuple) else state)[-1])
+        return logits
+
+
+class Loop(nn.Module):
+    """A cell called step after step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(4, 8)
+        self.out = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, C)."""
+        state = x.new_zeros(len(x), 8)
+        for step in x.unbind(dim=1):
+            state = self.cell(step, state)
+        logits: Tensor = self.out(state)
         return logits
 
 
@@ -64,12 +80,29 @@ class Encoder(nn.Module):
         return logits
 
 
-class BagOfWords(nn.Module):
-    """`nn.EmbeddingBag` and two linear layers."""
+class Translator(nn.Module):
+    """`nn.Transformer` from one sequence to another, word for word."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.EmbeddingBag(WORDS, 8)
+        self.words = nn.Embedding(WORDS, 8)
+        self.transformer = nn.Transformer(8, 2, 1, 1, dim_feedforward=12, batch_first=True)
+        self.out = nn.Linear(8, WORDS)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return logits (B, C, T)."""
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        hidden = self.transformer(self.words(source), self.words(target), tgt_mask=causal)
+        logits: Tensor = self.out(hidden).transpose(1, 2)
+        return logits
+
+
+class BagOfWords(nn.Module):
+    """`nn.EmbeddingBag` and two linear layers."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(WORDS, 8, **options)
         self.out = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, CLASSES))
 
     def forward(self, words: Tensor) -> Tensor:
@@ -78,14 +111,14 @@ class BagOfWords(nn.Module):
         return logits
 
 
-def _recurrent(kind: type[nn.RNNBase]) -> Trial:
-    return Trial(model=Recurrent(kind).eval(), data=(torch.randn(SAMPLES, LENGTH, 4), classes()))
+def _recurrent(kind: type[nn.RNNBase], **options: Any) -> Trial:
+    return Trial(model=Recurrent(kind, **options).eval(), data=(torch.randn(SAMPLES, LENGTH, 4), classes()))
 
 
 def _packed() -> Trial:
     lengths = torch.randint(2, LENGTH + 1, (SAMPLES,))
     data = [((torch.randn(SAMPLES, LENGTH, 4), lengths), classes())]
-    return Trial(model=Recurrent(nn.GRU, packed=True).eval(), data=data)
+    return Trial(model=Recurrent(nn.GRU).eval(), data=data)
 
 
 def _attention(**options: Any) -> Trial:
@@ -98,10 +131,30 @@ def _padded() -> tuple[Tensor, Tensor]:
     return words, classes()
 
 
+def _bag(**options: Any) -> Trial:
+    words = torch.randint(0, WORDS, (SAMPLES, LENGTH))
+    return Trial(model=BagOfWords(**options).eval(), data=(words, classes()))
+
+
+def _translated() -> Trial:
+    source, target = torch.randint(0, WORDS, (2, SAMPLES, LENGTH)).unbind()
+    return Trial(model=Translator().eval(), data=[((source, target), target.roll(-1, dims=1))])
+
+
 CASES = (
     Case(network="LSTM", batch="sequences, classes", build=lambda: _recurrent(nn.LSTM)),
     Case(network="GRU", batch="sequences, classes", build=lambda: _recurrent(nn.GRU)),
     Case(network="RNN", batch="sequences, classes", build=lambda: _recurrent(nn.RNN)),
+    Case(
+        network="LSTM, two layers both ways, projected",
+        batch="sequences, classes",
+        build=lambda: _recurrent(nn.LSTM, num_layers=2, bidirectional=True, proj_size=4),
+    ),
+    Case(
+        network="GRUCell in a loop",
+        batch="sequences, classes",
+        build=lambda: Trial(model=Loop().eval(), data=(torch.randn(SAMPLES, LENGTH, 4), classes())),
+    ),
     Case(network="GRU", batch="packed sequences with lengths", build=_packed),
     Case(network="MultiheadAttention", batch="sequences, classes", build=_attention),
     Case(
@@ -114,11 +167,9 @@ CASES = (
         batch="padding mask, classes",
         build=lambda: Trial(model=Encoder().eval(), data=_padded()),
     ),
+    Case(network="Transformer", batch="two sequences, words", build=_translated),
+    Case(network="EmbeddingBag", batch="words, classes", build=_bag),
     Case(
-        network="EmbeddingBag",
-        batch="words, classes",
-        build=lambda: Trial(
-            model=BagOfWords().eval(), data=(torch.randint(0, WORDS, (SAMPLES, LENGTH)), classes())
-        ),
+        network="EmbeddingBag with sparse gradients", batch="words, classes", build=lambda: _bag(sparse=True)
     ),
 )
