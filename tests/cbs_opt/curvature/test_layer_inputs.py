@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt as cbs
-from cbs_opt.curvature import layer_inputs
+from cbs_opt.curvature import input_recorder
 from cbs_opt.curvature.layer_inputs import input_moments, matched_term, with_layer_inputs
 from cbs_opt.network.partition import Partition
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
@@ -99,7 +99,7 @@ def test_moments_grow_with_the_square_of_the_inputs() -> None:
 def test_patches_in_small_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Conv2d(4, 6, 3, padding=1), inputs(4, 5, 5)
     whole = moments_of(layer, x)
-    monkeypatch.setattr(layer_inputs, "PATCH_NUMBERS", 1)
+    monkeypatch.setattr(input_recorder, "PATCH_NUMBERS", 1)
     torch.testing.assert_close(moments_of(layer, x), whole, rtol=1e-5, atol=1e-7)
 
 
