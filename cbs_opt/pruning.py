@@ -286,7 +286,9 @@ def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -
     if not isinstance(recipe.curvature, Fisher):
         term = recipe.curvature.channels
         return replace(recipe, layer_inputs=0.0 if term is None else term.weight)
-    return replace(recipe, layer_inputs=default_layer_inputs(partition)[0] if needs_curvature(request) else 0.0)
+    return replace(
+        recipe, layer_inputs=default_layer_inputs(partition)[0] if needs_curvature(request) else 0.0
+    )
 
 
 def _check_methods(request: Request, resources: Resources) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from experiments.any_network.case import CLASSES, SAMPLES, Case, Trial, classes, perceptron
 
@@ -41,19 +41,31 @@ class TwoInputs(nn.Module):
         return logits
 
 
-class Rows(Dataset[tuple[Tensor, int]]):
-    """A map-style data set with Python numbers as labels."""
+class Rows(Dataset[Any]):
+    """A map-style data set with Python numbers as labels; a sample is what `shape` makes of both."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Callable[[Tensor, int], Any]) -> None:
         self.x, self.y = _data()
+        self.shape = shape
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.x)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Any:
         """Return one sample."""
-        return self.x[index], int(self.y[index])
+        return self.shape(self.x[index], int(self.y[index]))
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    """A data set that can only be read in order."""
+
+    def __init__(self) -> None:
+        self.data = _data()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read the samples from the start."""
+        return zip(*self.data, strict=True)
 
 
 def _data() -> tuple[Tensor, Tensor]:
@@ -119,8 +131,12 @@ def _arrays() -> Trial:
     return _plain((x.numpy().astype(np.float64), y.numpy()))
 
 
-def _loader() -> Trial:
-    return _plain(DataLoader(TensorDataset(*_data()), batch_size=7))
+def _loader(**options: Any) -> Trial:
+    return _plain(DataLoader(TensorDataset(*_data()), batch_size=7, **options))
+
+
+def _own_loss_from(data: Any) -> Trial:
+    return Trial(model=Returning(_own_loss).eval(), data=data)
 
 
 def _ends() -> Trial:
@@ -225,16 +241,21 @@ def _no_labels() -> Trial:
 
 CASES = (
     Case(network="perceptron", batch="DataLoader", build=_loader),
-    Case(network="perceptron", batch="Dataset", build=lambda: _plain(Rows())),
+    Case(network="perceptron", batch="DataLoader, shuffled", build=lambda: _loader(shuffle=True)),
+    Case(network="perceptron", batch="Dataset", build=lambda: _plain(Rows(lambda x, y: (x, y)))),
+    Case(network="perceptron", batch="IterableDataset", build=lambda: _plain(Stream())),
+    Case(
+        network="returns a dict with its loss",
+        batch="Dataset of dicts",
+        build=lambda: _own_loss_from(Rows(lambda x, y: {"x": x, "labels": y})),
+    ),
     Case(network="perceptron", batch="NumPy arrays, float64", build=_arrays),
     Case(network="perceptron", batch="lists of numbers", build=_lists),
     Case(network="perceptron", batch="generator, read once", build=_ends, refused="only once"),
     Case(
-        network="perceptron",
+        network="returns a dict with its loss",
         batch="dict of tensors as a whole",
-        build=lambda: Trial(
-            model=Returning(_own_loss).eval(), data=dict(zip(("x", "labels"), _data(), strict=True))
-        ),
+        build=lambda: _own_loss_from(dict(zip(("x", "labels"), _data(), strict=True))),
     ),
     Case(network="perceptron", batch="int32 labels", build=_labels_of(lambda y: y.int())),
     Case(network="perceptron", batch="labels (B, 1)", build=_labels_of(lambda y: y.unsqueeze(1))),

@@ -61,6 +61,18 @@ def bert_classifier() -> Trial:
     return Trial(model=model, data=_batches(**_words(), labels=classes()))
 
 
+def _bert_tuples() -> Trial:
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification(_bert(num_labels=CLASSES, return_dict=False)).eval()
+
+    def loss_fn(output: tuple[Tensor], labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output[0], labels)
+
+    words = _words()
+    return Trial(model=model, data=[((*words.values(),), classes())], options={"loss_fn": loss_fn})
+
+
 def _bert_pairs() -> Trial:
     from transformers import BatchEncoding, BertForSequenceClassification
 
@@ -179,6 +191,7 @@ CASES = _cases(
     ("BERT, classifier", "dict with attention mask and labels", bert_classifier),
     ("BERT, classifier", "BatchEncoding of pairs of sentences", _bert_pairs),
     ("BERT, classifier", "(dict, labels), own loss_fn", _bert_labels_apart),
+    ("BERT, classifier", "(ids, mask), labels; returns a tuple", _bert_tuples),
     ("BERT, regression head", "dict with float labels", _bert_regression),
     ("BERT, masked words", "dict with labels, -100 ignored", _masked_words),
     ("BERT, sentence embedding", "dict without labels, loss over the batch", _sentence_embedding),
