@@ -135,6 +135,10 @@ def _loader(**options: Any) -> Trial:
     return _plain(DataLoader(TensorDataset(*_data()), batch_size=7, **options))
 
 
+def _shuffled() -> Trial:
+    return _loader(shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
 def _own_loss_from(data: Any) -> Trial:
     return Trial(model=Returning(_own_loss).eval(), data=data)
 
@@ -241,7 +245,7 @@ def _no_labels() -> Trial:
 
 CASES = (
     Case(network="perceptron", batch="DataLoader", build=_loader),
-    Case(network="perceptron", batch="DataLoader, shuffled", build=lambda: _loader(shuffle=True)),
+    Case(network="perceptron", batch="DataLoader, shuffled", build=_shuffled),
     Case(network="perceptron", batch="Dataset", build=lambda: _plain(Rows(lambda x, y: (x, y)))),
     Case(network="perceptron", batch="IterableDataset", build=lambda: _plain(Stream())),
     Case(
