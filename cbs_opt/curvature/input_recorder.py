@@ -103,7 +103,7 @@ class InputRecorder(TorchDispatchMode):
             self._matrix(right.mT, left.mT)
 
     def _matrix(self, x: Tensor, matrix: Tensor) -> bool:
-        """Add the moment of `x` (..., f) if `matrix` (..., f, k) has some channels of a weight in its columns.
+        """Add the moment of `x` (..., f) if `matrix` (..., f, k) has channels of a weight in its columns.
 
         Returns whether it is that of a weight.
         """

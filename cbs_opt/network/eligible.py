@@ -1,4 +1,4 @@
-"""Which weights of a network may be pruned, and why the others are left alone: decided here and nowhere else."""
+"""Which weights of a network may be pruned, and why the others are left alone: decided here alone."""
 
 from __future__ import annotations
 
@@ -129,13 +129,9 @@ def eligible_parameters(
     chosen: list[nn.Parameter] = []
     left_out: list[LeftOut] = []
     for parameter, (name, *_) in names.items():
-        reason = reasons.of(parameter)
-        if target is not None and reason not in IMPOSSIBLE:
-            reason = None
-        if parameter in ignored:
-            reason = IGNORED
-        elif parameter not in wanted:
-            reason = UNTARGETED
+        reason = reasons.of(parameter, target is not None)
+        reason = reason if parameter in wanted else UNTARGETED
+        reason = IGNORED if parameter in ignored else reason
         if reason is None:
             chosen.append(parameter)
         elif not isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -143,11 +139,16 @@ def eligible_parameters(
     left_out += _quantised(model)
     if not chosen:
         raise _nothing(names, left_out)
-    literal = [] if target is None else [glob for glob in _globs(target) if not set(GLOB) & set(glob)]
-    for entry in left_out:
-        if entry.reason in IMPOSSIBLE and entry.name in literal:
-            raise NoEligibleWeightsError("target", f"{entry.name}: {entry.reason}", entry.remedy)
+    _check_named(target, left_out)
     return chosen, tuple(left_out)
+
+
+def _check_named(target: Globs | None, left_out: Sequence[LeftOut]) -> None:
+    """Raise `NoEligibleWeightsError` if `target` has the full name of a parameter that cannot be pruned."""
+    named = [] if target is None else [glob for glob in _globs(target) if not set(GLOB) & set(glob)]
+    for entry in left_out:
+        if entry.reason in IMPOSSIBLE and entry.name in named:
+            raise NoEligibleWeightsError("target", f"{entry.name}: {entry.reason}", entry.remedy)
 
 
 def by_reason(left_out: Sequence[LeftOut]) -> dict[str, list[LeftOut]]:
@@ -170,8 +171,8 @@ class _Reasons:
         }
         self._adapted = any(map(_is_adapter, chain.from_iterable(names.values())))
 
-    def of(self, parameter: nn.Parameter) -> str | None:
-        """Return the reason why a parameter is left out, None if it may be pruned."""
+    def of(self, parameter: nn.Parameter, asked: bool) -> str | None:
+        """Return why a parameter is left out, by default or though it is `asked` for; None if it is not."""
         names = self._names[parameter]
         owners = [self._modules[name.rpartition(".")[0]] for name in names]
         embedded = [isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners]
@@ -193,7 +194,8 @@ class _Reasons:
             (VECTOR, axes < 2),
             (EMBEDDING, free and any(word in leaf for word in ("embed", "pos_", "position", "token"))),
         )
-        return next((reason for reason, holds in cases if holds), None)
+        reasons = (reason for reason, holds in cases if holds)
+        return next((reason for reason in reasons if not asked or reason in IMPOSSIBLE), None)
 
 
 def by_columns(module: nn.Module) -> bool:
@@ -250,7 +252,7 @@ def _sharing(model: nn.Module) -> set[str]:
 
 
 def _overlaps(ranges: Sequence[tuple[str, int, int, str]]) -> Iterator[tuple[str, str]]:
-    """Yield names of overlapping ranges (place, first, last, name) in order, each with one that began before."""
+    """Yield names of overlapping ranges (place, first, last, name), which are in order, two at a time."""
     furthest = ("", 0, 0, "")
     for entry in ranges:
         if entry[0] == furthest[0] and entry[1] < furthest[2]:

@@ -28,7 +28,7 @@ BlockRule = str | int
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpan:
-    """One parameter tensor and its range ``start:stop`` in the flat vector, one output channel after the other.
+    """One parameter tensor and its range ``start:stop`` in the flat vector, output channel by output channel.
 
     `aliases` are the further names of the same tensor where a network ties it. Output channels are its first
     axis; the second one `by_columns`: in transposed convolutions and `Conv1D` of transformers.
