@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cbs_opt.network.eligible import BIAS, NORM, by_reason
 from experiments.any_network.outcome import Outcome
 from formulations.errors import CbsError
 
+OF_COURSE = {BIAS, NORM}
+"""What is left out of most networks, and not worth a word in the table."""
 HEAD = ("network", "batch", "eligible", "result")
 
 
@@ -16,8 +19,10 @@ def row(outcome: Outcome) -> str:
     if isinstance(result, CbsError):
         share, words = "-", f"refused: {getattr(result, 'found', result)}"
     else:
-        total = sum(parameter.numel() for parameter in outcome.trial.model.parameters())
-        share, words = f"{result.n / total:.0%}".replace("%", " %"), "pruned"
+        whole = result.n + sum(entry.n for entry in result.left_out)
+        reasons = sorted(by_reason(result.left_out).keys() - OF_COURSE)
+        share = f"{100 * result.n / whole:.0f} %"
+        words = f"pruned; left out: {', '.join(reasons)}" if reasons else "pruned"
     return _line((outcome.case.network, outcome.case.batch, share, words))
 
 

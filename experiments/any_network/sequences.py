@@ -85,9 +85,9 @@ class Translator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.Embedding(WORDS, 8)
-        self.transformer = nn.Transformer(8, 2, 1, 1, dim_feedforward=12, batch_first=True)
-        self.out = nn.Linear(8, WORDS)
+        self.words = nn.Embedding(WORDS, 4)
+        self.transformer = nn.Transformer(4, 2, 1, 1, dim_feedforward=6, batch_first=True)
+        self.out = nn.Linear(4, WORDS)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Return logits (B, C, T)."""

@@ -137,6 +137,7 @@ def in_use(model: nn.Module, name: str) -> Tensor:
 
 
 def can_be_copied(case: Case) -> bool:
+    """Whether torch itself can copy such a network: not where a hook leaves a weight with a graph."""
     try:
         copy.deepcopy(case.trial().model)
     except (RuntimeError, TypeError):
