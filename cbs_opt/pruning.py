@@ -325,7 +325,8 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
     def at(way: Way) -> tuple[Request, Partition, Resources, RunSize]:
         partition = _partition(model, weights, way.blocks)
         changed = replace(weights, blocks=way.blocks) if weights.blocks is None else weights
-        kind = replace(curvature, per_row=way.per_row) if averages else curvature  # type: ignore[call-arg]
+        same = way.per_row == asked.per_row
+        kind = curvature if same else replace(curvature, per_row=way.per_row)  # type: ignore[call-arg]
         entries = [replace(entry, weights=changed, curvature=kind) for entry in request.recipes]
         run = replace(request, recipes=tuple(entries))
         place = resources
