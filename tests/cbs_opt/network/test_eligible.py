@@ -162,7 +162,6 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "buffer": (buffered, "weight", eligible.SHARED),
     "expanded": (expanded, "weight", eligible.SHARED),
     "frozen": (lambda: nn.Linear(3, 4).requires_grad_(False), "weight", eligible.FROZEN),
-    "meta": (lambda: nn.Linear(3, 4, device="meta"), "weight", eligible.OFFLOADED),
 }
 
 
@@ -183,6 +182,30 @@ def test_what_cannot_be_pruned_as_such_is_named_with_what_to_do(kind: str) -> No
         Partition.from_model(both, target=[f"odd.{name}", "plain.weight"])
     assert named.value.argument == "target"
     assert named.value.remedy == eligible.REMEDIES[reason]
+
+
+def absent() -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer.weight.data = torch.empty(0)
+    return layer
+
+
+def inferred() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: nn.Linear(3, 4, device="meta"), "meta device"),
+        (absent, "empty"),
+        (inferred, "inference mode"),
+    ],
+)
+def test_values_that_are_not_there_are_refused(make: Callable[[], nn.Module], found: str) -> None:
+    with pytest.raises(NoEligibleWeightsError, match=rf"1\.weight .*{found}"):
+        Partition.from_model(nn.Sequential(nn.Linear(3, 3), make()))
 
 
 def test_disjoint_views_of_one_storage_are_weights_like_others() -> None:
