@@ -241,7 +241,7 @@ class _Prepared:
 def _prepared(
     model: nn.Module,
     data: Data | None,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | str,
     stages: Stages | int | None,
     certify: Certify | bool,
@@ -326,7 +326,7 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
         partition = _partition(model, weights, way.blocks)
         changed = replace(weights, blocks=way.blocks) if weights.blocks is None else weights
         same = way.per_row == asked.per_row
-        kind = curvature if same else replace(curvature, per_row=way.per_row)  # type: ignore[call-arg]
+        kind = curvature if same else replace(curvature, per_row=way.per_row)  # type: ignore[arg-type]
         entries = [replace(entry, weights=changed, curvature=kind) for entry in request.recipes]
         run = replace(request, recipes=tuple(entries))
         place = resources

@@ -28,6 +28,7 @@ LAYERS = (
     *(nn.RNNBase, nn.RNNCellBase),
 )
 """The layers of torch whose parameters of two or more axes are weights, whatever their shape."""
+UNINITIALIZED = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 LISTED = 10
 """Names that a message lists at most."""
@@ -250,7 +251,7 @@ def _sharing(model: nn.Module) -> set[str]:
     ranges: list[tuple[str, int, int, str]] = []
     shared: set[str] = set()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+        if isinstance(tensor, UNINITIALIZED) or tensor.is_meta:
             continue
         if tensor.numel() == 0 or tensor.is_quantized or str(tensor.layout) != "torch.strided":
             continue
