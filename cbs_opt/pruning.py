@@ -241,7 +241,7 @@ class _Prepared:
 def _prepared(
     model: nn.Module,
     data: Data | None,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | str,
     stages: Stages | int | None,
     certify: Certify | bool,
@@ -325,7 +325,8 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
     def at(way: Way) -> tuple[Request, Partition, Resources, RunSize]:
         partition = _partition(model, weights, way.blocks)
         changed = replace(weights, blocks=way.blocks) if weights.blocks is None else weights
-        kind = replace(curvature, per_row=way.per_row) if averages else curvature  # type: ignore[call-arg]
+        same = way.per_row == asked.per_row
+        kind = curvature if same else replace(curvature, per_row=way.per_row)  # type: ignore[arg-type]
         entries = [replace(entry, weights=changed, curvature=kind) for entry in request.recipes]
         run = replace(request, recipes=tuple(entries))
         place = resources

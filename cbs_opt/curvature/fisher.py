@@ -28,7 +28,8 @@ from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Batch, Data, LossFunction, check_labels, iterate, regroup, sample_count
-from cbs_opt.network.partition import BlockRule, Globs, Partition
+from cbs_opt.network.eligible import Globs
+from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.system.checks import finite_number, whole_number
 from cbs_opt.system.resources import ORDINARY, Resources
 from formulations.errors import ArgumentError, ShapeError

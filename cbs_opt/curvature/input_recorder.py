@@ -32,7 +32,7 @@ class _Weight:
         return 0 <= view.storage_offset() - self.values.storage_offset() <= extent
 
 
-class InputRecorder(TorchDispatchMode):
+class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up ``x x^T`` of the inputs of weights, while it is active as a context.
 
     `tensors` are the parameters that the network is run with, by name. A product counts if one of its factors
@@ -40,7 +40,7 @@ class InputRecorder(TorchDispatchMode):
     """
 
     def __init__(self, partition: Partition, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._spans = partition.parameters
         self._weights: dict[int, list[_Weight]] = {}
         self._moments: dict[str, dict[tuple[int, int], Tensor]] = {}
@@ -115,7 +115,8 @@ class InputRecorder(TorchDispatchMode):
         span, values = weight.span, weight.values
         table = values.T if span.by_columns else values
         columns = _strides(matrix.mT)
-        first, rest = divmod(matrix.storage_offset() - values.storage_offset(), max(1, table.stride(0)))
+        distance = int(matrix.storage_offset()) - int(values.storage_offset())
+        first, rest = divmod(distance, max(1, table.stride(0)))
         fits = matrix.shape[0] == span.fan_in and rest == 0 and first + matrix.shape[1] <= span.channels
         own = _strides(table[first : first + matrix.shape[1]]) if fits else None
         if own == columns and not x.is_nested:
@@ -179,7 +180,8 @@ def _stretched(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Return inputs (B, C, ...) with ``stride - 1`` zeros between neighbours."""
     sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, step) for step in stride))] = x
+    spread = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    wide[spread] = x
     return wide
 
 
@@ -191,8 +193,8 @@ def _patches(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: 
             # Every axis is moved to the end and back in turn: windows of it come last.
             x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
         return x.permute(0, 1, 5, 6, 7, 2, 3, 4).flatten(5)
-    sizes = [list(size) for size in (kernel, dilation, stride)]
+    sizes = [tuple(size) for size in (kernel, dilation, stride)]
     if axes == 1:
-        x, sizes = x.unsqueeze(-2), [[1, *size] for size in sizes]
+        x, sizes = x.unsqueeze(-2), [(1, *size) for size in sizes]
     patches = F.unfold(x, sizes[0], sizes[1], 0, sizes[2])
     return patches.view(len(x), x.shape[1], *kernel, patches.shape[-1])

@@ -140,8 +140,11 @@ def input_moments(
     """
     whole_number("samples", samples)
     require_evaluation_mode(model)
-    network = model if weights is None else TrialNetwork(model, partition, weights)
-    recorder = InputRecorder(partition, partition.tensors(model) if weights is None else network.weights)
+    network, tensors = model, dict[str, Tensor](partition.tensors(model))
+    if weights is not None:
+        network = trial = TrialNetwork(model, partition, weights)
+        tensors = trial.weights
+    recorder = InputRecorder(partition, tensors)
     batches = iterate(
         data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
     )

@@ -28,6 +28,7 @@ LAYERS = (
     *(nn.RNNBase, nn.RNNCellBase),
 )
 """The layers of torch whose parameters of two or more axes are weights, whatever their shape."""
+UNINITIALIZED = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 LISTED = 10
 """Names that a message lists at most."""
@@ -41,7 +42,6 @@ FROZEN = "frozen"
 IGNORED = "ignored"
 MASKED = "masked by torch.nn.utils.prune"
 NORM = "normalisation"
-OFFLOADED = "on the meta device"
 PARAMETRISED = "parametrised"
 QUANTISED = "quantised"
 SHARED = "shared memory"
@@ -57,7 +57,6 @@ REMEDIES = {
     FROZEN: "call requires_grad_(True) on what may be pruned",
     MASKED: "make the mask permanent by torch.nn.utils.prune.remove",
     NORM: "name it in target",
-    OFFLOADED: "load its values onto a device",
     PARAMETRISED: "call torch.nn.utils.parametrize.remove_parametrizations, or remove_spectral_norm, first",
     QUANTISED: "prune before quantising",
     SHARED: "give every parameter memory of its own, or tie layers by one and the same Parameter",
@@ -66,7 +65,7 @@ REMEDIES = {
     WEIGHT_NORM: "call remove_weight_norm, or parametrize.remove_parametrizations, first",
 }
 """What to do to have a weight pruned that is left out, by reason."""
-IMPOSSIBLE = (EMPTY, FROZEN, MASKED, OFFLOADED, PARAMETRISED, QUANTISED, SHARED, WEIGHT_NORM)
+IMPOSSIBLE = (EMPTY, FROZEN, MASKED, PARAMETRISED, QUANTISED, SHARED, WEIGHT_NORM)
 """Reasons that `target` does not override."""
 
 
@@ -118,9 +117,11 @@ def eligible_parameters(
     that cannot be pruned as such: quantised, parametrised, masked, or sharing memory with another one. In a
     network with adapters (LoRA) the frozen weights may be pruned. `names`: see `names_by_parameter`.
 
-    Raises `NoEligibleWeightsError` if nothing is left, or `target` names a parameter in full that cannot be
-    pruned; `UnmatchedPatternError` if a glob matches no parameter; `ArgumentError` if it is no glob.
+    Raises `NoEligibleWeightsError` if nothing is left, the values of a parameter are not there, or `target`
+    names one in full that cannot be pruned; `UnmatchedPatternError` if a glob matches no parameter;
+    `ArgumentError` if it is no glob.
     """
+    _check_values(model, names)
     wanted = set(names) if target is None else set(_matching("target", names, target))
     ignored = set(_matching("ignore", names, ignore))
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in wanted - ignored):
@@ -141,6 +142,22 @@ def eligible_parameters(
         raise _nothing(names, left_out)
     _check_named(target, left_out)
     return chosen, tuple(left_out)
+
+
+def _check_values(model: nn.Module, names: Names) -> None:
+    """Raise `NoEligibleWeightsError` if a parameter is kept elsewhere, or cannot be written to."""
+    loaded = "load all of the network, offloaded parts too"
+    for parameter, (name, *_) in names.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            continue
+        gone = parameter.ndim == 1 and parameter.numel() == 0
+        if parameter.is_meta:
+            raise NoEligibleWeightsError("model", f"{name} is on the meta device, without values", loaded)
+        if gone and isinstance(model.get_submodule(name.rpartition(".")[0]), LAYERS):
+            raise NoEligibleWeightsError("model", f"{name} is empty: its values are kept elsewhere", loaded)
+        if parameter.is_inference():
+            found = f"{name} was made in inference mode and cannot be written to"
+            raise NoEligibleWeightsError("model", found, "make or load it outside of that")
 
 
 def _check_named(target: Globs | None, left_out: Sequence[LeftOut]) -> None:
@@ -181,7 +198,6 @@ class _Reasons:
         axes = sum(size > 1 for size in parameter.shape) if free else parameter.ndim
         cases = (
             (QUANTISED, not parameter.is_floating_point() or type(parameter.data) is not Tensor),
-            (OFFLOADED, parameter.is_meta),
             (EMPTY, parameter.numel() == 0),
             *((self._derived.get(name), name in self._derived) for name in names),
             (SHARED, any(name in self._shared for name in names)),
@@ -235,7 +251,7 @@ def _sharing(model: nn.Module) -> set[str]:
     ranges: list[tuple[str, int, int, str]] = []
     shared: set[str] = set()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+        if isinstance(tensor, UNINITIALIZED) or tensor.is_meta:
             continue
         if tensor.numel() == 0 or tensor.is_quantized or str(tensor.layout) != "torch.strided":
             continue

@@ -153,8 +153,8 @@ class Partition:
             spans.append(span)
         whole = (BlockSpan(name="global", start=0, stop=stop),)
         cut = chain.from_iterable(_cut(span, rule) for span in spans)
-        cut = whole if rule == "global" else tuple(cut)
-        return cls(parameters=tuple(spans), blocks=cut, left_out=left_out)
+        formed = whole if rule == "global" else tuple(cut)
+        return cls(parameters=tuple(spans), blocks=formed, left_out=left_out)
 
     @property
     def n(self) -> int:

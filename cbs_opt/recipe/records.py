@@ -13,7 +13,8 @@ from cbs_opt.budget.counts import Budget, checked_sparsity
 from cbs_opt.budget.schedule import SCHEDULES, Schedule, sparsity_schedule
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.network.partition import BlockRule, Globs, checked_rule
+from cbs_opt.network.eligible import Globs
+from cbs_opt.network.partition import BlockRule, checked_rule
 from cbs_opt.recipe.select import GreedyOBS, Select, select_by_name
 from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, path, whole_number, within
 from formulations.errors import ArgumentError
