@@ -161,6 +161,7 @@ CASES = (
         network="a part offloaded by accelerate",
         batch="tensors",
         build=_offloaded_by_accelerate,
+        refused="meta device",
         needs=("accelerate",),
     ),
     Case(
