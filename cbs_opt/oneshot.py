@@ -349,7 +349,8 @@ def _updated(task: Task, model: LossModel, group: list[Recipe], choices: list[Ch
                 weights, scale = torch.where(keep, task.weights, 0.0), None
             else:
                 target, scale = targets[dampings.index(damping)], recipe.update.scale
-                weights = torch.where(keep, before + scale * (target - before), 0.0)
+                # In place: there may be no room for more vectors of that length than these.
+                weights = (target - before).mul_(scale).add_(before).masked_fill_(~keep, 0.0)
             loss = None
             if task.request.candidates > 1:
                 with task.clock.phase("choice"):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -322,8 +323,10 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
     fresh = isinstance(curvature, Fisher)
     averages = fresh and asked.per_row == 1 and not isinstance(curvature, ExactFisher)
 
+    cut = cache(lambda blocks: _partition(model, weights, blocks))
+
     def at(way: Way) -> tuple[Request, Partition, Resources, RunSize]:
-        partition = _partition(model, weights, way.blocks)
+        partition = cut(way.blocks)
         changed = replace(weights, blocks=way.blocks) if weights.blocks is None else weights
         same = way.per_row == asked.per_row
         kind = curvature if same else replace(curvature, per_row=way.per_row)  # type: ignore[arg-type]
