@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.func import functional_call
 
 from cbs_opt.errors import NetworkChangedError
 from cbs_opt.network.partition import Partition
+from cbs_opt.network.state import require_usable
 from formulations.errors import NonFiniteError
 
 
@@ -30,7 +32,21 @@ class TrialNetwork(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the output of the network with the trial weights."""
-        return functional_call(self.model, self._trial, args, kwargs)
+        return call_with(self.model, self._trial, args, kwargs)
+
+
+def call_with(
+    model: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return the output of a network with `tensors` by name in the place of its own.
+
+    That of `nn.DataParallel` is computed on one device, by the network that it holds.
+    """
+    if isinstance(model, nn.DataParallel):
+        prefix = "module."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        return call_with(model.module, own, args, kwargs)
+    return functional_call(model, tensors, args, kwargs)
 
 
 def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
@@ -73,9 +89,10 @@ def unchanged(model: nn.Module, partition: Partition) -> Iterator[None]:
     A data loader, a loss, a callback or another thread may move the network, cast it, replace a parameter or
     train it; rows, sets and weights would then belong to different networks. Compared are dtype, device and
     shape of every parameter and buffer, and the values of the weights of `partition`, of which a copy is
-    held. Raises `NetworkChangedError` with the tensor and what changed; an error that the change led to is
-    its cause.
+    held. Raises `ArgumentError` for a network that cannot be differentiated; `NetworkChangedError` with the
+    tensor and what changed: an error that the change led to is its cause.
     """
+    require_usable(model)
     kinds = _kinds(model)
     weights = {name: tensor.detach().clone() for name, tensor in partition.tensors(model).items()}
 
