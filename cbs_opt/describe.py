@@ -78,7 +78,7 @@ def describe(
         samples = state.samples
         n_rows = max(1, recipe.samples // getattr(recipe.curvature, "per_row", 1))
     predicted = sum(updated) if updated else None
-    guess = label_share(labels for _, labels in task.sample or ())
+    guess = label_share(batch.labels for batch in task.sample or ())
     warnings = [
         *warnings_of(train_before, train_after, predicted=predicted, guess=guess),
         *(

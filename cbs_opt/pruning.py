@@ -23,6 +23,7 @@ from cbs_opt.errors import UnmatchedPatternError
 from cbs_opt.hessian.channel_system import DENSE_LIMIT
 from cbs_opt.network.data import Data, LossFunction, device_of, sample_count
 from cbs_opt.network.eligible import unwrapped
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.trial import plain_attention, unchanged, write_back
 from cbs_opt.oneshot import (
@@ -65,7 +66,7 @@ def prune(
     *,
     sparsity: float | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | str = "balanced",
-    loss_fn: LossFunction = nn.functional.cross_entropy,
+    loss_fn: LossFunction | None = None,
     stages: Stages | int | None = None,
     certify: Certify | bool = False,
     evaluate: Data | None = None,
@@ -96,8 +97,12 @@ def prune(
         How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
         one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of
         `cbs_opt.recipe.records.NAMED`.
-    loss_fn : callable, default cross-entropy
-        ``loss_fn(output, y)``: the mean loss of a batch.
+    loss_fn : callable, optional
+        ``loss_fn(output, labels)``: the loss of a batch, of what the network returns; labels are None where
+        there are none. A mean over samples or over those that count (class weights, ignored labels), a sum,
+        or a loss of whole batches: which of them is found out, see `cbs_opt.network.objective`. By default
+        the loss that the network itself returns; else cross-entropy, where labels are classes of samples,
+        pixels or tokens; else that of the next token, of a causal network without labels.
     stages : Stages or int, optional
         Prune little by little: every stage takes gradient rows at the weights as they then are, selects,
         and updates within a trust region. By default everything goes at once.
@@ -157,7 +162,7 @@ def prune(
             partition=partition,
             weights=partition.flatten(model),
             data=data,
-            loss_fn=loss_fn,
+            loss_fn=Objective.of(loss_fn),
             request=request,
             resources=resources,
             sample=None,

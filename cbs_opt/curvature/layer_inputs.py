@@ -137,8 +137,8 @@ def input_moments(
     -----
     One forward pass a sample and O(positions f^2) for every layer; temporaries of some 16 MiB, or
     twice the patches of one sample. Where a batch has an ``attention_mask`` (B, T), padded positions do not
-    count. The products themselves are watched, not the layers: whatever code
-    multiplies a weight is seen, such as the projections inside of `nn.MultiheadAttention`.
+    count. The products themselves are watched, not the layers: whatever code multiplies a weight is seen,
+    such as the projections inside of `nn.MultiheadAttention`.
     """
     whole_number("samples", samples)
     require_evaluation_mode(model)
