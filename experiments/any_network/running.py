@@ -170,7 +170,7 @@ CASES = (
     Case(network="on the meta device", batch="tensors", build=_on_meta, refused="meta"),
     Case(network="partly on the meta device", batch="tensors", build=_partly_on_meta, refused="meta"),
     Case(
-        network="made in inference mode", batch="tensors", build=_in_inference_mode, refused="inference mode"
+        network="made in inference mode", batch="tensors", build=_in_inference_mode, refused="inference_mode"
     ),
     Case(network="NaN in a weight", batch="tensors", build=_damaged, refused="0.weight are NaN"),
     Case(network="lazy layers, never run", batch="tensors", build=_lazy, refused="one forward pass"),
@@ -193,7 +193,7 @@ CASES = (
         network="functional dropout, always on",
         batch="tensors",
         build=_around(lambda module, hidden: torch.dropout(hidden, 0.5, train=True)),
-        refused="twice",
+        refused="again",
     ),
     Case(network="RReLU in training mode", batch="tensors", build=_randomised_relu, refused="eval()"),
     Case(network="dropout in training mode", batch="tensors", build=_training_dropout, refused="eval()"),

@@ -19,8 +19,8 @@ class Recurrent(nn.Module):
 
     def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
         super().__init__()
-        self.recurrent = kind(4, 8, batch_first=True, **options)
-        self.out = nn.Linear(self.recurrent.proj_size or 8, CLASSES)
+        self.recurrent = kind(4, 6, batch_first=True, **options)
+        self.out = nn.Linear(self.recurrent.proj_size or 6, CLASSES)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return logits (B, C)."""
@@ -148,7 +148,7 @@ CASES = (
     Case(
         network="LSTM, two layers both ways, projected",
         batch="sequences, classes",
-        build=lambda: _recurrent(nn.LSTM, num_layers=2, bidirectional=True, proj_size=4),
+        build=lambda: _recurrent(nn.LSTM, num_layers=2, bidirectional=True, proj_size=3),
     ),
     Case(
         network="GRUCell in a loop",
