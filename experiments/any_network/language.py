@@ -11,6 +11,8 @@ from experiments.any_network.case import CLASSES, SAMPLES, Case, Trial, classes
 
 LENGTH = 6
 WORDS = 20
+SCALE = 0.3
+"""Standard deviation of the weights: with .02, the default, such small networks return constants."""
 NEEDS = ("transformers",)
 
 
@@ -39,6 +41,7 @@ def _bert(**options: Any) -> Any:
         num_attention_heads=2,
         intermediate_size=12,
         max_position_embeddings=16,
+        initializer_range=SCALE,
         **options,
     )
 
@@ -125,7 +128,9 @@ def _sentence_embedding() -> Trial:
 def _gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=WORDS, n_positions=16, n_embd=8, n_layer=1, n_head=2, use_cache=False)
+    config = GPT2Config(
+        vocab_size=WORDS, n_positions=16, n_embd=8, n_layer=1, n_head=2, initializer_range=SCALE
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -150,6 +155,7 @@ def _llama() -> Trial:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=16,
+        initializer_range=SCALE,
     )
     words = torch.randint(1, WORDS, (SAMPLES, LENGTH))
     return Trial(model=LlamaForCausalLM(config).eval(), data=_batches(input_ids=words, labels=words))
@@ -177,6 +183,7 @@ def _vit() -> Trial:
         patch_size=4,
         num_channels=1,
         num_labels=CLASSES,
+        initializer_range=SCALE,
     )
     images = torch.randn(SAMPLES, 1, 8, 8)
     model = ViTForImageClassification(config).eval()
