@@ -25,6 +25,7 @@ from cbs_opt.network.data import Data, LossFunction, device_of, sample_count
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import BlockRule, Partition
+from cbs_opt.network.state import kept
 from cbs_opt.network.trial import plain_attention, unchanged, write_back
 from cbs_opt.oneshot import (
     Task,
@@ -155,7 +156,7 @@ def prune(
         prepare(select.method, select.program)
         if request.certify is not None:
             prepare("lower_bound", select.program)
-    with unchanged(model, partition), plain_attention(), ExitStack() as opened:
+    with unchanged(model, partition), kept(model), plain_attention(), ExitStack() as opened:
         check_data(request, data)
         task = Task(
             model=model,
