@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from cbs_opt.certify.certificates import CertifiedBlock, certify_blocks, relative_gap
 from cbs_opt.curvature.kinds import Fisher
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
+from cbs_opt.report.health import label_share, warnings_of
 from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary
 from cbs_opt.report.record import PruneReport
 from cbs_opt.select.choice import Choice
@@ -24,8 +27,12 @@ from cbs_opt.system.checks import within
 from cbs_opt.system.memory import process_peak
 from cbs_opt.system.versions import library_versions
 
+log = logging.getLogger(__name__)
+
 SEARCHED = ("iterations", "locally_optimal", "seconds", "bound", "status")
 """Fields of a `Choice` that a block summary has as they are."""
+SHOWN = 5
+"""Names that a note lists at most."""
 PROVED = ("rho", "effective_rank", "n_fixed")
 """Fields of a certificate that a block summary has as they are."""
 
@@ -69,6 +76,17 @@ def describe(
     if state is not None:
         samples = state.samples
         n_rows = max(1, recipe.samples // getattr(recipe.curvature, "per_row", 1))
+    predicted = sum(updated) if updated else None
+    guess = label_share(labels for _, labels in task.sample or ())
+    warnings = [
+        *warnings_of(train_before, train_after, predicted=predicted, guess=guess),
+        *(
+            f"on the evaluation data {warning}"
+            for warning in warnings_of(measured[0], measured[1], predicted=None, guess=guess)
+        ),
+    ]
+    for warning in warnings:
+        log.warning("%s", warning)
     return PruneReport(
         method=select_of(recipe).method,
         kind=method_of(recipe).kind,
@@ -86,7 +104,7 @@ def describe(
         ),
         blocks=blocks,
         predicted_selection_loss=sum(selection) if selection else None,
-        predicted_loss_increase=sum(updated) if updated else None,
+        predicted_loss_increase=predicted,
         train_before=train_before,
         train_after=train_after,
         before=measured[0],
@@ -103,7 +121,18 @@ def describe(
         request=request,
         versions=library_versions(),
         stages=() if state is None else state.records,
+        left_out=partition.left_out,
+        notes=(*task.notes, *_unseen(rows)),
+        warnings=tuple(warnings),
     )
+
+
+def _unseen(rows: Rows | None) -> Iterator[str]:
+    """Yield which parameters have no layer-input term beside others that have."""
+    names = () if rows is None or rows.channels is None else rows.channels.unseen
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        yield f"no layer inputs, rows alone, for {', '.join(names[:SHOWN])}{more}"
 
 
 def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport) -> PruneReport:

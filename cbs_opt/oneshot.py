@@ -67,7 +67,7 @@ class Task:
     """What a run works on, after its arguments were checked.
 
     `weights`: the trained weights, flat. `sample`: on which networks are compared; None without data. `done`:
-    what is kept on disk.
+    what is kept on disk. `notes`: what was changed or left out before, for the report.
     """
 
     model: nn.Module
@@ -79,6 +79,7 @@ class Task:
     resources: Resources
     sample: Sample | None
     progress: bool = True
+    notes: tuple[str, ...] = ()
     done: RunProgress = field(default_factory=RunProgress)
     clock: Clock = field(default_factory=Clock)
 

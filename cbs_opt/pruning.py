@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cbs_opt.curvature.kinds import Fisher
+from cbs_opt.budget.counts import checked_sparsity, removed_by
+from cbs_opt.curvature.kinds import ExactFisher, Fisher
 from cbs_opt.curvature.layer_inputs import default_layer_inputs
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.curvature.run_size import RunSize, check_fits, fitting_blocks, run_size
+from cbs_opt.curvature.run_size import RunSize, Way, check_fits, fitting, run_size, ways
 from cbs_opt.describe import certified, describe
+from cbs_opt.errors import UnmatchedPatternError
 from cbs_opt.hessian.channel_system import DENSE_LIMIT
-from cbs_opt.network.data import Data, LossFunction, sample_count
+from cbs_opt.network.data import Data, LossFunction, device_of, sample_count
+from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.partition import BlockRule, Partition
-from cbs_opt.network.trial import unchanged, write_back
+from cbs_opt.network.trial import plain_attention, unchanged, write_back
 from cbs_opt.oneshot import (
     Task,
+    budget_fields,
     check_data,
     draw_sample,
     method_of,
@@ -42,6 +48,7 @@ from cbs_opt.select.methods import available_methods
 from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
 from cbs_opt.system.checks import path, within
+from cbs_opt.system.memory import free_memory
 from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 
@@ -55,7 +62,7 @@ def prune(
     model: nn.Module,
     data: Data | None,
     *,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | str = "balanced",
     loss_fn: LossFunction = nn.functional.cross_entropy,
     stages: Stages | int | None = None,
@@ -77,11 +84,13 @@ def prune(
     ----------
     model : nn.Module
         In evaluation mode. Written to only at the very end: if anything raises or is interrupted
-        it is as it was.
+        it is as it was. Of a network in `torch.compile` or `DataParallel` the one inside is pruned, and names
+        are its own.
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
         Training data. None is allowed for methods that need no curvature, without update.
-    sparsity : float
-        Share of the eligible weights to remove, in [0, 1); met exactly, ``n_prune = round(sparsity * n)``.
+    sparsity : float or mapping of str to float
+        Share of the eligible weights to remove, in [0, 1); met exactly, ``n_prune = round(sparsity * n)``. A
+        mapping has the share of every parameter by glob, the first that matches; others are left as they are.
     recipe : Recipe, sequence of Recipe, or str, default "balanced"
         How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
         one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of
@@ -114,7 +123,9 @@ def prune(
     Returns
     -------
     PruneReport
-        ``report.request`` says what was used, chosen or given.
+        ``report.request`` says what was used, chosen or given, ``report.left_out`` which parameters were
+        not pruned and why, ``report.notes`` what was changed to fit the machine, and ``report.warnings``
+        what looks wrong with the pruned network.
 
     Raises
     ------
@@ -127,15 +138,18 @@ def prune(
     >>> print(report.summary())  # doctest: +SKIP
     """
     path("run_dir", run_dir)
+    model = unwrapped(model)
     prepared = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
-    request, partition, resources, size = prepared
+    request, partition, resources = prepared.request, prepared.partition, prepared.resources
     with within("resources", "row_memory", "row_dir", memory="row_memory"):
-        check_fits(size)
+        check_fits(prepared.size, prepared.free, prepared.remedy)
+    for note in prepared.notes:
+        logger.warning("%s", note)
     for select in map(select_of, request.recipes):
         prepare(select.method, select.program)
         if request.certify is not None:
             prepare("lower_bound", select.program)
-    with unchanged(model, partition), ExitStack() as opened:
+    with unchanged(model, partition), plain_attention(), ExitStack() as opened:
         check_data(request, data)
         task = Task(
             model=model,
@@ -147,6 +161,7 @@ def prune(
             resources=resources,
             sample=None,
             progress=progress,
+            notes=prepared.notes,
         )
         passes = Passes(task)
         if data is not None:
@@ -179,7 +194,7 @@ def plan(
     model: nn.Module,
     data: Data | None,
     *,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | str = "balanced",
     stages: Stages | int | None = None,
     certify: Certify | bool = False,
@@ -202,55 +217,148 @@ def plan(
     --------
     >>> print(plan(model, (x, y), sparsity=0.9).summary())  # doctest: +SKIP
     """
-    return _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)[-1]
+    model = unwrapped(model)
+    return _prepared(model, data, sparsity, recipe, stages, certify, resources, seed).size
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A run whose arguments were checked, with all defaults made concrete.
+
+    `notes` say what was changed or left out, `free` are the bytes of memory that it may take, and `remedy`
+    is what to do where it needs more.
+    """
+
+    request: Request
+    partition: Partition
+    resources: Resources
+    size: RunSize
+    free: int
+    notes: tuple[str, ...] = ()
+    remedy: str = ""
 
 
 def _prepared(
     model: nn.Module,
     data: Data | None,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | str,
     stages: Stages | int | None,
     certify: Certify | bool,
     resources: Resources | None,
     seed: int,
-) -> tuple[Request, Partition, Resources, RunSize]:
-    """Check all arguments, make defaults concrete, and cut the weights into blocks that fit in memory."""
+) -> _Prepared:
+    """Check all arguments, make defaults concrete, and change what may be changed to fit the machine."""
     if resources is not None and not isinstance(resources, Resources):
         raise ArgumentError("resources", f"a {type(resources).__name__}", "pass a Resources record")
     resources = Resources() if resources is None else resources
+    recipes: Any = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(sparsity, Mapping):
+        sparsity, recipes = _by_pattern(model, sparsity, Request(sparsity=0.0, recipes=recipes).recipes)
     request = Request(
         sparsity=sparsity,
-        recipes=recipe_by_name(recipe) if isinstance(recipe, str) else recipe,  # type: ignore[arg-type]
+        recipes=recipes,
         stages=stages,  # type: ignore[arg-type]
         certify=certify,  # type: ignore[arg-type]
         seed=seed,
     )
     request = replace(request, recipes=tuple(_with_method(entry, request) for entry in request.recipes))
     _check_methods(request, resources)
-    weights = request.recipes[0].weights
-    partition = _partition(model, weights, weights.blocks or "global")
-    recipes = [_with_layer_inputs(entry, request, partition) for entry in request.recipes]
-    request = replace(request, recipes=tuple(recipes))
-    size = _size(model, request, partition, resources, data)
-    if weights.blocks is None:
-        rule, row_memory = fitting_blocks(size)
-        if rule != "global":
-            text = 'rows of %s weights do not fit in memory: blocks are cut by "%s"'
-            logger.warning(text, partition.n, rule)
-            partition = _partition(model, weights, rule)
-            resources = replace(resources, row_memory=row_memory)
-            size = _size(model, request, partition, resources, data)
-        recipes = [replace(entry, weights=replace(entry.weights, blocks=rule)) for entry in request.recipes]
-        request = replace(request, recipes=tuple(recipes))
-    rows = request.recipes[0].curvature
-    if isinstance(rows, Rows):
-        rows.check(partition)
-    _check_certifiable(request, partition)
     if request.stages is not None and resources.row_memory is not None:
         remedy = "use one stage, or leave it out"
         raise ArgumentError("resources.row_memory", "given for a run in stages", remedy)
-    return request, partition, resources, size
+    weights = request.recipes[0].weights
+    partition = _partition(model, weights, weights.blocks or weights.default_blocks)
+    _check_budget(request, partition)
+    notes: list[str] = []
+    recipes = tuple(_with_layer_inputs(entry, request, partition, notes) for entry in request.recipes)
+    request = replace(request, recipes=recipes)
+    prepared = _fitted(model, request, resources, data)
+    rows = request.recipes[0].curvature
+    if isinstance(rows, Rows):
+        rows.check(prepared.partition)
+    _check_certifiable(prepared.request, prepared.partition)
+    return replace(prepared, notes=(*prepared.size.changes, *dict.fromkeys(notes)))
+
+
+def _by_pattern(
+    model: nn.Module, sparsity: Mapping[str, float], recipes: tuple[Recipe, ...]
+) -> tuple[float, tuple[Recipe, ...]]:
+    """Return the sparsity that a mapping comes to, and the recipes with a budget that says the same."""
+    weights = recipes[0].weights
+    if weights.budget != "global":
+        remedy = "leave weights.budget out: the mapping says what it would"
+        raise ArgumentError("sparsity", "a mapping beside weights.budget", remedy)
+    shares = {str(glob): checked_sparsity(f"sparsity[{glob!r}]", share) for glob, share in sparsity.items()}
+    partition = _partition(model, weights, "layer")
+    try:
+        removed = removed_by(partition, 0.0, shares)
+    except UnmatchedPatternError as error:
+        raise UnmatchedPatternError("sparsity", error.found, error.remedy) from error
+    weights = replace(weights, budget={**shares, "*": shares.get("*", 0.0)})
+    return removed / partition.n, tuple(replace(recipe, weights=weights) for recipe in recipes)
+
+
+def _check_budget(request: Request, partition: Partition) -> None:
+    """Raise `ArgumentError` if sparsities by parameter come to another one than is asked for."""
+    budget = request.recipes[0].weights.budget
+    if not isinstance(budget, Mapping):
+        return
+    with budget_fields():
+        removed = removed_by(partition, request.sparsity, budget)
+    if abs(removed - request.sparsity * partition.n) > len(partition.parameters):
+        found = f"it comes to {removed / partition.n:.4g} where sparsity={request.sparsity:g} is asked for"
+        remedy = (
+            "pass the mapping as sparsity={...} (what no glob matches is left as it is), or make them agree"
+        )
+        raise ArgumentError("weights.budget", found, remedy)
+
+
+def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data | None) -> _Prepared:
+    """Return the run in the first way that fits the machine, or as it was asked for if none does."""
+    recipe, free = request.recipes[0], _free(model)
+    curvature, weights = recipe.curvature, recipe.weights
+    asked = Way(blocks=weights.blocks or weights.default_blocks, per_row=getattr(curvature, "per_row", 1))
+    fresh = isinstance(curvature, Fisher)
+    averages = fresh and asked.per_row == 1 and not isinstance(curvature, ExactFisher)
+
+    def at(way: Way) -> tuple[Request, Partition, Resources, RunSize]:
+        partition = _partition(model, weights, way.blocks)
+        changed = replace(weights, blocks=way.blocks) if weights.blocks is None else weights
+        same = way.per_row == asked.per_row
+        kind = curvature if same else replace(curvature, per_row=way.per_row)  # type: ignore[arg-type]
+        entries = [replace(entry, weights=changed, curvature=kind) for entry in request.recipes]
+        run = replace(request, recipes=tuple(entries))
+        place = resources
+        if way.on_disk and resources.row_memory is None:
+            size = _size(model, run, partition, resources, data)
+            place = replace(resources, row_memory=size.largest_block_bytes)
+        return run, partition, place, _size(model, run, partition, place, data)
+
+    whole = at(asked)[-1]
+
+    def possible(*, cut: bool, average: bool) -> tuple[Way, RunSize] | None:
+        disk = fresh and request.stages is None
+        chosen = ways(asked, whole.rows, cut=cut and fresh, average=average, disk=disk)
+        return fitting(chosen, lambda way: at(way)[-1], free)
+
+    found = possible(cut=weights.blocks is None, average=averages)
+    remedy = "prune a part of the network (weights.target), or free some memory"
+    if found is None and fresh:
+        freer = possible(cut=True, average=not isinstance(curvature, ExactFisher))
+        if freer is not None:
+            remedy = f"what would fit: {'; '.join(freer[1].changes)} (leave weights.blocks and per_row out)"
+    way, size = (asked, whole) if found is None else found
+    run, partition, place, _ = at(way)
+    return _Prepared(request=run, partition=partition, resources=place, size=size, free=free, remedy=remedy)
+
+
+def _free(model: nn.Module) -> int:
+    """Return the bytes of memory that the run may take where its rows are."""
+    device = device_of(model)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory()
 
 
 def _partition(model: nn.Module, weights: Weights, rule: BlockRule) -> Partition:
@@ -267,11 +375,19 @@ def _size(
         partition,
         None if fresh and not needs_curvature(request) else curvature,
         layer_inputs=any(recipe.layer_inputs for recipe in request.recipes),
+        in_double=request.certify is not None or any(map(_copies_rows, request.recipes)),
         resources=resources,
         itemsize=max(4, *(tensor.element_size() for tensor in partition.tensors(model).values())),
         available=None if data is None else sample_count(data),
         staged=request.stages is not None,
     )
+
+
+def _copies_rows(recipe: Recipe) -> bool:
+    """Whether the method works on a copy of a block's rows in float64."""
+    method = method_of(recipe)
+    by_channels = bool(recipe.layer_inputs) and not selects_by_rows(recipe)
+    return method.kind != "saliency" and method.name != "greedy_obs" and not by_channels
 
 
 def _with_method(recipe: Recipe, request: Request) -> Recipe:
@@ -280,13 +396,21 @@ def _with_method(recipe: Recipe, request: Request) -> Recipe:
     return recipe if recipe.select is not None else replace(recipe, select=default)
 
 
-def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition) -> Recipe:
+def _with_layer_inputs(recipe: Recipe, request: Request, partition: Partition, notes: list[str]) -> Recipe:
+    """Return the recipe with a weight of the layer-input term; `notes` takes why it is 0 by default."""
+    if not needs_curvature(request):
+        if recipe.layer_inputs:
+            found = f"{recipe.layer_inputs} for a recipe that needs no curvature"
+            raise ArgumentError("recipe.layer_inputs", found, "leave it out")
+        return replace(recipe, layer_inputs=0.0)
     if recipe.layer_inputs is not None:
         return recipe
     if not isinstance(recipe.curvature, Fisher):
         term = recipe.curvature.channels
         return replace(recipe, layer_inputs=0.0 if term is None else term.weight)
-    return replace(recipe, layer_inputs=default_layer_inputs(partition) if needs_curvature(request) else 0.0)
+    weight, why = default_layer_inputs(partition)
+    notes += [why] if why else []
+    return replace(recipe, layer_inputs=weight)
 
 
 def _check_methods(request: Request, resources: Resources) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbs_opt.errors import UnmatchedPatternError
+from cbs_opt.network.eligible import unmatched
 from cbs_opt.network.partition import BlockSpan, ParameterSpan, Partition
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
@@ -147,25 +147,38 @@ def _uniform(blocks: Sequence[BlockSpan], share: float) -> list[int]:
     return counts
 
 
+def removed_by(partition: Partition, sparsity: float, budget: Mapping[str, float]) -> int:
+    """Return how many weights a budget by parameter removes in all; errors are those of `allocate`."""
+    shares = _shares(partition, checked_sparsity("sparsity", sparsity), budget)
+    spans = partition.parameters
+    return sum(round(own * (s.stop - s.start)) for own, s in zip(shares, spans, strict=True))
+
+
+def _shares(partition: Partition, share: float, budget: Mapping[str, float]) -> list[float]:
+    """Return the sparsity of every parameter: that of the first pattern that matches, else `share`."""
+    shares = {pattern: checked_sparsity(f"budget[{pattern!r}]", value) for pattern, value in budget.items()}
+    names = [name for span in partition.parameters for name in (span.name, *span.aliases)]
+    for pattern in shares:
+        if not any(_matches(span, pattern) for span in partition.parameters):
+            raise unmatched("budget", pattern, names, what="parameter that may be pruned")
+    return [
+        next((value for pattern, value in shares.items() if _matches(span, pattern)), share)
+        for span in partition.parameters
+    ]
+
+
 def _by_parameter(
     partition: Partition, share: float, budget: Mapping[str, float], scores: Tensor | None
 ) -> list[int]:
-    shares = {pattern: checked_sparsity(f"budget[{pattern!r}]", value) for pattern, value in budget.items()}
-    for pattern in shares:
-        if not any(_matches(span, pattern) for span in partition.parameters):
-            names = ", ".join(span.name for span in partition.parameters)
-            found = f"{pattern!r} matches no parameter that may be pruned"
-            raise UnmatchedPatternError("budget", found, f"choose among {names}")
     counts: list[int] = []
     blocks = list(reversed(partition.blocks))
-    for span in partition.parameters:
+    for span, own in zip(partition.parameters, _shares(partition, share, budget), strict=True):
         inside: list[BlockSpan] = []
         while blocks and blocks[-1].start < span.stop:
             inside.append(blocks.pop())
         if not inside or inside[-1].stop != span.stop:
-            remedy = 'use partition="layer", "row" or a block size'
+            remedy = 'use blocks="layer", "row" or a block size'
             raise ArgumentError("budget", "sparsities by parameter for blocks that span several", remedy)
-        own = next((value for pattern, value in shares.items() if _matches(span, pattern)), share)
         counts += _lowest(inside, own, scores)
     return counts
 

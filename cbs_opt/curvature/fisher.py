@@ -28,7 +28,8 @@ from cbs_opt.errors import NonFiniteGradientError
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.network.data import Batch, Data, LossFunction, check_labels, iterate, regroup, sample_count
-from cbs_opt.network.partition import BlockRule, Globs, Partition
+from cbs_opt.network.eligible import Globs
+from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.system.checks import finite_number, whole_number
 from cbs_opt.system.resources import ORDINARY, Resources
 from formulations.errors import ArgumentError, ShapeError
@@ -424,7 +425,9 @@ class RowBuilder:
 
     def _write(self, gradients: Gradients, count: int) -> None:
         """Put `count` rows in place, each the gradients of all parameters side by side."""
-        pieces = [gradients[span.name].reshape(count, -1) for span in self.partition.parameters]
+        pieces = [
+            span.flat(gradients[span.name].reshape(count, *span.shape)) for span in self.partition.parameters
+        ]
         if self._columns is not None:
             columns = self._columns.values()
             pieces = [piece.index_select(1, index) for piece, index in zip(pieces, columns, strict=True)]
@@ -486,7 +489,7 @@ def _columns_by_parameter(partition: Partition, keep: Tensor | None) -> dict[str
     if keep.dtype != torch.bool or tuple(keep.shape) != (partition.n,):
         found = f"{keep.dtype} of shape {tuple(keep.shape)}"
         raise ShapeError("keep", found, f"pass ({partition.n},) booleans, True for each wanted column")
-    return {name: kept.reshape(-1).nonzero().squeeze(1) for name, kept in partition.split(keep).items()}
+    return {s.name: keep[s.start : s.stop].nonzero().squeeze(1) for s in partition.parameters}
 
 
 def _parts(batch: Batch, size: int) -> Iterator[Batch]:

@@ -1,15 +1,13 @@
-"""How large a run of `prune` is, before its first gradient, and whether it fits the machine."""
+"""How large a run of `prune` is, before its first gradient, and what of it is changed to fit the machine."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from cbs_opt.curvature.kinds import ExactFisher, Fisher
 from cbs_opt.curvature.rows import Rows, check_block, check_space, stored_bytes
@@ -22,7 +20,13 @@ from cbs_opt.system.resources import ORDINARY, Resources
 DOUBLE = 8
 VECTORS = 8
 """Vectors of length n in float64 that a run has at a time: weights, scores, candidates and their copies."""
+GRADIENTS = 3
+"""Gradients of the whole network that one backward pass has at a time, at least."""
 LARGEST_ARRAYS = 3
+SHARE = 1 / 3
+"""Of the free memory, and of the free disk, that a run aims at which has to be changed to fit."""
+FEWEST_ROWS = 16
+"""Rows below which no more samples are averaged into one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +54,10 @@ class RunSize:
     resident_bytes : int
         Of this process now.
     peak_bytes : int
-        An estimate of the peak: ``resident_bytes`` and those three arrays. The network's activations, the
-        data and what solvers take are not in it.
-    alternatives : mapping of str to (int, int)
-        By partition, "layer" or "row": the least `row_memory` with the rows on disk, and the peak then.
+        An estimate of the peak: ``resident_bytes`` and all arrays that are there at a time. The network's
+        activations, the data and what solvers take are not in it.
+    changes : tuple of str
+        What was changed so that the run fits the machine, in sentences.
     """
 
     n: int
@@ -70,7 +74,7 @@ class RunSize:
     arrays: dict[str, int]
     resident_bytes: int
     peak_bytes: int
-    alternatives: dict[str, tuple[int, int]]
+    changes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -84,13 +88,19 @@ class RunSize:
             free = readable(self.disk_free_bytes)
             place = f"on disk in {self.row_dir}: {readable(self.disk_bytes)} of {free} free"
         largest = f"{self.largest_block}, {self.largest_block_n:,} weights"
+        changes = "".join(f"\nchanged: {change}" for change in self.changes)
         return (
             f"weights: {self.n:,} in {self.blocks:,} blocks\n"
             f"largest block: {largest}, {readable(self.largest_block_bytes)} of rows\n"
             f"gradient rows: {self.rows:,}, {readable(self.row_bytes)}, {place}\n"
             f"peak memory: about {readable(self.peak_bytes)}, {readable(self.resident_bytes)} of it now\n"
-            f"largest arrays: {self.listed_arrays}"
+            f"largest arrays: {self.listed_arrays}{changes}"
         )
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the run takes beyond what the process has now."""
+        return self.peak_bytes - self.resident_bytes
 
     @property
     def listed_arrays(self) -> str:
@@ -103,6 +113,7 @@ def run_size(
     curvature: Fisher | Rows | None,
     *,
     layer_inputs: bool = False,
+    in_double: bool = False,
     resources: Resources = ORDINARY,
     itemsize: int = 4,
     available: int | None = None,
@@ -111,9 +122,9 @@ def run_size(
     """Return the size of a run, without reading data.
 
     `curvature`: None for methods that look at weights alone. `layer_inputs`: whether the layer-input term is
-    taken. `itemsize`: bytes of a number of the rows. `available`: samples that there are, if that is known.
-    The exact Fisher has a row for each of them and each row of the last weight matrix. `staged`: rows of
-    several stages stay in memory.
+    taken. `in_double`: whether the method copies the rows of a block to float64. `itemsize`: bytes of a
+    number of the rows. `available`: samples that there are, if that is known. The exact Fisher has a row for
+    each of them and each row of the last weight matrix. `staged`: rows of several stages stay in memory.
     """
     rows = _row_count(partition, curvature, available)
     memory = None if staged else resources.row_memory
@@ -126,29 +137,25 @@ def run_size(
         held = block_bytes if on_disk else 0
     else:
         fresh, on_disk = rows > 0, memory is not None and row_bytes > memory
-        held = row_bytes if memory is None else min(row_bytes, memory)
+        held = row_bytes if memory is None else min(row_bytes, max(memory, partition.n * itemsize))
     folder = Path(resources.row_dir or tempfile.gettempdir()) if on_disk else None
-    spans = [(span.stop - span.start, math.prod(span.shape[1:])) for span in partition.parameters]
-
-    def arrays(held: int, largest: int) -> dict[str, int]:
-        equations = min(rows, largest)
-        sizes = {
-            "gradient rows": held,
-            "gradients of a chunk": resources.chunk_memory if fresh else 0,
-            "second moments": DOUBLE * sum(fan**2 for _, fan in spans) if layer_inputs else 0,
-            "channel factors": DOUBLE * max(min(n, largest) * fan for n, fan in spans) if layer_inputs else 0,
-            "equations of a block": 2 * DOUBLE * equations**2,
-            "vectors": VECTORS * DOUBLE * partition.n,
-        }
-        return dict(sorted(sizes.items(), key=lambda entry: -entry[1])[:LARGEST_ARRAYS])
-
+    spans = partition.parameters
+    factors = (min(span.stop - span.start, size) * span.fan_in for span in spans)
+    standing = {
+        "gradient rows": held,
+        "vectors": VECTORS * DOUBLE * partition.n,
+        "second moments": DOUBLE * sum(span.fan_in**2 for span in spans) if layer_inputs else 0,
+    }
+    # Gradients are gone when the first block is worked on.
+    chunk = max(resources.chunk_memory, GRADIENTS * itemsize * partition.n)
+    passing = {"gradients of a chunk": chunk if fresh else 0}
+    working = {
+        "rows of a block in float64": DOUBLE * rows * size if in_double else 0,
+        "channel factors": DOUBLE * max(factors) if layer_inputs else 0,
+        "equations of a block": 2 * DOUBLE * min(rows, size) ** 2,
+    }
+    arrays = {**standing, **passing, **working}
     now = resident()
-    largest_arrays = arrays(held, size)
-    alternatives = {}
-    if fresh and not staged:
-        for rule, most in (("layer", max(n for n, _ in spans)), ("row", max(fan for _, fan in spans))):
-            least = rows * most * itemsize
-            alternatives[rule] = least, now + sum(arrays(least, most).values())
     return RunSize(
         n=partition.n,
         blocks=len(partition.blocks),
@@ -161,58 +168,89 @@ def run_size(
         row_dir=None if folder is None else str(folder),
         disk_bytes=0 if folder is None else stored_bytes(partition, rows, itemsize),
         disk_free_bytes=shutil.disk_usage(folder).free if folder is not None and folder.is_dir() else 0,
-        arrays=largest_arrays,
+        arrays=dict(sorted(arrays.items(), key=lambda entry: -entry[1])[:LARGEST_ARRAYS]),
         resident_bytes=now,
-        peak_bytes=now + sum(largest_arrays.values()),
-        alternatives=alternatives,
+        peak_bytes=now + sum(standing.values()) + max(sum(passing.values()), sum(working.values())),
     )
 
 
-def check_fits(size: RunSize, free: int | None = None) -> None:
+def check_fits(size: RunSize, free: int, remedy: str = "use fewer samples, or more of them in a row") -> None:
     """Refuse a run that does not fit, before its first gradient.
 
-    `free` are the bytes of memory that it may take; by default those that the machine has free. Raises
-    `RowMemoryError` if the rows of the largest block are not within `row_memory`, or the run not within
-    `free`: then with a partition and a `row_memory` that fit, if any do; `RowStoreError` if the folder for
-    the rows is none, or has too little space.
+    `free` are the bytes of memory that it may take. Raises `RowMemoryError` if the rows of the largest block
+    are not within `row_memory`, or the run not within `free`, with `remedy`; `RowStoreError` if the folder
+    for the rows is none, or has too little space.
     """
     if size.row_dir is not None:
         if size.row_memory is not None:
             column = size.largest_block_bytes // size.largest_block_n
             check_block(size.largest_block, size.largest_block_bytes, column, size.row_memory)
         check_space(Path(size.row_dir), size.disk_bytes)
-    free = psutil.virtual_memory().available if free is None else free
-    needed = size.peak_bytes - size.resident_bytes
-    if needed <= free:
-        return
-    found = f"about {readable(needed)} ({size.listed_arrays}) where {readable(free)} are free"
-    remedy = "use fewer samples, or more of them in a row"
-    choice = _fitting(size, free)
-    if choice is not None:
-        remedy = f'use blocks of a "{choice[0]}" with row_memory={choice[1]}, or fewer samples'
-    raise RowMemoryError("memory", found, remedy)
+    if size.needed_bytes > free:
+        needed = f"about {readable(size.needed_bytes)} ({size.listed_arrays})"
+        raise RowMemoryError("memory", f"{needed} where {readable(free)} are free", remedy)
 
 
-def fitting_blocks(size: RunSize, free: int | None = None) -> tuple[BlockRule, int | None]:
-    """Return the partition and the `row_memory` that fit, where the caller asked for no partition.
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What of a run may be changed to make it fit: its blocks, rows on disk, samples averaged into a row."""
 
-    `size` is that of the run with one block. The partition is "global" if that fits, or if nothing does:
-    `check_fits` then says so. Else it is "layer" or "row".
+    blocks: BlockRule
+    per_row: int = 1
+    on_disk: bool = False
+
+
+def ways(first: Way, rows: int, *, cut: bool, average: bool, disk: bool) -> Iterator[Way]:
+    """Yield ways to do a run of so many rows, the best first, from the one that was asked for.
+
+    Where blocks may be `cut`: by layer, then with rows on `disk`, then with fewer rows that `average` more of
+    the same samples, down to some 16; last by output channel.
     """
-    free = psutil.virtual_memory().available if free is None else free
-    whole = size.row_memory is None or size.row_bytes <= size.row_memory
-    if whole and size.peak_bytes - size.resident_bytes <= free:
-        return "global", size.row_memory
-    return _fitting(size, free) or ("global", size.row_memory)
+    yield first
+    factors = [1]
+    while average and rows // (2 * factors[-1]) >= FEWEST_ROWS:
+        factors.append(2 * factors[-1])
+    for blocks in ("layer", "row") if cut else (first.blocks,):
+        for factor in factors:
+            for on_disk in (False, True) if disk else (False,):
+                yield Way(blocks=blocks, per_row=first.per_row * factor, on_disk=on_disk)
 
 
-def _fitting(size: RunSize, free: int) -> tuple[BlockRule, int] | None:
-    """Return the first partition that fits `free` and the limit of the caller, with its `row_memory`."""
-    for rule, (least, peak) in size.alternatives.items():
-        allowed = size.row_memory is None or least <= size.row_memory
-        if allowed and peak - size.resident_bytes <= free:
-            return rule, least if size.row_memory is None else size.row_memory
+def fitting(ways: Iterator[Way], size_of: Callable[[Way], RunSize], free: int) -> tuple[Way, RunSize] | None:
+    """Return the first way that fits, with its size; None if none does.
+
+    The first one may take all that is `free`, and all the disk; those that stray from what was asked for a
+    third, so that others are left some, or all if none fits into that.
+    """
+    asked = next(ways)
+    size = size_of(asked)
+    if _fits(size, free, 1.0):
+        return asked, size
+    changed = [(way, size_of(way)) for way in ways]
+    for share in (SHARE, 1.0):
+        for way, size in changed:
+            if _fits(size, free, share):
+                return way, replace(size, changes=_changes(asked, way, size))
     return None
+
+
+def _fits(size: RunSize, free: int, share: float) -> bool:
+    on_disk = size.row_dir is not None
+    within = size.row_memory is None or size.largest_block_bytes <= size.row_memory
+    room = size.disk_bytes <= share * size.disk_free_bytes
+    return size.needed_bytes <= share * free and (not on_disk or (within and room))
+
+
+def _changes(asked: Way, way: Way, size: RunSize) -> tuple[str, ...]:
+    """Return in sentences how a way differs from what was asked for."""
+    changes = []
+    if way.blocks != asked.blocks:
+        changes.append(f'blocks are cut by "{way.blocks}", as one of {size.n:,} weights does not fit')
+    if size.row_dir is not None:
+        changes.append(f"gradient rows are on disk in {size.row_dir}, {readable(size.disk_bytes)}")
+    if way.per_row != asked.per_row:
+        changes.append(f"a row averages {way.per_row} samples, which makes {size.rows:,} rows")
+    return tuple(changes)
 
 
 def _row_count(partition: Partition, curvature: Fisher | Rows | None, available: int | None) -> int:
@@ -222,5 +260,5 @@ def _row_count(partition: Partition, curvature: Fisher | Rows | None, available:
         return curvature.shape[0]
     samples = curvature.samples if available is None else min(curvature.samples, available)
     if isinstance(curvature, ExactFisher):
-        return samples * partition.parameters[-1].shape[0]
+        return samples * partition.parameters[-1].channels
     return max(1, samples // curvature.per_row)

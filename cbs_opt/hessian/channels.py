@@ -63,11 +63,13 @@ class ChannelTerm:
     """A block-diagonal positive semidefinite (n, n) matrix.
 
     Its channels tile ``0:n`` in order; `weight` is the mean diagonal in units of that of the rows it was
-    matched with.
+    matched with. `unseen` names the parameters whose channels are multiples of the identity, as nothing is
+    known of their inputs.
     """
 
     channels: tuple[Channel, ...]
     weight: float = 1.0
+    unseen: tuple[str, ...] = ()
 
     def scaled(self, factor: float) -> ChannelTerm:
         """Return the term times a number >= 0; moments are shared."""

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cbs_opt.errors import MaskFileError, MaskMismatchError
+from cbs_opt.network.eligible import unwrapped
 from formulations.errors import ArgumentError
 from formulations.files import CHECKSUM, checksum, write_atomically
 
@@ -132,7 +133,7 @@ def _boolean(masks: Masks) -> Masks:
 
 def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
     """Return each mask with its parameter; every misfit is listed in one `MaskMismatchError`."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
     misfits: list[str] = []
     for name, keep in masks.items():
         if name not in parameters:

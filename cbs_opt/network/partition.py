@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import chain
 
 import numpy as np
@@ -13,20 +11,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cbs_opt.errors import NoEligibleWeightsError, PartitionMismatchError, UnmatchedPatternError
+from cbs_opt.errors import PartitionMismatchError
+from cbs_opt.network.eligible import (
+    Globs,
+    LeftOut,
+    by_columns,
+    eligible_parameters,
+    names_by_parameter,
+    unwrapped,
+)
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
-Globs = str | Sequence[str]
-DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BlockRule = str | int
 """How a partition forms blocks: "global", "layer", "row", or a block size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpan:
-    """One parameter tensor and its range ``start:stop`` in the flat vector (row-major).
+    """One parameter tensor and its range ``start:stop`` in the flat vector, output channel by output channel.
 
-    `aliases` are the further names of the same tensor where a network ties it.
+    `aliases` are the further names of the same tensor where a network ties it. Output channels are its first
+    axis; the second one `by_columns`: in transposed convolutions and `Conv1D` of transformers.
     """
 
     name: str
@@ -34,6 +39,31 @@ class ParameterSpan:
     start: int
     stop: int
     aliases: tuple[str, ...] = ()
+    by_columns: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return self.shape[1 if self.by_columns else 0] if self.shape else 1
+
+    @property
+    def fan_in(self) -> int:
+        """Number of weights of an output channel."""
+        return (self.stop - self.start) // self.channels
+
+    def flat(self, values: Tensor) -> Tensor:
+        """Return values of the parameter, (..., *shape), in the order of the flat vector, (..., n)."""
+        first = values.ndim - len(self.shape)
+        if self.by_columns:
+            values = values.transpose(first, first + 1)
+        return values.reshape(*values.shape[:first], self.stop - self.start)
+
+    def shaped(self, vector: Tensor) -> Tensor:
+        """Return a view of its part (n,) of a flat vector in the shape of the parameter."""
+        if not self.by_columns:
+            return vector.view(self.shape)
+        rows, columns, *kernel = self.shape
+        return vector.view(columns, rows, *kernel).transpose(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +79,7 @@ class BlockSpan:
 class Partition:
     """The weights that may be pruned, as one flat vector cut into blocks.
 
-    The flat vector holds the parameters in `named_parameters` order, each row-major, so that every
+    The flat vector holds the parameters in `named_parameters` order, each channel by channel, so that every
     block is a contiguous range. Build one with `from_model`.
 
     Parameters
@@ -58,10 +88,13 @@ class Partition:
         Tile ``0:n`` in order.
     blocks : tuple of BlockSpan
         Tile ``0:n`` in order.
+    left_out : tuple of LeftOut
+        The other parameters of the network, each with its name, shape and reason.
     """
 
     parameters: tuple[ParameterSpan, ...]
     blocks: tuple[BlockSpan, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         _check_tiling("parameters", self.parameters, self.n)
@@ -78,10 +111,12 @@ class Partition:
         Parameters
         ----------
         model : nn.Module
-            The network. Only trainable floating-point parameters are eligible.
+            The network. Names are those inside of `torch.compile` and `DataParallel`. `left_out` has
+            what is not pruned, and why.
         target : str or sequence of str, optional
-            Globs on parameter names, such as ``"layer*.conv?.weight"``. By default the weights of
-            `nn.Linear` and `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: no biases, no norms.
+            Globs on parameter names, such as ``"layer*.conv?.weight"``. By default all trainable
+            floating-point parameters of two or more axes, but for embeddings, what is tied to them, norms
+            and adapters.
         ignore : str or sequence of str, default ()
             Globs on parameter names to leave alone, applied after `target`.
         blocks : {"global", "layer", "row"} or int, default "layer"
@@ -91,33 +126,49 @@ class Partition:
         Raises
         ------
         NoEligibleWeightsError
-            If nothing is left to prune.
+            If nothing is left to prune, or `target` names a parameter in full that cannot be pruned.
         UnmatchedPatternError
             If a glob matches no parameter name.
         ArgumentError
             If `blocks` is none of the above.
         """
         rule = checked_rule("blocks", blocks)
+        model = unwrapped(model)
         names = names_by_parameter(model)
+        chosen, left_out = eligible_parameters(model, names, target, ignore)
         spans: list[ParameterSpan] = []
         stop = 0
-        for parameter in eligible_parameters(model, names, target, ignore):
+        for parameter in chosen:
             first, *aliases = names[parameter]
-            start, stop, shape = stop, stop + parameter.numel(), tuple(parameter.shape)
-            span = ParameterSpan(name=first, shape=shape, start=start, stop=stop, aliases=tuple(aliases))
+            path, _, leaf = first.rpartition(".")
+            start, stop = stop, stop + parameter.numel()
+            span = ParameterSpan(
+                name=first,
+                shape=tuple(parameter.shape),
+                start=start,
+                stop=stop,
+                aliases=tuple(aliases),
+                by_columns=leaf == "weight" and by_columns(model.get_submodule(path)),
+            )
             spans.append(span)
         whole = (BlockSpan(name="global", start=0, stop=stop),)
         cut = chain.from_iterable(_cut(span, rule) for span in spans)
-        return cls(parameters=tuple(spans), blocks=whole if rule == "global" else tuple(cut))
+        formed = whole if rule == "global" else tuple(cut)
+        return cls(parameters=tuple(spans), blocks=formed, left_out=left_out)
 
     @property
     def n(self) -> int:
         """Number of weights."""
         return self.parameters[-1].stop if self.parameters else 0
 
+    @property
+    def n_network(self) -> int:
+        """Number of weights of the whole network, those that are left out among them."""
+        return self.n + sum(entry.n for entry in self.left_out)
+
     def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters of `model` by name; `PartitionMismatchError` if names or shapes differ."""
-        present = dict(model.named_parameters())
+        present = dict(unwrapped(model).named_parameters())
         for span in self.parameters:
             found = present.get(span.name)
             if found is None or tuple(found.shape) != span.shape:
@@ -140,11 +191,11 @@ class Partition:
             If a weight is NaN or infinite.
         """
         flat = []
-        for name, tensor in self.tensors(model).items():
+        for span, (name, tensor) in zip(self.parameters, self.tensors(model).items(), strict=True):
             if bad := int((~torch.isfinite(tensor)).sum()):
                 found = f"{bad} of {tensor.numel()} weights of {name} are NaN or infinite"
                 raise NonFiniteError("model", found, "load an undamaged network")
-            flat.append(tensor.detach().reshape(-1))
+            flat.append(span.flat(tensor.detach()))
         return torch.cat([weights.to(flat[0].device) for weights in flat]) if flat else torch.zeros(0)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
@@ -152,7 +203,7 @@ class Partition:
         if tuple(vector.shape) != (self.n,):
             found = f"shape {tuple(vector.shape)} for {self.n} weights"
             raise ShapeError("vector", found, f"pass ({self.n},)")
-        return {span.name: vector[span.start : span.stop].view(span.shape) for span in self.parameters}
+        return {span.name: span.shaped(vector[span.start : span.stop]) for span in self.parameters}
 
     def keep_by_parameter(self, keep: Tensor | NDArray[np.bool_]) -> dict[str, Tensor]:
         """Split a flat boolean (n,) `keep` (True = kept) into masks by parameter name."""
@@ -174,7 +225,7 @@ def _cut(span: ParameterSpan, rule: BlockRule) -> Iterator[BlockSpan]:
     if rule == "layer":
         yield BlockSpan(name=span.name, start=span.start, stop=span.stop)
         return
-    size = math.prod(span.shape[1:]) if rule == "row" else int(rule)
+    size = span.fan_in if rule == "row" else int(rule)
     for start in range(span.start, span.stop, size):
         stop, first = min(start + size, span.stop), start - span.start
         label = str(first // size) if rule == "row" else f"{first}:{stop - span.start}"
@@ -190,57 +241,3 @@ def _check_tiling(argument: str, spans: Sequence[ParameterSpan | BlockSpan], n: 
         position = span.stop
     if position != n:
         raise ArgumentError(argument, f"cover {position} of {n} weights", "cover all of them")
-
-
-def names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Return every parameter object with all its names, in `named_parameters` order."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return names
-
-
-def eligible_parameters(
-    model: nn.Module, names: dict[nn.Parameter, list[str]], target: Globs | None, ignore: Globs
-) -> list[nn.Parameter]:
-    """Return the trainable parameters that `target` names and `ignore` does not, in network order.
-
-    `names` are those of `names_by_parameter`; see `Partition.from_model` for the rest.
-    """
-    if target is None:
-        layers = (module for module in model.modules() if isinstance(module, DEFAULT_LAYERS))
-        weights = {module._parameters.get("weight") for module in layers}
-        wanted = [parameter for parameter in names if parameter in weights]
-    else:
-        wanted = _matching("target", names, target)
-    ignored = set(_matching("ignore", names, ignore))
-    wanted = [parameter for parameter in wanted if parameter not in ignored]
-    if not wanted:
-        found = "no parameter is left to prune" if names else "the network has no parameters"
-        remedy = f"choose among {_listed(names)}" if names else "pass a network with weights"
-        raise NoEligibleWeightsError("target, ignore" if names else "model", found, remedy)
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in wanted):
-        raise NoEligibleWeightsError("model", "lazy parameters without a shape", "run one forward pass first")
-    chosen = [p for p in wanted if p.requires_grad and p.is_floating_point() and p.numel() > 0]
-    if not chosen:
-        found = f"none of {', '.join(names[p][0] for p in wanted)} is trainable"
-        raise NoEligibleWeightsError("model", found, "call requires_grad_(True) on what may be pruned")
-    return chosen
-
-
-def _matching(argument: str, names: dict[nn.Parameter, list[str]], globs: Globs) -> list[nn.Parameter]:
-    """Return the parameters of which any name matches any glob, in network order."""
-    if not (isinstance(globs, str | list | tuple) and all(isinstance(glob, str) for glob in globs)):
-        raise ArgumentError(argument, f"{globs!r}", "pass a glob on parameter names, or a list of them")
-    matched: set[nn.Parameter] = set()
-    for pattern in [globs] if isinstance(globs, str) else globs:
-        hits = {p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)}
-        if not hits:
-            found = f"{pattern!r} matches no parameter"
-            raise UnmatchedPatternError(argument, found, f"choose among {_listed(names)}")
-        matched |= hits
-    return [parameter for parameter in names if parameter in matched]
-
-
-def _listed(names: dict[nn.Parameter, list[str]]) -> str:
-    return ", ".join(chain.from_iterable(names.values()))

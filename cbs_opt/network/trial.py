@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cbs_opt.errors import NetworkChangedError
+from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.partition import Partition
 from formulations.errors import NonFiniteError
 
@@ -23,14 +24,17 @@ class TrialNetwork(nn.Module):
     `weights` (n,) are those of `partition`, cast to the dtype of each parameter.
     """
 
+    weights: dict[str, Tensor]
+    """The weights by parameter name."""
+
     def __init__(self, model: nn.Module, partition: Partition, weights: Tensor) -> None:
         super().__init__()
-        self.model = model
-        self._trial = as_parameters(model, partition, weights)
+        self.model = unwrapped(model)
+        self.weights = as_parameters(model, partition, weights)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the output of the network with the trial weights."""
-        return functional_call(self.model, self._trial, args, kwargs)
+        return functional_call(self.model, self.weights, args, kwargs)
 
 
 def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
@@ -64,6 +68,21 @@ def as_parameters(model: nn.Module, partition: Partition, weights: Tensor) -> di
         name: pieces[name].to(tensor.device, tensor.dtype)
         for name, tensor in partition.tensors(model).items()
     }
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Run transformers by the operations that they are made of, as when they are differentiated.
+
+    The fast path of evaluation without gradients makes nested tensors of padded batches, and gives other
+    outputs at padded positions.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

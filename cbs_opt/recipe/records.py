@@ -13,7 +13,8 @@ from cbs_opt.budget.counts import Budget, checked_sparsity
 from cbs_opt.budget.schedule import SCHEDULES, Schedule, sparsity_schedule
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.network.partition import BlockRule, Globs, checked_rule
+from cbs_opt.network.eligible import Globs
+from cbs_opt.network.partition import BlockRule, checked_rule
 from cbs_opt.recipe.select import GreedyOBS, Select, select_by_name
 from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, path, whole_number, within
 from formulations.errors import ArgumentError
@@ -54,13 +55,16 @@ class Weights:
     Parameters
     ----------
     target, ignore : str or sequence of str
-        Globs on parameter names; by default the weights of linear and convolution layers.
+        Globs on parameter names; by default all parameters of two or more axes, but for embeddings, norms
+        and adapters (see `Partition.from_model`).
     blocks : {"global", "layer", "row"} or int, optional
         One block in all, one a parameter, one an output channel, or blocks of at most that many
-        weights. Weights of different blocks do not interact in the model. By default one block, or
-        smaller ones where that does not fit the memory of the machine.
+        weights. Weights of different blocks do not interact in the model. By default one block; one a
+        parameter where the fields below spread the pruned count over blocks, or where one does not fit the
+        memory of the machine.
     budget : {"global", "uniform"} or mapping of parameter glob to sparsity, default "global"
-        How the pruned count is spread over blocks.
+        How the pruned count is spread over blocks. A mapping has to come to the sparsity of the call, which
+        parameters that no glob matches take; ``prune(sparsity={...})`` says both at once.
     budget_score : str, optional
         Saliency by which a global budget is spent; by default that of the method (magnitude for
         methods that have none).
@@ -87,6 +91,20 @@ class Weights:
             raise ArgumentError("weights.budget", f"{self.budget!r}", remedy)
         if self.budget_score is not None and not isinstance(self.budget_score, str):
             raise ArgumentError("weights.budget_score", f"{self.budget_score!r}", "name a saliency")
+        if self.budget_score is not None and self.budget == "uniform":
+            found = f"{self.budget_score!r} under a uniform budget, which looks at no score"
+            raise ArgumentError("weights.budget_score", found, 'leave it out, or use budget="global"')
+        spread = [name for name in ("budget", "budget_score") if getattr(self, name) not in ("global", None)]
+        if self.blocks == "global" and spread:
+            found = f"{getattr(self, spread[0])!r} for one block of all weights, which it cannot spread"
+            remedy = 'use blocks="layer", "row" or a size, or leave blocks out'
+            raise ArgumentError(f"weights.{spread[0]}", found, remedy)
+
+    @property
+    def default_blocks(self) -> BlockRule:
+        """The blocks where none are asked for and memory is no matter."""
+        spread = self.budget != "global" or self.budget_score is not None
+        return "layer" if spread else "global"
 
 
 @dataclass(frozen=True, kw_only=True)

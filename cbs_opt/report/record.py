@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from cbs_opt.network.eligible import LeftOut, by_reason
 from cbs_opt.network.evaluation import Evaluation
 from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import Request
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "cbs-opt report"
-VERSION = 2
+VERSION = 3
+READ = (2, VERSION)
+"""Versions that are read: 2 has no `left_out`, `notes` and `warnings`."""
 GIVEN_ROWS = {"kind": "given"}
 """Curvature of a recipe whose rows were computed before the run."""
 APART = ("masks", "certificates", "request")
@@ -55,6 +58,12 @@ class PruneReport:
         What was asked for.
     n, n_prune : int
         Weights that might be pruned, and those that were.
+    left_out : tuple of LeftOut
+        The other parameters of the network, each with its name, shape and reason.
+    notes : tuple of str
+        What was changed so that the run fits the machine, or left out as too costly, in sentences.
+    warnings : tuple of str
+        What looks wrong with the pruned network, and what to do about it, in sentences.
     layers, blocks, stages : tuple of LayerSummary, BlockSummary, StageRecord
         Every layer, every block, and every step of a run in stages.
     predicted_selection_loss, predicted_loss_increase : float, optional
@@ -112,11 +121,20 @@ class PruneReport:
     certified: CertifiedSum | None = None
     certificates: tuple[BlockSolution, ...] = ()
     stages: tuple[StageRecord, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
         """Achieved share of zeros among the weights that might be pruned."""
         return self.n_prune / self.n if self.n else 0.0
+
+    @property
+    def network_sparsity(self) -> float:
+        """Share of pruned weights among all weights of the network, those that were left out among them."""
+        whole = self.n + sum(entry.n for entry in self.left_out)
+        return self.n_prune / whole if whole else 0.0
 
     @property
     def label(self) -> str:
@@ -199,7 +217,8 @@ class PruneReport:
         """Return a few lines for a terminal."""
         inputs = f", layer inputs {self.layer_inputs:g}" if self.layer_inputs else ""
         lines = [
-            f"{self.label}: {self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}",
+            f"{self.label}: {self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}"
+            f"{self._of_network()}",
             f"{self.curvature}, {self.rows} rows of {self.samples} samples, damping {self.damping:g}"
             f"{inputs}; partition {self.partition} ({len(self.blocks)} blocks)",
         ]
@@ -210,6 +229,8 @@ class PruneReport:
             if self.actual_loss_increase is not None:
                 line += f", actual {self.actual_loss_increase:.4g}"
             lines.append(line)
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"warning: {warning}" for warning in self.warnings]
         if self.certified is not None:
             lines += self.certified.lines()
         if self.train_before is not None and self.train_after is not None:
@@ -220,6 +241,16 @@ class PruneReport:
             phases = ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())
             lines.append(f"{self.total_seconds:.2f} s ({phases})")
         return "\n  ".join(lines)
+
+    def _of_network(self) -> str:
+        """Return the sparsity of the whole network, and what was left out of it, by reason."""
+        if not self.left_out:
+            return ""
+        parts = []
+        for reason, entries in by_reason(self.left_out).items():
+            noun = "parameter" if len(entries) == 1 else "parameters"
+            parts.append(f"{reason}: {len(entries)} {noun}, {sum(entry.n for entry in entries):,} weights")
+        return f" ({self.network_sparsity:.4f} of the whole network)\n  left out: {'; '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json` can write; everything but the masks and the certificates."""
@@ -241,9 +272,11 @@ class PruneReport:
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ReportFormatError("data", f'no "format": "{FORMAT}"', "pass what PruneReport.to_dict gave")
-        if data.get("version") != VERSION:
+        if data.get("version") not in READ:
             version = f"version {data.get('version')!r} of the report format"
-            remedy = f"this release reads version {VERSION}: prune again, or read it with its own release"
+            remedy = (
+                f"this release reads {READ[0]} to {VERSION}: prune again, or read it with its own release"
+            )
             raise ReportFormatError("data", version, remedy)
         body = {name: value for name, value in data.items() if name not in ("format", "version", "request")}
         try:

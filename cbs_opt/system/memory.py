@@ -17,6 +17,8 @@ UNITS: dict[str, int] = {"": 1, "b": 1} | {
 ADDRESS_SLACK = 2**30
 """Address space beyond the memory limit, for libraries and for arenas that are reserved, not used."""
 STATUS = Path("/proc/self/status")
+GROUPS = Path("/proc/self/cgroup")
+GROUP_FILES = Path("/sys/fs/cgroup")
 RESET_PEAK = "5"
 """What Linux's clear_refs takes to forget the peak."""
 
@@ -53,6 +55,37 @@ def peak() -> int | None:
 def resident() -> int:
     """Resident memory now in bytes."""
     return int(psutil.Process().memory_info().rss)
+
+
+def free_memory(groups: Path = GROUPS, root: Path = GROUP_FILES) -> int:
+    """Return the bytes of memory that this process may still take: of the machine, and of its control groups.
+
+    `groups` says which they are, and the files under `root` their limits.
+    """
+    left = [int(psutil.virtual_memory().available)]
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, kinds, place = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        folder = root / "memory" if kinds else root
+        names = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
+        # In a container the place may be that outside, where the innermost group is at the root.
+        paths = [folder, *(folder / Path(place.lstrip("/")).parent, folder / place.lstrip("/"))]
+        left += [_left(path, *names) for path in paths]
+    return min(left)
+
+
+def _left(folder: Path, limit: str, used: str) -> int:
+    """Return what a control group has left, without the file pages that the system gives up for it."""
+    try:
+        most, now = (int((folder / f"memory.{name}").read_text()) for name in (limit, used))
+        cached = re.search(
+            r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE
+        )
+    except (OSError, ValueError):
+        # No such group, or one without a limit ("max").
+        return sys.maxsize
+    return max(0, most - now + (int(cached[1]) if cached else 0))
 
 
 def process_peak() -> int:

@@ -382,7 +382,7 @@ def test_prune_meets_its_budget_and_repeats_itself(
         curvature=EmpiricalFisher(samples=20),
         damping=absolute(1e-2),
         select=select_by_name(method, program=program),
-        weights=Weights(blocks=partition, budget=budget),
+        weights=Weights(blocks=partition, budget="global" if partition == "global" else budget),
         update=Update() if update else None,
     )
     options: dict[str, Any] = {"sparsity": sparsity, "recipe": recipe, "seed": seed, "progress": False}

@@ -65,8 +65,8 @@ def pruned(row_memory: int | None, **options: Any) -> tuple[Tensor, cbs_opt.Prun
     model = network()
     fields: dict[str, Any] = {"curvature": EmpiricalFisher(samples=SAMPLES), "damping": absolute(1e-3)}
     resources = Resources(row_memory=row_memory)
-    given = arguments(**fields | options)
-    report = prune(model, data(), sparsity=0.7, resources=resources, progress=False, **given)
+    given = arguments(**{"sparsity": 0.7} | fields | options)
+    report = prune(model, data(), resources=resources, progress=False, **given)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), report
 
 
@@ -121,7 +121,8 @@ OTHERS: list[dict[str, Any]] = [
     },
     {
         "select": OBS(),
-        "weights": Weights(blocks="layer", budget={"0.weight": 0.5, "*": 0.8}),
+        "weights": LAYER,
+        "sparsity": {"0.weight": 0.5, "*": 0.8},
         "curvature": EmpiricalFisher(samples=SAMPLES, per_row=3),
     },
     {

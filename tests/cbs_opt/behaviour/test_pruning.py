@@ -227,7 +227,8 @@ def test_budgets(partition: str | int) -> None:
     for budget in ("uniform", {"0.weight": 0.25, "3.*": 0.75}):
         model = network()
         before = snapshot(model)
-        report = run(model, weights=Weights(blocks=partition, budget=budget))
+        sparsity = 0.5 if budget == "uniform" else 30 / 72
+        report = run(model, weights=Weights(blocks=partition, budget=budget), sparsity=sparsity)
         check(model, before, report)
         expected = (24, 12) if budget == "uniform" else (12, 18)
         if partition == "layer" or budget != "uniform":
@@ -465,7 +466,27 @@ BAD_ARGUMENTS: list[tuple[Given, type[CbsError], str]] = [
         UnmatchedPatternError,
         "weights.budget",
     ),
-    (lambda: {"weights": Weights(budget={"3.*": 0.5})}, ArgumentError, "weights.budget"),
+    (lambda: {"weights": Weights(budget={"3.*": 0.9})}, ArgumentError, "weights.budget"),
+    (lambda: {"weights": Weights(budget={"3.*": 0.5}, blocks="global")}, ArgumentError, "weights.budget"),
+    (lambda: {"weights": Weights(budget="uniform", blocks="global")}, ArgumentError, "weights.budget"),
+    (
+        lambda: {"weights": Weights(budget_score="obd", budget="uniform")},
+        ArgumentError,
+        "weights.budget_score",
+    ),
+    (
+        lambda: {"weights": Weights(budget_score="obd", blocks="global")},
+        ArgumentError,
+        "weights.budget_score",
+    ),
+    (
+        lambda: {"select": Magnitude(), "update": None, "layer_inputs": 1.0},
+        ArgumentError,
+        "recipe.layer_inputs",
+    ),
+    (lambda: {"sparsity": {"3.*": 1.5}}, ArgumentError, "sparsity['3.*']"),
+    (lambda: {"sparsity": {"5.*": 0.5}}, UnmatchedPatternError, "sparsity"),
+    (lambda: {"sparsity": {"3.*": 0.5}, "weights": Weights(budget="uniform")}, ArgumentError, "sparsity"),
     (lambda: {"weights": Weights(budget_score="swap_search")}, UnknownMethodError, "weights.budget_score"),
     (lambda: {"weights": Weights(budget_score="unknown")}, UnknownMethodError, "weights.budget_score"),
     (lambda: {"weights": Weights(target="nothing.*")}, UnmatchedPatternError, "weights.target"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jacrev
 
 import cbs_opt as cbs
-from cbs_opt.curvature import layer_inputs
+from cbs_opt.curvature import input_recorder
 from cbs_opt.curvature.layer_inputs import input_moments, matched_term, with_layer_inputs
 from cbs_opt.network.partition import Partition
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
@@ -99,7 +101,7 @@ def test_moments_grow_with_the_square_of_the_inputs() -> None:
 def test_patches_in_small_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Conv2d(4, 6, 3, padding=1), inputs(4, 5, 5)
     whole = moments_of(layer, x)
-    monkeypatch.setattr(layer_inputs, "PATCH_NUMBERS", 1)
+    monkeypatch.setattr(input_recorder, "PATCH_NUMBERS", 1)
     torch.testing.assert_close(moments_of(layer, x), whole, rtol=1e-5, atol=1e-7)
 
 
@@ -138,20 +140,167 @@ def test_uses_of_tied_weights_are_added_up_and_unused_layers_left_out() -> None:
     assert sorted(found) == ["first.weight", "head.weight"]
 
 
-def test_a_layer_of_another_kind_gets_a_multiple_of_the_identity() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(), nn.Linear(24, 4)).eval()
-    partition = Partition.from_model(model, blocks="global")
-    data = inputs(2, 3, 3, 3), torch.arange(SAMPLES) % 4
-    rows = cbs.gradient_rows(
-        model, data, nn.functional.cross_entropy, partition, curvature=cbs.EmpiricalFisher(samples=SAMPLES)
+class Columns(nn.Module):
+    """A layer of transformers, whose output channels are columns; found by its name."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], -1)
+
+
+Columns.__name__, Columns.__module__ = "Conv1D", "transformers.pytorch_utils"
+
+
+class Pair(nn.Module):
+    """A bilinear layer of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(3, 3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x, x.flip(-1))
+        return y
+
+
+class Twice(nn.Module):
+    """A matrix of its own, multiplied from either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = torch.einsum("oi,bti->bto", self.mixing, x)
+        return torch.cat([left, (self.mixing @ x.mT).mT], dim=-2)
+
+
+LINEAR_IN_WEIGHTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 3), (4,)),
+    "linear over tokens": (lambda: nn.Linear(4, 3, bias=False), (2, 3, 4)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2, dilation=2, padding=1), (4, 7)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), stride=2, padding=1), (3, 6, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, (2, 1, 3), stride=(1, 2, 1), padding=1), (2, 3, 4, 3)),
+    "conv3d of groups": (lambda: nn.Conv3d(2, 4, 2, groups=2, dilation=(1, 2, 1)), (2, 3, 4, 3)),
+    "depthwise": (lambda: nn.Conv2d(3, 3, 3, groups=3, padding=1), (3, 4, 4)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, dilation=2), (3, 5)),
+    "transposed 2d": (
+        lambda: nn.ConvTranspose2d(3, 4, (3, 2), stride=(2, 3), padding=(2, 0), output_padding=(1, 0)),
+        (3, 4, 3),
+    ),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 3, 2)),
+    "columns": (lambda: Columns(4, 3), (5, 3)),
+    "bilinear": (Pair, (3,)),
+    "a matrix of its own": (Twice, (4, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", LINEAR_IN_WEIGHTS)
+def test_the_term_is_the_curvature_of_the_squared_output(kind: str) -> None:
+    """Half the squared output has a Hessian that is block-diagonal over channels: the moments."""
+    make, shape = LINEAR_IN_WEIGHTS[kind]
+    torch.manual_seed(1)
+    model, x = make().eval(), inputs(*shape).double()
+    model = model.double()
+    partition = Partition.from_model(model)
+    (span,) = partition.parameters
+    jacobian = jacrev(lambda weight: functional_call(model, {span.name: weight}, (x,)))(
+        model.get_parameter(span.name).detach()
     )
-    found = with_layer_inputs(rows, model, data, partition, weight=2.0)
-    assert found.channels is not None
-    size = 2 * 2**3
-    first = found.channels.within(0, size).dense()
-    mean = float(rows.rows[:, :size].double().square().sum(0).mean())
-    torch.testing.assert_close(first, 2.0 * mean * torch.eye(size, dtype=torch.float64), rtol=1e-6, atol=0)
+    flat = span.flat(jacobian).reshape(-1, partition.n)
+    expected = flat.T @ flat / SAMPLES
+    moment = input_moments(model, (x, labels()), partition, samples=SAMPLES)[span.name]
+    groups = moment.reshape(-1, span.fan_in, span.fan_in)
+    blocks = groups.repeat_interleave(span.channels // len(groups), dim=0)
+    torch.testing.assert_close(torch.block_diag(*blocks), expected, rtol=1e-9, atol=1e-9)
+
+
+class Attending(nn.Module):
+    """Attention of a batch over itself, or over others."""
+
+    def __init__(self, attention: nn.MultiheadAttention, case: str) -> None:
+        super().__init__()
+        self.attention, self.case = attention, case
+
+    def sides(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = 2.0 * x[:, 1:], 3.0 * x[:, 1:]
+        return {"self": (x, x, x), "cross": (x, key, key), "apart": (x, key, value)}[self.case]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(*self.sides(x), need_weights=False)[0]
+        return y
+
+
+@pytest.mark.parametrize("case", ["self", "cross", "apart"])
+def test_projections_of_attention_are_fed_queries_keys_and_values(case: str) -> None:
+    torch.manual_seed(1)
+    model = Attending(nn.MultiheadAttention(4, 2, batch_first=True), case).eval()
+    x = inputs(3, 4)
+    data = x, labels()
+    partition = Partition.from_model(model)
+    found = input_moments(model, data, partition, samples=SAMPLES)
+    expected = [flat.T @ flat / SAMPLES for flat in (s.double().flatten(0, 1) for s in model.sides(x))]
+    moment = found["attention.in_proj_weight"].reshape(-1, 4, 4)
+    torch.testing.assert_close(moment.repeat_interleave(3 // len(moment), dim=0), torch.stack(expected))
+    term = matched_term(found, partition, torch.ones(partition.n))
+    assert (term.unseen, term.n) == ((), partition.n)
+    squares = term.diagonal()[: 3 * 4 * 4].view(3, 4, 4)
+    for part, own in zip(squares, expected, strict=True):
+        torch.testing.assert_close(part[1], own.diagonal() / own.diagonal().mean())
+
+
+def test_padded_batches_do_not_become_nested_tensors() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+            padding[:, -1] = True
+            y: Tensor = self.head(self.encoder(x, src_key_padding_mask=padding)[:, 0])
+            return y
+
+    model = Padded().eval()
+    partition = Partition.from_model(model)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    found = input_moments(model, (inputs(4, 8), labels()), partition, samples=SAMPLES)
+    assert sorted(found) == sorted(span.name for span in partition.parameters)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_what_is_not_linear_in_its_weights_gets_a_multiple_of_the_identity() -> None:
+    torch.manual_seed(0)
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 2, batch_first=True)
+            self.head = nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.lstm(x)[0][:, -1])
+            return y
+
+    model = Recurrent().eval()
+    partition = Partition.from_model(model, blocks="global")
+    x = inputs(5, 3)
+    moments = input_moments(model, (x, labels()), partition, samples=SAMPLES)
+    assert list(moments) == ["head.weight"]
+    squares = torch.arange(1.0, partition.n + 1.0, dtype=torch.float64)
+    term = matched_term(moments, partition, squares, weight=2.0)
+    assert term.unseen == ("lstm.weight_ih_l0", "lstm.weight_hh_l0")
+    first = term.within(0, 3).dense()
+    torch.testing.assert_close(first, 2.0 * squares[:3].mean() * torch.eye(3, dtype=torch.float64))
 
 
 def test_channels_of_groups_take_the_moments_of_their_own_group() -> None:

@@ -26,19 +26,6 @@ def names(partition: Partition) -> list[str]:
     return [span.name for span in partition.parameters]
 
 
-def test_default_is_the_weights_of_linear_and_convolution():
-    model = nn.ModuleDict(
-        {
-            "conv": nn.Conv1d(2, 2, 3),
-            "norm": nn.LayerNorm(4),
-            "embedding": nn.Embedding(3, 4),
-            "transposed": nn.ConvTranspose2d(2, 2, 3),
-            "linear": nn.Linear(4, 4),
-        }
-    )
-    assert names(Partition.from_model(model)) == ["conv.weight", "linear.weight"]
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_blocks_tile_the_flat_vector_within_parameters(rule):
     model = convolutional()
@@ -104,7 +91,8 @@ def test_keep_by_parameter_takes_tensors_and_arrays():
 def test_tied_parameters_appear_once_and_answer_to_every_name():
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "body": nn.Linear(3, 3)})
     model["head"].weight = model["embedding"].weight
-    for target in (None, "*.weight", ["head.weight", "body.weight"]):
+    assert names(Partition.from_model(model)) == ["body.weight"]
+    for target in ("*.weight", ["head.weight", "body.weight"]):
         partition = Partition.from_model(model, target=target)
         assert names(partition) == ["embedding.weight", "body.weight"]
         assert partition.parameters[0].aliases == ("head.weight",)

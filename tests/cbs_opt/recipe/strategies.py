@@ -35,13 +35,18 @@ fishers = st.sampled_from(sorted(FISHERS)).flatmap(
 )
 dampings = numbers | st.builds(Absolute, numbers)
 globs = text | st.lists(text, max_size=3).map(tuple)
-weights = st.builds(
-    Weights,
-    target=st.none() | globs,
-    ignore=globs,
-    blocks=st.none() | st.sampled_from(("global", "layer", "row")) | counts,
-    budget=st.sampled_from(("global", "uniform")) | st.dictionaries(text, shares, max_size=3),
-    budget_score=st.none() | text,
+chosen: dict[str, Any] = {"target": st.none() | globs, "ignore": globs}
+cut = st.none() | st.sampled_from(("layer", "row")) | counts
+weights = (
+    st.builds(Weights, blocks=st.just("global"), **chosen)
+    | st.builds(Weights, blocks=cut, budget=st.just("uniform"), **chosen)
+    | st.builds(
+        Weights,
+        blocks=cut,
+        budget=st.just("global") | st.dictionaries(text, shares, max_size=3),
+        budget_score=st.none() | text,
+        **chosen,
+    )
 )
 updates = st.builds(Update, kind=st.sampled_from(("cbs", "independent")), scale=positive)
 SWAP: dict[str, Any] = {

@@ -272,7 +272,7 @@ REPEATED: dict[str, dict[str, Any]] = {
     "exact, certified": {
         "recipe": Recipe(
             curvature=EmpiricalFisher(samples=30),
-            weights=Weights(blocks="row", budget={"0.*": 0.25, "3.*": 0.75}),
+            weights=Weights(blocks="row", budget={"0.*": 0.375, "3.*": 0.75}),
             select=Exact(options={"swaps": False, "search": "best"}),
         ),
         "certify": True,

@@ -88,8 +88,8 @@ def test_one_stage_has_the_updates_of_one() -> None:
 @pytest.mark.parametrize("partition", ["global", "layer", "row", 7])
 @pytest.mark.parametrize("budget", ["global", "uniform", {"0.*": 0.5, "3.*": 0.9}])
 def test_counts_are_exact_at_every_stage(partition: str | int, budget: Any) -> None:
-    if partition == "global" and not isinstance(budget, str):
-        pytest.skip("sparsities by parameter need blocks within parameters")
+    if partition == "global" and budget != "global":
+        pytest.skip("one block has nothing to spread: refused")
     model = network()
     before = snapshot(model)
     seen: list[int] = []
@@ -102,7 +102,7 @@ def test_counts_are_exact_at_every_stage(partition: str | int, budget: Any) -> N
 
     schedule = (0.2, 0.5, 0.75)
     if isinstance(budget, dict):
-        schedule = (0.2, 0.5, 43 / 72)
+        schedule = (0.2, 0.5, 46 / 72)
     weights = Weights(blocks=partition, budget=budget)
     report = run(model, weights=weights, schedule=schedule, sparsity=schedule[-1], on_stage=on_stage)
     wanted = [round(share * N) for share in schedule]

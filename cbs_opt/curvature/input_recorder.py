@@ -1,0 +1,200 @@
+"""What weights are multiplied with in a forward pass, watched where torch does the multiplications."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cbs_opt.network.partition import ParameterSpan, Partition
+
+PATCH_NUMBERS = 1 << 20
+"""Numbers in the patches of a convolution that are unfolded at once: 8 MiB. More are no faster."""
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Weight:
+    """A parameter, or a copy of it in another dtype, which is kept alive so that its memory stays its own."""
+
+    span: ParameterSpan
+    values: Tensor
+
+    def holds(self, view: Tensor) -> bool:
+        """Whether a tensor of the same storage begins within the parameter."""
+        extent = sum((s - 1) * t for s, t in zip(self.values.shape, self.values.stride(), strict=True))
+        return 0 <= view.storage_offset() - self.values.storage_offset() <= extent
+
+
+class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up ``x x^T`` of the inputs of weights, while it is active as a context.
+
+    `tensors` are the parameters that the network is run with, by name. A product counts if one of its factors
+    is a parameter, or some of its output channels, as it is or transposed.
+    """
+
+    def __init__(self, partition: Partition, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._spans = partition.parameters
+        self._weights: dict[int, list[_Weight]] = {}
+        self._moments: dict[str, dict[tuple[int, int], Tensor]] = {}
+        for span in self._spans:
+            self._watch(_Weight(span=span, values=tensors[span.name].detach()))
+        self._products: dict[Any, Callable[..., None]] = {
+            aten.mm.default: self._product,
+            aten.bmm.default: self._product,
+            aten.mv.default: lambda left, right: self._product(left, right.unsqueeze(1)),
+            aten.addmm.default: lambda _, left, right, **__: self._product(left, right),
+            aten.baddbmm.default: lambda _, left, right, **__: self._product(left, right),
+            aten.addmv.default: lambda _, left, right, **__: self._product(left, right.unsqueeze(1)),
+            aten.linear.default: lambda x, weight, *_: self._product(x, weight.mT),
+            aten.convolution.default: self._convolution,
+            aten._trilinear.default: self._bilinear,
+        }
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation of torch, and look at it."""
+        product = self._products.get(func)
+        if product is not None:
+            # Under autocast the sums of products would be rounded to half precision, which is too coarse.
+            with torch.autocast(args[0].device.type, enabled=False):
+                product(*args)
+        result = func(*args, **(kwargs or {}))
+        if func is aten._to_copy.default:
+            weight = self._weight_of(args[0])
+            if weight is not None and args[0].shape == weight.values.shape == result.shape:
+                self._watch(_Weight(span=weight.span, values=result))
+        return result
+
+    def totals(self) -> dict[str, Tensor]:
+        """Return the sums by parameter name, (f, f), or (groups, f, f) where channels are fed differently."""
+        return {
+            span.name: _by_group(span.channels, self._moments[span.name])
+            for span in self._spans
+            if span.name in self._moments
+        }
+
+    def _watch(self, weight: _Weight) -> None:
+        self._weights.setdefault(weight.values.untyped_storage().data_ptr(), []).append(weight)
+
+    def _weight_of(self, view: Tensor) -> _Weight | None:
+        """Return the parameter of which a tensor is a view, None if it is none."""
+        if view.layout is not torch.strided or view.is_nested:
+            return None
+        candidates = self._weights.get(view.untyped_storage().data_ptr(), ())
+        return next((weight for weight in candidates if weight.holds(view)), None)
+
+    def _add(self, span: ParameterSpan, first: int, last: int, moment: Tensor) -> None:
+        moments = self._moments.setdefault(span.name, {})
+        before = moments.get((first, last))
+        moments[first, last] = moment if before is None else before + moment
+
+    def _product(self, left: Tensor, right: Tensor) -> None:
+        """Look at ``left @ right``, either of which may be the weight."""
+        if not self._matrix(left, right):
+            self._matrix(right.mT, left.mT)
+
+    def _matrix(self, x: Tensor, matrix: Tensor) -> bool:
+        """Add the moment of `x` (..., f) if `matrix` (..., f, k) has channels of a weight in its columns.
+
+        Returns whether it is that of a weight.
+        """
+        if matrix.ndim == 3 and (matrix.shape[0] == 1 or matrix.stride(0) == 0):
+            matrix = matrix[0]
+        weight = self._weight_of(matrix) if matrix.ndim == 2 else None
+        if weight is None or len(weight.span.shape) != 2:
+            return False
+        span, values = weight.span, weight.values
+        table = values.T if span.by_columns else values
+        columns = _strides(matrix.mT)
+        distance = int(matrix.storage_offset()) - int(values.storage_offset())
+        first, rest = divmod(distance, max(1, table.stride(0)))
+        fits = matrix.shape[0] == span.fan_in and rest == 0 and first + matrix.shape[1] <= span.channels
+        own = _strides(table[first : first + matrix.shape[1]]) if fits else None
+        if own == columns and not x.is_nested:
+            flat = x.double().reshape(-1, x.shape[-1])
+            self._add(span, first, first + matrix.shape[1], flat.T @ flat)
+        return True
+
+    def _bilinear(self, left: Tensor, matrix: Tensor, right: Tensor, *_: Any) -> None:
+        weight = self._weight_of(matrix)
+        if weight is None or matrix.shape != weight.span.shape:
+            return
+        pairs = left.double().unsqueeze(-1) * right.double().unsqueeze(-2)
+        flat = pairs.reshape(-1, weight.span.fan_in)
+        self._add(weight.span, 0, weight.span.channels, flat.T @ flat)
+
+    def _convolution(self, x: Tensor, kernel: Tensor, _: Any, *geometry: Any) -> None:
+        weight = self._weight_of(kernel)
+        stride, padding, dilation, transposed, more, groups = geometry
+        if weight is None or kernel.shape != weight.span.shape or transposed != weight.span.by_columns:
+            return
+        x, sizes = x.double(), kernel.shape[2:]
+        if transposed:
+            x = _stretched(x, stride)
+            reach = [d * (k - 1) for d, k in zip(dilation, sizes, strict=True)]
+            stride = [1] * len(sizes)
+            pads = [(r - p, r - p + m) for r, p, m in zip(reach, padding, more, strict=True)]
+        else:
+            pads = [(p, p) for p in padding]
+        span, fan_in = weight.span, weight.span.fan_in
+        total = x.new_zeros(groups, fan_in, fan_in)
+        for part in torch.split(x, max(1, PATCH_NUMBERS // (groups * fan_in * x[0, 0].numel()))):
+            padded = F.pad(part, [pad for pair in reversed(pads) for pad in pair])
+            patches = _patches(padded, sizes, dilation, stride)
+            if transposed:
+                # An output takes the kernel backwards.
+                patches = patches.flip(tuple(range(2, 2 + len(sizes))))
+            patches = patches.reshape(len(part), groups, fan_in, -1).permute(1, 2, 0, 3).flatten(2)
+            total += patches @ patches.transpose(1, 2)
+        members = span.channels // groups
+        for group in range(groups):
+            self._add(span, group * members, (group + 1) * members, total[group])
+
+
+def _strides(matrix: Tensor) -> list[tuple[int, int]]:
+    """Return size and stride of every axis; an axis of one entry has no stride that says anything."""
+    pairs = zip(matrix.shape, matrix.stride(), strict=True)
+    return [(size, 0 if size == 1 else stride) for size, stride in pairs]
+
+
+def _by_group(channels: int, moments: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    """Return sums over ranges of channels as those of equal groups, or of all channels where there is one."""
+    size = math.gcd(channels, *(edge for span in moments for edge in span))
+    groups = []
+    for first in range(0, channels, size):
+        parts = [moment for (start, stop), moment in moments.items() if start <= first < stop]
+        groups.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(next(iter(moments.values()))))
+    return groups[0] if len(groups) == 1 else torch.stack(groups)
+
+
+def _stretched(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return inputs (B, C, ...) with ``stride - 1`` zeros between neighbours."""
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    spread = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    wide[spread] = x
+    return wide
+
+
+def _patches(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Return the patches of padded inputs, (B, C, *kernel, positions)."""
+    axes = len(kernel)
+    if axes == 3:
+        for axis, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
+            # Every axis is moved to the end and back in turn: windows of it come last.
+            x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+        return x.permute(0, 1, 5, 6, 7, 2, 3, 4).flatten(5)
+    sizes = [tuple(size) for size in (kernel, dilation, stride)]
+    if axes == 1:
+        x, sizes = x.unsqueeze(-2), [(1, *size) for size in sizes]
+    patches = F.unfold(x, sizes[0], sizes[1], 0, sizes[2])
+    return patches.view(len(x), x.shape[1], *kernel, patches.shape[-1])
