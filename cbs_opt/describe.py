@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbs_opt.certify.certificates import CertifiedBlock, certify_blocks, relative_gap
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
-from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
 from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary
@@ -47,11 +47,8 @@ def describe(
     curvature = recipe.curvature
     after = task.trial(best.weights)
     with task.clock.phase("evaluation"):
-        train_before, train_after = task.loss(task.model), task.loss(after)
-        measured = [
-            None if held_out is None else evaluate(network, held_out, task.loss_fn, argument="evaluate")
-            for network in (task.model, after)
-        ]
+        passes = _evaluations(task, after, held_out)
+        train_before, train_after, *measured = task.progress.collect("evaluation", passes, 4, unit="pass")
     rows = None if model is None else model.rows
     model = LossModel(partition, task.weights, None) if model is None else model
     blocks = _block_summaries(
@@ -104,6 +101,14 @@ def describe(
         versions=library_versions(),
         stages=() if state is None else state.records,
     )
+
+
+def _evaluations(task: Task, after: nn.Module, held_out: Data | None) -> Iterator[Evaluation | None]:
+    """Yield the losses on the sample before and after, then those on the held-out data; None without data."""
+    for network in (task.model, after):
+        yield task.loss(network)
+    for network in (task.model, after):
+        yield None if held_out is None else evaluate(network, held_out, task.loss_fn, argument="evaluate")
 
 
 def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport) -> PruneReport:

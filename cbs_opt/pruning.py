@@ -42,6 +42,7 @@ from cbs_opt.select.methods import available_methods
 from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
 from cbs_opt.system.checks import path, within
+from cbs_opt.system.progress import Progress, reporting
 from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 
@@ -64,7 +65,7 @@ def prune(
     resources: Resources | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress | bool = True,
 ) -> PruneReport:
     """Prune a network in place.
 
@@ -108,8 +109,9 @@ def prune(
         directory and a directory of other files. A loader must give the same samples again in every
         pass; a time limit counts anew, and what it cuts short may differ.
     seed : int, default 0
-    progress : bool, default True
-        Show bars where standard error is a terminal.
+    progress : bool or Progress, default True
+        Show bars where standard error is a terminal; or what is told of every step, an object of a subclass
+        of `Progress`.
 
     Returns
     -------
@@ -127,6 +129,7 @@ def prune(
     >>> print(report.summary())  # doctest: +SKIP
     """
     path("run_dir", run_dir)
+    told = reporting(progress)
     prepared = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
     request, partition, resources, size = prepared
     with within("resources", "row_memory", "row_dir", memory="row_memory"):
@@ -146,7 +149,7 @@ def prune(
             request=request,
             resources=resources,
             sample=None,
-            progress=progress,
+            progress=told,
         )
         passes = Passes(task)
         if data is not None:

@@ -20,6 +20,7 @@ from cbs_opt.network.data import Data, device_of, forward, iterate
 from cbs_opt.network.partition import ParameterSpan, Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.system.checks import whole_number
+from cbs_opt.system.progress import SILENT, Progress
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ def input_moments(
     samples: int = INPUT_SAMPLES,
     seed: int = 0,
     weights: Tensor | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
     """``E[sum over positions of x x^T]`` of the inputs of every layer whose weights are pruned.
 
@@ -134,6 +136,8 @@ def input_moments(
         Draws the samples of a pair of tensors.
     weights : (n,) Tensor, optional
         Run the network at these weights instead of its own.
+    progress : Progress, optional
+        Is told of the samples.
 
     Returns
     -------
@@ -155,10 +159,12 @@ def input_moments(
         data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
     )
     seen = 0
-    with _recording(_layers(model, partition), totals), torch.no_grad():
+    counting = progress.phase("layer inputs", samples, unit="sample")
+    with _recording(_layers(model, partition), totals), torch.no_grad(), counting as advance:
         for batch in batches:
             forward(network, batch.inputs)
             seen += batch.size
+            advance(batch.size)
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             found = f"the inputs of {name} are NaN or infinite"
