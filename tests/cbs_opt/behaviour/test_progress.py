@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +19,9 @@ from cbs_opt.recipe.records import Certify, Recipe, Stages, Update, Weights
 from cbs_opt.recipe.select import OBS, Exact, GreedyOBS, HardThreshold, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs import folder as run_store
-from cbs_opt.system.progress import SILENT, Advance, Progress
+from cbs_opt.system.progress import SILENT, Advance, Progress, reporting
 from cbs_opt.system.resources import Resources
+from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, snapshot
 
 FEW = EmpiricalFisher(samples=24)
@@ -122,18 +125,70 @@ def ends(model: nn.Module, report: PruneReport) -> tuple[Any, ...]:
     return state, report.predicted_loss_increase, [(b.iterations, b.status) for b in report.blocks]
 
 
+STOPS = {
+    "default": ("gradients", "layer inputs", "drops", "exchanges", "update", "evaluation"),
+    "rows": ("exchanges", "blocks"),
+    "greedy": ("drops",),
+    "starts": ("thresholds", "exchanges"),
+    "threshold": ("thresholds",),
+    "selection": ("networks",),
+    "certified": ("certificates",),
+    "exact": ("scores", "blocks"),
+    "workers": ("blocks",),
+    "several": ("networks",),
+    "stages": ("stages", "gradient", "drops"),
+}
+"""Phases in the midst of which a run is interrupted."""
+
+
+def check_interrupted(case: str, stop: int, folder: Path, expected: tuple[Any, ...]) -> Told:
+    """Interrupt a run, look at the network, go on, compare; give what was told of the second run."""
+    model, told = network(), Told()
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, case, Told(stop), run_dir=folder)
+    assert_untouched(model, before)
+    assert ends(model, run(model, case, told, run_dir=folder)) == expected
+    return told
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_interrupted_in_any_phase_leaves_the_network_and_goes_on(case: str, tmp_path: Path) -> None:
+    straight, told = network(), Told()
+    expected = ends(straight, run(straight, case, told))
+    assert told.open == 0
+    for name in STOPS[case]:
+        places = [index for index, entry in enumerate(told.entries) if entry == name]
+        again = check_interrupted(case, places[(len(places) + 1) // 2], tmp_path / name, expected)
+        if name in ("drops", "thresholds", "exchanges"):
+            assert again.resumed[name] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_interrupted_at_any_step_leaves_the_network_and_goes_on(case: str, tmp_path: Path) -> None:
     straight, told = network(), Told()
     expected = ends(straight, run(straight, case, told))
-    assert told.open == 0
-    # The first and the second entry of each phase, and one further on.
-    places = {name: [i for i, entry in enumerate(told.entries) if entry == name] for name in told.entries}
-    stops = sorted({index for found in places.values() for index in (*found[:2], found[len(found) // 2])})
-    for stop in stops:
-        model, folder = network(), tmp_path / str(stop)
-        before = snapshot(model)
-        with pytest.raises(KeyboardInterrupt):
-            run(model, case, Told(stop), run_dir=folder)
-        assert_untouched(model, before)
-        assert ends(model, run(model, case, run_dir=folder)) == expected, told.entries[stop]
+    for stop in range(len(told.entries)):
+        check_interrupted(case, stop, tmp_path / str(stop), expected)
+
+
+def test_bars_are_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for screen, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", screen)
+        prune(network(), data(), sparsity=0.7, recipe=CASES["greedy"]["recipe"])
+        assert ("gradients" in screen.getvalue()) == ("drops" in screen.getvalue()) == shown
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    prune(network(), data(), sparsity=0.7, recipe=CASES["greedy"]["recipe"], progress=False)
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_what_is_told_is_checked_before_anything_is_done() -> None:
+    assert isinstance(reporting(False), Progress)
+    for wrong in (1, None, print):
+        with pytest.raises(ArgumentError, match="progress"):
+            prune(network(), data(), sparsity=0.7, progress=wrong)  # type: ignore[arg-type]
