@@ -59,6 +59,7 @@ def describe(
         by_rows=selects_by_rows(recipe),
     )
     keep = {name: mask.cpu() for name, mask in partition.keep_by_parameter(best.keep).items()}
+    dtypes = {name: tensor.dtype for name, tensor in partition.tensors(task.model).items()}
     old, new = partition.split(task.weights), partition.split(best.weights)
     selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
     updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
@@ -78,7 +79,7 @@ def describe(
         n=partition.n,
         n_prune=int((~best.keep).sum()),
         layers=tuple(
-            LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask)
+            LayerSummary.from_weights(name, old[name].to(dtypes[name]).cpu(), new[name].cpu(), mask)
             for name, mask in keep.items()
         ),
         blocks=blocks,

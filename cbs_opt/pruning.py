@@ -6,7 +6,9 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -67,7 +69,7 @@ def prune(
     seed: int = 0,
     progress: Progress | bool = True,
 ) -> PruneReport:
-    """Prune a network in place.
+    """Prune a network in place; `pruned` leaves it as it is and returns a copy.
 
     The loss around the trained weights is modelled by its gradient rows; the recipe says how they are
     taken, which weights go, and how the others move to where the model puts its minimum. Where several
@@ -176,6 +178,44 @@ def prune(
         weights, report = result
     write_back(model, partition, weights)
     return report
+
+
+def pruned(model: nn.Module, data: Data | None, **options: Any) -> tuple[nn.Module, PruneReport]:
+    """Return a pruned copy of a network, and the report; the network itself is not touched.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode. Anything that `copy.deepcopy` copies.
+    data
+        As for `prune`.
+    **options
+        Those of `prune`, of which ``sparsity`` must be given.
+
+    Returns
+    -------
+    tuple of nn.Module and PruneReport
+        The copy, all that a run takes in memory beyond `prune`, and the record of its pruning.
+
+    Raises
+    ------
+    ArgumentError
+        If the network cannot be copied; known before anything else is done.
+    CbsError
+        What `prune` raises.
+
+    Examples
+    --------
+    >>> small, report = pruned(model, (x, y), sparsity=0.9)  # doctest: +SKIP
+    """
+    try:
+        copy = deepcopy(model)
+    except Exception as error:
+        # What makes a copy fail is the network's own, and may be anything.
+        found = f"it cannot be copied ({type(error).__name__}: {error})"
+        remedy = "detach tensors it keeps, or use prune, which works in place"
+        raise ArgumentError("model", found, remedy) from error
+    return copy, prune(copy, data, **options)
 
 
 def plan(
