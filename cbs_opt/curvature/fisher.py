@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from cbs_opt.curvature.gradients import (
     Gradients,
@@ -31,6 +30,7 @@ from cbs_opt.network.data import Batch, Data, LossFunction, check_labels, iterat
 from cbs_opt.network.eligible import Globs
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.system.checks import finite_number, whole_number
+from cbs_opt.system.progress import Advance, Progress, ignored, reporting
 from cbs_opt.system.resources import ORDINARY, Resources
 from formulations.errors import ArgumentError, ShapeError
 
@@ -50,7 +50,7 @@ def gradient_rows(
     curvature: Fisher = EMPIRICAL,
     resources: Resources = ORDINARY,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress | bool = True,
     weights: Tensor | None = None,
     keep: Tensor | None = None,
     gradient: bool = True,
@@ -81,7 +81,8 @@ def gradient_rows(
         memory (tmpfs) nothing is won.
     seed : int, default 0
         Draws the samples, the Monte-Carlo labels and the signs of sketches.
-    progress : bool, default True
+    progress : bool or Progress, default True
+        A bar where standard error is a terminal, silence, or an object of one's own that is told.
     weights : (n,) Tensor, optional
         Take the gradients at these weights instead of the network's own.
     keep : (n,) bool Tensor, optional
@@ -161,11 +162,9 @@ def gradient_rows(
         wanted, device = curvature.samples, function.device
         ahead = min(wanted, READ_AHEAD)
         batches = iterate(data, batch_size=ahead, max_samples=wanted, seed=seed, device=device)
-        silent = None if progress else True
-        with tqdm(total=wanted, desc="gradients", unit="sample", disable=silent) as bar:
+        with reporting(progress).phase("gradients", wanted, unit="sample") as builder.advance:
             for batch in batches if size == 1 else regroup(batches, size):
                 builder.consume(batch)
-                bar.update(batch.size)
         mean = builder.finish()
         on_failure.pop_all()
     return Rows(
@@ -188,7 +187,7 @@ def mean_gradient(
     batch_size: int = 256,
     seed: int = 0,
     weights: Tensor | None = None,
-    progress: bool = True,
+    progress: Progress | bool = True,
 ) -> tuple[Tensor, int]:
     """Return the gradient of the mean loss over many samples, by ordinary backward passes.
 
@@ -202,13 +201,13 @@ def mean_gradient(
     total = torch.zeros(partition.n, dtype=function.dtype, device=function.device)
     used = 0
     batches = iterate(data, batch_size=batch_size, max_samples=samples, seed=seed, device=total.device)
-    with tqdm(total=samples, desc="gradient", unit="sample", disable=None if progress else True) as bar:
+    with reporting(progress).phase("gradient", samples, unit="sample") as advance:
         for batch in batches:
             mean = function.mean_gradient(batch, batch.size)
             for name, piece in partition.split(total).items():
                 piece.add_(mean[name].to(total), alpha=batch.size)
             used += batch.size
-            bar.update(batch.size)
+            advance(batch.size)
     total.div_(used)
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteGradientError("data", "the gradient is NaN or infinite", "check the loss and the data")
@@ -227,7 +226,7 @@ def fisher_blocks(
     damping: float = 1e-3,
     resources: Resources = ORDINARY,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress | bool = True,
 ) -> list[FisherBlock]:
     """Cut the weights of a network into blocks, each with its Fisher model and gradient.
 
@@ -304,7 +303,8 @@ class RowBuilder:
     """Computes rows batch by batch and puts them into `target`.
 
     `target_of` makes it of the number of rows, at most, their width, dtype and device, at the first one.
-    `samples` counts those used so far; the other fields are the arguments of `gradient_rows`.
+    `samples` counts those used so far, of which `advance` is told; the other fields are the arguments of
+    `gradient_rows`.
     """
 
     function: NetworkFunction
@@ -316,6 +316,7 @@ class RowBuilder:
     keep: Tensor | None = None
     gradient: bool = True
     journal: Journal = field(default_factory=Journal)
+    advance: Advance = ignored
     samples: int = field(init=False, default=0)
     target: RowTarget = field(init=False)
 
@@ -345,6 +346,7 @@ class RowBuilder:
             self.samples += part.size
             if not stored:
                 self.journal.save(self._gradient, self.samples)
+            self.advance(part.size)
 
     def finish(self) -> Tensor:
         """Scale the rows in their target; return the mean gradient, (n,)."""

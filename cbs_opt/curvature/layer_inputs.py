@@ -16,6 +16,7 @@ from cbs_opt.network.data import Data, device_of, forward, iterate
 from cbs_opt.network.partition import ParameterSpan, Partition
 from cbs_opt.network.trial import TrialNetwork, plain_attention
 from cbs_opt.system.checks import whole_number
+from cbs_opt.system.progress import SILENT, Progress
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
 INPUT_SAMPLES = 1_000
@@ -107,6 +108,7 @@ def input_moments(
     samples: int = INPUT_SAMPLES,
     seed: int = 0,
     weights: Tensor | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
     """``E[sum over positions of x x^T]`` of the inputs of every layer whose weights are pruned.
 
@@ -124,6 +126,8 @@ def input_moments(
         Draws the samples of a pair of tensors.
     weights : (n,) Tensor, optional
         Run the network at these weights instead of its own.
+    progress : Progress, optional
+        Is told of the samples.
 
     Returns
     -------
@@ -149,11 +153,13 @@ def input_moments(
         data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
     )
     seen = 0
-    with plain_attention(), torch.no_grad():
+    counting = progress.phase("layer inputs", samples, unit="sample")
+    with plain_attention(), torch.no_grad(), counting as advance:
         for batch in batches:
             with recorder:
                 forward(network, batch.inputs)
             seen += batch.size
+            advance(batch.size)
     totals = recorder.totals()
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
