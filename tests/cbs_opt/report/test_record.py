@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cbs_opt.network.eligible import LeftOut
 from cbs_opt.network.evaluation import Evaluation
 from cbs_opt.recipe.files import load_request
 from cbs_opt.report.files import (
@@ -86,7 +86,7 @@ def test_frames_agree_with_the_totals() -> None:
 
 def test_what_was_left_out_has_a_row_with_the_reason() -> None:
     report = made_report()
-    entry = SimpleNamespace(name="head.weight", shape=(3, 5), reason="frozen")
+    entry = LeftOut(name="head.weight", shape=(3, 5), reason="frozen")
     object.__setattr__(report, "left_out", (entry,))
     frame = report.to_frame()
     assert list(frame.index) == [*(layer.name for layer in report.layers), "head.weight"]
