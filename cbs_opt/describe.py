@@ -16,6 +16,7 @@ from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
 from cbs_opt.network.evaluation import Evaluation, evaluate
+from cbs_opt.network.partition import Partition
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
 from cbs_opt.report.health import label_share, warnings_of
@@ -75,7 +76,7 @@ def describe(
         samples = state.samples
         n_rows = max(1, recipe.samples // getattr(recipe.curvature, "per_row", 1))
     predicted = sum(updated) if updated else None
-    guess = label_share(labels for _, labels in task.sample or ())
+    guess = label_share(batch.labels for batch in task.sample or ())
     warnings = [
         *warnings_of(train_before, train_after, predicted=predicted, guess=guess),
         *(
@@ -120,7 +121,7 @@ def describe(
         versions=library_versions(),
         stages=() if state is None else state.records,
         left_out=partition.left_out,
-        notes=(*task.notes, *_unseen(rows)),
+        notes=(*task.notes, *_unseen(rows), *_without_gradient(rows, partition)),
         warnings=tuple(warnings),
     )
 
@@ -129,8 +130,23 @@ def _unseen(rows: Rows | None) -> Iterator[str]:
     """Yield which parameters have no layer-input term beside others that have."""
     names = () if rows is None or rows.channels is None else rows.channels.unseen
     if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        yield f"no layer inputs, rows alone, for {', '.join(names[:SHOWN])}{more}"
+        yield f"no layer inputs, rows alone, for {_listed(names)}"
+
+
+def _without_gradient(rows: Rows | None, partition: Partition) -> Iterator[str]:
+    """Yield which parameters the loss does not depend on: they are pruned by their size, if at all."""
+    if rows is None or rows.on_disk or not rows.shape[0]:
+        return
+    # Where there is a gradient, the first row has one nearly always: the others are then not looked at.
+    pieces = ((span.name, rows.block(span.start, span.stop)) for span in partition.parameters)
+    names = [name for name, piece in pieces if not bool(piece[0].any()) and not bool(piece.any())]
+    if names:
+        yield f"the loss does not depend on {_listed(names)}, as far as the samples say"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _evaluations(task: Task, after: nn.Module, held_out: Data | None) -> Iterator[Evaluation | None]:

@@ -21,8 +21,20 @@ class TrainingModeError(ArgumentError):
     """Dropout or batch normalisation is in training mode, so one sample has no gradient of its own."""
 
 
+class RandomOutputError(TrainingModeError):
+    """The network gives the same samples another output when it is run again."""
+
+
+class ForwardError(ArgumentError):
+    """The network raised when it was run; the original exception is the cause."""
+
+
+class LossError(ArgumentError):
+    """The loss raised, is no scalar, or does not depend on the weights; what it raised is the cause."""
+
+
 class PerSampleGradientError(ArgumentError):
-    """`torch.func` cannot differentiate the network or the loss sample by sample."""
+    """The network or the loss cannot be differentiated; the original exception is the cause."""
 
 
 class NonFiniteGradientError(NonFiniteError):
@@ -38,7 +50,7 @@ class DataLoaderError(ArgumentError):
 
 
 class BatchFormatError(ArgumentError):
-    """A batch is not a pair (x, y) of tensors with one entry a sample."""
+    """A batch has a form that is not known, or tensors of different numbers of samples."""
 
 
 class LabelRangeError(ArgumentError):

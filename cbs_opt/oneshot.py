@@ -24,8 +24,9 @@ from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.on_demand import OnDemand
 from cbs_opt.hessian.rows import RowsHessian, SharedGrams
-from cbs_opt.network.data import Data, LossFunction, device_of, iterate
+from cbs_opt.network.data import Batch, Data, device_of, iterate
 from cbs_opt.network.evaluation import Evaluation, evaluate
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.recipe.records import Recipe, Request, in_units
@@ -40,12 +41,11 @@ from cbs_opt.update.cbs import cbs_updates, independent_updates
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
 
-Sample = list[tuple[Any, Tensor]]
-"""Batches of inputs and labels that networks are compared on."""
+Sample = list[Batch]
+"""Batches that networks are compared on."""
 UPDATERS = {"cbs": cbs_updates, "independent": independent_updates}
 SEED_STEP = 7919
 """Between the seeds of two runs of a randomised method."""
-BATCH_SIZE = 512
 
 
 class Clock:
@@ -75,7 +75,7 @@ class Task:
     partition: Partition
     weights: Tensor
     data: Data | None
-    loss_fn: LossFunction
+    loss_fn: Objective
     request: Request
     resources: Resources
     sample: Sample | None
@@ -352,7 +352,8 @@ def _updated(task: Task, model: LossModel, group: list[Recipe], choices: list[Ch
                 weights, scale = torch.where(keep, task.weights, 0.0), None
             else:
                 target, scale = targets[dampings.index(damping)], recipe.update.scale
-                weights = torch.where(keep, before + scale * (target - before), 0.0)
+                # In place: there may be no room for more vectors of that length than these.
+                weights = (target - before).mul_(scale).add_(before).masked_fill_(~keep, 0.0)
             loss = None
             if task.request.candidates > 1:
                 with task.clock.phase("choice"):
@@ -370,8 +371,8 @@ def _updated(task: Task, model: LossModel, group: list[Recipe], choices: list[Ch
 
 def draw_sample(model: nn.Module, data: Data, samples: int, seed: int) -> Sample:
     """Return the samples on which networks are compared."""
-    batches = iterate(data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model))
-    return [(batch.inputs, batch.labels) for batch in batches]
+    # Not cut: a loss may look at whole batches.
+    return list(iterate(data, batch_size=None, max_samples=samples, seed=seed, device=device_of(model)))
 
 
 def check_data(request: Request, data: Data | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from cbs_opt.errors import UnmatchedPatternError
 from cbs_opt.hessian.channel_system import DENSE_LIMIT
 from cbs_opt.network.data import Data, LossFunction, device_of, sample_count
 from cbs_opt.network.eligible import unwrapped
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.trial import plain_attention, unchanged, write_back
 from cbs_opt.oneshot import (
@@ -66,7 +68,7 @@ def prune(
     *,
     sparsity: float | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | str = "balanced",
-    loss_fn: LossFunction = nn.functional.cross_entropy,
+    loss_fn: LossFunction | None = None,
     stages: Stages | int | None = None,
     certify: Certify | bool = False,
     evaluate: Data | None = None,
@@ -97,8 +99,12 @@ def prune(
         How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
         one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of
         `cbs_opt.recipe.records.NAMED`.
-    loss_fn : callable, default cross-entropy
-        ``loss_fn(output, y)``: the mean loss of a batch.
+    loss_fn : callable, optional
+        ``loss_fn(output, labels)``: the loss of a batch, of what the network returns; labels are None where
+        there are none. A mean over samples or over those that count (class weights, ignored labels), a sum,
+        or a loss of whole batches: which of them is found out, see `cbs_opt.network.objective`. By default
+        the loss that the network itself returns; else cross-entropy, where labels are classes of samples,
+        pixels or tokens; else that of the next token, of a causal network without labels.
     stages : Stages or int, optional
         Prune little by little: every stage takes gradient rows at the weights as they then are, selects,
         and updates within a trust region. By default everything goes at once.
@@ -160,7 +166,7 @@ def prune(
             partition=partition,
             weights=partition.flatten(model),
             data=data,
-            loss_fn=loss_fn,
+            loss_fn=Objective.of(loss_fn),
             request=request,
             resources=resources,
             sample=None,
@@ -364,8 +370,10 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
     fresh = isinstance(curvature, Fisher)
     averages = fresh and asked.per_row == 1 and not isinstance(curvature, ExactFisher)
 
+    cut = cache(lambda blocks: _partition(model, weights, blocks))
+
     def at(way: Way) -> tuple[Request, Partition, Resources, RunSize]:
-        partition = _partition(model, weights, way.blocks)
+        partition = cut(way.blocks)
         changed = replace(weights, blocks=way.blocks) if weights.blocks is None else weights
         same = way.per_row == asked.per_row
         kind = curvature if same else replace(curvature, per_row=way.per_row)  # type: ignore[arg-type]

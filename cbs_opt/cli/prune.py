@@ -46,7 +46,11 @@ Evaluate = Annotated[
     str | None, typer.Option(help="Like --data: samples that loss and accuracy are reported on, and no more.")
 ]
 Loss = Annotated[
-    str, typer.Option(help="cross_entropy, mse_loss, or like --model a function of (output, y).")
+    str | None,
+    typer.Option(
+        help="cross_entropy, mse_loss, or like --model a function of (output, labels); by default what output "
+        "and labels stand for."
+    ),
 ]
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="fast, balanced, or FILE.toml such as the recipe.toml of a saved run.")
@@ -114,7 +118,7 @@ def run(
     sparsity: Sparsity = None,
     weights: Weights = None,
     evaluate: Evaluate = None,
-    loss: Loss = "cross_entropy",
+    loss: Loss = None,
     recipe: RecipeName = "balanced",
     fields: Fields = None,
     method: Method = None,
@@ -165,7 +169,7 @@ def run(
                 network,
                 load_data(data, "--data", dtype),
                 **what,
-                loss_fn=loading.load_loss(loss),
+                loss_fn=None if loss is None else loading.load_loss(loss),
                 certify=False if record is None else replace(record, block_dir=block_dir),
                 evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
                 run_dir=state,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from cbs_opt.curvature.gradients import (
     Gradients,
@@ -19,32 +18,46 @@ from cbs_opt.curvature.gradients import (
     probe,
     require_classifier,
     require_evaluation_mode,
-    sampled_labels,
 )
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, ExactFisher, Fisher, SketchedFisher
 from cbs_opt.curvature.rows import Rows, RowsInMemory, RowsOnDisk, RowTarget, fit_in_memory
-from cbs_opt.errors import NonFiniteGradientError
+from cbs_opt.errors import EmptyDataError, LossError, NonFiniteGradientError
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
-from cbs_opt.network.data import Batch, Data, LossFunction, check_labels, iterate, regroup, sample_count
+from cbs_opt.network.data import (
+    Batch,
+    Data,
+    LossFunction,
+    cut,
+    parts,
+    peeked,
+    read,
+    regroup,
+    sample_count,
+    tensors_of,
+)
 from cbs_opt.network.eligible import Globs
+from cbs_opt.network.objective import Objective, check_labels, logits_of
 from cbs_opt.network.partition import BlockRule, Partition
+from cbs_opt.network.state import kept
 from cbs_opt.system.checks import finite_number, whole_number
 from cbs_opt.system.progress import Advance, Progress, ignored, reporting
 from cbs_opt.system.resources import ORDINARY, Resources
-from formulations.errors import ArgumentError, ShapeError
+from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
 
 log = logging.getLogger(__name__)
 
 EMPIRICAL = EmpiricalFisher()
 READ_AHEAD = 1024
 """Samples moved to the device of the network at a time."""
+MOST_AT_ONCE = 256
+"""Samples differentiated at once, each on its own: more are slower, as their gradients leave the caches."""
 
 
 def gradient_rows(
     model: nn.Module,
     data: Data,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | Objective | None,
     partition: Partition,
     *,
     curvature: Fisher = EMPIRICAL,
@@ -65,20 +78,20 @@ def gradient_rows(
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
         A loader is read in its own order; of a pair of tensors the samples are drawn without
         replacement. If there are fewer, all are used and a warning is logged.
-    loss_fn : callable
-        ``loss_fn(output, y)``: the mean loss of a batch. Any loss for the empirical Fisher; the
-        others take the network's softmax as its distribution over classes, whose loss is
-        cross-entropy, and use `loss_fn` for the gradient alone.
+    loss_fn : callable or None
+        ``loss_fn(output, labels)``, see `prune`. Any loss for the empirical Fisher; the others take the
+        network's softmax as its distribution over classes, whose loss is cross-entropy, and use `loss_fn`
+        for the gradient and for how much each sample counts.
     partition : Partition
         The weights, n of them.
     curvature : EmpiricalFisher, ExactFisher, MonteCarloFisher or SketchedFisher
         Which Fisher matrix is sampled, and from how many samples.
     resources : Resources
-        `chunk_memory` bounds temporaries besides the rows: the chunk size follows from an estimate, in
-        which a sample takes twice the gradient and five times what its backward pass saves (averaged
-        rows: three times that); one sample is the least. Rows that take more than `row_memory` go to a
-        file in `row_dir`, one block of `partition` after the other; on a file system that is kept in
-        memory (tmpfs) nothing is won.
+        `chunk_memory` bounds temporaries besides the rows: the chunk size follows from what the backward
+        pass of a few samples saves. A sample is taken to need twice the gradient and five times that
+        (averaged rows: three times that, and no gradient); one sample is the least. Rows that take more
+        than `row_memory` go to a file in `row_dir`, one block of `partition` after the other; on a file
+        system that is kept in memory (tmpfs) nothing is won.
     seed : int, default 0
         Draws the samples, the Monte-Carlo labels and the signs of sketches.
     progress : bool or Progress, default True
@@ -108,7 +121,10 @@ def gradient_rows(
     NonFiniteGradientError
         If a row holds NaN or infinity.
     PerSampleGradientError
-        If `torch.func` cannot differentiate the network or the loss.
+        If there is no backward pass through the network or the loss.
+    ForwardError, LossError, RandomOutputError
+        If the network or the loss raises, the loss is no scalar or does not depend on the weights, or the
+        network gives another output when it is run again.
     DataLoaderError, BatchFormatError, EmptyDataError, LabelRangeError
         If the data cannot be read or does not fit the network.
     UnsupportedProblemError
@@ -134,12 +150,14 @@ def gradient_rows(
     require_evaluation_mode(model)
     began = time.perf_counter()
     size = curvature.per_row
-    with ExitStack() as on_failure:
+    with kept(model), ExitStack() as on_failure:
 
         def target_of(capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> RowTarget:
-            # A pair of tensors may have fewer samples than were asked for; of other data it is not known.
-            most = max(1, (sample_count(data) or curvature.samples) // size)
-            capacity = min(capacity, most * (capacity // max(1, curvature.samples // size)))
+            # Of data that can be drawn from it is known how many samples they have; of others it is not.
+            available = sample_count(data)
+            if available is not None:
+                asked = max(1, curvature.samples // size)
+                capacity = min(capacity, max(1, available // size) * (capacity // asked))
             memory, folder = resources.row_memory, resources.row_dir
             if memory is None or fit_in_memory(partition, capacity, dtype.itemsize, memory):
                 return RowsInMemory(torch.empty(capacity, width, dtype=dtype, device=device))
@@ -147,7 +165,8 @@ def gradient_rows(
             on_failure.callback(store.close)
             return store
 
-        function = NetworkFunction(model, partition, loss_fn, weights)
+        objective = Objective.of(loss_fn)
+        function = NetworkFunction(model, partition, objective, weights)
         builder = RowBuilder(
             function=function,
             partition=partition,
@@ -159,11 +178,10 @@ def gradient_rows(
             gradient=gradient,
             journal=Journal() if journal is None else journal,
         )
-        wanted, device = curvature.samples, function.device
-        ahead = min(wanted, READ_AHEAD)
-        batches = iterate(data, batch_size=ahead, max_samples=wanted, seed=seed, device=device)
+        wanted = curvature.samples
+        batches = _settled(function, data, wanted, seed, min(wanted, READ_AHEAD))
         with reporting(progress).phase("gradients", wanted, unit="sample") as builder.advance:
-            for batch in batches if size == 1 else regroup(batches, size):
+            for batch in batches if size == 1 or objective.in_batches else regroup(batches, size):
                 builder.consume(batch)
         mean = builder.finish()
         on_failure.pop_all()
@@ -180,7 +198,7 @@ def gradient_rows(
 def mean_gradient(
     model: nn.Module,
     data: Data,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | Objective | None,
     partition: Partition,
     *,
     samples: int,
@@ -197,18 +215,25 @@ def mean_gradient(
     """
     whole_number("samples", samples)
     require_evaluation_mode(model)
-    function = NetworkFunction(model, partition, loss_fn, weights)
+    objective = Objective.of(loss_fn)
+    function = NetworkFunction(model, partition, objective, weights)
     total = torch.zeros(partition.n, dtype=function.dtype, device=function.device)
-    used = 0
-    batches = iterate(data, batch_size=batch_size, max_samples=samples, seed=seed, device=total.device)
-    with reporting(progress).phase("gradient", samples, unit="sample") as advance:
-        for batch in batches:
-            mean = function.mean_gradient(batch, batch.size)
+    used, mass = 0, 0.0
+    counting = reporting(progress).phase("gradient", samples, unit="sample")
+    with kept(model), counting as advance:
+        for part in _settled(function, data, samples, seed, batch_size):
+            batch = objective.prepared(part)
+            shares = function.weights(batch)
+            weight = 1.0 if objective.in_batches else batch.size if shares is None else float(shares.sum())
+            (mean,) = function.differentiated(batch, batch.size, function.mean_loss(batch, shares))
             for name, piece in partition.split(total).items():
-                piece.add_(mean[name].to(total), alpha=batch.size)
+                piece.add_(mean[name].to(total), alpha=weight)
+            mass += weight
             used += batch.size
             advance(batch.size)
-    total.div_(used)
+    if mass == 0.0:
+        raise EmptyDataError("data", "labels that are all ignored", "pass samples with labels")
+    total.div_(mass)
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteGradientError("data", "the gradient is NaN or infinite", "check the loss and the data")
     return total, used
@@ -218,7 +243,7 @@ def fisher_blocks(
     model: nn.Module,
     data: Data,
     *,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | Objective | None,
     partition: BlockRule | Partition = "layer",
     target: Globs | None = None,
     ignore: Globs = (),
@@ -303,8 +328,9 @@ class RowBuilder:
     """Computes rows batch by batch and puts them into `target`.
 
     `target_of` makes it of the number of rows, at most, their width, dtype and device, at the first one.
-    `samples` counts those used so far, of which `advance` is told; the other fields are the arguments of
-    `gradient_rows`.
+    `samples` counts those used so far, of which `advance` is told, `mass` how much they count; the other
+    fields are the arguments of `gradient_rows`. A row of samples that count ``c`` on average is stored times
+    ``sqrt(c)``.
     """
 
     function: NetworkFunction
@@ -318,6 +344,7 @@ class RowBuilder:
     journal: Journal = field(default_factory=Journal)
     advance: Advance = ignored
     samples: int = field(init=False, default=0)
+    mass: float = field(init=False, default=0.0)
     target: RowTarget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -328,22 +355,29 @@ class RowBuilder:
         self._columns = _columns_by_parameter(self.partition, self.keep)
         self._generator = torch.Generator().manual_seed(self.seed)
         # One number a sample, drawn at once, so that labels do not depend on the chunk size.
-        self._uniforms = torch.rand(self.curvature.samples, dtype=torch.float64, generator=self._generator)
+        count = self.curvature.samples
+        self._uniforms = torch.rand(count, dtype=torch.float64, generator=self._generator, device="cpu")
+        self._weighted = False
+        self._nonzero = False
 
     def consume(self, batch: Batch) -> None:
         """Append the rows of `batch`: one group of samples, or any number of single ones."""
+        objective = self.function.objective
+        batch = objective.prepared(batch)
         if self.samples == 0:
             self._prepare(batch)
-        elif batch.size < self.curvature.per_row:
+        elif (batch.size < self.curvature.per_row and not objective.in_batches) or self._full:
             return
         if self._classes is not None:
-            check_labels(batch.labels, self._classes)
-        for part in _parts(batch, self._part_size):
+            check_labels(batch.labels, self._classes, ignored=objective.ignored)
+        for part in [batch] if objective.in_batches else parts(batch, self._part_size):
             stored = self.journal.seen(part, self.samples)
             signs = self._signs(part.size) if self._sketched else None
+            weights = self.function.weights(part)
             if not stored:
-                self._append(part, signs)
+                self._append(part, weights, signs)
             self.samples += part.size
+            self.mass += part.size if weights is None else float(weights.sum())
             if not stored:
                 self.journal.save(self._gradient, self.samples)
             self.advance(part.size)
@@ -353,29 +387,48 @@ class RowBuilder:
         wanted = self.curvature.samples
         if self.samples < wanted - wanted % self.curvature.per_row:
             log.warning("data: %d samples used where %d were asked for", self.samples, wanted)
+        if self.mass == 0.0:
+            raise EmptyDataError("data", "labels that are all ignored", "pass samples with labels")
+        if not self._nonzero:
+            raise self._all_zero()
         self.journal.save(self._gradient, self.samples, done=True)
-        factor = 1.0 / math.sqrt(self.samples if self._exact else self.target.filled)
-        average = self.target.scale(factor, mean=self._at_own_labels)
-        return self._gradient / self.samples if average is None else self._widened(average)
+        rows = self.samples if self._exact else self.target.filled
+        factor = 1.0 / math.sqrt(rows * (self.mass / self.samples))
+        average = self.target.scale(factor, mean=self._at_own_labels and not self._weighted)
+        return self._gradient / self.mass if average is None else self._widened(average)
 
     def _prepare(self, batch: Batch) -> None:
-        """Learn from one sample how many rows there will be and how many fit in memory."""
+        """Learn from some samples how many rows there will be and how many fit in memory."""
         n = self.partition.n
-        self._classes, saved = probe(self.function, batch.take(slice(1)))
-        self._rows_function = self.function
+        objective = self.function.objective
         capacity = self.curvature.samples // self.curvature.per_row
+        if objective.in_batches:
+            if not self._at_own_labels:
+                found = f"{self.curvature.kind!r} for a loss that looks at whole batches"
+                raise UnsupportedProblemError("curvature", found, "use EmpiricalFisher")
+            # The largest batch may not fit twice, so rows that average less are all there is to bound.
+            self._one_by_one = True
+            capacity = -(-self.curvature.samples // batch.size)
+        self._classes, one, another = probe(self.function, batch)
         if not self._at_own_labels:
             classes = require_classifier(self._classes, self.curvature.kind)
             capacity *= classes if self._exact else 1
-            self._rows_function = self.function.with_loss(cross_entropy)
         dtype, device = self.function.dtype, self.function.device
         width = n if self._columns is None else sum(index.numel() for index in self._columns.values())
+        self._capacity = capacity
         self.target = self.target_of(capacity, width, dtype, device)
         self._gradient = torch.zeros(n, dtype=dtype, device=device)
         gradient_bytes = sum(t.numel() * t.element_size() for t in self.function.parameters.values())
-        self._chunk, self._group = chunk_sizes(self.chunk_memory, gradient_bytes, saved)
+        self._chunk, self._group = chunk_sizes(self.chunk_memory, gradient_bytes, one, another)
+        if objective.in_batches:
+            self._group = batch.size
         for rows in self.journal.restore(self._gradient):
             self._put([rows], kept=True)
+        self._weighted = self._at_own_labels and bool(self._gradient.any())
+
+    @property
+    def _full(self) -> bool:
+        return self.function.objective.in_batches and self.target.filled == self._capacity
 
     @property
     def _part_size(self) -> int:
@@ -383,47 +436,84 @@ class RowBuilder:
             return max(1, self._chunk // require_classifier(self._classes, self.curvature.kind))
         return self.curvature.per_row if self._one_by_one else self._chunk
 
-    def _append(self, part: Batch, signs: Tensor | None) -> None:
+    def _append(self, part: Batch, weights: Tensor | None, signs: Tensor | None) -> None:
         """Write the rows of one part: a group of samples for one row, or some single ones."""
+        self._part = part
+        if self._one_by_one:
+            self._append_group(part, weights, signs)
+            return
         if self._exact:
-            self._append_classes(part)
-        elif signs is not None:
-            self._write(self.function.sketched_gradient(part, signs, self._group), 1)
-            self._add_gradient(part)
-        elif self._one_by_one:
-            self._write(self._rows_function.mean_gradient(self._at_row_labels(part), self._group), 1)
+            self._append_classes(part, weights)
         else:
-            self._write(self._rows_function.sample_gradients(self._at_row_labels(part)), part.size)
+            rows = self.function.sample_gradients(part, None if self._at_own_labels else self._drawn(part))
+            if weights is not None:
+                self._add_rows(rows, weights.tolist())
+                rows = _weighted(rows, weights)
+            self._write(rows, part.size)
+        if self.gradient and not self._at_own_labels:
+            own = self.function.mean_loss(part, weights)
+            (mean,) = self.function.differentiated(part, self._group, own)
+            self._add_gradient(mean, part, weights)
 
-    def _at_row_labels(self, batch: Batch) -> Batch:
-        if self._at_own_labels:
-            return batch
-        self._add_gradient(batch)
-        uniforms = self._uniforms[self.samples : self.samples + batch.size]
-        pairs = zip(_parts(batch, self._group), torch.split(uniforms, self._group), strict=True)
-        labels = torch.cat([sampled_labels(self.function, part, draws) for part, draws in pairs])
-        return Batch(inputs=batch.inputs, labels=labels)
+    def _append_group(self, part: Batch, weights: Tensor | None, signs: Tensor | None) -> None:
+        """One row of all samples of a part, and their mean gradient by the same forward passes."""
+        targets = [self.function.mean_loss(part, weights)]
+        if signs is not None:
+            targets.insert(0, self.function.sketch(part, signs, weights))
+        elif not self._at_own_labels:
+            targets.insert(0, self.function.drawn_loss(self._draws(part), weights))
+        row, *means = self.function.differentiated(part, self._group, *targets[: 1 + self.gradient])
+        if weights is not None and signs is None:
+            weight = float(weights.sum())
+            self._add_rows({name: value.unsqueeze(0) for name, value in row.items()}, [weight])
+            row = {name: value * math.sqrt(weight / part.size) for name, value in row.items()}
+        self._write(row, 1)
+        for mean in means:
+            self._add_gradient(mean, part, weights)
 
-    def _append_classes(self, part: Batch) -> None:
+    def _append_classes(self, part: Batch, weights: Tensor | None) -> None:
         """All classes of some samples, or of one sample some classes at a time."""
         classes = require_classifier(self._classes, self.curvature.kind)
         for first in range(0, classes, self._chunk):
             chosen = range(first, min(first + self._chunk, classes))
             gradients = self.function.class_gradients(part, slice(chosen.start, chosen.stop))
+            if weights is not None:
+                gradients = _weighted(gradients, weights)
             self._write(gradients, part.size * len(chosen))
-        self._add_gradient(part)
+
+    def _draws(self, part: Batch) -> Tensor:
+        """Return the numbers in [0, 1) that decide the labels of a part."""
+        return self._uniforms[self.samples : self.samples + part.size]
+
+    def _drawn(self, part: Batch) -> Tensor:
+        """Return labels that the network draws itself."""
+        draws = torch.split(self._draws(part), self._group)
+        pieces = zip(parts(part, self._group), draws, strict=True)
+        return torch.cat([self.function.sampled_labels(*piece) for piece in pieces])
 
     def _signs(self, samples: int) -> Tensor:
         classes = require_classifier(self._classes, self.curvature.kind)
-        signs = 2 * torch.randint(0, 2, (samples, classes), generator=self._generator) - 1
+        signs = 2 * torch.randint(0, 2, (samples, classes), generator=self._generator, device="cpu") - 1
         return signs.to(self._gradient.device)
 
-    def _add_gradient(self, batch: Batch) -> None:
-        if not self.gradient:
-            return
-        mean = self.function.mean_gradient(batch, self._group)
+    def _add_gradient(self, mean: Gradients, part: Batch, weights: Tensor | None) -> None:
+        """Add the mean gradient of a part, as often as its samples count."""
+        weight = part.size if weights is None else float(weights.sum())
         for name, total in self.partition.split(self._gradient).items():
-            total.add_(mean[name].to(total.device), alpha=batch.size)
+            total.add_(mean[name].to(total.device), alpha=weight)
+
+    def _add_rows(self, rows: Gradients, weights: Sequence[float]) -> None:
+        """Add up gradients (r, *shape) times their weights, as rows will be scaled by the roots of these."""
+        if not self._at_own_labels:
+            return
+        if not self._weighted:
+            # All rows so far count as 1.
+            self._gradient.copy_(self._widened(self.target.total().to(self._gradient)))
+            self._weighted = True
+        for name, total in self.partition.split(self._gradient).items():
+            for row, weight in zip(rows[name], weights, strict=True):
+                if weight > 0.0:
+                    total.add_(row.to(total), alpha=weight)
 
     def _write(self, gradients: Gradients, count: int) -> None:
         """Put `count` rows in place, each the gradients of all parameters side by side."""
@@ -446,13 +536,14 @@ class RowBuilder:
                 start += piece.shape[1]
             # A sum is finite only if every entry is; an overflow of the sum alone is told apart below.
             if not bool(torch.isfinite(rows.sum())):
-                self._check_finite(rows)
+                self._check_finite(rows, done)
+            self._nonzero = self._nonzero or bool(rows.any())
             if not kept:
                 self.journal.take(rows)
             self.target.commit(len(rows))
             done += len(rows)
 
-    def _check_finite(self, rows: Tensor) -> None:
+    def _check_finite(self, rows: Tensor, first: int) -> None:
         finite = torch.isfinite(rows)
         bad = (~finite.all(dim=1)).nonzero().flatten().tolist()
         if not bad:
@@ -465,8 +556,36 @@ class RowBuilder:
         names = [span.name for span, piece in zip(spans, pieces, strict=True) if not bool(piece.all())]
         shown = ", ".join(str(self.target.filled + row) for row in bad[:5])
         found = f"gradient rows {shown}{' ...' if len(bad) > 5 else ''} are NaN or infinite"
-        remedy = "check the loss and the data there (rows count samples in the order read, from 0)"
-        raise NonFiniteGradientError("data", f"{found} in {', '.join(names)}", remedy)
+        remedy = "check the loss and the data there (samples count from 0, in the order of the data)"
+        raise NonFiniteGradientError(
+            "data", f"{found} in {', '.join(names)}; {self._culprits(bad, first)}", remedy
+        )
+
+    def _culprits(self, bad: Sequence[int], first: int) -> str:
+        """Return which samples of the current part lead to the rows `bad`, of those from `first` on."""
+        part = self._part
+        each = max(1, self._classes or 1) if self._exact else 1
+        numbers = range(part.size) if self._one_by_one else sorted({(first + row) // each for row in bad})
+        inputs = [list(tensors_of(part.take(slice(n, n + 1)).inputs)) for n in numbers]
+        finite = [all(bool(torch.isfinite(x).all()) for x in tensors) for tensors in inputs]
+        broken = [number for number, whole in zip(numbers, finite, strict=True) if not whole]
+        places = [number if part.index is None else int(part.index[number]) for number in broken or numbers]
+        shown = f"{', '.join(map(str, places[:5]))}{' ...' if len(places) > 5 else ''}"
+        what = "with NaN or infinite inputs" if broken else "whose inputs are finite"
+        return f"they are of the samples {shown}, {what}"
+
+    def _all_zero(self) -> LossError:
+        """Return the error for rows that are all zero."""
+        with torch.no_grad():
+            output = self.function.objective.output(self.function.run, self._part.take(slice(2)))
+        logits = logits_of(output)
+        if logits is not None and logits.ndim == 2 and logits.shape[1] == 1:
+            found = "every gradient is zero: the network has one output, of which cross-entropy is always 0"
+            remedy = "use torch.nn.functional.binary_cross_entropy_with_logits, with labels of shape (B, 1)"
+        else:
+            found = "every gradient is zero: the loss is at a minimum, or does not see the weights"
+            remedy = "check loss_fn and the labels; training data that are fitted perfectly say nothing"
+        return LossError("loss_fn", found, remedy)
 
     def _widened(self, values: Tensor) -> Tensor:
         """Values of the columns that were kept as (n,), zero elsewhere."""
@@ -477,12 +596,39 @@ class RowBuilder:
         return wide
 
 
-def chunk_sizes(chunk_memory: int, gradient_bytes: int, saved: int) -> tuple[int, int]:
-    """Return samples that are differentiated at once: each on its own, and added up."""
+def chunk_sizes(chunk_memory: int, gradient_bytes: int, one: int, another: int) -> tuple[int, int]:
+    """Return samples that are differentiated at once: each on its own, and added up.
+
+    `one` and `another`: bytes that the backward pass of one sample saves, and of another one besides.
+    """
     # Beside what backward saves it makes gradients of that size, and vmap(grad) copies; the factors cover
     # what was measured on convolutional networks.
-    alone = max(1, chunk_memory // (2 * gradient_bytes + 5 * saved))
-    return alone, max(1, chunk_memory // (3 * max(saved, 1)))
+    alone = max(1, chunk_memory // (2 * gradient_bytes + 5 * one))
+    return min(alone, MOST_AT_ONCE), max(1, chunk_memory // (3 * max(another, 1)))
+
+
+def _settled(
+    function: NetworkFunction, data: Data, samples: int, seed: int, batch_size: int
+) -> Iterator[Batch]:
+    """Read samples on the device of the network; the first ones settle how its loss is made up."""
+    objective, device = function.objective, function.device
+    first, batches = peeked(read(data, max_samples=samples, seed=seed))
+    function.settle(first.take(slice(batch_size)).to(device))
+    objective.require_batches(data)
+    if objective.in_batches:
+        return cut(batches, device=device)
+    return cut(batches, size=batch_size, max_samples=samples, device=device)
+
+
+def _weighted(rows: Gradients, weights: Tensor) -> Gradients:
+    """Return gradients (B, ...) times the roots of weights (B,); zero where a sample does not count."""
+    roots = weights.sqrt()
+
+    def scaled(rows: Tensor) -> Tensor:
+        factor = roots.to(rows).view(-1, *[1] * (rows.ndim - 1))
+        return torch.where(factor > 0, rows * factor, 0.0)
+
+    return {name: scaled(value) for name, value in rows.items()}
 
 
 def _columns_by_parameter(partition: Partition, keep: Tensor | None) -> dict[str, Tensor] | None:
@@ -492,8 +638,3 @@ def _columns_by_parameter(partition: Partition, keep: Tensor | None) -> dict[str
         found = f"{keep.dtype} of shape {tuple(keep.shape)}"
         raise ShapeError("keep", found, f"pass ({partition.n},) booleans, True for each wanted column")
     return {s.name: keep[s.start : s.stop].nonzero().squeeze(1) for s in partition.parameters}
-
-
-def _parts(batch: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, batch.size, size):
-        yield batch.take(slice(start, start + size))

@@ -1,55 +1,70 @@
-"""Gradients of single samples, of groups of samples and of class probabilities, by `torch.func`."""
+"""Gradients of single samples, of groups of samples and of class probabilities."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from copy import copy
+import textwrap
+import time
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+from torch.nn.functional import cross_entropy
 
-from cbs_opt.errors import PerSampleGradientError, TrainingModeError
+from cbs_opt.errors import LossError, PerSampleGradientError, TrainingModeError
 from cbs_opt.network.data import (
     Batch,
     Inputs,
-    LossFunction,
     call_arguments,
-    check_labels,
-    check_loss,
-    class_count,
     device_of,
+    forward,
     map_tensors,
+    parts,
+    structure,
+    tensors_of,
 )
+from cbs_opt.network.eligible import unwrapped
+from cbs_opt.network.objective import Objective, Run, check_labels, class_count, logits_of
 from cbs_opt.network.partition import Partition
+from cbs_opt.network.state import require_usable
 from cbs_opt.network.trial import as_parameters
-from formulations.errors import ArgumentError, UnsupportedProblemError
+from formulations.errors import UnsupportedProblemError
 
 Gradients = dict[str, Tensor]
 """Gradients by parameter name; leading axes count samples or classes."""
+REASON = 200
+"""Letters of torch's reasons that are logged."""
+PROBED = 4
+"""Samples that a forward pass is measured with."""
+Seeds = tuple[Tensor, Tensor | None, float]
+"""What is differentiated, its cotangent (None for a scalar), and a factor."""
+Target = Callable[[Any, Batch, slice], Seeds | None]
+"""Of the output for some samples of a batch, with their place in it: what is differentiated, if anything."""
 
 
 class NetworkFunction:
     """A network as a function of the partition's parameters; every other tensor is held fixed.
 
     Neither parameters nor their `.grad` are written. `parameters` are those at which gradients are taken:
-    detached views of the network's own, or of flat `weights` (n,).
+    detached views of the network's own, or of flat `weights` (n,). Losses are those of `objective`.
     """
 
     def __init__(
-        self, model: nn.Module, partition: Partition, loss_fn: LossFunction, weights: Tensor | None = None
+        self, model: nn.Module, partition: Partition, objective: Objective, weights: Tensor | None = None
     ) -> None:
-        self._model = model
-        if not callable(loss_fn):
-            raise ArgumentError("loss_fn", f"{loss_fn!r}", "pass a function of output and labels")
-        self._loss_fn = loss_fn
+        self._model = model = unwrapped(model)
+        self.objective = objective
         # One that requires grad would tie a graph to every result.
         detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.parameters: Gradients = {name: detached.pop(name) for name in partition.tensors(model)}
+        owned = partition.tensors(model)
+        self.parameters: Gradients = {name: detached.pop(name) for name in owned}
         self._fixed = detached
+        # Leaves of the network itself cost no call of `functional_call`.
+        plain = all(tensor.requires_grad and not tensor._backward_hooks for tensor in owned.values())
+        self._leaves: Gradients | None = dict(owned) if plain and weights is None else None
         if weights is not None:
             self.parameters = as_parameters(model, partition, weights)
 
@@ -64,105 +79,192 @@ class NetworkFunction:
         dtypes = (tensor.dtype for tensor in self.parameters.values())
         return reduce(torch.promote_types, dtypes, torch.float32)
 
-    def output(self, parameters: Gradients, inputs: Inputs) -> Any:
-        args, kwargs = call_arguments(inputs)
-        return functional_call(self._model, {**self._fixed, **parameters}, args, kwargs)
+    def settle(self, batch: Batch) -> None:
+        """Find out how the loss of a batch is made up, see `Objective.settle`."""
+        self.objective.settle(self._model, self.run, batch)
 
-    def loss_of(self, output: Any, labels: Tensor) -> Tensor:
-        """Return the mean loss of a batch whose output is known."""
-        return check_loss(self._loss_fn(output, labels))
+    def run(self, inputs: Inputs) -> Any:
+        """Return the output of the network."""
+        return self._called(self.parameters, inputs)
+
+    def weights(self, batch: Batch) -> Tensor | None:
+        """Return how much each sample counts, (B,); None where all count as 1."""
+        return self.objective.weights(batch, self.run)
 
     def own_tensors(self) -> list[Tensor]:
         """Parameters and buffers of the network, detached."""
         return [*self.parameters.values(), *self._fixed.values(), *self._model.buffers()]
 
-    def leaves(self) -> Gradients:
-        """Return the parameters as leaves of a new graph."""
-        return {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+    def differentiated(self, batch: Batch, chunk: int, *targets: Target) -> list[Gradients]:
+        """Return the gradient of each target, added up over chunks of a batch: one forward pass a chunk."""
+        totals: list[Gradients] = [{} for _ in targets]
+        for start in range(0, batch.size, chunk):
+            where = slice(start, min(start + chunk, batch.size))
+            part = batch if where == slice(0, batch.size) else batch.take(where)
+            leaves, run = self._leaves_and_run()
+            with torch.enable_grad():
+                output = self.objective.output(run, part)
+                for number, target in enumerate(targets):
+                    seeds = target(output, part, where)
+                    if seeds is not None:
+                        _add(totals[number], leaves, seeds, retain=number + 1 < len(targets))
+        for total in totals:
+            for name, value in self.parameters.items():
+                total.setdefault(name, torch.zeros_like(value))
+        return totals
 
-    def with_loss(self, loss_fn: LossFunction) -> NetworkFunction:
-        """Return the same network under another loss."""
-        other = copy(self)
-        other._loss_fn = loss_fn
-        return other
+    def mean_loss(self, batch: Batch, weights: Tensor | None) -> Target:
+        """Return the target whose gradient is that of the loss of `batch`, whose samples have `weights`."""
+        shares = None if weights is None else weights / weights.sum()
 
-    def mean_gradient(self, batch: Batch, chunk: int) -> Gradients:
-        """Return the gradient of the mean loss of `batch`, `chunk` samples in a backward pass."""
+        def target(output: Any, part: Batch, where: slice) -> Seeds | None:
+            share = part.size / batch.size if shares is None else float(shares[where].sum())
+            if share == 0.0 or math.isnan(share):
+                return None
+            return self.objective.loss(output, part), None, share
 
-        def loss(leaves: Gradients, part: Batch, start: int) -> tuple[Tensor, Tensor | None, float]:
-            loss = self.loss_of(self.output(leaves, part.inputs), part.labels)
-            return loss, None, part.size / batch.size
+        return target
 
-        return self._added_up(batch, chunk, loss)
+    def drawn_loss(self, uniforms: Tensor, weights: Tensor | None) -> Target:
+        """Return the target of cross-entropy at labels that the network draws, by `uniforms` (B,)."""
+        shares = None if weights is None else weights / weights.sum()
 
-    def sketched_gradient(self, batch: Batch, signs: Tensor, chunk: int) -> Gradients:
-        """Return ``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e (B, C), `chunk` samples at a time.
+        def target(output: Any, part: Batch, where: slice) -> Seeds | None:
+            logits = require_logits(output)
+            labels = _drawn(logits.detach(), uniforms[where])
+            if shares is None:
+                return cross_entropy(logits, labels), None, part.size / len(uniforms)
+            losses = cross_entropy(logits, labels, reduction="none")
+            return losses, shares[where].to(losses), 1.0
+
+        return target
+
+    def sketch(self, batch: Batch, signs: Tensor, weights: Tensor | None) -> Target:
+        """Return the target ``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e (B, C).
 
         ``L = (I - p 1^T) diag(sqrt(p))`` factors the Hessian ``diag(p) - p p^T`` of cross-entropy in
         the logits, so that with independent signs the outer product of the sum with itself is the
-        Gauss-Newton matrix averaged over the batch, in expectation. One backward pass a chunk.
+        Gauss-Newton matrix averaged over the batch, in expectation; of samples times their `weights`.
         """
 
-        def sketch(leaves: Gradients, part: Batch, start: int) -> tuple[Tensor, Tensor | None, float]:
-            logits: Tensor = self.output(leaves, part.inputs)
+        def target(output: Any, part: Batch, where: slice) -> Seeds:
+            logits = require_logits(output)
             probability = torch.softmax(logits.detach(), dim=1)
-            draws = probability.sqrt() * signs[start : start + chunk].to(probability)
+            draws = probability.sqrt() * signs[where].to(probability)
             seeds = draws - probability * draws.sum(dim=1, keepdim=True)
+            if weights is not None:
+                seeds = seeds * weights[where].sqrt().to(seeds).unsqueeze(1)
             return logits, seeds, 1.0 / math.sqrt(batch.size)
 
-        return self._added_up(batch, chunk, sketch)
+        return target
 
-    def _added_up(
-        self,
-        batch: Batch,
-        chunk: int,
-        forward: Callable[[Gradients, Batch, int], tuple[Tensor, Tensor | None, float]],
-    ) -> Gradients:
-        """Add up the gradients of what `forward` returns for each chunk: output, its seeds, and a factor."""
-        leaves = self.leaves()
-        total: Gradients = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
-        for start in range(0, batch.size, chunk):
-            with torch.enable_grad():
-                output, seeds, factor = forward(leaves, batch.take(slice(start, start + chunk)), start)
-                gradients = torch.autograd.grad(output, list(leaves.values()), seeds, allow_unused=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None:
-                    total[name].add_(gradient, alpha=factor)
-        return total
+    def sample_gradients(self, batch: Batch, drawn: Tensor | None = None) -> Gradients:
+        """Return the gradient of the loss of every sample, (B, *shape) by name.
 
-    def sample_gradients(self, batch: Batch) -> Gradients:
-        """Gradient of the loss of every sample, (B, *shape) by name."""
+        The loss is that of the objective, or cross-entropy at `drawn` labels (B,).
+        """
 
-        def loss(parameters: Gradients, x: Inputs, y: Tensor) -> Tensor:
-            return self.loss_of(self.output(parameters, _alone(x)), y.unsqueeze(0))
+        def loss(parameters: Gradients, tensors: Sequence[Tensor], label: Tensor | None) -> Tensor:
+            alone = _alone(batch, tensors)
+            output = self.objective.as_row(self._called(parameters, alone.inputs))
+            if label is not None:
+                return cross_entropy(require_logits(output), label.unsqueeze(0))
+            return self.objective.loss(output, alone)
 
-        per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
-        return _explained(lambda: per_sample(self.parameters, batch.inputs, batch.labels))
+        def one_by_one() -> Gradients:
+            singles = []
+            for number, part in enumerate(parts(batch, 1)):
+                target = self.mean_loss(part, None) if drawn is None else _at_label(drawn[number])
+                singles += self.differentiated(part, 1, target)
+            return {name: torch.stack([single[name] for single in singles]) for name in self.parameters}
+
+        in_dims = (None, 0, None if drawn is None else 0)
+        per_sample = vmap(grad(loss), in_dims=in_dims)
+        return self._vectorized(lambda: per_sample(self.parameters, _flat(batch), drawn), one_by_one)
 
     def class_gradients(self, batch: Batch, classes: slice) -> Gradients:
-        """``sqrt(p_c) grad log p_c`` of every sample and class, (B, C, *shape) by name.
+        """Return ``sqrt(p_c) grad log p_c`` of every sample and class, (B, C, *shape) by name.
 
         `p` is the softmax of the output. The derivative of ``log p_c`` in the logits is
         ``e_c - p``, so that one forward pass and one backward pass a class suffice.
         """
 
-        def rows(parameters: Gradients, x: Inputs) -> Gradients:
-            logits, pull, *_ = vjp(lambda theta: self.output(theta, _alone(x)).squeeze(0), parameters)
+        def seeds_of(logits: Tensor) -> Tensor:
             probability = torch.softmax(logits, dim=0)
             identity = torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device)
-            seeds = probability.sqrt().unsqueeze(1) * (identity - probability)
-            return vmap(lambda seed: pull(seed)[0])(seeds[classes])  # type: ignore[no-any-return]
+            return (probability.sqrt().unsqueeze(1) * (identity - probability))[classes]
+
+        def rows(parameters: Gradients, tensors: Sequence[Tensor]) -> Gradients:
+            def logits_at(theta: Gradients) -> Tensor:
+                output = self.objective.as_row(self._called(theta, _alone(batch, tensors).inputs))
+                return require_logits(output).squeeze(0)
+
+            logits, pull, *_ = vjp(logits_at, parameters)
+            return vmap(lambda seed: pull(seed)[0])(seeds_of(logits))  # type: ignore[no-any-return]
+
+        def one_by_one() -> Gradients:
+            def target_of(number: int) -> Target:
+                def target(output: Any, part: Batch, where: slice) -> Seeds | None:
+                    logits = require_logits(output)
+                    return logits, seeds_of(logits[0].detach())[number : number + 1], 1.0
+
+                return target
+
+            targets = [target_of(number) for number in range(classes.stop - classes.start)]
+            rows = [self.differentiated(part, 1, *targets) for part in parts(batch, 1)]
+            return {
+                name: torch.stack([torch.stack([row[name] for row in sample]) for sample in rows])
+                for name in self.parameters
+            }
 
         per_sample = vmap(rows, in_dims=(None, 0))
-        return _explained(lambda: per_sample(self.parameters, batch.inputs))
+        return self._vectorized(lambda: per_sample(self.parameters, _flat(batch)), one_by_one)
+
+    def sampled_labels(self, batch: Batch, uniforms: Tensor) -> Tensor:
+        """Return labels drawn from the network's softmax by `uniforms` (B,)."""
+        with torch.no_grad():
+            return _drawn(require_logits(self.objective.output(self.run, batch)), uniforms)
+
+    def _called(self, parameters: Gradients, inputs: Inputs) -> Any:
+        args, kwargs = call_arguments(self._model, inputs)
+        return functional_call(self._model, {**self._fixed, **parameters}, args, kwargs)
+
+    def _leaves_and_run(self) -> tuple[Gradients, Run]:
+        """Return leaves of a new graph, and the network at them."""
+        if self._leaves is not None:
+            return self._leaves, lambda inputs: forward(self._model, inputs)
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        return leaves, lambda inputs: self._called(leaves, inputs)
+
+    def _vectorized(self, compute: Callable[[], Gradients], one_by_one: Callable[[], Gradients]) -> Gradients:
+        """Return what `compute` returns, by `torch.func`; where it cannot, now and later `one_by_one`."""
+        if not self.objective.vectorized:
+            return one_by_one()
+        try:
+            # What is differentiated outside of it, such as a teacher in the loss, has no part in this.
+            with torch.no_grad():
+                return compute()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            began = time.perf_counter()
+            gradients = one_by_one()
+            seconds = time.perf_counter() - began
+            self.objective.vectorized = False
+            reason = textwrap.shorten(str(error), REASON)
+            text = "samples are differentiated one by one (%d in %.2g s); torch.func cannot take several: %s"
+            self.objective.say("loop", text, len(next(iter(gradients.values()))), seconds, reason)
+            return gradients
 
 
 def require_evaluation_mode(model: nn.Module) -> None:
     """Raise `TrainingModeError` if samples influence one another or chance the output.
 
     Dropout in training mode, and batch normalisation in training mode or without running
-    statistics, have no gradient of a single sample. Training mode elsewhere is harmless.
+    statistics, have no gradient of a single sample. Training mode elsewhere is harmless. Raise
+    `ArgumentError` for a network that cannot be differentiated at all, see `require_usable`.
     """
+    require_usable(model)
     for name, module in model.named_modules():
         if _is_unsettled(module):
             found = f"{name or 'the network'} ({type(module).__name__}) is in training mode"
@@ -172,11 +274,37 @@ def require_evaluation_mode(model: nn.Module) -> None:
             raise TrainingModeError("model", found, "train it with track_running_stats=True")
 
 
-def probe(function: NetworkFunction, sample: Batch) -> tuple[int | None, int]:
-    """Run one sample: the number of classes (None unless a classifier) and bytes saved for backward.
+def probe(function: NetworkFunction, batch: Batch) -> tuple[int | None, int, int]:
+    """Return the number of classes (None unless a classifier), and bytes saved for the backward pass.
 
-    Raises `LabelRangeError` for a label outside the outputs, `ArgumentError` for a loss that is no scalar.
+    Those of one sample, and those by which another sample adds to it. The loss is taken as well. Raises
+    `LabelRangeError` for a label outside the outputs.
     """
+    one, classes = _saved(function, batch.take(slice(1)))
+    samples = min(batch.size, PROBED)
+    several = one if samples == 1 else _saved(function, batch.take(slice(samples)))[0]
+    return classes, one, one if samples == 1 else max(1, (several - one) // (samples - 1))
+
+
+def require_classifier(classes: int | None, curvature: str) -> int:
+    """Return the number of classes, or raise `UnsupportedProblemError` for other networks."""
+    if classes is None:
+        found = f"{curvature!r} for a network whose outputs are not (B, C >= 2) with integer labels (B,)"
+        raise UnsupportedProblemError("curvature", found, "use EmpiricalFisher")
+    return classes
+
+
+def require_logits(output: Any) -> Tensor:
+    """Return the tensor with the logits of an output, or raise `UnsupportedProblemError`."""
+    logits = logits_of(output)
+    if logits is None:
+        found = f"needs logits, but the network returns {structure(output)}"
+        raise UnsupportedProblemError("curvature", found, "use EmpiricalFisher")
+    return logits
+
+
+def _saved(function: NetworkFunction, batch: Batch) -> tuple[int, int | None]:
+    """Return the bytes that a forward pass saves beside the network's own, and the number of classes."""
     held = {tensor.untyped_storage().data_ptr() for tensor in function.own_tensors()}
     saved: dict[int, int] = {}
 
@@ -186,31 +314,65 @@ def probe(function: NetworkFunction, sample: Batch) -> tuple[int | None, int]:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        output = function.output(function.leaves(), sample.inputs)
-        classes = class_count(output, sample.labels)
-        if classes is not None:
-            check_labels(sample.labels, classes)
-        function.loss_of(output, sample.labels)
-    return classes, sum(saved.values())
+    # A view would count the whole data set.
+    inputs, labels = map_tensors(torch.clone, (batch.inputs, batch.labels))
+    classes: list[int | None] = []
+
+    def target(output: Any, part: Batch, where: slice) -> Seeds | None:
+        classes.append(class_count(output, part.labels))
+        if classes[0] is not None:
+            check_labels(part.labels, classes[0], ignored=function.objective.ignored)
+        _require_graph(function.objective.loss(output, part))
+        return None
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        function.differentiated(Batch(inputs=inputs, labels=labels), batch.size, target)
+    return sum(saved.values()), classes[0]
 
 
-def sampled_labels(function: NetworkFunction, batch: Batch, uniforms: Tensor) -> Tensor:
-    """Labels drawn from the network's softmax by inverting its distribution at `uniforms`, (B,)."""
-    with torch.no_grad():
-        output = function.output(function.parameters, batch.inputs)
-    cumulative = torch.softmax(output.double(), dim=1).cumsum(dim=1)
+def _add(total: Gradients, leaves: Gradients, seeds: Seeds, *, retain: bool) -> None:
+    """Add the gradient of a target to `total`."""
+    value, cotangent, factor = seeds
+    _require_graph(value)
+    try:
+        gradients = torch.autograd.grad(
+            value, list(leaves.values()), cotangent, retain_graph=retain, allow_unused=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        remedy = "use operations that torch can differentiate"
+        raise PerSampleGradientError("model, loss_fn", f"no backward pass ({error})", remedy) from error
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if gradient is None:
+            continue
+        if name in total:
+            total[name].add_(gradient, alpha=factor)
+        else:
+            total[name] = gradient if factor == 1.0 else gradient * factor
+
+
+def _require_graph(value: Tensor) -> None:
+    """Raise `LossError` for a value that no weight has a part in."""
+    if not value.requires_grad:
+        found = "the loss does not depend on the weights"
+        remedy = "compute it from output without detaching it, and let the network run without torch.no_grad"
+        raise LossError("model, loss_fn", found, remedy)
+
+
+def _at_label(label: Tensor) -> Target:
+    def target(output: Any, part: Batch, where: slice) -> Seeds | None:
+        return cross_entropy(require_logits(output), label.unsqueeze(0)), None, 1.0
+
+    return target
+
+
+def _drawn(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Return labels (B,) drawn from the softmax of `logits` by inverting its distribution at `uniforms`."""
+    cumulative = torch.softmax(logits.double(), dim=1).cumsum(dim=1)
     draws = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
     labels = torch.searchsorted(cumulative, draws, right=True).squeeze(1)
-    return labels.clamp_(max=output.shape[1] - 1)
-
-
-def require_classifier(classes: int | None, curvature: str) -> int:
-    """Return the number of classes, or raise `UnsupportedProblemError` for other networks."""
-    if classes is None:
-        found = f"{curvature!r} for a network whose outputs are not (B, C >= 2) with integer labels (B,)"
-        raise UnsupportedProblemError("curvature", found, "use EmpiricalFisher")
-    return classes
+    return labels.clamp_(max=logits.shape[1] - 1)
 
 
 def _is_unsettled(module: nn.Module) -> bool:
@@ -225,16 +387,12 @@ def _is_unsettled(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def _alone(inputs: Inputs) -> Inputs:
-    return map_tensors(lambda x: x.unsqueeze(0), inputs)
+def _flat(batch: Batch) -> list[Tensor]:
+    return list(tensors_of((batch.inputs, batch.labels)))
 
 
-def _explained(compute: Callable[[], Gradients]) -> Gradients:
-    try:
-        return compute()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        found = f"torch.func cannot differentiate one sample at a time ({error})"
-        remedy = "pass a curvature with vectorize=False if the network runs by itself"
-        raise PerSampleGradientError("model, loss_fn", found, remedy) from error
+def _alone(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
+    """Return one sample in the form of `batch`, of its `tensors` without an axis of samples."""
+    each = iter(tensors)
+    inputs, labels = map_tensors(lambda _: next(each).unsqueeze(0), (batch.inputs, batch.labels))
+    return Batch(inputs=inputs, labels=labels)

@@ -36,8 +36,11 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up ``x x^T`` of the inputs of weights, while it is active as a context.
 
     `tensors` are the parameters that the network is run with, by name. A product counts if one of its factors
-    is a parameter, or some of its output channels, as it is or transposed.
+    is a parameter, or some of its output channels, as it is or transposed. Of inputs with a row for every
+    position of `positions`, a boolean tensor or None, those count where it is True.
     """
+
+    positions: Tensor | None = None
 
     def __init__(self, partition: Partition, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -121,6 +124,8 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         own = _strides(table[first : first + matrix.shape[1]]) if fits else None
         if own == columns and not x.is_nested:
             flat = x.double().reshape(-1, x.shape[-1])
+            if self.positions is not None and self.positions.numel() == len(flat):
+                flat = flat[self.positions.reshape(-1)]
             self._add(span, first, first + matrix.shape[1], flat.T @ flat)
         return True
 

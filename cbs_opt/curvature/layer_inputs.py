@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +140,9 @@ def input_moments(
     Notes
     -----
     One forward pass a sample and O(positions f^2) for every layer; temporaries of some 16 MiB, or
-    twice the patches of one sample. The products themselves are watched, not the layers: whatever code
-    multiplies a weight is seen, such as the projections inside of `nn.MultiheadAttention`.
+    twice the patches of one sample. Where a batch has an ``attention_mask`` (B, T), padded positions do not
+    count. The products themselves are watched, not the layers: whatever code multiplies a weight is seen,
+    such as the projections inside of `nn.MultiheadAttention`.
     """
     whole_number("samples", samples)
     require_evaluation_mode(model)
@@ -156,6 +158,7 @@ def input_moments(
     counting = progress.phase("layer inputs", samples, unit="sample")
     with plain_attention(), torch.no_grad(), counting as advance:
         for batch in batches:
+            recorder.positions = _positions(batch.inputs)
             with recorder:
                 forward(network, batch.inputs)
             seen += batch.size
@@ -167,3 +170,9 @@ def input_moments(
             raise NonFiniteError("model, data", found, "check the data and the weights")
     # Products are symmetric only to rounding.
     return {name: (total + total.mT) / (2 * seen) for name, total in totals.items()}
+
+
+def _positions(inputs: Any) -> Tensor | None:
+    """Return which positions of a batch are no padding, (B, T) bool; None where nothing says so."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

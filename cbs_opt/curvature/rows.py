@@ -43,14 +43,16 @@ class RowsInMemory:
         """Take over the first `count` rows of `space`."""
         self.filled += count
 
+    def total(self) -> Tensor:
+        """Return the sum of the rows so far, (width,) float64."""
+        total = torch.zeros(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
+        add_rows(total, self.rows[: self.filled])
+        return total
+
     def scale(self, factor: float, *, mean: bool) -> Tensor | None:
         """Multiply all rows by `factor`, as no row comes any more; if `mean`, return their mean before."""
         self.rows = self.rows[: self.filled]
-        average = None
-        if mean:
-            total = torch.zeros(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
-            add_rows(total, self.rows)
-            average = (total / self.filled).to(self.rows.dtype)
+        average = (self.total() / self.filled).to(self.rows.dtype) if mean else None
         self.rows.mul_(factor)
         return average
 
@@ -115,6 +117,9 @@ class RowsOnDisk:
         self.filled += count
         if self._used == len(self._buffer):
             self._flush()
+
+    def total(self) -> Tensor:
+        return self._sum
 
     def scale(self, factor: float, *, mean: bool) -> Tensor | None:
         self._flush()

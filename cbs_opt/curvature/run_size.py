@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ VECTORS = 8
 GRADIENTS = 3
 """Gradients of the whole network that one backward pass has at a time, at least."""
 LARGEST_ARRAYS = 3
-SHARE = 1 / 3
-"""Of the free memory, and of the free disk, that a run aims at which has to be changed to fit."""
+SHARES = ((1 / 3, 1 / 3), (1 / 2, 1 / 3), (1.0, 1 / 3), (1.0, 1.0))
+"""Of the free memory, and of the free disk, that a run aims at which has to be changed to fit, in order."""
 FEWEST_ROWS = 16
 """Rows below which no more samples are averaged into one."""
 
@@ -220,25 +221,26 @@ def fitting(ways: Iterator[Way], size_of: Callable[[Way], RunSize], free: int) -
     """Return the first way that fits, with its size; None if none does.
 
     The first one may take all that is `free`, and all the disk; those that stray from what was asked for a
-    third, so that others are left some, or all if none fits into that.
+    third of each, so that others are left some, or more if none fits into that: see `SHARES`.
     """
     asked = next(ways)
     size = size_of(asked)
-    if _fits(size, free, 1.0):
+    if _fits(size, free, 1.0, 1.0):
         return asked, size
-    changed = [(way, size_of(way)) for way in ways]
-    for share in (SHARE, 1.0):
-        for way, size in changed:
-            if _fits(size, free, share):
-                return way, replace(size, changes=_changes(asked, way, size))
+    for _, group in itertools.groupby(ways, key=lambda way: way.blocks):
+        changed = [(way, size_of(way)) for way in group]
+        for memory, disk in SHARES:
+            for way, size in changed:
+                if _fits(size, free, memory, disk):
+                    return way, replace(size, changes=_changes(asked, way, size))
     return None
 
 
-def _fits(size: RunSize, free: int, share: float) -> bool:
+def _fits(size: RunSize, free: int, memory: float, disk: float) -> bool:
     on_disk = size.row_dir is not None
     within = size.row_memory is None or size.largest_block_bytes <= size.row_memory
-    room = size.disk_bytes <= share * size.disk_free_bytes
-    return size.needed_bytes <= share * free and (not on_disk or (within and room))
+    room = size.disk_bytes <= disk * size.disk_free_bytes
+    return size.needed_bytes <= memory * free and (not on_disk or (within and room))
 
 
 def _changes(asked: Way, way: Way, size: RunSize) -> tuple[str, ...]:

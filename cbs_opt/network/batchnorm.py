@@ -11,7 +11,7 @@ from torch import nn
 
 from cbs_opt.errors import EmptyDataError, NoBatchNormError
 from cbs_opt.network.data import Data, device_of, forward, iterate, regroup
-from cbs_opt.network.evaluation import evaluation_mode
+from cbs_opt.network.state import evaluation_mode
 from cbs_opt.system.checks import whole_number
 from formulations.errors import ArgumentError, NonFiniteError
 

@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from cbs_opt.errors import NoEligibleWeightsError, UnmatchedPatternError
+from cbs_opt.network.state import require_usable
 from formulations.errors import ArgumentError
 
 Globs = str | Sequence[str]
@@ -28,7 +29,6 @@ LAYERS = (
     *(nn.RNNBase, nn.RNNCellBase),
 )
 """The layers of torch whose parameters of two or more axes are weights, whatever their shape."""
-UNINITIALIZED = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 LISTED = 10
 """Names that a message lists at most."""
@@ -117,14 +117,14 @@ def eligible_parameters(
     that cannot be pruned as such: quantised, parametrised, masked, or sharing memory with another one. In a
     network with adapters (LoRA) the frozen weights may be pruned. `names`: see `names_by_parameter`.
 
-    Raises `NoEligibleWeightsError` if nothing is left, the values of a parameter are not there, or `target`
-    names one in full that cannot be pruned; `UnmatchedPatternError` if a glob matches no parameter;
-    `ArgumentError` if it is no glob.
+    Raises `NoEligibleWeightsError` if nothing is left, or `target` names a parameter in full that cannot be
+    pruned; `UnmatchedPatternError` if a glob matches no parameter; `ArgumentError` if it is no glob, or the
+    values of a parameter are not there (see `require_usable`).
     """
     _check_values(model, names)
     wanted = set(names) if target is None else set(_matching("target", names, target))
     ignored = set(_matching("ignore", names, ignore))
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in wanted - ignored):
+    if any(nn.parameter.is_lazy(p) for p in wanted - ignored):
         raise NoEligibleWeightsError("model", "lazy parameters without a shape", "run one forward pass first")
     reasons = _Reasons(model, names)
     chosen: list[nn.Parameter] = []
@@ -135,7 +135,7 @@ def eligible_parameters(
         reason = IGNORED if parameter in ignored else reason
         if reason is None:
             chosen.append(parameter)
-        elif not isinstance(parameter, nn.parameter.UninitializedParameter):
+        elif not nn.parameter.is_lazy(parameter):
             left_out.append(LeftOut(name=name, shape=tuple(parameter.shape), reason=reason))
     left_out += _quantised(model)
     if not chosen:
@@ -145,19 +145,15 @@ def eligible_parameters(
 
 
 def _check_values(model: nn.Module, names: Names) -> None:
-    """Raise `NoEligibleWeightsError` if a parameter is kept elsewhere, or cannot be written to."""
-    loaded = "load all of the network, offloaded parts too"
+    """Raise `ArgumentError` if the values of a parameter are not there, or cannot be written to."""
+    require_usable(model)
     for parameter, (name, *_) in names.items():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
+        if nn.parameter.is_lazy(parameter):
             continue
-        gone = parameter.ndim == 1 and parameter.numel() == 0
-        if parameter.is_meta:
-            raise NoEligibleWeightsError("model", f"{name} is on the meta device, without values", loaded)
-        if gone and isinstance(model.get_submodule(name.rpartition(".")[0]), LAYERS):
-            raise NoEligibleWeightsError("model", f"{name} is empty: its values are kept elsewhere", loaded)
-        if parameter.is_inference():
-            found = f"{name} was made in inference mode and cannot be written to"
-            raise NoEligibleWeightsError("model", found, "make or load it outside of that")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim == 1 and parameter.numel() == 0 and isinstance(owner, LAYERS):
+            found = f"{name} is empty: its values are kept elsewhere"
+            raise ArgumentError("model", found, "load its weights, and undo offloading, first")
 
 
 def _check_named(target: Globs | None, left_out: Sequence[LeftOut]) -> None:
@@ -251,7 +247,7 @@ def _sharing(model: nn.Module) -> set[str]:
     ranges: list[tuple[str, int, int, str]] = []
     shared: set[str] = set()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if isinstance(tensor, UNINITIALIZED) or tensor.is_meta:
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
             continue
         if tensor.numel() == 0 or tensor.is_quantized or str(tensor.layout) != "torch.strided":
             continue

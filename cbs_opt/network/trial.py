@@ -15,6 +15,7 @@ from torch.func import functional_call
 from cbs_opt.errors import NetworkChangedError
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.partition import Partition
+from cbs_opt.network.state import require_usable
 from formulations.errors import NonFiniteError
 
 
@@ -92,9 +93,10 @@ def unchanged(model: nn.Module, partition: Partition) -> Iterator[None]:
     A data loader, a loss, a callback or another thread may move the network, cast it, replace a parameter or
     train it; rows, sets and weights would then belong to different networks. Compared are dtype, device and
     shape of every parameter and buffer, and the values of the weights of `partition`, of which a copy is
-    held. Raises `NetworkChangedError` with the tensor and what changed; an error that the change led to is
-    its cause.
+    held. Raises `ArgumentError` for a network that cannot be differentiated; `NetworkChangedError` with the
+    tensor and what changed: an error that the change led to is its cause.
     """
+    require_usable(model)
     kinds = _kinds(model)
     weights = {name: tensor.detach().clone() for name, tensor in partition.tensors(model).items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -21,13 +22,16 @@ DEVIATIONS = 2.0
 ADVICE = "prune in stages (stages=4), less (a lower sparsity), or with more samples in the curvature"
 
 
-def label_share(labels: Iterable[Tensor]) -> float | None:
-    """Return the share of the most frequent class among batches of labels; None if they are no classes."""
+def label_share(labels: Iterable[Any]) -> float | None:
+    """Return the share of the most frequent class among batches of labels; None if they are no classes.
+
+    Negative labels are none: losses ignore them.
+    """
     counts: Counter[int] = Counter()
     for batch in labels:
         if not isinstance(batch, Tensor) or batch.ndim != 1 or batch.is_floating_point():
             return None
-        counts.update(batch.tolist())
+        counts.update(label for label in batch.tolist() if label >= 0)
     return max(counts.values()) / counts.total() if counts else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.rows import Rows
-from cbs_opt.network.data import Data, LossFunction, device_of, iterate, map_tensors
+from cbs_opt.network.data import Batch, Data, LossFunction, device_of, iterate, tensors_of
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.files import request_to_plain
 from cbs_opt.recipe.records import Request
@@ -25,9 +25,9 @@ FORMAT = "cbs-opt run"
 def run_fingerprint(
     model: nn.Module,
     partition: Partition,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     request: Request,
-    sample: Iterable[tuple[Any, Tensor]],
+    sample: Iterable[Batch],
     *,
     chunk_memory: int,
     held_out: Data | None = None,
@@ -67,17 +67,16 @@ def run_fingerprint(
     }
 
 
-def absorb_batch(digest: Any, inputs: Any, labels: Tensor) -> None:
+def absorb_batch(digest: Any, batch: Batch) -> None:
     """Feed dtypes, shapes and contents of a batch to a hash."""
-    map_tensors(lambda tensor: _absorb(digest, tensor), inputs)
-    _absorb(digest, labels)
+    for tensor in tensors_of((batch.inputs, batch.labels)):
+        _absorb(digest, tensor)
 
 
-def _absorb(digest: Any, tensor: Tensor) -> Tensor:
+def _absorb(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     content = tensor.detach().cpu().contiguous()
     digest.update(content.reshape(-1).view(torch.uint8).numpy().data if content.numel() else b"")
-    return tensor
 
 
 def _tensors_digest(tensors: Iterable[Tensor]) -> str:
@@ -87,16 +86,15 @@ def _tensors_digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _samples_digest(sample: Iterable[tuple[Any, Tensor]]) -> str:
+def _samples_digest(sample: Iterable[Batch]) -> str:
     digest = hashlib.sha256()
-    for inputs, labels in sample:
-        absorb_batch(digest, inputs, labels)
+    for batch in sample:
+        absorb_batch(digest, batch)
     return digest.hexdigest()
 
 
 def _first_batch(data: Data) -> str:
-    batch = next(iter(iterate(data, batch_size=2**62, argument="evaluate")))
-    return _samples_digest([(batch.inputs, batch.labels)])
+    return _samples_digest([next(iterate(data, batch_size=None, argument="evaluate"))])
 
 
 def _tensors(found: Rows, partition: Partition) -> Iterable[Tensor]:

@@ -72,7 +72,7 @@ class RowJournal(Journal):
             self._samples, self._expected = header["samples"], header["digest"]
 
     def seen(self, part: Batch, samples: int) -> bool:
-        absorb_batch(self._digest, part.inputs, part.labels)
+        absorb_batch(self._digest, part)
         if samples >= self._samples:
             return False
         after = samples + part.size

@@ -183,6 +183,16 @@ def test_a_broken_network_is_said_to_be_one(caplog: pytest.LogCaptureFixture) ->
         assert warning in caplog.text
 
 
+def test_a_layer_that_the_loss_does_not_see_is_named() -> None:
+    model = network()
+    model.register_module("unused", nn.Linear(3, 3))
+    model.forward = lambda x: model[3](model[2](model[1](model[0](x))))  # type: ignore[method-assign]
+    report = pruned(model, data())
+    assert [note for note in report.notes if "does not depend" in note] == [
+        "the loss does not depend on unused.weight, as far as the samples say"
+    ]
+
+
 def test_wide_layers_leave_the_term_out_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cbs_opt.curvature.layer_inputs.TERM_WORK", 1.0)
     report = pruned(network(), data())

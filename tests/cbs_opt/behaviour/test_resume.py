@@ -38,7 +38,7 @@ FEW = EmpiricalFisher(samples=24)
 BASE: dict[str, Any] = {
     "sparsity": 0.6,
     "recipe": Recipe(curvature=FEW),
-    "resources": Resources(chunk_memory=40_000),
+    "resources": Resources(chunk_memory=20_000),
     "progress": False,
 }
 BLOCKS = Weights(blocks="row")
@@ -235,10 +235,10 @@ CHANGES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "seed": (lambda: {"seed": 1}, r"request.seed \(0 -> 1\)"),
     "sparsity": (lambda: {"sparsity": 0.5}, r"request.sparsity \(0.6 -> 0.5\)"),
     "damping": (lambda: changed(damping=0.5), r"request.recipe"),
-    "loss": (lambda: {"loss_fn": nn.functional.nll_loss}, r"loss_fn \(\"cross_entropy\" -> \"nll_loss\"\)"),
+    "loss": (lambda: {"loss_fn": nn.functional.nll_loss}, r"loss_fn \(null -> \"nll_loss\"\)"),
     "memory": (
         lambda: {"resources": Resources(chunk_memory=50_000)},
-        r"chunk_memory \(40000 -> 50000\)",
+        r"chunk_memory \(20000 -> 50000\)",
     ),
     "target": (
         lambda: changed(weights=Weights(target="0.weight")),

@@ -18,7 +18,6 @@ from cbs_opt.errors import (
     EmptyDataError,
     LabelRangeError,
     NonFiniteGradientError,
-    PerSampleGradientError,
     TrainingModeError,
 )
 from cbs_opt.network.partition import Partition
@@ -405,24 +404,3 @@ def test_unusable_options(network, data):
     regression, pair = nn.Linear(3, 1), (torch.randn(4, 3), torch.randn(4, 1))
     with pytest.raises(UnsupportedProblemError, match="exact_fisher"):
         gradient_rows(regression, pair, mse_loss, Partition.from_model(regression), curvature=ExactFisher())
-
-
-def test_a_network_that_vmap_cannot_follow_is_told_the_way_out():
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) if x.sum() > 0 else -self.linear(x)
-
-    model, data = Branching(), (torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0]))
-    partition = Partition.from_model(model)
-    with pytest.raises(PerSampleGradientError, match="vectorize=False"):
-        gradient_rows(model, data, cross_entropy, partition)
-    assert (
-        gradient_rows(
-            model, data, cross_entropy, partition, curvature=EmpiricalFisher(vectorize=False)
-        ).samples
-        == 6
-    )

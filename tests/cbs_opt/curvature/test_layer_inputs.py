@@ -278,6 +278,25 @@ def test_padded_batches_do_not_become_nested_tensors() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
+def test_padded_positions_do_not_count() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            y: Tensor = (self.layer(x) * attention_mask.unsqueeze(-1)).sum(1)
+            return y
+
+    x = inputs(5, 4)
+    mask = (torch.arange(5) < torch.arange(SAMPLES).unsqueeze(1) % 5 + 1).long()
+    model = Masked().eval()
+    batch = {"x": x, "attention_mask": mask}
+    moments = input_moments(model, (batch, labels()), Partition.from_model(model), samples=SAMPLES)
+    kept = x[mask.bool()].double()
+    torch.testing.assert_close(moments["layer.weight"], kept.T @ kept / SAMPLES)
+
+
 def test_what_is_not_linear_in_its_weights_gets_a_multiple_of_the_identity() -> None:
     torch.manual_seed(0)
 

@@ -15,6 +15,7 @@ from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, Fisher, Sketch
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.errors import TrainingModeError
 from cbs_opt.network.data import Batch
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import write_back
 from cbs_opt.system.resources import Resources
@@ -40,12 +41,13 @@ def test_the_mean_over_all_signs_is_the_exact_fisher(chunk: int) -> None:
     exact = gradient_rows(
         model, (x, y), cross_entropy, partition, curvature=ExactFisher(samples=2), progress=False
     ).rows
-    function = NetworkFunction(model, partition, cross_entropy)
+    function = NetworkFunction(model, partition, Objective(cross_entropy))
+    batch = Batch(inputs=x, labels=y)
     total = torch.zeros(partition.n, partition.n, dtype=DOUBLE)
     patterns = list(itertools.product((-1, 1), repeat=6))
     for pattern in patterns:
         signs = torch.tensor(pattern).reshape(2, 3)
-        found = function.sketched_gradient(Batch(inputs=x, labels=y), signs, chunk)
+        (found,) = function.differentiated(batch, chunk, function.sketch(batch, signs, None))
         row = torch.cat([found[span.name].reshape(-1) for span in partition.parameters])
         total += torch.outer(row, row) / len(patterns)
     torch.testing.assert_close(total, exact.T @ exact, rtol=1e-10, atol=1e-12)

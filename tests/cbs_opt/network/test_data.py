@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -96,18 +97,24 @@ def test_data_errors_name_the_argument():
 @pytest.mark.parametrize(
     "batch",
     [
-        torch.ones(2),
-        {"x": torch.ones(2)},
-        (torch.ones(2, 3),),
-        (torch.ones(2, 3), [0, 1]),
+        "images",
+        7,
+        {},
+        (),
+        {"x": None},
+        {"x": torch.ones(2), "text": ["a", "b"]},
+        {"x": torch.ones(2), "labels": torch.ones(3)},
         (torch.ones(2, 3), torch.tensor(1)),
+        (np.array(["a", "b"]), torch.ones(2)),
+        ([[1.0, 2.0], [3.0]], torch.ones(2)),
+        (torch.ones(2, 3).to_sparse(), torch.ones(2)),
         (torch.ones(2, 3), torch.zeros(3)),
         ((torch.ones(2, 3), torch.ones(1)), torch.zeros(2)),
         (("a", "b"), torch.zeros(2)),
     ],
 )
 def test_malformed_batches(batch):
-    with pytest.raises(BatchFormatError, match="batch 0"):
+    with pytest.raises(BatchFormatError, match=r"batch 0: .*; it is .*; pass pairs \(x, y\)"):
         list(iterate([batch], batch_size=4))
 
 

@@ -64,6 +64,8 @@ def test_a_loss_that_is_not_finite_is_named_alone() -> None:
 
 def test_the_share_of_the_most_frequent_class() -> None:
     assert label_share([torch.tensor([0, 1, 1]), torch.tensor([1, 2])]) == 3 / 5
+    assert label_share([torch.tensor([0, 0, -100, 1])]) == 2 / 3
     assert label_share([torch.rand(3)]) is None
+    assert label_share([None]) is None
     assert label_share([torch.zeros(3, 2, dtype=torch.int64)]) is None
     assert label_share([]) is None

@@ -1,0 +1,579 @@
+"""The loss of a network on a data set: ``L = sum_i c_i l_i / sum_i c_i`` over its samples.
+
+A loss function returns the loss of a batch. Most are means over samples (``c = 1``); with class weights, or
+over tokens of which some are ignored, samples count differently, and a mean over batches would depend on how
+the data are cut. `Objective` finds out once, on a few samples, which it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cbs_opt.errors import ForwardError, LabelRangeError, LossError, RandomOutputError
+from cbs_opt.network.data import (
+    LABELS,
+    Batch,
+    Data,
+    Inputs,
+    Labels,
+    LossFunction,
+    in_batches,
+    map_tensors,
+    structure,
+    tensors_of,
+)
+from formulations.errors import ArgumentError, CbsError, UnsupportedProblemError
+
+Run = Callable[[Inputs], Any]
+"""A network at some weights: inputs to output."""
+Kind = Literal["mean", "sum", "labels", "outputs", "batches"]
+
+HANDFUL = 4
+"""Samples that a loss is looked at with."""
+IGNORED = -100
+"""The label that losses ignore, unless they say otherwise."""
+CLOSE = 2e-5
+"""Relative error of a form of the loss, on the same outputs, up to which it is taken."""
+NEAR = 2e-3
+"""The same where the network runs anew, and rounds otherwise for other numbers of samples."""
+ROUNDINGS = 8
+"""Units in the last place that outputs may differ by, in half precision more than `NEAR`."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelCount:
+    """How much samples count by their labels: the number that is not ignored, or the sum of class weights.
+
+    `shift`: leading labels of every sample that no output belongs to. `unit`: what is counted as 1.
+    """
+
+    ignored: int
+    weight: Tensor | None
+    shift: int
+    unit: float
+
+    @classmethod
+    def of(cls, loss_fn: Any, labels: Labels, shift: int = 0) -> LabelCount | None:
+        """Return how a loss function says that it counts labels of classes; None for other labels."""
+        if not isinstance(labels, Tensor) or not _whole_numbers(labels) or labels.ndim < 1:
+            return None
+        options = getattr(loss_fn, "keywords", {})  # of functools.partial
+        weight = options.get("weight", getattr(loss_fn, "weight", None))
+        ignored = options.get("ignore_index", getattr(loss_fn, "ignore_index", IGNORED))
+        usable = isinstance(weight, Tensor) and weight.ndim == 1
+        unit = labels[0].numel() if not shift else labels[0, shift:].numel()
+        return cls(
+            ignored=int(ignored), weight=weight if usable else None, shift=shift, unit=float(max(1, unit))
+        )
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """Return how much each sample counts, (B,) float64."""
+        counted = labels[:, self.shift :] if self.shift else labels
+        valid = (counted != self.ignored).double()
+        if self.weight is not None:
+            classes = counted.clamp(0, len(self.weight) - 1)
+            valid = valid * self.weight.detach().to(counted.device).double()[classes]
+        return valid.reshape(len(labels), -1).sum(1) / self.unit
+
+    def mean(self, labels: Tensor, losses: list[float]) -> float:
+        """Return the loss of a batch that the losses of its samples amount to."""
+        pairs = zip(self(labels).tolist(), losses, strict=True)
+        counting = [(weight, loss) for weight, loss in pairs if weight > 0.0]
+        total = sum(weight for weight, _ in counting)
+        return sum(weight * loss for weight, loss in counting) / total if total else math.nan
+
+
+class Objective:
+    """A loss function, or the one that a network and its data stand for, as the loss of a data set.
+
+    Attributes
+    ----------
+    kind : {"mean", "sum", "labels", "outputs", "batches"}, or None until it is settled
+        How samples make up the loss of a batch: by their mean; by their sum; by a mean weighted by what
+        their labels say (class weights, labels that are ignored); by a mean whose weights only the loss
+        function knows; or not at all, so that batches are what is averaged.
+    vectorized : bool
+        Whether `torch.func` can differentiate many samples at once, as far as it was tried.
+    """
+
+    def __init__(self, loss_fn: LossFunction | None = None) -> None:
+        if loss_fn is not None and not callable(loss_fn):
+            raise ArgumentError("loss_fn", f"{loss_fn!r}", "pass a function of output and labels, or None")
+        self.kind: Kind | None = None
+        self.vectorized = True
+        self._loss = loss_fn
+        self._own = False
+        self._dtype: torch.dtype | None = None
+        self._row_shape: tuple[int, ...] | None = None
+        self._labels_of: Callable[[Batch], Labels] | None = None
+        self._count: LabelCount | None = None
+        self._reference: tuple[Tensor, Labels] | None = None
+        self._said: set[str] = set()
+
+    @classmethod
+    def of(cls, loss_fn: LossFunction | Objective | None) -> Objective:
+        """Return `loss_fn` as an objective; one that is settled stays so."""
+        return loss_fn if isinstance(loss_fn, Objective) else cls(loss_fn)
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether only whole batches, as the caller cut them, have a loss."""
+        return self.kind == "batches"
+
+    @property
+    def ignored(self) -> int | None:
+        """The label that does not count, if there is one."""
+        return None if self._count is None else self._count.ignored
+
+    def say(self, what: str, text: str, *values: object) -> None:
+        """Log `text` unless `what` was said before."""
+        if what not in self._said:
+            self._said.add(what)
+            log.warning(text, *values)
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Return a batch in the dtype that the network takes, with the labels that the loss is taken at."""
+        dtype = self._dtype
+        if dtype is not None:
+            inputs, labels = map_tensors(
+                lambda x: x.to(dtype) if x.is_floating_point() else x, (batch.inputs, batch.labels)
+            )
+            batch = replace(batch, inputs=inputs, labels=labels)
+        return batch if self._labels_of is None else replace(batch, labels=self._labels_of(batch))
+
+    def output(self, run: Run, batch: Batch) -> Any:
+        """Return what the network returns for a batch; raise `ForwardError` for what it raises."""
+        try:
+            output = run(batch.inputs)
+        except (CbsError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            found = f"the network raised {type(error).__name__} for {structure(batch.inputs)}: {error}"
+            remedy = "pass batches that it takes: model(x), model(x1, x2) or, for a mapping, model(**batch)"
+            raise ForwardError("model, data", found, remedy) from error
+        return self.as_row(output) if batch.size == 1 else output
+
+    def as_row(self, output: Any) -> Any:
+        """Return the output of a single sample as that of a batch, where the network squeezes it."""
+        shape = self._row_shape
+        return output if shape is None or not isinstance(output, Tensor) else output.reshape(1, *shape)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Return the loss of a batch: the mean over its samples, weighted if they count differently.
+
+        Raises `LossError` if the loss function raises or returns no scalar.
+        """
+        loss = self._value(output, batch.labels)
+        return loss / batch.size if self.kind == "sum" else loss
+
+    def weights(self, batch: Batch, run: Run) -> Tensor | None:
+        """Return how much each sample counts, (B,) float64; None where all count as 1."""
+        if self._count is not None:
+            weights = self._count(batch.labels)
+        elif self._reference is not None:
+            with torch.no_grad():
+                output = self.output(run, batch)
+            weights, _ = self._relative_weights(output, batch.labels)
+        else:
+            return None
+        return None if bool((weights == 1.0).all()) else weights
+
+    def settle(self, model: nn.Module, run: Run, batch: Batch, argument: str = "data") -> None:
+        """Find out, on a few samples, how the loss of a batch is made up, and how the network takes them.
+
+        `run` is `model` at some weights. Does nothing if that is known. Raises `ForwardError`, `LossError`
+        and `RandomOutputError` if the network or the loss cannot be used, `LabelRangeError` for a class that
+        does not exist, `ArgumentError` if there is no loss function and none follows from output and labels.
+        """
+        if self.kind is not None:
+            return
+        few = _few(batch)
+        with torch.no_grad():
+            few, output = self._fitting(model, run, few, argument)
+            if not _alike(output, self.output(run, few), NEAR):
+                found = "the same samples give another output when the network is run again"
+                remedy = "call model.eval(), and leave out in evaluation mode what is random"
+                raise RandomOutputError("model", found, remedy)
+            alone = self._stand_alone(run, few, output)
+            self.kind = self._kind_of(run, few, output) if alone else "batches"
+        if self.in_batches:
+            self.say(
+                "batches", "loss_fn: it looks at whole batches, so every gradient row is that of a batch"
+            )
+
+    def require_batches(self, data: Data, argument: str = "data") -> None:
+        """Raise `UnsupportedProblemError` if a loss of whole batches has data that are not cut into any."""
+        if self.in_batches and not in_batches(data):
+            found = "looks at whole batches, but the data are not cut into batches"
+            raise UnsupportedProblemError(
+                "loss_fn", found, f"pass {argument} as a DataLoader or a list of batches"
+            )
+
+    def _fitting(self, model: nn.Module, run: Run, few: Batch, argument: str) -> tuple[Batch, Any]:
+        """Return samples as the network and the loss take them, and the output for them."""
+        dtypes = {
+            tensor.dtype for tensor in tensors_of((few.inputs, few.labels)) if tensor.is_floating_point()
+        }
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        try:
+            return self._tried(run, few, argument)
+        except (ForwardError, LossError):
+            if own is None or not dtypes - {own}:
+                raise
+            self._dtype = own
+            try:
+                fitting = self._tried(run, few, argument)
+            except CbsError:
+                self._dtype = None
+            else:
+                self.say("dtype", "data: numbers are converted to %s, as the network has", own)
+                return fitting
+            raise
+
+    def _tried(self, run: Run, few: Batch, argument: str) -> tuple[Batch, Any]:
+        """Run the network and the loss, there and back; return the samples as they are and the output."""
+        few = self.prepared(few)
+        output = self.output(run, few)
+        if self._loss is None:
+            self._loss = self._default(run, few, output)
+            few = self.prepared(few)
+        classes = class_count(output, few.labels)
+        if classes is not None:
+            count = LabelCount.of(self._loss, few.labels)
+            check_labels(few.labels, classes, argument, ignored=None if count is None else count.ignored)
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._slope(output, few.labels)
+        else:
+            self._value(output, few.labels)
+        return few, output
+
+    def _value(self, output: Any, labels: Labels) -> Tensor:
+        assert self._loss is not None
+        try:
+            loss = self._loss(output, labels)
+        except (CbsError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            found = (
+                f"raised {type(error).__name__} for output {structure(output)}, labels {structure(labels)}"
+            )
+            raise LossError("loss_fn", f"{found}: {error}", _advice(output, labels)) from error
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossError("loss_fn", f"returned {what}", "return the mean loss as a scalar tensor")
+        return loss
+
+    def _slope(self, output: Tensor, labels: Labels) -> Tensor:
+        """Return the gradient of the loss in the output."""
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            loss = self._value(leaf, labels)
+            try:
+                return torch.autograd.grad(loss, leaf)[0]
+            except RuntimeError as error:
+                found = f"cannot be differentiated in the output of the network ({error})"
+                remedy = "compute it from output by operations of torch, without detaching it"
+                raise LossError("loss_fn", found, remedy) from error
+
+    def _default(self, run: Run, few: Batch, output: Any) -> LossFunction:
+        """Return the loss that output and labels stand for."""
+        if _own_loss(output) is not None:
+            self._own = True
+            return _require_own_loss
+        logits, labels = logits_of(output), few.labels
+        if labels is None and logits is not None and _is_causal(run, few, logits):
+            self._labels_of = _tokens
+            self.say("tokens", "loss_fn: cross-entropy of the next token, as there are no labels")
+            return _next_token_loss
+        if logits is not None and isinstance(labels, Tensor):
+            if _whole_numbers(labels) and labels.shape == (len(logits), 1) and logits.ndim == 2:
+                self._labels_of = lambda batch: batch.labels.reshape(-1)
+                labels = labels.reshape(-1)
+            loss = _cross_entropy_for(logits, labels)
+            if loss is not None:
+                return loss if isinstance(output, Tensor) else lambda out, y: loss(logits_of(out), y)
+        found = f"not given, and none follows from output {structure(output)}, labels {structure(labels)}"
+        remedy = "pass loss_fn(output, labels), such as torch.nn.functional.mse_loss"
+        raise ArgumentError("loss_fn", found, remedy)
+
+    def _stand_alone(self, run: Run, few: Batch, output: Any) -> bool:
+        """Return whether every sample has an entry of its own in the output; learn the shape of one."""
+        if not isinstance(output, Tensor):
+            return True
+        if output.ndim == 0 or len(output) != few.size:
+            return False
+        shape = tuple(output.shape[1:])
+        single = self.output(run, few.take(slice(1)))
+        if not isinstance(single, Tensor) or single.numel() != math.prod(shape):
+            return False
+        if tuple(single.shape) != (1, *shape):
+            self._row_shape = shape
+        if not _alike(output[:1], single.reshape(1, *shape), NEAR):
+            self.say(
+                "mixing", "model: outputs depend on the whole batch; gradients are those of single samples"
+            )
+        return True
+
+    def _kind_of(self, run: Run, few: Batch, output: Any) -> Kind:
+        """Return the form of the loss that explains that of a few samples by their own."""
+        rows = output if isinstance(output, Tensor) and not self._own else None
+
+        def value(batch: Batch, sample: int | None = None) -> float:
+            where = slice(None) if sample is None else slice(sample, sample + 1)
+            part = batch.take(where)
+            known = self.output(run, part) if rows is None else rows[where].to(_device(batch))
+            return float(self._value(known, part.labels))
+
+        try:
+            whole, alone = value(few), [value(few, number) for number in range(few.size)]
+        except (ForwardError, LossError):
+            return "batches"
+        most = _tolerance(output, NEAR if rows is None else CLOSE)
+        self._count = self._counted(few, value, whole, alone, most)
+        if self._count is not None:
+            return "labels"
+        if _error(whole, sum(alone) / few.size, alone) <= most:
+            return "mean"
+        if _error(whole, sum(alone), alone) <= most:
+            return "sum"
+        if rows is not None and self._learn_weights(rows, few.labels):
+            return "outputs"
+        return "batches"
+
+    def _counted(
+        self, few: Batch, value: Callable[..., float], whole: float, alone: list[float], most: float
+    ) -> LabelCount | None:
+        """Return how labels weigh samples, if the loss is such a mean and ignores what it should."""
+        labels = few.labels
+        for shift in range(2 if isinstance(labels, Tensor) and labels.ndim == 2 else 1):
+            count = LabelCount.of(self._loss, labels, shift)
+            if count is None:
+                return None
+            hidden = labels.clone()
+            hidden[0].view(-1)[min(1, labels[0].numel() - 1) :] = count.ignored
+            masked = _with_labels(few, hidden)
+            if not self._own and not hasattr(self._loss, "ignore_index") and self._loss is not cross_entropy:
+                # A kernel that takes the label for an index would end all work of an accelerator.
+                masked = masked.to(torch.device("cpu"))
+            try:
+                changed = [value(masked, 0), *alone[1:]]
+                both = value(masked)
+            except (ForwardError, LossError):
+                continue
+            errors = (
+                _error(whole, count.mean(labels, alone), alone),
+                _error(both, count.mean(hidden, changed), alone),
+            )
+            if max(errors) <= most:
+                return count
+        return None
+
+    def _learn_weights(self, output: Tensor, labels: Labels) -> bool:
+        """Return whether weights of samples follow from gradients in the output; set the reference sample."""
+        slopes = [self._slope(output[i : i + 1], _entry(labels, i)).norm() for i in range(len(output))]
+        first = int(torch.stack(slopes).argmax())
+        self._reference = output[first : first + 1].detach(), _entry(labels, first)
+        _, explained = self._relative_weights(output, labels)
+        if not explained:
+            self._reference = None
+        return explained
+
+    def _relative_weights(self, output: Tensor, labels: Labels) -> tuple[Tensor, bool]:
+        """Return weights relative to the reference sample, and whether gradients agree that there are such.
+
+        In the gradient of a weighted mean, each sample's part is its own gradient times its share.
+        """
+        assert self._reference is not None
+        row, label = self._reference
+        rows = torch.cat([output, row.to(output)])
+        joined = map_tensors(lambda a, b: torch.cat([a, b.to(a)]), labels, label)
+        together = self._slope(rows, joined).double().flatten(1)
+        singles = [self._slope(rows[i : i + 1], _entry(joined, i)) for i in range(len(rows))]
+        alone = torch.cat(singles).double().flatten(1)
+        squares = alone.square().sum(1)
+        shares = torch.where(squares > 0.0, (together * alone).sum(1) / squares, torch.nan)
+        # The gradient of a sample that is fitted perfectly says nothing about its weight.
+        shares = torch.where(shares.isnan(), shares.nanmean(), shares)
+        rest = (together - shares.unsqueeze(1) * alone).norm() / together.norm()
+        explained = (
+            float(rest) <= NEAR and abs(float(shares.sum()) - 1.0) <= NEAR and bool((shares >= 0).all())
+        )
+        return shares[:-1] / shares[-1], explained
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Return the tensor that predictions are in: the output, its `logits`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    if isinstance(output, tuple | list):
+        return next((part for part in output if isinstance(part, Tensor) and part.ndim > 0), None)
+    return None
+
+
+def class_count(output: Any, labels: Labels) -> int | None:
+    """Return the number of classes if output (B, C >= 2) and integer labels (B,) are a classifier's."""
+    logits = logits_of(output)
+    if logits is None or not isinstance(labels, Tensor) or not _whole_numbers(labels):
+        return None
+    fits = logits.ndim == 2 and logits.shape[1] >= 2 and labels.shape == logits.shape[:1]
+    return int(logits.shape[1]) if fits else None
+
+
+def check_labels(labels: Tensor, classes: int, argument: str = "data", ignored: int | None = None) -> None:
+    """Raise `LabelRangeError` unless every label is one of ``0 ... classes - 1``, or `ignored`."""
+    counted = labels if ignored is None else labels[labels != ignored]
+    if not counted.numel():
+        return
+    low, high = int(counted.min()), int(counted.max())
+    if low < 0 or high >= classes:
+        found = f"labels from {low} to {high} for {classes} outputs"
+        remedy = f"number the classes 0 to {classes - 1}; make the labels float if they are no classes"
+        raise LabelRangeError(argument, found, remedy)
+
+
+def _few(batch: Batch) -> Batch:
+    """Return some samples, of several classes where that can be; a single one twice."""
+    if batch.size == 1:
+        return batch.take(torch.zeros(2, dtype=torch.int64, device=_device(batch)))
+    labels = batch.labels
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or not _whole_numbers(labels):
+        return batch.take(slice(HANDFUL))
+    firsts = [int((labels == value).nonzero()[0]) for value in torch.unique(labels)[:HANDFUL]]
+    rest = [number for number in range(min(batch.size, HANDFUL)) if number not in firsts]
+    chosen = sorted((firsts + rest)[: min(HANDFUL, batch.size)])
+    return batch.take(torch.tensor(chosen, device=labels.device))
+
+
+def _device(batch: Batch) -> torch.device:
+    return next(tensors_of((batch.labels, batch.inputs))).device
+
+
+def _entry(labels: Labels, number: int) -> Labels:
+    return map_tensors(lambda x: x[number : number + 1], labels)
+
+
+def _with_labels(batch: Batch, labels: Tensor) -> Batch:
+    inputs = batch.inputs
+    if isinstance(inputs, dict) and LABELS in inputs:
+        inputs = {**inputs, LABELS: labels}
+    return replace(batch, inputs=inputs, labels=labels)
+
+
+def _whole_numbers(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
+def _tolerance(tree: Any, least: float) -> float:
+    kinds = [tensor.dtype for tensor in tensors_of(tree) if tensor.is_floating_point()]
+    return max([least, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in kinds)])
+
+
+def _alike(one: Any, other: Any, least: float) -> bool:
+    """Return whether two outputs agree up to rounding; a NaN agrees with a NaN."""
+    tolerance = _tolerance(one, least)
+    for a, b in zip(tensors_of(one), tensors_of(other), strict=False):
+        if a.shape != b.shape:
+            return False
+        if a.numel() and a.is_floating_point() and not torch.equal(a, b):
+            scale = float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max())
+            if not torch.allclose(a.double(), b.double(), rtol=0.0, atol=tolerance * scale, equal_nan=True):
+                return False
+    return True
+
+
+def _error(loss: float, explained: float, alone: list[float]) -> float:
+    """Return the relative error of an explanation of a loss; NaN and infinity only explain themselves."""
+    if not math.isfinite(loss) or not math.isfinite(explained):
+        return 0.0 if loss == explained or (math.isnan(loss) and math.isnan(explained)) else math.inf
+    scale = max(abs(loss), *(abs(value) for value in alone if math.isfinite(value)), 1e-300)
+    return abs(loss - explained) / scale
+
+
+def _own_loss(output: Any) -> Tensor | None:
+    """Return the loss that a network has computed itself, if it has."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and len(output) > 1:
+        loss = output[0]
+    scalar = isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()
+    return loss if scalar else None
+
+
+def _require_own_loss(output: Any, labels: Labels) -> Tensor:
+    loss = _own_loss(output)
+    if loss is None:
+        found = f"not given, and the network returned none with {structure(output)}"
+        raise LossError("loss_fn", found, "let all batches have labels, or pass loss_fn(output, labels)")
+    return loss
+
+
+def _cross_entropy_for(logits: Tensor, labels: Tensor) -> LossFunction | None:
+    """Return the cross-entropy that fits the shapes of logits and labels; None if there is none."""
+    if not _whole_numbers(labels):
+        shares = labels.shape == logits.shape and logits.ndim == 2 and logits.shape[1] >= 2
+        shares = shares and labels.is_floating_point() and bool((labels >= 0).all())
+        return (
+            cross_entropy if shares and _alike(labels.sum(1), torch.ones_like(labels[:, 0]), NEAR) else None
+        )
+    if labels.ndim != logits.ndim - 1 or labels.shape[0] != logits.shape[0]:
+        return None
+    if labels.shape[1:] == logits.shape[2:]:
+        return cross_entropy if logits.shape[1] >= 2 else None
+    if labels.shape == logits.shape[:-1]:
+        return lambda output, y: cross_entropy(output.flatten(0, -2), y.flatten())
+    return None
+
+
+def _token_ids(inputs: Inputs) -> Tensor | None:
+    ids = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
+    fits = isinstance(ids, Tensor) and ids.ndim == 2 and _whole_numbers(ids) and ids.shape[1] > 1
+    return ids if fits else None
+
+
+def _is_causal(run: Run, few: Batch, logits: Tensor) -> bool:
+    """Return whether (B, T, V) logits belong to tokens (B, T), and none looks at later ones."""
+    ids = _token_ids(few.inputs)
+    if ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        return False
+    half = ids.shape[1] // 2
+    others = torch.cat([ids[:, :half], (ids[:, half:] + 1) % logits.shape[2]], dim=1)
+    inputs = {**few.inputs, "input_ids": others} if isinstance(few.inputs, dict) else others
+    changed = logits_of(run(inputs))
+    return changed is not None and _alike(logits[:, :half], changed[:, :half], NEAR)
+
+
+def _tokens(batch: Batch) -> Tensor:
+    """Return tokens as labels, those that are padding ignored."""
+    ids = _token_ids(batch.inputs)
+    assert ids is not None
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
+    return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+
+
+def _next_token_loss(output: Any, labels: Tensor) -> Tensor:
+    logits = logits_of(output)
+    assert logits is not None
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _advice(output: Any, labels: Labels) -> str:
+    """Return what to do about a loss that does not take an output and labels."""
+    if isinstance(output, Tensor):
+        column = isinstance(labels, Tensor) and labels.shape == (len(output), 1) and _whole_numbers(labels)
+        return "pass labels of shape (B,): y.squeeze(1)" if column else "pass a loss that takes these"
+    if logits_of(output) is None:
+        return "take from the output what the loss needs"
+    part = "output[0]" if isinstance(output, tuple | list) else "output.logits"
+    return f"take the tensor it needs: loss_fn=lambda output, labels: your_loss({part}, labels)"
