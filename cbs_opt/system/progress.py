@@ -30,7 +30,7 @@ class Progress:
         """
         yield ignored
 
-    def collect(self, name: str, results: Iterable[Result], total: int, *, unit: str) -> list[Result]:
+    def collect(self, name: str, results: Iterable[Result], total: int | None, *, unit: str) -> list[Result]:
         """Return the results that an iterator computes, as a phase in which each is a unit."""
         collected = []
         with self.phase(name, total, unit=unit) as advance:
