@@ -29,6 +29,7 @@ from formulations.problem import BlockProblem, BoolArray, FloatArray, check_prog
 from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
+from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Certificate, Limit, Limits, TracePoint
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
 
@@ -192,12 +193,19 @@ def outer_approximation(
     limits = limits or Limits()
     if program == "joint":
         problem.require_definite()
-    known = known_set(problem, program, METHOD, limits, incumbent)
+    large = problem.n > SPLIT_LARGEST
+    # The greedy set of a large block takes longer than what comes after it.
+    known = known_set(problem, program, METHOD, limits.left(began, 0.2 if large else 1.0), incumbent)
     if problem.n_prune in (0, problem.n):
         return only_set(problem, known, limits, began)
-    if limits.time_limit == 0.0:
+    if limits.out_of_time(began):
         return conclude(problem, known, limits, began, limit=Limit.TIME)
-    search = _prepared(problem, known, limits, began)
+    root = _root(problem, known, limits, began)
+    if limits.out_of_time(began):
+        known = known_set(problem, program, METHOD, limits, root)
+        bound, evidence = root.bound, root.certificate
+        return conclude(problem, known, limits, began, bound=bound, certificate=evidence, limit=Limit.TIME)
+    search = _prepared(problem, root, limits, began)
     failure = ""
     try:
         failure = _linear_phase(search) or _integer_phase(search)
@@ -220,11 +228,16 @@ def outer_approximation(
     )
 
 
-def _prepared(problem: BlockProblem, known: BlockSolution, limits: Limits, began: float) -> _Search:
-    """Improve the known set, bound it by the root relaxation and seed the cuts with both."""
+def _root(problem: BlockProblem, known: BlockSolution, limits: Limits, began: float) -> BlockSolution:
+    """Return the known set improved by swaps, with the bound of the root relaxation."""
     program = known.program
-    improved = swap_search(problem, program, limits=limits, incumbent=known)
-    root = lower_bound(problem, program, limits=limits, incumbent=improved)
+    improved = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=known)
+    return lower_bound(problem, program, limits=limits.left(began), incumbent=improved)
+
+
+def _prepared(problem: BlockProblem, root: BlockSolution, limits: Limits, began: float) -> _Search:
+    """Seed the cuts with the set and the relaxation of the root."""
+    program = root.program
     known = known_set(problem, program, METHOD, limits, root)
     block = scale_block(problem)
     split = diagonal_split(block)

@@ -19,7 +19,8 @@ from formulations.relaxations.capped_simplex_kernels import (
 )
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
-from formulations.relaxations.diagonal_split import barrier_step, interior_split, never
+from formulations.relaxations.diagonal_split import barrier_step, interior_split
+from formulations.solution import never
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,6 +106,7 @@ def relax_selection(
     cutoff: float = math.inf,
     split_rounds: int = 0,
     stopped: Callable[[], bool] = never,
+    start: FloatArray | None = None,
 ) -> tuple[float, FloatArray, FloatArray]:
     """Solve the relaxation of a dense selection form, improving the shift by barrier steps.
 
@@ -121,6 +123,8 @@ def relax_selection(
         Barrier steps at most.
     stopped : callable
         Asked between steps whether the time is over.
+    start : (n,) float64 array, optional
+        A point near the solution.
 
     Returns
     -------
@@ -129,7 +133,8 @@ def relax_selection(
     """
     n = form.linear.size
     current = shift.copy()
-    start = np.full(n, n_prune / n)
+    # A copy can be written to, which is what the kernel is compiled for.
+    start = np.full(n, n_prune / n) if start is None else start.copy()
     metric = METRIC_SHARE * (np.diagonal(form.matrix) + METRIC_FLOOR)
     best: tuple[float, FloatArray, FloatArray] | None = None
     stalled = 0
@@ -150,7 +155,7 @@ def relax_selection(
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start.copy(), current.copy()
-        if bound >= cutoff or stalled >= 8 or stopped():
+        if attempt == split_rounds or bound >= cutoff or stalled >= 8 or stopped():
             break
         gap = cutoff - bound if cutoff < math.inf else 0.2 * 0.8**attempt * abs(bound)
         if attempt == 0:
