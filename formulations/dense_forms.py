@@ -19,6 +19,8 @@ from scipy.linalg import LinAlgError, cholesky
 from formulations.problem import BlockProblem, FloatArray
 
 UNIT_ROUNDOFF = float(np.finfo(np.float64).eps) / 2.0
+UNDERFLOW = 1e-300
+"""More than all terms of a bound that vanish in float64 can add up to, in units of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ def _joint_rounding(
     # Sums over samples, then over weights, then the eliminations.
     gamma = error_factor(2 * _height(problem) + 12 * n + 64)
     reach = float(root @ np.abs(problem.weights))
-    fixed = (reach * reach + float(gradient @ np.abs(problem.weights))) / scale
+    fixed = (reach * reach + float(gradient @ np.abs(problem.weights))) / scale + UNDERFLOW / scale / gamma
     eigenvalues, vectors = np.linalg.eigh(matrix)
     # Of the matrix as it is in exact arithmetic: forming it moves an eigenvalue by n gamma at most.
     lowest = float(eigenvalues[0] - 4.0 * n * UNIT_ROUNDOFF * eigenvalues[-1]) - n * gamma
@@ -185,6 +187,7 @@ def selection_form(problem: BlockProblem) -> DenseForm:
     dip = _dip(problem)
     # A relaxation that is indefinite by rounding overestimates by 1/2 dip (y - z).A_ii (y - z) at most.
     fixed += dip / gamma * float(np.abs(np.diagonal(matrix)).sum()) if math.isfinite(dip) else 0.0
+    fixed += UNDERFLOW / scale / gamma
     return DenseForm(
         matrix=matrix,
         linear=linear,
