@@ -179,7 +179,7 @@ def test_a_master_that_cannot_be_solved_is_no_error():
 def test_without_a_proved_split_the_set_and_the_trivial_bound_stand():
     rows = np.random.default_rng(3).normal(size=(3, 6))
     gram = rows.T @ rows
-    problem = BlockProblem(weights=np.ones(6), hessian=0.5 * (gram + gram.T), damping=1e-12, n_prune=3)
+    problem = BlockProblem(weights=np.ones(6), hessian=0.5 * (gram + gram.T), damping=3e-13, n_prune=3)
     scaled = scale_block(problem)
     assert not cut_sources(problem, scaled, "joint", None)
     solution = outer_approximation(problem, "joint")
