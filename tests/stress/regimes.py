@@ -62,7 +62,7 @@ def _special(rng: np.random.Generator, arguments: dict[str, Any]) -> dict[str, A
             array[-1, -1] = SMALLEST_NUMBER * float(10.0 ** rng.uniform(0.0, 16.0))
         return {model: array}
     if kind == 4:
-        return {"damping": SMALLEST_NUMBER}
+        return {"damping": float(rng.choice([SMALLEST_NUMBER, 1e-139]))}
     if kind == 5:
         return {"weights": np.full(n, arguments["weights"][0])}
     return {"weights": np.where(rng.random(n) < 0.5, SMALLEST_NUMBER, arguments["weights"])}
