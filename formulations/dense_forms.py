@@ -27,6 +27,8 @@ ESTIMATE_STEPS = 12
 """Inverse power steps of that estimate."""
 SHARES_TRIED = (0.5, 0.05, 0.005)
 """Shares of the estimate that are tried, until one is proved."""
+UNDERFLOW = 1e-300
+"""More than all terms of a bound that vanish in float64 can add up to, in units of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ def _joint_rounding(
     # Sums over samples, then over weights, then the eliminations.
     gamma = error_factor(2 * _height(problem) + 12 * n + 64)
     reach = float(root @ np.abs(problem.weights))
-    fixed = (reach * reach + float(gradient @ np.abs(problem.weights))) / scale
+    fixed = (reach * reach + float(gradient @ np.abs(problem.weights))) / scale + UNDERFLOW / scale / gamma
     known = 0.0
     if problem.rows is not None and problem.rows.shape[0] < n:
         # Without rows for all directions this is nearly all there is.
@@ -249,11 +251,13 @@ def selection_form(problem: BlockProblem) -> DenseForm:
         linear=linear,
         constant=0.0,
         scale=scale,
-        measure=partial(_selection_rounding, problem, matrix, linear),
+        measure=partial(_selection_rounding, problem, matrix, linear, scale),
     )
 
 
-def _selection_rounding(problem: BlockProblem, matrix: FloatArray, linear: FloatArray) -> Rounding:
+def _selection_rounding(
+    problem: BlockProblem, matrix: FloatArray, linear: FloatArray, scale: float
+) -> Rounding:
     n = problem.n
     reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - problem.n_prune :].sum()
     gamma = error_factor(2 * _height(problem) + 12 * n + 64)
@@ -261,6 +265,7 @@ def _selection_rounding(problem: BlockProblem, matrix: FloatArray, linear: Float
     dip = _dip(problem)
     # A relaxation that is indefinite by rounding overestimates by 1/2 dip (y - z).A_ii (y - z) at most.
     fixed += dip / gamma * float(np.abs(np.diagonal(matrix)).sum()) if math.isfinite(dip) else 0.0
+    fixed += UNDERFLOW / scale / gamma
     return Rounding(gamma=gamma, fixed=fixed, growth=0.0 if math.isfinite(dip) else math.inf)
 
 

@@ -48,8 +48,8 @@ Evaluate = Annotated[
 Loss = Annotated[
     str | None,
     typer.Option(
-        help="cross_entropy, mse_loss, or like --model a function of (output, labels); by default what output "
-        "and labels stand for."
+        help="cross_entropy, mse_loss, or like --model a function of (output, labels); by default what "
+        "output and labels stand for."
     ),
 ]
 RecipeName = Annotated[

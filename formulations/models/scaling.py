@@ -61,6 +61,11 @@ class ScaledBlock:
         return int(self.weights.size)
 
     @property
+    def hessian_scale(self) -> float:
+        """What ``H`` was divided by."""
+        return self.objective_scale / self.weight_scale**2
+
+    @property
     def pair_costs(self) -> FloatArray:
         """``A = diag(w) H diag(w)``, (n, n): the quadratic form of the selection program."""
         return np.asarray(self.weights[:, None] * self.hessian * self.weights[None, :])

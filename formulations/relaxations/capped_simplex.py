@@ -69,8 +69,7 @@ class CappedSimplexCertificate(RelaxationCertificate):
         if not self.point.shape == self.shift.shape == (problem.n,):
             return None
         norms = column_norms(problem)
-        w, g, shift = problem.weights, problem.gradient_or_zero, self.shift
-        y = np.where(given.prune, 1.0, np.where(given.keep, 0.0, self.point))
+        w, shift = problem.weights, self.shift
         # A zero weight has a zero row in diag(w) H diag(w), so only the other indices matter.
         square = w * w
         used = square >= SMALLEST
@@ -82,6 +81,12 @@ class CappedSimplexCertificate(RelaxationCertificate):
             return None
         if not split_is_valid(problem, split, norms, used & free):
             return None
+        return self.underestimate(problem, given, norms)
+
+    def underestimate(self, problem: BlockProblem, given: Fixing, norms: FloatArray) -> Linearisation:
+        """Return the linearisation where the shift is known to be valid; `norms` are `column_norms`."""
+        w, g, shift = problem.weights, problem.gradient_or_zero, self.shift
+        y = np.where(given.prune, 1.0, np.where(given.keep, 0.0, self.point))
         x = w * y
         product = bounded_product(problem, x, norms)
         sloppy = error_factor(8)

@@ -73,6 +73,10 @@ class PerspectiveCertificate(RelaxationCertificate):
         norms = column_norms(problem)
         if not split_is_valid(problem, self.split, norms, ~given.prune):
             return None
+        return self.underestimate(problem, given, norms)
+
+    def underestimate(self, problem: BlockProblem, given: Fixing, norms: FloatArray) -> Linearisation:
+        """Return the linearisation where the split is known to be valid; `norms` are `column_norms`."""
         w, d, g = problem.weights, self.split, problem.gradient_or_zero
         u = np.where(given.prune, 0.0, self.point)
         # h = H (w - u) - g + D u and the constant share one product each.
