@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -210,10 +209,7 @@ class PruneReport:
             (layer.name, layer.shape, layer.dtype, layer.n, layer.n_prune, layer.sparsity, "")
             for layer in self.layers
         ]
-        rows += [
-            (entry.name, entry.shape, "", math.prod(entry.shape), 0, 0.0, entry.reason)
-            for entry in getattr(self, "left_out", ())
-        ]
+        rows += [(entry.name, entry.shape, "", entry.n, 0, 0.0, entry.reason) for entry in self.left_out]
         frame = pd.DataFrame(rows, columns=FRAME).set_index("layer")
         frame["shape"] = ["x".join(map(str, shape)) for shape in frame["shape"]]
         frame.insert(4, "n_keep", frame["n"] - frame["n_prune"])

@@ -85,9 +85,8 @@ def test_frames_agree_with_the_totals() -> None:
 
 
 def test_what_was_left_out_has_a_row_with_the_reason() -> None:
-    report = made_report()
     entry = LeftOut(name="head.weight", shape=(3, 5), reason="frozen")
-    object.__setattr__(report, "left_out", (entry,))
+    report = replace(made_report(), left_out=(entry,))
     frame = report.to_frame()
     assert list(frame.index) == [*(layer.name for layer in report.layers), "head.weight"]
     assert frame.loc["head.weight", ["shape", "n", "n_prune", "left_out"]].tolist() == [
