@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cbs_opt.network.batchnorm import recalibrate_batchnorm
     from cbs_opt.network.masks import apply_masks, load_masks, save_masks
     from cbs_opt.network.partition import Partition
-    from cbs_opt.pruning import plan, prune
+    from cbs_opt.pruning import plan, prune, pruned
     from cbs_opt.recipe.files import load_recipe, load_request, save_recipe
     from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Update, Weights, absolute
     from cbs_opt.recipe.select import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cbs_opt.report.record import PruneReport
     from cbs_opt.select.methods import available_methods
     from cbs_opt.solving import compare, solve
+    from cbs_opt.system.progress import Progress
     from cbs_opt.system.resources import Resources
     from formulations.errors import CbsError
     from formulations.problem import BlockProblem
@@ -55,7 +56,7 @@ _MODULES = {
     "cbs_opt.network.batchnorm": ("recalibrate_batchnorm",),
     "cbs_opt.network.masks": ("apply_masks", "load_masks", "save_masks"),
     "cbs_opt.network.partition": ("Partition",),
-    "cbs_opt.pruning": ("plan", "prune"),
+    "cbs_opt.pruning": ("plan", "prune", "pruned"),
     "cbs_opt.recipe.files": ("load_recipe", "load_request", "save_recipe"),
     "cbs_opt.recipe.records": ("Certify", "Recipe", "Request", "Stages", "Update", "Weights", "absolute"),
     "cbs_opt.recipe.select": (
@@ -74,6 +75,7 @@ _MODULES = {
     "cbs_opt.report.record": ("PruneReport",),
     "cbs_opt.select.methods": ("available_methods",),
     "cbs_opt.solving": ("compare", "solve"),
+    "cbs_opt.system.progress": ("Progress",),
     "cbs_opt.system.resources": ("Resources",),
     "formulations.errors": ("CbsError",),
     "formulations.problem": ("BlockProblem",),
@@ -101,6 +103,7 @@ __all__ = [
     "Magnitude",
     "MonteCarloFisher",
     "Partition",
+    "Progress",
     "PruneReport",
     "RandomizedMagnitude",
     "Recipe",
@@ -129,6 +132,7 @@ __all__ = [
     "lower_bound",
     "plan",
     "prune",
+    "pruned",
     "recalibrate_batchnorm",
     "save_masks",
     "save_recipe",

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbs_opt.certify.certificates import CertifiedBlock, certify_blocks, relative_gap
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.data import Data
-from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.evaluation import Evaluation, evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, selects_by_rows, term_of
 from cbs_opt.recipe.records import in_units
@@ -55,11 +55,8 @@ def describe(
     curvature = recipe.curvature
     after = task.trial(best.weights)
     with task.clock.phase("evaluation"):
-        train_before, train_after = task.loss(task.model), task.loss(after)
-        measured = [
-            None if held_out is None else evaluate(network, held_out, task.loss_fn, argument="evaluate")
-            for network in (task.model, after)
-        ]
+        passes = _evaluations(task, after, held_out)
+        train_before, train_after, *measured = task.progress.collect("evaluation", passes, 4, unit="pass")
     rows = None if model is None else model.rows
     model = LossModel(partition, task.weights, None) if model is None else model
     blocks = _block_summaries(
@@ -70,6 +67,7 @@ def describe(
         by_rows=selects_by_rows(recipe),
     )
     keep = {name: mask.cpu() for name, mask in partition.keep_by_parameter(best.keep).items()}
+    dtypes = {name: tensor.dtype for name, tensor in partition.tensors(task.model).items()}
     old, new = partition.split(task.weights), partition.split(best.weights)
     selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
     updated = [block.updated_loss for block in blocks if block.updated_loss is not None]
@@ -100,7 +98,7 @@ def describe(
         n=partition.n,
         n_prune=int((~best.keep).sum()),
         layers=tuple(
-            LayerSummary.from_weights(name, old[name].cpu(), new[name].cpu(), mask)
+            LayerSummary.from_weights(name, old[name].to(dtypes[name]).cpu(), new[name].cpu(), mask)
             for name, mask in keep.items()
         ),
         blocks=blocks,
@@ -149,6 +147,14 @@ def _without_gradient(rows: Rows | None, partition: Partition) -> Iterator[str]:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def _evaluations(task: Task, after: nn.Module, held_out: Data | None) -> Iterator[Evaluation | None]:
+    """Yield the losses on the sample before and after, then those on the held-out data; None without data."""
+    for network in (task.model, after):
+        yield task.loss(network)
+    for network in (task.model, after):
+        yield None if held_out is None else evaluate(network, held_out, task.loss_fn, argument="evaluate")
 
 
 def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport) -> PruneReport:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cbs_opt.budget.counts import allocate
 from cbs_opt.curvature.fisher import gradient_rows
@@ -32,10 +31,11 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.recipe.records import Recipe, Request, in_units
 from cbs_opt.recipe.select import Exact, Select
-from cbs_opt.runs.progress import RunProgress
-from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger
+from cbs_opt.runs.progress import ChoiceLedger, RunProgress
+from cbs_opt.select.choice import Choice
 from cbs_opt.select.methods import Method, find_method
 from cbs_opt.system.checks import within
+from cbs_opt.system.progress import SILENT, Progress
 from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from formulations.errors import ArgumentError
@@ -67,7 +67,8 @@ class Task:
     """What a run works on, after its arguments were checked.
 
     `weights`: the trained weights, flat. `sample`: on which networks are compared; None without data. `done`:
-    what is kept on disk. `notes`: what was changed or left out before, for the report.
+    what is kept on disk. `notes`: what was changed or left out before, for the report. `progress`: what is
+    told how far the run is.
     """
 
     model: nn.Module
@@ -78,7 +79,7 @@ class Task:
     request: Request
     resources: Resources
     sample: Sample | None
-    progress: bool = True
+    progress: Progress = SILENT
     notes: tuple[str, ...] = ()
     done: RunProgress = field(default_factory=RunProgress)
     clock: Clock = field(default_factory=Clock)
@@ -206,9 +207,11 @@ def choose(
     *,
     seed: int,
     resources: Resources,
-    ledger: Ledger = NO_LEDGER,
+    ledger: ChoiceLedger,
 ) -> list[Choice]:
-    """Select the kept set of every block by the method of a recipe."""
+    """Select the kept set of every block by the method of a recipe, unless the ledger has them all."""
+    if ledger.complete:
+        return ledger.choices()
     select, method = select_of(recipe), method_of(recipe)
     engine = method.selector(select.program)
     if method.blockwise and resources.workers is not None:
@@ -218,7 +221,9 @@ def choose(
     names = {name: option_field(select, name) for name in options}
     select_fields = within("select", "method", *vars(select), **names)
     with select_fields, within("weights", partition="blocks"), within("resources", "workers"):
-        return engine(blocks, counts, limits=limits, ledger=ledger, **options)
+        choices = engine(blocks, counts, limits=limits, ledger=ledger, **options)
+    ledger.close(choices)
+    return choices
 
 
 def option_field(select: Select, name: str) -> str:
@@ -241,6 +246,7 @@ def sampled_rows(task: Task, *, seed: int, step: str = "", **options: Any) -> Ro
             resources=task.resources,
             seed=seed,
             journal=task.done.rows(step),
+            progress=task.progress,
             **options,
         )
 
@@ -254,13 +260,11 @@ def one_shot(task: Task, rows: Rows | None) -> tuple[Candidate, LossModel]:
     """Try the networks of all recipes; return the one of lowest training loss, and the model it rests on."""
     model = LossModel(task.partition, task.weights, rows)
     best: Candidate | None = None
-    total = task.request.candidates
-    silent = None if task.progress and total > 1 else True
-    with tqdm(total=total, desc="networks", unit="network", disable=silent) as bar:
+    with task.progress.phase("networks", task.request.candidates, unit="network") as advance:
         for candidate in candidates(task, model):
             if best is None or candidate.rank < best.rank:
                 best = candidate
-            bar.update()
+            advance(1)
     assert best is not None
     return best, model
 
@@ -272,11 +276,12 @@ def take_rows(task: Task) -> Rows | None:
     if data is None:
         return rows
     if isinstance(curvature, Fisher) and needs_curvature(request):
-        rows = sampled_rows(task, seed=request.seed, progress=task.progress)
+        rows = sampled_rows(task, seed=request.seed)
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
             given = task.model, data, task.partition
-            moments = task.done.moments(lambda: input_moments(*given, seed=request.seed))
+            options: dict[str, Any] = {"seed": request.seed, "progress": task.progress}
+            moments = task.done.moments(lambda: input_moments(*given, objective=task.loss_fn, **options))
             rows = with_layer_inputs(rows, *given, moments=moments)
     return rows
 
@@ -293,14 +298,10 @@ def candidates(task: Task, model: LossModel) -> Iterator[Candidate]:
         for attempt in range(select_of(recipe).tries):
             term = 0.0 if selects_by_rows(recipe) else term_of(recipe)
             blocks = model.blocks(damping, term, gradient=recipe.gradient or scored)
-            ledger = task.done.selection(next(selections), sizes)
-            if ledger.complete:
-                choices = ledger.choices()
-            else:
-                with task.clock.phase("selection"):
-                    seed, resources = task.request.seed + SEED_STEP * attempt, task.resources
-                    choices = choose(recipe, blocks, counts, seed=seed, resources=resources, ledger=ledger)
-                    ledger.close(choices)
+            ledger = task.done.selection(next(selections), sizes, progress=task.progress)
+            seed = task.request.seed + SEED_STEP * attempt
+            with task.clock.phase("selection"):
+                choices = choose(recipe, blocks, counts, seed=seed, resources=task.resources, ledger=ledger)
             yield from _updated(task, model, group, choices)
 
 
@@ -323,7 +324,8 @@ def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> lis
         scoring = scoring_of(recipe)
         gradient = recipe.gradient or scoring.kind == "saliency"
         blocks = model.blocks(damping, term_of(recipe), gradient=gradient)
-        scores = torch.cat([scoring.score(block) for block in blocks])
+        each = (scoring.score(block) for block in blocks)
+        scores = torch.cat(task.progress.collect("scores", each, len(blocks), unit="block"))
     with budget_fields():
         return allocate(task.partition, task.request.sparsity, budget=budget, scores=scores)
 
@@ -341,7 +343,8 @@ def _updated(task: Task, model: LossModel, group: list[Recipe], choices: list[Ch
             with task.clock.phase("update"):
                 move = UPDATERS[update.kind]
                 # No block outlives its turn: rows on disk leave memory with it.
-                moved = [move(blocks[i], choice.keep, dampings) for i, choice in enumerate(choices)]
+                each = (move(blocks[i], choice.keep, dampings) for i, choice in enumerate(choices))
+                moved = task.progress.collect("update", each, len(choices), unit="block")
             targets = [torch.cat(pieces) for pieces in zip(*moved, strict=True)]
         for recipe in members:
             damping = in_units(recipe.damping, model.unit)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -25,6 +26,7 @@ from cbs_opt.network.data import Data, LossFunction, device_of, sample_count
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import BlockRule, Partition
+from cbs_opt.network.state import kept
 from cbs_opt.network.trial import plain_attention, unchanged, write_back
 from cbs_opt.oneshot import (
     Task,
@@ -51,6 +53,7 @@ from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
 from cbs_opt.system.checks import path, within
 from cbs_opt.system.memory import free_memory
+from cbs_opt.system.progress import Progress, reporting
 from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 
@@ -73,9 +76,9 @@ def prune(
     resources: Resources | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress | bool = True,
 ) -> PruneReport:
-    """Prune a network in place.
+    """Prune a network in place; `pruned` leaves it as it is and returns a copy.
 
     The loss around the trained weights is modelled by its gradient rows; the recipe says how they are
     taken, which weights go, and how the others move to where the model puts its minimum. Where several
@@ -123,8 +126,9 @@ def prune(
         directory and a directory of other files. A loader must give the same samples again in every
         pass; a time limit counts anew, and what it cuts short may differ.
     seed : int, default 0
-    progress : bool, default True
-        Show bars where standard error is a terminal.
+    progress : bool or Progress, default True
+        Show bars where standard error is a terminal; or what is told of every step, an object of a subclass
+        of `Progress`.
 
     Returns
     -------
@@ -145,6 +149,7 @@ def prune(
     """
     path("run_dir", run_dir)
     model = unwrapped(model)
+    told = reporting(progress)
     prepared = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
     request, partition, resources = prepared.request, prepared.partition, prepared.resources
     with within("resources", "row_memory", "row_dir", memory="row_memory"):
@@ -155,7 +160,7 @@ def prune(
         prepare(select.method, select.program)
         if request.certify is not None:
             prepare("lower_bound", select.program)
-    with unchanged(model, partition), plain_attention(), ExitStack() as opened:
+    with unchanged(model, partition), kept(model), plain_attention(), ExitStack() as opened:
         check_data(request, data)
         task = Task(
             model=model,
@@ -166,7 +171,7 @@ def prune(
             request=request,
             resources=resources,
             sample=None,
-            progress=progress,
+            progress=told,
             notes=prepared.notes,
         )
         passes = Passes(task)
@@ -194,6 +199,44 @@ def prune(
         weights, report = result
     write_back(model, partition, weights)
     return report
+
+
+def pruned(model: nn.Module, data: Data | None, **options: Any) -> tuple[nn.Module, PruneReport]:
+    """Return a pruned copy of a network, and the report; the network itself is not touched.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode. Anything that `copy.deepcopy` copies.
+    data
+        As for `prune`.
+    **options
+        Those of `prune`, of which ``sparsity`` must be given.
+
+    Returns
+    -------
+    tuple of nn.Module and PruneReport
+        The copy, all that a run takes in memory beyond `prune`, and the record of its pruning.
+
+    Raises
+    ------
+    ArgumentError
+        If the network cannot be copied; known before anything else is done.
+    CbsError
+        What `prune` raises.
+
+    Examples
+    --------
+    >>> small, report = pruned(model, (x, y), sparsity=0.9)  # doctest: +SKIP
+    """
+    try:
+        copy = deepcopy(model)
+    except Exception as error:
+        # What makes a copy fail is the network's own, and may be anything.
+        found = f"it cannot be copied ({type(error).__name__}: {error})"
+        remedy = "detach tensors it keeps, or use prune, which works in place"
+        raise ArgumentError("model", found, remedy) from error
+    return copy, prune(copy, data, **options)
 
 
 def plan(

@@ -68,7 +68,8 @@ def enumerate_optimum(
     started = time.perf_counter()
     sets = math.comb(problem.n, problem.n_prune)
     if sets > max_sets:
-        found = f"{sets:.3g} sets (n = {problem.n}, n_prune = {problem.n_prune})"
+        # Too many to be a float, perhaps.
+        found = f"about 1e{math.log10(sets):.0f} sets (n = {problem.n}, n_prune = {problem.n_prune})"
         raise UnsupportedProblemError(
             "problem", found, f"enumerate at most {max_sets:.3g} or use branch_and_bound"
         )

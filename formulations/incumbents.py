@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -20,10 +22,13 @@ from formulations.solution import (
     SolveStats,
     Termination,
     TracePoint,
+    never,
     status_of,
 )
 from formulations.swap_kernels import prune_joint, prune_selection, swap_joint, swap_selection, sweep
 
+ELEMENTS_A_LOOK = 20_000_000
+"""Entries of a matrix that greedy elimination updates between two looks at the clock (some milliseconds)."""
 SWAPS_PER_CALL = 16
 """Swaps between two looks at the clock; the joint tableau is rebuilt as often against drift."""
 
@@ -167,7 +172,8 @@ def greedy(
     problem : BlockProblem
     program : {"selection", "joint"}
     limits : Limits, optional
-        With a `time_limit` of 0 the warm start or the smallest weights come back at once.
+        `time_limit`, looked at between steps: what is left to remove then goes at once. With one of 0 the
+        warm start or the smallest weights come back.
     incumbent : BlockSolution, optional
         Warm start; the result is never worse.
 
@@ -190,24 +196,47 @@ def greedy(
     prepare("greedy_obs", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
-    limit: Limit | None = Limit.TIME
-    if limits.time_limit is None or limits.time_limit > 0.0:
-        pool.offer(greedy_keep(dense_form(problem, program), problem.n_prune, program))
-        limit = None
+    stopped = partial(limits.out_of_time, started)
+    if not stopped():
+        form = dense_form(problem, program)
+        pool.offer(greedy_keep(form, problem.n_prune, program, stopped))
+    limit = Limit.TIME if stopped() else None
     pool.offer_magnitude_if_empty()
     stats = SolveStats(seconds=time.perf_counter() - started)
     return pool.solution(method="greedy_obs", limit=limit, stats=stats)
 
 
-def greedy_keep(form: DenseForm, n_prune: int, program: str) -> BoolArray:
-    """Kept set of the greedy elimination on a dense form."""
+def greedy_keep(
+    form: DenseForm, n_prune: int, program: str, stopped: Callable[[], bool] = never
+) -> BoolArray:
+    """Kept set of the greedy elimination on a dense form.
+
+    Once `stopped` says so, what is left to remove in the joint program goes at once, by its cost then.
+    """
     if program == "selection":
         return np.asarray(~prune_selection(form.matrix, form.linear, n_prune))
-    if form.linear.size == 0:
+    n = form.linear.size
+    if n == 0:
         return np.zeros(0, dtype=np.bool_)
+    if stopped():
+        return _without_cheapest(form.linear**2, np.zeros(n, dtype=np.bool_), n_prune)
     inverse: FloatArray = np.linalg.inv(form.matrix).astype(np.float64)
     inverse = 0.5 * (inverse + inverse.T)
-    return np.asarray(~prune_joint(inverse, inverse @ form.linear, n_prune))
+    minimiser = inverse @ form.linear
+    pruned = np.zeros(n, dtype=np.bool_)
+    period = max(1, ELEMENTS_A_LOOK // (n * n))
+    for done in range(0, n_prune, period):
+        if stopped():
+            return _without_cheapest(minimiser**2 / np.diagonal(inverse), pruned, n_prune - done)
+        prune_joint(inverse, minimiser, pruned, min(period, n_prune - done))
+    return ~pruned
+
+
+def _without_cheapest(costs: FloatArray, pruned: BoolArray, count: int) -> BoolArray:
+    """Return the kept set once the `count` cheapest of the weights that are not pruned go too."""
+    keep = ~pruned
+    keep[np.argsort(np.where(pruned, np.inf, costs), kind="stable")[:count]] = False
+    return keep
 
 
 def swap_search(
@@ -258,9 +287,12 @@ def swap_search(
     pool = IncumbentPool(problem, program, incumbent)
     swaps = 0
     limit: Limit | None = Limit.TIME
-    if limits.time_limit is None or limits.time_limit > 0.0:
+    stopped = partial(limits.out_of_time, started)
+    if not stopped():
         form = dense_form(problem, program)
-        start = pool.keep if pool.keep is not None else greedy_keep(form, problem.n_prune, program)
+        start = pool.keep
+        if start is None:
+            start = greedy_keep(form, problem.n_prune, program, stopped)
         pool.offer(start)
         generator = np.random.default_rng(limits.seed)
         for attempt in range(restarts + 1):
@@ -307,7 +339,7 @@ def descend(
         if allowed <= 0:
             limit = Limit.ITERATION
             break
-        if limits.time_limit is not None and time.perf_counter() - started >= limits.time_limit:
+        if limits.out_of_time(started):
             limit = Limit.TIME
             break
         if program == "selection":

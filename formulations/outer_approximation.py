@@ -20,15 +20,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from formulations.cut_planes import Cut, CutSource, JointCuts, SelectionCuts
+from formulations.cut_planes import Cut, CutSource, cut_sources
 from formulations.incumbents import swap_search
 from formulations.milp import DUAL_TOLERANCE, Milp, MilpControls, MilpResult, run_milp
-from formulations.models.scaling import diagonal_split, scale_block
+from formulations.models.scaling import scale_block
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.relaxations.bounds import lower_bound
-from formulations.relaxations.capped_simplex import CappedSimplexCertificate
-from formulations.relaxations.perspective import PerspectiveCertificate
+from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Certificate, Limit, Limits, TracePoint
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
 
@@ -48,8 +47,7 @@ class _Search:
     """State of one solve: the cuts, the best set and the proved bound (scaled units)."""
 
     problem: BlockProblem
-    source: CutSource
-    root_source: CutSource | None
+    sources: list[CutSource]
     scale: float
     limits: Limits
     began: float
@@ -92,7 +90,17 @@ class _Search:
 
     def _size(self, cut: Cut) -> float:
         """Size of the terms that cancel in the value of a cut."""
-        return abs(cut.constant) + self.source.count * float(np.abs(cut.slopes).max(initial=0.0))
+        return abs(cut.constant) + self.count * float(np.abs(cut.slopes).max(initial=0.0))
+
+    @property
+    def count(self) -> int:
+        """How many binaries are 1."""
+        return self.problem.n_keep if self.one_means_kept else self.problem.n_prune
+
+    @property
+    def one_means_kept(self) -> bool:
+        """Whether a 1 keeps its weight or prunes it."""
+        return self.best.program == "joint"
 
     def seconds_left(self) -> float | None:
         """Seconds until the time limit, None without one."""
@@ -115,7 +123,7 @@ class _Search:
     def add(self, cut: Cut) -> None:
         """Add a cut and the bound that it proves on its own."""
         self.cuts.append(cut)
-        cheapest = float(np.partition(cut.slopes, self.source.count - 1)[: self.source.count].sum())
+        cheapest = float(np.partition(cut.slopes, self.count - 1)[: self.count].sum())
         self.raise_bound(cut.constant + cheapest - CONSTANT_ERROR * self._size(cut))
 
     def raise_bound(self, bound: float) -> None:
@@ -143,17 +151,16 @@ class _Search:
         proposed = conclude(self.problem, self.best, self.limits, self.began, candidates=[keep])
         if proposed.objective < self.best.objective:  # type: ignore[operator]
             self.best = proposed
-        ones = keep if self.source.one_means_kept else ~keep
-        for source in (self.source, self.root_source):
-            if source is not None:
-                self.add(source.cut(ones.astype(np.float64), self.bound))
+        ones = keep if self.one_means_kept else ~keep
+        for source in self.sources:
+            self.add(source.cut(ones.astype(np.float64), self.bound))
         return True
 
     def keep_of(self, point: FloatArray) -> BoolArray:
         """Kept set with the right size that is nearest to `point`."""
         chosen = np.zeros(point.size, dtype=np.bool_)
-        chosen[np.argsort(-point, kind="stable")[: self.source.count]] = True
-        return chosen if self.source.one_means_kept else ~chosen
+        chosen[np.argsort(-point, kind="stable")[: self.count]] = True
+        return chosen if self.one_means_kept else ~chosen
 
 
 def outer_approximation(
@@ -192,18 +199,27 @@ def outer_approximation(
     limits = limits or Limits()
     if program == "joint":
         problem.require_definite()
-    known = known_set(problem, program, METHOD, limits, incumbent)
+    large = problem.n > SPLIT_LARGEST
+    # The greedy set of a large block takes longer than what comes after it.
+    known = known_set(problem, program, METHOD, limits.left(began, 0.2 if large else 1.0), incumbent)
     if problem.n_prune in (0, problem.n):
         return only_set(problem, known, limits, began)
-    if limits.time_limit == 0.0:
+    if limits.out_of_time(began):
         return conclude(problem, known, limits, began, limit=Limit.TIME)
-    search = _prepared(problem, known, limits, began)
-    failure = ""
+    root = _root(problem, known, limits, began)
+    if limits.out_of_time(began):
+        known = known_set(problem, program, METHOD, limits, root)
+        bound, evidence = root.bound, root.certificate
+        return conclude(problem, known, limits, began, bound=bound, certificate=evidence, limit=Limit.TIME)
+    search = _prepared(problem, root, limits, began)
+    remark = ""
     try:
-        failure = _linear_phase(search) or _integer_phase(search)
+        if search.sources:
+            _linear_phase(search)
+            remark = _integer_phase(search)
     except KeyboardInterrupt:
         search.interrupted = True
-    limit = None if search.done or failure else search.stopped()
+    limit = None if search.done else search.stopped()
     return conclude(
         problem,
         search.best,
@@ -211,84 +227,79 @@ def outer_approximation(
         began,
         bound=search.bound * search.scale if math.isfinite(search.bound) else None,
         slack=search.error * search.scale,
-        finished=not failure and limit is None,
+        finished=limit is None,
         limit=limit,
-        failure=failure,
-        stats={"nodes": search.nodes, "iterations": search.rounds, "extra": {"cuts": len(search.cuts)}},
+        stats={
+            "nodes": search.nodes,
+            "iterations": search.rounds,
+            "message": remark,
+            "extra": {"cuts": len(search.cuts)},
+        },
         trace=tuple(search.trace),
         certificate=search.certificate,
     )
 
 
-def _prepared(problem: BlockProblem, known: BlockSolution, limits: Limits, began: float) -> _Search:
-    """Improve the known set, bound it by the root relaxation and seed the cuts with both."""
+def _root(problem: BlockProblem, known: BlockSolution, limits: Limits, began: float) -> BlockSolution:
+    """Return the known set improved by swaps, with the bound of the root relaxation."""
     program = known.program
-    improved = swap_search(problem, program, limits=limits, incumbent=known)
-    root = lower_bound(problem, program, limits=limits, incumbent=improved)
+    improved = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=known)
+    return lower_bound(problem, program, limits=limits.left(began), incumbent=improved)
+
+
+def _prepared(problem: BlockProblem, root: BlockSolution, limits: Limits, began: float) -> _Search:
+    """Seed the cuts with the set and the relaxation of the root."""
+    program = root.program
     known = known_set(problem, program, METHOD, limits, root)
     block = scale_block(problem)
-    split = diagonal_split(block)
-    certificate = root.certificate
-    source: CutSource
-    root_source: CutSource | None = None
-    if program == "joint":
-        source = JointCuts(block, split)
-        if isinstance(certificate, PerspectiveCertificate):
-            hessian_scale = block.objective_scale / block.weight_scale**2
-            root_source = JointCuts(block, certificate.split / hessian_scale)
-    else:
-        source = SelectionCuts(block, split * block.weights**2)
-        if isinstance(certificate, CappedSimplexCertificate):
-            root_source = SelectionCuts(block, certificate.shift / block.objective_scale)
     search = _Search(
         problem=problem,
-        source=source,
-        root_source=root_source,
+        sources=cut_sources(problem, block, program, root.certificate),
         scale=block.objective_scale,
         limits=limits,
         began=began,
         best=known,
-        certificate=certificate,
+        certificate=root.certificate,
     )
     if root.bound is not None:
         search.raise_bound(root.bound / search.scale)
     assert known.keep is not None
-    search.visit((known.keep if source.one_means_kept else ~known.keep).astype(np.float64))
+    search.visit((known.keep if search.one_means_kept else ~known.keep).astype(np.float64))
     return search
 
 
-def _linear_phase(search: _Search) -> str:
-    """Cut at fractional points until the planes describe the relaxation; return a failure, if any.
+def _linear_phase(search: _Search) -> None:
+    """Cut at fractional points until the planes describe the relaxation.
 
     The points are drawn halfway towards the best point so far (in-out separation), which needs far
     fewer rounds than Kelley's corners. The phase ends when the function at that point is within a
     small share of the open gap of the master's value.
     """
     n = search.problem.n
-    centre = np.full(n, search.source.count / n)
+    centre = np.full(n, search.count / n)
     for _ in range(LP_ROUNDS):
         if search.done or search.stopped():
             break
         result = _solve_master(search, integer=False, rel_gap=0.0)
         if result.bound is None or result.point is None:
-            return (
-                ""
-                if result.status == "Time limit reached"
-                else f"HiGHS stopped with status {result.status!r}"
-            )
+            # Infeasible once the planes meet the best set: the integer master draws the conclusion.
+            break
         search.raise_bound(result.bound * search.unit - search.error)
         centre = 0.5 * (centre + result.point[:n])
-        cut = search.source.cut(centre, search.bound)
+        cut = search.sources[0].cut(centre, search.bound)
         search.add(cut)
         if cut.constant + cut.slopes @ centre - result.bound * search.unit < LP_PRECISION * (
             search.value - search.bound
         ):
             break
-    return ""
 
 
 def _integer_phase(search: _Search) -> str:
-    """Solve mixed-integer masters, loose at first, until the bound meets the best set."""
+    """Solve mixed-integer masters, loose at first, until the bound meets the best set.
+
+    Returns what HiGHS said of a master that it could not solve, as where the terms of the planes differ by
+    more orders of magnitude than its arithmetic holds. Set and bound stand without it.
+    """
     n = search.problem.n
     share = LOOSE_GAP
     while not search.done and search.stopped() is None:
@@ -343,8 +354,8 @@ def _solve_master(
         upper=np.append(np.ones(n), max(ceiling, floor)),
         integer=np.append(np.full(n, integer), False),
         matrix=csr_matrix(np.vstack([size_row, cut_rows])),
-        row_lower=np.append(search.source.count, least),
-        row_upper=np.append(search.source.count, np.full(len(search.cuts), np.inf)),
+        row_lower=np.append(search.count, least),
+        row_upper=np.append(search.count, np.full(len(search.cuts), np.inf)),
     )
     nodes = search.limits.node_limit
     left = search.seconds_left()

@@ -351,6 +351,9 @@ def _check_range(problem: BlockProblem) -> None:
         if entries.size and float(entries.max()) > LARGEST_ENTRY:
             found = f"an entry of size {float(entries.max()):.3g}"
             raise ArgumentError(name, found, f"rescale the data to at most {LARGEST_ENTRY:g}")
+    if 0.0 < problem.damping < SMALLEST:
+        found = f"{problem.damping:.3g}, which underflows in float64"
+        raise ArgumentError("damping", found, "set it to 0, or rescale the block")
     tag = "hessian" if problem.rows is None else "rows"
     with np.errstate(over="ignore"):
         diagonal = np.abs(problem.hessian_diagonal())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field, fields
+import time
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,6 +38,11 @@ class Limit(enum.Enum):
     GAP = "gap"
     """The method had done all it can, and rounding or tolerances leave a larger gap than was asked for."""
     INTERRUPTED = "interrupted"
+
+
+def never() -> bool:
+    """No limit: the default of what asks whether to stop."""
+    return False
 
 
 LARGEST_SEED = 2**63
@@ -84,6 +90,17 @@ class Limits:
             if isinstance(value, np.generic):
                 # What is computed from a limit keeps its type: a kernel would be compiled for it.
                 object.__setattr__(self, limit.name, value.item())
+
+    def out_of_time(self, started: float) -> bool:
+        """Whether the time limit has passed since `started`, a reading of `time.perf_counter`."""
+        return self.time_limit is not None and time.perf_counter() - started >= self.time_limit
+
+    def left(self, started: float, share: float = 1.0) -> Limits:
+        """Return these limits for what begins now: with a share of the time that is left since `started`."""
+        if self.time_limit is None:
+            return self
+        seconds = self.time_limit - (time.perf_counter() - started)
+        return replace(self, time_limit=max(0.0, share * seconds))
 
     def _take(self, name: str, lowest: float, *, whole: bool = False, optional: bool = True) -> None:
         """Check a field and make it a plain Python number."""

@@ -31,13 +31,12 @@ def prune_selection(matrix: FloatArray, linear: FloatArray, n_prune: int) -> Boo
     return pruned
 
 
-@entry(MATRIX, VECTOR, INTEGER)
+@entry(MATRIX, VECTOR, FLAGS, INTEGER)
 @compiled
-def prune_joint(inverse: FloatArray, minimiser: FloatArray, n_prune: int) -> BoolArray:
-    """Pruned set of greedy OBS; `inverse` = ``M^-1`` and `minimiser` = ``M^-1 l`` are overwritten."""
+def prune_joint(inverse: FloatArray, minimiser: FloatArray, pruned: BoolArray, steps: int) -> None:
+    """So many steps of greedy OBS on ``M^-1`` and ``M^-1 l``; all arrays are changed in place."""
     n = minimiser.size
-    pruned = np.zeros(n, dtype=np.bool_)
-    for _ in range(n_prune):
+    for _ in range(steps):
         best = -1
         lowest = np.inf
         for i in range(n):
@@ -58,7 +57,6 @@ def prune_joint(inverse: FloatArray, minimiser: FloatArray, n_prune: int) -> Boo
                 target = inverse[i]
                 for j in range(n):
                     target[j] -= factor * row[j]
-    return pruned
 
 
 @entry(MATRIX, VECTOR, FLAGS, INTEGER)

@@ -59,3 +59,16 @@ def test_public_functions_take_at_most_twelve_arguments() -> None:
         if inspect.isfunction(function):
             parameters = inspect.signature(function).parameters.values()
             assert sum(entry.kind is not entry.VAR_KEYWORD for entry in parameters) <= 12, name
+
+
+def test_every_logger_is_named_by_its_module() -> None:
+    """So that a room is turned up or down by its name; nothing goes to the root."""
+    said = re.compile(r"getLogger\((.*?)\)|logging\.(?:debug|info|warning|error|exception|critical|log)\(")
+    found = [
+        (path, match[1])
+        for package in ("cbs_opt", "formulations")
+        for path in (ROOT / package).rglob("*.py")
+        for match in said.finditer(path.read_text())
+    ]
+    assert len(found) > 10
+    assert {name for _, name in found} == {"__name__"}, found

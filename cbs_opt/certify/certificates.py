@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from cbs_opt.certify.files import block_path
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.system.progress import SILENT, Progress
 from formulations.errors import InstanceFormatError
 from formulations.instances import read_solution, write_instance, write_solution
 from formulations.loss import objective, solved_weights
@@ -112,7 +112,7 @@ def certify_blocks(
     time_limit: float | None = None,
     block_dir: PathLike | None = None,
     path_of: Callable[[int], Path | None] = lambda number: None,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> list[CertifiedBlock]:
     """Bound every block of a pruned network, one after another.
 
@@ -128,12 +128,11 @@ def certify_blocks(
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     if block_dir is not None:
         Path(block_dir).mkdir(parents=True, exist_ok=True)
-    certified: list[CertifiedBlock] = []
-    silent = None if progress and len(blocks) > 1 else True
-    for number, block in enumerate(tqdm(blocks, desc="certificates", unit="block", disable=silent)):
+
+    def certified(number: int) -> CertifiedBlock:
         kept, proved = chosen[number]
         keep: BoolArray = kept.cpu().numpy()
-        problem = block.to_problem(int((~keep).sum()))
+        problem = blocks[number].to_problem(int((~keep).sum()))
         if block_dir is not None:
             write_instance(block_path(block_dir, number), problem)
         left = deadline - time.monotonic()
@@ -147,8 +146,11 @@ def certify_blocks(
             result = certify_block(problem, keep, program, method=method, proved=proved, time_limit=share)
             if path is not None:
                 write_solution(path, problem, result.solution)
-        certified.append(result)
-    return certified
+        return result
+
+    # One block is no share of anything, but may take long: it is shown as a count.
+    total = len(blocks) if len(blocks) > 1 else None
+    return progress.collect("certificates", map(certified, range(len(blocks))), total, unit="block")
 
 
 def relative_gap(objective: float | None, bound: float | None) -> float | None:

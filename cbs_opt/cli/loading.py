@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,12 @@ WEIGHTS_FILE = "weights.safetensors"
 STATE = "state"
 """Directory within the output where a run that can be resumed keeps what it finds."""
 
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
+"""How files end that `torch.save` wrote."""
+STATE_NAMES = ("state_dict", "model_state_dict")
+"""Where training runs put the state dict in such a file."""
+FORM = "FILE.py:function or package.module:function"
+"""How a function is named on the command line."""
 LOSSES: dict[str, LossFunction] = {
     "cross_entropy": nn.functional.cross_entropy,
     "mse_loss": nn.functional.mse_loss,
@@ -37,9 +43,11 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def load_network(specification: str, weights: Path | None, device: str) -> nn.Module:
-    """Return the network that ``FILE.py:factory`` makes, in evaluation mode, with `weights` if given.
+    """Return the network that a factory makes, see `_function`, in evaluation mode, with `weights` if given.
 
-    A factory that raises or makes no network, and weights that do not fit, are a `UserCodeError`.
+    Weights are a state dict: by safetensors, or by `torch.save` in a file that ends in .pt, .pth, .bin or
+    .ckpt, of which tensors alone are read. A factory that raises or makes no network, and weights that do not
+    fit, are a `UserCodeError`.
     """
     network = _call(specification, "--model")
     if not isinstance(network, nn.Module):
@@ -48,18 +56,43 @@ def load_network(specification: str, weights: Path | None, device: str) -> nn.Mo
     if weights is not None:
         _require_file(weights, "--weights")
         try:
-            safetensors.torch.load_model(network, weights)
+            if weights.suffix in TORCH_FILES:
+                network.load_state_dict(_torch_state(weights))
+            else:
+                safetensors.torch.load_model(network, weights)
         except (SafetensorError, RuntimeError) as error:
-            found = f"--weights: {weights} does not fit {specification} ({error})"
-            raise UserCodeError(f"{found}; pass the safetensors state dict of this network") from error
+            found = f"--weights: {weights} does not fit {specification} ({' '.join(str(error).split())})"
+            raise UserCodeError(f"{found}; pass the state dict of this network") from error
     try:
         return network.to(device).eval()
     except RuntimeError as error:
         raise typer.BadParameter(str(error).splitlines()[0], param_hint="--device") from error
 
 
+def _torch_state(path: Path) -> Mapping[str, Any]:
+    """Return the state dict in a file of `torch.save`, which is refused if it has more than plain values.
+
+    A file of a training run may have it under "state_dict" or "model_state_dict".
+    """
+    option = f"--weights: {path}"
+    try:
+        # With tensors alone nothing of the file is run.
+        found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as error:
+        # Pickle and zip raise what they like; of torch's many lines one says what was found.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        why = next((line for line in lines if "Unpickler error" in line), lines[0])
+        remedy = "save model.state_dict() alone, or load the file in the factory if you trust it"
+        raise UserCodeError(f"{option} is damaged or holds more than tensors ({why}); {remedy}") from error
+    if isinstance(found, Mapping):
+        found = next((found[name] for name in STATE_NAMES if isinstance(found.get(name), Mapping)), found)
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserCodeError(f"{option} holds no state dict; save model.state_dict()")
+    return found
+
+
 def load_data(specification: str, option: str, dtype: torch.dtype) -> Data:
-    """Return samples from ``FILE.npz`` (arrays x and y) or from what ``FILE.py:factory`` returns.
+    """Return samples from ``FILE.npz`` (arrays x and y) or what a factory returns, see `_function`.
 
     Floating-point arrays become `dtype`; integers become int64, as class labels and embeddings need. A file
     that cannot be read and a factory that raises are a `UserCodeError`.
@@ -81,11 +114,11 @@ def load_data(specification: str, option: str, dtype: torch.dtype) -> Data:
 
 
 def load_loss(specification: str) -> LossFunction:
-    """Return a loss by name, or the function ``FILE.py:function`` itself."""
+    """Return a loss by name, or the function itself that `_function` finds."""
     if specification in LOSSES:
         return LOSSES[specification]
     if ":" not in specification:
-        found = f"{specification!r} is no loss; use one of {', '.join(LOSSES)}, or FILE.py:function"
+        found = f"{specification!r} is no loss; use one of {', '.join(LOSSES)}, or {FORM}"
         raise typer.BadParameter(found, param_hint="--loss")
     return _function(specification, "--loss")
 
@@ -150,19 +183,42 @@ def _call(specification: str, option: str) -> Any:
 
 
 def _function(specification: str, option: str) -> Callable[..., Any]:
-    file, separator, name = specification.rpartition(":")
-    if not separator or not file.endswith(".py") or not name:
-        raise typer.BadParameter(f"{specification!r}; write FILE.py:function", param_hint=option)
-    path = Path(file)
-    _require_file(path, option)
-    found = getattr(_module(path, option), name, None)
+    """Return the function that ``FILE.py:name`` or ``package.module:name`` names.
+
+    A module is looked for as by ``python -m``: in the working directory first, then where packages are.
+    """
+    place, separator, name = specification.rpartition(":")
+    if not separator or not place or not name:
+        raise typer.BadParameter(f"{specification!r}; write {FORM}", param_hint=option)
+    found: object = _file_module(Path(place), option) if place.endswith(".py") else _module(place, option)
+    for part in name.split("."):
+        found = getattr(found, part, None)
     if not callable(found):
-        raise typer.BadParameter(f"{path} defines no function {name}", param_hint=option)
-    return found  # type: ignore[no-any-return]
+        raise typer.BadParameter(f"{place} defines no function {name}", param_hint=option)
+    return found
 
 
-def _module(path: Path, option: str) -> ModuleType:
+def _module(name: str, option: str) -> ModuleType:
+    """Import a module by its dotted name."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise typer.BadParameter(f"{name!r} names no module; write {FORM}", param_hint=option)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise UserCodeError(f"{option}: importing {name} needs {error.name}; install it") from error
+        found = f"there is no module {name} in {Path.cwd()} or installed"
+        raise typer.BadParameter(f"{found}; write {FORM}", param_hint=option) from error
+    except Exception as error:
+        raise UserCodeError(f"{option}: importing {name} raised {type(error).__name__}: {error}") from error
+
+
+def _file_module(path: Path, option: str) -> ModuleType:
     """Run a file as a module; its own directory is importable, as for a script."""
+    _require_file(path, option)
     resolved = path.resolve()
     name = f"cbs_opt_user_{resolved.stem}_{abs(hash(str(resolved))):x}"
     if name in sys.modules:

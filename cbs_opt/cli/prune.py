@@ -19,12 +19,15 @@ FLAGGED = ("select.method", "select.program", "curvature.samples", "damping", "s
 """Fields that have an option of their own."""
 
 Model = Annotated[
-    str, typer.Option(help="FILE.py:factory; the factory takes no argument and returns a torch.nn.Module.")
+    str,
+    typer.Option(
+        help="FILE.py:factory or package.module:factory; it takes no argument and returns a torch.nn.Module."
+    ),
 ]
 Source = Annotated[
     str,
     typer.Option(
-        help="FILE.npz with arrays x and y, or FILE.py:factory that returns a DataLoader or (X, y). "
+        help="FILE.npz with arrays x and y, or like --model a factory of a DataLoader or (X, y). "
         "Curvature and every choice come from these samples."
     ),
 ]
@@ -33,15 +36,20 @@ Sparsity = Annotated[
     float | None,
     typer.Option(help="Share of the weights to set to zero, in [0, 1); a recipe file may have it."),
 ]
-Weights = Annotated[Path | None, typer.Option(help="safetensors state dict to load into the network.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="State dict to load: safetensors, or .pt by torch.save, of which tensors alone are read."
+    ),
+]
 Evaluate = Annotated[
     str | None, typer.Option(help="Like --data: samples that loss and accuracy are reported on, and no more.")
 ]
 Loss = Annotated[
     str | None,
     typer.Option(
-        help="cross_entropy, mse_loss, or FILE.py:function of (output, labels); by default what output and "
-        "labels stand for."
+        help="cross_entropy, mse_loss, or like --model a function of (output, labels); by default what "
+        "output and labels stand for."
     ),
 ]
 RecipeName = Annotated[

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cbs_opt.curvature.gradients import (
     Gradients,
@@ -42,6 +41,7 @@ from cbs_opt.network.objective import Objective, check_labels, logits_of
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.state import kept
 from cbs_opt.system.checks import finite_number, whole_number
+from cbs_opt.system.progress import Advance, Progress, ignored, reporting
 from cbs_opt.system.resources import ORDINARY, Resources
 from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
 
@@ -63,7 +63,7 @@ def gradient_rows(
     curvature: Fisher = EMPIRICAL,
     resources: Resources = ORDINARY,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress | bool = True,
     weights: Tensor | None = None,
     keep: Tensor | None = None,
     gradient: bool = True,
@@ -94,7 +94,8 @@ def gradient_rows(
         system that is kept in memory (tmpfs) nothing is won.
     seed : int, default 0
         Draws the samples, the Monte-Carlo labels and the signs of sketches.
-    progress : bool, default True
+    progress : bool or Progress, default True
+        A bar where standard error is a terminal, silence, or an object of one's own that is told.
     weights : (n,) Tensor, optional
         Take the gradients at these weights instead of the network's own.
     keep : (n,) bool Tensor, optional
@@ -179,11 +180,9 @@ def gradient_rows(
         )
         wanted = curvature.samples
         batches = _settled(function, data, wanted, seed, min(wanted, READ_AHEAD))
-        silent = None if progress else True
-        with tqdm(total=wanted, desc="gradients", unit="sample", disable=silent) as bar:
+        with reporting(progress).phase("gradients", wanted, unit="sample") as builder.advance:
             for batch in batches if size == 1 or objective.in_batches else regroup(batches, size):
                 builder.consume(batch)
-                bar.update(batch.size)
         mean = builder.finish()
         on_failure.pop_all()
     return Rows(
@@ -206,7 +205,7 @@ def mean_gradient(
     batch_size: int = 256,
     seed: int = 0,
     weights: Tensor | None = None,
-    progress: bool = True,
+    progress: Progress | bool = True,
 ) -> tuple[Tensor, int]:
     """Return the gradient of the mean loss over many samples, by ordinary backward passes.
 
@@ -220,8 +219,8 @@ def mean_gradient(
     function = NetworkFunction(model, partition, objective, weights)
     total = torch.zeros(partition.n, dtype=function.dtype, device=function.device)
     used, mass = 0, 0.0
-    silent = None if progress else True
-    with kept(model), tqdm(total=samples, desc="gradient", unit="sample", disable=silent) as bar:
+    counting = reporting(progress).phase("gradient", samples, unit="sample")
+    with kept(model), counting as advance:
         for part in _settled(function, data, samples, seed, batch_size):
             batch = objective.prepared(part)
             shares = function.weights(batch)
@@ -231,7 +230,7 @@ def mean_gradient(
                 piece.add_(mean[name].to(total), alpha=weight)
             mass += weight
             used += batch.size
-            bar.update(batch.size)
+            advance(batch.size)
     if mass == 0.0:
         raise EmptyDataError("data", "labels that are all ignored", "pass samples with labels")
     total.div_(mass)
@@ -252,7 +251,7 @@ def fisher_blocks(
     damping: float = 1e-3,
     resources: Resources = ORDINARY,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress | bool = True,
 ) -> list[FisherBlock]:
     """Cut the weights of a network into blocks, each with its Fisher model and gradient.
 
@@ -329,8 +328,9 @@ class RowBuilder:
     """Computes rows batch by batch and puts them into `target`.
 
     `target_of` makes it of the number of rows, at most, their width, dtype and device, at the first one.
-    `samples` counts those used so far, `mass` how much they count; the other fields are the arguments of
-    `gradient_rows`. A row of samples that count ``c`` on average is stored times ``sqrt(c)``.
+    `samples` counts those used so far, of which `advance` is told, `mass` how much they count; the other
+    fields are the arguments of `gradient_rows`. A row of samples that count ``c`` on average is stored times
+    ``sqrt(c)``.
     """
 
     function: NetworkFunction
@@ -342,6 +342,7 @@ class RowBuilder:
     keep: Tensor | None = None
     gradient: bool = True
     journal: Journal = field(default_factory=Journal)
+    advance: Advance = ignored
     samples: int = field(init=False, default=0)
     mass: float = field(init=False, default=0.0)
     target: RowTarget = field(init=False)
@@ -379,6 +380,7 @@ class RowBuilder:
             self.mass += part.size if weights is None else float(weights.sum())
             if not stored:
                 self.journal.save(self._gradient, self.samples)
+            self.advance(part.size)
 
     def finish(self) -> Tensor:
         """Scale the rows in their target; return the mean gradient, (n,)."""

@@ -14,9 +14,12 @@ from cbs_opt.curvature.input_recorder import InputRecorder
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.channels import Channel, ChannelTerm
 from cbs_opt.network.data import Data, device_of, forward, iterate
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import ParameterSpan, Partition
+from cbs_opt.network.state import kept
 from cbs_opt.network.trial import TrialNetwork, plain_attention
 from cbs_opt.system.checks import whole_number
+from cbs_opt.system.progress import SILENT, Progress
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
 INPUT_SAMPLES = 1_000
@@ -108,6 +111,8 @@ def input_moments(
     samples: int = INPUT_SAMPLES,
     seed: int = 0,
     weights: Tensor | None = None,
+    objective: Objective | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
     """``E[sum over positions of x x^T]`` of the inputs of every layer whose weights are pruned.
 
@@ -116,15 +121,19 @@ def input_moments(
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode; not changed.
+        In evaluation mode; not changed, buffers included.
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
-        Labels are not looked at.
+        As of `gradient_rows`. Labels are not looked at.
     partition : Partition
     samples : int, default 1000
     seed : int, default 0
         Draws the samples of a pair of tensors.
     weights : (n,) Tensor, optional
         Run the network at these weights instead of its own.
+    objective : Objective, optional
+        Knows the dtype that the network takes, where that is not the one of the data.
+    progress : Progress, optional
+        Is told of the samples.
 
     Returns
     -------
@@ -151,12 +160,14 @@ def input_moments(
         data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
     )
     seen = 0
-    with plain_attention(), torch.no_grad():
-        for batch in batches:
+    counting = progress.phase("layer inputs", samples, unit="sample")
+    with kept(model), plain_attention(), torch.no_grad(), counting as advance:
+        for batch in batches if objective is None else map(objective.prepared, batches):
             recorder.positions = _positions(batch.inputs)
             with recorder:
                 forward(network, batch.inputs)
             seen += batch.size
+            advance(batch.size)
     totals = recorder.totals()
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):

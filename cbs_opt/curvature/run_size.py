@@ -19,8 +19,12 @@ from cbs_opt.system.plain import plain
 from cbs_opt.system.resources import ORDINARY, Resources
 
 DOUBLE = 8
-VECTORS = 8
-"""Vectors of length n in float64 that a run has at a time: weights, scores, candidates and their copies."""
+VECTORS = 3
+"""Vectors of length n in float64 that a run has throughout: weights, their copies, the gradient and masks."""
+SPREADING = 5
+"""Further ones while the budget is spent over blocks, or the kept weights are moved."""
+BLOCK_VECTORS = 32
+"""Vectors of the length of a block that a search has at a time."""
 GRADIENTS = 3
 """Gradients of the whole network that one backward pass has at a time, at least."""
 LARGEST_ARRAYS = 3
@@ -144,18 +148,21 @@ def run_size(
     factors = (min(span.stop - span.start, size) * span.fan_in for span in spans)
     standing = {
         "gradient rows": held,
-        "vectors": VECTORS * DOUBLE * partition.n,
+        "vectors of the network": VECTORS * DOUBLE * partition.n,
         "second moments": DOUBLE * sum(span.fan_in**2 for span in spans) if layer_inputs else 0,
     }
-    # Gradients are gone when the first block is worked on.
     chunk = max(resources.chunk_memory, GRADIENTS * itemsize * partition.n)
     passing = {"gradients of a chunk": chunk if fresh else 0}
+    spreading = {"scores of the network": SPREADING * DOUBLE * partition.n}
     working = {
+        "vectors of a block": BLOCK_VECTORS * DOUBLE * size,
         "rows of a block in float64": DOUBLE * rows * size if in_double else 0,
         "channel factors": DOUBLE * max(factors) if layer_inputs else 0,
         "equations of a block": 2 * DOUBLE * min(rows, size) ** 2,
     }
-    arrays = {**standing, **passing, **working}
+    # These come one after the other.
+    phases = passing, spreading, working
+    arrays = {name: value for phase in (standing, *phases) for name, value in phase.items()}
     now = resident()
     return RunSize(
         n=partition.n,
@@ -171,7 +178,7 @@ def run_size(
         disk_free_bytes=shutil.disk_usage(folder).free if folder is not None and folder.is_dir() else 0,
         arrays=dict(sorted(arrays.items(), key=lambda entry: -entry[1])[:LARGEST_ARRAYS]),
         resident_bytes=now,
-        peak_bytes=now + sum(standing.values()) + max(sum(passing.values()), sum(working.values())),
+        peak_bytes=now + sum(standing.values()) + max(sum(phase.values()) for phase in phases),
     )
 
 

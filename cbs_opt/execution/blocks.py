@@ -176,15 +176,18 @@ def by_workers(
 
         def done(position: int, solution: BlockSolution) -> None:
             number = unsolved[position]
+            advance(1)
             if solution.keep is not None and solution.limit is not Limit.INTERRUPTED:
                 ledger.add(number, Choice.of_solution(blocks[number], solution))
 
         call = _BlockCall(method=solver, program=program, limits=limits, options=options)
         # One block at a time becomes a problem in float64, as workers take it.
         pairs = ((blocks[number].to_problem(counts[number]), None) for number in unsolved)
-        solutions, waiting = _run_blocks(
-            call, pairs, seed_of=lambda index: limits.seed, workers=workers, on_solution=done
-        )
+        known = len(blocks) - len(unsolved)
+        with ledger.progress.phase("blocks", len(blocks), unit="block", done=known) as advance:
+            solutions, waiting = _run_blocks(
+                call, pairs, seed_of=lambda index: limits.seed, workers=workers, on_solution=done
+            )
         if waiting is not None:
             raise KeyboardInterrupt
         for position, number in enumerate(unsolved):

@@ -7,11 +7,15 @@ With ``D = C_KK + damping I``, factored channel by channel, and the m x m matrix
 so that nothing larger than a channel or than m x m is factored. ``M`` may be formed in single precision:
 then this inverse is only nearly that of H_KK, and conjugate gradients with it as the preconditioner bring
 the solution to double precision in a few steps.
+
+Where weights Q leave the kept ones, ``E = D^-1`` and ``Z = D^-1 R^T`` lose ``E_KQ E_QQ^-1`` times ``E_QK``
+and ``Z_Q``, channel by channel, and M loses ``Z_Q^T E_QQ^-1 Z_Q``: rank q instead of rank s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -27,6 +31,8 @@ DENSE_LIMIT = 4_096
 """Largest block whose whole Hessian is formed because of its term over channels."""
 GROUP = 2_048
 """Columns of neighbouring channels that one product takes at once."""
+MANY = 3
+"""A system is made anew where more than one in so many of its weights leave."""
 SINGLE_LIMIT = 1e4
 """Largest diagonal entry of M that single precision is trusted with."""
 RESIDUAL = 1e-11
@@ -34,11 +40,12 @@ RESIDUAL = 1e-11
 REFINEMENTS = 50
 
 
-class _Factored(NamedTuple):
-    """The kept weights of one channel and the Cholesky factor of their block of D."""
+class _Part(NamedTuple):
+    """The kept weights of one channel, the inverse of their block of D, and that times their rows, (k, m)."""
 
     kept: Tensor
-    factor: Tensor
+    inverse: Tensor
+    spread: Tensor
 
 
 class ChannelHessian(Hessian):
@@ -93,7 +100,8 @@ class ChannelSystem:
     `kept` (s,) are the kept weights in increasing order. The products with the rows, where the work is, are
     taken in `precision`. Solutions are in float64 whatever it is; the diagonal of the inverse is not.
     Raises `NotPositiveDefiniteError` if ``C_KK + damping I`` is singular.
-    O(m^2 s + sum of m k^2 over channels of k kept weights); memory beyond the block O(m^2 + sum of k^2).
+    O(m^2 s + sum of m k^2 over channels of k kept weights); memory beyond the block
+    O(m^2 + m s + sum of k^2).
     Where ``s <= m``, or there is a matrix for rows, ``H_KK`` is formed instead: O(m s^2).
     """
 
@@ -110,28 +118,98 @@ class ChannelSystem:
             self.whole = self._factorise(damped(hessian.base.part(kept) + self.channels.dense(), damping))
             return
         self.rows = hessian.base.data
-        self.parts = self._factored()
-        inner = self._inner_matrix()
-        if precision != torch.float64 and float(inner.diagonal().amax()) > SINGLE_LIMIT:
-            self.precision = torch.float64
-            inner = self._inner_matrix()
-        self.inner = self._factorise(inner)
+        self.parts = self._inverted()
+        self.seen = self._seen()
+        if precision != torch.float64 and max(self.seen.diagonal().tolist(), default=0.0) >= SINGLE_LIMIT:
+            self._go_double()
+        self.inner = self._factorise(damped(self.seen, 1.0))
+
+    def without(self, leaving: Tensor) -> ChannelSystem:
+        """Return the system of the kept weights but for indices `leaving` (q,), in increasing order.
+
+        O(m^2 q + sum of m k q over channels) where few leave; made anew where many do, or where H_KK is
+        formed.
+        """
+        kept = self.kept[~torch.isin(self.kept, leaving)]
+        few = len(leaving) * MANY <= len(self.kept) and len(kept) > self.hessian.base.rank
+        if self.whole is not None or not few:
+            return ChannelSystem(self.hessian, kept, self.damping, self.name, self.precision)
+        system = copy(self)
+        system.kept, system.member = kept, self.member.clone()
+        system.member[leaving] = False
+        system.channels = self.hessian.channels.restricted(system.member)
+        system.seen = self.seen.clone()
+        parts, lost = [], []
+        for part in self.parts:
+            stays = system.member[part.kept]
+            if not bool(stays.all()):
+                part, gone = self._less(part, stays)
+                lost.append(gone)
+            if len(part.kept):
+                parts.append(part)
+        for group in _groups(lost):
+            gone = torch.cat(group)
+            system.seen -= (gone.T @ gone).double()
+        system.parts = parts
+        system.inner = self._factorise(damped(system.seen, 1.0))
+        return system
+
+    def _less(self, part: _Part, stays: Tensor) -> tuple[_Part, Tensor]:
+        """Return a channel without the weights where `stays` is False, and G, where M loses ``G^T G``."""
+        inside, outside = stays.nonzero().squeeze(1), (~stays).nonzero().squeeze(1)
+        across = part.inverse.index_select(0, outside)
+        factor = self._factorise(across.index_select(1, outside))
+        across = torch.linalg.solve_triangular(factor, across.index_select(1, inside), upper=False)
+        gone = part.spread.index_select(0, outside)
+        gone = torch.linalg.solve_triangular(factor.to(self.precision), gone, upper=False)
+        inverse = part.inverse.index_select(0, inside).index_select(1, inside)
+        inverse.addmm_(across.T, across, alpha=-1)
+        spread = part.spread.index_select(0, inside).addmm_(across.T.to(self.precision), gone, alpha=-1)
+        return _Part(part.kept[inside], inverse, spread), gone
 
     def _factorise(self, matrix: Tensor) -> Tensor:
         return factorise(matrix, self.name, self.damping)
 
-    def _factored(self) -> list[_Factored]:
-        """Return the factors of D, in one piece of memory: between temporaries they would leave holes."""
+    def _inverted(self) -> list[_Part]:
+        """Return the inverses of D, in one piece of memory: between temporaries they would leave holes."""
         channels = self.channels.channels
         squares = [(channel.stop - channel.start) ** 2 for channel in channels]
         storage = torch.empty(sum(squares), dtype=torch.float64, device=self.kept.device)
+        shape = len(self.kept), self.rows.shape[0]
+        spreads = torch.empty(shape, dtype=self.precision, device=self.kept.device)
         parts = []
         for channel, piece in zip(channels, torch.split(storage, squares), strict=True):
             matrix = damped(channel.matrix(), self.damping)
-            # By columns, as LAPACK has it.
-            factor = piece.view_as(matrix).T.copy_(self._factorise(matrix))
-            parts.append(_Factored(self.kept[channel.start : channel.stop], factor))
+            inverse = torch.cholesky_inverse(self._factorise(matrix), out=piece.view_as(matrix))
+            span = slice(channel.start, channel.stop)
+            part = _Part(self.kept[span], inverse, spreads[span])
+            self._spread(part)
+            parts.append(part)
         return parts
+
+    def _spread(self, part: _Part) -> None:
+        columns = self.rows.index_select(1, part.kept).to(self.precision)
+        torch.mm(part.inverse.to(self.precision), columns.T, out=part.spread)
+
+    def _seen(self) -> Tensor:
+        """Return ``R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
+        m = self.rows.shape[0]
+        seen = torch.zeros(m, m, dtype=torch.float64, device=self.kept.device)
+        first = 0
+        for group in _groups([part.spread for part in self.parts]):
+            spread = torch.cat(group)
+            columns = self.rows.index_select(1, self.kept[first : first + len(spread)]).to(self.precision)
+            seen += (columns @ spread).double()
+            first += len(spread)
+        return seen.add_(seen.T.clone()).mul_(0.5)
+
+    def _go_double(self) -> None:
+        """Form M anew in double precision."""
+        self.precision = torch.float64
+        self.parts = [part._replace(spread=part.spread.double()) for part in self.parts]
+        for part in self.parts:
+            self._spread(part)
+        self.seen = self._seen()
 
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
         """See `Factor`."""
@@ -142,8 +220,8 @@ class ChannelSystem:
             return solved(self.whole, right)
         solution, settled = self._refined(right)
         if not settled and self.precision != torch.float64:
-            self.precision = torch.float64
-            self.inner = self._factorise(self._inner_matrix())
+            self._go_double()
+            self.inner = self._factorise(damped(self.seen, 1.0))
             solution, _ = self._refined(right)
         return solution
 
@@ -154,10 +232,9 @@ class ChannelSystem:
             return diagonal
         inverse = inverse_of_factor(self.inner, self.precision)
         diagonals = []
-        for group in _groups(self.parts):
-            alone = torch.cat([torch.cholesky_inverse(part.factor).diagonal() for part in group])
-            spread = torch.cat([self._spread(part) for part in group])
-            seen = (spread @ inverse.T).square_().sum(dim=1).double()
+        for part in self.parts:
+            alone = part.inverse.diagonal()
+            seen = (part.spread @ inverse.T).square_().sum(dim=1).double()
             diagonals.append((alone - seen).maximum(torch.finfo(self.precision).eps * alone))
         return torch.cat(diagonals)
 
@@ -186,9 +263,9 @@ class ChannelSystem:
             diagonal = channel.diagonal()[others] + self.damping
             if inside is not None:
                 cross = channel.matrix()[member][:, others]
-                cross = torch.linalg.solve_triangular(inside.factor, cross, upper=False)
-                diagonal = (diagonal - cross.square().sum(dim=0)).clamp_min(self.damping)
-                outer = outer - cross.to(self.precision).T @ self._half(inside)
+                diagonal = diagonal - (cross * (inside.inverse @ cross)).sum(dim=0)
+                diagonal = diagonal.clamp_min(self.damping)
+                outer = outer - cross.to(self.precision).T @ inside.spread
             diagonals.append(diagonal + (outer @ inverse.T).square_().sum(dim=1).double())
         return torch.cat(diagonals) if diagonals else torch.zeros_like(self.inner[0, :0])
 
@@ -201,26 +278,6 @@ class ChannelSystem:
             cross = torch.linalg.solve_triangular(factor, cross, upper=False)
             pieces.append((diagonal[others] - cross.square().sum(dim=0)).clamp_min(self.damping))
         return torch.cat(pieces)
-
-    def _inner_matrix(self) -> Tensor:
-        """Return ``M = I + R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
-        inner = torch.eye(self.rows.shape[0], dtype=torch.float64, device=self.kept.device)
-        for group in _groups(self.parts):
-            half = torch.cat([self._half(part) for part in group])
-            inner += (half.T @ half).double()
-        return inner
-
-    def _half(self, part: _Factored) -> Tensor:
-        """Return ``L^-1 R_k^T``, (k, m), of one channel with ``L L^T = D_k``."""
-        columns = self.rows.index_select(1, part.kept).to(self.precision)
-        half: Tensor = torch.linalg.solve_triangular(part.factor.to(self.precision), columns.T, upper=False)
-        return half
-
-    def _spread(self, part: _Factored) -> Tensor:
-        """Return ``D_k^-1 R_k^T``, (k, m)."""
-        upper = part.factor.to(self.precision).T
-        spread: Tensor = torch.linalg.solve_triangular(upper, self._half(part), upper=True)
-        return spread
 
     def _apply_inverse(self, right: Tensor) -> Tensor:
         """Return ``H_KK^-1 right`` as far as the precision of M goes, by a fixed positive matrix."""
@@ -263,18 +320,18 @@ class ChannelSystem:
     def _by_channel(self, right: Tensor) -> Tensor:
         """Return ``D^-1 right``."""
         pieces = torch.split(right, [len(part.kept) for part in self.parts])
-        return torch.cat([solved(part.factor, piece) for piece, part in zip(pieces, self.parts, strict=True)])
+        return torch.cat([part.inverse @ piece for piece, part in zip(pieces, self.parts, strict=True)])
 
 
-def _groups(parts: list[_Factored]) -> Iterator[list[_Factored]]:
-    """Return neighbouring channels with at most `GROUP` kept weights together (or one channel alone)."""
-    group: list[_Factored] = []
+def _groups(pieces: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Return neighbouring pieces of at most `GROUP` lines together (or one piece alone)."""
+    group: list[Tensor] = []
     size = 0
-    for part in parts:
-        if group and size + len(part.kept) > GROUP:
+    for piece in pieces:
+        if group and size + len(piece) > GROUP:
             yield group
             group, size = [], 0
-        group.append(part)
-        size += len(part.kept)
+        group.append(piece)
+        size += len(piece)
     if group:
         yield group

@@ -29,7 +29,6 @@ LAYERS = (
     *(nn.RNNBase, nn.RNNCellBase),
 )
 """The layers of torch whose parameters of two or more axes are weights, whatever their shape."""
-UNINITIALIZED = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 LISTED = 10
 """Names that a message lists at most."""
@@ -125,7 +124,7 @@ def eligible_parameters(
     _check_values(model, names)
     wanted = set(names) if target is None else set(_matching("target", names, target))
     ignored = set(_matching("ignore", names, ignore))
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in wanted - ignored):
+    if any(nn.parameter.is_lazy(p) for p in wanted - ignored):
         raise NoEligibleWeightsError("model", "lazy parameters without a shape", "run one forward pass first")
     reasons = _Reasons(model, names)
     chosen: list[nn.Parameter] = []
@@ -136,7 +135,7 @@ def eligible_parameters(
         reason = IGNORED if parameter in ignored else reason
         if reason is None:
             chosen.append(parameter)
-        elif not isinstance(parameter, nn.parameter.UninitializedParameter):
+        elif not nn.parameter.is_lazy(parameter):
             left_out.append(LeftOut(name=name, shape=tuple(parameter.shape), reason=reason))
     left_out += _quantised(model)
     if not chosen:
@@ -149,7 +148,7 @@ def _check_values(model: nn.Module, names: Names) -> None:
     """Raise `ArgumentError` if the values of a parameter are not there, or cannot be written to."""
     require_usable(model)
     for parameter, (name, *_) in names.items():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
+        if nn.parameter.is_lazy(parameter):
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         if parameter.ndim == 1 and parameter.numel() == 0 and isinstance(owner, LAYERS):
@@ -248,7 +247,7 @@ def _sharing(model: nn.Module) -> set[str]:
     ranges: list[tuple[str, int, int, str]] = []
     shared: set[str] = set()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if isinstance(tensor, UNINITIALIZED) or tensor.is_meta:
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
             continue
         if tensor.numel() == 0 or tensor.is_quantized or str(tensor.layout) != "torch.strided":
             continue

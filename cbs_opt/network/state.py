@@ -64,6 +64,8 @@ def require_usable(model: nn.Module) -> None:
             "model", found, "move the network there, or set the default device back to the CPU"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            continue
         if tensor.is_meta:
             found = f"{name} is on the meta device, without values"
             raise ArgumentError("model", found, "load its weights, and undo offloading, first")

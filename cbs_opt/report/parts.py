@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -47,7 +47,7 @@ def shared_histograms(first: Tensor, second: Tensor) -> tuple[Histogram, Histogr
 class LayerSummary:
     """One parameter tensor before and after pruning.
 
-    `name` and `shape`: of the parameter. `n` and `n_prune`: number of weights, and of those set to zero.
+    `name`, `shape`, `dtype`: of the parameter. `n`, `n_prune`: number of weights, and of those set to zero.
     `weight_histogram_before` and `weight_histogram_after`: both over the same bins; the second counts kept
     weights only.
     """
@@ -56,6 +56,7 @@ class LayerSummary:
     shape: tuple[int, ...]
     n: int
     n_prune: int
+    dtype: str = ""
     weight_histogram_before: Histogram | None = None
     weight_histogram_after: Histogram | None = None
 
@@ -63,8 +64,15 @@ class LayerSummary:
     def from_weights(cls, name: str, before: Tensor, after: Tensor, keep: Tensor) -> LayerSummary:
         """Return the summary of a parameter from its values before and after and its boolean `keep`."""
         old, new = shared_histograms(before, after[keep])
-        summary = cls(name=name, shape=tuple(before.shape), n=before.numel(), n_prune=int((~keep).sum()))
-        return replace(summary, weight_histogram_before=old, weight_histogram_after=new)
+        return cls(
+            name=name,
+            shape=tuple(before.shape),
+            n=before.numel(),
+            n_prune=int((~keep).sum()),
+            dtype=str(before.dtype).removeprefix("torch."),
+            weight_histogram_before=old,
+            weight_histogram_after=new,
+        )
 
     @property
     def sparsity(self) -> float:

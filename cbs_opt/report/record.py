@@ -14,6 +14,7 @@ from cbs_opt.network.eligible import LeftOut, by_reason
 from cbs_opt.network.evaluation import Evaluation
 from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import Request
+from cbs_opt.report.numbers import MISSING, gap_text, percent_text
 from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary, StageRecord
 from cbs_opt.system.plain import plain, rebuilt
 from formulations.errors import InstanceFormatError
@@ -28,6 +29,10 @@ READ = (2, VERSION)
 """Versions that are read: 2 has no `left_out`, `notes` and `warnings`."""
 GIVEN_ROWS = {"kind": "given"}
 """Curvature of a recipe whose rows were computed before the run."""
+FRAME = ("layer", "shape", "dtype", "n", "n_prune", "sparsity", "left_out")
+"""What `to_frame` has of every parameter."""
+SHOWN_LAYERS = 20
+"""Layers that a notebook shows at most."""
 APART = ("masks", "certificates", "request")
 """Fields of a report that have files or a format of their own."""
 
@@ -182,26 +187,35 @@ class PruneReport:
         return f"PruneReport({self.summary().splitlines()[0]})"
 
     def _repr_html_(self) -> str:
-        """Return the summary and the layers, as a notebook shows them."""
-        return f"<pre>{html.escape(self.summary())}</pre>{self.to_frame().to_html()}"
+        """Return what a notebook shows: the summary, and the sparsity of the layers, some of them if many."""
+        frame = self.to_frame()
+        columns = [name for name in ("shape", "n", "n_prune", "sparsity", "gap") if name in frame]
+        formats: dict[str, Any] = {"sparsity": percent_text, "gap": gap_text}
+        layers = frame.loc[frame["left_out"] == "", columns].dropna(axis=1, how="all")
+        table = layers.to_html(max_rows=SHOWN_LAYERS, formatters=formats, na_rep=MISSING)
+        return f"<pre>{html.escape(self.summary())}</pre>{table}"
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a layer, indexed by name; `attrs` holds the totals of the network.
+        """Return one row a parameter, indexed by name; `attrs` has the totals of those that might be pruned.
 
-        Of a certified run also ``objective``, ``bound`` and ``gap``, sums over the blocks of the layer;
-        NaN where blocks span several layers.
+        Columns are ``shape``, ``dtype``, ``n``, ``n_prune``, ``n_keep``, ``sparsity`` and ``left_out``, the
+        reason why a parameter was not to be pruned, empty for the others, which come first. Of a certified
+        run also ``objective``, ``bound`` and ``gap``, sums over the blocks of the layer; NaN where blocks
+        span several layers.
         """
         import pandas as pd
 
         rows = [
-            ("x".join(map(str, layer.shape)), layer.n, layer.n_prune, layer.n - layer.n_prune, layer.sparsity)
+            (layer.name, layer.shape, layer.dtype, layer.n, layer.n_prune, layer.sparsity, "")
             for layer in self.layers
         ]
-        index = pd.Index([layer.name for layer in self.layers], name="layer")
-        frame = pd.DataFrame(rows, index, columns=["shape", "n", "n_prune", "n_keep", "sparsity"])
+        rows += [(entry.name, entry.shape, "", entry.n, 0, 0.0, entry.reason) for entry in self.left_out]
+        frame = pd.DataFrame(rows, columns=FRAME).set_index("layer")
+        frame["shape"] = ["x".join(map(str, shape)) for shape in frame["shape"]]
+        frame.insert(4, "n_keep", frame["n"] - frame["n_prune"])
         frame.attrs.update(n=self.n, n_prune=self.n_prune, sparsity=self.sparsity)
         if self.certified is not None:
-            sums = [self._sum_within(layer.name) for layer in self.layers]
+            sums = [self._sum_within(name) for name in frame.index]
             for name in ("objective", "bound", "gap"):
                 frame[name] = np.array([getattr(total, name, None) for total in sums], dtype=float)
             frame.attrs["certified"] = self.certified

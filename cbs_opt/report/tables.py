@@ -183,8 +183,9 @@ def results_table(reports: Sequence[PruneReport], columns: Sequence[str] = RESUL
 
 
 def layers_table(report: PruneReport) -> Table:
-    """Return one row a layer and one for the network."""
-    rows: list[dict[Any, Any]] = report.to_frame().reset_index().to_dict("records")
+    """Return one row a layer and one for all of them."""
+    layers = report.to_frame()
+    rows: list[dict[Any, Any]] = layers[layers["left_out"] == ""].reset_index().to_dict("records")
     total = {"layer": "all", "n": report.n, "n_prune": report.n_prune, "sparsity": report.sparsity}
     rows.append({**total, "shape": " ", "n_keep": report.n - report.n_prune})
     if report.certified is None:

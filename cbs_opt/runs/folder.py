@@ -2,7 +2,8 @@
 
 ``run.json`` is the fingerprint: everything that decides the result, as plain values. The other files are
 pieces, named by what they hold. A piece appears whole or not at all, carries a checksum and the fingerprint
-of its run, and is never changed. One that is damaged is not believed: it is made again.
+of its run, and is never changed, but for the state of a search, which takes the place of the one before. One
+that is damaged is not believed: it is made again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -40,6 +41,8 @@ VERSION = 1
 LARGEST_PIECE = 1 << 42
 SAVE_EVERY = 2.0
 """Seconds of work that a kill may cost where small results are written together."""
+QUICK_WRITE = 0.04
+"""Seconds that a state may take to write; one that takes longer is written less often: 2 % of a search."""
 MOST_DIFFERENCES = 8
 """Differences that a message lists."""
 
@@ -48,6 +51,9 @@ log = logging.getLogger(__name__)
 
 class Pieces:
     """Where the pieces of a run are kept: a `RunStore`, or this, which keeps none."""
+
+    writes: ClassVar[bool] = False
+    """Whether pieces are kept at all."""
 
     def recall(self, name: str) -> Piece | None:
         """Return the piece of that name; None if it is missing, or damaged, which is logged."""
@@ -75,6 +81,8 @@ class RunStore(Pieces):
     OSError
         If the directory cannot be written.
     """
+
+    writes = True
 
     def __init__(self, directory: PathLike, fingerprint: Mapping[str, Any]) -> None:
         self.directory = Path(directory)
@@ -191,6 +199,33 @@ class Series:
         self._store.keep(f"{self._name}_{self._next:04d}", header, arrays, compress=compress)
         self._next += 1
         self._saved_at = time.monotonic()
+
+
+class Latest:
+    """The piece `name` of a store, which is replaced as the work goes on."""
+
+    def __init__(self, store: Pieces, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._saved_at = time.monotonic()
+        self._writing = 0.0
+
+    def recall(self) -> Piece | None:
+        """Return what was written last."""
+        return self._store.recall(self._name)
+
+    @property
+    def due(self) -> bool:
+        """True if the last write is `SAVE_EVERY` seconds old, or longer where it took long."""
+        wait = SAVE_EVERY * max(1.0, self._writing / QUICK_WRITE)
+        return self._store.writes and time.monotonic() - self._saved_at >= wait
+
+    def replace(self, header: Mapping[str, Any], arrays: Arrays) -> None:
+        """Write the piece in place of the one before."""
+        began = time.monotonic()
+        self._store.keep(self._name, header, arrays, compress=False)
+        self._saved_at = time.monotonic()
+        self._writing = self._saved_at - began
 
 
 def _differences(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:

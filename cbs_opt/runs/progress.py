@@ -1,6 +1,7 @@
 """What a run has done so far: rows, input moments, sets of blocks, certificates, stages, the result.
 
-Each of these steps asks here before it computes; what lies between them is done again, to the same bits.
+Each of these steps asks here before it computes, a search of a large block at each of its moves; what lies
+between them is done again, to the same bits.
 Without a directory nothing is kept.
 """
 
@@ -10,7 +11,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.report.files import REPORT_JSON, read_json
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import absorb_batch
-from cbs_opt.runs.folder import Piece, Pieces, RunStore, Series
-from cbs_opt.select.choice import Choice, Ledger
+from cbs_opt.runs.folder import Latest, Piece, Pieces, RunStore, Series
+from cbs_opt.select.choice import Choice, Ledger, SearchJournal
+from cbs_opt.system.progress import SILENT, Progress
 from formulations.errors import InstanceFormatError
 from formulations.files import sealed_json, write_atomically
 from formulations.solution import Limit
@@ -105,16 +107,23 @@ class RowJournal(Journal):
 class ChoiceLedger(Ledger):
     """The choices of one selection that were made, and where further ones are put: no block is solved twice.
 
-    `sizes` are the weights in each block; sets are read to `device`.
+    `name` is that of its pieces in `store`, `sizes` are the weights in each block; sets are read to `device`.
     """
 
-    def __init__(self, series: Series, sizes: Sequence[int], device: torch.device) -> None:
-        self._series = series
+    def __init__(
+        self, store: Pieces, name: str, sizes: Sequence[int], device: torch.device, progress: Progress
+    ) -> None:
+        super().__init__(progress)
+        self._store, self._name, self._device = store, name, device
+        self._series = Series(store, name)
         self._sizes = sizes
         self._waiting: dict[int, Choice] = {}
         self._known: dict[int, Choice] = {}
-        for piece in series.recall():
+        for piece in self._series.recall():
             self._known |= _decoded(piece, sizes, device)
+
+    def journal(self, index: int) -> SearchJournal:
+        return StateJournal(self._store, self._name, index, self._device, self.progress)
 
     def choice(self, index: int) -> Choice | None:
         """Return the choice for a block, if it was made."""
@@ -145,6 +154,37 @@ class ChoiceLedger(Ledger):
             self._series.add(*_encoded(self._waiting))
             self._known |= self._waiting
             self._waiting = {}
+
+
+class StateJournal(SearchJournal):
+    """The last state of a search of one block, kept in a piece of that search in `store`.
+
+    `name` is that of the piece, `block` the number of the block: the next block takes over the piece.
+    """
+
+    def __init__(
+        self, store: Pieces, name: str, block: int, device: torch.device, progress: Progress
+    ) -> None:
+        super().__init__(progress)
+        self._store, self._name, self._block, self._device = store, name, block, device
+        self._latest = Latest(store, name)
+
+    def named(self, name: str) -> SearchJournal:
+        return StateJournal(self._store, f"{self._name}_{name}", self._block, self._device, self.progress)
+
+    def recall(self) -> dict[str, Any]:
+        piece = self._latest.recall()
+        if piece is None or piece[0]["block"] != self._block:
+            return {}
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in piece[1].items()}
+        return {**piece[0]["numbers"], **tensors}
+
+    def keep(self, state: Mapping[str, Any]) -> None:
+        if not self._latest.due:
+            return
+        arrays = {name: value.cpu().numpy() for name, value in state.items() if isinstance(value, Tensor)}
+        numbers = {name: value for name, value in state.items() if name not in arrays}
+        self._latest.replace({"block": self._block, "numbers": numbers}, arrays)
 
 
 def _encoded(choices: dict[int, Choice]) -> Piece:
@@ -210,9 +250,11 @@ class RunProgress:
             return moments
         return {key: torch.from_numpy(array).to(self._device) for key, array in piece[1].items()}
 
-    def selection(self, number: int, sizes: Sequence[int]) -> ChoiceLedger:
-        """Return the ledger of the sets of one selection; `sizes` are those of the blocks."""
-        return ChoiceLedger(Series(self.pieces, f"selection_{number:04d}"), sizes, self._device)
+    def selection(
+        self, number: int, sizes: Sequence[int], *, step: str = "", progress: Progress = SILENT
+    ) -> ChoiceLedger:
+        """Return the ledger of the sets of one selection of a step; `sizes` are those of the blocks."""
+        return ChoiceLedger(self.pieces, f"selection{step}_{number:04d}", sizes, self._device, progress)
 
     def certificate_path(self, number: int) -> Path | None:
         """Return where the certified solution of a block is; None where nothing is kept."""

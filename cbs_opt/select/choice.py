@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.system.progress import SILENT, Progress
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 
 
@@ -96,8 +97,45 @@ class SearchInterruptedError(KeyboardInterrupt):
         self.choice = choice
 
 
+class SearchJournal:
+    """What one search of a block has to keep so that a killed run goes on; this one forgets all.
+
+    `progress` is told of the steps of the search.
+    """
+
+    def __init__(self, progress: Progress = SILENT) -> None:
+        self.progress = progress
+
+    def named(self, name: str) -> SearchJournal:
+        """Return the journal of another search of the same block, `name` in words of letters."""
+        return self
+
+    def recall(self) -> dict[str, Any]:
+        """Return the last state that was kept; empty if there is none."""
+        return {}
+
+    def keep(self, state: Mapping[str, Any]) -> None:
+        """Keep a state in place of the one before, in time: float64 or bool tensors, numbers, booleans.
+
+        It is all that the search needs to go on to the same bits.
+        """
+
+
+NO_JOURNAL = SearchJournal()
+
+
 class Ledger:
-    """The choices of blocks that are made already, and where further ones are added; this one forgets all."""
+    """The choices of blocks that are made already, and where further ones are added; this one forgets all.
+
+    `progress` is told of the blocks that are done.
+    """
+
+    def __init__(self, progress: Progress = SILENT) -> None:
+        self.progress = progress
+
+    def journal(self, index: int) -> SearchJournal:
+        """Return where the searches of a block keep their states; one block is searched at a time."""
+        return SearchJournal(self.progress)
 
     def choice(self, index: int) -> Choice | None:
         """Return the choice of a block, or None if it is not made yet."""
@@ -118,15 +156,17 @@ def one_by_one(
     Raises `SearchInterruptedError` at the first choice that an interrupt ended.
     """
     choices = []
-    # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
-    for number, block in enumerate(blocks):
-        choice = ledger.choice(number)
-        if choice is None:
-            choice = choose(block, number)
-            if choice.limit is Limit.INTERRUPTED:
-                raise SearchInterruptedError(choice)
-            ledger.add(number, choice)
-        choices.append(choice)
+    with ledger.progress.phase("blocks", len(blocks), unit="block") as advance:
+        # Nothing but the loop holds a block: `zip` within `enumerate` would keep the one before.
+        for number, block in enumerate(blocks):
+            choice = ledger.choice(number)
+            if choice is None:
+                choice = choose(block, number)
+                if choice.limit is Limit.INTERRUPTED:
+                    raise SearchInterruptedError(choice)
+                ledger.add(number, choice)
+            choices.append(choice)
+            advance(1)
     return choices
 
 

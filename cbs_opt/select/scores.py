@@ -77,13 +77,14 @@ class BySaliency:
         warm: Sequence[Tensor] | None = None,
         ledger: Ledger = NO_LEDGER,
     ) -> list[Choice]:
-        """Return one choice a block; `limits`, `warm` and `ledger` are of no use."""
-        choices = []
-        for block, count in zip(blocks, counts, strict=True):
-            began = time.perf_counter()
-            keep = without_lowest(self.score(block), count)
-            choices.append(Choice(keep=keep, seconds=time.perf_counter() - began))
-        return choices
+        """Return one choice a block; `limits` and `warm` are of no use, the ledger for its progress alone."""
+        each = (self._choice(block, count) for block, count in zip(blocks, counts, strict=True))
+        return ledger.progress.collect("blocks", each, len(blocks), unit="block")
+
+    def _choice(self, block: FisherBlock, count: int) -> Choice:
+        began = time.perf_counter()
+        keep = without_lowest(self.score(block), count)
+        return Choice(keep=keep, seconds=time.perf_counter() - began)
 
 
 by_magnitude, by_obd, by_obs, by_loss_preservation, by_gradient_norm = map(BySaliency, SALIENCIES.values())

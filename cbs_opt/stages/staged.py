@@ -6,12 +6,13 @@ is taken only as far as the training loss agrees. The network is written to afte
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cbs_opt.curvature.fisher import mean_gradient
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
@@ -20,6 +21,7 @@ from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
 from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
+from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages import trials
 from cbs_opt.stages.model import StageModel
@@ -89,16 +91,14 @@ class StagedRun:
         """Do the stages that are still to do; return what they end with."""
         self.resume()
         steps = self.plan.steps
-        silent = None if self.task.progress else True
-        with tqdm(
-            total=len(steps), initial=self.state.stages, desc="stages", unit="stage", disable=silent
-        ) as bar:
+        done = self.state.stages
+        with self.task.progress.phase("stages", len(steps), unit="stage", done=done) as advance:
             while self.state.stages < len(steps):
                 self.state = self._next_stage(self.state)
                 keep_stage(self.task.done.pieces, self.state)
                 self.task.done.forget_steps()
                 self._announce()
-                bar.update()
+                advance(1)
         last = self.state.records[-1]
         return Candidate(
             choices=[Choice(keep=self.state.keep[s.start : s.stop]) for s in self.task.partition.blocks],
@@ -113,6 +113,7 @@ class StagedRun:
     def _next_stage(self, state: StageState) -> StageState:
         self.passes.count, self.passes.samples = state.passes, state.samples
         first, stage = trials.first_dampings(self.task.request), state.stages
+        self._selections = itertools.count()
         pruning = trials.DampingSearch(first, state.damping)
         updating = trials.DampingSearch(first, state.update_damping)
         records: list[StageRecord] = []
@@ -161,7 +162,12 @@ class StagedRun:
         with task.clock.phase("steps"):
             proposals = (
                 trials.selections(
-                    expansion, task.request, task.resources, search.grid(), self._sparsity(stage)
+                    expansion,
+                    task.request,
+                    task.resources,
+                    search.grid(),
+                    self._sparsity(stage),
+                    self._ledger,
                 )
                 if prunes
                 else trials.updates(expansion, task.request, search.grid())
@@ -194,9 +200,19 @@ class StagedRun:
         )
         return best, record
 
+    def _ledger(self, sizes: Sequence[int]) -> ChoiceLedger:
+        """Return the ledger of the next selection of this stage; the order is the same in every run."""
+        number = next(self._selections)
+        return self.task.done.selection(number, sizes, step=self._name, progress=self.task.progress)
+
+    @property
+    def _name(self) -> str:
+        """What the pieces of this stage are named by."""
+        return f"_s{self.state.stages:04d}"
+
     def _model(self, weights: Tensor, keep: Tensor) -> StageModel:
         """Return the model at `weights` of those still there, with the channel term if there is to be one."""
-        task, step = self.task, f"_s{self.state.stages:04d}"
+        task, step = self.task, self._name
         data = task.data
         assert data is not None
         rows = sampled_rows(
@@ -207,7 +223,6 @@ class StagedRun:
             # A channel's slope is that of all its weights, pruned ones as well.
             keep=None if task.recipe.layer_inputs else keep,
             gradient=False,
-            progress=False,
         )
         self.passes.samples += rows.samples
         if not task.recipe.layer_inputs:
@@ -216,7 +231,14 @@ class StagedRun:
         with task.clock.phase("layer inputs"):
             moments = task.done.moments(
                 lambda: input_moments(
-                    task.model, data, task.partition, samples=INPUT_SAMPLES, seed=seed, weights=weights
+                    task.model,
+                    data,
+                    task.partition,
+                    samples=INPUT_SAMPLES,
+                    seed=seed,
+                    weights=weights,
+                    objective=task.loss_fn,
+                    progress=task.progress,
                 ),
                 step,
             )
@@ -238,7 +260,7 @@ class StagedRun:
                 samples=self.plan.gradient_samples or task.recipe.samples,
                 seed=self.passes.seed(),
                 weights=weights,
-                progress=False,
+                progress=task.progress,
             )
         self.passes.samples += used
         return gradient[model.keep]

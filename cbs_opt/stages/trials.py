@@ -15,9 +15,12 @@ from torch import Tensor
 from cbs_opt import oneshot
 from cbs_opt.budget.remaining import counts_left
 from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request, in_units
+from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
 
+LedgerOf = Callable[[Sequence[int]], ChoiceLedger]
+"""What gives the ledger of the next selection for the sizes of its blocks."""
 FACTOR = 3.0
 """Between neighbours of the grid of dampings."""
 
@@ -127,7 +130,12 @@ def updates(expansion: Expansion, request: Request, dampings: tuple[float, ...])
 
 
 def selections(
-    expansion: Expansion, request: Request, resources: Resources, dampings: tuple[float, ...], sparsity: float
+    expansion: Expansion,
+    request: Request,
+    resources: Resources,
+    dampings: tuple[float, ...],
+    sparsity: float,
+    ledger_of: LedgerOf,
 ) -> Iterator[Proposal]:
     """Yield sets at `sparsity` for every method, seed and damping, each with its updates and without."""
     for group in oneshot.grouped(request.recipes, lambda recipe: (recipe.select, recipe.selection_damping)):
@@ -137,7 +145,9 @@ def selections(
             if recipe.selection_damping is not None:
                 pairs = [(_selecting(expansion, recipe, recipe.selection_damping), dampings)]
             for selecting, updating in pairs:
-                staying = _staying(expansion, request, recipe, resources, selecting, sparsity, attempt)
+                staying = _staying(
+                    expansion, request, recipe, resources, selecting, sparsity, attempt, ledger_of
+                )
                 yield expansion.proposal(expansion.kept_weights, staying, updating[0], 0.0, recipe)
                 movers = [entry for entry in _by_scale(group) if entry.update is not None]
                 if movers:
@@ -163,6 +173,7 @@ def _staying(
     damping: float,
     sparsity: float,
     attempt: int,
+    ledger_of: LedgerOf,
 ) -> Tensor:
     """Return what the method keeps of the weights still there, (n_kept,) bool."""
     model, method = expansion.model, oneshot.method_of(recipe)
@@ -182,7 +193,12 @@ def _staying(
             blocks=blocks,
         )
     choices = oneshot.choose(
-        recipe, blocks, counts, seed=request.seed + oneshot.SEED_STEP * attempt, resources=resources
+        recipe,
+        blocks,
+        counts,
+        seed=request.seed + oneshot.SEED_STEP * attempt,
+        resources=resources,
+        ledger=ledger_of([block.n for block in blocks]),
     )
     return torch.cat([choice.keep for choice in choices])
 

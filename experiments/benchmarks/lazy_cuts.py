@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 
 from formulations import BlockProblem, BlockSolution, Limits
-from formulations.cut_planes import Cut, CutSource, JointCuts, SelectionCuts
+from formulations.cut_planes import Cut, CutSource, cut_sources
 from formulations.incumbents import swap_search
 from formulations.milp import DUAL_TOLERANCE
-from formulations.models.scaling import ScaledBlock, diagonal_split, scale_block
+from formulations.models.scaling import ScaledBlock, scale_block
 from formulations.problem import BoolArray, FloatArray
 from formulations.relaxations import lower_bound
-from formulations.relaxations.capped_simplex import CappedSimplexCertificate
-from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.solution import Limit
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set
 
@@ -56,7 +54,7 @@ def gurobi_lazy_cuts(
     assert root.bound is not None
     block = scale_block(problem)
     planes = _Planes(
-        sources=_sources(block, root),
+        sources=cut_sources(problem, block, program, root.certificate),
         unit=known.objective / block.objective_scale,
         bound=root.bound / block.objective_scale,
     )
@@ -97,17 +95,6 @@ class _Planes:
         """Every set pays at least what the plane says: ``t - slopes.x >= constant``."""
         slopes = gurobipy.LinExpr((cut.slopes / self.unit).tolist(), chosen)
         return value - slopes >= cut.constant / self.unit
-
-
-def _sources(block: ScaledBlock, root: BlockSolution) -> list[CutSource]:
-    split = diagonal_split(block)
-    certificate = root.certificate
-    if isinstance(certificate, PerspectiveCertificate):
-        hessian_scale = block.objective_scale / block.weight_scale**2
-        return [JointCuts(block, certificate.split / hessian_scale), JointCuts(block, split)]
-    assert isinstance(certificate, CappedSimplexCertificate)
-    shifts = (certificate.shift / block.objective_scale, split * block.weights**2)
-    return [SelectionCuts(block, shift) for shift in shifts]
 
 
 def _configure(model: Any, limits: Limits, began: float) -> None:

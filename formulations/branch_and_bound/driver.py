@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,9 +15,11 @@ from formulations.dense_forms import DenseForm, dense_form
 from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool, descend, greedy_keep, kicked
 from formulations.preparation import prepare
-from formulations.problem import BlockProblem, check_program
+from formulations.problem import BlockProblem, BoolArray, check_program
+from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.only_set import has_one_set, only_set_certificate
-from formulations.solution import BlockSolution, Certificate, Limit, Limits, SolveStats
+from formulations.relaxations.tightening import SPLIT_LARGEST
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats
 
 SEARCHES = ("best", "depth")
 KICKS = 10
@@ -91,17 +94,17 @@ def branch_and_bound(
     prepare("branch_and_bound", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
-    if limits.time_limit == 0.0:
-        pool.offer_magnitude_if_empty()
-        return pool.solution(method="branch_and_bound", limit=Limit.TIME)
+    first: BlockSolution | None = None
     try:
-        if has_one_set(problem):
+        if has_one_set(problem) and limits.time_limit != 0.0:
             return _only_set(pool, limits, started)
-        form = dense_form(problem, program)
+        first = _first_bound(pool, limits, started)
+        form = None if limits.out_of_time(started) else dense_form(problem, program)
     except KeyboardInterrupt:
-        pool.offer_magnitude_if_empty()
-        return pool.solution(method="branch_and_bound", limit=Limit.INTERRUPTED)
-    limit = _first_incumbents(form, pool, limits, started, swaps)
+        return _without_tree(pool, limits, started, Limit.INTERRUPTED, first)
+    limit = Limit.TIME if form is None else _first_incumbents(form, pool, limits, started, swaps)
+    if form is None or limit is not None:
+        return _without_tree(pool, limits, started, limit, first)
     tree = Search(
         subproblems=whole_block(problem, program, form, fixing=fixing, diagonal_split=diagonal_split),
         pool=pool,
@@ -112,42 +115,77 @@ def branch_and_bound(
         depth_first=search == "depth",
         improve_period=25 if swaps else 0,
     )
+    if first is not None:
+        tree.prove(first.certificate)
     tree.record()
-    certificate: Certificate | None = None
     # Without an allowance for rounding no bound can be proved, and no factorisation relied upon.
-    if limit is None and math.isfinite(tree.allowance):
-        limit, certificate = solve_from_root(tree, problem, reduction=reduction, swaps=swaps)
+    if math.isfinite(tree.allowance):
+        limit = solve_from_root(tree, problem, reduction=reduction, swaps=swaps)
     tree.record()
-    return _account(tree, limit, certificate)
+    return _account(tree, limit)
+
+
+def _first_bound(pool: IncumbentPool, limits: Limits, started: float) -> BlockSolution | None:
+    """Return what `lower_bound` makes of a large block, whose dense form and greedy set take longer."""
+    if pool.problem.n <= SPLIT_LARGEST or limits.out_of_time(started):
+        return None
+    pool.offer_magnitude_if_empty()
+    known = pool.solution(method="branch_and_bound")
+    limits = replace(limits.left(started), iteration_limit=None)
+    first = lower_bound(pool.problem, pool.program, limits=limits, incumbent=known)
+    assert first.keep is not None
+    pool.offer(first.keep)
+    return first
+
+
+def _without_tree(
+    pool: IncumbentPool, limits: Limits, started: float, limit: Limit | None, first: BlockSolution | None
+) -> BlockSolution:
+    """Return the solution of a search that ended before its root."""
+    pool.offer_magnitude_if_empty()
+    bound = None if first is None else first.bound
+    return pool.solution(
+        method="branch_and_bound",
+        rel_gap=None if bound is None else limits.rel_gap,
+        bound=-math.inf if bound is None else bound,
+        limit=limit,
+        certificate=first.certificate if first is not None else None,
+        stats=SolveStats(seconds=time.perf_counter() - started),
+    )
 
 
 def _first_incumbents(
     form: DenseForm, pool: IncumbentPool, limits: Limits, started: float, swaps: bool
 ) -> Limit | None:
-    """Greedy and, with `swaps`, descents from it, from the warm start and from perturbed sets."""
+    """Greedy and, with `swaps`, descents from it, from what is known and from perturbed sets."""
     program = pool.program
     try:
         starts = [] if pool.keep is None else [pool.keep]
-        starts.append(greedy_keep(form, pool.problem.n_prune, program))
+        if not starts or limits.time_limit is None or pool.problem.n <= SPLIT_LARGEST:
+            starts.append(greedy_keep(form, pool.problem.n_prune, program))
         for start in starts:
             pool.offer(start)
-        if not swaps:
-            return None
-        share = None if limits.time_limit is None else KICK_SHARE_OF_TIME * limits.time_limit
-        budget = Limits(time_limit=share)
-        for start in starts:
-            pool.offer(descend(form, start, program, budget, started)[0])
-        generator = np.random.default_rng(limits.seed)
-        for _ in range(KICKS):
-            assert pool.keep is not None
-            keep, _, stopped = descend(form, kicked(pool.keep, generator), program, budget, started)
-            pool.offer(keep)
-            if stopped is not None:
-                break
+        if swaps:
+            share = None if limits.time_limit is None else KICK_SHARE_OF_TIME * limits.time_limit
+            _descend_from(starts, form, pool, Limits(time_limit=share, seed=limits.seed))
     except KeyboardInterrupt:
         pool.offer_magnitude_if_empty()
         return Limit.INTERRUPTED
-    return None
+    return Limit.TIME if limits.out_of_time(started) else None
+
+
+def _descend_from(starts: list[BoolArray], form: DenseForm, pool: IncumbentPool, limits: Limits) -> None:
+    """Offer what descents from `starts` and from perturbed best sets come to, within limits of their own."""
+    began = time.perf_counter()
+    for start in starts:
+        pool.offer(descend(form, start, pool.program, limits, began)[0])
+    generator = np.random.default_rng(limits.seed)
+    for _ in range(KICKS):
+        assert pool.keep is not None
+        keep, _, stopped = descend(form, kicked(pool.keep, generator), pool.program, limits, began)
+        pool.offer(keep)
+        if stopped is not None:
+            break
 
 
 def whole_block(
@@ -183,7 +221,7 @@ def _only_set(pool: IncumbentPool, limits: Limits, started: float) -> BlockSolut
     )
 
 
-def _account(tree: Search, limit: Limit | None, certificate: Certificate | None) -> BlockSolution:
+def _account(tree: Search, limit: Limit | None) -> BlockSolution:
     """Return the solution, OPTIMAL only if its bound meets the incumbent to the gap asked for."""
     message = "" if math.isfinite(tree.allowance) else "H is singular to rounding: no bound"
     return tree.pool.solution(
@@ -192,7 +230,7 @@ def _account(tree: Search, limit: Limit | None, certificate: Certificate | None)
         bound=tree.bound * tree.scale,
         finished=True,
         limit=limit,
-        certificate=certificate,
+        certificate=tree.certificate,
         stats=SolveStats(
             seconds=time.perf_counter() - tree.started,
             nodes=tree.nodes,

@@ -14,8 +14,8 @@ from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import BRANCH
 from formulations.branch_and_bound.tree import Search
 from formulations.problem import BlockProblem
-from formulations.relaxations.capped_simplex import relax_selection
-from formulations.relaxations.perspective import relax_joint
+from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection
+from formulations.relaxations.perspective import PerspectiveCertificate, relax_joint
 from formulations.relaxations.split_relaxation import (
     joint_certificate,
     joint_split,
@@ -29,53 +29,57 @@ LARGEST_SHARE_LEFT = 0.9
 better set."""
 
 
-def solve_from_root(
-    tree: Search, problem: BlockProblem, *, reduction: bool, swaps: bool
-) -> tuple[Limit | None, Certificate | None]:
-    """Process the root and then the tree; the limit that came and the certificate of the root."""
+def solve_from_root(tree: Search, problem: BlockProblem, *, reduction: bool, swaps: bool) -> Limit | None:
+    """Process the root and then the tree; the limit that came."""
     status = np.zeros(problem.n, dtype=np.int8)
     tree.current = Node(-math.inf, status, np.empty(0), np.empty(0))
-    certificate: Certificate | None = None
+    if tree.certificate is not None and (limit := tree.reached()) is not None:
+        return limit
     try:
-        certificate = _relax_whole_block(tree, tree.current, problem)
+        _relax_whole_block(tree, tree.current, problem)
         tree.rooted = True
         while tree.current is not None:
             limit = tree.reached()
             if limit is not None:
-                return limit, certificate
+                return limit
             size, value = tree.current.status.size, tree.incumbent
             _evaluate(tree, tree.current, 0)
             if tree.current is None or not reduction:
                 break
             tree.subproblems, tree.current = tree.subproblems.compacted(tree.current)
             if swaps:
-                tree.offer(tree.subproblems.improve(tree.current))
+                tree.improve(tree.current)
             shrunk = tree.current.status.size <= LARGEST_SHARE_LEFT * size
             if not shrunk and tree.incumbent >= value:
                 break
     except KeyboardInterrupt:
-        return Limit.INTERRUPTED, certificate
+        return Limit.INTERRUPTED
     tree.open_after_root = 0 if tree.current is None else tree.current.status.size
-    return tree.run(), certificate
+    return tree.run()
 
 
-def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> Certificate:
+def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> None:
     """Relax before anything is decided; the point and split are the certificate, which bounds the root."""
     form = tree.subproblems.form
     certificate: Certificate
+    near = tree.certificate
     if tree.subproblems.program == "joint":
-        _, node.warm, _, node.split = relax_joint(
-            form, problem.n_keep, joint_split(problem, form), cutoff=tree.cutoff
-        )
         root = np.sqrt(problem.hessian_diagonal())
+        start = (
+            near.point * root / math.sqrt(form.scale) if isinstance(near, PerspectiveCertificate) else None
+        )
+        _, node.warm, _, node.split = relax_joint(
+            form, problem.n_keep, joint_split(problem, form), cutoff=tree.cutoff, start=start
+        )
         certificate = joint_certificate(problem, form, node.warm, node.split, root)
     else:
+        start = near.point if isinstance(near, CappedSimplexCertificate) else None
         _, node.warm, node.split = relax_selection(
-            form, problem.n_prune, selection_shift(problem, form), cutoff=tree.cutoff
+            form, problem.n_prune, selection_shift(problem, form), cutoff=tree.cutoff, start=start
         )
         certificate = selection_certificate(problem, form, node.warm, node.split)
     node.bound = certificate.lower_bound(problem) / tree.scale
-    return certificate
+    tree.prove(certificate)
 
 
 def _evaluate(tree: Search, node: Node, rounds: int) -> None:

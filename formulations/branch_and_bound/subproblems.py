@@ -14,8 +14,11 @@ from formulations.branch_and_bound.outcomes import BRANCH, FAILED
 from formulations.branch_and_bound.selection import evaluate_selection, improve_selection
 from formulations.dense_forms import DenseForm
 from formulations.errors import NotPositiveDefiniteError
+from formulations.incumbents import descend
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint, reduce_selection
+from formulations.relaxations.tightening import SPLIT_LARGEST
+from formulations.solution import Limits
 
 NODE_SPLIT_ROUNDS = 1
 """Barrier steps on the diagonal split in a node of the tree."""
@@ -139,8 +142,15 @@ class Subproblems:
         """Kept set of a leaf."""
         return self.lifted(node.status == KEPT)
 
-    def improve(self, node: Node) -> BoolArray:
-        """Return a kept set from rounding the node's relaxation and swaps."""
+    def improve(self, node: Node, limits: Limits, started: float) -> BoolArray:
+        """Return a kept set from rounding the node's relaxation and swaps.
+
+        The swaps are inside the node, in one kernel; in a large block in all of it, so that the clock of
+        `limits` is looked at between them.
+        """
+        if node.status.size > SPLIT_LARGEST:
+            few = replace(limits, iteration_limit=IMPROVING_SWAPS)
+            return descend(self.form, self.rounded(node), self.program, few, started)[0]
         kernel = improve_joint if self.program == "joint" else improve_selection
         return self.lifted(
             kernel(
@@ -152,6 +162,15 @@ class Subproblems:
                 IMPROVING_SWAPS,
             )
         )
+
+    def rounded(self, node: Node) -> BoolArray:
+        """Return the kept set that the node's relaxation rounds to."""
+        joint = self.program == "joint"
+        chosen = node.status == (KEPT if joint else PRUNED)
+        free = np.flatnonzero(node.status == FREE)
+        order = np.argsort(-np.abs(node.warm[free]), kind="stable")
+        chosen[free[order[: self.count - int(chosen.sum())]]] = True
+        return self.lifted(chosen if joint else ~chosen)
 
     def value(self, keep: BoolArray) -> float:
         """Form value of a kept set of the block."""

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import CLOSED, LEAF
@@ -14,12 +14,17 @@ from formulations.branch_and_bound.subproblems import Subproblems
 from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BoolArray
-from formulations.solution import Limit, Limits, TracePoint
+from formulations.relaxations.bounds import lower_bound
+from formulations.solution import Certificate, Limit, Limits, Termination, TracePoint, status_of
 
 TRACE_INTERVAL = 0.25
 """Seconds between two trace points that only show a better bound."""
 MOST_OPEN = 200_000
 """Open nodes from which the search prefers closing nodes to raising the bound."""
+FLOOR_WORK = 128_000
+"""Nodes times weights after which a search that goes on is given the bound of `lower_bound` as a floor."""
+FLOOR_SHARE = 0.1
+"""Share of the time limit after which it is, at the latest."""
 
 
 @dataclass
@@ -54,12 +59,15 @@ class Search:
     closed_bound: float = float("inf")
     trace: list[TracePoint] = field(default_factory=list)
     rooted: bool = False
+    floor: float = -math.inf
+    certificate: Certificate | None = None
     open_after_root: int = 0
     current: Node | None = None
     _heap: list[tuple[float, int, Node]] = field(default_factory=list)
     _stack: list[Node] = field(default_factory=list)
     _ticket: itertools.count[int] = field(default_factory=itertools.count)
     _traced: float = 0.0
+    _floored: bool = False
 
     @property
     def incumbent(self) -> float:
@@ -85,9 +93,9 @@ class Search:
 
     @property
     def bound(self) -> float:
-        """Lower bound on the optimum that the search has proved; -inf before the root."""
+        """Lower bound on the optimum that the search or a certificate has proved."""
         if not self.rooted:
-            return -math.inf
+            return self.floor
         # Fixing drops subtrees whose bound is only known to reach the cutoff.
         lowest = min(self.closed_bound, self.cutoff)
         if self.current is not None:
@@ -96,13 +104,44 @@ class Search:
             lowest = min(lowest, self._heap[0][0])
         if self._stack:
             lowest = min(lowest, min(node.bound for node in self._stack))
-        return lowest - self.allowance
+        return max(lowest - self.allowance, self.floor)
+
+    @property
+    def met(self) -> bool:
+        """Whether the floor alone meets the best set to the gap asked for."""
+        return status_of(self.incumbent, self.floor, self.limits.rel_gap) is Termination.OPTIMAL
+
+    def prove(self, certificate: Certificate | None) -> None:
+        """Take over the bound of a certificate of the whole block if it is the best so far."""
+        if certificate is None:
+            return
+        bound = certificate.lower_bound(self.pool.problem) / self.scale
+        if bound > self.floor:
+            self.floor, self.certificate = bound, certificate
+
+    def lift_floor(self) -> None:
+        """Have what `lower_bound` proves in the time that is left, once: the tree may take long to get there.
+
+        Its split of ``H`` is optimised for the root. The nodes go on with theirs: see `root`.
+        """
+        if self._floored or self.limits.out_of_time(self.started):
+            return
+        self._floored = True
+        known = self.pool.solution(method="branch_and_bound")
+        limits = replace(self.limits.left(self.started), iteration_limit=None)
+        found = lower_bound(self.pool.problem, self.pool.program, limits=limits, incumbent=known)
+        self.prove(found.certificate)
+        assert found.keep is not None
+        self.offer(found.keep)
+        self.record()
 
     def run(self) -> Limit | None:
         """Search from the current node until the tree is closed or a limit comes."""
         try:
-            while self.current is not None:
+            while self.current is not None and not self.met:
                 limit = self.reached()
+                if limit is Limit.NODE or self._floor_is_due():
+                    self.lift_floor()
                 if limit is not None:
                     return limit
                 self._process(self.current)
@@ -110,12 +149,21 @@ class Search:
             return Limit.INTERRUPTED
         return None
 
+    def _floor_is_due(self) -> bool:
+        limit = self.limits.time_limit
+        late = limit is not None and time.perf_counter() - self.started >= FLOOR_SHARE * limit
+        return late or self.nodes * self.pool.problem.n >= FLOOR_WORK
+
     def offer(self, keep: BoolArray) -> bool:
         """Take a set if its form value beats the incumbent; whether it was taken."""
         taken = self.subproblems.value(keep) < self.incumbent and self.pool.offer(keep)
         if taken:
             self.record()
         return taken
+
+    def improve(self, node: Node) -> None:
+        """Offer what rounding the relaxation of a node and swaps from there come to."""
+        self.offer(self.subproblems.improve(node, self.limits, self.started))
 
     def record(self) -> None:
         """Append a trace point with the incumbent and bound of now."""
@@ -135,7 +183,7 @@ class Search:
         now = time.perf_counter()
         if now - self._traced > TRACE_INTERVAL:
             self.record()
-        if self.limits.time_limit is not None and now - self.started >= self.limits.time_limit:
+        if self.limits.out_of_time(self.started):
             return Limit.TIME
         if self.limits.node_limit is not None and self.nodes >= self.limits.node_limit:
             return Limit.NODE
@@ -152,7 +200,7 @@ class Search:
             if not children:
                 self.finish(node, outcome)
             elif self.improve_period and (self.nodes < 20 or self.nodes % self.improve_period == 0):
-                self.offer(self.subproblems.improve(node))
+                self.improve(node)
         following = children.pop() if children else None
         for child in children:
             self._push(child)

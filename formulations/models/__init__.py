@@ -9,7 +9,7 @@ from typing import Any
 
 from formulations.errors import UnsupportedProblemError
 from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution
+from formulations.solution import BlockSolution, never
 
 INTEGER = "integer"
 QUADRATIC_OBJECTIVE = "quadratic objective"
@@ -59,13 +59,23 @@ class ModelSpec:
     needs: frozenset[str]
     _size: Callable[[int], tuple[int, int, int]]
 
-    def build(self, problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> Any:
-        """Return the Pyomo model; `incumbent` tightens the constants of joint models."""
+    def build(
+        self,
+        problem: BlockProblem,
+        *,
+        incumbent: BlockSolution | None = None,
+        stopped: Callable[[], bool] = never,
+    ) -> Any:
+        """Return the Pyomo model; `incumbent` tightens the constants of joint models.
+
+        Raises `building.BuildingStopped` once `stopped`, asked between terms, says so.
+        """
         if not 0 < problem.n_prune < problem.n:
             found = f"{problem.n_prune} of {problem.n}: only one set has that size"
             raise UnsupportedProblemError("n_prune", found, "evaluate it with formulations.loss.objective")
         build = import_module(f"formulations.models.{self.name}").build
-        return build(problem) if self.program == "selection" else build(problem, incumbent=incumbent)
+        known = {} if self.program == "selection" else {"incumbent": incumbent}
+        return build(problem, stopped=stopped, **known)
 
     def size(self, problem: BlockProblem) -> ModelSize:
         """Upper bound on the size of the model, without building it; O(1)."""

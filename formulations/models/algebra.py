@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyomo.environ as pyo
 from pyomo.core.expr import LinearExpression
 
+from formulations.models.building import asking, timely
 from formulations.models.scaling import ScaledBlock
 from formulations.problem import FloatArray
+from formulations.solution import never
 
 
 def linear(coefficients: FloatArray, variables: Any) -> Any:
@@ -22,12 +25,12 @@ def linear(coefficients: FloatArray, variables: Any) -> Any:
     )
 
 
-def quadratic(matrix: FloatArray, variables: Any) -> Any:
+def quadratic(matrix: FloatArray, variables: Any, stopped: Callable[[], bool] = never) -> Any:
     """``1/2 sum_ij matrix_ij variables_i variables_j`` for a symmetric matrix."""
     rows, columns = np.nonzero(np.triu(matrix))
     return pyo.quicksum(
         float(matrix[i, j] * (0.5 if i == j else 1.0)) * variables[int(i)] * variables[int(j)]
-        for i, j in zip(rows, columns, strict=True)
+        for i, j in asking(zip(rows, columns, strict=True), stopped)
     )
 
 
@@ -69,11 +72,19 @@ def add_new_weights(model: Any, lower: FloatArray, upper: FloatArray) -> None:
     )
 
 
-def add_factor(model: Any, rows: FloatArray, variables: Any, lower: FloatArray, upper: FloatArray) -> None:
+def add_factor(
+    model: Any,
+    rows: FloatArray,
+    variables: Any,
+    lower: FloatArray,
+    upper: FloatArray,
+    stopped: Callable[[], bool],
+) -> None:
     """Declare ``image`` with ``image_a = sum_i rows_ai variables_i`` and its bounds."""
     model.factors = pyo.RangeSet(0, rows.shape[0] - 1)
     model.image = pyo.Var(model.factors, bounds=lambda _, a: (float(lower[a]), float(upper[a])))
     # image = L y: the quadratic form is then a sum of squares in few variables.
     model.product = pyo.Constraint(
-        model.factors, rule=lambda m, a: linear(rows[a], variables) - m.image[a] == 0.0
+        model.factors,
+        rule=timely(lambda m, a: linear(rows[a], variables) - m.image[a] == 0.0, stopped, period=1),
     )

@@ -11,6 +11,7 @@ quadratic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyomo.environ as pyo
@@ -18,10 +19,12 @@ import pyomo.environ as pyo
 from formulations.models import algebra
 from formulations.models.scaling import level_set, scale_block
 from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution
+from formulations.solution import BlockSolution, never
 
 
-def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> pyo.ConcreteModel:
+def build(
+    problem: BlockProblem, *, incumbent: BlockSolution | None = None, stopped: Callable[[], bool] = never
+) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) terms.
 
     Parameters
@@ -29,6 +32,8 @@ def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> p
     problem : BlockProblem
     incumbent : BlockSolution, optional
         The known set whose loss makes the constants valid; magnitude pruning without one.
+    stopped : callable
+        Asked between terms whether the time is over; `building.BuildingStopped` is raised then.
     """
     block = scale_block(problem)
     box = level_set(problem, block, incumbent)
@@ -37,7 +42,7 @@ def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> p
     algebra.add_new_weights(model, box.lower, box.upper)
     # Loss increase in terms of the new weights.
     model.loss_increase = pyo.Objective(
-        expr=algebra.quadratic(block.hessian, model.new_weight)
+        expr=algebra.quadratic(block.hessian, model.new_weight, stopped)
         - algebra.linear(block.linear_term, model.new_weight)
         + block.constant
     )

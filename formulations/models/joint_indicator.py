@@ -11,6 +11,7 @@ Source: generalised disjunctive programming, Raman and Grossmann (1994).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyomo.environ as pyo
@@ -19,10 +20,12 @@ from pyomo.gdp import Disjunct, Disjunction
 from formulations.models import algebra
 from formulations.models.scaling import level_set, scale_block
 from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution
+from formulations.solution import BlockSolution, never
 
 
-def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> pyo.ConcreteModel:
+def build(
+    problem: BlockProblem, *, incumbent: BlockSolution | None = None, stopped: Callable[[], bool] = never
+) -> pyo.ConcreteModel:
     """Return the Pyomo GDP model; O(n^2) terms. Parameters as for `joint_big_m.build`."""
     block = scale_block(problem)
     box = level_set(problem, block, incumbent)
@@ -42,7 +45,7 @@ def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> p
     model.same = pyo.Constraint(model.weights, rule=lambda m, i: m.kept[i] == m.keep[i].binary_indicator_var)
     # Loss increase in terms of the new weights.
     model.loss_increase = pyo.Objective(
-        expr=algebra.quadratic(block.hessian, model.new_weight)
+        expr=algebra.quadratic(block.hessian, model.new_weight, stopped)
         - algebra.linear(block.linear_term, model.new_weight)
         + block.constant
     )

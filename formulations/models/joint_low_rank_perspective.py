@@ -10,6 +10,7 @@ Source: as `joint_perspective`; the factored form is the one measured best for o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from formulations.models import algebra
 from formulations.models.joint_perspective import add_cones
 from formulations.models.scaling import diagonal_split, factor, level_set, scale_block
 from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution
+from formulations.solution import BlockSolution, never
 
 
-def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> pyo.ConcreteModel:
+def build(
+    problem: BlockProblem, *, incumbent: BlockSolution | None = None, stopped: Callable[[], bool] = never
+) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n r) terms for rank r, n cones. Parameters as for `joint_big_m.build`."""
     block = scale_block(problem)
     box = level_set(problem, block, incumbent)
@@ -33,7 +36,9 @@ def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> p
     algebra.add_kept_set(model, block)
     algebra.add_new_weights(model, box.lower, box.upper)
     add_cones(model, box.lower, box.upper)
-    algebra.add_factor(model, rows, model.new_weight, lower=middle - box.radius, upper=middle + box.radius)
+    algebra.add_factor(
+        model, rows, model.new_weight, lower=middle - box.radius, upper=middle + box.radius, stopped=stopped
+    )
     # Loss increase with the separable part in its perspective and the rest as a sum of squares.
     model.loss_increase = pyo.Objective(
         expr=algebra.half_squares(model.image)

@@ -11,6 +11,7 @@ Source: Frangioni and Gentile (2006); Guenluek and Linderoth (2010).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ import pyomo.environ as pyo
 from formulations.models import algebra
 from formulations.models.scaling import diagonal_split, level_set, scale_block
 from formulations.problem import BlockProblem, FloatArray
-from formulations.solution import BlockSolution
+from formulations.solution import BlockSolution, never
 
 
-def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> pyo.ConcreteModel:
+def build(
+    problem: BlockProblem, *, incumbent: BlockSolution | None = None, stopped: Callable[[], bool] = never
+) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) terms, n cones. Parameters as for `joint_big_m.build`."""
     block = scale_block(problem)
     box = level_set(problem, block, incumbent)
@@ -33,7 +36,7 @@ def build(problem: BlockProblem, *, incumbent: BlockSolution | None = None) -> p
     add_cones(model, box.lower, box.upper)
     # Loss increase with the separable part of the quadratic in its perspective.
     model.loss_increase = pyo.Objective(
-        expr=algebra.quadratic(block.hessian - np.diag(split), model.new_weight)
+        expr=algebra.quadratic(block.hessian - np.diag(split), model.new_weight, stopped)
         - algebra.linear(block.linear_term, model.new_weight)
         + algebra.linear(0.5 * split, model.square)
         + block.constant

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, eigh, eigvalsh
 
+from formulations.dense_forms import EIGENVALUES_LARGEST
 from formulations.errors import NotPositiveDefiniteError
 from formulations.incumbents import checked_incumbent, greedy
 from formulations.loss import joint_loss
@@ -58,6 +59,11 @@ class ScaledBlock:
     def n(self) -> int:
         """Number of weights."""
         return int(self.weights.size)
+
+    @property
+    def hessian_scale(self) -> float:
+        """What ``H`` was divided by."""
+        return self.objective_scale / self.weight_scale**2
 
     @property
     def pair_costs(self) -> FloatArray:
@@ -106,9 +112,12 @@ def diagonal_split(block: ScaledBlock) -> FloatArray:
 
     The better of two multiples: of the identity (at least the damping, which needs no proof) and of
     ``diag(H)``, measured by ``sum_i D_i w_i^2``, the convexity that the shift moves to the binaries.
-    O(n^3): two symmetric eigenvalue problems, each value lowered by its rounding error.
+    O(n^3): two symmetric eigenvalue problems, each value lowered by its rounding error. Of more than
+    `EIGENVALUES_LARGEST` weights with a damping it is that alone.
     """
     hessian = block.hessian
+    if block.n > EIGENVALUES_LARGEST and block.damping > 0.0:
+        return np.full(block.n, block.damping * (1.0 - 1e-12))
     uniform = np.full(block.n, max(_safe_lowest_eigenvalue(hessian), block.damping * (1.0 - 1e-12)))
     diagonal = np.diagonal(hessian)
     if not np.all(diagonal > 0.0):

@@ -12,17 +12,20 @@ sets of the right size. Source: Glover (1975), with the cardinality used in the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
+from formulations.models.building import timely
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
+from formulations.solution import never
 
 
-def build(problem: BlockProblem) -> pyo.ConcreteModel:
+def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n) variables and constraints with O(n^2) nonzeros."""
     block = scale_block(problem)
     costs = block.pair_costs
@@ -41,8 +44,12 @@ def build(problem: BlockProblem) -> pyo.ConcreteModel:
     # A pruned weight pays for its pruned partners; for a kept one the constraint is slack.
     model.partners = pyo.Constraint(
         model.weights,
-        rule=lambda m, i: (
-            m.share[i] >= algebra.linear(later[i], m.pruned) - float(highest[i]) * (1.0 - m.pruned[i])
+        rule=timely(
+            lambda m, i: (
+                m.share[i] >= algebra.linear(later[i], m.pruned) - float(highest[i]) * (1.0 - m.pruned[i])
+            ),
+            stopped,
+            period=1,
         ),
     )
     # Loss increase with each weight's products gathered in its share.

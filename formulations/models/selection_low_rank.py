@@ -11,6 +11,7 @@ Hijazi, Bonami and Ouorou (2014).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ import pyomo.environ as pyo
 from formulations.models import algebra
 from formulations.models.scaling import diagonal_split, factor, scale_block
 from formulations.problem import BlockProblem
+from formulations.solution import never
 
 
-def build(problem: BlockProblem) -> pyo.ConcreteModel:
+def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n r) terms for rank r, O(n^3) for the factor."""
     block = scale_block(problem)
     k = block.n_prune
@@ -37,6 +39,7 @@ def build(problem: BlockProblem) -> pyo.ConcreteModel:
         model.pruned,
         lower=ordered[:, :k].sum(axis=1),
         upper=ordered[:, block.n - k :].sum(axis=1),
+        stopped=stopped,
     )
     # The loss increase on binary points.
     model.loss_increase = pyo.Objective(

@@ -12,38 +12,44 @@ Source: McCormick (1976); Glover and Woolsey (1974).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
+from formulations.models.building import asking, timely
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
+from formulations.solution import never
 
 
-def build(problem: BlockProblem) -> pyo.ConcreteModel:
+def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) variables and constraints."""
     block = scale_block(problem)
     costs = block.pair_costs
     model: Any = pyo.ConcreteModel(name="selection_mccormick")
     algebra.add_pruned_set(model, block)
-    pairs = [(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(costs, 1)), strict=True)]
+    places = zip(*np.nonzero(np.triu(costs, 1)), strict=True)
+    pairs = [(int(i), int(j)) for i, j in asking(places, stopped)]
     repelled = [pair for pair in pairs if costs[pair] > 0.0]
     attracted = [pair for pair in pairs if costs[pair] < 0.0]
-    model.pairs = pyo.Set(initialize=pairs, dimen=2)
-    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
+    model.pairs = pyo.Set(initialize=asking(pairs, stopped), dimen=2)
+    model.both = pyo.Var(model.pairs, bounds=timely(lambda m, i, j: (0.0, 1.0), stopped))
     # A costly pair is counted as soon as both its weights are pruned.
     model.count_pair = pyo.Constraint(
-        repelled, rule=lambda m, i, j: m.both[i, j] >= m.pruned[i] + m.pruned[j] - 1.0
+        repelled, rule=timely(lambda m, i, j: m.both[i, j] >= m.pruned[i] + m.pruned[j] - 1.0, stopped)
     )
     # A helpful pair counts only if its first weight is pruned ...
-    model.first = pyo.Constraint(attracted, rule=lambda m, i, j: m.both[i, j] <= m.pruned[i])
+    model.first = pyo.Constraint(attracted, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[i], stopped))
     # ... and its second one too.
-    model.second = pyo.Constraint(attracted, rule=lambda m, i, j: m.both[i, j] <= m.pruned[j])
+    model.second = pyo.Constraint(
+        attracted, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[j], stopped)
+    )
     # Loss increase with products replaced by the pair variables.
     model.loss_increase = pyo.Objective(
-        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in pairs)
+        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in asking(pairs, stopped))
         + algebra.linear(0.5 * np.diagonal(costs) - block.gains, model.pruned)
     )
     return model

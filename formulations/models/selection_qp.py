@@ -10,6 +10,7 @@ relaxation is convex, and weak. Source: Yu et al. (ICML 2022), CBS-S.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyomo.environ as pyo
@@ -17,9 +18,10 @@ import pyomo.environ as pyo
 from formulations.models import algebra
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
+from formulations.solution import never
 
 
-def build(problem: BlockProblem) -> pyo.ConcreteModel:
+def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) terms."""
     block = scale_block(problem)
     model: Any = pyo.ConcreteModel(name="selection_qp")
@@ -27,6 +29,6 @@ def build(problem: BlockProblem) -> pyo.ConcreteModel:
     pruned = model.pruned
     # Loss increase of removing the chosen weights while the others do not move.
     model.loss_increase = pyo.Objective(
-        expr=algebra.quadratic(block.pair_costs, pruned) - algebra.linear(block.gains, pruned)
+        expr=algebra.quadratic(block.pair_costs, pruned, stopped) - algebra.linear(block.gains, pruned)
     )
     return model

@@ -12,6 +12,7 @@ alone, at n^2 more rows. Source: Adams and Sherali (1986).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -19,27 +20,29 @@ import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
+from formulations.models.building import asking, timely
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
+from formulations.solution import never
 
 
-def build(problem: BlockProblem) -> pyo.ConcreteModel:
+def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) variables, O(n^2) constraints."""
     block = scale_block(problem)
     costs = block.pair_costs
     model: Any = pyo.ConcreteModel(name="selection_rlt")
     algebra.add_pruned_set(model, block)
     pairs = list(combinations(range(block.n), 2))
-    model.pairs = pyo.Set(initialize=pairs, dimen=2)
-    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
+    model.pairs = pyo.Set(initialize=asking(pairs, stopped), dimen=2)
+    model.both = pyo.Var(model.pairs, bounds=timely(lambda m, i, j: (0.0, 1.0), stopped))
     # A pair is counted as soon as both its weights are pruned ...
     model.count_pair = pyo.Constraint(
-        pairs, rule=lambda m, i, j: m.both[i, j] >= m.pruned[i] + m.pruned[j] - 1.0
+        pairs, rule=timely(lambda m, i, j: m.both[i, j] >= m.pruned[i] + m.pruned[j] - 1.0, stopped)
     )
     # ... and only if its first weight is pruned ...
-    model.first = pyo.Constraint(pairs, rule=lambda m, i, j: m.both[i, j] <= m.pruned[i])
+    model.first = pyo.Constraint(pairs, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[i], stopped))
     # ... and its second one too.
-    model.second = pyo.Constraint(pairs, rule=lambda m, i, j: m.both[i, j] <= m.pruned[j])
+    model.second = pyo.Constraint(pairs, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[j], stopped))
     # A pruned weight forms pairs with exactly k - 1 others, a kept one with none.
     model.degree = pyo.Constraint(
         model.weights,
@@ -50,7 +53,7 @@ def build(problem: BlockProblem) -> pyo.ConcreteModel:
     )
     # Loss increase with products replaced by the pair variables.
     model.loss_increase = pyo.Objective(
-        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in pairs)
+        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in asking(pairs, stopped))
         + algebra.linear(0.5 * np.diagonal(costs) - block.gains, model.pruned)
     )
     return model

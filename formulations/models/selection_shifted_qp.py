@@ -11,6 +11,7 @@ Source: Hammer and Rubin (1970); Billionnet and Elloumi (2007), quadratic convex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ import pyomo.environ as pyo
 from formulations.models import algebra
 from formulations.models.scaling import diagonal_split, scale_block
 from formulations.problem import BlockProblem
+from formulations.solution import never
 
 
-def build(problem: BlockProblem) -> pyo.ConcreteModel:
+def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) terms, O(n^3) for the shift."""
     block = scale_block(problem)
     shift = diagonal_split(block) * block.weights**2
@@ -30,7 +32,7 @@ def build(problem: BlockProblem) -> pyo.ConcreteModel:
     pruned = model.pruned
     # The loss increase on binary points, with u_i y_i^2 written as u_i y_i.
     model.loss_increase = pyo.Objective(
-        expr=algebra.quadratic(block.pair_costs - np.diag(shift), pruned)
+        expr=algebra.quadratic(block.pair_costs - np.diag(shift), pruned, stopped)
         + algebra.linear(0.5 * shift - block.gains, pruned)
     )
     return model

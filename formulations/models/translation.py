@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from formulations.models.building import asking
 from formulations.models.standard_form import Indicator, Row, StandardForm, Terms
 from formulations.problem import FloatArray
+from formulations.solution import never
 
 if TYPE_CHECKING:
     import pyomo.environ as pyo
+
+NOT_PLAIN = re.compile(r"[^0-9A-Za-z]")
+NO_TERMS = Terms(first=np.zeros(0, np.int64), second=np.zeros(0, np.int64), value=np.zeros(0))
 
 
 @dataclass
@@ -31,8 +37,11 @@ class _Columns:
         return self.position[key]
 
 
-def standard_form(model: pyo.ConcreteModel) -> StandardForm:
-    """Return the arrays of a model of this package; linear in the number of its terms."""
+def standard_form(model: pyo.ConcreteModel, stopped: Callable[[], bool] = never) -> StandardForm:
+    """Return the arrays of a model of this package; linear in the number of its terms.
+
+    Raises `BuildingStopped` once `stopped`, asked between rows, says so.
+    """
     import pyomo.environ as pyo
     from pyomo.gdp import Disjunct, Disjunction
     from pyomo.repn import generate_standard_repn
@@ -42,7 +51,8 @@ def standard_form(model: pyo.ConcreteModel) -> StandardForm:
     decision = [columns.add(decision_variables[i]) for i in model.weights]
     for variable in model.component_data_objects(pyo.Var, active=True, descend_into=(pyo.Block,)):
         columns.add(variable)
-    rows = [_row(c, columns) for c in model.component_data_objects(pyo.Constraint, active=True)]
+    constraints = model.component_data_objects(pyo.Constraint, active=True)
+    rows = [_row(c, columns) for c in asking(constraints, stopped)]
     indicators: list[Indicator] = []
     for disjunction in model.component_data_objects(Disjunction, active=True):
         choices = [columns.add(d.binary_indicator_var) for d in disjunction.disjuncts]
@@ -96,38 +106,39 @@ def _column_arrays(variables: list[Any]) -> dict[str, Any]:
 
 def _plain_name(name: str) -> str:
     """Return a name that MPS, LP and QPLIB readers all take: letters, digits and underscores."""
-    return "".join(c if c.isalnum() else "_" for c in name).strip("_").replace("__", "_")
+    return NOT_PLAIN.sub("_", name).strip("_").replace("__", "_")
 
 
 def _row(constraint: Any, columns: _Columns) -> Row:
-    from pyomo.environ import value
     from pyomo.repn import generate_standard_repn
 
-    repn = generate_standard_repn(constraint.body, quadratic=True, compute_values=True)
+    lower, body, upper = constraint.to_bounded_expression(evaluate_bounds=True)
+    repn = generate_standard_repn(body, quadratic=True, compute_values=True)
     shift = float(repn.constant)
     return Row(
         name=_plain_name(constraint.name),
         index=np.array([columns.add(v) for v in repn.linear_vars], dtype=np.int64),
         value=np.array(repn.linear_coefs, dtype=np.float64),
-        lower=-np.inf if constraint.lower is None else float(value(constraint.lower)) - shift,
-        upper=np.inf if constraint.upper is None else float(value(constraint.upper)) - shift,
+        lower=-np.inf if lower is None else float(lower) - shift,
+        upper=np.inf if upper is None else float(upper) - shift,
         terms=_terms(repn, columns),
     )
 
 
 def _linear_row(name: str, index: list[int], value: FloatArray, lower: float, upper: float) -> Row:
-    empty = Terms(first=np.zeros(0, np.int64), second=np.zeros(0, np.int64), value=np.zeros(0))
     return Row(
         name=_plain_name(name),
         index=np.array(index, dtype=np.int64),
         value=value,
         lower=lower,
         upper=upper,
-        terms=empty,
+        terms=NO_TERMS,
     )
 
 
 def _terms(repn: Any, columns: _Columns) -> Terms:
+    if not repn.quadratic_vars:
+        return NO_TERMS
     pairs = [sorted((columns.add(a), columns.add(b))) for a, b in repn.quadratic_vars]
     return Terms(
         first=np.array([pair[0] for pair in pairs], dtype=np.int64),

@@ -25,7 +25,9 @@ from formulations.relaxations.tightening import SPLIT_LARGEST, SPLIT_ROUNDS, tig
 from formulations.solution import BlockSolution, Limits, SolveStats, Subject
 
 DENSE_LARGEST = 2000
-"""Largest block for which ``H`` is formed although rows are given."""
+"""Largest block for which ``H`` is formed although rows are given; from `SPLIT_LARGEST` on it is the second
+step, from the point that the rows alone have led to."""
+RowCertificate = PerspectiveCertificate | CappedSimplexCertificate
 OWN_RELAXATION = {"joint": "perspective", "selection": "capped_simplex"}
 
 
@@ -43,8 +45,8 @@ def lower_bound(
 
     Joint: perspective relaxation. Selection: capped simplex after a diagonal shift. The bound in the
     result is what its certificate recomputes, never the solver's own figure. Blocks with rows and more
-    than 2000 weights are solved without forming ``H``, in memory for the rows, one square matrix of order
-    min(m, n) and the rows of the kept weights.
+    than 600 weights are solved without forming ``H``, in memory for the rows, one square matrix of order
+    min(m, n) and the rows of the kept weights; up to 2000 weights the dense solver then finishes.
 
     Parameters
     ----------
@@ -131,8 +133,11 @@ def _relaxed(
     split_here = problem.n <= SPLIT_LARGEST if diagonal_split is None else diagonal_split
     rounds = SPLIT_ROUNDS if split_here else 0
     certificate: RelaxationCertificate
-    if problem.rows is not None and problem.damping > 0.0 and not rounds and problem.n > DENSE_LARGEST:
+    by_rows = problem.rows is not None and problem.damping > 0.0 and not rounds
+    if by_rows and problem.n > SPLIT_LARGEST:
         certificate = _from_rows(problem, pool, stop, _earlier_point(problem, pool.program, incumbent))
+        if problem.n <= DENSE_LARGEST and stop.limit is None:
+            certificate = _finished(problem, pool, stop, certificate)
     else:
         certificate, keep = relax_with_split(problem, pool.program, pool.objective, rounds, stop.out_of_time)
         pool.offer(keep)
@@ -148,6 +153,18 @@ def _relaxed(
     )
 
 
+def _finished(
+    problem: BlockProblem, pool: IncumbentPool, stop: StopRule, first: RowCertificate
+) -> RowCertificate:
+    """Return the certificate of the dense solver from the point of `first`, or that one if it is as good."""
+    bound = first.lower_bound(problem)
+    if bound >= stop.cutoff or stop.out_of_time():
+        return first
+    second, keep = relax_with_split(problem, pool.program, pool.objective, 0, start=first.point)
+    pool.offer(keep)
+    return second if second.lower_bound(problem) > bound else first
+
+
 def _earlier_point(problem: BlockProblem, program: str, incumbent: BlockSolution | None) -> FloatArray | None:
     """Return the point of the incumbent's certificate, if it is one of this program."""
     certificate = None if incumbent is None else incumbent.certificate
@@ -159,7 +176,7 @@ def _earlier_point(problem: BlockProblem, program: str, incumbent: BlockSolution
 
 def _from_rows(
     problem: BlockProblem, pool: IncumbentPool, stop: StopRule, start: FloatArray | None
-) -> PerspectiveCertificate | CappedSimplexCertificate:
+) -> RowCertificate:
     assert problem.rows is not None
     if pool.program == "joint":
         joint = JointRows(problem)

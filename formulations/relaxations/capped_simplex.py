@@ -19,7 +19,8 @@ from formulations.relaxations.capped_simplex_kernels import (
 )
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
-from formulations.relaxations.diagonal_split import barrier_step, interior_split, never
+from formulations.relaxations.diagonal_split import barrier_step, interior_split
+from formulations.solution import never
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,8 +69,7 @@ class CappedSimplexCertificate(RelaxationCertificate):
         if not self.point.shape == self.shift.shape == (problem.n,):
             return None
         norms = column_norms(problem)
-        w, g, shift = problem.weights, problem.gradient_or_zero, self.shift
-        y = np.where(given.prune, 1.0, np.where(given.keep, 0.0, self.point))
+        w, shift = problem.weights, self.shift
         # A zero weight has a zero row in diag(w) H diag(w), so only the other indices matter.
         square = w * w
         used = square >= SMALLEST
@@ -81,6 +81,12 @@ class CappedSimplexCertificate(RelaxationCertificate):
             return None
         if not split_is_valid(problem, split, norms, used & free):
             return None
+        return self.underestimate(problem, given, norms)
+
+    def underestimate(self, problem: BlockProblem, given: Fixing, norms: FloatArray) -> Linearisation:
+        """Return the linearisation where the shift is known to be valid; `norms` are `column_norms`."""
+        w, g, shift = problem.weights, problem.gradient_or_zero, self.shift
+        y = np.where(given.prune, 1.0, np.where(given.keep, 0.0, self.point))
         x = w * y
         product = bounded_product(problem, x, norms)
         sloppy = error_factor(8)
@@ -105,6 +111,7 @@ def relax_selection(
     cutoff: float = math.inf,
     split_rounds: int = 0,
     stopped: Callable[[], bool] = never,
+    start: FloatArray | None = None,
 ) -> tuple[float, FloatArray, FloatArray]:
     """Solve the relaxation of a dense selection form, improving the shift by barrier steps.
 
@@ -121,6 +128,8 @@ def relax_selection(
         Barrier steps at most.
     stopped : callable
         Asked between steps whether the time is over.
+    start : (n,) float64 array, optional
+        A point near the solution.
 
     Returns
     -------
@@ -129,7 +138,8 @@ def relax_selection(
     """
     n = form.linear.size
     current = shift.copy()
-    start = np.full(n, n_prune / n)
+    # A copy can be written to, which is what the kernel is compiled for.
+    start = np.full(n, n_prune / n) if start is None else start.copy()
     metric = METRIC_SHARE * (np.diagonal(form.matrix) + METRIC_FLOOR)
     best: tuple[float, FloatArray, FloatArray] | None = None
     stalled = 0
@@ -150,7 +160,7 @@ def relax_selection(
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start.copy(), current.copy()
-        if bound >= cutoff or stalled >= 8 or stopped():
+        if attempt == split_rounds or bound >= cutoff or stalled >= 8 or stopped():
             break
         gap = cutoff - bound if cutoff < math.inf else 0.2 * 0.8**attempt * abs(bound)
         if attempt == 0:

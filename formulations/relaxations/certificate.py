@@ -19,13 +19,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from formulations.dense_forms import error_factor
+from formulations.dense_forms import UNDERFLOW, error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.certified import largest_sum
 from formulations.solution import Subject
-
-UNDERFLOW = 1e-300
-"""More than all terms of a bound that vanish in float64 can add up to."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

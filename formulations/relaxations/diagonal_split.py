@@ -104,8 +104,3 @@ def interior_split(matrix: FloatArray, split: FloatArray, positive: bool) -> Flo
         # The split may be 0 on a singular matrix; it may also be negative.
         shrunk -= INTERIOR_STEP * np.diagonal(matrix)
     return np.asarray(shrunk)
-
-
-def never() -> bool:
-    """No time limit: the default of what asks whether to stop."""
-    return False

@@ -17,8 +17,9 @@ from formulations.dense_forms import DenseForm, error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
-from formulations.relaxations.diagonal_split import barrier_step, interior_split, never
+from formulations.relaxations.diagonal_split import barrier_step, interior_split
 from formulations.relaxations.perspective_kernels import solve_perspective, split_slopes
+from formulations.solution import never
 
 SPLIT_MARGIN = 1e-9
 """Relative shrinking of a split, so that ``H - D`` stays semidefinite under rounding."""
@@ -72,6 +73,10 @@ class PerspectiveCertificate(RelaxationCertificate):
         norms = column_norms(problem)
         if not split_is_valid(problem, self.split, norms, ~given.prune):
             return None
+        return self.underestimate(problem, given, norms)
+
+    def underestimate(self, problem: BlockProblem, given: Fixing, norms: FloatArray) -> Linearisation:
+        """Return the linearisation where the split is known to be valid; `norms` are `column_norms`."""
         w, d, g = problem.weights, self.split, problem.gradient_or_zero
         u = np.where(given.prune, 0.0, self.point)
         # h = H (w - u) - g + D u and the constant share one product each.
@@ -103,6 +108,7 @@ def relax_joint(
     cutoff: float = math.inf,
     split_rounds: int = 0,
     stopped: Callable[[], bool] = never,
+    start: FloatArray | None = None,
 ) -> tuple[float, FloatArray, FloatArray, FloatArray]:
     """Solve the relaxation of a dense joint form, improving the split by barrier steps.
 
@@ -119,6 +125,8 @@ def relax_joint(
         Barrier steps at most.
     stopped : callable
         Asked between steps whether the time is over.
+    start : (n,) float64 array, optional
+        A point near the solution, in unscaled coordinates.
 
     Returns
     -------
@@ -126,7 +134,7 @@ def relax_joint(
         Of the best bound found, in form units and unscaled coordinates (``residual`` in scaled ones).
     """
     current = split.copy()
-    start = np.zeros(form.linear.size)
+    start = np.zeros(form.linear.size) if start is None else start.copy()
     best: tuple[float, FloatArray, FloatArray, FloatArray] | None = None
     stalled = 0
     for attempt in range(split_rounds + 1):
@@ -141,7 +149,7 @@ def relax_joint(
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start, residual, current.copy()
-        if bound >= cutoff or stalled >= 8 or stopped():
+        if attempt == split_rounds or bound >= cutoff or stalled >= 8 or stopped():
             break
         # The gap is unknown without a cutoff; the barrier weight then shrinks with the rounds.
         gap = cutoff - bound if cutoff < math.inf else 0.2 * 0.8**attempt * abs(bound)

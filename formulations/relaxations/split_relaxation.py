@@ -12,7 +12,6 @@ from formulations.dense_forms import DenseForm, joint_form, selection_form
 from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection, round_selection
 from formulations.relaxations.certified import provable_split
-from formulations.relaxations.diagonal_split import never
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.perspective import (
     SPLIT_MARGIN,
@@ -20,7 +19,7 @@ from formulations.relaxations.perspective import (
     relax_joint,
     round_joint,
 )
-from formulations.solution import Subject
+from formulations.solution import Subject, never
 
 
 def relax_with_split(
@@ -29,6 +28,7 @@ def relax_with_split(
     cutoff: float,
     split_rounds: int,
     stopped: Callable[[], bool] = never,
+    start: FloatArray | None = None,
 ) -> tuple[PerspectiveCertificate | CappedSimplexCertificate, BoolArray]:
     """Certificate of the relaxation and the kept set that it rounds to.
 
@@ -43,6 +43,8 @@ def relax_with_split(
         Barrier steps on the split; O(n^3) each.
     stopped : callable
         Asked between steps whether the time is over.
+    start : (n,) float64 array, optional
+        A point near the solution, as of a certificate.
 
     Raises
     ------
@@ -59,6 +61,7 @@ def relax_with_split(
             cutoff=cutoff / form.scale,
             split_rounds=split_rounds,
             stopped=stopped,
+            start=None if start is None else start * root / math.sqrt(form.scale),
         )
         keep = round_joint(residual, problem.n_keep)
         return joint_certificate(problem, form, point, split, root), keep
@@ -70,6 +73,7 @@ def relax_with_split(
         cutoff=cutoff / form.scale,
         split_rounds=split_rounds,
         stopped=stopped,
+        start=start,
     )
     return selection_certificate(problem, form, point, shift), round_selection(point, problem.n_prune)
 

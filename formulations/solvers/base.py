@@ -13,19 +13,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from formulations.errors import SolverUnavailableError, UnknownOptionError, UnsupportedProblemError
 from formulations.milp import DUAL_TOLERANCE
 from formulations.models import MODELS, ModelSize, ModelSpec, model_spec
+from formulations.models.building import BuildingStopped, asking
 from formulations.models.standard_form import StandardForm
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
+
+Item = TypeVar("Item")
 
 FIXED = "the bridge, because the stated bound rests on it"
 """Why a native option is reserved that no field of `Limits` sets."""
@@ -81,6 +85,10 @@ class Task:
     def seconds_left(self) -> float | None:
         """Seconds until the deadline (at least 1 ms), None without one."""
         return None if self.deadline is None else max(self.deadline - time.perf_counter(), 1e-3)
+
+    def asking(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, such as rows to translate; give the solve up once the deadline has passed."""
+        return asking(items, lambda: self.deadline is not None and time.perf_counter() >= self.deadline)
 
     @property
     def solver_gap(self) -> float:
@@ -252,13 +260,21 @@ class Solver:
         deadline = None if limits.time_limit is None else began + limits.time_limit
         assert known.keep is not None
         try:
-            built = spec.build(problem, incumbent=known)
-            form = standard_form(built)
+            stopped = partial(limits.out_of_time, began)
+            built = spec.build(problem, incumbent=known, stopped=stopped)
+            form = standard_form(built, stopped)
+            if stopped():
+                raise BuildingStopped
             task = Task(
                 model=built, form=form, limits=limits, deadline=deadline, options=options, start=known.keep
             )
             with _interrupt_handler_kept():
                 raw = self.run(task)
+        except BuildingStopped:
+            late = {
+                "message": f"the time limit passed while {spec.name} was built: {self.name} was not started"
+            }
+            return conclude(problem, known, limits, began, limit=Limit.TIME, stats=late)
         except KeyboardInterrupt:
             # Before the backend runs, or one that has no answer to Ctrl-C: the known set is still one.
             return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)

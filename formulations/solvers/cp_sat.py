@@ -40,7 +40,7 @@ def _run(task: Task) -> RawResult:
     model = cp_model.CpModel()
     # Every column is a Boolean: products of binaries are binary.
     columns = [model.new_bool_var(name) for name in form.column_names]
-    _add_rows(model, form, columns)
+    _add_rows(model, task, columns)
     model.minimize(sum(int(c) * x for c, x in zip(costs, columns, strict=True) if c != 0.0))
     for j, value in zip(form.decision, task.start_values, strict=True):
         model.add_hint(columns[int(j)], bool(value))
@@ -73,9 +73,9 @@ def _limit(task: Task) -> Limit:
     return Limit.TIME if timed_out else Limit.INTERRUPTED
 
 
-def _add_rows(model: Any, form: StandardForm, columns: list[Any]) -> None:
-    matrix = form.matrix
-    for r in range(matrix.shape[0]):
+def _add_rows(model: Any, task: Task, columns: list[Any]) -> None:
+    form, matrix = task.form, task.form.matrix
+    for r in task.asking(range(matrix.shape[0])):
         part = slice(matrix.indptr[r], matrix.indptr[r + 1])
         expression = sum(
             round(v) * columns[int(j)] for j, v in zip(matrix.indices[part], matrix.data[part], strict=True)

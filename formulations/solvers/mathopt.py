@@ -16,7 +16,7 @@ import numpy as np
 
 from formulations.milp import DUAL_TOLERANCE
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
-from formulations.models.standard_form import Row, StandardForm
+from formulations.models.standard_form import Row
 from formulations.solution import Limit
 from formulations.solvers.base import RawResult, Solver, Task, dual_error, probe_package
 
@@ -28,7 +28,7 @@ EMPHASES = ("presolve", "cuts", "heuristics", "scaling")
 def _run(task: Task) -> RawResult:
     from ortools.math_opt.python import mathopt
 
-    translated, columns = _translate(mathopt, task.form)
+    translated, columns = _translate(mathopt, task)
     try:
         parameters = _parameters(mathopt, task)
     except KeyError as refusal:
@@ -50,7 +50,8 @@ def _run(task: Task) -> RawResult:
     return _report(mathopt, task, result, columns)
 
 
-def _translate(mathopt: Any, form: StandardForm) -> tuple[Any, list[Any]]:
+def _translate(mathopt: Any, task: Task) -> tuple[Any, list[Any]]:
+    form = task.form
     model = mathopt.Model(name=form.name)
     columns = [
         model.add_variable(lb=float(low), ub=float(high), is_integer=bool(whole), name=name)
@@ -59,7 +60,7 @@ def _translate(mathopt: Any, form: StandardForm) -> tuple[Any, list[Any]]:
         )
     ]
     matrix = form.matrix
-    for r in range(matrix.shape[0]):
+    for r in task.asking(range(matrix.shape[0])):
         part = slice(matrix.indptr[r], matrix.indptr[r + 1])
         model.add_linear_constraint(
             lb=float(form.row_lower[r]),

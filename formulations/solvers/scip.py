@@ -8,7 +8,7 @@ import numpy as np
 
 from formulations.milp import DUAL_TOLERANCE
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
-from formulations.models.standard_form import StandardForm, Terms
+from formulations.models.standard_form import Terms
 from formulations.solution import Limit
 from formulations.solvers.base import (
     FIXED,
@@ -28,7 +28,7 @@ def _run(task: Task) -> RawResult:
 
     scip = pyscipopt.Model(task.form.name)
     scip.hideOutput()
-    columns = _translate(pyscipopt, scip, task.form)
+    columns = _translate(pyscipopt, scip, task)
     _suggest(scip, task, columns)
     try:
         _configure(scip, task)
@@ -39,7 +39,8 @@ def _run(task: Task) -> RawResult:
     return _report(scip, task, columns)
 
 
-def _translate(pyscipopt: Any, scip: Any, form: StandardForm) -> list[Any]:
+def _translate(pyscipopt: Any, scip: Any, task: Task) -> list[Any]:
+    form = task.form
     columns = [
         scip.addVar(name=name, vtype="B" if whole else "C", lb=float(low), ub=float(high))
         for low, high, whole, name in zip(
@@ -47,7 +48,7 @@ def _translate(pyscipopt: Any, scip: Any, form: StandardForm) -> list[Any]:
         )
     ]
     matrix = form.matrix
-    for r in range(matrix.shape[0]):
+    for r in task.asking(range(matrix.shape[0])):
         part = slice(matrix.indptr[r], matrix.indptr[r + 1])
         expression = _linear(pyscipopt, matrix.indices[part], matrix.data[part], columns)
         _add_row(scip, expression, form.row_lower[r], form.row_upper[r], form.row_names[r])

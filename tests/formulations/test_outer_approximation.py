@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import itertools
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from formulations import Limit, Limits, Termination, objective, verify
-from formulations.cut_planes import JointCuts, SelectionCuts
+from formulations.cut_planes import cut_sources
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.incumbents import greedy
-from formulations.models.scaling import diagonal_split, scale_block
+from formulations.models.scaling import scale_block
 from formulations.outer_approximation import outer_approximation
 from formulations.problem import BlockProblem
 from formulations.relaxations.bounds import lower_bound
 from tests.formulations.blocks import KINDS, block, brute_force, slack
+from tests.stress.exact import ExactBlock
 
 
 def source_of(problem, program, optimised=False):
     """Cuts of a block in the plain split or in that of the root certificate, and the loss unit."""
     scaled = scale_block(problem)
-    split = diagonal_split(scaled)
-    certificate = lower_bound(problem, program).certificate if optimised else None
-    if certificate is not None and program == "joint":
-        split = certificate.split * scaled.weight_scale**2 / scaled.objective_scale
-    if certificate is not None and program == "selection":
-        return SelectionCuts(scaled, certificate.shift / scaled.objective_scale), scaled.objective_scale
-    if program == "joint":
-        return JointCuts(scaled, split), scaled.objective_scale
-    return SelectionCuts(scaled, split * scaled.weights**2), scaled.objective_scale
+    root = lower_bound(problem, program).certificate if optimised else None
+    return cut_sources(problem, scaled, program, root)[-1], scaled.objective_scale
 
 
 @pytest.mark.parametrize("program", ["selection", "joint"])
@@ -139,3 +134,54 @@ def test_zero_weights_make_a_zero_optimum():
         solution = outer_approximation(problem, program)
         assert solution.proved
         assert abs(solution.objective) < 1e-12
+
+
+def test_planes_are_lowered_by_what_cancels_in_them():
+    """The terms of a plane are 1e14 times the optimum here: the bound was .1 % above it."""
+    problem = BlockProblem(
+        weights=[0.26907458805666856, 0.12251281226211107, 0.4784805609579916, -1.4220086548878539],
+        rows=[[-0.7144842738631297, 1.3572861187103389, 0.548812626435183, 1.7402575077212068]],
+        damping=1.0524379906041188e-12,
+        n_prune=2,
+    )
+    exact = ExactBlock(problem)
+    solution = outer_approximation(problem, "joint", limits=Limits(iteration_limit=20))
+    assert solution.bound <= exact.optimum("joint")
+    scaled = scale_block(problem)
+    sets = list(itertools.combinations(range(4), 2))
+    sources = cut_sources(problem, scaled, "joint", lower_bound(problem, "joint").certificate)
+    assert len(sources) == 2
+    for source, kept in itertools.product(sources, sets):
+        cut = source.cut(np.isin(np.arange(4), kept).astype(float), -np.inf)
+        for others in sets:
+            value = Fraction(cut.constant) + sum(Fraction(cut.slopes[i]) for i in others)
+            assert value * Fraction(scaled.objective_scale) <= exact.joint_value(others)
+
+
+def test_a_master_that_cannot_be_solved_is_no_error():
+    """The optimum is 1e-16 of the terms of the planes: HiGHS calls the linear master infeasible."""
+    problem = BlockProblem(
+        weights=[-455714.24926685885, 35108483226.165871, -21964.767, 137383040.1, 59.548264956],
+        rows=[
+            [66049.26459828096, -10921.701776471682, -80114.66935430616, -54341.53, 65227.42678],
+            [33809.11093938071, -38542.5042165517, 27625.41245641726, -35614.633, -225738.14682],
+        ],
+        damping=435065391.5348831,
+        n_prune=1,
+    )
+    for program in ("selection", "joint"):
+        solution = outer_approximation(problem, program)
+        assert solution.termination is not Termination.ERROR
+        assert solution.proved or solution.limit is Limit.GAP
+        assert not verify(problem, solution).wrong
+
+
+def test_without_a_proved_split_the_set_and_the_trivial_bound_stand():
+    rows = np.random.default_rng(3).normal(size=(3, 6))
+    gram = rows.T @ rows
+    problem = BlockProblem(weights=np.ones(6), hessian=0.5 * (gram + gram.T), damping=3e-13, n_prune=3)
+    scaled = scale_block(problem)
+    assert not cut_sources(problem, scaled, "joint", None)
+    solution = outer_approximation(problem, "joint")
+    assert solution.termination is Termination.FEASIBLE
+    assert not verify(problem, solution).wrong

@@ -27,6 +27,7 @@ ROWS = np.random.default_rng(0).normal(size=(6, 4))
         ("damping", "x", ArgumentError),
         ("damping", None, ArgumentError),
         ("damping", -1e-3, ArgumentError),
+        ("damping", 5e-324, ArgumentError),
         ("damping", float("nan"), ArgumentError),
         ("damping", float("inf"), ArgumentError),
         ("weights", WEIGHTS * np.nan, NonFiniteError),

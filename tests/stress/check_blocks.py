@@ -30,6 +30,8 @@ from tests.stress.regimes import draw
 
 REL_GAP = 1e-6
 LIMITS = Limits(rel_gap=REL_GAP, node_limit=300)
+REPORTED_EVERY = 5_000
+"""Blocks between two lines that say how far the run is."""
 Method = Callable[[BlockProblem, str], BlockSolution]
 
 METHODS: dict[str, Method] = {
@@ -122,6 +124,7 @@ def _wrong(
 def say(line: str) -> None:
     """Write one line to the terminal."""
     sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -139,6 +142,9 @@ def main() -> None:
     began = time.perf_counter()
     shown = 0
     for seed in range(arguments.seed, arguments.seed + arguments.blocks):
+        done = seed - arguments.seed
+        if done and done % REPORTED_EVERY == 0:
+            say(f"{done} blocks in {time.process_time():.0f} s of the processor, {kinds.total()} faults")
         wrong, counted = faults(seed, slow=arguments.slow)
         counts += counted
         for fault in wrong:
@@ -147,7 +153,10 @@ def main() -> None:
                 say(f"{seed}: {fault}")
                 shown += 1
     seconds = time.perf_counter() - began
-    say(f"{arguments.blocks} blocks from seed {arguments.seed} in {seconds:.0f} s")
+    say(
+        f"{arguments.blocks} blocks from seed {arguments.seed} in {seconds:.0f} s, "
+        f"{time.process_time():.0f} s of the processor"
+    )
     for name, count in sorted(counts.items()):
         say(f"  {name}: {count}")
     say(f"{kinds.total()} faults")

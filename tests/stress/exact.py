@@ -7,42 +7,60 @@ a kept set is a quotient of two determinants, found for all sets by fraction-fre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
+from operator import mul
 
 from formulations import BlockProblem
 
 
 class ExactBlock:
-    """The data of a block as rational numbers."""
+    """The data of a block as integers over common powers of two."""
 
     def __init__(self, problem: BlockProblem) -> None:
         self.n, self.n_keep, self.n_prune = problem.n, problem.n_keep, problem.n_prune
         self.weights = _rational(problem.weights.tolist())
         self.gradient = _rational(problem.gradient_or_zero.tolist())
         if problem.rows is not None:
-            rows = [_rational(row) for row in problem.rows.tolist()]
-            places = range(self.n)
-            self.hessian = [
-                [sum((row[i] * row[j] for row in rows), Fraction(0)) for j in places] for i in places
-            ]
+            unit = _unit(_rational(problem.rows.ravel().tolist()))
+            rows = [[int(x * unit) for x in _rational(row)] for row in problem.rows.tolist()]
+            columns = [[row[i] for row in rows] for i in range(self.n)]
+            self.hessian = [[Fraction(_dot(x, y), unit * unit) for y in columns] for x in columns]
         else:
             assert problem.hessian is not None
             self.hessian = [_rational(row) for row in problem.hessian.tolist()]
         for i in range(self.n):
             self.hessian[i][i] += Fraction(problem.damping)
+        # H and g as integers over one unit: the loss of many points is asked for.
+        self._unit = _unit([*self.gradient, *(entry for row in self.hessian for entry in row)])
+        self._hessian = [[int(entry * self._unit) for entry in row] for row in self.hessian]
+        self._gradient = [int(entry * self._unit) for entry in self.gradient]
+        self._losses: dict[tuple[float, ...], Fraction] = {}
 
     def loss(self, new_weights: list[float]) -> Fraction:
         """Loss increase of the model at `new_weights`."""
+        key = tuple(new_weights)
+        if key not in self._losses:
+            self._losses[key] = self._loss(key)
+        return self._losses[key]
+
+    def _loss(self, new_weights: tuple[float, ...]) -> Fraction:
         step = [Fraction(u) - w for u, w in zip(new_weights, self.weights, strict=True)]
-        image = self._product(step)
-        return sum(((g + h / 2) * d for g, h, d in zip(self.gradient, image, step, strict=True)), Fraction(0))
+        unit = _unit(step)
+        whole = [int(d * unit) for d in step]
+        quadratic = sum(d * _dot(row, whole) for d, row in zip(whole, self._hessian, strict=True))
+        return Fraction(quadratic + 2 * unit * _dot(self._gradient, whole), 2 * self._unit * unit * unit)
 
     def optimum(self, program: str) -> Fraction | None:
         """Least value over all sets of the right size; None if it is minus infinity."""
-        return self._selection() if program == "selection" else self._joint()
+        return self._selection() if program == "selection" else self._joint(range(self.n), self.n_keep)
 
     def _product(self, vector: list[Fraction]) -> list[Fraction]:
         return [sum((h * x for h, x in zip(row, vector, strict=True)), Fraction(0)) for row in self.hessian]
+
+    def joint_value(self, kept: Sequence[int]) -> Fraction | None:
+        """Least value with just the weights `kept` left; None if it is minus infinity."""
+        return self._joint(kept, len(kept))
 
     def _selection(self) -> Fraction:
         w = self.weights
@@ -53,17 +71,22 @@ class ExactBlock:
         best = _least_sum(matrix, [int(x * unit) for x in linear], self.n_prune)
         return Fraction(best, 2 * unit)
 
-    def _joint(self) -> Fraction | None:
+    def _joint(self, places: Sequence[int], n_keep: int) -> Fraction | None:
         image = self._product(self.weights)
         border = [g - h for g, h in zip(self.gradient, image, strict=True)]
         corner = sum(
             ((h - 2 * g) * w for h, g, w in zip(image, self.gradient, self.weights, strict=True)), Fraction(0)
         )
-        unit = _unit([corner, *border, *(entry for row in self.hessian for entry in row)])
-        rows = [[*row, edge] for row, edge in zip(self.hessian, border, strict=True)]
+        border = [border[i] for i in places]
+        rows = [[*(self.hessian[i][j] for j in places), edge] for i, edge in zip(places, border, strict=True)]
+        unit = _unit([corner, *border, *(entry for row in rows for entry in row)])
         matrix = [[int(entry * unit) for entry in row] for row in (*rows, [*border, corner])]
-        best = _least_quotient(matrix, self.n_keep)
+        best = _least_quotient(matrix, n_keep)
         return None if best is None else best / (2 * unit)
+
+
+def _dot(first: Sequence[int], second: Sequence[int]) -> int:
+    return sum(map(mul, first, second))
 
 
 def _rational(values: list[float]) -> list[Fraction]:

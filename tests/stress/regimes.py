@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
-SIZE_SHARES = (0.02, 0.06, 0.12, 0.2, 0.2, 0.14, 0.1, 0.07, 0.04, 0.03, 0.02)
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+SIZE_SHARES = (0.02, 0.06, 0.12, 0.2, 0.2, 0.14, 0.1, 0.07, 0.04, 0.02, 0.015, 0.015)
+SMALLEST_NUMBER = 5e-324
 DECADES = 12.0
 
 
@@ -36,8 +37,35 @@ def draw(seed: int) -> dict[str, Any]:
         "n_prune": int(rng.choice([0, n])) if rng.random() < 0.15 else int(rng.integers(0, n + 1)),
     }
     if rng.random() < 0.25:
-        return arguments | {"hessian": _hessian(rng, rows)}
-    return arguments | {"rows": rows}
+        arguments |= {"hessian": _hessian(rng, rows)}
+    else:
+        arguments |= {"rows": rows}
+    if rng.random() < 0.05:
+        arguments |= _special(rng, arguments)
+    return arguments
+
+
+def _special(rng: np.random.Generator, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Replace what a block is made of by nothing, by zeros, by denormal numbers or by copies."""
+    n = arguments["weights"].size
+    kind = int(rng.integers(0, 7))
+    if kind == 0:
+        return {"weights": np.zeros(n)}
+    if kind == 1 and "rows" in arguments:
+        return {"rows": np.zeros((0, n)), "damping": float(10.0 ** rng.uniform(-DECADES, DECADES))}
+    if kind == 2:
+        return {"gradient": rng.normal(size=n) * SMALLEST_NUMBER * 10.0 ** rng.uniform(0.0, 16.0)}
+    if kind == 3:
+        model = "rows" if "rows" in arguments else "hessian"
+        array = arguments[model].copy()
+        if array.size:
+            array[-1, -1] = SMALLEST_NUMBER * float(10.0 ** rng.uniform(0.0, 16.0))
+        return {model: array}
+    if kind == 4:
+        return {"damping": float(rng.choice([SMALLEST_NUMBER, 1e-139]))}
+    if kind == 5:
+        return {"weights": np.full(n, arguments["weights"][0])}
+    return {"weights": np.where(rng.random(n) < 0.5, SMALLEST_NUMBER, arguments["weights"])}
 
 
 def _rows(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -75,7 +103,7 @@ def _weights(rng: np.random.Generator, n: int) -> np.ndarray:
     elif kind == 4:
         weights[rng.random(n) < 0.4] = 0.0
     if rng.random() < 0.02:
-        weights[int(rng.integers(n))] = 5e-324
+        weights[int(rng.integers(n))] = SMALLEST_NUMBER
     return weights
 
 

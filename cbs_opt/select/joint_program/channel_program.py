@@ -49,7 +49,14 @@ class ChannelProgram(Program[ChannelSet]):
 
     def at(self, keep: Tensor) -> ChannelSet:
         """Return a kept set, evaluated; O(m^2 s + m^3 + sum of m k^2 over channels of k kept weights)."""
-        system = self.hessian.system(self.block.damping, keep, self.block.name)
+        return self._evaluated(keep, self.hessian.system(self.block.damping, keep, self.block.name))
+
+    def exchanged(self, kept: ChannelSet, leaving: Tensor, entering: Tensor) -> ChannelSet:
+        """Return the kept set after an exchange of indices, evaluated; see `ChannelSystem.without`."""
+        keep = exchange(kept.keep, leaving, entering)
+        return self.at(keep) if len(entering) else self._evaluated(keep, kept.system.without(leaving))
+
+    def _evaluated(self, keep: Tensor, system: ChannelSystem) -> ChannelSet:
         removal = torch.where(keep, 0.0, -self.anchor)
         weights = torch.zeros_like(self.anchor)
         slope = self.block.product(removal) + self.linear
@@ -59,10 +66,6 @@ class ChannelProgram(Program[ChannelSet]):
         value = float(self.linear @ step + 0.5 * (step @ curved))
         slope = torch.where(keep, 0.0, curved + self.linear)
         return ChannelSet(keep=keep, system=system, weights=weights, slope=slope, value=value)
-
-    def exchanged(self, kept: ChannelSet, leaving: Tensor, entering: Tensor) -> ChannelSet:
-        """Return the kept set after an exchange of indices, evaluated as by `at`."""
-        return self.at(exchange(kept.keep, leaving, entering))
 
     def costs(self, kept: ChannelSet, precision: torch.dtype | None = None) -> Tensor:
         return kept.weights[kept.keep].square() / kept.system.inverse_diagonal()

@@ -14,6 +14,7 @@ since ``[H_KK^-1]_ii = (1 - q_i) / damping`` and the Schur complement of j is ``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -65,6 +66,14 @@ class Program(ABC, Generic[Kept]):
 
         What it needs of the inverse is in the precision of the rows, or another where that is a choice.
         """
+
+    def state(self, kept: Kept) -> dict[str, Tensor]:
+        """Return a kept set as a journal keeps it, for `restored`."""
+        return {"keep": kept.keep}
+
+    def restored(self, state: Mapping[str, Tensor]) -> Kept:
+        """Return the kept set of which `state` was made, to the same bits."""
+        return self.at(state["keep"])
 
     def saliency(self) -> Tensor:
         """Return what removing each weight alone costs, (n,) float64."""
@@ -122,6 +131,14 @@ class JointProgram(Program[KeptSet]):
         gram = kept.gram + products.inner_gram(self.rows, entering) - products.inner_gram(self.rows, leaving)
         target = kept.target - self._image_of(entering) + self._image_of(leaving)
         return self._solved(exchange(kept.keep, leaving, entering), gram, target)
+
+    def state(self, kept: KeptSet) -> dict[str, Tensor]:
+        """Return the set with the sums that exchanges brought to it, which have a rounding of their own."""
+        return {"keep": kept.keep, "gram": kept.gram, "target": kept.target}
+
+    def restored(self, state: Mapping[str, Tensor]) -> KeptSet:
+        """Return the kept set of which `state` was made, to the same bits; O(m^3)."""
+        return self._solved(state["keep"], state["gram"], state["target"])
 
     def levels(self, kept: KeptSet) -> Tensor:
         """Return ``h = a + R^T y``, (n,) float64: new weights on K, residual over damping on P; O(m n)."""

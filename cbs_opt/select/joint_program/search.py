@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
 
-from cbs_opt.select.choice import SearchResult
+from cbs_opt.select.choice import NO_JOURNAL, SearchJournal, SearchResult
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet
 from cbs_opt.select.joint_program.pairs import ImprovingPairs, Scores, improving_pairs
 from cbs_opt.select.joint_program.program import JointProgram, Kept, KeptSet, Program
@@ -50,6 +51,7 @@ def joint_search(
     restarts: int = 0,
     deadline: float | None = None,
     seed: int = 0,
+    journal: SearchJournal = NO_JOURNAL,
 ) -> SearchResult:
     """Improve a kept set of the joint program until no swap helps, or no batch beside a channel term.
 
@@ -57,12 +59,14 @@ def joint_search(
     ``tolerance * |objective|``. Restarts are descents of the core from randomly changed sets by `seed`, each
     time the search has come to a 1-swap optimum; it ends when they bring nothing. They are of no use beside a
     channel term. The deadline, a reading of `time.monotonic`, is looked at between products with the rows.
+    The journal has the state before each exchange, and a search goes on from the one that it has: `start` and
+    `seed` are then those of the search that kept it.
 
     The result is never worse than the start; after Ctrl-C it is what was found until then, with
     `Limit.INTERRUPTED`. O(m^2 n) for the leverages whenever many weights changed, O(m^2 b + m^3) to try b
     swaps. Memory beyond the rows: O(m^2 + n) and some columns of the rows.
     """
-    arguments = (start, tolerance, max_swaps, deadline)
+    arguments = (start, tolerance, max_swaps, deadline, journal)
     if isinstance(program, ChannelProgram):
         return ChannelSearch(program, *arguments).result(restarts, seed)
     return RowSearch(program, *arguments).result(restarts, seed)
@@ -83,27 +87,32 @@ class Search(ABC, Generic[Kept]):
         tolerance: float,
         max_swaps: int | None,
         deadline: float | None,
+        journal: SearchJournal,
     ) -> None:
         self.began = time.monotonic()
         self.program, self.tolerance = program, tolerance
-        self.max_swaps, self.deadline = max_swaps, deadline
-        self.kept = program.at(start)
-        self.swaps = 0
+        self.max_swaps, self.deadline, self.journal = max_swaps, deadline, journal
         self.limit: Limit | None = None
         self.locally_optimal = int(start.sum()) in (0, program.n)
         self.trace: list[TracePoint] = []
+        state = journal.recall()
+        self.kept = program.restored(state) if state else program.at(start)
+        self.initial: float = state.get("initial", self.kept.value)
+        self.swaps: int = state.get("swaps", 0)
+        self.cap: int | None = state.get("cap")
+        self.restore(state)
 
     def result(self, restarts: int, seed: int) -> SearchResult:
         """Run to the end or to an interrupt."""
-        initial = self.kept.value
         try:
-            self.run(restarts, seed)
+            with self.journal.progress.phase("exchanges", unit="swap", done=self.swaps) as self._advance:
+                self.run(restarts, seed)
         except KeyboardInterrupt:
             self.limit = Limit.INTERRUPTED
         return SearchResult(
             keep=self.kept.keep,
             value=self.kept.value,
-            initial_value=initial,
+            initial_value=self.initial,
             swaps=self.swaps,
             locally_optimal=self.locally_optimal,
             limit=self.limit,
@@ -114,6 +123,14 @@ class Search(ABC, Generic[Kept]):
     @abstractmethod
     def run(self, restarts: int, seed: int) -> None:
         """Search until nothing helps or a limit is reached."""
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the search needs to go on from here to the same bits; see `restore`."""
+        numbers = {"initial": self.initial, "swaps": self.swaps, "cap": self.cap}
+        return {**numbers, **self.program.state(self.kept)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` has beyond the kept set and its numbers; nothing, of an empty one."""
 
     @abstractmethod
     def _singles(self, most: int) -> tuple[Tensor, Tensor]:
@@ -131,14 +148,15 @@ class Search(ABC, Generic[Kept]):
 
     def _exchange_batches(self, largest: int) -> None:
         """Swap by the scores of single moves while the objective falls."""
-        cap = largest
+        self.cap = largest if self.cap is None else self.cap
         while not self._stopped():
+            self.journal.keep(self.state())
             before = self.kept.value
-            made = self._try(*self._singles(cap))
+            made = self._try(*self._singles(self.cap))
             if made and before - self.kept.value > self.least_yield * abs(before):
-                cap = 2 * made if self.grows else min(cap, 2 * made)
+                self.cap = 2 * made if self.grows else min(self.cap, 2 * made)
             elif self._renewed():
-                cap = largest
+                self.cap = largest
             else:
                 self._stopped()
                 return
@@ -161,6 +179,7 @@ class Search(ABC, Generic[Kept]):
         self.swaps += swaps
         spent = time.monotonic() - self.began
         self.trace.append(TracePoint(seconds=spent, nodes=0, objective=trial.value, bound=None))
+        self._advance(swaps)
 
     def _stopped(self) -> bool:
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -173,24 +192,54 @@ class Search(ABC, Generic[Kept]):
 class RowSearch(Search[KeptSet]):
     """The search by rows, with the leverages of the kept set."""
 
+    FLAGS: ClassVar[tuple[str, ...]] = ("by_pairs", "anew", "restarted", "batch_is_old")
+    """What a state says of where in `run` the search is."""
     program: JointProgram
-    _base: tuple[KeptSet, Tensor] | None = None
-    _batch: tuple[KeptSet, Tensor] | None = None
+    _by_pairs: bool
+    _anew: bool
+    _restarted: int
+    _batch: Tensor | None
+    _batch_is_old: bool
+    _base: tuple[KeptSet, Tensor] | None
 
     def run(self, restarts: int, seed: int) -> None:
         """Exchange batches, then pairs, until no swap helps or a limit is reached; then from restarts."""
         if self.locally_optimal:
             return
-        self._exchange_batches(LARGEST_BATCH)
+        if not self._by_pairs:
+            self._exchange_batches(LARGEST_BATCH)
+            self._by_pairs, self._batch = True, None
         self._exchange_pairs()
-        while restarts and self.limit is None and self._leave_optimum(restarts, seed):
-            seed += 1
+        while restarts and self.limit is None and self._leave_optimum(restarts, seed + self._restarted):
+            self._restarted += 1
+            self._anew = False
             self._exchange_pairs()
+
+    def state(self) -> dict[str, Any]:
+        """Return also the leverages, which are moved from set to set, and the sets that they are of."""
+        state = {**super().state(), **{name: getattr(self, f"_{name}") for name in self.FLAGS}}
+        if self._batch is not None:
+            state["batch"] = self._batch
+        if self._base is not None:
+            before, state["base"] = self._base
+            state |= {f"base_{name}": value for name, value in self.program.state(before).items()}
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._by_pairs = state.get("by_pairs", False)
+        self._anew = state.get("anew", False)
+        self._restarted = state.get("restarted", 0)
+        self._batch = state.get("batch")
+        self._batch_is_old = state.get("batch_is_old", False)
+        self._base = None
+        if "base" in state:
+            before = {name: state[f"base_{name}"] for name in self.program.state(self.kept)}
+            self._base = self.program.restored(before), state["base"]
 
     def _singles(self, most: int) -> tuple[Tensor, Tensor]:
         if self._batch is None:
-            self._batch = self.kept, self._leverages()
-        scores, keep = self._scores(self._batch[1]), self.kept.keep
+            self._batch, self._batch_is_old = self._leverages(), False
+        scores, keep = self._scores(self._batch), self.kept.keep
         size = min(int(keep.sum()), int((~keep).sum()), most)
         costs, leaving = scores.costs.topk(size, largest=False)
         gains, entering = scores.gains.topk(size)
@@ -198,26 +247,30 @@ class RowSearch(Search[KeptSet]):
         return leaving[:better], entering[:better]
 
     def _renewed(self) -> bool:
-        if self._batch is None or self._batch[0] is self.kept:
+        if not self._batch_is_old:
             return False
-        self._batch = self.kept, self._leverages()
+        self._batch, self._batch_is_old = self._leverages(), False
         return True
+
+    def _accept(self, trial: KeptSet, swaps: int) -> None:
+        super()._accept(trial, swaps)
+        self._batch_is_old = True
 
     def _exchange_pairs(self) -> None:
         """Swap by exact changes until a scan of all pairs, on figures computed anew, finds none."""
-        anew = False
         while not self._stopped():
+            self.journal.keep(self.state())
             pairs = self._scan()
             if len(pairs.leaving) and self._try(pairs.leaving, pairs.entering):
-                anew = False
+                self._anew = False
                 continue
             if self._stopped():
                 return
-            if anew:
+            if self._anew:
                 # A swap that is left gains no more than rounding: nothing to prove, nothing to win.
                 self.locally_optimal = pairs.complete and len(pairs.leaving) == 0
                 return
-            self.kept, self._base, anew = self.program.at(self.kept.keep), None, True
+            self.kept, self._base, self._anew = self.program.at(self.kept.keep), None, True
 
     def _leave_optimum(self, restarts: int, seed: int) -> bool:
         """Return whether descents of the core found a better set, which is then taken."""

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, ending, one_by_one
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchJournal, ending, one_by_one
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, joint_program
 from cbs_opt.select.joint_program.program import JointProgram
 from cbs_opt.select.joint_program.search import TOLERANCE, joint_search, warm_start
@@ -84,6 +85,7 @@ def by_joint_swap_search(
             drops=drops,
             tolerance=tolerance,
             seed=limits.seed + number,
+            journal=ledger.journal(number),
         ).best()
 
     return _each(blocks, counts, limits, ledger, search)
@@ -109,7 +111,8 @@ def by_joint_greedy_obs(
         if block.n <= dense_limit:
             problem, left = block.to_problem(counts[number]), Limits(time_limit=_left(deadline))
             return Choice.of_solution(block, incumbents.greedy(problem, "joint", limits=left))
-        keep = greedy_obs_set(joint_program(block), counts[number], drops=drops, deadline=deadline)
+        program, journal = joint_program(block), ledger.journal(number).named("greedy_obs")
+        keep = greedy_obs_set(program, counts[number], drops=drops, deadline=deadline, journal=journal)
         return _finished(keep, deadline)
 
     return _each(blocks, counts, limits, ledger, drop)
@@ -131,7 +134,8 @@ def by_iterative_hard_threshold(
     _require_at_least(0, steps=steps)
 
     def threshold(block: FisherBlock, number: int, deadline: float | None) -> Choice:
-        keep = hard_threshold_set(JointProgram(block), counts[number], steps=steps, deadline=deadline)
+        program, journal = JointProgram(block), ledger.journal(number).named("iterative_hard_threshold")
+        keep = hard_threshold_set(program, counts[number], steps=steps, deadline=deadline, journal=journal)
         return _finished(keep, deadline)
 
     return _each(blocks, counts, limits, ledger, threshold)
@@ -184,6 +188,7 @@ class _Search(ABC):
     drops: int
     tolerance: float
     seed: int
+    journal: SearchJournal
 
     @cached_property
     def program(self) -> JointProgram | ChannelProgram:
@@ -196,15 +201,15 @@ class _Search(ABC):
         """The start where none is asked for, or None where the search has its own."""
 
     @abstractmethod
-    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
-        """Return the objective and the choice that a start leads to."""
+    def descend(self, name: str | None) -> tuple[float, Choice]:
+        """Return the objective and the choice that the start of that name leads to, or the warm one."""
 
     def best(self) -> Choice:
         """Return the lowest end of all starts; an interrupt ends the walk over them."""
         names = self.starts or (self.default_start,)
         best: tuple[float, Choice] | None = None
         for name in names if self.warm is None else (None,):
-            value, choice = self.descend(self.warm if name is None else self.start(name))
+            value, choice = self.descend(name)
             if best is None or value < best[0]:
                 best = value, choice
             if choice.limit is Limit.INTERRUPTED:
@@ -215,17 +220,18 @@ class _Search(ABC):
     def start(self, name: str) -> Tensor:
         """Return the kept set of a start of `JOINT_STARTS`; magnitude's where no time or choice is left."""
         block, count, left, program = self.block, self.count, _left(self.deadline), self.program
+        options: dict[str, Any] = {"deadline": self.deadline, "journal": self.journal.named(name)}
         if isinstance(program, ChannelProgram) and name not in ("greedy_obs", *STARTS):
             found = f"{name!r} on {block.n} weights with a layer-input term"
             raise UnsupportedProblemError("start", found, f"use greedy_obs, or one of {', '.join(STARTS)}")
         if left == 0.0 or count in (0, block.n):
             return without_lowest(magnitude(block), count)
         if name == "greedy_obs":
-            return greedy_obs_set(program, count, drops=self.drops, deadline=self.deadline)
+            return greedy_obs_set(program, count, drops=self.drops, **options)
         if isinstance(program, JointProgram) and name == "relaxation":
             return relaxed_set(program, count, time_limit=left)
         if isinstance(program, JointProgram) and name == "iterative_hard_threshold":
-            return hard_threshold_set(program, count, deadline=self.deadline)
+            return hard_threshold_set(program, count, **options)
         return start_set(name, block, count, self.seed, self.spread)
 
 
@@ -240,8 +246,12 @@ class _LargeSearch(_Search):
     def default_start(self) -> str:
         return "greedy_obs" if isinstance(self.program, ChannelProgram) else "relaxation"
 
-    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
-        assert start is not None
+    def descend(self, name: str | None) -> tuple[float, Choice]:
+        journal = self.journal.named(f"search_from_{name or 'warm'}")
+        # A search that goes on needs no start.
+        start = journal.recall().get("keep", self.warm)
+        if start is None:
+            start = self.start(name or self.default_start)
         result = joint_search(
             self.program,
             start,
@@ -250,6 +260,7 @@ class _LargeSearch(_Search):
             restarts=self.restarts,
             deadline=self.deadline,
             seed=self.seed,
+            journal=journal,
         )
         choice = replace(result.choice, initial_value=None)
         if isinstance(self.program, ChannelProgram) and result.limit is None:
@@ -266,7 +277,8 @@ class _DenseSearch(_Search):
     def problem(self) -> BlockProblem:
         return self.block.to_problem(self.count)
 
-    def descend(self, start: Tensor | None) -> tuple[float, Choice]:
+    def descend(self, name: str | None) -> tuple[float, Choice]:
+        start = self.warm if name is None else self.start(name)
         solution = incumbents.swap_search(
             self.problem,
             "joint",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.products import image
-from cbs_opt.select.joint_program.program import JointProgram, Program
+from cbs_opt.select.choice import NO_JOURNAL, SearchJournal
+from cbs_opt.select.joint_program.program import JointProgram, KeptSet, Program
 from cbs_opt.select.saliency import without_lowest
 from formulations.relaxations.matrix_free import relax_joint_rows
 from formulations.solution import Limits
@@ -21,36 +22,53 @@ HALVINGS = 30
 
 
 def greedy_obs_set(
-    program: Program[Any], count: int, *, drops: int = DROPS, deadline: float | None = None
+    program: Program[Any],
+    count: int,
+    *,
+    drops: int = DROPS,
+    deadline: float | None = None,
+    journal: SearchJournal = NO_JOURNAL,
 ) -> Tensor:
     """Return the set of greedy OBS in blocks: drop what costs least, move the rest, score again.
 
     `count` weights are pruned; the kept count falls by the same factor with each of the drops. After the
-    deadline, a reading of `time.monotonic`, all that is left to drop goes at once.
+    deadline, a reading of `time.monotonic`, all that is left to drop goes at once. The journal has the kept
+    set before each drop, and the one that it has is gone on from.
     O(m^2 s) a drop of s kept weights. The scores, ``u_i^2 / (2 [H_KK^-1]_ii)`` of the moved weights u, are
     those of Hassibi & Stork (1993); one weight at a time would be their method. The weights are those of the
     trained network throughout: the model stays one quadratic, only the kept set shrinks.
     """
-    n = program.n
-    keep = torch.ones(n, dtype=torch.bool, device=program.anchor.device)
-    kept = None
+    n, state = program.n, journal.recall()
+    first = state.get("drop", 1)
+    kept = program.restored(state) if state else None
+    keep = torch.ones(n, dtype=torch.bool, device=program.anchor.device) if kept is None else kept.keep
     nothing = leaving = keep.nonzero().squeeze(1)[:0]
-    size = n
-    for drop in range(1, drops + 1):
-        late = deadline is not None and time.monotonic() >= deadline
-        goal = n - count if late or drop == drops else round(n * ((n - count) / n) ** (drop / drops))
-        if goal >= size:
-            continue
-        kept = program.at(keep) if kept is None else program.exchanged(kept, leaving, nothing)
-        leaving = keep.nonzero().squeeze(1)[program.costs(kept).argsort(stable=True)[: size - goal]]
-        keep = keep.clone()
-        keep[leaving] = False
-        size = goal
+    size = int(keep.sum())
+    with journal.progress.phase("drops", drops, unit="drop", done=first - 1) as advance:
+        for drop in range(first, drops + 1):
+            late = deadline is not None and time.monotonic() >= deadline
+            goal = n - count if late or drop == drops else round(n * ((n - count) / n) ** (drop / drops))
+            if goal < size:
+                if kept is None:
+                    kept = program.at(keep)
+                elif len(leaving):
+                    kept = program.exchanged(kept, leaving, nothing)
+                journal.keep({"drop": drop, **program.state(kept)})
+                leaving = keep.nonzero().squeeze(1)[program.costs(kept).argsort(stable=True)[: size - goal]]
+                keep = keep.clone()
+                keep[leaving] = False
+                size = goal
+            advance(1)
     return keep
 
 
 def hard_threshold_set(
-    program: JointProgram, count: int, *, steps: int = THRESHOLD_STEPS, deadline: float | None = None
+    program: JointProgram,
+    count: int,
+    *,
+    steps: int = THRESHOLD_STEPS,
+    deadline: float | None = None,
+    journal: SearchJournal = NO_JOURNAL,
 ) -> Tensor:
     """Return the set of iterative hard thresholding: a gradient step, then a solve for the largest weights.
 
@@ -61,34 +79,48 @@ def hard_threshold_set(
     falls. Source: Foucart (2011), Hard thresholding pursuit; Blumensath & Davies (2010) for the step length;
     CHITA (Benbaki et al., ICML 2023) uses the method for pruning.
     """
-    kept = program.at(without_lowest(program.block.weights.double().abs(), count))
-    for _ in range(steps):
-        levels = program.levels(kept)
-        slope = torch.where(kept.keep, 0.0, program.damping * levels)
-        curvature = image(program.rows, slope).square().sum() + program.damping * slope.square().sum()
-        if not bool(curvature > 0.0):
-            break
-        length, changed = float(slope.square().sum() / curvature), False
-        before = kept
-        for _ in range(HALVINGS):
-            if deadline is not None and time.monotonic() >= deadline:
-                return kept.keep
-            keep = without_lowest(torch.where(before.keep, levels, length * slope).abs(), count)
-            if keep.equal(before.keep):
-                if changed:
-                    break
-                length *= 2.0
-                continue
-            changed = True
-            leaving, entering = before.keep & ~keep, keep & ~before.keep
-            trial = program.exchanged(before, leaving.nonzero().squeeze(1), entering.nonzero().squeeze(1))
-            if trial.value < before.value:
-                kept = trial
+    state = journal.recall()
+    first = state.get("step", 0)
+    kept = (
+        program.restored(state)
+        if state
+        else program.at(without_lowest(program.block.weights.double().abs(), count))
+    )
+    with journal.progress.phase("thresholds", steps, unit="step", done=first) as advance:
+        for step in range(first, steps):
+            journal.keep({"step": step, **program.state(kept)})
+            after = _thresholded(program, kept, count, deadline)
+            if after is kept:
                 break
-            length *= 0.5
-        if kept is before:
-            break
+            kept = after
+            advance(1)
     return kept.keep
+
+
+def _thresholded(program: JointProgram, before: KeptSet, count: int, deadline: float | None) -> KeptSet:
+    """Return the set after a step that lowers the objective; `before` itself if there is none, or no time."""
+    levels = program.levels(before)
+    slope = torch.where(before.keep, 0.0, program.damping * levels)
+    curvature = image(program.rows, slope).square().sum() + program.damping * slope.square().sum()
+    if not bool(curvature > 0.0):
+        return before
+    length, changed = float(slope.square().sum() / curvature), False
+    for _ in range(HALVINGS):
+        if deadline is not None and time.monotonic() >= deadline:
+            return before
+        keep = without_lowest(torch.where(before.keep, levels, length * slope).abs(), count)
+        if keep.equal(before.keep):
+            if changed:
+                return before
+            length *= 2.0
+            continue
+        changed = True
+        leaving, entering = before.keep & ~keep, keep & ~before.keep
+        trial = program.exchanged(before, leaving.nonzero().squeeze(1), entering.nonzero().squeeze(1))
+        if trial.value < before.value:
+            return trial
+        length *= 0.5
+    return before
 
 
 def relaxed_set(

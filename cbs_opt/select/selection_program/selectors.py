@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import mapped
-from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchResult
+from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchJournal, SearchResult
 from cbs_opt.select.scores import STARTS, start_sets
 from cbs_opt.select.selection_program.program import TUNING, SelectionProgram, SwapTuning
 from cbs_opt.select.selection_program.swap_search import swap_search_batch
@@ -32,8 +33,8 @@ def by_swap_search(
 ) -> list[Choice]:
     """Search by swaps on the selection program of every block.
 
-    Blocks, counts, warm and ledger are as of `Selector`: blocks are searched all at once; the ledger is not
-    asked. The time limit is for all blocks and starts together. The options are those of
+    Blocks, counts, warm and ledger are as of `Selector`: blocks are searched all at once; of large ones the
+    ledger keeps the states. The time limit is for all blocks and starts together. The options are those of
     `cbs_opt.recipe.select.SwapSearch`, the tolerance is that of `swap_search_batch`.
     Raises `ArgumentError` if a start is unknown.
     """
@@ -52,6 +53,12 @@ def by_swap_search(
             deadline=deadline,
             seed=limits.seed,
             tuning=tuning,
+            journal_of=partial(_journal, ledger, name),
         )
         ends.append(results)
     return [min(results, key=lambda result: result.value).choice for results in zip(*ends, strict=True)]
+
+
+def _journal(ledger: Ledger, name: str, number: int) -> SearchJournal:
+    """Return where the search of a block from a start keeps its state, apart from those of other blocks."""
+    return ledger.journal(number).named(f"swaps_{name}_{number:05d}")

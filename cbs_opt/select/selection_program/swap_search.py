@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cbs_opt.hessian.on_demand import chosen
 from cbs_opt.hessian.products import double_chunks
-from cbs_opt.select.choice import SearchResult
+from cbs_opt.select.choice import NO_JOURNAL, SearchJournal, SearchResult
 from cbs_opt.select.selection_program import pair_search
 from cbs_opt.select.selection_program.dense import swap_dense
 from cbs_opt.select.selection_program.program import TUNING, SelectionProgram, SwapTuning
@@ -36,6 +36,11 @@ MAX_SWAPS = 2**31 - 1
 ROUNDING = 1e-15
 """No change below this share of the terms that cancel in it can be told from rounding."""
 TINY = 1e-300
+STATE = (
+    *("pruned", "image", "value", "initial", "initial_square", "noise", "reach"),
+    *("resume", "swaps", "moved", "pooling", "paired"),
+)
+"""What changes while a large block is searched, or is that of its start."""
 COST_SLACK = 2e-6
 """Rounding allowance of ``B_i.z`` in single precision, relative to ``|B_i| |z|``."""
 
@@ -61,6 +66,7 @@ def swap_search_batch(
     deadline: float | None = None,
     seed: int = 0,
     tuning: SwapTuning = TUNING,
+    journal_of: Callable[[int], SearchJournal] = lambda number: NO_JOURNAL,
 ) -> list[SearchResult]:
     """Improve kept sets by best-improvement swaps until none helps, equal small blocks side by side.
 
@@ -68,6 +74,7 @@ def swap_search_batch(
     ``tolerance * |objective|``, by default 1e-10 for float64 rows and 1e-7 for lower precision. A large block
     looks at the deadline, a reading of `time.monotonic`, every second or so; small blocks are searched to the
     end once begun. The seed is that of the column sample that the pair search fits its directions to.
+    `journal_of` the number of a large block has its state, and a search goes on from the one that it has.
 
     The results are never worse than the starts; the seconds of a batch are spread evenly.
     Memory beyond the rows: O(n), and less than 256 MiB for pools and pairs. Source of the move: Yu et al.
@@ -80,7 +87,8 @@ def swap_search_batch(
         if n <= tuning.dense_limit:
             groups.setdefault((n, device), []).append(number)
         else:
-            results[number] = _LargeSearch(programs[number], starts[number], options).result()
+            search = _LargeSearch(programs[number], starts[number], options, journal_of(number))
+            results[number] = search.result()
     for (n, _), members in groups.items():
         size = max(1, tuning.batch_bytes // (8 * max(1, n) ** 2))
         for first in range(0, len(members), size):
@@ -162,7 +170,9 @@ def _never_worse(start: Tensor, result: SearchResult) -> SearchResult:
 class _LargeSearch:
     """State of one search on a block too large for its Gram matrix: pools of weights, and pairs by proof."""
 
-    def __init__(self, program: SelectionProgram, keep: Tensor, options: _Options) -> None:
+    def __init__(
+        self, program: SelectionProgram, keep: Tensor, options: _Options, journal: SearchJournal
+    ) -> None:
         self.began = time.monotonic()
         self.program, self.options, self.tuning = program, options, options.tuning
         self.start, self.pruned = keep, ~keep
@@ -175,11 +185,21 @@ class _LargeSearch:
         self.resume = self.swaps = self.moved = 0
         self.locally_optimal = int(keep.sum()) in (0, program.n)
         self.limit: Limit | None = None
+        self.pooling, self.paired = True, False
+        self.journal = journal
+        for name, value in journal.recall().items():
+            setattr(self, name, value)
+
+    def _keep(self) -> None:
+        """Put down all that changes on the way."""
+        self.journal.keep({name: getattr(self, name) for name in STATE})
 
     def result(self) -> SearchResult:
         """Search until no swap helps or a limit is reached; never worse than the start."""
         if not self.locally_optimal:
-            self._run()
+            phase = self.journal.progress.phase("exchanges", unit="swap", done=self.swaps)
+            with phase as self._advance:
+                self._run()
         return _never_worse(
             self.start,
             SearchResult(
@@ -200,16 +220,22 @@ class _LargeSearch:
         if not self.program.hessian.by_rows:
             self._improve_whole()
             return
-        self._improve_by_pools()
-        self.reach = NEARLY * abs(self.value)
         projection: pair_search.Projection | None = None
-        while self.limit is None:
+        while True:
+            if self.pooling:
+                self._improve_by_pools()
+            if not self.paired:
+                self.reach = NEARLY * abs(self.value)
+            if self.limit is not None:
+                return
+            self.pooling, self.paired = False, True
+            self._keep()
             projection = projection or pair_search.project(
                 self.program, self.squares, self.options.seed, self.tuning
             )
             if not self._improve_by_pairs(projection):
                 return
-            self._improve_by_pools()
+            self.pooling = True
 
     def _exact_value(self) -> float:
         """Return the objective, from a fresh image where updates may have left more rounding.
@@ -263,6 +289,7 @@ class _LargeSearch:
     def _improve_by_pools(self) -> None:
         """Swap within pools of the cheapest weights until a pool yields nothing."""
         while self.limit is None:
+            self._keep()
             before = self.value
             self._improve_within(self._cheapest(self._costs()), precise=False)
             if before - self.value <= POOL_YIELD * self._threshold():
@@ -353,6 +380,7 @@ class _LargeSearch:
             self.image, self.pruned, self.value = image, pruned, value
             self.swaps += swaps
             self.moved += moved.numel()
+            self._advance(swaps)
 
     def _swap_dense(self, pool: Tensor, pruned: Tensor, *, precise: bool) -> int:
         """Swap on the Gram matrix of `pool`, in place on its part of the set, to an optimum or a limit."""

@@ -183,6 +183,14 @@ def test_a_broken_network_is_said_to_be_one(caplog: pytest.LogCaptureFixture) ->
         assert warning in caplog.text
 
 
+def test_inputs_of_another_precision_are_those_of_the_network() -> None:
+    expected, model = network(), network()
+    x, y = data()
+    masks = pruned(expected, (x, y)).masks
+    found = pruned(model, (x.double(), y)).masks
+    assert all(torch.equal(masks[name], keep) for name, keep in found.items())
+
+
 def test_a_layer_that_the_loss_does_not_see_is_named() -> None:
     model = network()
     model.register_module("unused", nn.Linear(3, 3))

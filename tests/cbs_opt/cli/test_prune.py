@@ -230,6 +230,9 @@ def test_a_full_directory_is_refused_unless_forced() -> None:
         ({"method": "branch_and_bound", "set": "select.options={loud=1}"}, "--set select.options.loud"),
         ({"model": "absent.py:make"}, "absent.py"),
         ({"model": "net.py"}, "FILE.py:function"),
+        ({"model": "networks:make"}, "no module networks"),
+        ({"model": "net:nothing"}, "no function nothing"),
+        ({"model": "net/work:make"}, "names no module"),
         ({"model": "net.py:nothing"}, "no function nothing"),
         ({"data": "absent.npz"}, "absent.npz"),
         ({"evaluate": "odd.npz"}, "name the arrays x and y"),
@@ -256,13 +259,25 @@ def test_wrong_usage_ends_with_2_and_writes_nothing(arguments: dict[str, str], m
         ({"data": "text.npz"}, "unreadable"),
         ({"weights": "text.npz"}, "does not fit"),
         ({"weights": "other.safetensors"}, "does not fit"),
+        ({"weights": "other.pt"}, "does not fit"),
+        ({"weights": "whole.pt"}, "torch.nn.modules.linear.Linear"),
+        ({"weights": "text.pt"}, "save model.state_dict() alone"),
+        ({"weights": "numbers.pt"}, "no state dict"),
+        ({"model": "raising:make"}, "raised KeyError"),
+        ({"model": "needing:make"}, "needs absent_package"),
         ({"data": "labels.npz"}, "labels"),
     ],
 )
 def test_errors_end_with_1_in_one_line(arguments: dict[str, str], message: str) -> None:
     Path("syntax.py").write_text("def make(:\n")
     Path("text.npz").write_text("no archive")
+    Path("text.pt").write_text("no archive")
+    Path("raising.py").write_text("{}['x']")
+    Path("needing.py").write_text("import absent_package")
     safetensors.torch.save_file({"else": torch.zeros(2)}, "other.safetensors")
+    torch.save({"else": torch.zeros(2)}, "other.pt")
+    torch.save(torch.nn.Linear(2, 2), "whole.pt")
+    torch.save([1, 2], "numbers.pt")
     np.savez("labels.npz", x=np.zeros((20, 6)), y=np.full(20, 9))
     named = {name: arguments.pop(name) for name in ("model", "data") if name in arguments}
     result = prune(*(part for name, value in arguments.items() for part in (f"--{name}", value)), **named)
@@ -272,6 +287,18 @@ def test_errors_end_with_1_in_one_line(arguments: dict[str, str], message: str) 
     assert message in line
     assert "Traceback" not in result.output
     assert not Path("run").exists()
+
+
+@pytest.mark.usefixtures("work")
+@pytest.mark.parametrize("name", [None, "state_dict"])
+def test_weights_of_torch_and_a_network_of_a_module_prune_as_their_files_do(name: str | None) -> None:
+    state = safetensors.torch.load_file("net.safetensors")
+    torch.save(state if name is None else {name: state, "epoch": 3}, "net.pt")
+    for model, weights, out in (("net.py:make", "net.safetensors", "a"), ("net:make", "net.pt", "b")):
+        result = prune("--weights", weights, "--out", out, model=model)
+        assert result.exit_code == 0, result.output
+    first, second = (safetensors.torch.load_file(f"{out}/weights.safetensors") for out in "ab")
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.usefixtures("work")

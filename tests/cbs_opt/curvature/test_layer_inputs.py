@@ -278,6 +278,23 @@ def test_padded_batches_do_not_become_nested_tensors() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
+def test_buffers_are_as_they_were() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            y: Tensor = self.layer(x)
+            return y
+
+    model = Counting().eval()
+    input_moments(model, (inputs(4), labels()), Partition.from_model(model), samples=SAMPLES)
+    assert float(model.calls) == 0.0
+
+
 def test_padded_positions_do_not_count() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

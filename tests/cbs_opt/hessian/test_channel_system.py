@@ -47,6 +47,24 @@ def test_diagonals_of_the_inverse_and_of_the_schur_complement(m: int) -> None:
     torch.testing.assert_close(system.schur_diagonal(), schur.diagonal(), **CLOSE)
 
 
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_leave_one_after_the_other(m: int, dtype: torch.dtype) -> None:
+    block = channel_block(m, dtype=dtype)
+    assert isinstance(block.hessian, ChannelHessian)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(m))
+    system, keep = block.hessian.system(block.damping), torch.ones(N, dtype=torch.bool)
+    right, hessian = torch.linspace(-1.0, 2.0, N, dtype=torch.float64), dense(block)
+    close = CLOSE if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-6}
+    for leaving in torch.split(order[:-1], 3):
+        system = system.without(leaving.sort().values)
+        keep[leaving] = False
+        assert system.kept.equal(keep.nonzero().squeeze(1))
+        inverse = torch.linalg.inv(hessian[keep][:, keep])
+        torch.testing.assert_close(system.solve(right[keep]), inverse @ right[keep], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(system.inverse_diagonal(), inverse.diagonal(), **close)
+
+
 def test_nothing_outside_has_an_empty_schur_complement() -> None:
     block = channel_block()
     assert block.hessian.system(block.damping).schur_diagonal().shape == (0,)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cbs_opt.network.eligible import LeftOut
 from cbs_opt.network.evaluation import Evaluation
 from cbs_opt.recipe.files import load_request
 from cbs_opt.report.files import (
@@ -79,6 +80,23 @@ def test_frames_agree_with_the_totals() -> None:
     assert (frame.n_keep + frame.n_prune == frame.n).all()
     assert report.sparsity == report.n_prune / report.n
     assert list(frame.index) == [layer.name for layer in report.layers]
+    assert list(frame.dtype) == ["float32"] * len(frame)
+    assert set(frame.left_out) == {""}
+
+
+def test_what_was_left_out_has_a_row_with_the_reason() -> None:
+    entry = LeftOut(name="head.weight", shape=(3, 5), reason="frozen")
+    report = replace(made_report(), left_out=(entry,))
+    frame = report.to_frame()
+    assert list(frame.index) == [*(layer.name for layer in report.layers), "head.weight"]
+    assert frame.loc["head.weight", ["shape", "n", "n_prune", "left_out"]].tolist() == [
+        "3x5",
+        15,
+        0,
+        "frozen",
+    ]
+    assert frame[frame.left_out == ""].n.sum() == report.n == frame.attrs["n"]
+    assert "head.weight" not in report._repr_html_()
 
 
 def test_summary_tells_prediction_and_measurement_apart() -> None:
@@ -103,6 +121,8 @@ def test_a_report_shows_itself_in_one_line_and_in_a_notebook() -> None:
     assert "&lt;script&gt;" in page
     assert "&lt;b&gt;" in page
     assert "<script>" not in page
+    assert "loss" in page
+    assert "%<" in page
     assert "<b>" not in page
 
 
