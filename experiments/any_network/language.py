@@ -165,7 +165,7 @@ def _t5() -> Trial:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=WORDS, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0
+        vocab_size=WORDS, d_model=4, d_kv=2, d_ff=6, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
     labels = torch.randint(1, WORDS, (SAMPLES, 4))
     return Trial(model=T5ForConditionalGeneration(config).eval(), data=_batches(**_words(), labels=labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -144,7 +145,10 @@ def _lazy() -> Trial:
 
 
 def _scripted() -> Trial:
-    return Trial(model=torch.jit.trace(perceptron(), torch.randn(2, 8)), data=_data())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(perceptron(), torch.randn(2, 8))
+    return Trial(model=traced, data=_data())
 
 
 CASES = (

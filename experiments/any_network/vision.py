@@ -28,10 +28,10 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.Conv2d(1, 6, 3, padding=1)
-        self.inner = nn.Conv2d(6, 10, 3, padding=1)
-        self.up = nn.ConvTranspose2d(10, 6, 2, stride=2)
-        self.out = nn.Conv2d(12, CLASSES, 1)
+        self.down = nn.Conv2d(1, 4, 3, padding=1)
+        self.inner = nn.Conv2d(4, 6, 3, padding=1)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.out = nn.Conv2d(8, CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C, H, W)."""
