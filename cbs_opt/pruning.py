@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -369,7 +370,9 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
     curvature, weights = recipe.curvature, recipe.weights
     asked = Way(blocks=weights.blocks or weights.default_blocks, per_row=getattr(curvature, "per_row", 1))
     fresh = isinstance(curvature, Fisher)
-    averages = fresh and asked.per_row == 1 and not isinstance(curvature, ExactFisher)
+    can_average = fresh and not isinstance(curvature, ExactFisher)
+    # A limit of the caller is met by cutting blocks, or not at all.
+    averages = can_average and asked.per_row == 1 and resources.row_memory is None
 
     cut = cache(lambda blocks: _partition(model, weights, blocks))
 
@@ -393,10 +396,11 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
         chosen = ways(asked, whole.rows, cut=cut and fresh, average=average, disk=disk)
         return fitting(chosen, lambda way: at(way)[-1], free)
 
-    found = possible(cut=weights.blocks is None, average=averages)
+    placed = whole.row_dir is None or Path(whole.row_dir).is_dir()
+    found = possible(cut=weights.blocks is None, average=averages) if placed else None
     remedy = "prune a part of the network (weights.target), or free some memory"
-    if found is None and fresh:
-        freer = possible(cut=True, average=not isinstance(curvature, ExactFisher))
+    if found is None and fresh and placed:
+        freer = possible(cut=True, average=can_average)
         if freer is not None:
             remedy = f"what would fit: {'; '.join(freer[1].changes)} (leave weights.blocks and per_row out)"
     way, size = (asked, whole) if found is None else found
