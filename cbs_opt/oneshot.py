@@ -275,7 +275,9 @@ def take_rows(task: Task) -> Rows | None:
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
             given = task.model, data, task.partition
-            moments = task.done.moments(lambda: input_moments(*given, seed=request.seed))
+            moments = task.done.moments(
+                lambda: input_moments(*given, seed=request.seed, objective=task.loss_fn)
+            )
             rows = with_layer_inputs(rows, *given, moments=moments)
     return rows
 

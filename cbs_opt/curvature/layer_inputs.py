@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from cbs_opt.curvature.gradients import require_evaluation_mode
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.channels import Channel, ChannelTerm
 from cbs_opt.network.data import Data, device_of, forward, iterate
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import ParameterSpan, Partition
+from cbs_opt.network.state import kept
 from cbs_opt.network.trial import TrialNetwork
 from cbs_opt.system.checks import whole_number
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
@@ -117,6 +120,7 @@ def input_moments(
     samples: int = INPUT_SAMPLES,
     seed: int = 0,
     weights: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> dict[str, Tensor]:
     """``E[sum over positions of x x^T]`` of the inputs of every layer whose weights are pruned.
 
@@ -134,6 +138,8 @@ def input_moments(
         Draws the samples of a pair of tensors.
     weights : (n,) Tensor, optional
         Run the network at these weights instead of its own.
+    objective : Objective, optional
+        Its loss, which knows how samples are converted for it.
 
     Returns
     -------
@@ -155,9 +161,10 @@ def input_moments(
         data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
     )
     seen = 0
-    with _recording(_layers(model, partition), totals), torch.no_grad():
+    objective = Objective() if objective is None else objective
+    with kept(model), _recording(_layers(model, partition), totals), torch.no_grad():
         for batch in batches:
-            forward(network, batch.inputs)
+            objective.output(partial(forward, network), objective.prepared(batch))
             seen += batch.size
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):

@@ -5,9 +5,9 @@ Whatever else changes the network in the meantime is found out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from cbs_opt.errors import NetworkChangedError
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.state import require_usable
 from formulations.errors import NonFiniteError
+
+Result = TypeVar("Result")
 
 
 class TrialNetwork(nn.Module):
@@ -32,21 +34,28 @@ class TrialNetwork(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the output of the network with the trial weights."""
-        return call_with(self.model, self._trial, args, kwargs)
+        return lent(self.model, self._trial, lambda: self.model(*args, **kwargs))
 
 
-def call_with(
-    model: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Return the output of a network with `tensors` by name in the place of its own.
+class _Borrower(nn.Module):
+    """Runs what it is given, which is how long `functional_call` of it lends tensors to the network."""
 
-    That of `nn.DataParallel` is computed on one device, by the network that it holds.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, act: Callable[[], Any]) -> Any:
+        return act()
+
+
+def lent(model: nn.Module, tensors: dict[str, Tensor], act: Callable[[], Result]) -> Result:
+    """Return what `act` returns while a network has `tensors`, by name, in the place of its own.
+
+    A backward pass may run parts of the network again (`torch.utils.checkpoint`), so it belongs into `act`.
     """
-    if isinstance(model, nn.DataParallel):
-        prefix = "module."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        return call_with(model.module, own, args, kwargs)
-    return functional_call(model, tensors, args, kwargs)
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    result: Result = functional_call(_Borrower(model), named, (act,))
+    return result
 
 
 def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:

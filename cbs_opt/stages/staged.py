@@ -216,7 +216,13 @@ class StagedRun:
         with task.clock.phase("layer inputs"):
             moments = task.done.moments(
                 lambda: input_moments(
-                    task.model, data, task.partition, samples=INPUT_SAMPLES, seed=seed, weights=weights
+                    task.model,
+                    data,
+                    task.partition,
+                    samples=INPUT_SAMPLES,
+                    seed=seed,
+                    weights=weights,
+                    objective=task.loss_fn,
                 ),
                 step,
             )
