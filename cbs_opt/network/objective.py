@@ -108,6 +108,8 @@ class Objective:
         The label that does not count, if there is one.
     vectorized : bool
         Whether `torch.func` can differentiate many samples at once, as far as it was tried.
+    notes : dict of str to str
+        What was logged about the network, the data and the loss.
     """
 
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
@@ -124,7 +126,7 @@ class Objective:
         self._labels_of: Callable[[Batch], Labels] | None = None
         self._count: LabelCount | None = None
         self._reference: tuple[Tensor, Labels] | None = None
-        self._said: set[str] = set()
+        self.notes: dict[str, str] = {}
 
     @classmethod
     def of(cls, loss_fn: LossFunction | Objective | None) -> Objective:
@@ -137,10 +139,10 @@ class Objective:
         return self.kind == "batches"
 
     def say(self, what: str, text: str, *values: object) -> None:
-        """Log `text` unless `what` was said before."""
-        if what not in self._said:
-            self._said.add(what)
-            log.warning(text, *values)
+        """Log `text` and take note of it, unless `what` was said before."""
+        if what not in self.notes:
+            self.notes[what] = text % values
+            log.warning(self.notes[what])
 
     def prepared(self, batch: Batch) -> Batch:
         """Return a batch in the dtype that the network takes, with the labels that the loss is taken at."""
@@ -293,7 +295,7 @@ class Objective:
         """Return the loss at an output, and its gradient in it."""
         with torch.enable_grad():
             leaf = rows.detach().requires_grad_()
-            loss = self._value(self._wrap(leaf), labels)
+            loss = self._value(self._wrap(leaf.clone()), labels)  # which a loss may write to
             try:
                 return loss.detach(), torch.autograd.grad(loss, leaf)[0]
             except RuntimeError as error:
@@ -349,7 +351,7 @@ class Objective:
             part = batch.take(where)
             if rows is None:
                 return float(self._value(self.output(run, part), part.labels))
-            return float(self._value(self._wrap(rows[where].to(_device(batch))), part.labels))
+            return float(self._value(self._wrap(rows[where].to(_device(batch), copy=True)), part.labels))
 
         try:
             whole, alone = value(few), [value(few, number) for number in range(few.size)]
@@ -378,7 +380,7 @@ class Objective:
         self._wrap = lambda logits: make(logits=logits)
         try:
             known = float(self._value(output, few.labels))
-            return rows if known == float(self._value(self._wrap(rows), few.labels)) else None
+            return rows if known == float(self._value(self._wrap(rows.clone()), few.labels)) else None
         except (TypeError, LossError):
             return None
 
@@ -536,8 +538,8 @@ def _alike(one: Any, other: Any, least: float) -> bool:
         if a.shape != b.shape:
             return False
         if a.numel() and a.is_floating_point() and not torch.equal(a, b):
-            scale = float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max())
-            if not torch.allclose(a.double(), b.double(), rtol=0.0, atol=tolerance * scale, equal_nan=True):
+            scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+            if not torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True):
                 return False
     return True
 

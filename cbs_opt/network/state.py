@@ -32,7 +32,8 @@ def kept(model: nn.Module) -> Iterator[None]:
     another, or where there was none, goes, in lists and dictionaries too. Copies of all buffers are held.
     """
     buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
-    before = [(module, dict(module._buffers), _attributes(module)) for module in model.modules()]
+    modules = (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
+    before = [(module, dict(module._buffers), _attributes(module)) for module in modules]
     try:
         yield
     finally:
@@ -70,6 +71,8 @@ def require_usable(model: nn.Module) -> None:
             "model", found, "move the network there, or set the default device back to the CPU"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ArgumentError("model", f"{name} is lazy, without a shape", "run one forward pass first")
         if tensor.is_meta:
             found = f"{name} is on the meta device, without values"
             raise ArgumentError("model", found, "load its weights, and undo offloading, first")

@@ -264,6 +264,27 @@ def test_layer_inputs_leave_buffers_and_take_what_rows_take() -> None:
         input_moments(model, (x[:, :3], labels), partition)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_network_is_taken_one_by_one() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).eval(), torch.randn(SAMPLES, 4)
+    scripted = torch.jit.script(model)
+    assert evaluate(scripted, (x, LABELS)) == evaluate(model, (x, LABELS))
+    curvature = EmpiricalFisher(samples=SAMPLES)
+    one, other = (
+        gradient_rows(
+            network,
+            (x, LABELS),
+            None,
+            Partition.from_model(network, target="0.weight"),
+            curvature=curvature,
+            progress=False,
+        )
+        for network in (scripted, model)
+    )
+    torch.testing.assert_close(one.rows, other.rows)
+
+
 def test_a_hook_on_a_weight_does_not_change_its_gradient() -> None:
     model, x = nn.Linear(4, 3), torch.randn(SAMPLES, 4)
     curvature = EmpiricalFisher(samples=SAMPLES, per_row=4)
@@ -372,6 +393,15 @@ BAD: dict[str, tuple[Callable[[], tuple[nn.Module, Any, Any]], type[Exception], 
         lambda: (nn.Linear(4, 3, device="meta"), (torch.randn(8, 4), LABELS), None),
         ArgumentError,
         "^model: weight is on the meta device.*load its weights",
+    ),
+    "lazy": (
+        lambda: (
+            nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d()).eval(),
+            (torch.randn(8, 4), LABELS),
+            None,
+        ),
+        ArgumentError,
+        "^model: 1.weight is lazy.*run one forward pass",
     ),
     "inference mode": (
         lambda: (made_in_inference_mode(), (torch.randn(8, 4), LABELS), None),

@@ -358,6 +358,19 @@ def test_rows_that_are_gone_on_with_are_the_same(name: str, stop: int) -> None:
     assert torch.equal(again.gradient, whole.gradient)
 
 
+def test_a_loss_may_write_to_the_output() -> None:
+    def in_place(output: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(output.mul_(2.0), labels)
+
+    x, y = plain_data()
+    found, objective = rows_of(Case(loss=in_place, kind="labels"), [(x, y)])
+    other, _ = rows_of(Case(loss=lambda o, y: cross_entropy(2 * o, y), kind="labels"), [(x, y)])
+    torch.testing.assert_close(found.rows, other.rows)
+    assert objective.kind == "labels"
+    doubled = cross_entropy(2 * linear()(x), y)
+    assert evaluate(linear(), (x, y), objective).loss == pytest.approx(float(doubled.detach()))
+
+
 def test_a_loss_that_is_a_plain_mean_has_the_bits_of_one() -> None:
     x, y = plain_data()
     found, _ = rows_of(CASES["mean"], [(x, y)])
