@@ -37,7 +37,7 @@ from cbs_opt.network.data import (
     tensors_of,
 )
 from cbs_opt.network.eligible import Globs
-from cbs_opt.network.objective import Objective, check_labels, logits_of
+from cbs_opt.network.objective import PEEKED, Objective, check_labels, logits_of
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.state import kept
 from cbs_opt.system.checks import finite_number, whole_number
@@ -374,6 +374,8 @@ class RowBuilder:
             stored = self.journal.seen(part, self.samples)
             signs = self._signs(part.size) if self._sketched else None
             weights = self.function.weights(part)
+            if weights is None and self._weighted:
+                weights = torch.ones(part.size, dtype=torch.float64, device=self._gradient.device)
             if not stored:
                 self._append(part, weights, signs)
             self.samples += part.size
@@ -612,7 +614,7 @@ def _settled(
 ) -> Iterator[Batch]:
     """Read samples on the device of the network; the first ones settle how its loss is made up."""
     objective, device = function.objective, function.device
-    first, batches = peeked(read(data, max_samples=samples, seed=seed))
+    first, batches = peeked(read(data, max_samples=samples, seed=seed), PEEKED)
     function.settle(first.take(slice(batch_size)).to(device))
     objective.require_batches(data)
     if objective.in_batches:

@@ -6,19 +6,18 @@ import math
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import grad, vjp, vmap
 from torch.nn.functional import cross_entropy
 
 from cbs_opt.errors import LossError, PerSampleGradientError, TrainingModeError
 from cbs_opt.network.data import (
     Batch,
     Inputs,
-    call_arguments,
     device_of,
     forward,
     map_tensors,
@@ -27,10 +26,10 @@ from cbs_opt.network.data import (
     tensors_of,
 )
 from cbs_opt.network.eligible import unwrapped
-from cbs_opt.network.objective import Objective, Run, check_labels, class_count, logits_of
+from cbs_opt.network.objective import Objective, check_labels, class_count, logits_of
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.state import require_usable
-from cbs_opt.network.trial import as_parameters
+from cbs_opt.network.trial import as_parameters, lent
 from formulations.errors import UnsupportedProblemError
 
 Gradients = dict[str, Tensor]
@@ -101,13 +100,7 @@ class NetworkFunction:
         for start in range(0, batch.size, chunk):
             where = slice(start, min(start + chunk, batch.size))
             part = batch if where == slice(0, batch.size) else batch.take(where)
-            leaves, run = self._leaves_and_run()
-            with torch.enable_grad():
-                output = self.objective.output(run, part)
-                for number, target in enumerate(targets):
-                    seeds = target(output, part, where)
-                    if seeds is not None:
-                        _add(totals[number], leaves, seeds, retain=number + 1 < len(targets))
+            self._at_leaves(partial(self._add_all, totals, part, where, targets))
         for total in totals:
             for name, value in self.parameters.items():
                 total.setdefault(name, torch.zeros_like(value))
@@ -226,15 +219,31 @@ class NetworkFunction:
             return _drawn(require_logits(self.objective.output(self.run, batch)), uniforms)
 
     def _called(self, parameters: Gradients, inputs: Inputs) -> Any:
-        args, kwargs = call_arguments(self._model, inputs)
-        return functional_call(self._model, {**self._fixed, **parameters}, args, kwargs)
+        return lent(self._model, {**self._fixed, **parameters}, lambda: forward(self._model, inputs))
 
-    def _leaves_and_run(self) -> tuple[Gradients, Run]:
-        """Return leaves of a new graph, and the network at them."""
+    def _at_leaves(self, act: Callable[[Gradients], None]) -> None:
+        """Call `act` with leaves of a new graph, which the network has meanwhile."""
         if self._leaves is not None:
-            return self._leaves, lambda inputs: forward(self._model, inputs)
+            act(self._leaves)
+            return
         leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
-        return leaves, lambda inputs: self._called(leaves, inputs)
+        lent(self._model, {**self._fixed, **leaves}, lambda: act(leaves))
+
+    def _add_all(
+        self,
+        totals: Sequence[Gradients],
+        part: Batch,
+        where: slice,
+        targets: Sequence[Target],
+        leaves: Gradients,
+    ) -> None:
+        """Add the gradient of every target for some samples to its total."""
+        with torch.enable_grad():
+            output = self.objective.output(partial(forward, self._model), part)
+            for number, target in enumerate(targets):
+                seeds = target(output, part, where)
+                if seeds is not None:
+                    _add(totals[number], leaves, seeds, retain=number + 1 < len(targets))
 
     def _vectorized(self, compute: Callable[[], Gradients], one_by_one: Callable[[], Gradients]) -> Gradients:
         """Return what `compute` returns, by `torch.func`; where it cannot, now and later `one_by_one`."""

@@ -45,8 +45,9 @@ class EmpiricalFisher(_AnyLabels):
         a factor to make up for the smaller variance, as is usual in the pruning literature. An incomplete
         last row is dropped unless it is the only one.
     vectorize : bool, default True
-        Differentiate many samples at once with `torch.func`. False takes one backward pass a row, slower,
-        for networks that `torch.func` cannot follow.
+        Differentiate many samples at once with `torch.func`, where it can follow the network; where it
+        cannot, samples are taken one by one anyway. False takes one backward pass a row from the start,
+        with less memory.
 
     Notes
     -----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def input_moments(
     weights : (n,) Tensor, optional
         Run the network at these weights instead of its own.
     objective : Objective, optional
-        Knows the dtype that the network takes, where that is not the one of the data.
+        Its loss, which knows how samples are converted for it.
     progress : Progress, optional
         Is told of the samples.
 
@@ -161,11 +162,13 @@ def input_moments(
     )
     seen = 0
     counting = progress.phase("layer inputs", samples, unit="sample")
+    objective = Objective() if objective is None else objective
     with kept(model), plain_attention(), torch.no_grad(), counting as advance:
-        for batch in batches if objective is None else map(objective.prepared, batches):
+        for batch in batches:
+            batch = objective.prepared(batch)
             recorder.positions = _positions(batch.inputs)
             with recorder:
-                forward(network, batch.inputs)
+                objective.output(partial(forward, network), batch)
             seen += batch.size
             advance(batch.size)
     totals = recorder.totals()

@@ -102,9 +102,10 @@ class RowsOnDisk:
         check_space(self.folder, self.bytes)
         self._file = _reserved(self.folder, self.bytes)
         self._used = 0
-        self._sum = torch.zeros(partition.n, dtype=torch.float64)
+        self._sum = torch.zeros(partition.n, dtype=torch.float64, device="cpu")
         held = buffer_bytes // max(1, partition.n * dtype.itemsize)
-        self._buffer: Tensor | None = torch.empty(max(1, min(capacity, held)), partition.n, dtype=dtype)
+        most = max(1, min(capacity, held))
+        self._buffer: Tensor | None = torch.empty(most, partition.n, dtype=dtype, device="cpu")
 
     def space(self, count: int) -> Tensor:
         assert self._buffer is not None

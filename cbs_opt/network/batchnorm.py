@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from cbs_opt.errors import EmptyDataError, NoBatchNormError
 from cbs_opt.network.data import Data, device_of, forward, iterate, regroup
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import evaluation_mode
 from cbs_opt.system.checks import whole_number
 from formulations.errors import ArgumentError, NonFiniteError
@@ -60,10 +62,11 @@ def recalibrate_batchnorm(
         raise NoBatchNormError("model", found, "leave recalibration out")
     used = 0
     batches = iterate(data, batch_size=batch_size, max_samples=limit, device=device_of(model))
+    objective = Objective()
     with evaluation_mode(model), _fresh_statistics(layers), torch.no_grad():
         for batch in regroup(batches, batch_size):
             if batch.size > 1:
-                forward(model, batch.inputs)
+                objective.output(partial(forward, model), batch)
                 used += batch.size
         if used == 0:
             raise EmptyDataError("data", "one sample has no variance", "pass two samples or more")

@@ -207,10 +207,18 @@ def iterate(
     return cut(batches, size=batch_size, max_samples=max_samples, device=device)
 
 
-def peeked(batches: Iterator[Batch]) -> tuple[Batch, Iterator[Batch]]:
-    """Return the first batch, and all batches with it."""
-    first = next(batches)
-    return first, chain([first], batches)
+def peeked(batches: Iterator[Batch], enough: int) -> tuple[Batch, Iterator[Batch]]:
+    """Return the first samples, `enough` of them if batches can be joined, and all batches with them."""
+    firsts: list[Batch] = []
+    for batch in batches:
+        firsts.append(batch)
+        if sum(first.size for first in firsts) >= enough:
+            break
+    try:
+        joined = _join(firsts, "data")
+    except BatchFormatError:
+        joined = firsts[0]
+    return joined, chain(firsts, batches)
 
 
 def parts(batch: Batch, size: int) -> Iterator[Batch]:

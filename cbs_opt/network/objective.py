@@ -36,6 +36,8 @@ Run = Callable[[Inputs], Any]
 """A network at some weights: inputs to output."""
 Kind = Literal["mean", "sum", "labels", "outputs", "batches"]
 
+PEEKED = 16
+"""Samples of the data, if there are as many, that some are chosen from to look at the loss with."""
 HANDFUL = 4
 """Samples that a loss is looked at with."""
 IGNORED = -100
@@ -102,23 +104,29 @@ class Objective:
         How samples make up the loss of a batch: by their mean; by their sum; by a mean weighted by what
         their labels say (class weights, labels that are ignored); by a mean whose weights only the loss
         function knows; or not at all, so that batches are what is averaged.
+    ignored : int or None
+        The label that does not count, if there is one.
     vectorized : bool
         Whether `torch.func` can differentiate many samples at once, as far as it was tried.
+    notes : dict of str to str
+        What was logged about the network, the data and the loss.
     """
 
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise ArgumentError("loss_fn", f"{loss_fn!r}", "pass a function of output and labels, or None")
         self.kind: Kind | None = None
+        self.ignored: int | None = None
         self.vectorized = True
         self._loss = loss_fn
         self._own = False
+        self._wrap: Callable[[Tensor], Any] = _unchanged
         self._dtype: torch.dtype | None = None
         self._row_shape: tuple[int, ...] | None = None
         self._labels_of: Callable[[Batch], Labels] | None = None
         self._count: LabelCount | None = None
         self._reference: tuple[Tensor, Labels] | None = None
-        self._said: set[str] = set()
+        self.notes: dict[str, str] = {}
 
     @classmethod
     def of(cls, loss_fn: LossFunction | Objective | None) -> Objective:
@@ -130,16 +138,11 @@ class Objective:
         """Whether only whole batches, as the caller cut them, have a loss."""
         return self.kind == "batches"
 
-    @property
-    def ignored(self) -> int | None:
-        """The label that does not count, if there is one."""
-        return None if self._count is None else self._count.ignored
-
     def say(self, what: str, text: str, *values: object) -> None:
-        """Log `text` unless `what` was said before."""
-        if what not in self._said:
-            self._said.add(what)
-            log.warning(text, *values)
+        """Log `text` and take note of it, unless `what` was said before."""
+        if what not in self.notes:
+            self.notes[what] = text % values
+            log.warning(self.notes[what])
 
     def prepared(self, batch: Batch) -> Batch:
         """Return a batch in the dtype that the network takes, with the labels that the loss is taken at."""
@@ -182,8 +185,9 @@ class Objective:
             weights = self._count(batch.labels)
         elif self._reference is not None:
             with torch.no_grad():
-                output = self.output(run, batch)
-            weights, _ = self._relative_weights(output, batch.labels)
+                rows = logits_of(self.output(run, batch))
+            assert rows is not None
+            weights, _ = self._relative_weights(rows, batch.labels)
         else:
             return None
         return None if bool((weights == 1.0).all()) else weights
@@ -250,12 +254,26 @@ class Objective:
         classes = class_count(output, few.labels)
         if classes is not None:
             count = LabelCount.of(self._loss, few.labels)
-            check_labels(few.labels, classes, argument, ignored=None if count is None else count.ignored)
-        if isinstance(output, Tensor) and output.is_floating_point():
-            self._slope(output, few.labels)
-        else:
-            self._value(output, few.labels)
+            ignored = count.ignored if count is not None and self._may_ignore(few) else None
+            check_labels(few.labels, classes, argument, ignored=ignored)
+        try:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                self._slope(output, few.labels)
+            else:
+                self._value(output, few.labels)
+        except LossError:
+            if classes is not None:
+                check_labels(few.labels, classes, argument)
+            raise
         return few, output
+
+    def _may_ignore(self, batch: Batch) -> bool:
+        """Return whether it can be tried if a label is ignored.
+
+        A kernel that takes the label for an index would end all work of an accelerator.
+        """
+        says = hasattr(self._loss, "ignore_index") or self._loss is cross_entropy or self._own
+        return says or _device(batch).type == "cpu"
 
     def _value(self, output: Any, labels: Labels) -> Tensor:
         assert self._loss is not None
@@ -273,13 +291,13 @@ class Objective:
             raise LossError("loss_fn", f"returned {what}", "return the mean loss as a scalar tensor")
         return loss
 
-    def _slope(self, output: Tensor, labels: Labels) -> Tensor:
-        """Return the gradient of the loss in the output."""
+    def _slope(self, rows: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return the loss at an output, and its gradient in it."""
         with torch.enable_grad():
-            leaf = output.detach().requires_grad_()
-            loss = self._value(leaf, labels)
+            leaf = rows.detach().requires_grad_()
+            loss = self._value(self._wrap(leaf.clone()), labels)  # which a loss may write to
             try:
-                return torch.autograd.grad(loss, leaf)[0]
+                return loss.detach(), torch.autograd.grad(loss, leaf)[0]
             except RuntimeError as error:
                 found = f"cannot be differentiated in the output of the network ({error})"
                 remedy = "compute it from output by operations of torch, without detaching it"
@@ -326,13 +344,14 @@ class Objective:
 
     def _kind_of(self, run: Run, few: Batch, output: Any) -> Kind:
         """Return the form of the loss that explains that of a few samples by their own."""
-        rows = output if isinstance(output, Tensor) and not self._own else None
+        rows = self._rows_of(output, few)
 
         def value(batch: Batch, sample: int | None = None) -> float:
             where = slice(None) if sample is None else slice(sample, sample + 1)
             part = batch.take(where)
-            known = self.output(run, part) if rows is None else rows[where].to(_device(batch))
-            return float(self._value(known, part.labels))
+            if rows is None:
+                return float(self._value(self.output(run, part), part.labels))
+            return float(self._value(self._wrap(rows[where].to(_device(batch), copy=True)), part.labels))
 
         try:
             whole, alone = value(few), [value(few, number) for number in range(few.size)]
@@ -341,14 +360,29 @@ class Objective:
         most = _tolerance(output, NEAR if rows is None else CLOSE)
         self._count = self._counted(few, value, whole, alone, most)
         if self._count is not None:
+            self.ignored = self._count.ignored
             return "labels"
         if _error(whole, sum(alone) / few.size, alone) <= most:
             return "mean"
         if _error(whole, sum(alone), alone) <= most:
             return "sum"
         if rows is not None and self._learn_weights(rows, few.labels):
+            self.ignored = self._ignored_label(few, value)
             return "outputs"
         return "batches"
+
+    def _rows_of(self, output: Any, few: Batch) -> Tensor | None:
+        """Return the part of an output that the loss looks at, a row a sample; None if it is not known."""
+        rows = None if self._own else logits_of(output)
+        if rows is None or isinstance(output, Tensor):
+            return rows
+        make = dict if type(output) is dict else type(output)
+        self._wrap = lambda logits: make(logits=logits)
+        try:
+            known = float(self._value(output, few.labels))
+            return rows if known == float(self._value(self._wrap(rows.clone()), few.labels)) else None
+        except (TypeError, LossError):
+            return None
 
     def _counted(
         self, few: Batch, value: Callable[..., float], whole: float, alone: list[float], most: float
@@ -362,9 +396,7 @@ class Objective:
             hidden = labels.clone()
             hidden[0].view(-1)[min(1, labels[0].numel() - 1) :] = count.ignored
             masked = _with_labels(few, hidden)
-            if not self._own and not hasattr(self._loss, "ignore_index") and self._loss is not cross_entropy:
-                # A kernel that takes the label for an index would end all work of an accelerator.
-                masked = masked.to(torch.device("cpu"))
+            masked = masked if self._may_ignore(few) else masked.to(torch.device("cpu"))
             try:
                 changed = [value(masked, 0), *alone[1:]]
                 both = value(masked)
@@ -378,37 +410,51 @@ class Objective:
                 return count
         return None
 
-    def _learn_weights(self, output: Tensor, labels: Labels) -> bool:
+    def _ignored_label(self, few: Batch, value: Callable[..., float]) -> int | None:
+        """Return the label without which nothing is left of a sample's loss."""
+        count = LabelCount.of(self._loss, few.labels)
+        if count is None:
+            return None
+        hidden = _with_labels(few, torch.full_like(few.labels, count.ignored))
+        try:
+            alone = value(hidden if self._may_ignore(few) else hidden.to(torch.device("cpu")), 0)
+        except (ForwardError, LossError):
+            return None
+        return count.ignored if math.isnan(alone) else None
+
+    def _learn_weights(self, rows: Tensor, labels: Labels) -> bool:
         """Return whether weights of samples follow from gradients in the output; set the reference sample."""
-        slopes = [self._slope(output[i : i + 1], _entry(labels, i)).norm() for i in range(len(output))]
+        slopes = [self._slope(rows[i : i + 1], _entry(labels, i))[1].norm() for i in range(len(rows))]
         first = int(torch.stack(slopes).argmax())
-        self._reference = output[first : first + 1].detach(), _entry(labels, first)
-        _, explained = self._relative_weights(output, labels)
+        self._reference = rows[first : first + 1].detach(), _entry(labels, first)
+        _, explained = self._relative_weights(rows, labels)
         if not explained:
             self._reference = None
         return explained
 
-    def _relative_weights(self, output: Tensor, labels: Labels) -> tuple[Tensor, bool]:
+    def _relative_weights(self, rows: Tensor, labels: Labels) -> tuple[Tensor, bool]:
         """Return weights relative to the reference sample, and whether gradients agree that there are such.
 
         In the gradient of a weighted mean, each sample's part is its own gradient times its share.
         """
         assert self._reference is not None
         row, label = self._reference
-        rows = torch.cat([output, row.to(output)])
+        rows = torch.cat([rows, row.to(rows)])
         joined = map_tensors(lambda a, b: torch.cat([a, b.to(a)]), labels, label)
-        together = self._slope(rows, joined).double().flatten(1)
+        _, slope = self._slope(rows, joined)
         singles = [self._slope(rows[i : i + 1], _entry(joined, i)) for i in range(len(rows))]
-        alone = torch.cat(singles).double().flatten(1)
+        together = slope.double().flatten(1)
+        alone = torch.cat([slope for _, slope in singles]).double().flatten(1)
+        losses = torch.stack([loss for loss, _ in singles])
         squares = alone.square().sum(1)
         shares = torch.where(squares > 0.0, (together * alone).sum(1) / squares, torch.nan)
-        # The gradient of a sample that is fitted perfectly says nothing about its weight.
+        # What is fitted perfectly says nothing about its weight; what has no loss by itself is ignored.
         shares = torch.where(shares.isnan(), shares.nanmean(), shares)
-        rest = (together - shares.unsqueeze(1) * alone).norm() / together.norm()
-        explained = (
-            float(rest) <= NEAR and abs(float(shares.sum()) - 1.0) <= NEAR and bool((shares >= 0).all())
-        )
-        return shares[:-1] / shares[-1], explained
+        shares = torch.where(losses.isnan(), 0.0, shares)
+        rest = (together - shares.unsqueeze(1) * alone.nan_to_num()).norm() / together.norm()
+        most = _tolerance(rows, NEAR)
+        normalised = abs(float(shares.sum()) - 1.0) <= most and bool((shares >= 0).all())
+        return shares[:-1] / shares[-1], normalised and float(rest) <= most
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -442,6 +488,10 @@ def check_labels(labels: Tensor, classes: int, argument: str = "data", ignored: 
         found = f"labels from {low} to {high} for {classes} outputs"
         remedy = f"number the classes 0 to {classes - 1}; make the labels float if they are no classes"
         raise LabelRangeError(argument, found, remedy)
+
+
+def _unchanged(rows: Tensor) -> Any:
+    return rows
 
 
 def _few(batch: Batch) -> Batch:
@@ -488,8 +538,8 @@ def _alike(one: Any, other: Any, least: float) -> bool:
         if a.shape != b.shape:
             return False
         if a.numel() and a.is_floating_point() and not torch.equal(a, b):
-            scale = float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max())
-            if not torch.allclose(a.double(), b.double(), rtol=0.0, atol=tolerance * scale, equal_nan=True):
+            scale = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+            if not torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True):
                 return False
     return True
 

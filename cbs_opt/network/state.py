@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,21 +29,28 @@ def kept(model: nn.Module) -> Iterator[None]:
     """Give every module its buffers and plain tensors back at the end, whatever a forward pass did to them.
 
     Running statistics and counters get their old values, in place; a tensor that was put in the place of
-    another, or where there was none, goes. Copies of all buffers are held meanwhile.
+    another, or where there was none, goes, in lists and dictionaries too. Copies of all buffers are held.
     """
-    buffers = {id(b): (b, b.detach().clone(), b._version) for b in model.buffers() if not b.is_inference()}
-    before = [(module, dict(module._buffers), _tensors_in(module)) for module in model.modules()]
+    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
+    modules = (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
+    before = [(module, dict(module._buffers), _attributes(module)) for module in modules]
     try:
         yield
     finally:
         for module, owned, attributes in before:
-            module._buffers.clear()
-            module._buffers.update(owned)
-            for name in _tensors_in(module).keys() - attributes.keys():
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
+            _restore(module._buffers, owned)
+            for name, value in list(module.__dict__.items()):
+                old, copy = attributes.get(name, (None, None))
+                if isinstance(value, Tensor) and value is not old:
+                    module.__dict__[name] = old
+                elif isinstance(value, list) and value is old and _holds_new(value, copy):
+                    value[:] = copy
+                elif isinstance(value, dict) and value is old and _holds_new(value.values(), copy.values()):
+                    _restore(value, copy)
+                if name not in attributes and isinstance(value, Tensor):
+                    del module.__dict__[name]
         with torch.no_grad():
-            for buffer, value, version in buffers.values():
+            for buffer, value, version in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
 
@@ -74,6 +81,21 @@ def require_usable(model: nn.Module) -> None:
             raise ArgumentError("model", found, "build or load the network outside of it")
 
 
-def _tensors_in(module: nn.Module) -> dict[str, Any]:
-    """Return the tensors that a module has as plain attributes."""
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Return the plain attributes of a module, with shallow copies of lists and dictionaries."""
+    return {
+        name: (value, value.copy() if type(value) in (list, dict) else value)
+        for name, value in module.__dict__.items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    }
+
+
+def _holds_new(entries: Iterable[Any], before: Iterable[Any]) -> bool:
+    """Return whether there is a tensor among `entries` that was not there `before`."""
+    known = {id(entry) for entry in before}
+    return any(isinstance(entry, Tensor) and id(entry) not in known for entry in entries)
+
+
+def _restore(entries: dict[str, Any], before: dict[str, Any]) -> None:
+    entries.clear()
+    entries.update(before)

@@ -5,8 +5,9 @@ Whatever else changes the network in the meantime is found out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.state import require_usable
 from formulations.errors import NonFiniteError
+
+Result = TypeVar("Result")
 
 
 class TrialNetwork(nn.Module):
@@ -35,7 +38,28 @@ class TrialNetwork(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the output of the network with the trial weights."""
-        return functional_call(self.model, self.weights, args, kwargs)
+        return lent(self.model, self._trial, lambda: self.model(*args, **kwargs))
+
+
+class _Borrower(nn.Module):
+    """Runs what it is given, which is how long `functional_call` of it lends tensors to the network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, act: Callable[[], Any]) -> Any:
+        return act()
+
+
+def lent(model: nn.Module, tensors: dict[str, Tensor], act: Callable[[], Result]) -> Result:
+    """Return what `act` returns while a network has `tensors`, by name, in the place of its own.
+
+    A backward pass may run parts of the network again (`torch.utils.checkpoint`), so it belongs into `act`.
+    """
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    result: Result = functional_call(_Borrower(model), named, (act,))
+    return result
 
 
 def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
