@@ -43,6 +43,7 @@ from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
 from cbs_opt.system.checks import path, within
 from cbs_opt.system.resources import Resources
+from cbs_opt.system.threads import fitting_limit
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def prune(
         if request.certify is not None:
             prepare("lower_bound", select.program)
     with unchanged(model, partition), ExitStack() as opened:
+        opened.enter_context(fitting_limit(size.row_bytes))
         check_data(request, data)
         task = Task(
             model=model,
