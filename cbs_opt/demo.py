@@ -17,6 +17,7 @@ from cbs_opt.pruning import prune
 from cbs_opt.recipe.records import Recipe, Update
 from cbs_opt.recipe.select import OBD, OBS, Magnitude, Select, SwapSearch
 from cbs_opt.report.record import PruneReport
+from cbs_opt.system.threads import fitting_limit
 
 Pair = tuple[Tensor, Tensor]
 
@@ -82,13 +83,14 @@ def digits_network(
     model = _perceptron((train[0].shape[1], *hidden, 10), generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
     x, y = train
-    for _ in range(epochs):
-        order = torch.randperm(len(y), generator=generator)
-        for start in range(0, len(y), BATCH_SIZE):
-            index = order[start : start + BATCH_SIZE]
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+    with fitting_limit(x.nbytes):
+        for _ in range(epochs):
+            order = torch.randperm(len(y), generator=generator)
+            for start in range(0, len(y), BATCH_SIZE):
+                index = order[start : start + BATCH_SIZE]
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
     optimizer.zero_grad()
     return model.eval(), train, test
 

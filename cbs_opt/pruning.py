@@ -56,6 +56,7 @@ from cbs_opt.system.checks import path, within
 from cbs_opt.system.memory import free_memory
 from cbs_opt.system.progress import Progress, reporting
 from cbs_opt.system.resources import Resources
+from cbs_opt.system.threads import fitting_limit
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
 
 logger = logging.getLogger(__name__)
@@ -162,6 +163,7 @@ def prune(
         if request.certify is not None:
             prepare("lower_bound", select.program)
     with unchanged(model, partition), kept(model), plain_attention(), ExitStack() as opened:
+        opened.enter_context(fitting_limit(prepared.size.row_bytes))
         check_data(request, data)
         task = Task(
             model=model,

@@ -19,6 +19,7 @@ from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.select.choice import SearchInterruptedError
 from cbs_opt.select.methods import Method, available_methods, find_method
 from cbs_opt.select.preparation import prepare
+from cbs_opt.system.threads import thread_limit
 from formulations.errors import CbsError, UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, FloatArray, check_program
@@ -72,6 +73,7 @@ def solve(
         Relative gap at which an exact method calls the result optimal.
     node_limit, iteration_limit : int, optional
     threads, seed : int, default 1 and 0
+        The libraries of this process keep to so many threads meanwhile, whatever the environment says.
     **options
         Of the method; unknown ones are refused with the list of known ones.
 
@@ -105,12 +107,15 @@ def solve(
         threads=threads,
         seed=seed,
     )
-    if program == "joint":
-        problem.require_definite()
-    if not chosen.blockwise:
-        return _select(chosen, problem, program, limits, incumbent, options)
-    solution: BlockSolution = chosen.engine(problem, program, limits=limits, incumbent=incumbent, **options)
-    return solution
+    with thread_limit(limits.threads):
+        if program == "joint":
+            problem.require_definite()
+        if not chosen.blockwise:
+            return _select(chosen, problem, program, limits, incumbent, options)
+        solution: BlockSolution = chosen.engine(
+            problem, program, limits=limits, incumbent=incumbent, **options
+        )
+        return solution
 
 
 def compare(

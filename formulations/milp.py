@@ -18,13 +18,14 @@ from scipy.sparse import csr_matrix
 
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.solution import Limit
+from formulations.watched import Watched, run_watched
 
 DUAL_TOLERANCE = 1e-9
 """Dual feasibility tolerance asked of every linear-programming solver."""
 WATCHDOG_GRACE = 1.0
 """Seconds past the deadline at which the watchdog asks HiGHS to stop."""
-WATCHDOG_TICK = 0.2
-"""Seconds between two looks of the watchdog; the wait ends earlier when HiGHS does."""
+INTERRUPT_GRACE = 2.0
+"""Seconds after Ctrl-C until HiGHS is left to itself, and what it has found with it."""
 LIMITS = {
     "Time limit reached": Limit.TIME,
     "Solution limit reached": Limit.NODE,
@@ -93,7 +94,10 @@ def run_milp(milp: Milp, controls: MilpControls) -> MilpResult:
     if controls.start is not None and milp.integer.any():
         index, values = controls.start
         highs.setSolution(index.size, index.astype(np.int32), np.asarray(values, dtype=np.float64))
-    interrupted = _run_watched(highs, controls)
+    ended = _run_watched(highs, controls)
+    if ended.value is None:
+        return MilpResult(status="Interrupted by user", interrupted=True)
+    interrupted = ended.interrupted
     model_status = highs.modelStatusToString(highs.getModelStatus())
     info = highs.getInfo()
     usable = model_status == "Optimal" or model_status in LIMITS
@@ -159,8 +163,8 @@ def _highs_model(highspy: Any, milp: Milp) -> Any:
     return lp
 
 
-def _run_watched(highs: Any, controls: MilpControls) -> bool:
-    """Run HiGHS in a thread; cancel it past the deadline or on Ctrl-C; return whether it was Ctrl-C."""
+def _run_watched(highs: Any, controls: MilpControls) -> Watched[bool]:
+    """Run HiGHS in a thread; cancel it past the deadline or on Ctrl-C."""
     cancel = threading.Event()
 
     def stop_if_asked(event: Any) -> None:
@@ -172,27 +176,13 @@ def _run_watched(highs: Any, controls: MilpControls) -> bool:
     if controls.on_point is not None:
         report = controls.on_point
         highs.cbMipSolution += lambda event: report(np.array(event.data_out.mip_solution))
-    finished = threading.Event()
-    worker = threading.Thread(target=_run_in_thread, args=(highs, finished), daemon=True, name="highs")
-    deadline = None if controls.seconds is None else time.perf_counter() + controls.seconds + WATCHDOG_GRACE
-    worker.start()
-    interrupted = False
-    # Not Thread.join: interrupted by Ctrl-C, it takes a running thread for a finished one.
-    while not finished.is_set():
-        try:
-            finished.wait(WATCHDOG_TICK)
-        except KeyboardInterrupt:
-            interrupted = True
-            cancel.set()
-        if deadline is not None and time.perf_counter() >= deadline:
-            cancel.set()
-    return interrupted
+    left = controls.seconds
+    deadline = None if left is None else time.perf_counter() + left + WATCHDOG_GRACE
 
-
-def _run_in_thread(highs: Any, finished: threading.Event) -> None:
-    """Run HiGHS and drop the thread's own task scheduler, which would keep its thread count."""
-    try:
+    def run() -> bool:
         highs.run()
+        # The thread's own task scheduler would keep its thread count.
         highs.resetGlobalScheduler(False)
-    finally:
-        finished.set()
+        return True
+
+    return run_watched(run, cancel.set, deadline=deadline, grace=INTERRUPT_GRACE)

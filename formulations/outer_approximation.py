@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -199,19 +199,18 @@ def outer_approximation(
     limits = limits or Limits()
     if program == "joint":
         problem.require_definite()
-    large = problem.n > SPLIT_LARGEST
     # The greedy set of a large block takes longer than what comes after it.
-    known = known_set(problem, program, METHOD, limits.left(began, 0.2 if large else 1.0), incumbent)
+    quick = replace(limits, time_limit=0.0) if problem.n > SPLIT_LARGEST else limits
+    known = known_set(problem, program, METHOD, quick, incumbent)
     if problem.n_prune in (0, problem.n):
         return only_set(problem, known, limits, began)
     if limits.out_of_time(began):
         return conclude(problem, known, limits, began, limit=Limit.TIME)
-    root = _root(problem, known, limits, began)
+    known, root = _root(problem, known, limits, began)
     if limits.out_of_time(began):
-        known = known_set(problem, program, METHOD, limits, root)
         bound, evidence = root.bound, root.certificate
         return conclude(problem, known, limits, began, bound=bound, certificate=evidence, limit=Limit.TIME)
-    search = _prepared(problem, root, limits, began)
+    search = _prepared(problem, known, root, limits, began)
     remark = ""
     try:
         if search.sources:
@@ -240,17 +239,25 @@ def outer_approximation(
     )
 
 
-def _root(problem: BlockProblem, known: BlockSolution, limits: Limits, began: float) -> BlockSolution:
-    """Return the known set improved by swaps, with the bound of the root relaxation."""
+def _root(
+    problem: BlockProblem, known: BlockSolution, limits: Limits, began: float
+) -> tuple[BlockSolution, BlockSolution]:
+    """Return the known set improved, and the solution of the root relaxation, whichever is quicker first."""
     program = known.program
-    improved = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=known)
-    return lower_bound(problem, program, limits=limits.left(began), incumbent=improved)
+    if problem.n > SPLIT_LARGEST:
+        root = lower_bound(problem, program, limits=limits.left(began), incumbent=known)
+        best = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=root)
+    else:
+        improved = swap_search(problem, program, limits=limits.left(began), incumbent=known)
+        best = root = lower_bound(problem, program, limits=limits.left(began), incumbent=improved)
+    return known_set(problem, program, METHOD, limits, best), root
 
 
-def _prepared(problem: BlockProblem, root: BlockSolution, limits: Limits, began: float) -> _Search:
+def _prepared(
+    problem: BlockProblem, known: BlockSolution, root: BlockSolution, limits: Limits, began: float
+) -> _Search:
     """Seed the cuts with the set and the relaxation of the root."""
-    program = root.program
-    known = known_set(problem, program, METHOD, limits, root)
+    program = known.program
     block = scale_block(problem)
     search = _Search(
         problem=problem,

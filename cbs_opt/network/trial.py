@@ -38,7 +38,7 @@ class TrialNetwork(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the output of the network with the trial weights."""
-        return lent(self.model, self._trial, lambda: self.model(*args, **kwargs))
+        return lent(self.model, self.weights, lambda: self.model(*args, **kwargs))
 
 
 class _Borrower(nn.Module):

@@ -117,6 +117,7 @@ def branch_and_bound(
     )
     if first is not None:
         tree.prove(first.certificate)
+        tree.floored = True
     tree.record()
     # Without an allowance for rounding no bound can be proved, and no factorisation relied upon.
     if math.isfinite(tree.allowance):
@@ -223,7 +224,9 @@ def _only_set(pool: IncumbentPool, limits: Limits, started: float) -> BlockSolut
 
 def _account(tree: Search, limit: Limit | None) -> BlockSolution:
     """Return the solution, OPTIMAL only if its bound meets the incumbent to the gap asked for."""
-    message = "" if math.isfinite(tree.allowance) else "H is singular to rounding: no bound"
+    message = tree.message if limit is Limit.TIME else ""
+    if not math.isfinite(tree.allowance):
+        message = "H is singular to rounding: no bound"
     return tree.pool.solution(
         method="branch_and_bound",
         rel_gap=tree.limits.rel_gap,

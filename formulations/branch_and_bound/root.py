@@ -41,6 +41,7 @@ def solve_from_root(tree: Search, problem: BlockProblem, *, reduction: bool, swa
         while tree.current is not None:
             limit = tree.reached()
             if limit is not None:
+                tree.lift_floor()
                 return limit
             size, value = tree.current.status.size, tree.incumbent
             _evaluate(tree, tree.current, 0)

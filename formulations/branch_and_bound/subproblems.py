@@ -102,9 +102,9 @@ class Subproblems:
         reach[3] -= self.constant
         return (reach,)
 
-    def expand(self, node: Node, cutoff: float) -> tuple[int, list[Node]]:
+    def expand(self, node: Node, cutoff: float, rounds: int = NODE_SPLIT_ROUNDS) -> tuple[int, list[Node]]:
         """Evaluate `node`; the outcome and its children, the one to dive into last."""
-        outcome, index, keep_first = self.evaluate(node, cutoff, NODE_SPLIT_ROUNDS, 0)
+        outcome, index, keep_first = self.evaluate(node, cutoff, rounds, 0)
         children = []
         if outcome == BRANCH:
             for value in (PRUNED, KEPT) if keep_first else (KEPT, PRUNED):

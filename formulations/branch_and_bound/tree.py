@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 
 from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import CLOSED, LEAF
-from formulations.branch_and_bound.subproblems import Subproblems
+from formulations.branch_and_bound.subproblems import NODE_SPLIT_ROUNDS, Subproblems
 from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BoolArray
 from formulations.relaxations.bounds import lower_bound
+from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import Certificate, Limit, Limits, Termination, TracePoint, status_of
 
 TRACE_INTERVAL = 0.25
@@ -25,6 +26,10 @@ FLOOR_WORK = 128_000
 """Nodes times weights after which a search that goes on is given the bound of `lower_bound` as a floor."""
 FLOOR_SHARE = 0.1
 """Share of the time limit after which it is, at the latest."""
+LONG_NODE = 0.25
+"""Share of the time limit from which a node is named as what delays the return."""
+SPLIT_COST = 30.0
+"""Time that is left, in plain evaluations of a node, from which large nodes take a step on their split."""
 
 
 @dataclass
@@ -67,7 +72,9 @@ class Search:
     _stack: list[Node] = field(default_factory=list)
     _ticket: itertools.count[int] = field(default_factory=itertools.count)
     _traced: float = 0.0
-    _floored: bool = False
+    floored: bool = False
+    message: str = ""
+    _plain_seconds: float = math.inf
 
     @property
     def incumbent(self) -> float:
@@ -124,9 +131,9 @@ class Search:
 
         Its split of ``H`` is optimised for the root. The nodes go on with theirs: see `root`.
         """
-        if self._floored or self.limits.out_of_time(self.started):
+        if self.floored or self.limits.out_of_time(self.started):
             return
-        self._floored = True
+        self.floored = True
         known = self.pool.solution(method="branch_and_bound")
         limits = replace(self.limits.left(self.started), iteration_limit=None)
         found = lower_bound(self.pool.problem, self.pool.program, limits=limits, incumbent=known)
@@ -195,8 +202,16 @@ class Search:
         if node.bound >= cutoff:
             self.finish(node, CLOSED)
         else:
-            outcome, children = self.subproblems.expand(node, cutoff)
+            began = time.perf_counter()
+            rounds = NODE_SPLIT_ROUNDS if self._split_is_affordable(node) else 0
+            outcome, children = self.subproblems.expand(node, cutoff, rounds)
             self.nodes += 1
+            seconds = time.perf_counter() - began
+            if rounds == 0:
+                self._plain_seconds = seconds
+            limit = self.limits.time_limit
+            if limit is not None and seconds > LONG_NODE * limit:
+                self.message = f"one node took {seconds:.2f} s, within which the time limit is not looked at"
             if not children:
                 self.finish(node, outcome)
             elif self.improve_period and (self.nodes < 20 or self.nodes % self.improve_period == 0):
@@ -205,6 +220,13 @@ class Search:
         for child in children:
             self._push(child)
         self.current = following if following is not None else self._pop()
+
+    def _split_is_affordable(self, node: Node) -> bool:
+        """Whether there is time for a step on the split: in a large block it is many times a plain node."""
+        if node.status.size <= SPLIT_LARGEST or self.limits.time_limit is None:
+            return True
+        left = self.limits.left(self.started).time_limit
+        return left is not None and left > SPLIT_COST * self._plain_seconds
 
     def finish(self, node: Node, outcome: int) -> None:
         """Account for a node that needs no children."""

@@ -15,6 +15,8 @@ INTEGER = "integer"
 QUADRATIC_OBJECTIVE = "quadratic objective"
 QUADRATIC_CONSTRAINT = "quadratic constraint"
 INDICATOR = "indicator constraint"
+REPEATABLE = "repeatable"
+"""No formulation needs it: the same seed gives the same nodes and the same bound to the last digit."""
 
 
 @dataclass(frozen=True, kw_only=True)

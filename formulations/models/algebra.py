@@ -9,7 +9,7 @@ import numpy as np
 import pyomo.environ as pyo
 from pyomo.core.expr import LinearExpression
 
-from formulations.models.building import asking, timely
+from formulations.models.building import asking, fill
 from formulations.models.scaling import ScaledBlock
 from formulations.problem import FloatArray
 from formulations.solution import never
@@ -84,7 +84,11 @@ def add_factor(
     model.factors = pyo.RangeSet(0, rows.shape[0] - 1)
     model.image = pyo.Var(model.factors, bounds=lambda _, a: (float(lower[a]), float(upper[a])))
     # image = L y: the quadratic form is then a sum of squares in few variables.
-    model.product = pyo.Constraint(
+    model.product = pyo.Constraint(model.factors)
+    fill(
+        model.product,
         model.factors,
-        rule=timely(lambda m, a: linear(rows[a], variables) - m.image[a] == 0.0, stopped, period=1),
+        lambda a: linear(rows[a], variables) - model.image[a] == 0.0,
+        stopped,
+        period=1,
     )

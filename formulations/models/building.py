@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -12,30 +11,29 @@ PERIOD = 512
 """Items, such as rows of a model, between two looks (some milliseconds)."""
 
 
-class BuildingStopped(BaseException):
-    """The time limit passed while a model was built.
-
-    Like an interrupt it is no `Exception`: Pyomo logs those that leave a rule as errors of the model.
-    """
+class BuildingStopped(Exception):
+    """The time limit passed while a model was built."""
 
 
-def asking(items: Iterable[Item], stopped: Callable[[], bool]) -> Iterator[Item]:
-    """Yield `items`; raise `BuildingStopped` once `stopped` says so."""
+def asking(items: Iterable[Item], stopped: Callable[[], bool], *, period: int = PERIOD) -> Iterator[Item]:
+    """Yield `items`; raise `BuildingStopped` once `stopped` says so, asked every `period` of them."""
     for number, item in enumerate(items):
-        if number % PERIOD == 0 and stopped():
+        if number % period == 0 and stopped():
             raise BuildingStopped
         yield item
 
 
-def timely(
-    rule: Callable[..., Any], stopped: Callable[[], bool], *, period: int = PERIOD
-) -> Callable[..., Any]:
-    """Return a Pyomo rule that raises `BuildingStopped` once `stopped` says so, asked each `period` calls."""
-    calls = count()
+def fill(
+    constraint: Any,
+    keys: Iterable[Item],
+    rule: Callable[[Item], Any],
+    stopped: Callable[[], bool],
+    *,
+    period: int = PERIOD,
+) -> None:
+    """Add ``rule(key)`` for every key to a Pyomo constraint that has no rule, asking as `asking` does.
 
-    def asked(*arguments: Any) -> Any:
-        if next(calls) % period == 0 and stopped():
-            raise BuildingStopped
-        return rule(*arguments)
-
-    return asked
+    Pyomo logs whatever leaves a rule of its own as an error of the model.
+    """
+    for key in asking(keys, stopped, period=period):
+        constraint.add(key, rule(key))

@@ -19,7 +19,7 @@ import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
-from formulations.models.building import timely
+from formulations.models.building import fill
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import never
@@ -42,15 +42,16 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
         model.weights, rule=lambda m, i: m.share[i] >= float(lowest[i]) * m.pruned[i]
     )
     # A pruned weight pays for its pruned partners; for a kept one the constraint is slack.
-    model.partners = pyo.Constraint(
+    model.partners = pyo.Constraint(model.weights)
+    fill(
+        model.partners,
         model.weights,
-        rule=timely(
-            lambda m, i: (
-                m.share[i] >= algebra.linear(later[i], m.pruned) - float(highest[i]) * (1.0 - m.pruned[i])
-            ),
-            stopped,
-            period=1,
+        lambda i: (
+            model.share[i]
+            >= algebra.linear(later[i], model.pruned) - float(highest[i]) * (1.0 - model.pruned[i])
         ),
+        stopped,
+        period=1,
     )
     # Loss increase with each weight's products gathered in its share.
     model.loss_increase = pyo.Objective(

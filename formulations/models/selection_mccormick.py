@@ -19,7 +19,7 @@ import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
-from formulations.models.building import asking, timely
+from formulations.models.building import asking, fill
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import never
@@ -35,18 +35,18 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
     pairs = [(int(i), int(j)) for i, j in asking(places, stopped)]
     repelled = [pair for pair in pairs if costs[pair] > 0.0]
     attracted = [pair for pair in pairs if costs[pair] < 0.0]
-    model.pairs = pyo.Set(initialize=asking(pairs, stopped), dimen=2)
-    model.both = pyo.Var(model.pairs, bounds=timely(lambda m, i, j: (0.0, 1.0), stopped))
+    model.pairs = pyo.Set(initialize=pairs, dimen=2)
+    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
+    both, pruned = model.both, model.pruned
     # A costly pair is counted as soon as both its weights are pruned.
-    model.count_pair = pyo.Constraint(
-        repelled, rule=timely(lambda m, i, j: m.both[i, j] >= m.pruned[i] + m.pruned[j] - 1.0, stopped)
-    )
+    model.count_pair = pyo.Constraint(repelled)
+    fill(model.count_pair, repelled, lambda p: both[p] >= pruned[p[0]] + pruned[p[1]] - 1.0, stopped)
     # A helpful pair counts only if its first weight is pruned ...
-    model.first = pyo.Constraint(attracted, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[i], stopped))
+    model.first = pyo.Constraint(attracted)
+    fill(model.first, attracted, lambda p: both[p] <= pruned[p[0]], stopped)
     # ... and its second one too.
-    model.second = pyo.Constraint(
-        attracted, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[j], stopped)
-    )
+    model.second = pyo.Constraint(attracted)
+    fill(model.second, attracted, lambda p: both[p] <= pruned[p[1]], stopped)
     # Loss increase with products replaced by the pair variables.
     model.loss_increase = pyo.Objective(
         expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in asking(pairs, stopped))

@@ -20,7 +20,7 @@ import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
-from formulations.models.building import asking, timely
+from formulations.models.building import asking, fill
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import never
@@ -33,16 +33,18 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
     model: Any = pyo.ConcreteModel(name="selection_rlt")
     algebra.add_pruned_set(model, block)
     pairs = list(combinations(range(block.n), 2))
-    model.pairs = pyo.Set(initialize=asking(pairs, stopped), dimen=2)
-    model.both = pyo.Var(model.pairs, bounds=timely(lambda m, i, j: (0.0, 1.0), stopped))
+    model.pairs = pyo.Set(initialize=pairs, dimen=2)
+    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
+    both, pruned = model.both, model.pruned
     # A pair is counted as soon as both its weights are pruned ...
-    model.count_pair = pyo.Constraint(
-        pairs, rule=timely(lambda m, i, j: m.both[i, j] >= m.pruned[i] + m.pruned[j] - 1.0, stopped)
-    )
+    model.count_pair = pyo.Constraint(pairs)
+    fill(model.count_pair, pairs, lambda p: both[p] >= pruned[p[0]] + pruned[p[1]] - 1.0, stopped)
     # ... and only if its first weight is pruned ...
-    model.first = pyo.Constraint(pairs, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[i], stopped))
+    model.first = pyo.Constraint(pairs)
+    fill(model.first, pairs, lambda p: both[p] <= pruned[p[0]], stopped)
     # ... and its second one too.
-    model.second = pyo.Constraint(pairs, rule=timely(lambda m, i, j: m.both[i, j] <= m.pruned[j], stopped))
+    model.second = pyo.Constraint(pairs)
+    fill(model.second, pairs, lambda p: both[p] <= pruned[p[1]], stopped)
     # A pruned weight forms pairs with exactly k - 1 others, a kept one with none.
     model.degree = pyo.Constraint(
         model.weights,

@@ -33,6 +33,7 @@ Item = TypeVar("Item")
 
 FIXED = "the bridge, because the stated bound rests on it"
 """Why a native option is reserved that no field of `Limits` sets."""
+FIXED_INTERRUPT = "the bridge, which takes Ctrl-C itself"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +98,11 @@ class Task:
 
     @property
     def feasibility_tolerance(self) -> float:
-        """Tolerance on quadratic rows: the bound of a quadratic model stalls about that far below."""
-        return min(max(1e-2 * self.limits.rel_gap, 1e-9), 1e-6)
+        """Tolerance on quadratic rows: the bound of a quadratic model stalls about that far below.
+
+        Below 1e-8 SCIP's linear solver cannot keep to what is derived from it, and prints that every time.
+        """
+        return min(max(1e-2 * self.limits.rel_gap, 1e-8), 1e-6)
 
     @property
     def shortfall(self) -> float:
@@ -143,6 +147,13 @@ class RawResult:
     iterations: int = 0
     message: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+LEFT_ALONE = RawResult(
+    limit=Limit.INTERRUPTED,
+    message="it did not stop when it was interrupted: its thread goes on until it does",
+)
+"""What a bridge reports of a solver that `formulations.watched` has left to itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,23 +10,21 @@ pairs are therefore taken off the bound. Option ``bits``, 8 to 40 (default 30), 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from formulations.errors import ArgumentError
-from formulations.models import INTEGER
+from formulations.models import INTEGER, REPEATABLE
 from formulations.models.standard_form import StandardForm
 from formulations.problem import FloatArray
 from formulations.solution import Limit
-from formulations.solvers.base import RawResult, Solver, Task, probe_package
+from formulations.solvers.base import FIXED_INTERRUPT, LEFT_ALONE, RawResult, Solver, Task, probe_package
+from formulations.watched import run_watched
 
 MODELS = frozenset({"selection_mccormick", "selection_rlt"})
 DEFAULT_BITS = 30
-CLOCK_MARGIN = 0.1
-"""Seconds before the deadline from which a stop counts as the time limit's."""
 
 
 def _run(task: Task) -> RawResult:
@@ -49,7 +47,10 @@ def _run(task: Task) -> RawResult:
         _configure(solver, task, options)
     except (TypeError, ValueError) as refusal:
         return RawResult(failure=f"CP-SAT refuses an option: {refusal}")
-    status = solver.solve(model)
+    ended = run_watched(lambda: solver.solve(model), solver.stop_search)
+    if ended.value is None:
+        return LEFT_ALONE
+    status = ended.value
     feasible = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
     if not feasible and status != cp_model.UNKNOWN:
         return RawResult(failure=f"CP-SAT stopped with {solver.status_name(status)}")
@@ -60,17 +61,16 @@ def _run(task: Task) -> RawResult:
         point=np.array([float(solver.value(x)) for x in columns]) if feasible else None,
         bound=solver.best_objective_bound / scale + form.constant if has_bound else None,
         bound_error=error,
-        limit=None if status == cp_model.OPTIMAL else _limit(task),
+        limit=None if status == cp_model.OPTIMAL else _limit(ended.interrupted),
         nodes=int(solver.num_branches),
         message=f"CP-SAT: {solver.status_name(status)}",
         extra={"scaling_error": error * form.objective_scale},
     )
 
 
-def _limit(task: Task) -> Limit:
-    """Return the time limit or Ctrl-C: CP-SAT does not say why it stopped."""
-    timed_out = task.deadline is not None and time.perf_counter() >= task.deadline - CLOCK_MARGIN
-    return Limit.TIME if timed_out else Limit.INTERRUPTED
+def _limit(interrupted: bool) -> Limit:
+    """Return what ended the search: CP-SAT does not say."""
+    return Limit.INTERRUPTED if interrupted else Limit.TIME
 
 
 def _add_rows(model: Any, task: Task, columns: list[Any]) -> None:
@@ -88,6 +88,7 @@ def _add_rows(model: Any, task: Task, columns: list[Any]) -> None:
 
 def _configure(solver: Any, task: Task, options: dict[str, Any]) -> None:
     parameters = solver.parameters
+    parameters.catch_sigint_signal = False
     if task.seconds_left is not None:
         parameters.max_time_in_seconds = task.seconds_left
     parameters.relative_gap_limit = task.solver_gap
@@ -120,7 +121,7 @@ def _option_names() -> list[str]:
 
 SOLVER = Solver(
     name="cp_sat",
-    capabilities=frozenset({INTEGER}),
+    capabilities=frozenset({INTEGER, REPEATABLE}),
     probe=lambda: probe_package("ortools"),
     run=_run,
     default_models={"selection": "selection_mccormick"},
@@ -132,6 +133,7 @@ SOLVER = Solver(
         "num_workers": "Limits.threads",
         "num_search_workers": "Limits.threads",
         "random_seed": "Limits.seed",
+        "catch_sigint_signal": FIXED_INTERRUPT,
     },
     ignores=("node_limit",),
     models=MODELS,

@@ -17,6 +17,7 @@ from formulations.models import (
     INTEGER,
     QUADRATIC_CONSTRAINT,
     QUADRATIC_OBJECTIVE,
+    REPEATABLE,
     ModelSize,
 )
 from formulations.models.standard_form import StandardForm, Terms
@@ -79,6 +80,7 @@ def _run(task: Task) -> RawResult:
             columns = _translate(gurobipy, model, task.form)
             columns[task.form.decision].Start = task.start_values
             _configure(model, task)
+            # In this thread, which owns the environment: Gurobi takes Ctrl-C itself.
             model.optimize()
             return _report(gurobipy, model, task, columns)
     except gurobipy.GurobiError as error:
@@ -186,7 +188,7 @@ def _option_names() -> list[str]:
 
 SOLVER = Solver(
     name="gurobi",
-    capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR}),
+    capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR, REPEATABLE}),
     probe=_probe,
     run=_run,
     default_models=DEFAULT_MODELS,

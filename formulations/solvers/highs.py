@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from formulations.milp import LIMITS, Milp, MilpControls, run_milp
-from formulations.models import INTEGER
+from formulations.models import INTEGER, REPEATABLE
 from formulations.models.standard_form import StandardForm
 from formulations.solution import Limit
 from formulations.solvers.base import FIXED, RawResult, Solver, Task, dual_error, probe_package
@@ -61,7 +61,7 @@ def _option_names() -> Iterable[str]:
 
 SOLVER = Solver(
     name="highs",
-    capabilities=frozenset({INTEGER}),
+    capabilities=frozenset({INTEGER, REPEATABLE}),
     probe=lambda: probe_package("highspy"),
     run=_run,
     default_models={"selection": "selection_mccormick"},

@@ -5,11 +5,17 @@ quadratics and quick on sums of squares: prefer the low-rank models. MathOpt rep
 backend cannot take as an internal error or an attribute error while it translates the status; both
 end as `Termination.ERROR` with the message. Options: ``presolve``, ``cuts``, ``heuristics``, ``scaling``,
 each "off", "low", "medium", "high" or "very_high".
+
+Ctrl-C leaves GSCIP to itself and returns the set known before it: the interrupter of OR-tools 9.15 fails in
+GSCIP's event handler, and GSCIP's own handler may look at the signal half a minute later. Of a joint model
+two runs with the same seed may differ in nodes and in the last digit of the bound; where that matters, use
+``scip`` or ``branch_and_bound``.
 """
 
 from __future__ import annotations
 
 import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +24,8 @@ from formulations.milp import DUAL_TOLERANCE
 from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
 from formulations.models.standard_form import Row
 from formulations.solution import Limit
-from formulations.solvers.base import RawResult, Solver, Task, dual_error, probe_package
+from formulations.solvers.base import LEFT_ALONE, RawResult, Solver, Task, dual_error, probe_package
+from formulations.watched import run_watched
 
 DEFAULT_MODELS = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
 """The fastest measured."""
@@ -38,16 +45,18 @@ def _run(task: Task) -> RawResult:
             columns[j]: float(v) for j, v in zip(task.form.decision, task.start_values, strict=True)
         }
     )
+    solve = partial(
+        mathopt.solve,
+        translated,
+        mathopt.SolverType.GSCIP,
+        params=parameters,
+        model_params=mathopt.ModelSolveParameters(solution_hints=[hint]),
+    )
     try:
-        result = mathopt.solve(
-            translated,
-            mathopt.SolverType.GSCIP,
-            params=parameters,
-            model_params=mathopt.ModelSolveParameters(solution_hints=[hint]),
-        )
+        ended = run_watched(solve, lambda: None, grace=0.0)
     except (AttributeError, ValueError, RuntimeError, mathopt.InternalMathOptError) as error:
         return RawResult(failure=f"MathOpt failed: {type(error).__name__}: {error}")
-    return _report(mathopt, task, result, columns)
+    return LEFT_ALONE if ended.value is None else _report(mathopt, task, ended.value, columns)
 
 
 def _translate(mathopt: Any, task: Task) -> tuple[Any, list[Any]]:
@@ -116,7 +125,7 @@ def _parameters(mathopt: Any, task: Task) -> Any:
     )
     if task.seconds_left is not None:
         parameters.time_limit = datetime.timedelta(seconds=task.seconds_left)
-    parameters.gscip.bool_params["misc/catchctrlc"] = True
+    parameters.gscip.bool_params["misc/catchctrlc"] = False
     parameters.gscip.real_params["numerics/dualfeastol"] = DUAL_TOLERANCE
     parameters.gscip.real_params["numerics/feastol"] = task.feasibility_tolerance
     for name, value in task.options.items():

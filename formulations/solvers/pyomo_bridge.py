@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from formulations.milp import DUAL_TOLERANCE
-from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
+from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE, REPEATABLE
 from formulations.models.standard_form import StandardForm
 from formulations.models.translation import standard_form
 from formulations.solution import Limit
@@ -158,10 +158,12 @@ def _pyomo_solver(
     )
 
 
-_ALL = frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR})
+_ALL = frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR, REPEATABLE})
 
 SOLVERS = {
-    "highs": _pyomo_solver("highs", highs.SOLVER, _highs_options, capabilities=frozenset({INTEGER})),
+    "highs": _pyomo_solver(
+        "highs", highs.SOLVER, _highs_options, capabilities=frozenset({INTEGER, REPEATABLE})
+    ),
     "scip": _pyomo_solver("scip_direct", scip.SOLVER, _scip_options, capabilities=_ALL),
     "gurobi": _pyomo_solver("gurobi_direct_minlp", gurobi.SOLVER, _gurobi_options, capabilities=_ALL),
 }

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from formulations.milp import DUAL_TOLERANCE
-from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE
+from formulations.models import INDICATOR, INTEGER, QUADRATIC_CONSTRAINT, QUADRATIC_OBJECTIVE, REPEATABLE
 from formulations.models.standard_form import Terms
 from formulations.solution import Limit
 from formulations.solvers.base import (
     FIXED,
+    FIXED_INTERRUPT,
+    LEFT_ALONE,
     RawResult,
     Solver,
     Task,
     dual_error,
     probe_package,
 )
+from formulations.watched import run_watched
 
 DEFAULT_MODELS = {"selection": "selection_low_rank", "joint": "joint_low_rank_perspective"}
 """The fastest measured."""
@@ -32,11 +36,17 @@ def _run(task: Task) -> RawResult:
     _suggest(scip, task, columns)
     try:
         _configure(scip, task)
-        scip.optimize()
+        ended = run_watched(partial(_optimize, scip), scip.interruptSolve)
     except Exception as error:
         # PySCIPOpt turns every return code of SCIP into a bare Exception.
         return RawResult(failure=f"SCIP failed: {type(error).__name__}: {error}")
-    return _report(scip, task, columns)
+    return LEFT_ALONE if ended.value is None else _report(scip, task, columns)
+
+
+def _optimize(scip: Any) -> bool:
+    """Solve without the interpreter's lock; whether it came to an end, which is always."""
+    scip.optimizeNogil()
+    return True
 
 
 def _translate(pyscipopt: Any, scip: Any, task: Task) -> list[Any]:
@@ -110,6 +120,7 @@ def _configure(scip: Any, task: Task) -> None:
         "lp/threads": min(limits.threads, 64),
         "numerics/feastol": task.feasibility_tolerance,
         "numerics/dualfeastol": DUAL_TOLERANCE,
+        "misc/catchctrlc": False,
         **task.options,
     }
     if task.seconds_left is not None:
@@ -164,7 +175,7 @@ def _option_names() -> list[str]:
 
 SOLVER = Solver(
     name="scip",
-    capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR}),
+    capabilities=frozenset({INTEGER, QUADRATIC_OBJECTIVE, QUADRATIC_CONSTRAINT, INDICATOR, REPEATABLE}),
     probe=lambda: probe_package("PySCIPOpt", extra="scip"),
     run=_run,
     default_models=DEFAULT_MODELS,
@@ -178,5 +189,6 @@ SOLVER = Solver(
         "lp/threads": "Limits.threads",
         "numerics/dualfeastol": FIXED,
         "numerics/feastol": FIXED,
+        "misc/catchctrlc": FIXED_INTERRUPT,
     },
 )

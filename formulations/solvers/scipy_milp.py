@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from formulations.models import INTEGER
+from formulations.models import INTEGER, REPEATABLE
 from formulations.solution import Limit
-from formulations.solvers.base import RawResult, Solver, Task, probe_package
+from formulations.solvers.base import LEFT_ALONE, RawResult, Solver, Task, probe_package
+from formulations.watched import run_watched
 
 SCIPY_DUAL_TOLERANCE = 1e-7
 """HiGHS's default, which SciPy gives no way to tighten."""
@@ -23,13 +25,18 @@ def _run(task: Task) -> RawResult:
         options["time_limit"] = task.seconds_left
     if task.limits.node_limit is not None:
         options["node_limit"] = task.limits.node_limit
-    result = milp(
+    solve = partial(
+        milp,
         form.linear,
         integrality=form.integer.astype(np.int64),
         bounds=Bounds(form.lower, form.upper),
         constraints=LinearConstraint(form.matrix, form.row_lower, form.row_upper),
         options=options,  # type: ignore[arg-type]
     )
+    # SciPy has no way to stop it.
+    result = run_watched(solve, lambda: None).value
+    if result is None:
+        return LEFT_ALONE
     if result.status not in (0, 1):
         return RawResult(failure=f"SciPy milp stopped with status {result.status}: {result.message}")
     bound = getattr(result, "mip_dual_bound", None)
@@ -51,7 +58,7 @@ def _limit(task: Task, message: str) -> Limit:
 
 SOLVER = Solver(
     name="scipy_milp",
-    capabilities=frozenset({INTEGER}),
+    capabilities=frozenset({INTEGER, REPEATABLE}),
     probe=lambda: probe_package("scipy"),
     run=_run,
     default_models={"selection": "selection_mccormick"},

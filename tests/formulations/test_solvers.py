@@ -27,9 +27,10 @@ from formulations.errors import (
 )
 from formulations.incumbents import greedy
 from formulations.milp import Milp, MilpControls, run_milp
-from formulations.models import MODELS, ModelSize
+from formulations.models import MODELS, REPEATABLE, ModelSize
 from formulations.outer_approximation import outer_approximation
 from formulations.solvers import (
+    BRIDGES,
     available_solvers,
     bridge,
     cp_sat,
@@ -182,8 +183,10 @@ def test_limits_without_a_switch_are_named():
     assert solution.stats.extra["ignored_limits"] == {"threads": 2, "seed": 3}
 
 
-@pytest.mark.parametrize("solver", ["highs", "cp_sat"])
+@pytest.mark.parametrize("solver", [name for name in BRIDGES if REPEATABLE in bridge(name).capabilities])
 def test_a_seed_repeats_the_run(solver):
+    if not bridge(solver).info().available:
+        pytest.skip(f"{solver} is not installed")
     problem = hard_block(16)
     runs = [solve_with(solver, problem, "selection", limits=Limits(seed=4, rel_gap=1e-3)) for _ in range(2)]
     assert runs[0].stats.nodes == runs[1].stats.nodes

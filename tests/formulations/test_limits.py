@@ -1,0 +1,237 @@
+"""A limit may come at any moment: what is returned then is honest, and the clock is looked at often."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from formulations import BlockProblem, Limit, Limits, verify
+from formulations.branch_and_bound import branch_and_bound
+from formulations.dense_forms import EIGENVALUES_LARGEST, dense_form, joint_form
+from formulations.enumeration import enumerate_optimum
+from formulations.errors import UnsupportedProblemError
+from formulations.factorisation import BLOCKED_FROM, cholesky_factor
+from formulations.incumbents import greedy, greedy_keep, swap_search
+from formulations.models import MODELS
+from formulations.models.building import BuildingStopped
+from formulations.models.translation import standard_form
+from formulations.outer_approximation import outer_approximation
+from formulations.problem import PROGRAMS
+from formulations.relaxations import lower_bound
+from formulations.solvers import solve_with
+from formulations.verification import Verdict
+from formulations.watched import run_watched
+
+LARGE = 620
+"""Weights of a block beyond the size up to which dense forms come first."""
+METHODS = (branch_and_bound, lower_bound, greedy, swap_search, outer_approximation)
+
+
+def gaussian(n, rows, seed=0, n_prune=None, damping=0.1):
+    generator = np.random.default_rng(seed)
+    return BlockProblem(
+        weights=generator.normal(size=n),
+        n_prune=n // 2 if n_prune is None else n_prune,
+        rows=generator.normal(size=(rows, n)) / np.sqrt(rows),
+        gradient=0.05 * generator.normal(size=n),
+        damping=damping,
+    )
+
+
+def full_rank(n, seed=0):
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(3 * n, n)) @ np.diag(np.linspace(0.3, 2.0, n))
+    hessian = rows.T @ rows / len(rows) + 0.3
+    return BlockProblem(weights=generator.normal(size=n), n_prune=n // 2, hessian=hessian, damping=0.01)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """A clock that moves one second at each look, and how often it was looked at."""
+    made = []
+
+    def read():
+        made.append(None)
+        return float(len(made))
+
+    monkeypatch.setattr(time, "perf_counter", read)
+    return made
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seconds", [1, 2, 3, 5, 8, 13, 30])
+def test_stopped_at_any_look_a_set_comes_back_and_no_bound_is_too_high(method, program, seconds, looks):
+    problem = gaussian(14, 8, seed=seconds)
+    optimum = enumerate_optimum(problem, program).objective
+    del looks[:]
+    solution = method(problem, program, limits=Limits(time_limit=float(seconds)))
+    assert solution.keep.sum() == problem.n_keep
+    assert solution.objective >= optimum * (1.0 - 1e-9)
+    assert solution.bound is None or solution.bound <= optimum
+    assert verify(problem, solution).verdict is not Verdict.WRONG
+    # Some are taken for the time that a solution states.
+    assert solution.limit is not Limit.TIME or len(looks) < seconds + 40
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seconds", [2, 6, 12, 20])
+def test_large_blocks_have_a_bound_soon_and_keep_it(method, program, seconds, looks):
+    problem = gaussian(LARGE, 20, n_prune=LARGE - 8)
+    solution = method(problem, program, limits=Limits(time_limit=float(seconds)))
+    assert solution.keep.sum() == 8
+    if solution.certificate is not None:
+        assert solution.bound <= solution.objective
+        assert solution.certificate.proves_bound(problem, solution.certificate.lower_bound(problem))
+    if method is branch_and_bound and seconds >= 12:
+        assert solution.bound > 0.0
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_relaxation_by_rows_leads_the_dense_one_to_the_same_bound(program):
+    problem = gaussian(LARGE, 20)
+    found = lower_bound(problem, program)
+    by_rows = lower_bound(problem, program, limits=Limits(iteration_limit=200))
+    rounding = 1e-12 * abs(found.bound)
+    assert by_rows.bound - rounding <= found.bound <= by_rows.bound + 1e-3 * abs(found.bound)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("nodes", [0, 1, 30])
+def test_branch_and_bound_is_no_weaker_than_its_relaxation(nodes, seed):
+    problem = full_rank(40, seed)
+    solution = branch_and_bound(problem, "joint", limits=Limits(node_limit=nodes))
+    relaxed = lower_bound(problem, "joint", incumbent=solution)
+    assert solution.bound >= relaxed.bound * (1.0 - 1e-6)
+    assert solution.certificate.lower_bound(problem) <= solution.bound
+
+
+@pytest.mark.parametrize("rows", [20, 700])
+def test_rounding_of_a_large_form_rests_on_a_proved_eigenvalue(rows):
+    form = joint_form(gaussian(EIGENVALUES_LARGEST + 20, rows, damping=0.01))
+    n, rounding = form.linear.size, form.rounding
+    lowest = n / rounding.growth**2
+    eigenvalues = np.linalg.eigvalsh(form.matrix)
+    assert 0.002 * eigenvalues[0] <= lowest <= eigenvalues[0]
+    assert rounding.minimum <= form.constant
+
+
+def test_a_large_form_that_is_singular_to_rounding_has_no_allowance():
+    problem = gaussian(EIGENVALUES_LARGEST + 20, 700, damping=0.0)
+    hessian = problem.dense_hessian()
+    hessian[:, -1] = hessian[:, 0]
+    hessian[-1] = hessian[0]
+    hessian[-1, -1] = hessian[0, 0]
+    # Selection takes singular blocks; the joint form of one is built by hand here.
+    singular = BlockProblem(weights=problem.weights, n_prune=310, hessian=hessian, damping=1e-15)
+    from formulations.dense_forms import _lowest_and_minimiser
+
+    root = np.sqrt(np.diagonal(hessian))
+    matrix = singular.dense_hessian() / root[:, None] / root
+    lowest, _ = _lowest_and_minimiser(matrix, np.ones(singular.n), 0.0)
+    assert lowest <= 0.0
+
+
+@pytest.mark.parametrize("n", [BLOCKED_FROM, BLOCKED_FROM + 1, 777])
+def test_factors_by_blocks_are_factors(n):
+    rows = np.random.default_rng(n).normal(size=(n // 2, n))
+    matrix = rows.T @ rows / n + 0.1 * np.eye(n)
+    factor = np.zeros((n, n))
+    assert cholesky_factor(matrix, factor)
+    np.testing.assert_allclose(np.tril(factor), np.linalg.cholesky(matrix), atol=1e-12)
+    for bad in (0, n // 2, n - 1):
+        broken = matrix.copy()
+        broken[bad, bad] = -1.0
+        assert not cholesky_factor(broken, factor)
+
+
+@pytest.mark.parametrize("looks_left", [0, 1, 2])
+def test_greedy_elimination_that_is_stopped_drops_the_rest_at_once(looks_left):
+    problem = gaussian(40, 10)
+    form = dense_form(problem, "joint")
+    answers = itertools.chain([False] * looks_left, itertools.repeat(True))
+    keep = greedy_keep(form, problem.n_prune, "joint", lambda: next(answers))
+    assert keep.sum() == problem.n_keep
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_given_up_while_they_are_built(name, caplog):
+    problem = gaussian(6, 4)
+    with pytest.raises(BuildingStopped):
+        MODELS[name].build(problem, stopped=lambda: True)
+    built = MODELS[name].build(problem)
+    with pytest.raises(BuildingStopped):
+        standard_form(built, lambda: True)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("solver", "program"), [("highs", "selection"), ("mathopt", "joint")])
+def test_a_solver_whose_model_comes_too_late_is_not_started(solver, program, looks):
+    problem = gaussian(10, 8)
+    solution = solve_with(solver, problem, program, limits=Limits(time_limit=6.0))
+    assert solution.limit is Limit.TIME
+    assert "was not started" in solution.stats.message
+    assert solution.keep.sum() == problem.n_keep
+
+
+def test_enumeration_refuses_numbers_of_sets_that_are_no_floats():
+    problem = BlockProblem(weights=np.ones(2_000), n_prune=1_000, rows=np.ones((1, 2_000)), damping=1.0)
+    with pytest.raises(UnsupportedProblemError, match="about 1e600 sets"):
+        enumerate_optimum(problem, "selection")
+
+
+def test_watched_work_returns_its_value_and_raises_its_error():
+    assert run_watched(lambda: 3, lambda: None).value == 3
+    with pytest.raises(ZeroDivisionError):
+        run_watched(lambda: 1 / 0, lambda: None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("obeys", [True, False])
+def test_watched_work_is_asked_to_stop_and_then_left_to_itself(obeys):
+    asked, released = threading.Event(), threading.Event()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        work = (asked if obeys else released).wait
+        ended = run_watched(work, asked.set, grace=0.3 if not obeys else 30.0)
+    finally:
+        released.set()
+        timer.cancel()
+    assert ended.interrupted
+    assert asked.is_set()
+    assert ended.value is (True if obeys else None)
+
+
+CALL = """
+import os, signal, sys, threading, time
+from formulations import Limits
+from formulations.solvers import solve_with
+from tests.formulations.test_limits import gaussian
+solver, program = sys.argv[1:]
+solve_with(solver, gaussian(6, 4), program, limits=Limits(time_limit=20.0))
+threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+began = time.perf_counter()
+solution = solve_with(solver, gaussian(60, 60), program, limits=Limits(time_limit=120.0))
+print(solution.limit.value, time.perf_counter() - began)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("solver", ["highs", "cp_sat", "scipy_milp", "mathopt", "scip"])
+def test_ctrl_c_reaches_every_solver(solver):
+    program = "joint" if solver in ("mathopt", "scip") else "selection"
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, solver, program], capture_output=True, text=True, timeout=300, check=True
+    )
+    limit, seconds = done.stdout.splitlines()[-1].split()
+    assert limit == "interrupted"
+    assert float(seconds) < 30.0
