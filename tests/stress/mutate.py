@@ -383,7 +383,7 @@ def preload() -> None:
 
 
 def sample(modules: Sequence[str], seed: int, count: int) -> list[Mutant]:
-    """Return mutants drawn from these modules, each in proportion to its size; all of them if there are fewer."""
+    """Return mutants drawn from these modules, each in proportion to its size; all if there are fewer."""
     everything = [mutant for module in modules for mutant in mutants(module)]
     if len(everything) <= count:
         return everything
