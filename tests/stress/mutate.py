@@ -345,13 +345,14 @@ class Copy:
         for cached in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
             cached.unlink()
         try:
-            return self._passed(TESTS[module])
+            return self.passes(TESTS[module])
         finally:
             target.write_text(original)
             for cached in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
                 cached.unlink()
 
-    def _passed(self, tests: Sequence[str]) -> bool:
+    def passes(self, tests: Sequence[str]) -> bool:
+        """Whether these tests pass, in a child process."""
         child = os.fork()
         if child == 0:
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
@@ -412,10 +413,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawn = sample(given.modules, given.seed, given.count)
     with tempfile.TemporaryDirectory() as folder:
         copied = Copy(Path(folder))
-        for module in dict.fromkeys(mutant.module for mutant in drawn):
-            if not copied.survives(module, (HOME / module).read_text()):
-                say(f"the tests of {module} fail on the code as it is")
-                return 1
+        needed = dict.fromkeys(test for mutant in drawn for test in TESTS[mutant.module])
+        if not copied.passes(tuple(needed)):
+            say("the tests fail on the code as it is")
+            return 1
         chosen = range(len(drawn)) if given.numbers is None else given.numbers
         for number in chosen:
             mutant = drawn[number]
@@ -424,6 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 result = "survived" if copied.survives(mutant.module, mutant.source()) else "killed"
             counts[result] += 1
+            if counts.total() % 10 == 0:
+                say(f"{counts.total()} done")
             if result == "survived":
                 say(f"{number} survived, line {mutant.line} ({mutant.operator.__name__}): {mutant.text}")
     meaningful = counts["killed"] + counts["survived"]
