@@ -44,7 +44,12 @@ def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
 
 
 def kept_on_disk(kernel: Any) -> Any:
-    """Keep what numba compiles for `kernel` on disk; leave it in memory where no folder can be written."""
+    """Keep what numba compiles for `kernel` on disk; leave it in memory where no folder can be written.
+
+    With NUMBA_DISABLE_JIT=1 kernels are plain functions, of which there is nothing to keep.
+    """
+    if numba.config.DISABLE_JIT:
+        return kernel
     try:
         kernel.enable_caching()
     except (RuntimeError, OSError) as refusal:
@@ -81,7 +86,7 @@ def make_ready(kernels: Sequence[Callable[..., Any]], purpose: str) -> None:
 
 
 def _is_ready(kernel: Any) -> bool:
-    return kernel.entry_types in kernel.overloads
+    return bool(numba.config.DISABLE_JIT) or kernel.entry_types in kernel.overloads
 
 
 def _compile(kernel: Any) -> None:

@@ -87,14 +87,8 @@ def sealed_json(document: Mapping[str, Any]) -> bytes:
     return f"{json.dumps(sealed, indent=1, allow_nan=False)}\n".encode()
 
 
-def read_sealed(content: bytes, *, required: bool = True) -> dict[str, Any]:
+def read_sealed(content: bytes) -> dict[str, Any]:
     """Return the JSON object of `sealed_json`, without its checksum.
-
-    Parameters
-    ----------
-    content : bytes
-    required : bool, default True
-        False takes an object without a checksum as it is, for files of earlier releases.
 
     Raises
     ------
@@ -103,8 +97,6 @@ def read_sealed(content: bytes, *, required: bool = True) -> dict[str, Any]:
     """
     document = json_object(content)
     found = document.pop(CHECKSUM, None)
-    if found is None and not required:
-        return document
     if found != checksum(document):
         raise ValueError("no checksum" if found is None else "content does not match its checksum")
     return document
@@ -148,7 +140,7 @@ def write_container(
 
 
 def read_container(
-    path: str | os.PathLike[str], kind: str, version: int, largest_bytes: int, *, unsealed: int = 0
+    path: str | os.PathLike[str], kind: str, version: int, largest_bytes: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return header and arrays of a file of that kind.
 
@@ -160,14 +152,12 @@ def read_container(
     version : int
         The newest version that can be read.
     largest_bytes : int
-    unsealed : int, default 0
-        Files up to this version, of earlier releases, may have no checksum.
 
     Raises
     ------
     InstanceFormatError
-        If the file is absent, damaged, of another kind, newer than `version`, or would take more
-        than `largest_bytes` of memory.
+        If the file is absent, damaged, without a checksum, of another kind, newer than `version`, or
+        would take more than `largest_bytes` of memory.
     """
     name = str(path)
     try:
@@ -175,8 +165,6 @@ def read_container(
             header = _read_header(name, archive, kind, version)
             arrays = _read_arrays(name, archive, header["arrays"], largest_bytes)
             expected = header.pop(CHECKSUM, None)
-            if expected is None and header["version"] <= unsealed:
-                return header, arrays
             if expected != checksum(header, arrays):
                 raise _damaged(name, "no checksum" if expected is None else "it does not match its checksum")
             return header, arrays

@@ -327,11 +327,15 @@ def descend(
     started: float,
     swaps_done: int = 0,
 ) -> tuple[BoolArray, int, Limit | None]:
-    """Swap until no swap improves or a limit comes: the set, the swaps made, the limit."""
+    """Swap until no swap improves or a limit comes: the set, the swaps made, the limit.
+
+    Where ``H`` is close to singular the gains that a sweep carries along are rounding, and swaps may go round
+    in a circle: a call that leaves no lower value, computed afresh, is undone and ends the search.
+    """
     keep = keep.copy()
     swaps = 0
     limit: Limit | None = None
-    pruned = ~keep
+    least, best = math.inf, keep
     while True:
         allowed = SWAPS_PER_CALL
         if limits.iteration_limit is not None:
@@ -343,10 +347,20 @@ def descend(
             limit = Limit.TIME
             break
         if program == "selection":
+            chosen = np.flatnonzero(~keep)
+            value = 0.5 * float(form.matrix[np.ix_(chosen, chosen)].sum()) + float(form.linear[chosen].sum())
+        else:
+            table, state = joint_tableau(form.matrix, form.linear, keep)
+            value = -0.5 * float(form.linear[keep] @ state[keep])
+        if not value < least:
+            keep = best
+            break
+        least, best = value, keep.copy()
+        if program == "selection":
+            pruned = ~keep
             made = swap_selection(form.matrix, form.linear, pruned, allowed)
             keep = ~pruned
         else:
-            table, state = joint_tableau(form.matrix, form.linear, keep)
             made = swap_joint(table, state, keep, allowed)
         swaps += made
         if made < allowed:

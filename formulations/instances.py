@@ -27,8 +27,6 @@ from formulations.solution import BlockSolution, Limit, SolveStats, Termination
 BLOCK_FORMAT = "cbs-opt block"
 SOLUTION_FORMAT = "cbs-opt solution"
 VERSION = 2
-UNSEALED = 1
-"""Files up to this version have no checksum over all that they hold."""
 MAX_BYTES = 2**34
 """Largest file content read by default, 16 GiB of arrays."""
 LIBRARY = resources.files("formulations") / "library"
@@ -91,7 +89,7 @@ def read_instance(
         If the file is absent, damaged, foreign, too large, or its data do not make a valid block
         with the fingerprint that was written.
     """
-    header, arrays = read_container(path, BLOCK_FORMAT, VERSION, max_bytes, unsealed=UNSEALED)
+    header, arrays = read_container(path, BLOCK_FORMAT, VERSION, max_bytes)
     unknown = set(arrays) - {"weights", "rows", "hessian", "gradient"}
     if unknown or "weights" not in arrays:
         raise InstanceFormatError("path", f"{path}: arrays {sorted(arrays)}", "write the file again")
@@ -169,7 +167,7 @@ def read_solution(
     InstanceFormatError
         If the file is absent, damaged, foreign, too large, or belongs to another block.
     """
-    header, arrays = read_container(path, SOLUTION_FORMAT, VERSION, max_bytes, unsealed=UNSEALED)
+    header, arrays = read_container(path, SOLUTION_FORMAT, VERSION, max_bytes)
     if problem is not None and header.get("fingerprint") != problem.fingerprint():
         raise InstanceFormatError(
             "path", f"{path}: solves another block", "pass the block it was written for"

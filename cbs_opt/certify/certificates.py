@@ -34,6 +34,7 @@ from formulations.loss import objective, solved_weights
 from formulations.problem import BlockProblem, BoolArray
 from formulations.relaxations import lower_bound
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
+from formulations.verification import verify
 
 PathLike = str | os.PathLike[str]
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def certify_blocks(
             write_instance(block_path(block_dir, number), problem)
         left = deadline - time.monotonic()
         path = path_of(number)
-        result = None if path is None else _stored(path, problem, keep)
+        result = None if path is None else _stored(path, problem, keep, program)
         if result is None and left <= 0.0:
             solution = _evaluated(problem, keep, program, method, NOT_REACHED)
             result = CertifiedBlock(solution=solution, fingerprint=problem.fingerprint())
@@ -170,14 +171,18 @@ def _evaluated(
     )
 
 
-def _stored(path: Path, problem: BlockProblem, keep: BoolArray) -> CertifiedBlock | None:
-    """Read a file, if it is the certified solution of this set in this block."""
+def _stored(path: Path, problem: BlockProblem, keep: BoolArray, program: str) -> CertifiedBlock | None:
+    """Read a file, if it is the certified solution of this set in this block and claims nothing wrong."""
     try:
         solution = read_solution(path, problem) if path.exists() else None
     except InstanceFormatError as error:
         log.warning("%s; it is certified again", error.found)
         return None
     if solution is None or solution.keep is None or not np.array_equal(solution.keep, keep):
+        return None
+    checked = verify(problem, solution)
+    if checked.wrong or solution.program != program:
+        log.warning("%s: %s; it is certified again", path, "; ".join(checked.notes) or "another program")
         return None
     return CertifiedBlock(solution=solution, fingerprint=problem.fingerprint())
 

@@ -18,8 +18,6 @@ from formulations.files import CHECKSUM, checksum, write_atomically
 
 FORMAT = "cbs-opt masks"
 VERSION = 2
-UNSEALED = 1
-"""Files up to this version have no checksum."""
 RESERVED = ("format", "version", "sense", "sparsity", CHECKSUM)
 SENSE = "true = kept"
 
@@ -167,8 +165,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if bool((keep.view(torch.uint8) > 1).any()):
             raise MaskFileError("path", f"{path}: {name} holds truth values other than 0 and 1", remedy)
     expected = metadata.pop(CHECKSUM, None)
-    if (expected is not None or int(version) > UNSEALED) and expected != _checksum(metadata, masks):
-        raise MaskFileError("path", f"{path} does not match its checksum", "write the file again")
+    if expected != _checksum(metadata, masks):
+        why = "has no checksum" if expected is None else "does not match its checksum"
+        raise MaskFileError("path", f"{path} {why}", "write the file again")
     return masks, metadata
 
 

@@ -61,9 +61,9 @@ def load_report(folder: str | os.PathLike[str]) -> PruneReport:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON object in a file, with or without a checksum; raise `ReportFormatError` if damaged."""
+    """Return the JSON object in a file with a checksum; raise `ReportFormatError` if it is not as written."""
     try:
-        return read_sealed(path.read_bytes(), required=False)
+        return read_sealed(path.read_bytes())
     except FileNotFoundError as error:
         raise ReportFormatError("folder", f"no {path.name} in {path.parent}", "pass a saved run") from error
     except (OSError, ValueError) as error:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cbs_opt.certify.certificates import relative_gap
 from cbs_opt.certify.files import CERTIFICATES, block_path
 from cbs_opt.report.files import load_report
-from cbs_opt.report.parts import BlockSummary
+from cbs_opt.report.parts import BlockSummary, CertifiedSum
+from cbs_opt.report.record import PruneReport
 from formulations.errors import ArgumentError, InstanceFormatError
 from formulations.instances import read_instance
 from formulations.problem import BlockProblem, BoolArray
@@ -25,9 +27,9 @@ class CheckedBlock:
     """One block after its check.
 
     `name`: of the block. `verdict`: OK if the data are those that were certified, the set is that of the
-    masks and has its stated value, and the evidence proves the stated bound. `objective` and `bound`:
-    recomputed in float64. `proved`: whether the evidence alone proves the stated bound. `notes`: what is
-    wrong or was not checked.
+    masks and has its stated value, the evidence proves the stated bound, and the report says the same of
+    block and run; UNCHECKED without masks. `objective` and `bound`: recomputed in float64. `proved`: whether
+    the evidence alone proves the stated bound. `notes`: what is wrong or was not checked.
     """
 
     name: str
@@ -61,9 +63,8 @@ def check_certificates(
         counted = f"{len(report.certificates)} certificates for {len(report.blocks)} blocks in {directory}"
         raise ArgumentError("directory", counted, "save the report again")
     problems = _read_blocks(source / CERTIFICATES) if blocks is None else iter(blocks)
-    # The masks as one flat array in the order of the blocks.
-    flat = [report.masks[layer.name].cpu().numpy().ravel() for layer in report.layers if report.masks]
-    masks = np.concatenate(flat) if flat else None
+    contradictions = _contradictions(report)
+    masks = _flat_masks(report)
     start = 0
     for number, (summary, solution) in enumerate(zip(report.blocks, report.certificates, strict=True)):
         problem = next(problems, None)
@@ -71,9 +72,69 @@ def check_certificates(
             raise ArgumentError("blocks", f"only {number}", "pass one for each certificate")
         keep = None if masks is None else masks[start : start + summary.n]
         start += summary.n
-        yield _checked(summary, solution, problem, keep)
+        differences = _differences(report, summary, solution, problem)
+        yield _checked(summary, solution, problem, keep, [*differences, *contradictions])
     if blocks is not None and next(problems, None) is not None:
         raise ArgumentError("blocks", f"more than {len(report.blocks)}", "pass those of the report")
+
+
+def _flat_masks(report: PruneReport) -> BoolArray | None:
+    """Return the masks as one array in the order of the blocks; None if there are none."""
+    if not report.masks:
+        return None
+    flat = [report.masks[layer.name].numpy().ravel() for layer in report.layers if layer.name in report.masks]
+    return np.concatenate(flat) if flat else np.zeros(0, dtype=np.bool_)
+
+
+def _contradictions(report: PruneReport) -> list[str]:
+    """Return what the report says of the run that its own blocks, layers and masks do not say."""
+    wrong = []
+    if report.certified != CertifiedSum.of(report.program, report.blocks):
+        wrong.append("the certified sum is not that of the blocks")
+    for name in ("n", "n_prune"):
+        stated = getattr(report, name)
+        parts = [sum(getattr(part, name) for part in part_of) for part_of in (report.blocks, report.layers)]
+        if parts != [stated, stated]:
+            wrong.append(f"{name} is {stated}, that of the blocks {parts[0]}, that of the layers {parts[1]}")
+    if report.masks:
+        stated_layers = {layer.name: (layer.shape, layer.n, layer.n_prune) for layer in report.layers}
+        masks = {
+            name: (tuple(keep.shape), keep.numel(), int((~keep).sum())) for name, keep in report.masks.items()
+        }
+        wrong += [
+            f"the mask of {name} is not that of its layer"
+            for name in sorted(masks.keys() | stated_layers.keys())
+            if masks.get(name) != stated_layers.get(name)
+        ]
+    return wrong
+
+
+def _differences(
+    report: PruneReport, summary: BlockSummary, solution: BlockSolution, problem: BlockProblem
+) -> list[str]:
+    """Return what the report states of a block that its certificate or its data do not."""
+    evidence = solution.certificate
+    kind = None if evidence is None else evidence.kind
+    n_fixed = None if evidence is None else evidence.n_fixed
+    stated = {
+        "program": (report.program, solution.program),
+        "objective": (summary.objective, solution.objective),
+        "bound": (summary.bound, solution.bound),
+        "gap": (summary.gap, relative_gap(solution.objective, solution.bound)),
+        "kind of certificate": (summary.certificate, kind),
+        "number of fixed weights": (summary.n_fixed, n_fixed),
+        "number of weights": (summary.n, problem.n),
+        "number of pruned weights": (summary.n_prune, problem.n_prune),
+        "name": (summary.name, problem.name or summary.name),
+    }
+    recipes = () if report.request is None else report.request.recipes
+    if report.program == "joint" or not any(recipe.selection_damping is not None for recipe in recipes):
+        stated["damping"] = (report.damping, problem.damping)
+    return [
+        f"the report states other values than the certificate: {name} {said!r}, not {found!r}"
+        for name, (said, found) in stated.items()
+        if said != found
+    ]
 
 
 def _read_blocks(directory: Path) -> Iterator[BlockProblem]:
@@ -86,18 +147,20 @@ def _read_blocks(directory: Path) -> Iterator[BlockProblem]:
 
 
 def _checked(
-    summary: BlockSummary, solution: BlockSolution, problem: BlockProblem, keep: BoolArray | None
+    summary: BlockSummary,
+    solution: BlockSolution,
+    problem: BlockProblem,
+    keep: BoolArray | None,
+    wrong: list[str],
 ) -> CheckedBlock:
+    """Return the verdict on a block of which `wrong` is already known."""
     fingerprint = problem.fingerprint()
     if fingerprint != summary.fingerprint:
         other = f"other data than were certified: fingerprint {fingerprint[:12]}..."
-        return CheckedBlock(name=summary.name, verdict=Verdict.WRONG, notes=(other,))
+        return CheckedBlock(name=summary.name, verdict=Verdict.WRONG, notes=(other, *wrong))
     result = verify(problem, solution)
-    wrong = []
-    if (summary.objective, summary.bound) != (solution.objective, solution.bound):
-        wrong.append("the report states other values than the certificate")
     if keep is not None and (solution.keep is None or not np.array_equal(keep, solution.keep)):
-        wrong.append("the certified set is not that of the masks")
+        wrong = [*wrong, "the certified set is not that of the masks"]
     verdict, notes = result.verdict, result.notes
     if keep is None:
         notes = (*notes, "the report has no masks to compare the set with")

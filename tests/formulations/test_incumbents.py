@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from formulations import BlockProblem, Limit, Limits, objective, verify
+from formulations.branch_and_bound import branch_and_bound
 from formulations.dense_forms import joint_form, selection_form
 from formulations.errors import ArgumentError, ShapeError
 from formulations.incumbents import greedy, joint_tableau, swap_search
@@ -106,3 +107,16 @@ def test_same_seed_same_set():
     first = swap_search(problem, "joint", restarts=4, limits=Limits(seed=7))
     second = swap_search(problem, "joint", restarts=4, limits=Limits(seed=7))
     assert np.array_equal(first.keep, second.keep)
+
+
+@pytest.mark.parametrize("program", ["selection", "joint"])
+def test_swaps_that_go_round_in_a_circle_end(program):
+    """Two columns cancel, and what a swap gains is rounding: the search went on for ever."""
+    problem = BlockProblem(
+        weights=np.array([1e10, 1e10]),
+        rows=np.array([[-2436.55139020558, 2436.55139020558], [-1481.9961116693294, 1481.9961116693294]]),
+        damping=2.5601687358458025e-05,
+        n_prune=1,
+    )
+    assert swap_search(problem, program).stats.iterations < 100
+    assert branch_and_bound(problem, program).keep.sum() == 1

@@ -186,11 +186,16 @@ def test_nothing_that_is_changed_gets_past_the_checksum(tmp_path):
             inst.read_solution(path)
 
 
-def test_files_of_the_first_version_are_read_without_a_checksum(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_whose_checksum_is_deleted_is_refused(tmp_path, version):
     path, problem = tmp_path / "b.npz", block("random", 8, 4, seed=1)
+    solution = tmp_path / "s.npz"
     inst.write_instance(path, problem)
-    rewrite(path, {"version": 1, CHECKSUM: None}, seal=False)
-    assert inst.read_instance(path)[0].fingerprint() == problem.fingerprint()
+    inst.write_solution(solution, problem, greedy(problem, "joint"))
+    for file, read in ((path, inst.read_instance), (solution, inst.read_solution)):
+        rewrite(file, {"version": version, CHECKSUM: None}, seal=False)
+        with pytest.raises(InstanceFormatError, match="no checksum"):
+            read(file)
 
 
 def hostile(path, header_text, size=5):

@@ -1,0 +1,441 @@
+"""Change the code in one place at a time, and see whether the tests notice.
+
+    python -m tests.stress.mutate [MODULE ...] --seed 0 --count 150
+
+A module is a file such as ``formulations/relaxations/certified.py``; by default all of `TESTS`. Each mutant
+runs the tests of its module in a copy of the packages, in a child process whose numba kernels are plain
+Python (compiling takes longer than running them on small blocks). A mutant is killed if a test fails, or if
+the tests take more processor time than `SECONDS`. What survives and cannot be told from the original by any
+result that means something stands in `EQUIVALENT`, with the reason. Exit code 1 if fewer than 95 % of the
+others are killed.
+
+Before anything else the tests must pass on the copy as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[2]
+PACKAGES = ("formulations", "cbs_opt", "tests")
+FAST = "tests/formulations/"
+PROOF = tuple(FAST + name for name in ("test_rounding.py", "test_verification.py"))
+RELAXED = tuple(
+    f"{FAST}test_relaxations.py::test_{name}"
+    for name in (
+        "perspective_solves_the_relaxation",
+        "capped_simplex_solves_the_relaxation",
+        "projection_onto_the_capped_simplex_is_optimal",
+        "barrier_steps_climb_and_stay_feasible",
+        "zero_weight_with_positive_shift_is_refused",
+    )
+)
+LINEAR = tuple(
+    f"{FAST}test_certificates.py::test_{name}"
+    for name in (
+        "linear_relaxations_are_ordered_and_travel",
+        "linear_relaxations_reach_the_solvers_own_value",
+    )
+)
+KERNELS = (FAST + "test_kernels.py",)
+DENSE = ("tests/cbs_opt/select/selection_program/test_dense.py",)
+RELAXATIONS = "formulations/relaxations/"
+TESTS: dict[str, tuple[str, ...]] = {
+    **{f"{RELAXATIONS}{name}.py": PROOF for name in ("certificate", "certified", "only_set")},
+    **{f"{RELAXATIONS}{name}.py": PROOF for name in ("reduction_rounding", "reduced_block")},
+    **{f"{RELAXATIONS}{name}.py": (*PROOF, *RELAXED) for name in ("perspective", "capped_simplex")},
+    f"{RELAXATIONS}linear.py": (*LINEAR, *PROOF),
+    f"{RELAXATIONS}perspective_kernels.py": (*KERNELS, *RELAXED),
+    f"{RELAXATIONS}capped_simplex_kernels.py": (*KERNELS, *RELAXED),
+    f"{RELAXATIONS}support_norm.py": (*KERNELS, *RELAXED),
+    f"{RELAXATIONS}split_relaxation.py": (*PROOF, *RELAXED),
+    f"{RELAXATIONS}diagonal_split.py": (*RELAXED, *PROOF),
+    "formulations/verification.py": PROOF[::-1],
+    "formulations/dense_forms.py": PROOF,
+    "formulations/swap_kernels.py": KERNELS,
+    "cbs_opt/select/selection_program/dense.py": DENSE,
+}
+"""Modules that are changed, and the tests that are to notice."""
+SECONDS = 100
+"""Processor time after which a mutant counts as hung."""
+WANTED = 0.95
+"""Share of the mutants that mean something which must be killed."""
+EQUIVALENT: dict[str, str] = {}
+"""Mutants that no result tells from the original, as `Mutant.text` says them, and why."""
+FLIPPED = {
+    ast.Lt: ast.Gt,
+    ast.Gt: ast.Lt,
+    ast.LtE: ast.GtE,
+    ast.GtE: ast.LtE,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+STRICT = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+EXTREMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
+SKIPPED = (ast.Raise, ast.JoinedStr, ast.Assert)
+CAPS = ("abs", "max", "min", "maximum", "minimum", "sqrt")
+
+
+Operator = Callable[[ast.AST], ast.AST | None]
+Step = tuple[str, int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One change: the module, the function around it, the operator, and the node that it replaces."""
+
+    module: str
+    function: str
+    operator: Operator
+    path: tuple[Step, ...]
+    line: int
+    before: str
+    after: str
+
+    @property
+    def text(self) -> str:
+        """The change in one line, without its number, as it may move."""
+        return f"{self.module}:{self.function}: {self.before} -> {self.after}"
+
+    def source(self) -> str:
+        """Return the module with the change."""
+        tree = ast.parse((HOME / self.module).read_text())
+        parent, node = _at(tree, self.path)
+        replaced = self.operator(node)
+        assert replaced is not None
+        _put(parent, self.path[-1], replaced)
+        return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def comparison_flipped(node: ast.AST) -> ast.AST | None:
+    """``a < b`` to ``a > b``."""
+    return _compared(node, FLIPPED)
+
+
+def comparison_strict(node: ast.AST) -> ast.AST | None:
+    """``a < b`` to ``a <= b``, and back."""
+    return _compared(node, STRICT)
+
+
+def _compared(node: ast.AST, exchange: dict[type[ast.cmpop], type[ast.cmpop]]) -> ast.AST | None:
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in exchange:
+        node.ops[0] = exchange[type(node.ops[0])]()
+        return node
+    return None
+
+
+def arithmetic(node: ast.AST) -> ast.AST | None:
+    """Plus to minus and times to divided by, and back."""
+    if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in ARITHMETIC:
+        node.op = ARITHMETIC[type(node.op)]()  # type: ignore[abstract]
+        return node
+    return None
+
+
+def term_dropped(node: ast.AST) -> ast.AST | None:
+    """``a + b`` and ``a - b`` to ``a``: an error term, a margin, an allowance."""
+    return node.left if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub) else None
+
+
+def factor_dropped(node: ast.AST) -> ast.AST | None:
+    """``a * b`` to ``b``: the unit roundoff, a step, a share."""
+    return node.right if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) else None
+
+
+def constant_zero(node: ast.AST) -> ast.AST | None:
+    """A number to 0."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value != 0:
+        node.value = type(node.value)(0)
+        return node
+    return None
+
+
+def constant_doubled(node: ast.AST) -> ast.AST | None:
+    """A number to half of it if it is a fraction, to one more if it is whole."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value != 0:
+        node.value = node.value + 1 if isinstance(node.value, int) else 0.5 * node.value
+        return node
+    return None
+
+
+def extremes(node: ast.AST) -> ast.AST | None:
+    """Min to max and back."""
+    if isinstance(node, ast.Call):
+        name = _name(node.func)
+        if name in EXTREMES:
+            if isinstance(node.func, ast.Attribute):
+                node.func.attr = EXTREMES[name]
+            else:
+                node.func = ast.Name(id=EXTREMES[name], ctx=ast.Load())
+            return node
+    return None
+
+
+def cap_removed(node: ast.AST) -> ast.AST | None:
+    """``abs(x)``, ``max(x, y)`` and the like to ``x``."""
+    if isinstance(node, ast.Call) and _name(node.func) in CAPS and node.args:
+        return node.args[0]
+    return None
+
+
+def negation_dropped(node: ast.AST) -> ast.AST | None:
+    """``not x``, ``~x`` and ``-x`` to ``x``."""
+    return node.operand if isinstance(node, ast.UnaryOp) else None
+
+
+def connective(node: ast.AST) -> ast.AST | None:
+    """``and`` to ``or`` and back."""
+    if isinstance(node, ast.BoolOp):
+        node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        return node
+    return None
+
+
+def arguments_swapped(node: ast.AST) -> ast.AST | None:
+    """The first two arguments of a call exchanged."""
+    if isinstance(node, ast.Call) and len(node.args) > 1:
+        node.args[0], node.args[1] = node.args[1], node.args[0]
+        return node
+    return None
+
+
+def off_by_one(node: ast.AST) -> ast.AST | None:
+    """The end of a range or slice moved by one."""
+    if isinstance(node, ast.Call) and _name(node.func) == "range" and node.args:
+        place = 1 if len(node.args) > 1 else 0
+        node.args[place] = ast.BinOp(node.args[place], ast.Sub(), ast.Constant(1))
+        return node
+    if isinstance(node, ast.Slice) and (node.upper or node.lower) is not None:
+        side = "upper" if node.upper is not None else "lower"
+        setattr(node, side, ast.BinOp(getattr(node, side), ast.Add(), ast.Constant(1)))
+        return node
+    return None
+
+
+def statement_dropped(node: ast.AST) -> ast.AST | None:
+    """An assignment in place, a call or a guard left out."""
+    guard = isinstance(node, ast.If) and not node.orelse
+    call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    return ast.Pass() if guard or call or isinstance(node, ast.AugAssign) else None
+
+
+OPERATORS: tuple[Operator, ...] = (
+    comparison_flipped,
+    comparison_strict,
+    arithmetic,
+    term_dropped,
+    factor_dropped,
+    constant_zero,
+    constant_doubled,
+    extremes,
+    cap_removed,
+    negation_dropped,
+    connective,
+    arguments_swapped,
+    off_by_one,
+    statement_dropped,
+)
+
+
+def _name(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+def mutants(module: str) -> Iterator[Mutant]:
+    """Yield every mutant of a module, in the order of its nodes."""
+    tree = ast.parse((HOME / module).read_text())
+    for path, function in _places(tree):
+        node = _at(tree, path)[1]
+        before = ast.unparse(node)
+        for operator in OPERATORS:
+            replaced = operator(copy.deepcopy(node))
+            if replaced is None or ast.unparse(replaced) == before:
+                continue
+            yield Mutant(
+                module=module,
+                function=function,
+                operator=operator,
+                path=tuple(path),
+                line=getattr(node, "lineno", 0),
+                before=_short(before),
+                after=_short(ast.unparse(replaced)),
+            )
+
+
+def _places(tree: ast.AST) -> Iterator[tuple[list[Step], str]]:
+    """Paths to all nodes within functions, without signatures, decorators, docstrings and messages."""
+
+    def walk(node: ast.AST, path: list[Step], function: str) -> Iterator[tuple[list[Step], str]]:
+        for name, value in ast.iter_fields(node):
+            if name in ("decorator_list", "args", "returns", "annotation", "type_params") and isinstance(
+                node, ast.FunctionDef | ast.AnnAssign
+            ):
+                continue
+            entries = enumerate(value) if isinstance(value, list) else [(None, value)]
+            for index, child in entries:
+                if not isinstance(child, ast.AST) or isinstance(
+                    child, ast.Raise | ast.JoinedStr | ast.Assert
+                ):
+                    continue
+                if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                    continue
+                inner = child.name if isinstance(child, ast.FunctionDef | ast.ClassDef) else ""
+                inside = f"{function}.{inner}".strip(".") if inner else function
+                here = [*path, (name, index)]
+                if inside and not inner:
+                    yield here, inside
+                yield from walk(child, here, inside)
+
+    yield from walk(tree, [], "")
+
+
+def _at(tree: ast.AST, path: Sequence[Step]) -> tuple[ast.AST, ast.AST]:
+    parent = node = tree
+    for name, index in path:
+        parent = node
+        value = getattr(node, name)
+        node = value if index is None else value[index]
+    return parent, node
+
+
+def _put(parent: ast.AST, step: Step, node: ast.AST) -> None:
+    name, index = step
+    if index is None:
+        setattr(parent, name, node)
+    else:
+        getattr(parent, name)[index] = node
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:97]}..."
+
+
+class Copy:
+    """The packages in a folder of their own, where one module after the other is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for package in PACKAGES:
+            shutil.copytree(HOME / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(HOME / "pyproject.toml", folder)
+
+    def survives(self, module: str, source: str) -> bool:
+        """Whether all tests of a module pass with this source."""
+        target = self.folder / module
+        original = target.read_text()
+        target.write_text(source)
+        for cached in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
+            cached.unlink()
+        try:
+            return self.passes(TESTS[module])
+        finally:
+            target.write_text(original)
+            for cached in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
+                cached.unlink()
+
+    def passes(self, tests: Sequence[str]) -> bool:
+        """Whether these tests pass, in a child process."""
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            os._exit(self._run(tests))
+        return os.waitpid(child, 0)[1] == 0
+
+    def _run(self, tests: Sequence[str]) -> int:
+        """Run tests in this process, which is a child of its own."""
+        import pytest
+
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nothing, stream)
+        os.chdir(self.folder)
+        sys.path[:] = [str(self.folder), *(path for path in sys.path if Path(path or ".").resolve() != HOME)]
+        for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
+            del sys.modules[name]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(self.folder)]
+        return int(pytest.main([*options, *tests]))
+
+
+def preload() -> None:
+    """Import in the parent what every child needs of other packages."""
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+    import hypothesis  # noqa: F401
+    import numba  # noqa: F401
+    import pytest  # noqa: F401
+    import torch  # noqa: F401
+
+
+def sample(modules: Sequence[str], seed: int, count: int) -> list[Mutant]:
+    """Return mutants drawn from these modules, each in proportion to its size; all if there are fewer."""
+    everything = [mutant for module in modules for mutant in mutants(module)]
+    if len(everything) <= count:
+        return everything
+    return random.Random(seed).sample(everything, count)
+
+
+def say(line: str) -> None:
+    """Write one line to the terminal."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the mutants asked for and print what became of them; 1 if too many survive."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("modules", nargs="*", metavar="MODULE", default=list(TESTS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--numbers", nargs="*", type=int, help="only these of those drawn")
+    given = parser.parse_args(arguments)
+    unknown = [module for module in given.modules if module not in TESTS]
+    if unknown:
+        parser.error(f"no tests are known for {', '.join(unknown)}; use one of {', '.join(TESTS)}")
+    preload()
+    counts: Counter[str] = Counter()
+    drawn = sample(given.modules, given.seed, given.count)
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Copy(Path(folder))
+        needed = dict.fromkeys(test for mutant in drawn for test in TESTS[mutant.module])
+        if not copied.passes(tuple(needed)):
+            say("the tests fail on the code as it is")
+            return 1
+        chosen = range(len(drawn)) if given.numbers is None else given.numbers
+        for number in chosen:
+            mutant = drawn[number]
+            if mutant.text in EQUIVALENT:
+                result = "equivalent"
+            else:
+                result = "survived" if copied.survives(mutant.module, mutant.source()) else "killed"
+            counts[result] += 1
+            if counts.total() % 10 == 0:
+                say(f"{counts.total()} done")
+            if result == "survived":
+                say(f"{number} survived, line {mutant.line} ({mutant.operator.__name__}): {mutant.text}")
+    meaningful = counts["killed"] + counts["survived"]
+    share = counts["killed"] / max(meaningful, 1)
+    parts = ", ".join(f"{n} {result}" for result, n in sorted(counts.items()))
+    say(f"{counts.total()} mutants: {parts}")
+    say(f"killed {share:.1%} of the {meaningful} that mean something")
+    return 0 if share >= WANTED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
