@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from formulations import BlockProblem, Limits, Subject, Verdict, verify
+from formulations import BlockProblem, Limits, Subject, Termination, Verdict, verify
 from formulations.dense_forms import UNIT_ROUNDOFF, error_factor, joint_form, selection_form
 from formulations.enumeration import enumerate_optimum
 from formulations.incumbents import IncumbentPool
@@ -512,7 +512,7 @@ def test_the_allowance_of_a_form_covers_its_values(seed, program):
         size = float(np.abs(problem.gradient_or_zero) @ np.abs(problem.weights))
         size += float(column_norms(problem) @ np.abs(problem.weights)) ** 2
         # At least the rounding of the terms that add up to the value.
-        assert allowance >= UNIT_ROUNDOFF * abs(value) * form.scale
+        assert allowance >= UNIT_ROUNDOFF * max(abs(value) * form.scale, size)
         if program == "selection":
             assert allowance <= 1e4 * UNIT_ROUNDOFF * size
 
@@ -528,6 +528,28 @@ def test_a_bound_above_the_value_of_the_set_is_lowered_to_it(program):
     concluded = conclude(problem, best, limits, time.perf_counter(), bound=above)
     assert concluded.bound == best.objective
     assert concluded.proved
+
+
+def test_the_allowance_of_a_form_counts_the_samples_and_the_gradient():
+    rows = np.random.default_rng(0).normal(size=(4000, 3))
+    steep = 1e9 * np.ones(3)
+    for gradient in (None, steep):
+        problem = BlockProblem(weights=np.ones(3), rows=rows, gradient=gradient, damping=1.0, n_prune=1)
+        size = float(column_norms(problem) @ np.abs(problem.weights)) ** 2
+        size += 0.0 if gradient is None else 2e9
+        for form in (joint_form(problem), selection_form(problem)):
+            assert form.rounding.allowance(0.0) * form.scale >= 4000 * UNIT_ROUNDOFF * size / 9.0
+
+
+def test_a_kept_weight_that_moved_is_no_selection_even_if_its_value_is_right():
+    problem = cancelling(4)
+    best = enumerate_optimum(problem, "selection")
+    moved = np.where(best.keep, problem.weights * 1.001, 0.0)
+    value = bounded_value(problem, moved)[0]
+    claim = replace(best, weights=moved, objective=value, bound=None, termination=Termination.FEASIBLE)
+    found = verify(problem, claim)
+    assert found.wrong
+    assert not found.feasible
 
 
 def test_forms_of_nothing_have_a_unit():

@@ -92,6 +92,9 @@ EQUIVALENT = {
     "max(1e-12, SLOPE_FLOOR * slopes.max())": SAME,
     f"{KERNELS_IN}capped_simplex_kernels.py:solve_capped_simplex: OVER_RELAXATION * solved - "
     "(OVER_RELAXATION - 1.0) * guess -> OVER_RELAXATION * solved": STEERS,
+    f"{KERNELS_IN}capped_simplex_kernels.py:project_capped_simplex: range(BISECTIONS) -> "
+    "range(BISECTIONS - 1)": "the interval is 2^-60 of its width either way",
+    "formulations/dense_forms.py:_joint_rounding: 2 -> 3": LARGER,
     "formulations/swap_kernels.py:swap_joint: value > gain -> value >= gain": TIE,
     "cbs_opt/select/selection_program/dense.py:_best_pair: range(n) -> range(n - 1)": (
         "the first scan only makes the second one shorter"
