@@ -77,24 +77,29 @@ STEERS = "decides which points are tried and when to stop; any point gives a val
 PREFILTER = "a first look at a point, whose value is computed again before it counts"
 TIE = "of two that are equal either may be taken"
 SAME = "the two give the same"
-KERNELS_IN = "formulations/relaxations/"
 EQUIVALENT = {
-    f"{KERNELS_IN}certified.py:bounded_product: 4 -> 5": LARGER,
-    f"{KERNELS_IN}capped_simplex_kernels.py:move_places: "
+    f"{RELAXATIONS}certified.py:bounded_product: 4 -> 5": LARGER,
+    f"{RELAXATIONS}capped_simplex_kernels.py:move_places: "
     "point[i] < -ON_BOUND -> point[i] <= -ON_BOUND": STEERS,
-    f"{KERNELS_IN}perspective_kernels.py:move_support: "
+    f"{RELAXATIONS}perspective_kernels.py:move_support: "
     "level * (1.0 + 1e-10) -> level / (1.0 + 1e-10)": STEERS,
-    f"{KERNELS_IN}capped_simplex_kernels.py:solve_capped_simplex: "
+    f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: "
     "-0.5 * np.dot(solved, product) -> np.dot(solved, product)": PREFILTER,
-    f"{KERNELS_IN}perspective_kernels.py:solve_perspective: dual_value(solved, product, linear, ones, size) "
+    f"{RELAXATIONS}perspective_kernels.py:solve_perspective: dual_value(solved, product, linear, ones, size) "
     "-> dual_value(product, solved, linear, ones, size)": PREFILTER,
-    f"{KERNELS_IN}capped_simplex_kernels.py:shift_slopes: max(SLOPE_FLOOR * slopes.max(), 1e-12) -> "
+    f"{RELAXATIONS}capped_simplex_kernels.py:shift_slopes: max(SLOPE_FLOOR * slopes.max(), 1e-12) -> "
     "max(1e-12, SLOPE_FLOOR * slopes.max())": SAME,
-    f"{KERNELS_IN}capped_simplex_kernels.py:solve_capped_simplex: OVER_RELAXATION * solved - "
+    f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: OVER_RELAXATION * solved - "
     "(OVER_RELAXATION - 1.0) * guess -> OVER_RELAXATION * solved": STEERS,
-    f"{KERNELS_IN}capped_simplex_kernels.py:project_capped_simplex: range(BISECTIONS) -> "
+    f"{RELAXATIONS}capped_simplex_kernels.py:project_capped_simplex: range(BISECTIONS) -> "
     "range(BISECTIONS - 1)": "the interval is 2^-60 of its width either way",
     "formulations/dense_forms.py:_joint_rounding: 2 -> 3": LARGER,
+    f"{RELAXATIONS}reduction_rounding.py:joint_allowance: 1.01 * (quadratic + linear + constant) -> "
+    "quadratic + linear + constant": "the rounding of an allowance whose constants have room shows nowhere",
+    "cbs_opt/select/selection_program/dense.py:_best_pair: cost[k] < cost[first_in] -> "
+    "cost[k] <= cost[first_in]": TIE,
+    f"{RELAXATIONS}perspective_kernels.py:move_support: residual[i] >= 0.0 -> residual[i] <= 0.0": STEERS,
+    f"{RELAXATIONS}capped_simplex.py:relax_selection: stalled >= 8 -> stalled <= 8": STEERS,
     "formulations/swap_kernels.py:swap_joint: value > gain -> value >= gain": TIE,
     "cbs_opt/select/selection_program/dense.py:_best_pair: range(n) -> range(n - 1)": (
         "the first scan only makes the second one shorter"

@@ -114,3 +114,16 @@ def test_no_pair_that_could_be_best_is_passed_over(rank: int) -> None:
             else:
                 assert after[0].equal(pruned)
                 assert bool(counts.locally_optimal)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("everything", [False, True])
+def test_without_a_pair_nothing_is_swapped(engine, everything: bool) -> None:  # type: ignore[no-untyped-def]
+    gram, _, linear, _ = batch_of(("flat",), 5, 2)
+    pruned = torch.full((1, 5), everything)
+    product = (gram @ pruned.double()[:, :, None])[:, :, 0]
+    v, after, counts = run(engine, gram, product, linear, pruned, 3)
+    assert after.equal(pruned)
+    assert v.equal(product)
+    assert int(counts.swaps) == 0
+    assert bool(counts.locally_optimal)
