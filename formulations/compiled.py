@@ -48,7 +48,7 @@ def kept_on_disk(kernel: Any) -> Any:
 
     With NUMBA_DISABLE_JIT=1 kernels are plain functions, of which there is nothing to keep.
     """
-    if numba.config.DISABLE_JIT:
+    if getattr(numba.config, "DISABLE_JIT", False):
         return kernel
     try:
         kernel.enable_caching()
@@ -86,7 +86,7 @@ def make_ready(kernels: Sequence[Callable[..., Any]], purpose: str) -> None:
 
 
 def _is_ready(kernel: Any) -> bool:
-    return bool(numba.config.DISABLE_JIT) or kernel.entry_types in kernel.overloads
+    return bool(getattr(numba.config, "DISABLE_JIT", False)) or kernel.entry_types in kernel.overloads
 
 
 def _compile(kernel: Any) -> None:
