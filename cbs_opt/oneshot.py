@@ -346,6 +346,7 @@ def _updated(task: Task, model: LossModel, group: list[Recipe], choices: list[Ch
                 each = (move(blocks[i], choice.keep, dampings) for i, choice in enumerate(choices))
                 moved = task.progress.collect("update", each, len(choices), unit="block")
             targets = [torch.cat(pieces) for pieces in zip(*moved, strict=True)]
+            del moved
         for recipe in members:
             damping = in_units(recipe.damping, model.unit)
             if recipe.update is None:

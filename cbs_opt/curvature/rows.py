@@ -130,7 +130,8 @@ class RowsOnDisk:
             # The mapping is private: what is multiplied is a copy in memory until it is written.
             rows.mul_(factor)
             self._write(rows, self._offsets[block.start, block.stop])
-        return (self._sum / self.filled).to(self._device, self._dtype) if mean else None
+        total, self._sum = self._sum, torch.zeros(0, dtype=torch.float64)
+        return (total / self.filled).to(self._device, self._dtype) if mean else None
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return the rows of the block ``start:stop``, (m, stop - start), not to be written to.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbs_opt.network.evaluation import Evaluation
 
-FAR_ABOVE = 3.0
+FAR_ABOVE = 5.0
 """Measured increase in units of the predicted one from which the model of the loss was not to be trusted."""
 RISE = 0.25
 """Increase, in shares of the loss before, below which that does not matter."""

@@ -36,7 +36,14 @@ def test_a_loss_far_above_the_predicted_one_is_named_with_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "predicted"),
-    [(0.3, 0.29, 0.001), (0.3, 0.34, 0.002), (0.3, 1.0, 0.4), (1e-6, 0.01, 1e-6), (2.0, 2.4, 0.01)],
+    [
+        (0.3, 0.29, 0.001),
+        (0.3, 0.34, 0.002),
+        (0.3, 1.0, 0.4),
+        (0.1389, 0.2752, 0.04475),
+        (1e-6, 0.01, 1e-6),
+        (2.0, 2.4, 0.01),
+    ],
 )
 def test_healthy_networks_are_left_in_peace(before: float, after: float, predicted: float) -> None:
     assert said(before, after, accuracy=(0.95, 0.9), predicted=predicted, guess=0.1) == []
