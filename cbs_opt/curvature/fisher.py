@@ -28,7 +28,6 @@ from cbs_opt.network.data import (
     Batch,
     Data,
     LossFunction,
-    cut,
     parts,
     peeked,
     read,
@@ -155,7 +154,7 @@ def gradient_rows(
         def target_of(capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> RowTarget:
             # Of data that can be drawn from it is known how many samples they have; of others it is not.
             available = sample_count(data)
-            if available is not None:
+            if available is not None and not objective.in_batches:
                 asked = max(1, curvature.samples // size)
                 capacity = min(capacity, max(1, available // size) * (capacity // asked))
             memory, folder = resources.row_memory, resources.row_dir
@@ -532,6 +531,7 @@ class RowBuilder:
         done, count = 0, len(pieces[0])
         while done < count:
             rows = self.target.space(count - done)
+            assert len(rows), "more rows than there is room for"
             start = 0
             for piece in pieces:
                 rows[:, start : start + piece.shape[1]] = piece[done : done + len(rows)]
@@ -616,10 +616,7 @@ def _settled(
     objective, device = function.objective, function.device
     first, batches = peeked(read(data, max_samples=samples, seed=seed), PEEKED)
     function.settle(first.take(slice(batch_size)).to(device))
-    objective.require_batches(data)
-    if objective.in_batches:
-        return cut(batches, device=device)
-    return cut(batches, size=batch_size, max_samples=samples, device=device)
+    return objective.pieces(batches, size=batch_size, max_samples=samples, device=device)
 
 
 def _weighted(rows: Gradients, weights: Tensor) -> Gradients:

@@ -43,12 +43,14 @@ log = logging.getLogger(__name__)
 class Batch:
     """Inputs and labels of some samples; the first axis of every tensor counts them.
 
-    `index` (B,) int64 are their places in the data, where they are known.
+    `index` (B,) int64 are their places in the data, where they are known; `uncut`: whether they come from all
+    samples at once, or from a `Dataset`.
     """
 
     inputs: Inputs
     labels: Labels = None
     index: Tensor | None = None
+    uncut: bool = False
 
     @property
     def size(self) -> int:
@@ -57,8 +59,9 @@ class Batch:
 
     def take(self, index: slice | Tensor) -> Batch:
         """Return the samples at `index`; views where it is a slice."""
-        parts = map_tensors(lambda x: x[index], (self.inputs, self.labels, self.index))
-        return Batch(inputs=parts[0], labels=parts[1], index=parts[2])
+        trees = self.inputs, self.labels, self.index
+        inputs, labels, places = map_tensors(lambda x: x[index], trees)
+        return replace(self, inputs=inputs, labels=labels, index=places)
 
     def to(self, device: torch.device) -> Batch:
         """Return the same samples on `device`."""
@@ -143,6 +146,7 @@ def read(
     `BatchFormatError` and `EmptyDataError` if the data raise, have another form, or hold no sample.
     """
     whole = _whole(data)
+    uncut = isinstance(data, Dataset) or (whole is not None and not isinstance(whole, Batch))
     count = sample_count(data)
     order = None
     if count is not None and max_samples is not None:
@@ -165,6 +169,7 @@ def read(
         if batch.index is None:
             index = torch.arange(seen, seen + size, device="cpu")
             batch = replace(batch, index=index if order is None else order[index])
+        batch = replace(batch, uncut=True) if uncut else batch
         seen += size
         if size:
             yield batch
@@ -237,11 +242,6 @@ def sample_count(data: Data) -> int | None:
         return _as_batch(whole, "data", 0).size
     sized = isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
     return len(data) if sized else None  # type: ignore[arg-type]
-
-
-def in_batches(data: Data) -> bool:
-    """Return whether the caller has cut the data into batches."""
-    return _whole(data) is None and not isinstance(data, Dataset)
 
 
 def regroup(batches: Iterable[Batch], size: int, *, argument: str = "data") -> Iterator[Batch]:
@@ -397,4 +397,4 @@ def _join(batches: list[Batch], argument: str) -> Batch:
         )
         remedy = "pad all samples to one shape, or use per_row=1"
         raise BatchFormatError(argument, found, remedy) from error
-    return Batch(inputs=inputs, labels=labels, index=index)
+    return replace(batches[0], inputs=inputs, labels=labels, index=index)

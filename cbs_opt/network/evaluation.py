@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cbs_opt.errors import EmptyDataError
-from cbs_opt.network.data import Data, LossFunction, cut, device_of, forward, peeked, read
+from cbs_opt.network.data import Data, LossFunction, device_of, forward, peeked, read
 from cbs_opt.network.objective import PEEKED, Objective, check_labels, class_count, logits_of
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
 from cbs_opt.system.checks import whole_number
@@ -60,9 +60,7 @@ def evaluate(
     with kept(model), evaluation_mode(model), torch.no_grad():
         first, batches = peeked(read(data, max_samples=limit, argument=argument), PEEKED)
         objective.settle(model, run, first.take(slice(batch_size)).to(where), argument)
-        objective.require_batches(data, argument)
-        size = None if objective.in_batches else batch_size
-        for part in cut(batches, size=size, max_samples=limit, device=where):
+        for part in objective.pieces(batches, size=batch_size, max_samples=limit, device=where):
             batch = objective.prepared(part)
             output = objective.output(run, batch)
             weights = objective.weights(batch, run)

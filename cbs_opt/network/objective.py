@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,16 +21,15 @@ from cbs_opt.errors import ForwardError, LabelRangeError, LossError, RandomOutpu
 from cbs_opt.network.data import (
     LABELS,
     Batch,
-    Data,
     Inputs,
     Labels,
     LossFunction,
-    in_batches,
+    cut,
     map_tensors,
     structure,
     tensors_of,
 )
-from formulations.errors import ArgumentError, CbsError, UnsupportedProblemError
+from formulations.errors import ArgumentError, CbsError
 
 Run = Callable[[Inputs], Any]
 """A network at some weights: inputs to output."""
@@ -40,6 +39,8 @@ PEEKED = 16
 """Samples of the data, if there are as many, that some are chosen from to look at the loss with."""
 HANDFUL = 4
 """Samples that a loss is looked at with."""
+UNCUT_BATCH = 32
+"""Samples in a batch, where a loss looks at whole ones and the caller has not cut the data."""
 IGNORED = -100
 """The label that losses ignore, unless they say otherwise."""
 CLOSE = 2e-5
@@ -211,17 +212,19 @@ class Objective:
             alone = self._stand_alone(run, few, output)
             self.kind = self._kind_of(run, few, output) if alone else "batches"
         if self.in_batches:
-            self.say(
-                "batches", "loss_fn: it looks at whole batches, so every gradient row is that of a batch"
-            )
+            text = "loss_fn: it looks at whole batches, so every gradient row is that of a batch"
+            given = f"; the data are not cut into batches: {UNCUT_BATCH} samples make one"
+            self.say("batches", text + (given if batch.uncut else ""))
 
-    def require_batches(self, data: Data, argument: str = "data") -> None:
-        """Raise `UnsupportedProblemError` if a loss of whole batches has data that are not cut into any."""
-        if self.in_batches and not in_batches(data):
-            found = "looks at whole batches, but the data are not cut into batches"
-            raise UnsupportedProblemError(
-                "loss_fn", found, f"pass {argument} as a DataLoader or a list of batches"
-            )
+    def pieces(
+        self, batches: Iterator[Batch], *, size: int, max_samples: int | None, device: torch.device
+    ) -> Iterator[Batch]:
+        """Cut batches to at most `size` samples, `max_samples` in all, unless the loss needs whole ones."""
+        if not self.in_batches:
+            yield from cut(batches, size=size, max_samples=max_samples, device=device)
+            return
+        for batch in batches:
+            yield from cut([batch], size=UNCUT_BATCH if batch.uncut else None, device=device)
 
     def _fitting(self, model: nn.Module, run: Run, few: Batch, argument: str) -> tuple[Batch, Any]:
         """Return samples as the network and the loss take them, and the output for them."""

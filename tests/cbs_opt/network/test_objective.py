@@ -312,10 +312,32 @@ def test_a_loss_of_whole_batches_has_a_row_a_batch(caplog: pytest.LogCaptureFixt
         float(torch.stack(losses).detach().mean())
     )
     assert caplog.text.count("whole batches") == 1
-    with pytest.raises(UnsupportedProblemError, match="not cut into batches; pass data as a Data"):
-        evaluate(model, (x, None), contrast)
+    assert "samples make one" not in caplog.text
     with pytest.raises(UnsupportedProblemError, match="exact_fisher"):
         gradient_rows(model, batches, contrast, partition, curvature=ExactFisher(), progress=False)
+
+
+@pytest.mark.parametrize("samples", [40, 70])
+def test_data_that_are_not_cut_make_batches_for_such_a_loss(
+    samples: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for the root of a mean square, which is no mean over samples."""
+    x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.randn(samples, CLASSES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = linear()
+    partition = Partition.from_model(model, blocks="global")
+
+    def root(output: Tensor, labels: Tensor) -> Tensor:
+        return mse_loss(output, labels).sqrt()
+
+    losses = [root(model(a), b) for a, b in zip(x.split(32), y.split(32), strict=True)]
+    for data in ((x, y), TensorDataset(x, y)):
+        assert evaluate(model, data, root).loss == pytest.approx(float(torch.stack(losses).detach().mean()))
+        found = gradient_rows(
+            model, data, root, partition, curvature=EmpiricalFisher(samples=samples), progress=False
+        )
+        assert found.shape[0] == len(losses)
+    assert "whole batches, so every gradient row is that of a batch; the data are not cut" in caplog.text
 
 
 class Kept(Journal):
