@@ -286,9 +286,14 @@ def require_evaluation_mode(model: nn.Module) -> None:
 def probe(function: NetworkFunction, batch: Batch) -> tuple[int | None, int, int]:
     """Return the number of classes (None unless a classifier), and bytes saved for the backward pass.
 
-    Those of one sample, and those by which another sample adds to it. The loss is taken as well. Raises
-    `LabelRangeError` for a label outside the outputs.
+    Those of one sample, and those by which another sample adds to it; of a loss that looks at whole batches,
+    which may not be cut, both are shares of the batch. The loss is taken as well. Raises `LabelRangeError`
+    for a label outside the outputs.
     """
+    if function.objective.in_batches:
+        whole, classes = _saved(function, batch)
+        share = max(1, whole // batch.size)
+        return classes, share, share
     one, classes = _saved(function, batch.take(slice(1)))
     samples = min(batch.size, PROBED)
     several = one if samples == 1 else _saved(function, batch.take(slice(samples)))[0]

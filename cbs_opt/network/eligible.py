@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
@@ -29,6 +30,10 @@ LAYERS = (
     *(nn.RNNBase, nn.RNNCellBase),
 )
 """The layers of torch whose parameters of two or more axes are weights, whatever their shape."""
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+EMBEDDINGS = tuple(table.__name__ for table in TABLES)
+TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+"""Names of layers, by which those that `torch.jit` scripted or traced are known."""
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 LISTED = 10
 """Names that a message lists at most."""
@@ -124,8 +129,6 @@ def eligible_parameters(
     _check_values(model, names)
     wanted = set(names) if target is None else set(_matching("target", names, target))
     ignored = set(_matching("ignore", names, ignore))
-    if any(nn.parameter.is_lazy(p) for p in wanted - ignored):
-        raise NoEligibleWeightsError("model", "lazy parameters without a shape", "run one forward pass first")
     reasons = _Reasons(model, names)
     chosen: list[nn.Parameter] = []
     left_out: list[LeftOut] = []
@@ -135,7 +138,7 @@ def eligible_parameters(
         reason = IGNORED if parameter in ignored else reason
         if reason is None:
             chosen.append(parameter)
-        elif not nn.parameter.is_lazy(parameter):
+        else:
             left_out.append(LeftOut(name=name, shape=tuple(parameter.shape), reason=reason))
     left_out += _quantised(model)
     if not chosen:
@@ -147,10 +150,9 @@ def eligible_parameters(
 def _check_values(model: nn.Module, names: Names) -> None:
     """Raise `ArgumentError` if the values of a parameter are not there, or cannot be written to."""
     require_usable(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for parameter, (name, *_) in names.items():
-        if nn.parameter.is_lazy(parameter):
-            continue
-        owner = model.get_submodule(name.rpartition(".")[0])
+        owner = modules[name.rpartition(".")[0]]
         if parameter.ndim == 1 and parameter.numel() == 0 and isinstance(owner, LAYERS):
             found = f"{name} is empty: its values are kept elsewhere"
             raise ArgumentError("model", found, "load its weights, and undo offloading, first")
@@ -188,7 +190,7 @@ class _Reasons:
         """Return why a parameter is left out, by default or though it is `asked` for; None if it is not."""
         names = self._names[parameter]
         owners = [self._modules[name.rpartition(".")[0]] for name in names]
-        embedded = [isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners]
+        embedded = [_class_name(owner) in EMBEDDINGS or isinstance(owner, TABLES) for owner in owners]
         leaf = names[0].rpartition(".")[2].lower()
         free = any(not isinstance(owner, LAYERS) and not by_columns(owner) for owner in owners)
         axes = sum(size > 1 for size in parameter.shape) if free else parameter.ndim
@@ -202,7 +204,7 @@ class _Reasons:
             (TIED, any(embedded) and not all(embedded)),
             (EMBEDDING, any(embedded)),
             (BIAS, "bias" in leaf),
-            (NORM, any("norm" in type(owner).__name__.lower() for owner in owners)),
+            (NORM, any("norm" in _class_name(owner).lower() for owner in owners)),
             (VECTOR, axes < 2),
             (EMBEDDING, free and any(word in leaf for word in ("embed", "pos_", "position", "token"))),
         )
@@ -212,10 +214,16 @@ class _Reasons:
 
 def by_columns(module: nn.Module) -> bool:
     """Return whether the output channels of a layer's weight are its second axis."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) or _class_name(module) in TRANSPOSED:
+        return getattr(module, "groups", None) == 1
     kind = type(module)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return module.groups == 1
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def _class_name(module: nn.Module) -> str:
+    """Return the name of a module's class; of a scripted or traced one, that of what it was made from."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return str(module.original_name) if scripted else type(module).__name__
 
 
 def _is_adapter(name: str) -> bool:
@@ -247,7 +255,7 @@ def _sharing(model: nn.Module) -> set[str]:
     ranges: list[tuple[str, int, int, str]] = []
     shared: set[str] = set()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        if tensor.is_meta:
             continue
         if tensor.numel() == 0 or tensor.is_quantized or str(tensor.layout) != "torch.strided":
             continue

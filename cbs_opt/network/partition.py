@@ -136,6 +136,7 @@ class Partition:
         model = unwrapped(model)
         names = names_by_parameter(model)
         chosen, left_out = eligible_parameters(model, names, target, ignore)
+        modules = dict(model.named_modules(remove_duplicate=False))
         spans: list[ParameterSpan] = []
         stop = 0
         for parameter in chosen:
@@ -148,7 +149,7 @@ class Partition:
                 start=start,
                 stop=stop,
                 aliases=tuple(aliases),
-                by_columns=leaf == "weight" and by_columns(model.get_submodule(path)),
+                by_columns=leaf == "weight" and by_columns(modules[path]),
             )
             spans.append(span)
         whole = (BlockSpan(name="global", start=0, stop=stop),)

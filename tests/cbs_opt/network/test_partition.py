@@ -118,7 +118,6 @@ def test_globs_choose_and_name_what_they_miss():
         (nn.ReLU(), {}),
         (nn.Linear(2, 2), {"ignore": "*"}),
         (nn.Linear(2, 2).requires_grad_(False), {}),
-        (nn.LazyLinear(2), {}),
     ],
 )
 def test_nothing_to_prune(model, options):
