@@ -92,12 +92,15 @@ def test_nothing_in_the_packages_runs_text_or_reads_pickles() -> None:
 
 
 def test_no_module_switches_the_rules_off() -> None:
-    """A ``noqa`` of these rules would hide what they refuse."""
+    """A ``noqa`` of these rules would hide what they refuse; `torch.load` of tensors alone is no such thing."""
     for path in modules():
         # Experiments may print.
         printing = () if path.is_relative_to(ROOT / "experiments") else ("T20",)
         for line in path.read_text().splitlines():
-            _, _, excused = line.partition("# noqa")
+            code, _, excused = line.partition("# noqa")
+            if path == ROOT / "cbs_opt/cli/loading.py" and "torch.load(" in code:
+                assert "weights_only=True" in code
+                continue
             assert not any(rule in excused for rule in ("TID251", "S1", "S3", "S5", "S6", *printing)), path
 
 

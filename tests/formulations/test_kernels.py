@@ -65,7 +65,9 @@ def test_every_step_of_greedy_elimination_takes_the_least(kind):
     inverse = np.linalg.inv(form.matrix)
 
     def pruned_to(count):
-        return prune_joint(inverse.copy(), inverse @ form.linear, count)
+        pruned = np.zeros(7, dtype=bool)
+        prune_joint(inverse.copy(), inverse @ form.linear, pruned, count)
+        return pruned
 
     for count in range(6):
         pruned, following = pruned_to(count), pruned_to(count + 1)
