@@ -287,6 +287,8 @@ def test_both_relaxations_are_solved_to_a_small_gap(kind):
     )
     np.testing.assert_allclose(residual, linear - smooth @ point, atol=1e-6 * (1.0 + np.abs(linear).max()))
     assert value <= perspective.dual_value(point, smooth @ point, linear, np.ones(8), 4)
+    proved = perspective.dual_value(point, smooth @ point, linear, np.ones(8), 4)
+    assert value == pytest.approx(proved, rel=1e-9)
     primal = 0.5 * point @ smooth @ point - linear @ point + half_support_norm(point, 4)
     assert value <= primal + 1e-9
     assert value == pytest.approx(primal, rel=1e-3)
@@ -295,6 +297,8 @@ def test_both_relaxations_are_solved_to_a_small_gap(kind):
         selection.matrix, selection.linear, 4, np.full(8, 0.3), np.full(8, 0.5), np.inf, 300, 1e-5
     )
     np.testing.assert_allclose(slope, selection.matrix @ y + selection.linear, atol=1e-6)
+    quadratic = -0.5 * float(y @ selection.matrix @ y)
+    assert bound == pytest.approx(quadratic + simplex.smallest_sum(slope, 4), rel=1e-9, abs=1e-12)
     feasible = np.empty(8)
     simplex.project_capped_simplex(y, np.ones(8), 4, feasible)
     assert feasible.sum() == pytest.approx(4.0, abs=1e-9)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -14,9 +15,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from formulations import BlockProblem, Subject, Verdict, verify
+from formulations import BlockProblem, Limits, Subject, Termination, Verdict, verify
 from formulations.dense_forms import UNIT_ROUNDOFF, error_factor, joint_form, selection_form
 from formulations.enumeration import enumerate_optimum
+from formulations.incumbents import IncumbentPool
 from formulations.loss import objective, solved_weights
 from formulations.relaxations import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
@@ -35,6 +37,7 @@ from formulations.relaxations.certified import (
 from formulations.relaxations.only_set import only_set_certificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import reduced_block
+from formulations.solvers.conclusion import conclude
 from tests.stress.exact import ExactBlock
 
 PROGRAMS = ("selection", "joint")
@@ -382,6 +385,8 @@ def test_a_linear_certificate_underestimates_every_set(seed, relaxation):
         assert Fraction(line.base) + sum(exact(line.cost[pruned])) - lost <= value
     assert certificate.lower_bound(problem) <= min(every.values())
     reach = (column_norms(problem) @ np.abs(problem.weights)) ** 2
+    pairs = problem.n * (problem.n - 1) // 2
+    assert line.lost >= (pairs + problem.n) * UNIT_ROUNDOFF * float(np.triu(certificate.above, 1).sum())
     assert line.lost + line.error.sum() >= UNIT_ROUNDOFF * float(np.abs(line.cost).sum())
     assert line.lost + line.error.sum() <= 1e-11 * (reach + np.abs(line.cost).sum() + abs(line.base))
 
@@ -507,9 +512,113 @@ def test_the_allowance_of_a_form_covers_its_values(seed, program):
         size = float(np.abs(problem.gradient_or_zero) @ np.abs(problem.weights))
         size += float(column_norms(problem) @ np.abs(problem.weights)) ** 2
         # At least the rounding of the terms that add up to the value.
-        assert allowance >= UNIT_ROUNDOFF * abs(value) * form.scale
+        assert allowance >= UNIT_ROUNDOFF * max(abs(value) * form.scale, size)
         if program == "selection":
             assert allowance <= 1e4 * UNIT_ROUNDOFF * size
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_bound_above_the_value_of_the_set_is_lowered_to_it(program):
+    problem = cancelling(4)
+    limits = Limits()
+    best = enumerate_optimum(problem, program)
+    above = math.nextafter(best.objective, math.inf)
+    pool = IncumbentPool(problem, program, best)
+    assert pool.solution(method="m", rel_gap=0.0, bound=above).bound == best.objective
+    concluded = conclude(problem, best, limits, time.perf_counter(), bound=above)
+    assert concluded.bound == best.objective
+    assert concluded.proved
+
+
+def test_the_allowance_of_a_form_counts_the_samples_and_the_gradient():
+    rows = np.random.default_rng(0).normal(size=(4000, 3))
+    steep = 1e9 * np.ones(3)
+    for gradient in (None, steep):
+        problem = BlockProblem(weights=np.ones(3), rows=rows, gradient=gradient, damping=1.0, n_prune=1)
+        size = float(column_norms(problem) @ np.abs(problem.weights)) ** 2
+        size += 0.0 if gradient is None else 2e9
+        for form in (joint_form(problem), selection_form(problem)):
+            assert form.rounding.allowance(0.0) * form.scale >= 4000 * UNIT_ROUNDOFF * size / 9.0
+
+
+def test_a_kept_weight_that_moved_is_no_selection_even_if_its_value_is_right():
+    problem = cancelling(4)
+    best = enumerate_optimum(problem, "selection")
+    moved = np.where(best.keep, problem.weights * 1.001, 0.0)
+    value = bounded_value(problem, moved)[0]
+    claim = replace(best, weights=moved, objective=value, bound=None, termination=Termination.FEASIBLE)
+    found = verify(problem, claim)
+    assert found.wrong
+    assert not found.feasible
+
+
+def test_forms_of_nothing_have_a_unit():
+    empty = BlockProblem(weights=np.zeros(0), rows=np.zeros((0, 0)), n_prune=0)
+    flat = BlockProblem(weights=np.zeros(3), rows=np.zeros((0, 3)), damping=1.0, n_prune=1)
+    for problem in (empty, flat):
+        for form in (joint_form(problem), selection_form(problem)):
+            assert form.scale == 1.0
+            assert form.constant == 0.0
+            assert form.rounding.allowance(0.0) <= 1e-280
+
+
+def units(problem: BlockProblem, weight: float, curvature: float) -> BlockProblem:
+    """The same block in other units: weights times `weight`, curvatures times `curvature` squared."""
+    gradient = None if problem.gradient is None else problem.gradient * (weight * curvature**2)
+    model = {} if problem.rows is None else {"rows": problem.rows * curvature}
+    model |= {} if problem.hessian is None else {"hessian": problem.hessian * curvature**2}
+    damping = problem.damping * curvature**2
+    return replace(problem, weights=problem.weights * weight, gradient=gradient, damping=damping, **model)
+
+
+def mirrored(problem: BlockProblem, seed: int) -> BlockProblem:
+    """The same block with the signs of some weights changed."""
+    signs = np.where(np.random.default_rng([seed, 36]).random(problem.n) < 0.5, -1.0, 1.0)
+    gradient = None if problem.gradient is None else problem.gradient * signs
+    model = {} if problem.rows is None else {"rows": problem.rows * signs}
+    model |= {} if problem.hessian is None else {"hessian": problem.hessian * signs * signs[:, None]}
+    return replace(problem, weights=problem.weights * signs, gradient=gradient, **model)
+
+
+def allowances(problem: BlockProblem, unit: float) -> list[float]:
+    """Whatever is taken off for rounding, in units of the loss; `unit` is that of the loss."""
+    norms, given = column_norms(problem), Fixing.by_count(problem)
+    keep, prune = np.arange(problem.n) < 2, np.arange(problem.n) == 2
+    pruned = np.where(keep, problem.weights, 0.0)
+    found = [bounded_value(problem, pruned)[1]]
+    found += [float(np.abs(problem.weights) @ bounded_product(problem, pruned, norms).error)]
+    certificates = [
+        PerspectiveCertificate(point=0.7 * problem.weights, split=0.3 * problem.hessian_diagonal()),
+        CappedSimplexCertificate(
+            point=np.linspace(0.1, 1.0, problem.n),
+            shift=0.3 * problem.hessian_diagonal() * problem.weights**2,
+        ),
+    ]
+    for certificate in certificates:
+        line = certificate.underestimate(problem, given, norms)
+        found += [line.lost, float(line.error.sum())]
+    for program, form in (("joint", joint_form(problem)), ("selection", selection_form(problem))):
+        found.append(form.rounding.allowance(2.0 * unit / form.scale) * form.scale)
+        fixing = Fixing(keep=keep, prune=prune, cutoff=2.0 * unit)
+        found.append(reduced_block(problem, program, fixing).allowance)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_allowances_keep_to_units_and_know_no_signs(seed):
+    """Units are powers of two, so that nothing is rounded by changing them."""
+    problem = cancelling(seed)
+    problem = replace(
+        problem, damping=max(problem.damping, 1e-5 * float(problem.hessian_diagonal().max())), n_prune=2
+    )
+    unit = float(problem.weights @ problem.hessian_product(problem.weights))
+    plain = allowances(problem, unit)
+    assert all(entry > 0.0 for entry in plain)
+    for weight, curvature in ((2.0**-5, 1.0), (1.0, 2.0**7), (2.0**9, 2.0**-4)):
+        factor = (weight * curvature) ** 2
+        other = allowances(units(problem, weight, curvature), factor * unit)
+        np.testing.assert_allclose(other, np.array(plain) * factor, rtol=1e-6)
+    np.testing.assert_allclose(allowances(mirrored(problem, seed), unit), plain, rtol=1e-6)
 
 
 def test_error_factor_is_that_of_a_chain_of_roundings():

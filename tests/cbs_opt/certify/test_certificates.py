@@ -313,3 +313,16 @@ def test_a_changed_block_set_or_bound_is_found(tmp_path: Path) -> None:
     assert not certificate_path(directory, 0).exists()
     with pytest.raises(ArgumentError, match="certify=True"):
         list(check_certificates(tmp_path))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_proved_bound_is_capped(program: str) -> None:
+    """What an exact method proved may exceed the value of the set by its rounding, and is lowered to it."""
+    rng = np.random.default_rng(0)
+    problem = BlockProblem(weights=rng.normal(size=6), rows=rng.normal(size=(9, 6)), damping=0.1, n_prune=3)
+    best = enumerate_optimum(problem, program)
+    assert best.keep is not None
+    assert best.objective is not None
+    above = math.nextafter(best.objective, math.inf)
+    certified = certify_block(problem, best.keep, program, proved=above).solution
+    assert certified.bound == certified.objective

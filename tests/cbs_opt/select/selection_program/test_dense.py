@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,3 +79,51 @@ def test_nothing_to_swap(engine, n_prune: int) -> None:  # type: ignore[no-untyp
     assert pruned.equal(data[3])
     assert counts.swaps.tolist() == [0]
     assert counts.locally_optimal.tolist() == [True]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_no_pair_that_could_be_best_is_passed_over(rank: int) -> None:
+    """Of low rank the products of two norms, by which pairs are passed over, are all but the terms."""
+    generator = torch.Generator().manual_seed(rank)
+    for trial in range(60):
+        n = 4 + trial % 4
+        factor = torch.randn(rank, n, generator=generator, dtype=torch.float64)
+        gram = factor.T @ factor
+        linear = 0.5 * torch.randn(n, generator=generator, dtype=torch.float64)
+        pruned = torch.zeros(n, dtype=torch.bool)
+        pruned[torch.randperm(n, generator=generator)[: n // 2]] = True
+
+        def value(y: Tensor, gram: Tensor = gram, linear: Tensor = linear) -> float:
+            z = y.double()
+            return float(0.5 * z @ gram @ z - linear @ z)
+
+        least = math.inf
+        for out in pruned.nonzero()[:, 0].tolist():
+            for into in (~pruned).nonzero()[:, 0].tolist():
+                other = pruned.clone()
+                other[out], other[into] = False, True
+                least = min(least, value(other))
+        for engine in ENGINES:
+            product = gram @ pruned.double()
+            v, after, counts = run(engine, gram[None], product[None], linear[None], pruned[None], 1)
+            assert int(after.sum()) == int(pruned.sum())
+            if least < value(pruned) - 1e-9:
+                assert int(counts.swaps) == 1
+                assert value(after[0]) == pytest.approx(least, abs=1e-12)
+                torch.testing.assert_close(v[0], gram @ after[0].double())
+            else:
+                assert after[0].equal(pruned)
+                assert bool(counts.locally_optimal)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("everything", [False, True])
+def test_without_a_pair_nothing_is_swapped(engine, everything: bool) -> None:  # type: ignore[no-untyped-def]
+    gram, _, linear, _ = batch_of(("flat",), 5, 2)
+    pruned = torch.full((1, 5), everything)
+    product = (gram @ pruned.double()[:, :, None])[:, :, 0]
+    v, after, counts = run(engine, gram, product, linear, pruned, 3)
+    assert after.equal(pruned)
+    assert v.equal(product)
+    assert int(counts.swaps) == 0
+    assert bool(counts.locally_optimal)
