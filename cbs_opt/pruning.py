@@ -42,6 +42,7 @@ from cbs_opt.oneshot import (
     select_of,
     selects_by_rows,
     take_rows,
+    term_of,
 )
 from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights, recipe_by_name
 from cbs_opt.recipe.select import GreedyOBS, SwapSearch
@@ -49,6 +50,7 @@ from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import RunProgress
+from cbs_opt.select.joint_program.selectors import DENSE_JOINT
 from cbs_opt.select.methods import available_methods
 from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
@@ -330,6 +332,7 @@ def _prepared(
     if isinstance(rows, Rows):
         rows.check(prepared.partition)
     _check_certifiable(prepared.request, prepared.partition)
+    _check_searches(prepared.request, prepared.partition)
     return replace(prepared, notes=(*prepared.size.changes, *dict.fromkeys(notes)))
 
 
@@ -501,6 +504,22 @@ def _check_certifiable(request: Request, partition: Partition) -> None:
             found = f"True with a layer-input term and a block of {largest} weights"
             remedy = f"cut blocks of at most {DENSE_LIMIT} (weights.blocks), or use layer_inputs=0"
             raise UnsupportedProblemError("certify", found, remedy)
+
+
+def _check_searches(request: Request, partition: Partition) -> None:
+    """Raise `UnsupportedProblemError` for what swap searches of large blocks with layer inputs cannot do."""
+    largest = max(block.stop - block.start for block in partition.blocks)
+    for select, recipe in zip(map(select_of, request.recipes), request.recipes, strict=True):
+        if not isinstance(select, SwapSearch) or select.program == "selection" or not term_of(recipe):
+            continue
+        limit = DENSE_JOINT if select.dense_limit is None else select.dense_limit
+        starts = (select.start,) if isinstance(select.start, str) else select.start or ()
+        rows_alone = [name for name in starts if name in ("relaxation", "iterative_hard_threshold")]
+        unable = {"restarts": select.restarts, "start": ", ".join(rows_alone)}
+        for name, value in unable.items() if largest > limit else ():
+            if value:
+                found = f"{value} for a block of {largest} weights with layer inputs"
+                raise UnsupportedProblemError(f"select.{name}", found, "leave it out, or use layer_inputs=0")
 
 
 def _finished(task: Task, staged: StagedRun | None) -> tuple[Tensor, PruneReport] | None:

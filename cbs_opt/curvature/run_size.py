@@ -27,6 +27,8 @@ BLOCK_VECTORS = 32
 """Vectors of the length of a block that a search has at a time."""
 GRADIENTS = 3
 """Gradients of the whole network that one backward pass has at a time, at least."""
+SYSTEMS = 2
+"""Systems of the kept weights of a block that are there while a search goes from one to the next."""
 LARGEST_ARRAYS = 3
 SHARES = ((1 / 3, 1 / 3), (1 / 2, 1 / 3), (1.0, 1 / 3), (1.0, 1.0))
 """Of the free memory, and of the free disk, that a run aims at which has to be changed to fit, in order."""
@@ -145,7 +147,6 @@ def run_size(
         held = row_bytes if memory is None else min(row_bytes, max(memory, partition.n * itemsize))
     folder = Path(resources.row_dir or tempfile.gettempdir()) if on_disk else None
     spans = partition.parameters
-    factors = (min(span.stop - span.start, size) * span.fan_in for span in spans)
     standing = {
         "gradient rows": held,
         "vectors of the network": VECTORS * DOUBLE * partition.n,
@@ -157,7 +158,8 @@ def run_size(
     working = {
         "vectors of a block": BLOCK_VECTORS * DOUBLE * size,
         "rows of a block in float64": DOUBLE * rows * size if in_double else 0,
-        "channel factors": DOUBLE * max(factors) if layer_inputs else 0,
+        "channel inverses": SYSTEMS * DOUBLE * _channel_numbers(partition) if layer_inputs else 0,
+        "channel inverses times rows": SYSTEMS * itemsize * rows * size if layer_inputs else 0,
         "equations of a block": 2 * DOUBLE * min(rows, size) ** 2,
     }
     # These come one after the other.
@@ -260,6 +262,22 @@ def _changes(asked: Way, way: Way, size: RunSize) -> tuple[str, ...]:
     if way.per_row != asked.per_row:
         changes.append(f"a row averages {way.per_row} samples, which makes {size.rows:,} rows")
     return tuple(changes)
+
+
+def _channel_numbers(partition: Partition) -> int:
+    """Return how many numbers the matrices of channels have, of the block where they have most."""
+    totals = []
+    spans = iter(partition.parameters)
+    span = next(spans, None)
+    for block in partition.blocks:
+        total = 0
+        while span is not None and span.start < block.stop:
+            total += (min(span.stop, block.stop) - max(span.start, block.start)) * span.fan_in
+            if span.stop > block.stop:
+                break
+            span = next(spans, None)
+        totals.append(total)
+    return max(totals, default=0)
 
 
 def _row_count(partition: Partition, curvature: Fisher | Rows | None, available: int | None) -> int:

@@ -149,6 +149,11 @@ class SwapSearch(Select):
             check_fields(self, "select.", names, "start")
             if self.start == ():
                 raise ArgumentError("select.start", "empty", "name at least one set, or leave it out")
+        starts = (self.start,) if isinstance(self.start, str) else self.start
+        for name, start in (("spread", "randomized_magnitude"), ("drops", "greedy_obs")):
+            value = getattr(self, name)
+            if value is not None and starts is not None and start not in starts:
+                raise ArgumentError(f"select.{name}", f"{value} without a start by {start}", "leave it out")
         for name in ("restarts", "drops", "dense_limit") if self.program == "selection" else ():
             if getattr(self, name) is not None:
                 found = f"{getattr(self, name)} for the selection program"

@@ -454,6 +454,18 @@ BAD_ARGUMENTS: list[tuple[Given, type[CbsError], str]] = [
     (lambda: {"select": SwapSearch(start="relaxation", program="selection")}, ArgumentError, "select.start"),
     (lambda: {"select": SwapSearch(restarts=2, program="selection")}, ArgumentError, "select.restarts"),
     (lambda: {"select": RandomizedMagnitude(spread=2.0)}, ArgumentError, "select.spread"),
+    (lambda: {"select": SwapSearch(start="obs", spread=0.2)}, ArgumentError, "select.spread"),
+    (lambda: {"select": SwapSearch(start="obs", drops=3)}, ArgumentError, "select.drops"),
+    (
+        lambda: {"select": SwapSearch(dense_limit=20, restarts=2), "layer_inputs": 1.0},
+        UnsupportedProblemError,
+        "select.restarts",
+    ),
+    (
+        lambda: {"select": SwapSearch(dense_limit=20, start="relaxation"), "layer_inputs": 1.0},
+        UnsupportedProblemError,
+        "select.start",
+    ),
     (lambda: {"select": SwapSearch(program="both")}, ArgumentError, "select.program"),
     (lambda: {"update": "sometimes"}, ArgumentError, "update"),
     (lambda: {"update": True}, ArgumentError, "update"),

@@ -29,6 +29,7 @@ from cbs_opt.recipe.select import OBD, OBS, Exact, Magnitude, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs import folder as run_store
 from cbs_opt.runs.folder import LOCK_FILE, RunStore
+from cbs_opt.system import threads
 from cbs_opt.system.resources import Resources
 from formulations.files import PARTIAL
 from tests.cbs_opt import small_network
@@ -257,7 +258,10 @@ def test_another_run_is_refused_with_the_difference(change: str, tmp_path: Path)
         run(network(), run_dir=tmp_path, **(CASES["selection"] | make()))
 
 
-def test_another_network_data_or_thread_count_is_refused(tmp_path: Path) -> None:
+def test_another_network_data_or_thread_count_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "SMALL_WORK", -1)  # Small runs take one thread, whatever the process has.
     options = CASES["selection"]
     run(network(), run_dir=tmp_path, **options)
     model = network()
@@ -267,13 +271,13 @@ def test_another_network_data_or_thread_count_is_refused(tmp_path: Path) -> None
     x, y = data()
     with pytest.raises(RunMismatchError, match=r"another data \("):
         prune(network(), (x, y.flip(0)), run_dir=tmp_path, **{**BASE, **options})
-    threads = torch.get_num_threads()
+    count = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads + 1)
-        with pytest.raises(RunMismatchError, match=rf"threads \({threads} -> {threads + 1}\)"):
+        torch.set_num_threads(count + 1)
+        with pytest.raises(RunMismatchError, match=rf"threads \({count} -> {count + 1}\)"):
             run(network(), run_dir=tmp_path, **options)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(count)
     parts = Partition.from_model(network(), blocks="global")
     rows = gradient_rows(
         network(), data(), nn.functional.cross_entropy, parts, curvature=EmpiricalFisher(samples=24)

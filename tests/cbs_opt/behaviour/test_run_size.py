@@ -27,8 +27,9 @@ from cbs_opt import (
     prune,
 )
 from cbs_opt.curvature.rows import Rows, RowsInMemory
-from cbs_opt.curvature.run_size import Way, check_fits, fitting, run_size, ways
+from cbs_opt.curvature.run_size import Way, _channel_numbers, check_fits, fitting, run_size, ways
 from cbs_opt.errors import RowMemoryError, RowStoreError
+from cbs_opt.network.partition import BlockRule
 from cbs_opt.recipe.records import Recipe, Weights
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.system.memory import free_memory, parsed, readable
@@ -305,3 +306,12 @@ def test_sizes_are_told_in_words() -> None:
         "1.0 MiB",
         "3.0 GiB",
     ]
+
+
+@pytest.mark.parametrize("blocks", ["global", "layer", "row", 7])
+def test_numbers_of_channels_are_those_of_the_largest_block(blocks: BlockRule) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(3, 4))
+    partition = Partition.from_model(model, blocks=blocks)
+    fan_in = [span.fan_in for span in partition.parameters for _ in range(span.start, span.stop)]
+    expected = max(sum(fan_in[block.start : block.stop]) for block in partition.blocks)
+    assert _channel_numbers(partition) == expected
