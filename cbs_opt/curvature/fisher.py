@@ -557,10 +557,11 @@ class RowBuilder:
         pieces = torch.split(finite.all(dim=0), sizes)
         names = [span.name for span, piece in zip(spans, pieces, strict=True) if not bool(piece.all())]
         shown = ", ".join(str(self.target.filled + row) for row in bad[:5])
-        found = f"gradient rows {shown}{' ...' if len(bad) > 5 else ''} are NaN or infinite"
+        noun = "row" if len(bad) == 1 else "rows"
+        found = f"NaN or infinity in gradient {noun} {shown}{' ...' if len(bad) > 5 else ''}"
         remedy = "check the loss and the data there (samples count from 0, in the order of the data)"
         raise NonFiniteGradientError(
-            "data", f"{found} in {', '.join(names)}; {self._culprits(bad, first)}", remedy
+            "data", f"{found} ({', '.join(names)}), {self._culprits(bad, first)}", remedy
         )
 
     def _culprits(self, bad: Sequence[int], first: int) -> str:
@@ -574,7 +575,7 @@ class RowBuilder:
         places = [number if part.index is None else int(part.index[number]) for number in broken or numbers]
         shown = f"{', '.join(map(str, places[:5]))}{' ...' if len(places) > 5 else ''}"
         what = "with NaN or infinite inputs" if broken else "whose inputs are finite"
-        return f"they are of the samples {shown}, {what}"
+        return f"of {'sample' if len(places) == 1 else 'samples'} {shown}, {what}"
 
     def _all_zero(self) -> LossError:
         """Return the error for rows that are all zero."""

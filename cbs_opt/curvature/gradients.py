@@ -276,11 +276,15 @@ def require_evaluation_mode(model: nn.Module) -> None:
     require_usable(model)
     for name, module in model.named_modules():
         if _is_unsettled(module):
-            found = f"{name or 'the network'} ({type(module).__name__}) is in training mode"
+            found = f"{_named(name, module)} is in training mode"
             raise TrainingModeError("model", found, "call model.eval() first")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            found = f"{name} ({type(module).__name__}) has no running statistics"
+            found = f"{_named(name, module)} has no running statistics: samples influence one another"
             raise TrainingModeError("model", found, "train it with track_running_stats=True")
+
+
+def _named(path: str, module: nn.Module) -> str:
+    return f"module {path} ({type(module).__name__})" if path else f"the network ({type(module).__name__})"
 
 
 def probe(function: NetworkFunction, batch: Batch) -> tuple[int | None, int, int]:

@@ -176,8 +176,15 @@ def read(
         if max_samples is not None and seen >= max_samples:
             return
     if seen == 0:
-        remedy = "pass at least one sample; a generator can be read only once"
-        raise EmptyDataError(argument, "no sample", remedy)
+        raise _nothing(data, argument)
+
+
+def _nothing(data: Data, argument: str) -> EmptyDataError:
+    """Return the error for data without a sample, or of which none is left."""
+    if isinstance(data, Iterator):
+        found = f"nothing is left in a {type(data).__name__}, which can be read only once"
+        return EmptyDataError(argument, found, "pass a list of its batches: data are read more than once")
+    return EmptyDataError(argument, "no sample", "pass at least one sample")
 
 
 def cut(

@@ -316,7 +316,7 @@ CASES = (
         refused="loss_fn",
     ),
     Case(network="perceptron", batch="inputs of the wrong width", build=_wrong_width, refused="8x12"),
-    Case(network="perceptron", batch="NaN in one sample", build=_nan_sample, refused="samples 5"),
+    Case(network="perceptron", batch="NaN in one sample", build=_nan_sample, refused="sample 5"),
     Case(network="perceptron", batch="cross-entropy of one output", build=_one_output, refused="one output"),
     Case(
         network="perceptron", batch="labels out of range", build=_labels_out_of_range, refused="labels from"

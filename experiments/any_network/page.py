@@ -17,7 +17,7 @@ def row(outcome: Outcome) -> str:
     """Return network, batch, share of the parameters that may be pruned, and result, as a table's row."""
     result = outcome.result
     if isinstance(result, CbsError):
-        share, words = "-", f"refused: {getattr(result, 'found', result)}"
+        share, words = "-", f"refused: {str(result).partition('; ')[0]}"
     else:
         whole = result.n + sum(entry.n for entry in result.left_out)
         reasons = sorted(by_reason(result.left_out).keys() - OF_COURSE)

@@ -99,10 +99,13 @@ def has_nothing_left_on_it(model: nn.Module, like: nn.Module) -> None:
 
 def measured(trial: Trial) -> float:
     """Return the loss of the network as it is, after a look at what it returns."""
+    loss_fn = trial.options.get("loss_fn")
+    if isinstance(trial.model, torch.jit.ScriptModule):
+        # It has no hooks.
+        return evaluate(trial.model, trial.data, loss_fn).loss
     seen: list[Any] = []
     handle = trial.model.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
-        loss_fn = trial.options.get("loss_fn")
         loss = evaluate(trial.model, trial.data, loss_fn).loss
     finally:
         handle.remove()
@@ -126,7 +129,7 @@ def stored(model: nn.Module, name: str) -> Tensor:
     """Return the parameter of that name in a network or in what it wraps."""
     for inner in WRAPPERS:
         model = getattr(model, inner.rstrip("."), model)
-    return model.get_parameter(name)
+    return dict(model.named_parameters(remove_duplicate=False))[name]
 
 
 def in_use(model: nn.Module, name: str) -> Tensor:
@@ -134,7 +137,7 @@ def in_use(model: nn.Module, name: str) -> Tensor:
     for inner in WRAPPERS:
         model = getattr(model, inner.rstrip("."), model)
     path, _, leaf = name.rpartition(".")
-    weight = getattr(model.get_submodule(path), leaf.removesuffix("_orig"))
+    weight = getattr(dict(model.named_modules(remove_duplicate=False))[path], leaf.removesuffix("_orig"))
     assert isinstance(weight, Tensor)
     return weight
 

@@ -240,7 +240,7 @@ def test_buffers_and_attributes_return_after_an_error(per_row: int) -> None:
     before = copy.deepcopy(model.state_dict())
     x[5] = torch.nan
     curvature = EmpiricalFisher(samples=SAMPLES, per_row=per_row)
-    with pytest.raises(NonFiniteGradientError, match=r"of the samples 5, with NaN or infinite inputs"):
+    with pytest.raises(NonFiniteGradientError, match=r"of sample 5, with NaN or infinite inputs"):
         rows_of(model, [(x, labels)], curvature)
     with pytest.raises(LossError):
         evaluate(model, [(x, labels)], lambda o, y: o)

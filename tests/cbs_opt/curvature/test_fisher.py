@@ -348,7 +348,7 @@ def test_nan_gradients_name_row_and_parameter(network, data):
     x = data[0].clone()
     x[7] = float("nan")
     partition = Partition.from_model(network)
-    with pytest.raises(NonFiniteGradientError, match=r"rows 7 are.*conv\.weight"):
+    with pytest.raises(NonFiniteGradientError, match=r"row 7 .*conv\.weight"):
         gradient_rows(
             network,
             in_order((x, data[1])),

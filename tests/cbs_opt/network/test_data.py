@@ -86,12 +86,16 @@ def test_data_errors_name_the_argument():
         evaluate(model, breaking(), cross_entropy, argument="evaluate")
     with pytest.raises(DataLoaderError, match="not iterable"):
         evaluate(model, 7, cross_entropy)
-    with pytest.raises(EmptyDataError, match=r"^data: no sample"):
+    with pytest.raises(
+        EmptyDataError, match=r"^data: nothing is left in a tuple_iterator.*a list of its batches"
+    ):
         evaluate(model, iter(()), cross_entropy)
     with pytest.raises(LabelRangeError, match="labels from 0 to 2 for 2 outputs"):
         evaluate(model, (x, y + (y == 1)), cross_entropy)
     with pytest.raises(ArgumentError, match="loss_fn: returned float"):
         evaluate(model, (x, y), lambda output, labels: 0.0)
+    with pytest.raises(EmptyDataError, match=r"^data: no sample"):
+        evaluate(model, [], cross_entropy)
 
 
 @pytest.mark.parametrize(
