@@ -50,15 +50,20 @@ weights = (
 )
 updates = st.builds(Update, kind=st.sampled_from(("cbs", "independent")), scale=positive)
 SWAP: dict[str, Any] = {
-    "start": st.none() | text | st.lists(text, min_size=1, max_size=3).map(tuple),
-    "spread": limits,
     "max_swaps": st.none() | st.just(0) | counts,
     "tolerance": limits,
     "repeats": counts,
     "time_limit": limits,
 }
-swaps = st.builds(SwapSearch, program=programs, **SWAP) | st.builds(
-    SwapSearch, restarts=st.none() | st.just(0) | counts, drops=st.none() | counts, **SWAP
+starts = st.lists(text, max_size=3)
+free = st.none() | text | starts.filter(bool).map(tuple)
+varied = st.none() | starts.map(lambda names: (*names, "randomized_magnitude", "greedy_obs"))
+restarts = st.none() | st.just(0) | counts
+swaps = (
+    st.builds(SwapSearch, program=programs, start=free, **SWAP)
+    | st.builds(SwapSearch, program=programs, start=varied, spread=limits, **SWAP)
+    | st.builds(SwapSearch, start=free, restarts=restarts, **SWAP)
+    | st.builds(SwapSearch, start=varied, drops=st.none() | counts, **SWAP)
 )
 simple = st.sampled_from([record for name, record in SELECTS.items() if name != "swap_search"]).flatmap(
     lambda record: st.builds(record, program=programs, time_limit=limits)
