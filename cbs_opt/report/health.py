@@ -17,6 +17,8 @@ RISE = 0.25
 """Increase, in shares of the loss before, below which that does not matter."""
 LEAST_RISE = 0.05
 """The same for classifiers, whose losses may be as good as 0, in nats."""
+BEYOND, ANY_RISE = 50.0, 0.02
+"""The same two where the prediction was of another order, in units of it and in shares of the loss before."""
 DEVIATIONS = 2.0
 """Standard deviations above the accuracy of a guess up to which a network does no better."""
 ADVICE = "prune in stages (stages=4), less (a lower sparsity), or with more samples in the curvature"
@@ -54,5 +56,7 @@ def warnings_of(
             yield f"the network does no better than a guess, accuracy {after.accuracy:.1%}; {ADVICE}"
     rise = after.loss - before.loss
     least = max(RISE * abs(before.loss), LEAST_RISE if before.accuracy is not None else 0.0)
-    if predicted is not None and rise > least and rise > FAR_ABOVE * max(predicted, 0.0):
+    foretold = math.inf if predicted is None else max(predicted, 0.0)
+    far = rise > least and rise > FAR_ABOVE * foretold
+    if far or (rise > ANY_RISE * abs(before.loss) and rise > max(BEYOND * foretold, ANY_RISE)):
         yield f"the loss rose by {rise:.4g} where {predicted:.4g} was predicted; {ADVICE}"

@@ -76,3 +76,11 @@ def test_the_share_of_the_most_frequent_class() -> None:
     assert label_share([None]) is None
     assert label_share([torch.zeros(3, 2, dtype=torch.int64)]) is None
     assert label_share([]) is None
+
+
+def test_a_rise_of_another_order_than_the_prediction_is_told() -> None:
+    before, after = (Evaluation(loss=loss, accuracy=None, samples=480) for loss in (5.579, 5.989))
+    (warning,) = warnings_of(before, after, predicted=6.7e-4, guess=None)
+    assert "0.41" in warning
+    assert not list(warnings_of(before, after, predicted=0.1, guess=None))
+    assert not list(warnings_of(before, after, predicted=None, guess=None))
