@@ -11,14 +11,9 @@ from torch import Tensor
 
 from cbs_opt.network.evaluation import Evaluation
 
-FAR_ABOVE = 5.0
-"""Measured increase in units of the predicted one from which the model of the loss was not to be trusted."""
-RISE = 0.25
-"""Increase, in shares of the loss before, below which that does not matter."""
-LEAST_RISE = 0.05
-"""The same for classifiers, whose losses may be as good as 0, in nats."""
-BEYOND, ANY_RISE = 50.0, 0.02
-"""The same two where the prediction was of another order, in units of it and in shares of the loss before."""
+TIERS = ((5.0, 0.25, 0.05), (50.0, 0.02, 0.02))
+"""From which increase the model of the loss was not to be trusted, either way: in units of the predicted one,
+in shares of the loss before, and, for classifiers, whose losses may be as good as 0, in nats."""
 DEVIATIONS = 2.0
 """Standard deviations above the accuracy of a guess up to which a network does no better."""
 ADVICE = "prune in stages (stages=4), less (a lower sparsity), or with more samples in the curvature"
@@ -55,8 +50,10 @@ def warnings_of(
         if after.accuracy <= level < before.accuracy:
             yield f"the network does no better than a guess, accuracy {after.accuracy:.1%}; {ADVICE}"
     rise = after.loss - before.loss
-    least = max(RISE * abs(before.loss), LEAST_RISE if before.accuracy is not None else 0.0)
-    foretold = math.inf if predicted is None else max(predicted, 0.0)
-    far = rise > least and rise > FAR_ABOVE * foretold
-    if far or (rise > ANY_RISE * abs(before.loss) and rise > max(BEYOND * foretold, ANY_RISE)):
-        yield f"the loss rose by {rise:.4g} where {predicted:.4g} was predicted; {ADVICE}"
+    if predicted is None:
+        return
+    for factor, share, nats in TIERS:
+        least = max(share * abs(before.loss), nats if before.accuracy is not None else 0.0)
+        if rise > least and rise > factor * max(predicted, 0.0):
+            yield f"the loss rose by {rise:.4g} where {predicted:.4g} was predicted; {ADVICE}"
+            return

@@ -78,9 +78,10 @@ def test_the_share_of_the_most_frequent_class() -> None:
     assert label_share([]) is None
 
 
-def test_a_rise_of_another_order_than_the_prediction_is_told() -> None:
-    before, after = (Evaluation(loss=loss, accuracy=None, samples=480) for loss in (5.579, 5.989))
-    (warning,) = warnings_of(before, after, predicted=6.7e-4, guess=None)
-    assert "0.41" in warning
-    assert not list(warnings_of(before, after, predicted=0.1, guess=None))
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_a_rise_of_another_order_than_the_prediction_is_told_in_any_unit(unit: float) -> None:
+    before, after = (Evaluation(loss=unit * loss, accuracy=None, samples=480) for loss in (5.579, 5.989))
+    (warning,) = warnings_of(before, after, predicted=unit * 6.7e-4, guess=None)
+    assert f"{unit * 0.41:.2g}"[:3] in warning
+    assert not list(warnings_of(before, after, predicted=unit * 0.1, guess=None))
     assert not list(warnings_of(before, after, predicted=None, guess=None))
