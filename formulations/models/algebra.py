@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from formulations.models.building import asking, fill
 from formulations.models.scaling import ScaledBlock
 from formulations.problem import FloatArray
 from formulations.solution import never
+
+Pairs = Sequence[tuple[int, int]]
+"""Pairs of weights, the lower index first."""
 
 
 def linear(coefficients: FloatArray, variables: Any) -> Any:
@@ -46,6 +49,36 @@ def add_pruned_set(model: Any, block: ScaledBlock) -> None:
     model.pruned = pyo.Var(model.weights, domain=pyo.Binary)
     # Exactly k weights are pruned.
     model.count = pyo.Constraint(expr=linear(np.ones(block.n), model.pruned) == block.n_prune)
+
+
+def add_pairs(
+    model: Any, pairs: Pairs, *, counted: Pairs, limited: Pairs, stopped: Callable[[], bool] = never
+) -> None:
+    """Declare ``both`` in [0, 1], the product of ``pruned`` over a pair, by McCormick's envelope.
+
+    Pairs that are `counted` are at least the product, those that are `limited` at most.
+    """
+    model.pairs = pyo.Set(initialize=pairs, dimen=2)
+    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
+    both, pruned = model.both, model.pruned
+    # A pair is counted as soon as both its weights are pruned ...
+    model.count_pair = pyo.Constraint(counted)
+    fill(model.count_pair, counted, lambda p: both[p] >= pruned[p[0]] + pruned[p[1]] - 1.0, stopped)
+    # ... and only if its first weight is pruned ...
+    model.first = pyo.Constraint(limited)
+    fill(model.first, limited, lambda p: both[p] <= pruned[p[0]], stopped)
+    # ... and its second one too.
+    model.second = pyo.Constraint(limited)
+    fill(model.second, limited, lambda p: both[p] <= pruned[p[1]], stopped)
+
+
+def add_pair_loss(model: Any, block: ScaledBlock, pairs: Pairs, stopped: Callable[[], bool] = never) -> None:
+    """Declare the loss increase of the selection program with products replaced by the pair variables."""
+    costs = block.pair_costs
+    model.loss_increase = pyo.Objective(
+        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in asking(pairs, stopped))
+        + linear(0.5 * np.diagonal(costs) - block.gains, model.pruned)
+    )
 
 
 def add_kept_set(model: Any, block: ScaledBlock) -> None:

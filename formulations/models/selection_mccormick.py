@@ -19,7 +19,7 @@ import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
-from formulations.models.building import asking, fill
+from formulations.models.building import asking
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import never
@@ -35,21 +35,7 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
     pairs = [(int(i), int(j)) for i, j in asking(places, stopped)]
     repelled = [pair for pair in pairs if costs[pair] > 0.0]
     attracted = [pair for pair in pairs if costs[pair] < 0.0]
-    model.pairs = pyo.Set(initialize=pairs, dimen=2)
-    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
-    both, pruned = model.both, model.pruned
-    # A costly pair is counted as soon as both its weights are pruned.
-    model.count_pair = pyo.Constraint(repelled)
-    fill(model.count_pair, repelled, lambda p: both[p] >= pruned[p[0]] + pruned[p[1]] - 1.0, stopped)
-    # A helpful pair counts only if its first weight is pruned ...
-    model.first = pyo.Constraint(attracted)
-    fill(model.first, attracted, lambda p: both[p] <= pruned[p[0]], stopped)
-    # ... and its second one too.
-    model.second = pyo.Constraint(attracted)
-    fill(model.second, attracted, lambda p: both[p] <= pruned[p[1]], stopped)
-    # Loss increase with products replaced by the pair variables.
-    model.loss_increase = pyo.Objective(
-        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in asking(pairs, stopped))
-        + algebra.linear(0.5 * np.diagonal(costs) - block.gains, model.pruned)
-    )
+    # A costly pair has to be counted, a helpful one to be allowed.
+    algebra.add_pairs(model, pairs, counted=repelled, limited=attracted, stopped=stopped)
+    algebra.add_pair_loss(model, block, pairs, stopped)
     return model

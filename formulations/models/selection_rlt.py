@@ -16,11 +16,9 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
-from formulations.models.building import asking, fill
 from formulations.models.scaling import scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import never
@@ -29,22 +27,10 @@ from formulations.solution import never
 def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) variables, O(n^2) constraints."""
     block = scale_block(problem)
-    costs = block.pair_costs
     model: Any = pyo.ConcreteModel(name="selection_rlt")
     algebra.add_pruned_set(model, block)
     pairs = list(combinations(range(block.n), 2))
-    model.pairs = pyo.Set(initialize=pairs, dimen=2)
-    model.both = pyo.Var(model.pairs, bounds=(0.0, 1.0))
-    both, pruned = model.both, model.pruned
-    # A pair is counted as soon as both its weights are pruned ...
-    model.count_pair = pyo.Constraint(pairs)
-    fill(model.count_pair, pairs, lambda p: both[p] >= pruned[p[0]] + pruned[p[1]] - 1.0, stopped)
-    # ... and only if its first weight is pruned ...
-    model.first = pyo.Constraint(pairs)
-    fill(model.first, pairs, lambda p: both[p] <= pruned[p[0]], stopped)
-    # ... and its second one too.
-    model.second = pyo.Constraint(pairs)
-    fill(model.second, pairs, lambda p: both[p] <= pruned[p[1]], stopped)
+    algebra.add_pairs(model, pairs, counted=pairs, limited=pairs, stopped=stopped)
     # A pruned weight forms pairs with exactly k - 1 others, a kept one with none.
     model.degree = pyo.Constraint(
         model.weights,
@@ -53,9 +39,5 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
             == (block.n_prune - 1) * m.pruned[i]
         ),
     )
-    # Loss increase with products replaced by the pair variables.
-    model.loss_increase = pyo.Objective(
-        expr=pyo.quicksum(float(costs[pair]) * model.both[pair] for pair in asking(pairs, stopped))
-        + algebra.linear(0.5 * np.diagonal(costs) - block.gains, model.pruned)
-    )
+    algebra.add_pair_loss(model, block, pairs, stopped)
     return model
