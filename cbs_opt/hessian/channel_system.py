@@ -130,18 +130,19 @@ class ChannelSystem:
         O(m^2 q + sum of m k q over channels) where few leave; made anew where many do, or where H_KK is
         formed.
         """
-        kept = self.kept[~torch.isin(self.kept, leaving)]
+        member = self.member.clone()
+        member[leaving] = False
+        kept = self.kept[member[self.kept]]
         few = len(leaving) * MANY <= len(self.kept) and len(kept) > self.hessian.base.rank
         if self.whole is not None or not few:
             return ChannelSystem(self.hessian, kept, self.damping, self.name, self.precision)
         system = copy(self)
-        system.kept, system.member = kept, self.member.clone()
-        system.member[leaving] = False
-        system.channels = self.hessian.channels.restricted(system.member)
+        system.kept, system.member = kept, member
+        system.channels = self.hessian.channels.restricted(member)
         system.seen = self.seen.clone()
         parts, lost = [], []
         for part in self.parts:
-            stays = system.member[part.kept]
+            stays = member[part.kept]
             if not bool(stays.all()):
                 part, gone = self._less(part, stays)
                 lost.append(gone)

@@ -14,6 +14,14 @@ WORDS = 20
 SCALE = 0.3
 """Standard deviation of the weights: with .02, the default, such small networks return constants."""
 NEEDS = ("transformers",)
+SIZES: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "initializer_range": SCALE,
+}
+"""Sizes of networks of Hugging Face, where they have these names."""
 
 
 class Pooled(nn.Module):
@@ -36,12 +44,8 @@ def _bert(**options: Any) -> Any:
 
     return BertConfig(
         vocab_size=WORDS,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
+        **SIZES,
         max_position_embeddings=16,
-        initializer_range=SCALE,
         **options,
     )
 
@@ -149,13 +153,9 @@ def _llama() -> Trial:
 
     config = LlamaConfig(
         vocab_size=WORDS,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+        **SIZES,
         num_key_value_heads=1,
         max_position_embeddings=16,
-        initializer_range=SCALE,
     )
     words = torch.randint(1, WORDS, (SAMPLES, LENGTH))
     return Trial(model=LlamaForCausalLM(config).eval(), data=_batches(input_ids=words, labels=words))
@@ -175,15 +175,11 @@ def _vit() -> Trial:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
+        **SIZES,
         image_size=8,
         patch_size=4,
         num_channels=1,
         num_labels=CLASSES,
-        initializer_range=SCALE,
     )
     images = torch.randn(SAMPLES, 1, 8, 8)
     model = ViTForImageClassification(config).eval()

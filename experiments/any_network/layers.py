@@ -185,11 +185,7 @@ CASES = (
     ),
     Case(network="masked by torch.nn.utils.prune", batch="tensors", build=_masked),
     Case(network="one weight in two layers", batch="tensors", build=_tied),
-    Case(
-        network="transposed view of another weight",
-        batch="tensors",
-        build=lambda: _of(Tied()),
-    ),
+    Case(network="transposed view of another weight", batch="tensors", build=lambda: _of(Tied())),
     Case(network="overlapping views", batch="tensors", build=_overlapping),
     Case(network="expanded weight", batch="tensors", build=_expanded),
     Case(network="frozen layer", batch="tensors", build=lambda: _frozen(everywhere=False)),
