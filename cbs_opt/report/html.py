@@ -33,8 +33,8 @@ PREDICTION_CAPTION = (
     "and as measured. Points above the dotted line lost more than predicted."
 )
 HISTOGRAM_CAPTION = "Weights of the largest layers: all of them before, the kept ones after (zeros left out)."
-Part = tuple[str, Table, str]
-"""Heading, table and note."""
+Part = tuple[str, Table | None, str]
+"""Heading, table and note; left out where there is no table."""
 
 
 def write_comparison(
@@ -131,19 +131,20 @@ def _embedded(*drawings: tuple[Figure | None, str]) -> list[Picture]:
 
 
 def _section(report: PruneReport, *, with_pictures: bool) -> dict[str, object]:
-    certificates = tables.certificates_table(report)
+    whole = f"{percent_text(report.network_sparsity)} of the whole network are zero."
     parts: list[Part] = [
+        ("Remarks", tables.remarks_table(report), ""),
         ("Layers", tables.layers_table(report), ""),
+        ("Left out", tables.left_out_table(report), whole),
         ("Blocks", tables.blocks_table(report), tables.blocks_note(report)),
+        ("Certificates", tables.certificates_table(report), tables.certificates_note(report)),
     ]
-    if certificates is not None:
-        parts.append(("Certificates", certificates, tables.certificates_note(report)))
     weights = figures.weights_before_and_after(report), HISTOGRAM_CAPTION
     gaps = figures.gap_by_block(report), GAP_CAPTION
     return {
         "title": f"{report.label}, sparsity {percent_text(report.sparsity)}",
         "pictures": _embedded(weights, gaps) if with_pictures else [],
-        "parts": parts,
+        "parts": [part for part in parts if part[1] is not None],
         "times": tables.times_table(report),
         "settings": tables.settings_table(report),
     }

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from cbs_opt.network.eligible import by_reason
 from cbs_opt.recipe.files import request_to_plain
 from cbs_opt.report.numbers import (
     MISSING,
@@ -193,6 +194,25 @@ def layers_table(report: PruneReport) -> Table:
     rows[-1]["gap"] = report.certified.gap
     frame = pd.DataFrame(rows).rename(columns={"gap": "certified_gap"})
     return Table.of(frame, (*LAYERS, "certified_gap"))
+
+
+def left_out_table(report: PruneReport) -> Table | None:
+    """Return one row a reason why parameters were left out; None where none was."""
+    if not report.left_out:
+        return None
+    headings = {"Reason": False, "Parameters": False, "Weights": False, "To have them pruned": True}
+    rows = (
+        (reason, f"{len(entries):,}", f"{sum(entry.n for entry in entries):,}", entries[0].remedy)
+        for reason, entries in by_reason(report.left_out).items()
+    )
+    columns = tuple(Column(name=name, text=text) for name, text in headings.items())
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def remarks_table(report: PruneReport) -> Table | None:
+    """Return what looks wrong with the network and what was changed to fit the machine; None if nothing."""
+    pairs = [("warning", text) for text in report.warnings] + [("note", text) for text in report.notes]
+    return Table.of_pairs(pairs, ("", "What to know"), wrap=True) if pairs else None
 
 
 def blocks_table(report: PruneReport) -> Table:

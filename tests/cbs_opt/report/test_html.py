@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from cbs_opt.network.eligible import LeftOut
 from cbs_opt.report import figures
 from cbs_opt.report.html import render_comparison, write_comparison
 from cbs_opt.report.record import PruneReport
@@ -144,6 +145,15 @@ def test_a_single_report_shows_pictures_settings_and_blocks() -> None:
         "local optimum",
     ):
         assert words in page
+
+
+def test_a_page_says_what_looks_wrong_what_was_changed_and_what_was_left_out() -> None:
+    left_out = (LeftOut(name="head.bias", shape=(3,), reason="bias"),)
+    remarks = {"warnings": ("no better than a guess",), "notes": ("blocks are cut by layer",)}
+    page = render_comparison([dataclasses.replace(made_report(), left_out=left_out, **remarks)])
+    for words in ("no better than a guess", "blocks are cut by layer", "Left out", left_out[0].remedy):
+        assert words in page
+    assert "Remarks" not in render_comparison([made_report()])
 
 
 def test_names_are_escaped() -> None:
