@@ -221,21 +221,27 @@ def mean_gradient(
     counting = reporting(progress).phase("gradient", samples, unit="sample")
     with kept(model), counting as advance:
         for part in _settled(function, data, samples, seed, batch_size):
-            batch = objective.prepared(part)
-            shares = function.weights(batch)
-            weight = 1.0 if objective.in_batches else batch.size if shares is None else float(shares.sum())
-            (mean,) = function.differentiated(batch, batch.size, function.mean_loss(batch, shares))
-            for name, piece in partition.split(total).items():
-                piece.add_(mean[name].to(total), alpha=weight)
-            mass += weight
-            used += batch.size
-            advance(batch.size)
+            mass += add_gradient(total, function, partition, part)
+            used += part.size
+            advance(part.size)
     if mass == 0.0:
         raise EmptyDataError("data", "labels that are all ignored", "pass samples with labels")
     total.div_(mass)
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteGradientError("data", "the gradient is NaN or infinite", "check the loss and the data")
     return total, used
+
+
+def add_gradient(total: Tensor, function: NetworkFunction, partition: Partition, part: Batch) -> float:
+    """Add the gradient of the mean loss of a batch to `total` (n,), as often as the batch counts; return that."""
+    batch = function.objective.prepared(part)
+    shares = function.weights(batch)
+    weight = batch.size if shares is None else float(shares.sum())
+    weight = 1.0 if function.objective.in_batches else float(weight)
+    (mean,) = function.differentiated(batch, batch.size, function.mean_loss(batch, shares))
+    for name, piece in partition.split(total).items():
+        piece.add_(mean[name].to(total), alpha=weight)
+    return weight
 
 
 def fisher_blocks(
