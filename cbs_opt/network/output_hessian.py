@@ -7,8 +7,8 @@ gradient ``c (mu(z) - t)`` with ``mu = grad A``, and the Hessian ``c dmu/dz``, w
     squared error              A = z^2 / 2          mu = z             Hessian c
     binary, of logits          A = softplus(z)      mu = sigmoid(z)    Hessian c p (1 - p)
 
-It is recognised by first derivatives alone, ``g(z) - g(0) = c (mu(z) - mu(0))`` for all z, so that a loss need
-not be differentiated twice. Class weights, ignored labels and the reduction all end in the scales c.
+It is recognised by first derivatives alone, ``g(z) - g(0) = c (mu(z) - mu(0))`` for all z, so that a loss
+need not be differentiated twice. Class weights, ignored labels and the reduction all end in the scales c.
 """
 
 from __future__ import annotations

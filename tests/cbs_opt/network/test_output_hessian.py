@@ -72,10 +72,7 @@ def test_the_form_of_a_loss_is_told(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     loss, shape, labels, expected = CASES[name]
     model = nn.Sequential(nn.Linear(3, int(torch.Size(shape).numel())), nn.Unflatten(1, shape)).to(dtype)
-    if isinstance(loss, nn.CrossEntropyLoss):
-        loss = nn.CrossEntropyLoss(
-            None if loss.weight is None else loss.weight.to(dtype), reduction=loss.reduction
-        )
+    loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
     objective = Objective(loss)
     assert objective.output_hessian is None
     y = labels()
