@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from cbs_opt.network.partition import Partition
     from cbs_opt.pruning import plan, prune, pruned
     from cbs_opt.recipe.files import load_recipe, load_request, save_recipe
-    from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Update, Weights, absolute
+    from cbs_opt.recipe.named import Named, balanced, best, fast
+    from cbs_opt.recipe.records import Certify, FineTuning, Recipe, Request, Stages, Update, Weights, absolute
     from cbs_opt.recipe.select import (
         OBD,
         OBS,
@@ -58,7 +59,17 @@ _MODULES = {
     "cbs_opt.network.partition": ("Partition",),
     "cbs_opt.pruning": ("plan", "prune", "pruned"),
     "cbs_opt.recipe.files": ("load_recipe", "load_request", "save_recipe"),
-    "cbs_opt.recipe.records": ("Certify", "Recipe", "Request", "Stages", "Update", "Weights", "absolute"),
+    "cbs_opt.recipe.named": ("Named", "balanced", "best", "fast"),
+    "cbs_opt.recipe.records": (
+        "Certify",
+        "FineTuning",
+        "Recipe",
+        "Request",
+        "Stages",
+        "Update",
+        "Weights",
+        "absolute",
+    ),
     "cbs_opt.recipe.select": (
         "Exact",
         "GradientNorm",
@@ -96,12 +107,14 @@ __all__ = [
     "EmpiricalFisher",
     "Exact",
     "ExactFisher",
+    "FineTuning",
     "GradientNorm",
     "GreedyOBS",
     "HardThreshold",
     "LossPreservation",
     "Magnitude",
     "MonteCarloFisher",
+    "Named",
     "Partition",
     "Progress",
     "PruneReport",
@@ -122,7 +135,10 @@ __all__ = [
     "apply_masks",
     "available_methods",
     "available_solvers",
+    "balanced",
+    "best",
     "compare",
+    "fast",
     "fisher_blocks",
     "gradient_rows",
     "load_masks",

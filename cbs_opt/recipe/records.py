@@ -15,7 +15,7 @@ from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.eligible import Globs
 from cbs_opt.network.partition import BlockRule, checked_rule
-from cbs_opt.recipe.select import GreedyOBS, Select, select_by_name
+from cbs_opt.recipe.select import Select, select_by_name
 from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, path, whole_number, within
 from formulations.errors import ArgumentError
 
@@ -468,12 +468,3 @@ def _certify(argument: str, value: Any) -> Certify | None:
     if isinstance(value, Certify):
         return value
     return Certify() if flag(argument, value) else None
-
-
-NAMED: dict[str, Recipe] = {"fast": Recipe(select=GreedyOBS()), "balanced": Recipe()}
-"""fast: greedy OBS in drops, without exchanges; balanced, the default: with them."""
-
-
-def recipe_by_name(name: str) -> Recipe:
-    """Return the recipe called `name`, one of `NAMED`."""
-    return NAMED[one_of("recipe", name, NAMED)]

@@ -170,7 +170,7 @@ class StagedRun:
         unit = 1.0 if isinstance(task.recipe.damping, Absolute) else model.unit
         gradient = self._gradient(weights, model) if task.recipe.gradient or not prunes else None
         expansion = trials.Expansion(model=model, weights=weights, gradient=gradient, unit=unit)
-        sample = self._sample()
+        sample = self.sample()
         before = self._loss_at(weights, sample)
         with task.clock.phase("steps"):
             proposals = (
@@ -232,7 +232,7 @@ class StagedRun:
                 task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
             ),
         )
-        sample = self._sample()
+        sample = self.sample()
         with (
             task.clock.phase("fine-tuning"),
             task.progress.phase("fine-tuning", samples, unit="sample") as advance,
@@ -267,7 +267,7 @@ class StagedRun:
         )
         return tuned.weights, tuned.rate, record
 
-    def _sample(self) -> Sample:
+    def sample(self) -> Sample:
         """Return the samples on which networks are compared: those set aside, or fresh ones."""
         if self._drawing is None:
             return self.passes.sample()
