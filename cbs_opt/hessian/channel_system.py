@@ -35,6 +35,8 @@ MANY = 3
 """A system is made anew where more than one in so many of its weights leave."""
 SINGLE_LIMIT = 1e4
 """Largest diagonal entry of M that single precision is trusted with."""
+BAND = 256
+"""Lines of a triangle that one product takes at once."""
 RESIDUAL = 1e-11
 """Residual in the norm of H^-1, relative to the right-hand side, at which refinement ends."""
 REFINEMENTS = 50
@@ -150,7 +152,7 @@ class ChannelSystem:
                 parts.append(part)
         for group in _groups(lost):
             gone = torch.cat(group)
-            system.seen -= (gone.T @ gone).double()
+            _add_lower(system.seen, gone.T, gone, -1.0)
         system.parts = parts
         system.inner = self._factorise(damped(system.seen, 1.0))
         return system
@@ -193,16 +195,16 @@ class ChannelSystem:
         torch.mm(part.inverse.to(self.precision), columns.T, out=part.spread)
 
     def _seen(self) -> Tensor:
-        """Return ``R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
+        """Return ``R_K D^-1 R_K^T`` accumulated in float64 over groups of channels: see `_add_lower`."""
         m = self.rows.shape[0]
         seen = torch.zeros(m, m, dtype=torch.float64, device=self.kept.device)
         first = 0
         for group in _groups([part.spread for part in self.parts]):
             spread = torch.cat(group)
             columns = self.rows.index_select(1, self.kept[first : first + len(spread)]).to(self.precision)
-            seen += (columns @ spread).double()
+            _add_lower(seen, columns, spread, 1.0)
             first += len(spread)
-        return seen.add_(seen.T.clone()).mul_(0.5)
+        return seen
 
     def _go_double(self) -> None:
         """Form M anew in double precision."""
@@ -352,6 +354,16 @@ class ChannelSystem:
     def _back(self, y: Tensor) -> Tensor:
         """Return ``R_K^T y``, (s,) float64."""
         return adjoint_image(self.rows, y)[self.kept]
+
+
+def _add_lower(total: Tensor, left: Tensor, right: Tensor, sign: float) -> None:
+    """Add ``sign left right`` to `total` (m, m), of which no more than the lower triangle is right.
+
+    By bands, each as long as it has entries of that triangle: little more than half of the whole product.
+    """
+    for start in range(0, len(total), BAND):
+        end = start + BAND
+        total[start:end, :end].add_(left[start:end] @ right[:, :end], alpha=sign)
 
 
 def _groups(pieces: list[Tensor]) -> Iterator[list[Tensor]]:
