@@ -42,7 +42,7 @@ def greedy_obs_set(
     first = state.get("drop", 1)
     kept = program.restored(state) if state else None
     keep = torch.ones(n, dtype=torch.bool, device=program.anchor.device) if kept is None else kept.keep
-    nothing = leaving = keep.nonzero().squeeze(1)[:0]
+    leaving = keep.nonzero().squeeze(1)[:0]
     size = int(keep.sum())
     with journal.progress.phase("drops", drops, unit="drop", done=first - 1) as advance:
         for drop in range(first, drops + 1):
@@ -52,9 +52,9 @@ def greedy_obs_set(
                 if kept is None:
                     kept = program.at(keep)
                 elif len(leaving):
-                    kept = program.exchanged(kept, leaving, nothing)
+                    kept = program.dropped(kept, leaving)
                 journal.keep({"drop": drop, **program.state(kept)})
-                leaving = keep.nonzero().squeeze(1)[program.costs(kept).argsort(stable=True)[: size - goal]]
+                leaving = program.cheapest(kept, size - goal)
                 keep = keep.clone()
                 keep[leaving] = False
                 size = goal

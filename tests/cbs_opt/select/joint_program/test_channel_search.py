@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.channel_system import ChannelHessian
+from cbs_opt.hessian.channel_system import ChannelHessian, ChannelSystem
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet, joint_saliency
 from cbs_opt.select.joint_program.search import joint_search
 from cbs_opt.select.joint_program.selectors import (
@@ -54,6 +54,54 @@ def test_greedy_with_one_weight_a_drop_is_the_dense_method() -> None:
     dense = incumbents.greedy(block.to_problem(20), "joint", limits=Limits())
     assert dense.keep is not None
     assert greedy_obs_set(ChannelProgram(block), 20, drops=10_000).tolist() == dense.keep.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_are_not_scored_would_not_have_been_the_cheapest(dtype: torch.dtype) -> None:
+    block = channel_block(3, dtype=dtype)
+    program = ChannelProgram(block)
+    kept = program.at(torch.ones(N, dtype=torch.bool))
+    while int(kept.keep.sum()) > 5:
+        costs, index = program.costs(kept), kept.keep.nonzero().squeeze(1)
+        cheapest = program.cheapest(kept, 4)
+        assert cheapest.tolist() == index[costs.argsort()[:4]].tolist()
+        ceiling, known = kept.ceiling[index], 1.0 / costs * kept.weights[index].square()
+        assert bool((ceiling >= known * (1.0 - 1e-4)).all())
+        kept = program.dropped(kept, cheapest.sort().values)
+
+
+def test_scores_of_a_few_weights_are_computed_for_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = channel_block(3)
+    program, scored = ChannelProgram(block), []
+    kept = program.at(torch.ones(N, dtype=torch.bool))
+    inverse_diagonal = ChannelSystem.inverse_diagonal
+
+    def counted(system: ChannelSystem, places: Tensor | None = None) -> Tensor:
+        assert places is not None
+        scored.extend(places.tolist())
+        expected = inverse_diagonal(system)[places]
+        torch.testing.assert_close(inverse_diagonal(system, places), expected)
+        return expected
+
+    monkeypatch.setattr(ChannelSystem, "inverse_diagonal", counted)
+    program.cheapest(kept, 3)
+    assert 3 <= len(set(scored)) == len(scored) < N
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_moved_from_drop_to_drop_stay_those_of_the_minimiser(dtype: torch.dtype) -> None:
+    block = channel_block(3, dtype=dtype)
+    program = ChannelProgram(block)
+    kept = program.at(torch.ones(N, dtype=torch.bool))
+    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    for _ in range(8):
+        kept = program.dropped(kept, program.cheapest(kept, 4).sort().values)
+        exact = program.at(kept.keep)
+        torch.testing.assert_close(kept.weights, exact.weights, **close)
+        assert kept.value == pytest.approx(
+            objective(block, kept.keep), rel=1e-9 if close["rtol"] < 1e-8 else 1e-4
+        )
+        assert not kept.weights[~kept.keep].any()
 
 
 @pytest.mark.parametrize("seed", range(4))
