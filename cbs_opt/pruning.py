@@ -108,8 +108,8 @@ def prune(
     recipe : {"fast", "balanced", "best"}, Named, Recipe or sequence of Recipe, default "balanced"
         How to prune. A name becomes a concrete recipe for this network, its loss and its data, which
         ``report.recipe`` shows with what it was chosen by; `fast`, `balanced` and `best` make names with a
-        budget. Of several recipes, which may differ in all but the curvature and the weights, the one with the
-        lowest training loss wins; `Recipe.grid` makes them.
+        budget. Of several recipes, which may differ in all but the curvature and the weights, the one with
+        the lowest training loss wins; `Recipe.grid` makes them.
     loss_fn : callable, optional
         ``loss_fn(output, labels)``: the loss of a batch, of what the network returns; labels are None where
         there are none. A mean over samples or over those that count (class weights, ignored labels), a sum,
@@ -118,12 +118,13 @@ def prune(
         pixels or tokens; else that of the next token, of a causal network without labels.
     stages : Stages or int, optional
         Prune little by little: every stage takes gradient rows at the weights as they then are, selects,
-        and updates within a trust region. By default as the named recipe has it; everything at once for others.
+        and updates within a trust region. By default as the named recipe has it; everything at once for
+        others.
     certify : Certify or bool, default False
         Bound the optimum of the recipe's program in every block from below, in float64 on the CPU, block
         after block, and report how far above it the chosen set can be at most. The sum over blocks
-        bounds the block-diagonal quadratic model of the loss: it says nothing about accuracy. A recipe by name
-        then has one stage and no fine-tuning.
+        bounds the block-diagonal quadratic model of the loss: it says nothing about accuracy. A recipe by
+        name then has one stage and no fine-tuning.
     evaluate : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
         Held-out data to report loss and accuracy on, before and after. Never used for a choice.
     resources : Resources, optional
@@ -273,8 +274,8 @@ def plan(
     Parameters
     ----------
     model, data, sparsity, recipe, loss_fn, stages, certify, resources, seed
-        As for `prune`; all are checked. For a recipe by name the network is run on a few samples; for others no
-        data are read, and the network is not run.
+        As for `prune`; all are checked. For a recipe by name the network is run on a few samples; for others
+        no data are read, and the network is not run.
 
     Raises
     ------
@@ -294,8 +295,8 @@ def plan(
 class _Prepared:
     """A run whose arguments were checked, with all defaults made concrete.
 
-    `notes` say what was changed or left out, `choices` what a recipe by name was chosen by, `free` are the bytes of memory that it may take, and `remedy`
-    is what to do where it needs more.
+    `notes` say what was changed or left out, `choices` what a recipe by name was chosen by, `free` are the
+    bytes of memory that it may take, and `remedy` is what to do where it needs more.
     """
 
     request: Request

@@ -1,8 +1,8 @@
 """A recipe by name made concrete for a network: its loss, its size, its data, the work of a gradient.
 
-What is looked at is the same in every run, so that a run can be resumed and repeated: operations are counted, not
-timed, unless the caller gives a budget in seconds. Learning rates, dampings and step lengths are left open here; the
-run finds them on training samples that it sets aside.
+What is looked at is the same in every run, so that a run can be resumed and repeated: operations are counted,
+not timed, unless the caller gives a budget in seconds. Learning rates, dampings and step lengths are left
+open here; the run finds them on training samples that it sets aside.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ COPIES = 6
 class Tier:
     """What a name stands for, in operations, so that it costs about the same time for every network.
 
-    `row_work`: of the gradients that the rows of all stages are made of. `rows`: how many those of one stage are at
-    most, and `most_per_row` how many samples a row sums up. `tuning_work`: of the gradients of all fine-tuning, no
-    more than `passes` over the data. `kept`: share of the weights that a stage keeps, about. `drop`: the same for
-    one drop of greedy OBS. `scales`: step lengths that are tried.
+    `row_work`: of the gradients that the rows of all stages are made of. `rows`: how many those of one stage
+    are at most, and `most_per_row` how many samples a row sums up. `tuning_work`: of the gradients of all
+    fine-tuning, no more than `passes` over the data. `kept`: share of the weights that a stage keeps, about.
+    `drop`: the same for one drop of greedy OBS. `scales`: step lengths that are tried.
     """
 
     row_work: float
@@ -73,7 +73,7 @@ TIERS = {
         rows=500,
         most_per_row=8,
         tuning_work=1.6e12,
-        passes=2.0,
+        passes=5.0,
         kept=0.08,
         drop=0.85,
         scales=(0.5, 1.0),
@@ -90,7 +90,7 @@ TIERS = {
     ),
 }
 FEWEST_SAMPLES = 1_000
-"""Samples that rows are made of and a fine-tuning takes, however large the network is; fewer if there are fewer."""
+"""Samples for rows, and for fine-tuning, however large the network is; fewer if there are fewer."""
 LEAST_STEPS = 20
 """Steps below which there is no fine-tuning."""
 COMPARED_WORK = 0.05e12
@@ -116,9 +116,9 @@ class Resolved:
 class Facts:
     """What a recipe is chosen by.
 
-    `form`: that of the loss in the outputs, None if it has none that is known. `work`: floating-point operations of
-    one gradient. `samples`: how many the data have, None if nothing tells. `seconds`: of one gradient, where it was
-    timed.
+    `form`: that of the loss in the outputs, None if it has none that is known. `work`: floating-point
+    operations of one gradient. `samples`: how many the data have, None if nothing tells. `seconds`: of one
+    gradient, where it was timed.
     """
 
     form: str | None
@@ -131,8 +131,8 @@ class Facts:
 class Scene:
     """What a recipe is made concrete for.
 
-    `stages`: those that the caller asks for in place of those of the name. `certify`: bounds are of one stage, so
-    that there are then no others. `free`: bytes of memory that the run may take.
+    `stages`: those that the caller asks for in place of those of the name. `certify`: bounds are of one
+    stage, so that there are then no others. `free`: bytes of memory that the run may take.
     """
 
     model: nn.Module
@@ -154,7 +154,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     choices = [
         f"recipe {named.name}",
         f"loss: {facts.form or 'of no known form in the outputs'}",
-        f"one gradient is {facts.work:.2g} operations, data have {facts.samples or 'an unknown number of'} samples",
+        f"data: {facts.samples or 'an unknown number of'} samples",
+        f"work: {facts.work:.2g} operations a gradient",
     ]
     budget = named.samples
     if named.seconds is not None:
@@ -176,8 +177,10 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     if samples < FEWEST_SAMPLES and samples == available:
         choices.append(f"all {samples} samples are differentiated, as there are no more")
     compared = int(min(max(COMPARED[0], COMPARED_WORK * BACKWARD / facts.work), COMPARED[1]))
-    curvature = _curvature(facts.form, samples, max(1, samples // rows))
-    choices.append(f"rows: {curvature.kind}, {rows} of {samples} samples" + (" a stage" if count > 1 else ""))
+    per_row = math.ceil(samples / rows)
+    curvature = _curvature(facts.form, samples, per_row)
+    found = f"rows: {curvature.kind}, {max(1, samples // per_row)} of {samples} samples"
+    choices.append(found + (" a stage" if count > 1 else ""))
     base = Recipe(
         curvature=curvature,
         weights=named.weights,
@@ -259,7 +262,7 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
 
 
 def _stages(asked: Stages | None, count: int, sparsity: float, tuning: float, available: float) -> Stages:
-    """Return the stages that were asked for, or `count` with so many samples of fine-tuning, half at the end."""
+    """Return the stages that were asked for, or `count` with so much fine-tuning, half of it at the end."""
     if asked is not None:
         return asked
     each = int(tuning if count == 1 else tuning / 2 / (count - 1))

@@ -237,7 +237,7 @@ def mean_gradient(
 
 
 def add_gradient(total: Tensor, function: NetworkFunction, partition: Partition, part: Batch) -> float:
-    """Add the gradient of the mean loss of a batch to `total` (n,), as often as the batch counts; return that."""
+    """Add the gradient of a batch's mean loss to `total` (n,), times what the batch counts; return that."""
     batch = function.objective.prepared(part)
     shares = function.weights(batch)
     weight = batch.size if shares is None else float(shares.sum())

@@ -293,7 +293,7 @@ class RunProgress:
     def finished(
         self, partition: Partition, block_dir: PathLike | None
     ) -> tuple[Tensor, dict[str, Tensor], PruneReport] | None:
-        """Return weights, batch-norm statistics and report of a finished run; None if it is not, or a file of it is damaged.
+        """Return weights, statistics and report of a finished run; None if it is not, or a file is damaged.
 
         With `block_dir` it is finished only if the data of all blocks are there.
         """

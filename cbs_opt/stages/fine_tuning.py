@@ -24,21 +24,22 @@ from cbs_opt.stages.model import StageModel
 MOMENTUM = 0.9
 WARM_UP = 0.05
 """Share of the steps over which the rate rises, before it falls like a cosine."""
-TRIAL_SHARE = 0.1
-"""Of the samples of a fine-tuning for each rate that is tried."""
+TRIAL_SHARE = 0.3
+"""Of the samples of a fine-tuning for all rates that are tried."""
 NEWTON_STEP = 0.1
 """Of a Newton step at each step: with momentum they add up to a whole one."""
-RETREAT = 3.0
-"""What a rate that did not lower the loss is divided by, for the next time."""
+STEP = 3.0
+"""Between a rate and its neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
     """A learning rate by the scale of the problem, so that it means the same for every network.
 
-    `kind`: "momentum" for Nesterov's method, at `value` over the largest eigenvalue of the Fisher matrix,
-    stable up to ``2 (1 + MOMENTUM)``; "adam" for Adam, at `value` times the root mean square of the kept
-    weights, the share by which a step changes them.
+    `kind`: "momentum" for Nesterov's method, at `value` over the largest eigenvalue of the Fisher matrix;
+    "newton" for the same with gradients times the inverse of the Fisher matrix of the stage, damped by `value`
+    times that eigenvalue; "adam" for Adam, at `value` times the root mean square of the kept weights, the
+    share by which a step changes them.
     """
 
     kind: str
@@ -50,7 +51,15 @@ class Rate:
             return self.value * float(weights.square().mean().sqrt())
         if self.kind == "newton":
             return NEWTON_STEP
-        return self.value / curvature
+        return self.value / curvature if curvature > 0.0 else 0.0
+
+    def shorter(self) -> Rate:
+        """Return the rate of shorter steps."""
+        return replace(self, value=self.value * STEP if self.kind == "newton" else self.value / STEP)
+
+    def longer(self) -> Rate:
+        """Return the rate of longer steps."""
+        return replace(self, value=self.value / STEP if self.kind == "newton" else self.value * STEP)
 
 
 def rates(plan: FineTuning) -> list[Rate]:
@@ -141,9 +150,9 @@ class Descent:
 class FineTuned:
     """What stochastic steps came to.
 
-    `weights` (n,) float64 are the best that were met, `loss` theirs on the samples set aside and `loss_before`
-    that of the start. `rate` is the one to go on with, `absolute_rate` what the last steps began at. `samples`
-    were differentiated, for `tried` rates.
+    `weights` (n,) float64 are the best that were met, `loss` theirs on the samples set aside and
+    `loss_before` that of the start. `rate` is the one to go on with, `absolute_rate` what the last steps
+    began at. `samples` were differentiated, for `tried` rates.
     """
 
     weights: Tensor
@@ -176,43 +185,48 @@ class FineTuner:
         loss: Callable[[Tensor], float],
         advance: Callable[[int], None],
     ) -> FineTuned:
-        """Go down from `weights` (n,) float64 at `rate`, or at the best of those of the plan.
+        """Go down from `weights` (n,) float64: a little at several rates, then on at the best one.
 
-        `curvature` is the largest eigenvalue of the Fisher matrix, `loss` that on samples set aside. A network
-        that is not better than the one before is not taken, and the rate for the next time is lower.
+        The rates are those of the plan, or `rate` and its neighbours; `model` is that of the stage, `loss` that
+        on samples set aside. What is not better than the best before is not taken: the rest of the samples
+        is then spent on shorter steps.
         """
-        curvature = largest_eigenvalue(model.rows)
         before = value = _ordered(loss(weights))
         best, used = weights, 0
-        tries = rates(self.plan)
+        tries = rates(self.plan) if rate is None else [rate.shorter(), rate, rate.longer()]
+        curvature = largest_eigenvalue(model.rows)
+        if not curvature > 0.0:
+            # Nothing that the rows see depends on the weights.
+            tries, samples = tries[:1], 0
+        chosen = tries[0]
         if len(tries) > 1:
-            share = max(1, int(TRIAL_SHARE * samples))
-            found = []
+            share = max(1, int(TRIAL_SHARE * samples / len(tries)))
+            losses = []
             for entry in tries:
                 moved, count = self._moved(weights, entry, model, curvature, share, advance)
                 used += count
-                found.append((_ordered(loss(moved)), moved))
-            first = min(range(len(tries)), key=lambda number: found[number][0])
-            tries = [tries[first]]
-            if found[first][0] < value:
-                value, best = found[first]
-        (chosen,) = tries
-        moved, count = self._moved(best, chosen, model, curvature, max(1, samples - used), advance)
-        used += count
-        after = _ordered(loss(moved))
-        following = chosen
-        if after < value:
-            value, best = after, moved
-        else:
-            following = replace(chosen, value=chosen.value / RETREAT)
+                losses.append(_ordered(loss(moved)))
+                if losses[-1] < value:
+                    value, best = losses[-1], moved
+            chosen = tries[losses.index(min(losses))]
+        last = chosen
+        while used < samples:
+            last = chosen
+            moved, count = self._moved(best, chosen, model, curvature, samples - used, advance)
+            used += count
+            after = _ordered(loss(moved))
+            if after < value:
+                value, best = after, moved
+            else:
+                chosen = chosen.shorter()
         return FineTuned(
             weights=best,
             loss=value,
             loss_before=before,
-            rate=following,
-            absolute_rate=chosen.absolute(curvature, weights[self.keep]),
+            rate=chosen,
+            absolute_rate=last.absolute(curvature, weights[self.keep]),
             samples=used,
-            tried=1 if rate is not None else len(rates(self.plan)),
+            tried=len(tries),
         )
 
     def _moved(

@@ -218,7 +218,8 @@ class StagedRun:
     ) -> tuple[Tensor, Rate, StageRecord]:
         """Return the weights after stochastic steps, the rate for the next time, and the record."""
         plan, task, stage = self.plan.fine_tuning, self.task, self.state.stages
-        assert plan is not None and self._drawing is not None
+        assert plan is not None
+        assert self._drawing is not None
         began = time.perf_counter()
         last = stage == len(self.sparsities) - 1 and plan.final_samples is not None
         samples = plan.final_samples if last and plan.final_samples is not None else plan.samples

@@ -24,8 +24,9 @@ class StageState:
 
     `weights` (n,) are float64, `keep` (n,) is True where kept. `damping` and `update_damping` are the centres
     of the next grids, for steps that prune and for updates alone, in the units of the run's options; None
-    before the first step. `rate_kind` and `rate` are those of the next fine-tuning, in units of the problem, empty
-    and 0 before the first one. `passes` counts how often the data were read, `samples` those differentiated.
+    before the first step. `rate_kind` and `rate` are those of the next fine-tuning, in units of the problem,
+    empty and 0 before the first one. `passes` counts how often the data were read, `samples` those
+    differentiated.
     """
 
     stages: int
