@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cbs_opt.curvature.run_size import RunSize
     from cbs_opt.execution.blocks import solve_blocks
     from cbs_opt.network.batchnorm import recalibrate_batchnorm
-    from cbs_opt.network.masks import apply_masks, load_masks, save_masks
+    from cbs_opt.network.masks import apply_masks, load_masks, masked, save_masks
     from cbs_opt.network.partition import Partition
     from cbs_opt.pruning import plan, prune, pruned
     from cbs_opt.recipe.files import load_recipe, load_request, save_recipe
@@ -55,7 +55,7 @@ _MODULES = {
     "cbs_opt.curvature.run_size": ("RunSize",),
     "cbs_opt.execution.blocks": ("solve_blocks",),
     "cbs_opt.network.batchnorm": ("recalibrate_batchnorm",),
-    "cbs_opt.network.masks": ("apply_masks", "load_masks", "save_masks"),
+    "cbs_opt.network.masks": ("apply_masks", "load_masks", "masked", "save_masks"),
     "cbs_opt.network.partition": ("Partition",),
     "cbs_opt.pruning": ("plan", "prune", "pruned"),
     "cbs_opt.recipe.files": ("load_recipe", "load_request", "save_recipe"),
@@ -146,6 +146,7 @@ __all__ = [
     "load_report",
     "load_request",
     "lower_bound",
+    "masked",
     "plan",
     "prune",
     "pruned",
