@@ -89,6 +89,8 @@ TIERS = {
         scales=(0.5, 1.0),
     ),
 }
+SELECTION_WORK = 5e10
+"""Multiplications, rows^2 x weights x drops, up to which a stage has more rows than the tier says."""
 FEWEST_SAMPLES = 1_000
 """Samples for rows, and for fine-tuning, however large the network is; fewer if there are fewer."""
 LEAST_STEPS = 20
@@ -172,8 +174,10 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         share = budget / (row_samples * count + tuning)
         row_samples, tuning = row_samples * share, tuning * share
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
-    samples = int(max(1, min(row_samples, available, tier.rows * tier.most_per_row)))
-    rows = max(1, min(tier.rows, samples, max(1, fits)))
+    drops = _drops(sparsity, count, tier.drop)
+    most_rows = max(tier.rows, int(math.sqrt(SELECTION_WORK / (partition.n * drops))))
+    samples = int(max(1, min(row_samples, available, most_rows * tier.most_per_row)))
+    rows = max(1, min(most_rows, samples, max(1, fits)))
     if samples < FEWEST_SAMPLES and samples == available:
         choices.append(f"all {samples} samples are differentiated, as there are no more")
     compared = int(min(max(COMPARED[0], COMPARED_WORK * BACKWARD / facts.work), COMPARED[1]))
@@ -184,7 +188,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     base = Recipe(
         curvature=curvature,
         weights=named.weights,
-        select=GreedyOBS(drops=_drops(sparsity, count, tier.drop)),
+        select=GreedyOBS(drops=drops),
         recalibrate=named.recalibrate,
         choice_samples=compared,
         selection_damping=1.0 if staged else None,

@@ -38,8 +38,7 @@ class Rate:
 
     `kind`: "momentum" for Nesterov's method, at `value` over the largest eigenvalue of the Fisher matrix;
     "newton" for the same with gradients times the inverse of the Fisher matrix of the stage, damped by `value`
-    times that eigenvalue; "adam" for Adam, at `value` times the root mean square of the kept weights, the
-    share by which a step changes them.
+    times that eigenvalue; "adam" for Adam, at `value` times the root mean square of the kept weights, the share by which a step changes them.
     """
 
     kind: str
@@ -187,9 +186,9 @@ class FineTuner:
     ) -> FineTuned:
         """Go down from `weights` (n,) float64: a little at several rates, then on at the best one.
 
-        The rates are those of the plan, or `rate` and its neighbours; `model` is that of the stage, `loss` that
-        on samples set aside. What is not better than the best before is not taken: the rest of the samples
-        is then spent on shorter steps.
+        The rates are those of the plan, or `rate` and its neighbours; `model` is that of the stage, `loss`
+        that on samples set aside. What is not better than the best before is not taken: the rest of the
+        samples is then spent on shorter steps.
         """
         before = value = _ordered(loss(weights))
         best, used = weights, 0
