@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -118,6 +119,20 @@ def test_exchanges_lower_the_objective_and_keep_the_count(seed: int) -> None:
     assert falls == sorted(falls, reverse=True)
     again = joint_search(ChannelProgram(block), found.keep)
     assert again.value <= found.value
+
+
+def test_exchanges_end_with_the_first_round_that_brings_less_than_asked_for() -> None:
+    block = channel_block(seed=2)
+    start = without_lowest(magnitude(block), 22)
+    everything, once = (joint_search(ChannelProgram(block), start, tolerance=t) for t in (0.0, 0.99))
+    assert len(once.trace) == 1 < len(everything.trace)
+    assert everything.value < once.value < once.initial_value
+    values = [everything.initial_value, *(point.objective for point in everything.trace)]
+    falls = [(before - after) / abs(before) for before, after in itertools.pairwise(values)]
+    asked = 0.5 * (min(falls) + max(falls))
+    some_of_them = joint_search(ChannelProgram(block), start, tolerance=asked)
+    rounds = next(number for number, fall in enumerate(falls, 1) if fall <= asked)
+    assert len(some_of_them.trace) == rounds
 
 
 def test_limits_are_kept_and_named() -> None:
