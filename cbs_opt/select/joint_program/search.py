@@ -56,11 +56,11 @@ def joint_search(
     """Improve a kept set of the joint program until no swap helps, or no batch beside a channel term.
 
     It begins with the weights kept in `start` (n,); a swap counts if it lowers the objective by more than
-    ``tolerance * |objective|``, `TOLERANCE` by default. Beside a channel term a round of exchanges that brings
-    no more than that is the last one, `CHANNEL_TOLERANCE` by default. Restarts are descents of the core from
-    randomly changed sets by `seed`, each time the search has come to a 1-swap optimum; it ends when they
-    bring nothing. They are of no use beside a channel term. The deadline, a reading of `time.monotonic`, is
-    looked at between products with the rows.
+    ``tolerance * |objective|``, `TOLERANCE` by default. Beside a channel term a round of exchanges that
+    brings no more than that is the last one, `CHANNEL_TOLERANCE` by default. Restarts are descents of the
+    core from randomly changed sets by `seed`, each time the search has come to a 1-swap optimum; it ends when
+    they bring nothing. They are of no use beside a channel term. The deadline, a reading of `time.monotonic`,
+    is looked at between products with the rows.
     The journal has the state before each exchange, and a search goes on from the one that it has: `start` and
     `seed` are then those of the search that kept it.
 

@@ -19,7 +19,7 @@ from cbs_opt.select.joint_program.selectors import (
     by_joint_greedy_obs,
     by_joint_swap_search,
 )
-from cbs_opt.select.joint_program.starts import greedy_obs_set
+from cbs_opt.select.joint_program.starts import greedy_obs_set, kept_after
 from cbs_opt.select.saliency import magnitude, without_lowest
 from formulations import incumbents
 from formulations.errors import UnsupportedProblemError
@@ -48,6 +48,19 @@ def test_value_slope_and_single_moves_are_exact(m: int) -> None:
         more = pruned.clone()
         more[index] = True
         assert program.at(~more).value - kept.value == pytest.approx(0.5 * float(cost), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("drops", [1, 3, 12])
+@pytest.mark.parametrize("count", [0, 20, 900, 1_000])
+def test_drops_take_a_smaller_share_of_what_is_left_each_time(drops: int, count: int) -> None:
+    n = 1_000
+    kept = [kept_after(drop, drops, n, count) for drop in range(drops + 1)]
+    assert (kept[0], kept[-1]) == (n, n - count)
+    assert kept == sorted(kept, reverse=True)
+    if 0 < count < n:
+        shares = [(before - after) / before for before, after in itertools.pairwise(kept)]
+        slack = 2.0 / kept[-1]
+        assert all(later <= earlier + slack for earlier, later in itertools.pairwise(shares))
 
 
 def test_greedy_with_one_weight_a_drop_is_the_dense_method() -> None:
