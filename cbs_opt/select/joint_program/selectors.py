@@ -15,7 +15,7 @@ from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchJournal, ending, one_by_one
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, joint_program
 from cbs_opt.select.joint_program.program import JointProgram
-from cbs_opt.select.joint_program.search import TOLERANCE, joint_search, warm_start
+from cbs_opt.select.joint_program.search import joint_search, warm_start
 from cbs_opt.select.joint_program.starts import (
     DROPS,
     THRESHOLD_STEPS,
@@ -45,7 +45,7 @@ def by_joint_swap_search(
     max_swaps: int | None = None,
     restarts: int = 0,
     drops: int = DROPS,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     dense_limit: int = DENSE_JOINT,
     warm: Sequence[Tensor] | None = None,
     ledger: Ledger = NO_LEDGER,
@@ -186,7 +186,7 @@ class _Search(ABC):
     max_swaps: int | None
     restarts: int
     drops: int
-    tolerance: float
+    tolerance: float | None
     seed: int
     journal: SearchJournal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from cbs_opt.select.joint_program.selectors import (
     by_joint_greedy_obs,
     by_joint_swap_search,
 )
-from cbs_opt.select.joint_program.starts import greedy_obs_set
+from cbs_opt.select.joint_program.starts import greedy_obs_set, kept_after
 from cbs_opt.select.saliency import magnitude, without_lowest
 from formulations import incumbents
 from formulations.errors import UnsupportedProblemError
@@ -47,6 +48,19 @@ def test_value_slope_and_single_moves_are_exact(m: int) -> None:
         more = pruned.clone()
         more[index] = True
         assert program.at(~more).value - kept.value == pytest.approx(0.5 * float(cost), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("drops", [1, 3, 12])
+@pytest.mark.parametrize("count", [0, 20, 900, 1_000])
+def test_drops_take_a_smaller_share_of_what_is_left_each_time(drops: int, count: int) -> None:
+    n = 1_000
+    kept = [kept_after(drop, drops, n, count) for drop in range(drops + 1)]
+    assert (kept[0], kept[-1]) == (n, n - count)
+    assert kept == sorted(kept, reverse=True)
+    if 0 < count < n:
+        shares = [(before - after) / before for before, after in itertools.pairwise(kept)]
+        slack = 2.0 / kept[-1]
+        assert all(later <= earlier + slack for earlier, later in itertools.pairwise(shares))
 
 
 def test_greedy_with_one_weight_a_drop_is_the_dense_method() -> None:
@@ -118,6 +132,20 @@ def test_exchanges_lower_the_objective_and_keep_the_count(seed: int) -> None:
     assert falls == sorted(falls, reverse=True)
     again = joint_search(ChannelProgram(block), found.keep)
     assert again.value <= found.value
+
+
+def test_exchanges_end_with_the_first_round_that_brings_less_than_asked_for() -> None:
+    block = channel_block(seed=2)
+    start = without_lowest(magnitude(block), 22)
+    everything, once = (joint_search(ChannelProgram(block), start, tolerance=t) for t in (0.0, 0.99))
+    assert len(once.trace) == 1 < len(everything.trace)
+    assert everything.value < once.value < once.initial_value
+    values = [everything.initial_value, *(point.objective for point in everything.trace)]
+    falls = [(before - after) / abs(before) for before, after in itertools.pairwise(values)]
+    asked = 0.5 * (min(falls) + max(falls))
+    some_of_them = joint_search(ChannelProgram(block), start, tolerance=asked)
+    rounds = next(number for number, fall in enumerate(falls, 1) if fall <= asked)
+    assert len(some_of_them.trace) == rounds
 
 
 def test_limits_are_kept_and_named() -> None:
