@@ -200,9 +200,7 @@ class Asked:
     resources: Resources
 
 
-def requested(
-    recipe: str | None, sparsity: float | None, seed: int | None, assignments: list[str]
-) -> Asked:
+def requested(recipe: str | None, sparsity: float | None, seed: int | None, assignments: list[str]) -> Asked:
     """Return what the options ask for: a recipe, and the fields that were set over it.
 
     A name stays one; without a name or file, fields that say how are set over a plain recipe.

@@ -55,5 +55,5 @@ class Drawing:
                 yield from cut(read(self._data), size=None if whole else size, device=device)
                 continue
             order = self._rest[torch.randperm(len(self._rest), generator=torch.Generator().manual_seed(seed))]
-            for index in order.split(UNCUT_BATCH if objective.in_batches else size):
+            for index in torch.split(order, UNCUT_BATCH if objective.in_batches else size):
                 yield self._pick(index).to(device)

@@ -37,8 +37,9 @@ class Rate:
     """A learning rate by the scale of the problem, so that it means the same for every network.
 
     `kind`: "momentum" for Nesterov's method, at `value` over the largest eigenvalue of the Fisher matrix;
-    "newton" for the same with gradients times the inverse of the Fisher matrix of the stage, damped by `value`
-    times that eigenvalue; "adam" for Adam, at `value` times the root mean square of the kept weights, the share by which a step changes them.
+    "newton" for the same with gradients times the inverse of the Fisher matrix of the stage, damped by
+    `value` times that eigenvalue; "adam" for Adam, at `value` times the root mean square of the kept weights,
+    which is the share that a step changes.
     """
 
     kind: str
@@ -105,7 +106,7 @@ class Descent:
         return result
 
     def run(
-        self, batches: Iterator[Batch], *, samples: int, batch_size: int, advance: Callable[[int], None]
+        self, batches: Iterator[Batch], *, samples: int, batch_size: int, advance: Callable[[int], object]
     ) -> int:
         """Take steps over so many samples, less if weights run away; return how many were differentiated.
 
@@ -121,7 +122,9 @@ class Descent:
         model, partition, objective = self._network
         return NetworkFunction(model, partition, objective, weights)
 
-    def _step(self, batches: Iterator[Batch], size: int, rate: float, advance: Callable[[int], None]) -> int:
+    def _step(
+        self, batches: Iterator[Batch], size: int, rate: float, advance: Callable[[int], object]
+    ) -> int:
         """Take one step by the gradient over `size` samples at least; return how many they were."""
         _, partition, objective = self._network
         self._flat[self._keep] = self._theta.detach()
@@ -182,7 +185,7 @@ class FineTuner:
         rate: Rate | None,
         samples: int,
         loss: Callable[[Tensor], float],
-        advance: Callable[[int], None],
+        advance: Callable[[int], object],
     ) -> FineTuned:
         """Go down from `weights` (n,) float64: a little at several rates, then on at the best one.
 
@@ -235,7 +238,7 @@ class FineTuner:
         model: StageModel,
         curvature: float,
         samples: int,
-        advance: Callable[[int], None],
+        advance: Callable[[int], object],
     ) -> tuple[Tensor, int]:
         """Return where steps over so many samples lead to, and how many samples were differentiated."""
         descent = Descent(
