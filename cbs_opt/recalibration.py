@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from cbs_opt.errors import NoBatchNormError
+from cbs_opt.errors import EmptyDataError, NoBatchNormError
 from cbs_opt.network.batchnorm import BatchNorm, recalibrate_batchnorm
 from cbs_opt.network.data import Data, device_of, iterate
 from cbs_opt.network.evaluation import evaluate
@@ -31,7 +31,8 @@ def recalibrated(task: Task, best: Candidate, sample: Sample) -> tuple[Candidate
         return best, ""
     try:
         new, used = _estimated(task, task.data, best, SAMPLES * sum(batch.size for batch in sample))
-    except NoBatchNormError:
+    except (NoBatchNormError, EmptyDataError):
+        # Nothing to estimate, or a single sample to do it from.
         return best, ""
     old = {name: buffer.detach().clone() for name, buffer in task.model.named_buffers() if name in new}
 

@@ -70,8 +70,8 @@ TIERS = {
     ),
     "balanced": Tier(
         row_work=0.8e12,
-        rows=500,
-        most_per_row=8,
+        rows=320,
+        most_per_row=12,
         tuning_work=1.6e12,
         passes=5.0,
         kept=0.08,
@@ -80,8 +80,8 @@ TIERS = {
     ),
     "best": Tier(
         row_work=4e12,
-        rows=500,
-        most_per_row=8,
+        rows=320,
+        most_per_row=12,
         tuning_work=5e13,
         passes=30.0,
         kept=0.6,

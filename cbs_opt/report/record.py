@@ -146,14 +146,15 @@ class PruneReport:
 
     @property
     def label(self) -> str:
-        """Short name of the run for legends: method, program, layer-input term, update.
+        """Short name of the run for legends: method, program, layer-input term, update, fine-tuning.
 
         The program is named where the method looks at it, and is not "selection".
         """
         marks = ["joint"] if self.program == "joint" and self.kind != "saliency" else []
         marks += ["layer inputs"] if self.layer_inputs else []
         name = f"{self.method} ({', '.join(marks)})" if marks else self.method
-        return f"{name} + update" if self.update else name
+        name += " + update" if self.update else ""
+        return f"{name} + fine-tuning" if any(record.rate_kind for record in self.stages) else name
 
     @property
     def recipe(self) -> str:

@@ -133,6 +133,8 @@ class Descent:
         used, mass = 0, 0.0
         while used < size:
             batch = next(batches)
+            if not objective.in_batches and batch.size > size - used:
+                batch = batch.take(slice(size - used))
             function.settle(batch)
             mass += add_gradient(total, function, partition, batch)
             used += batch.size

@@ -106,7 +106,7 @@ class StagedRun:
                 self.task.done.forget_steps()
                 self._announce()
                 advance(1)
-        last = self.state.records[-1]
+        last = [record for record in self.state.records if not record.rate_kind][-1]
         return Candidate(
             choices=[Choice(keep=self.state.keep[s.start : s.stop]) for s in self.task.partition.blocks],
             weights=self.state.weights,
@@ -114,7 +114,7 @@ class StagedRun:
             recipe=self.task.recipe,
             damping=last.damping,
             scale=last.update_scale,
-            loss=last.loss,
+            loss=self.state.records[-1].loss,
         )
 
     def _next_stage(self, state: StageState) -> StageState:
