@@ -176,7 +176,9 @@ def _finished(
     bound = first.lower_bound(problem)
     if bound >= stop.cutoff or stop.out_of_time():
         return first
-    second, keep = relax_with_split(problem, pool.program, pool.objective, 0, start=first.point)
+    second, keep = relax_with_split(
+        problem, pool.program, pool.objective, 0, stopped=stop.out_of_time, start=first.point
+    )
     pool.offer(keep)
     return second if second.lower_bound(problem) > bound else first
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,13 @@ from formulations.models.building import BuildingStopped
 from formulations.models.translation import standard_form
 from formulations.outer_approximation import outer_approximation
 from formulations.problem import PROGRAMS
-from formulations.relaxations import lower_bound
+from formulations.relaxations import ascent, lower_bound
+from formulations.relaxations.capped_simplex import relax_selection
+from formulations.relaxations.capped_simplex_kernels import METRIC_FLOOR, METRIC_SHARE, solve_capped_simplex
+from formulations.relaxations.perspective import relax_joint
+from formulations.relaxations.perspective_kernels import solve_perspective
+from formulations.relaxations.split_relaxation import joint_split, selection_shift
+from formulations.solution import never
 from formulations.solvers import solve_with
 from formulations.verification import Verdict
 from formulations.watched import run_watched
@@ -150,6 +158,73 @@ def test_a_certificate_of_the_other_program_is_no_bound(nodes):
     solution = branch_and_bound(problem, "joint", limits=limits, incumbent=start)
     assert solution.certificate.program == "joint"
     assert solution.bound <= branch_and_bound(problem, "joint").objective < start.bound
+
+
+def relaxed(problem, program, stopped=never):
+    form = dense_form(problem, program)
+    if program == "joint":
+        return relax_joint(form, problem.n_keep, joint_split(problem, form), stopped=stopped)
+    return relax_selection(form, problem.n_prune, selection_shift(problem, form), stopped=stopped)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_relaxation_cut_into_calls_ends_in_the_same_bits(program, monkeypatch):
+    steps = 0
+    for seed in range(6):
+        problem = gaussian(24, 10, seed, damping=0.01)
+        whole = relaxed(problem, program)
+        monkeypatch.setattr(ascent, "WORK_A_LOOK", 1.0)
+        cut = relaxed(problem, program)
+        monkeypatch.undo()
+        for one, other in zip(whole, cut, strict=True):
+            np.testing.assert_array_equal(one, other)
+        kernel = solve_perspective if program == "joint" else solve_capped_simplex
+        steps += cut_steps(problem, program, kernel)
+    # Some go beyond the first climb, into ADMM.
+    assert steps > 0
+
+
+def cut_steps(problem, program, kernel):
+    """Steps of ADMM that the kernel which is not cut takes on the same relaxation."""
+    form = dense_form(problem, program)
+    if program == "joint":
+        root = np.sqrt(joint_split(problem, form))
+        smooth = form.matrix / root[:, None] / root
+        smooth[np.diag_indices(problem.n)] -= 1.0
+        return kernel(smooth, form.linear / root, problem.n_keep, np.zeros(problem.n), np.inf, 300, 1e-5)[3]
+    shift = selection_shift(problem, form)
+    smooth = form.matrix - np.diag(shift)
+    metric = METRIC_SHARE * (np.diagonal(form.matrix) + METRIC_FLOOR)
+    start = np.full(problem.n, problem.n_prune / problem.n)
+    return kernel(smooth, form.linear + 0.5 * shift, problem.n_prune, metric, start, np.inf, 300, 1e-5)[3]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_relaxation_is_stopped_between_its_steps_and_rises_with_them(program, monkeypatch):
+    monkeypatch.setattr(ascent, "WORK_A_LOOK", 1.0)
+    problem = gaussian(24, 10, damping=0.01)
+    optimum = branch_and_bound(problem, program).objective / dense_form(problem, program).scale
+    bounds = []
+    for looks_left in (0, 1, 2, 4, 8, 1_000):
+        answers = itertools.chain([False] * looks_left, itertools.repeat(True))
+        bounds.append(relaxed(problem, program, lambda ahead=0.0, answers=answers: next(answers))[0])
+    assert bounds == sorted(bounds)
+    assert bounds[0] < bounds[-1] <= optimum
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(10.0, 2), (10.5, 3), (0.0, 0)])
+def test_no_step_is_begun_of_which_less_than_half_fits(seconds, steps, monkeypatch):
+    now, taken = [0.0], []
+
+    def advance(state, inverse, work):
+        taken.append(work)
+        now[0] += 4.0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    state = SimpleNamespace(linear=np.zeros(3), counts=np.full(4, ascent.CLIMBING))
+    stopped = partial(Limits(time_limit=seconds).out_of_time, 0.0)
+    ascent.ascend(state, advance, lambda _: np.zeros((3, 3)), stopped)
+    assert len(taken) == steps
 
 
 @pytest.mark.parametrize("rows", [20, 700])
