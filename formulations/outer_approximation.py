@@ -184,7 +184,8 @@ def outer_approximation(
     Returns
     -------
     BlockSolution
-        With the bound of the last master, lowered by HiGHS's tolerances.
+        With the bound of the last master, lowered by HiGHS's tolerances. Ctrl-C returns the best set and the
+        bound so far with `Limit.INTERRUPTED`.
 
     Raises
     ------
@@ -206,7 +207,10 @@ def outer_approximation(
         return only_set(problem, known, limits, began)
     if limits.out_of_time(began):
         return conclude(problem, known, limits, began, limit=Limit.TIME)
-    known, roots = _root(problem, known, limits, began)
+    try:
+        known, roots = _root(problem, known, limits, began)
+    except KeyboardInterrupt:
+        return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)
     floor = max(roots, key=lambda root: -math.inf if root.bound is None else root.bound)
     if limits.out_of_time(began):
         bound, evidence = floor.bound, floor.certificate
@@ -331,7 +335,6 @@ def _integer_phase(search: _Search) -> str:
         )
         search.rounds += 1
         search.nodes += result.nodes
-        search.interrupted = result.interrupted
         if result.status == "Infeasible":
             # No set beats the best one by more than the wanted gap, which the master excluded.
             search.raise_bound(search.value - 0.5 * search.wanted_gap - search.error)
@@ -387,4 +390,6 @@ def _solve_master(
         seed=search.limits.seed,
         on_point=None if proposals is None else proposals.append,
     )
-    return run_milp(milp, controls)
+    result = run_milp(milp, controls)
+    search.interrupted |= result.interrupted
+    return result

@@ -1,6 +1,7 @@
 """A limit may come at any moment: what is returned then is honest, and the clock is looked at often."""
 
 import dataclasses
+import importlib
 import itertools
 import os
 import signal
@@ -21,8 +22,8 @@ from formulations.enumeration import enumerate_optimum
 from formulations.errors import UnsupportedProblemError
 from formulations.factorisation import BLOCKED_FROM, cholesky_factor
 from formulations.incumbents import greedy, greedy_keep, swap_search
-from formulations.models import MODELS
-from formulations.models.building import BuildingStopped
+from formulations.models import MODELS, scaling
+from formulations.models.building import BuildingStopped, undivided
 from formulations.models.translation import standard_form
 from formulations.outer_approximation import outer_approximation
 from formulations.problem import PROGRAMS
@@ -33,7 +34,8 @@ from formulations.relaxations.perspective import relax_joint
 from formulations.relaxations.perspective_kernels import solve_perspective
 from formulations.relaxations.split_relaxation import joint_split, selection_shift
 from formulations.solution import never
-from formulations.solvers import solve_with
+from formulations.solvers import available_solvers, solve_with
+from formulations.solvers.pyomo_bridge import SOLVERS
 from formulations.verification import Verdict
 from formulations.watched import run_watched
 from tests.formulations.blocks import KINDS, block
@@ -286,6 +288,37 @@ def test_models_are_given_up_while_they_are_built(name, caplog):
     assert not caplog.records
 
 
+def test_a_step_of_building_that_ends_too_late_is_named():
+    answers = iter([False, True])
+    with pytest.raises(BuildingStopped, match=r"^a factor of H took \d+[.]\d\d s, within"):
+        undivided("a factor of H", lambda: 3, lambda: next(answers))
+    with pytest.raises(BuildingStopped, match=r"^$"):
+        undivided("a factor of H", pytest.fail, lambda: True)
+    assert undivided("a factor of H", lambda: 3, lambda: False) == 3
+
+
+@pytest.mark.parametrize("largest", [5, 600])
+def test_the_rows_of_a_large_block_are_a_factor_of_what_its_split_leaves(largest, monkeypatch):
+    monkeypatch.setattr(scaling, "EIGENVALUES_LARGEST", largest)
+    problem = gaussian(12, 7)
+    block = scaling.scale_block(problem)
+    split = scaling.diagonal_split(block)
+    factor = scaling.low_rank_factor(problem, block, split)
+    assert factor.shape[0] == 7
+    np.testing.assert_allclose(factor.T @ factor, block.hessian - np.diag(split), atol=1e-10)
+    # More rows than weights are longer than the eigenvectors.
+    tall = gaussian(7, 12)
+    block = scaling.scale_block(tall)
+    assert scaling.low_rank_factor(tall, block, scaling.diagonal_split(block)).shape[0] <= 7
+
+
+def test_the_interfaces_of_pyomo_are_found_before_it_is_used(monkeypatch):
+    factory = importlib.import_module("pyomo.contrib.solver.common.factory").SolverFactory
+    monkeypatch.setattr(factory, "_cls", {})
+    assert factory("highs") is None
+    assert SOLVERS["highs"].info().available
+
+
 @pytest.mark.parametrize(("solver", "program"), [("highs", "selection"), ("mathopt", "joint")])
 def test_a_solver_whose_model_comes_too_late_is_not_started(solver, program, looks):
     problem = gaussian(10, 8)
@@ -327,7 +360,8 @@ def test_watched_work_is_asked_to_stop_and_then_left_to_itself(obeys):
 CALL = """
 import os, signal, sys, threading, time
 from formulations import Limits
-from formulations.solvers import solve_with
+from formulations.solvers import available_solvers, solve_with
+from formulations.solvers.pyomo_bridge import SOLVERS
 from tests.formulations.test_limits import gaussian
 solver, program = sys.argv[1:]
 solve_with(solver, gaussian(6, 4), program, limits=Limits(time_limit=20.0))
@@ -340,9 +374,18 @@ print(solution.limit.value, time.perf_counter() - began)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("solver", ["highs", "cp_sat", "scipy_milp", "mathopt", "scip"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        *("highs", "cp_sat", "scipy_milp", "mathopt", "scip", "gurobi"),
+        *("pyomo:highs", "pyomo:scip", "pyomo:gurobi"),
+    ],
+)
 def test_ctrl_c_reaches_every_solver(solver):
-    program = "joint" if solver in ("mathopt", "scip") else "selection"
+    if not next(info.available for info in available_solvers() if info.name == solver):
+        pytest.skip(f"{solver} is not installed")
+    selection = ("highs", "cp_sat", "scipy_milp", "pyomo:highs")
+    program = "selection" if solver in selection else "joint"
     done = subprocess.run(
         [sys.executable, "-c", CALL, solver, program], capture_output=True, text=True, timeout=300, check=True
     )
