@@ -16,7 +16,7 @@ from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool, descend, greedy_keep, kicked
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, check_program
-from formulations.relaxations.bounds import root_bounds
+from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.only_set import has_one_set, only_set_certificate
 from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats
@@ -135,10 +135,10 @@ def _first_bound(pool: IncumbentPool, limits: Limits, started: float) -> BlockSo
     """Return what `lower_bound` makes of a large block, whose dense form and greedy set take longer."""
     if pool.problem.n <= SPLIT_LARGEST or limits.out_of_time(started):
         return None
-    pool.offer_magnitude_if_empty()
-    known = pool.solution(method="branch_and_bound")
+    # The bound comes before any set, so that it has all the time that `lower_bound` would have.
     limits = replace(limits.left(started), iteration_limit=None)
-    first = next(root_bounds(pool.problem, pool.program, limits=limits, incumbent=known))
+    first = lower_bound(pool.problem, pool.program, limits=limits)
+    pool.offer_magnitude_if_empty()
     assert first.keep is not None
     pool.offer(first.keep)
     return first
