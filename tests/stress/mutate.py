@@ -83,13 +83,13 @@ EQUIVALENT = {
     "point[i] < -ON_BOUND -> point[i] <= -ON_BOUND": STEERS,
     f"{RELAXATIONS}perspective_kernels.py:move_support: "
     "level * (1.0 + 1e-10) -> level / (1.0 + 1e-10)": STEERS,
-    f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: "
+    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: "
     "-0.5 * np.dot(solved, product) -> np.dot(solved, product)": PREFILTER,
-    f"{RELAXATIONS}perspective_kernels.py:solve_perspective: dual_value(solved, product, linear, ones, size) "
+    f"{RELAXATIONS}perspective_kernels.py:admm_step: dual_value(solved, product, linear, ones, size) "
     "-> dual_value(product, solved, linear, ones, size)": PREFILTER,
     f"{RELAXATIONS}capped_simplex_kernels.py:shift_slopes: max(SLOPE_FLOOR * slopes.max(), 1e-12) -> "
     "max(1e-12, SLOPE_FLOOR * slopes.max())": SAME,
-    f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: OVER_RELAXATION * solved - "
+    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: OVER_RELAXATION * solved - "
     "(OVER_RELAXATION - 1.0) * guess -> OVER_RELAXATION * solved": STEERS,
     f"{RELAXATIONS}capped_simplex_kernels.py:project_capped_simplex: range(BISECTIONS) -> "
     "range(BISECTIONS - 1)": "the interval is 2^-60 of its width either way",

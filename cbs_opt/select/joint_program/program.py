@@ -13,6 +13,7 @@ since ``[H_KK^-1]_ii = (1 - q_i) / damping`` and the Schur complement of j is ``
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,12 +47,14 @@ Kept = TypeVar("Kept", bound=Evaluated)
 class Program(ABC, Generic[Kept]):
     """The joint program of a block, as the searches see it.
 
-    `offset` is taken off at the end of an evaluation, which then has its rounding.
+    `offset` is taken off at the end of an evaluation, which then has its rounding. `made` is when making the
+    program began and ended, by `time.monotonic`, where that took an eigendecomposition.
     """
 
     block: FisherBlock
     anchor: Tensor
     offset: float
+    made: tuple[float, float] | None = None
 
     @property
     def n(self) -> int:
@@ -129,7 +132,10 @@ class JointProgram(Program[KeptSet]):
 
     def __init__(self, block: FisherBlock) -> None:
         plain = block.hessian.plain("this search of the joint program")
+        began = time.monotonic()
         self.rows, self.damping = plain.row_form(block.damping, block.name)
+        if self.rows is not plain.data:
+            self.made = began, time.monotonic()
         self.block = replace(block, hessian=RowsHessian(self.rows), damping=self.damping)
         weights, slope = block.weights.double(), block.slope
         self.anchor = weights - slope / self.damping

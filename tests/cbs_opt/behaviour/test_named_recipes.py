@@ -1,4 +1,4 @@
-"""Recipes by name: concrete for the network at hand, within their budget, refused or made smaller in words."""
+"""Recipes by name: concrete for the network at hand, within budgets, refused or smaller in words."""
 
 from __future__ import annotations
 
