@@ -69,10 +69,10 @@ TIERS = {
         scales=(0.5, 0.75, 1.0),
     ),
     "balanced": Tier(
-        row_work=0.8e12,
+        row_work=0.7e12,
         rows=320,
         most_per_row=12,
-        tuning_work=1.6e12,
+        tuning_work=1.3e12,
         passes=5.0,
         kept=0.08,
         drop=0.85,
