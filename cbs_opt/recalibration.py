@@ -40,13 +40,7 @@ def recalibrated(task: Task, best: Candidate, sample: Sample) -> tuple[Candidate
         return evaluate(task.trial(best.weights, statistics), sample, task.loss_fn).loss
 
     before = loss({})
-    tried = [
-        {
-            name: old[name].lerp(value, share) if value.is_floating_point() else value
-            for name, value in new.items()
-        }
-        for share in SHARES
-    ]
+    tried = [{name: old[name].lerp(value, share) for name, value in new.items()} for share in SHARES]
     losses = [loss(statistics) for statistics in tried]
     after = min(losses)
     found = (
@@ -74,6 +68,7 @@ def _estimated(task: Task, data: Data, best: Candidate, samples: int) -> tuple[d
             for path, module in task.model.named_modules()
             if _has_statistics(module)
             for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
         }
     return values, used
 

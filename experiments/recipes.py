@@ -1,0 +1,162 @@
+"""Test accuracy and cost of the recipes that users call by name, with no option but the name.
+
+    python -m experiments.recipes --network resnet20_cifar10 --recipes fast balanced --seeds 3
+
+Protocol
+--------
+- ``prune(model, (x, y), sparsity=s, recipe=name, seed=k)`` on the training images as they are; which weights
+may
+  go is that of the published tables (all of MLPNet, the 18 block convolutions of ResNet20), nothing else is
+  set. Everything else is chosen by the product on training samples.
+- The test set is read once a cell, whole. Processor seconds are those of `prune`, with one thread.
+- Each cell is appended to ``results.jsonl`` as it is done: the same command goes on where it was stopped.
+
+Exit codes: 0 done, 1 an error, 2 a usage error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import cbs_opt
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.recipe.named import NAMES, Named
+from cbs_opt.recipe.records import Weights
+from experiments.data_files import DATA_FILES
+from experiments.datasets import Dataset, load_dataset
+from experiments.ledger import Ledger, settings_key
+from experiments.networks import NETWORKS, load_network
+from experiments.published import ACCURACY
+from formulations.errors import CbsError
+
+DEFAULT_OUT = Path("runs/recipes")
+
+
+def settings(network: str, recipe: str, sparsity: float, seed: int, recalibrate: bool) -> dict[str, Any]:
+    """Return everything that decides a cell, as plain values."""
+    return {
+        "network": network,
+        "weights_sha256": DATA_FILES[f"{network}.safetensors"].sha256,
+        "target": NETWORKS[network].target,
+        "recipe": recipe,
+        "sparsity": sparsity,
+        "seed": seed,
+        "recalibrate": recalibrate,
+        "version": cbs_opt.__version__,
+    }
+
+
+def measure(cell: Mapping[str, Any], data: Dataset, data_dir: Path | None) -> dict[str, Any]:
+    """Prune a fresh copy of the network and evaluate it on the test set."""
+    network = load_network(cell["network"], data_dir)
+    weights = Weights(target=network.target, blocks="global")
+    began = time.process_time()
+    report = cbs_opt.prune(
+        network.model,
+        (data.train_x, data.train_y),
+        sparsity=cell["sparsity"],
+        recipe=Named(name=cell["recipe"], recalibrate=cell["recalibrate"], weights=weights),
+        seed=cell["seed"],
+        progress=False,
+    )
+    seconds = time.process_time() - began
+    after = evaluate(network.model, (data.test_x, data.test_y), torch.nn.functional.cross_entropy)
+    return {
+        **cell,
+        "accuracy": 100.0 * (after.accuracy or 0.0),
+        "test_loss": after.loss,
+        "n": report.n,
+        "n_prune": report.n_prune,
+        "samples": report.samples,
+        "processor_seconds": seconds,
+        "phase_seconds": dict(report.seconds),
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "choices": list(report.choices),
+        "notes": list(report.notes),
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table: a line a network and recipe, accuracy by sparsity, then the cost."""
+    sparsities = sorted({entry["sparsity"] for entry in results})
+    head = ["network", "recipe", *(f"{share:g}" for share in sparsities), "samples", "processor seconds"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    for (network, recipe), group in itertools.groupby(results, key=lambda e: (e["network"], e["recipe"])):
+        entries = list(group)
+        by_share = [[e["accuracy"] for e in entries if e["sparsity"] == share] for share in sparsities]
+        costs = [
+            _range([entry[name] for entry in entries], digits)
+            for name, digits in (("samples", 0), ("processor_seconds", 0))
+        ]
+        lines.append("| " + " | ".join([network, recipe, *map(_mean, by_share), *costs]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1)"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    low, high = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    root = argparse.ArgumentParser(prog="python -m experiments.recipes", description=__doc__)
+    root.formatter_class = argparse.RawDescriptionHelpFormatter
+    root.add_argument("--network", required=True, choices=list(NETWORKS))
+    root.add_argument("--recipes", nargs="+", choices=NAMES, default=list(NAMES))
+    root.add_argument("--sparsity", nargs="+", type=float, help="default: those of the published table")
+    root.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
+    root.add_argument("--keep-statistics", action="store_true", help="leave batch-norm statistics alone")
+    root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
+    root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = parser().parse_args(arguments)
+    published = ACCURACY.get(given.network, ACCURACY["resnet20_cifar10"])
+    shares = given.sparsity or sorted(published)
+    todo = [
+        settings(given.network, recipe, share, seed, not given.keep_statistics)
+        for seed, recipe, share in itertools.product(range(given.seeds), given.recipes, shares)
+    ]
+    ledger = Ledger(given.out / "results.jsonl")
+    torch.set_num_threads(1)
+    try:
+        spec = NETWORKS[given.network]
+        data = load_dataset(spec.dataset, given.data, mean=spec.mean, std=spec.std)
+        for cell in tqdm(todo, desc="cells", disable=None):
+            key = settings_key(cell)
+            if key not in ledger:
+                ledger.add(key, measure(cell, data, given.data))
+    except CbsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    results = [ledger[settings_key(cell)] for cell in todo]
+    results.sort(key=lambda entry: (entry["network"], NAMES.index(entry["recipe"])))
+    text = table(results)
+    (given.out / f"{given.network}.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
