@@ -1,6 +1,11 @@
 """Change the code in one place at a time, and see whether the tests notice.
 
     python -m tests.stress.mutate [MODULE ...] --seed 0 --count 150
+    python -m tests.stress.mutate --texts FILE
+
+Mutants are drawn by a hash of what they change, not by their place: whoever is drawn on one commit is drawn
+on the next, unless newcomers fill the count. What survives is printed as `Mutant.text` says it; with
+``--texts``, a file of such lines, those mutants alone are run.
 
 A module is a file such as ``formulations/relaxations/certified.py``; by default all of `TESTS`. Each mutant
 runs the tests of its module in a copy of the packages, in a child process whose numba kernels are plain
@@ -18,7 +23,6 @@ import argparse
 import ast
 import copy
 import os
-import random
 import resource
 import shutil
 import sys
@@ -26,6 +30,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[2]
@@ -70,6 +75,7 @@ TESTS: dict[str, tuple[str, ...]] = {
 """Modules that are changed, and the tests that are to notice."""
 SECONDS = 100
 """Processor time after which a mutant counts as hung."""
+SURVIVED = "survived: "
 WANTED = 0.95
 """Share of the mutants that mean something which must be killed."""
 LARGER = "an allowance that is larger than it need be is as valid"
@@ -87,8 +93,6 @@ EQUIVALENT = {
     "-0.5 * np.dot(solved, product) -> np.dot(solved, product)": PREFILTER,
     f"{RELAXATIONS}perspective_kernels.py:solve_perspective: dual_value(solved, product, linear, ones, size) "
     "-> dual_value(product, solved, linear, ones, size)": PREFILTER,
-    f"{RELAXATIONS}capped_simplex_kernels.py:shift_slopes: max(SLOPE_FLOOR * slopes.max(), 1e-12) -> "
-    "max(1e-12, SLOPE_FLOOR * slopes.max())": SAME,
     f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: OVER_RELAXATION * solved - "
     "(OVER_RELAXATION - 1.0) * guess -> OVER_RELAXATION * solved": STEERS,
     f"{RELAXATIONS}capped_simplex_kernels.py:project_capped_simplex: range(BISECTIONS) -> "
@@ -255,8 +259,8 @@ def connective(node: ast.AST) -> ast.AST | None:
 
 
 def arguments_swapped(node: ast.AST) -> ast.AST | None:
-    """The first two arguments of a call exchanged."""
-    if isinstance(node, ast.Call) and len(node.args) > 1:
+    """The first two arguments of a call exchanged, unless it is the larger or the smaller one of them."""
+    if isinstance(node, ast.Call) and len(node.args) > 1 and _name(node.func) not in EXTREMES:
         node.args[0], node.args[1] = node.args[1], node.args[0]
         return node
     return None
@@ -431,12 +435,33 @@ def preload() -> None:
     import torch  # noqa: F401
 
 
-def sample(modules: Sequence[str], seed: int, count: int) -> list[Mutant]:
-    """Return mutants drawn from these modules, each in proportion to its size; all if there are fewer."""
-    everything = [mutant for module in modules for mutant in mutants(module)]
-    if len(everything) <= count:
-        return everything
-    return random.Random(seed).sample(everything, count)
+def sample(everything: Sequence[Mutant], seed: int, count: int) -> list[Mutant]:
+    """Return the `count` mutants whose hashes are least; all if there are fewer.
+
+    The hash is of the seed, the text and how many of the same text came before.
+    """
+    seen: Counter[str] = Counter()
+
+    def rank(mutant: Mutant) -> bytes:
+        seen[mutant.text] += 1
+        return sha256(f"{seed}:{seen[mutant.text]}:{mutant.text}".encode()).digest()
+
+    return sorted(everything, key=rank)[:count]
+
+
+def listed(everything: Sequence[Mutant], lines: Sequence[str]) -> list[Mutant]:
+    """Return the mutants whose texts these lines are, with or without ``survived:`` before them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such mutant.
+    """
+    texts = {line.removeprefix(SURVIVED).strip() for line in lines if line.strip()}
+    unknown = texts - {mutant.text for mutant in everything}
+    if unknown:
+        raise ValueError(f"no mutant has the text {min(unknown)!r}; take the lines that a run has printed")
+    return [mutant for mutant in everything if mutant.text in texts]
 
 
 def say(line: str) -> None:
@@ -466,7 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--named", action="store_true", help="those of `NAMED` instead")
-    parser.add_argument("--numbers", nargs="*", type=int, help="only these of those drawn")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="only the mutants named there, one a line")
     given = parser.parse_args(arguments)
     unknown = [module for module in given.modules if module not in TESTS]
     if unknown:
@@ -475,16 +500,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.named:
         return _named()
     counts: Counter[str] = Counter()
-    drawn = sample(given.modules, given.seed, given.count)
+    everything = [mutant for module in given.modules for mutant in mutants(module)]
+    texts = {mutant.text for mutant in everything}
+    stale = [text for text in EQUIVALENT if text.partition(":")[0] in given.modules and text not in texts]
+    if stale:
+        parser.error(f"no mutant is {stale[0]!r} any more; take it out of EQUIVALENT, or say it as it is now")
+    if given.texts is None:
+        drawn = sample(everything, given.seed, given.count)
+    else:
+        drawn = listed(everything, given.texts.read_text().splitlines())
     with tempfile.TemporaryDirectory() as folder:
         copied = Copy(Path(folder))
         needed = dict.fromkeys(test for mutant in drawn for test in TESTS[mutant.module])
         if not copied.passes(tuple(needed)):
             say("the tests fail on the code as it is")
             return 1
-        chosen = range(len(drawn)) if given.numbers is None else given.numbers
-        for number in chosen:
-            mutant = drawn[number]
+        for mutant in drawn:
             if mutant.text in EQUIVALENT:
                 result = "equivalent"
             else:
@@ -497,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if counts.total() % 10 == 0:
                 say(f"{counts.total()} done")
             if result == "survived":
-                say(f"{number} survived, line {mutant.line} ({mutant.operator.__name__}): {mutant.text}")
+                say(f"{SURVIVED}{mutant.text}")
     meaningful = counts["killed"] + counts["survived"]
     share = counts["killed"] / max(meaningful, 1)
     parts = ", ".join(f"{n} {result}" for result, n in sorted(counts.items()))
