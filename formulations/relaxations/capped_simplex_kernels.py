@@ -16,7 +16,7 @@ import numpy as np
 from formulations.compiled import INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
-from formulations.relaxations.perspective_kernels import ROUNDOFF
+from formulations.relaxations.perspective_kernels import ROUNDOFF, rises
 from formulations.relaxations.support_norm import copy_into, largest_sum
 
 NEWTON_PERIOD = 6
@@ -180,8 +180,10 @@ def climb_simplex(
 ) -> tuple[float, bool]:
     """Newton steps on moving active sets while they lead on; the best bound, whether optimal.
 
-    `best_point` and `best_slope` are replaced when the bound rises.
+    `best_point` and `best_slope` are replaced when the bound rises. Where the active entries are more than
+    the rank, a Newton point may be so large that its value is nothing but rounding: that is no rise.
     """
+    best_error = linearisation_rounding(smooth, linear, best_point, best_slope, count)
     newton = np.empty(linear.size)
     misses = 0
     while misses < NEWTON_MISSES:
@@ -192,9 +194,10 @@ def climb_simplex(
         slope = product + linear
         value = -0.5 * np.dot(newton, product) + smallest_sum(slope, count)
         misses += 1
-        if value > best:
+        error = linearisation_rounding(smooth, linear, newton, slope, count)
+        if rises(value, error, best, best_error):
             misses = 0
-            best = value
+            best, best_error = value, error
             copy_into(best_point, newton)
             copy_into(best_slope, slope)
         if best >= cutoff or move_places(newton, slope, multiplier, place) == 0:

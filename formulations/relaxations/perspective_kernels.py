@@ -25,6 +25,8 @@ NEWTON_MISSES = 4
 """Newton steps in a row that may fail to lift the bound before a climb is given up."""
 PATIENCE = 8
 """Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
+COARSER = 1e3
+"""A point whose rounding error is this many times that of the best one must gain as many times its own."""
 ROUNDOFF = 1.2e-16
 """A little above the unit roundoff of float64."""
 ZERO = 0
@@ -186,6 +188,12 @@ def move_support(
 
 
 @compiled
+def rises(value: float, error: float, best: float, best_error: float) -> bool:
+    """Whether a value lifts the best bound, and not by rounding that later points would have to beat."""
+    return bool(value > best and (error <= COARSER * best_error or value - best > COARSER * error))
+
+
+@compiled
 def climb_support(
     smooth: FloatArray,
     linear: FloatArray,
@@ -199,8 +207,10 @@ def climb_support(
 ) -> tuple[float, bool]:
     """Newton steps on moving active sets while they lead on; the best bound, whether optimal.
 
-    `best_point` and `best_residual` are replaced when the bound rises.
+    `best_point` and `best_residual` are replaced when the bound rises. Where the active entries are more than
+    the rank, a Newton point may be so large that its value is nothing but rounding: that is no rise.
     """
+    best_error = dual_rounding(smooth, linear, best_point, best_residual, size)
     newton = np.empty(linear.size)
     ones = np.ones(linear.size)
     misses = 0
@@ -212,9 +222,10 @@ def climb_support(
         residual = linear - product
         value = dual_value(newton, product, linear, ones, size)
         misses += 1
-        if value > best:
+        error = dual_rounding(smooth, linear, newton, residual, size)
+        if rises(value, error, best, best_error):
             misses = 0
-            best = value
+            best, best_error = value, error
             copy_into(best_point, newton)
             copy_into(best_residual, residual)
         if best >= cutoff or move_support(newton, residual, level, size, place, sign) == 0:

@@ -282,6 +282,9 @@ def test_a_diagonal_that_is_zero_or_negative_hides_nothing():
     ):
         problem = BlockProblem(weights=np.ones(2), hessian=np.array(hessian), damping=0.0, n_prune=1)
         assert math.isfinite(_dip(problem)) == known
+        rounding = selection_form(problem).rounding
+        assert rounding.fixed >= 0.0
+        assert math.isfinite(rounding.allowance(1.0)) == known
 
 
 @pytest.mark.parametrize("n", [1, 5, 40, 300])
