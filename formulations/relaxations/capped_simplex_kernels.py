@@ -177,11 +177,11 @@ def climb_simplex(
     best_point: FloatArray,
     best_slope: FloatArray,
     cutoff: float,
-) -> tuple[float, bool]:
-    """Newton steps on moving active sets while they lead on; the best bound, whether optimal.
+) -> tuple[float, float, bool]:
+    """Newton steps on moving active sets while they lead on; best bound, its rounding, whether optimal.
 
     `best_point` and `best_slope` are replaced when the bound rises. Where the active entries are more than
-    the rank, a Newton point may be so large that its value is nothing but rounding: that is no rise.
+    the rank, a Newton point may be so large that its value is nothing but rounding: see `rises`.
     """
     best_error = linearisation_rounding(smooth, linear, best_point, best_slope, count)
     newton = np.empty(linear.size)
@@ -189,7 +189,7 @@ def climb_simplex(
     while misses < NEWTON_MISSES:
         solved, multiplier = newton_simplex(smooth, linear, count, place, newton)
         if not solved:
-            return best, False
+            return best, best_error, False
         product = np.dot(smooth, newton)
         slope = product + linear
         value = -0.5 * np.dot(newton, product) + smallest_sum(slope, count)
@@ -201,8 +201,8 @@ def climb_simplex(
             copy_into(best_point, newton)
             copy_into(best_slope, slope)
         if best >= cutoff or move_places(newton, slope, multiplier, place) == 0:
-            return best, True
-    return best, False
+            return best, best_error, True
+    return best, best_error, False
 
 
 @entry(MATRIX, VECTOR, INTEGER, VECTOR, VECTOR, REAL, INTEGER, REAL)
@@ -243,7 +243,7 @@ def solve_capped_simplex(
     place = np.empty(n, dtype=np.int64)
     project_capped_simplex(best_point, metric, count, guess)
     places_of(guess, place)
-    best, done = climb_simplex(smooth, linear, count, place, best, best_point, best_slope, cutoff)
+    best, error, done = climb_simplex(smooth, linear, count, place, best, best_point, best_slope, cutoff)
     if done:
         return best, best_point, best_slope, 0
     shifted = smooth.copy()
@@ -260,21 +260,26 @@ def solve_capped_simplex(
         right_side = metric * (guess - dual) - linear
         solved = np.dot(inverse, right_side)
         product = right_side - metric * solved
-        value = -0.5 * np.dot(solved, product) + smallest_sum(product + linear, count)
-        if value > best:
-            # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
+        slope = product + linear
+        value = -0.5 * np.dot(solved, product) + smallest_sum(slope, count)
+        if rises(value, linearisation_rounding(smooth, linear, solved, slope, count), best, error):
+            # The product above rests on an inverse, and is as inexact; a bound needs a true one.
             product = np.dot(smooth, solved)
-            value = -0.5 * np.dot(solved, product) + smallest_sum(product + linear, count)
-        if value > best:
-            best = value
-            copy_into(best_point, solved)
-            copy_into(best_slope, product + linear)
+            slope = product + linear
+            value = -0.5 * np.dot(solved, product) + smallest_sum(slope, count)
+            blur = linearisation_rounding(smooth, linear, solved, slope, count)
+            if rises(value, blur, best, error):
+                best, error = value, blur
+                copy_into(best_point, solved)
+                copy_into(best_slope, slope)
         relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * guess
         project_capped_simplex(relaxed + dual, metric, count, guess)
         dual += relaxed - guess
         if steps % NEWTON_PERIOD == 0 or steps == max_steps:
             places_of(guess, place)
-            best, done = climb_simplex(smooth, linear, count, place, best, best_point, best_slope, cutoff)
+            best, error, done = climb_simplex(
+                smooth, linear, count, place, best, best_point, best_slope, cutoff
+            )
             scale = cutoff - best if cutoff < np.inf else abs(best)
             stalled = stalled + 1 if best - previous < tolerance * scale else 0
             previous = best

@@ -25,8 +25,8 @@ NEWTON_MISSES = 4
 """Newton steps in a row that may fail to lift the bound before a climb is given up."""
 PATIENCE = 8
 """Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
-COARSER = 1e3
-"""A point whose rounding error is this many times that of the best one must gain as many times its own."""
+UNLIKE = 1e3
+"""Two points whose rounding errors differ by more than this factor are compared by what they prove."""
 ROUNDOFF = 1.2e-16
 """A little above the unit roundoff of float64."""
 ZERO = 0
@@ -189,8 +189,10 @@ def move_support(
 
 @compiled
 def rises(value: float, error: float, best: float, best_error: float) -> bool:
-    """Whether a value lifts the best bound, and not by rounding that later points would have to beat."""
-    return bool(value > best and (error <= COARSER * best_error or value - best > COARSER * error))
+    """Whether a value lifts the best bound; where rounding errors are unlike, each value less its own."""
+    if max(error, best_error) > UNLIKE * min(error, best_error):
+        return bool(value - error > best - best_error)
+    return bool(value > best)
 
 
 @compiled
@@ -204,11 +206,11 @@ def climb_support(
     best_point: FloatArray,
     best_residual: FloatArray,
     cutoff: float,
-) -> tuple[float, bool]:
-    """Newton steps on moving active sets while they lead on; the best bound, whether optimal.
+) -> tuple[float, float, bool]:
+    """Newton steps on moving active sets while they lead on; best bound, its rounding, whether optimal.
 
     `best_point` and `best_residual` are replaced when the bound rises. Where the active entries are more than
-    the rank, a Newton point may be so large that its value is nothing but rounding: that is no rise.
+    the rank, a Newton point may be so large that its value is nothing but rounding: see `rises`.
     """
     best_error = dual_rounding(smooth, linear, best_point, best_residual, size)
     newton = np.empty(linear.size)
@@ -217,7 +219,7 @@ def climb_support(
     while misses < NEWTON_MISSES:
         solved, level = newton_support(smooth, linear, size, place, sign, newton)
         if not solved:
-            return best, False
+            return best, best_error, False
         product = np.dot(smooth, newton)
         residual = linear - product
         value = dual_value(newton, product, linear, ones, size)
@@ -229,8 +231,8 @@ def climb_support(
             copy_into(best_point, newton)
             copy_into(best_residual, residual)
         if best >= cutoff or move_support(newton, residual, level, size, place, sign) == 0:
-            return best, True
-    return best, False
+            return best, best_error, True
+    return best, best_error, False
 
 
 @compiled
@@ -286,7 +288,9 @@ def solve_perspective(
     place = np.empty(n, dtype=np.int64)
     sign = np.ones(n)
     name_places(best_point + best_residual, size, order, shrunk, place, sign)
-    best, done = climb_support(smooth, linear, size, place, sign, best, best_point, best_residual, cutoff)
+    best, error, done = climb_support(
+        smooth, linear, size, place, sign, best, best_point, best_residual, cutoff
+    )
     if done:
         return best, best_point, best_residual, 0
     shifted = smooth.copy()
@@ -303,21 +307,24 @@ def solve_perspective(
         right_side = linear + shrunk - dual
         solved = np.dot(inverse, right_side)
         product = right_side - solved
+        residual = linear - product
         value = dual_value(solved, product, linear, ones, size)
-        if value > best:
-            # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
+        if rises(value, dual_rounding(smooth, linear, solved, residual, size), best, error):
+            # The product above rests on an inverse, and is as inexact; a bound needs a true one.
             product = np.dot(smooth, solved)
+            residual = linear - product
             value = dual_value(solved, product, linear, ones, size)
-        if value > best:
-            best = value
-            copy_into(best_point, solved)
-            copy_into(best_residual, linear - product)
+            blur = dual_rounding(smooth, linear, solved, residual, size)
+            if rises(value, blur, best, error):
+                best, error = value, blur
+                copy_into(best_point, solved)
+                copy_into(best_residual, residual)
         relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * shrunk
         target = relaxed + dual
         name_places(target, size, order, shrunk, place, sign)
         dual += relaxed - shrunk
         if steps % NEWTON_PERIOD == 0 or steps == max_steps:
-            best, done = climb_support(
+            best, error, done = climb_support(
                 smooth, linear, size, place, sign, best, best_point, best_residual, cutoff
             )
             scale = cutoff - best if cutoff < np.inf else abs(best)
