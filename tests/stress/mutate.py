@@ -467,6 +467,7 @@ def preload() -> None:
     import hypothesis  # noqa: F401
     import numba  # noqa: F401
     import pytest  # noqa: F401
+    import scipy.optimize  # noqa: F401
     import torch  # noqa: F401
 
 
