@@ -68,7 +68,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cbs_opt/select/selection_program/dense.py": DENSE,
 }
 """Modules that are changed, and the tests that are to notice."""
-SECONDS = 100
+SECONDS = 50
 """Processor time after which a mutant counts as hung."""
 SURVIVED = "survived: "
 WANTED = 0.95
