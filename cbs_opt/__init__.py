@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from cbs_opt.curvature.run_size import RunSize
     from cbs_opt.execution.blocks import solve_blocks
     from cbs_opt.network.batchnorm import recalibrate_batchnorm
-    from cbs_opt.network.masks import apply_masks, load_masks, save_masks
+    from cbs_opt.network.masks import apply_masks, load_masks, masked, save_masks
     from cbs_opt.network.partition import Partition
     from cbs_opt.pruning import plan, prune, pruned
     from cbs_opt.recipe.files import load_recipe, load_request, save_recipe
-    from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Update, Weights, absolute
+    from cbs_opt.recipe.named import Named, balanced, best, fast
+    from cbs_opt.recipe.records import Certify, FineTuning, Recipe, Request, Stages, Update, Weights, absolute
     from cbs_opt.recipe.select import (
         OBD,
         OBS,
@@ -54,11 +55,21 @@ _MODULES = {
     "cbs_opt.curvature.run_size": ("RunSize",),
     "cbs_opt.execution.blocks": ("solve_blocks",),
     "cbs_opt.network.batchnorm": ("recalibrate_batchnorm",),
-    "cbs_opt.network.masks": ("apply_masks", "load_masks", "save_masks"),
+    "cbs_opt.network.masks": ("apply_masks", "load_masks", "masked", "save_masks"),
     "cbs_opt.network.partition": ("Partition",),
     "cbs_opt.pruning": ("plan", "prune", "pruned"),
     "cbs_opt.recipe.files": ("load_recipe", "load_request", "save_recipe"),
-    "cbs_opt.recipe.records": ("Certify", "Recipe", "Request", "Stages", "Update", "Weights", "absolute"),
+    "cbs_opt.recipe.named": ("Named", "balanced", "best", "fast"),
+    "cbs_opt.recipe.records": (
+        "Certify",
+        "FineTuning",
+        "Recipe",
+        "Request",
+        "Stages",
+        "Update",
+        "Weights",
+        "absolute",
+    ),
     "cbs_opt.recipe.select": (
         "Exact",
         "GradientNorm",
@@ -96,12 +107,14 @@ __all__ = [
     "EmpiricalFisher",
     "Exact",
     "ExactFisher",
+    "FineTuning",
     "GradientNorm",
     "GreedyOBS",
     "HardThreshold",
     "LossPreservation",
     "Magnitude",
     "MonteCarloFisher",
+    "Named",
     "Partition",
     "Progress",
     "PruneReport",
@@ -122,7 +135,10 @@ __all__ = [
     "apply_masks",
     "available_methods",
     "available_solvers",
+    "balanced",
+    "best",
     "compare",
+    "fast",
     "fisher_blocks",
     "gradient_rows",
     "load_masks",
@@ -130,6 +146,7 @@ __all__ = [
     "load_report",
     "load_request",
     "lower_bound",
+    "masked",
     "plan",
     "prune",
     "pruned",

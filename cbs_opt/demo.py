@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cbs_opt.budget.counts import checked_sparsity
 from cbs_opt.curvature.kinds import ExactFisher
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import Recipe, Update
 from cbs_opt.recipe.select import OBD, OBS, Magnitude, Select, SwapSearch
 from cbs_opt.report.record import PruneReport
@@ -31,15 +32,13 @@ BATCH_SIZE = 64
 class Contender:
     """One way of pruning that the demonstration compares."""
 
-    recipe: Recipe
+    recipe: Recipe | Named
     certify: bool = False
 
 
-def _contender(
-    select: Select, *, update: bool = True, layer_inputs: float = 0.0, certify: bool = False
-) -> Contender:
+def _contender(select: Select, *, update: bool = True, certify: bool = False) -> Contender:
     moves = Update() if update else None
-    recipe = Recipe(curvature=CURVATURE, layer_inputs=layer_inputs, select=select, update=moves)
+    recipe = Recipe(curvature=CURVATURE, layer_inputs=0.0, select=select, update=moves)
     return Contender(recipe=recipe, certify=certify)
 
 
@@ -49,7 +48,7 @@ CONTENDERS = (
     _contender(OBS(program="selection")),
     _contender(SwapSearch(program="selection")),
     _contender(SwapSearch(), certify=True),
-    _contender(SwapSearch(), layer_inputs=1.0),
+    Contender(recipe=Named()),
 )
 """The last one is what `prune` does by default."""
 

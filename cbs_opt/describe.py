@@ -53,7 +53,7 @@ def describe(
     """
     request, recipe, partition = task.request, best.recipe, task.partition
     curvature = recipe.curvature
-    after = task.trial(best.weights)
+    after = task.trial(best.weights, best.statistics)
     with task.clock.phase("evaluation"):
         passes = _evaluations(task, after, held_out)
         train_before, train_after, *measured = task.progress.collect("evaluation", passes, 4, unit="pass")
@@ -122,6 +122,7 @@ def describe(
         stages=() if state is None else state.records,
         left_out=partition.left_out,
         notes=(*task.notes, *_unseen(rows), *_without_gradient(rows, partition)),
+        choices=task.choices,
         warnings=tuple(warnings),
     )
 

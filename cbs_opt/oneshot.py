@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,7 +67,8 @@ class Task:
     """What a run works on, after its arguments were checked.
 
     `weights`: the trained weights, flat. `sample`: on which networks are compared; None without data. `done`:
-    what is kept on disk. `notes`: what was changed or left out before, for the report. `progress`: what is
+    what is kept on disk. `notes`: what was changed or left out before, for the report. `choices`: what the
+    recipe was chosen by, where the caller named one. `progress`: what is
     told how far the run is.
     """
 
@@ -81,6 +82,7 @@ class Task:
     sample: Sample | None
     progress: Progress = SILENT
     notes: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     done: RunProgress = field(default_factory=RunProgress)
     clock: Clock = field(default_factory=Clock)
 
@@ -93,9 +95,9 @@ class Task:
         """Evaluate a network on the sample."""
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
 
-    def trial(self, weights: Tensor) -> TrialNetwork:
-        """Return the network with flat `weights` (n,) in the place of its own."""
-        return TrialNetwork(self.model, self.partition, weights)
+    def trial(self, weights: Tensor, statistics: Mapping[str, Tensor] | None = None) -> TrialNetwork:
+        """Return the network with flat `weights` (n,), and buffers by name, in the place of its own."""
+        return TrialNetwork(self.model, self.partition, weights, statistics)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +105,7 @@ class Candidate:
     """One pruned network: its sets, its flat weights in float64, and what it was made with.
 
     `damping` is what was added to the diagonal. `loss` is the training loss, None where nothing was compared.
+    `statistics` are batch-norm buffers by name, where they were estimated anew.
     """
 
     choices: list[Choice]
@@ -112,6 +115,7 @@ class Candidate:
     damping: float
     scale: float | None
     loss: float | None = None
+    statistics: Mapping[str, Tensor] | None = None
 
     @property
     def rank(self) -> float:

@@ -44,9 +44,12 @@ from cbs_opt.oneshot import (
     take_rows,
     term_of,
 )
-from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights, recipe_by_name
+from cbs_opt.recalibration import recalibrated
+from cbs_opt.recipe.named import Named
+from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights
 from cbs_opt.recipe.select import GreedyOBS, SwapSearch
 from cbs_opt.report.record import PruneReport
+from cbs_opt.resolution import Scene, resolved
 from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import RunProgress
@@ -63,6 +66,8 @@ from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedPr
 
 logger = logging.getLogger(__name__)
 
+Result = tuple[Tensor, Mapping[str, Tensor], PruneReport]
+"""The weights of a run, its batch-norm statistics where they are new, and the record."""
 STAGE_DROPS = 3
 """Drops of joint greedy OBS in every stage, by default."""
 
@@ -72,7 +77,7 @@ def prune(
     data: Data | None,
     *,
     sparsity: float | Mapping[str, float],
-    recipe: Recipe | Sequence[Recipe] | str = "balanced",
+    recipe: Recipe | Sequence[Recipe] | Named | str = "balanced",
     loss_fn: LossFunction | None = None,
     stages: Stages | int | None = None,
     certify: Certify | bool = False,
@@ -100,10 +105,11 @@ def prune(
     sparsity : float or mapping of str to float
         Share of the eligible weights to remove, in [0, 1); met exactly, ``n_prune = round(sparsity * n)``. A
         mapping has the share of every parameter by glob, the first that matches; others are left as they are.
-    recipe : Recipe, sequence of Recipe, or str, default "balanced"
-        How to prune. Of several recipes, which may differ in all but the curvature and the weights, the
-        one with the lowest training loss wins; `Recipe.grid` makes them. A name is one of
-        `cbs_opt.recipe.records.NAMED`.
+    recipe : {"fast", "balanced", "best"}, Named, Recipe or sequence of Recipe, default "balanced"
+        How to prune. A name becomes a concrete recipe for this network, its loss and its data, which
+        ``report.recipe`` shows with what it was chosen by; `fast`, `balanced` and `best` make names with a
+        budget. Of several recipes, which may differ in all but the curvature and the weights, the one with
+        the lowest training loss wins; `Recipe.grid` makes them.
     loss_fn : callable, optional
         ``loss_fn(output, labels)``: the loss of a batch, of what the network returns; labels are None where
         there are none. A mean over samples or over those that count (class weights, ignored labels), a sum,
@@ -112,11 +118,13 @@ def prune(
         pixels or tokens; else that of the next token, of a causal network without labels.
     stages : Stages or int, optional
         Prune little by little: every stage takes gradient rows at the weights as they then are, selects,
-        and updates within a trust region. By default everything goes at once.
+        and updates within a trust region. By default as the named recipe has it; everything at once for
+        others.
     certify : Certify or bool, default False
         Bound the optimum of the recipe's program in every block from below, in float64 on the CPU, block
         after block, and report how far above it the chosen set can be at most. The sum over blocks
-        bounds the block-diagonal quadratic model of the loss: it says nothing about accuracy.
+        bounds the block-diagonal quadratic model of the loss: it says nothing about accuracy. A recipe by
+        name then has one stage and no fine-tuning.
     evaluate : DataLoader, iterable of (x, y), or pair of tensors (X, y), optional
         Held-out data to report loss and accuracy on, before and after. Never used for a choice.
     resources : Resources, optional
@@ -154,7 +162,11 @@ def prune(
     path("run_dir", run_dir)
     model = unwrapped(model)
     told = reporting(progress)
-    prepared = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed)
+    objective = Objective.of(loss_fn)
+    if isinstance(recipe, Named) and recipe.seconds is not None and run_dir is not None:
+        remedy = "give samples=, or leave run_dir out: what a time allows is different in every run"
+        raise ArgumentError("recipe.seconds", "given for a run that can be resumed", remedy)
+    prepared = _prepared(model, data, sparsity, recipe, stages, certify, resources, seed, objective)
     request, partition, resources = prepared.request, prepared.partition, prepared.resources
     with within("resources", "row_memory", "row_dir", memory="row_memory"):
         check_fits(prepared.size, prepared.free, prepared.remedy)
@@ -172,12 +184,13 @@ def prune(
             partition=partition,
             weights=partition.flatten(model),
             data=data,
-            loss_fn=Objective.of(loss_fn),
+            loss_fn=objective,
             request=request,
             resources=resources,
             sample=None,
             progress=told,
             notes=prepared.notes,
+            choices=prepared.choices,
         )
         passes = Passes(task)
         if data is not None:
@@ -201,8 +214,8 @@ def prune(
         result = _finished(task, staged)
         if result is None:
             result = _run(task, staged, evaluate, opened)
-        weights, report = result
-    write_back(model, partition, weights)
+        weights, statistics, report = result
+    write_back(model, partition, weights, statistics)
     return report
 
 
@@ -249,7 +262,8 @@ def plan(
     data: Data | None,
     *,
     sparsity: float | Mapping[str, float],
-    recipe: Recipe | Sequence[Recipe] | str = "balanced",
+    recipe: Recipe | Sequence[Recipe] | Named | str = "balanced",
+    loss_fn: LossFunction | None = None,
     stages: Stages | int | None = None,
     certify: Certify | bool = False,
     resources: Resources | None = None,
@@ -259,8 +273,9 @@ def plan(
 
     Parameters
     ----------
-    model, data, sparsity, recipe, stages, certify, resources, seed
-        As for `prune`; all are checked. No data are read, and the network is not run.
+    model, data, sparsity, recipe, loss_fn, stages, certify, resources, seed
+        As for `prune`; all are checked. For a recipe by name the network is run on a few samples; for others
+        no data are read, and the network is not run.
 
     Raises
     ------
@@ -272,15 +287,16 @@ def plan(
     >>> print(plan(model, (x, y), sparsity=0.9).summary())  # doctest: +SKIP
     """
     model = unwrapped(model)
-    return _prepared(model, data, sparsity, recipe, stages, certify, resources, seed).size
+    objective = Objective.of(loss_fn)
+    return _prepared(model, data, sparsity, recipe, stages, certify, resources, seed, objective).size
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
     """A run whose arguments were checked, with all defaults made concrete.
 
-    `notes` say what was changed or left out, `free` are the bytes of memory that it may take, and `remedy`
-    is what to do where it needs more.
+    `notes` say what was changed or left out, `choices` what a recipe by name was chosen by, `free` are the
+    bytes of memory that it may take, and `remedy` is what to do where it needs more.
     """
 
     request: Request
@@ -289,6 +305,7 @@ class _Prepared:
     size: RunSize
     free: int
     notes: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     remedy: str = ""
 
 
@@ -296,17 +313,22 @@ def _prepared(
     model: nn.Module,
     data: Data | None,
     sparsity: float | Mapping[str, float],
-    recipe: Recipe | Sequence[Recipe] | str,
+    recipe: Recipe | Sequence[Recipe] | Named | str,
     stages: Stages | int | None,
     certify: Certify | bool,
     resources: Resources | None,
     seed: int,
+    objective: Objective,
 ) -> _Prepared:
     """Check all arguments, make defaults concrete, and change what may be changed to fit the machine."""
     if resources is not None and not isinstance(resources, Resources):
         raise ArgumentError("resources", f"a {type(resources).__name__}", "pass a Resources record")
     resources = Resources() if resources is None else resources
-    recipes: Any = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    recipes: Any = recipe
+    choices: tuple[str, ...] = ()
+    if isinstance(recipe, str | Named):
+        named = Named(name=recipe) if isinstance(recipe, str) else recipe
+        recipes, stages, choices = _by_name(named, model, data, sparsity, stages, certify, objective)
     if isinstance(sparsity, Mapping):
         sparsity, recipes = _by_pattern(model, sparsity, Request(sparsity=0.0, recipes=recipes).recipes)
     request = Request(
@@ -333,7 +355,42 @@ def _prepared(
         rows.check(prepared.partition)
     _check_certifiable(prepared.request, prepared.partition)
     _check_searches(prepared.request, prepared.partition)
-    return replace(prepared, notes=(*prepared.size.changes, *dict.fromkeys(notes)))
+    return replace(prepared, notes=(*prepared.size.changes, *dict.fromkeys(notes)), choices=choices)
+
+
+def _by_name(
+    named: Named,
+    model: nn.Module,
+    data: Data | None,
+    sparsity: float | Mapping[str, float],
+    stages: Stages | int | None,
+    certify: Certify | bool,
+    objective: Objective,
+) -> tuple[tuple[Recipe, ...], Stages | None, tuple[str, ...]]:
+    """Return recipes and stages that a name stands for here, and what they were chosen by."""
+    weights = named.with_changes(Recipe(weights=named.weights)).weights
+    if isinstance(sparsity, Mapping):
+        sparsity = _by_pattern(model, sparsity, (Recipe(weights=weights),))[0]
+    target = checked_sparsity("sparsity", sparsity)
+    if data is None:
+        # Whether it can be done without is found out later.
+        recipe = named.with_changes(Recipe(weights=weights))
+        return (recipe,), Request(sparsity=target, stages=stages).stages, ()  # type: ignore[arg-type]
+    partition = _partition(model, weights, weights.blocks or weights.default_blocks)
+    found = resolved(
+        named,
+        Scene(
+            model=model,
+            data=data,
+            objective=objective,
+            partition=partition,
+            sparsity=target,
+            stages=Request(sparsity=target, stages=stages).stages,  # type: ignore[arg-type]
+            certify=certify is not False,
+            free=_free(model),
+        ),
+    )
+    return found.recipes, found.stages, found.choices
 
 
 def _by_pattern(
@@ -522,7 +579,7 @@ def _check_searches(request: Request, partition: Partition) -> None:
                 raise UnsupportedProblemError(f"select.{name}", found, "leave it out, or use layer_inputs=0")
 
 
-def _finished(task: Task, staged: StagedRun | None) -> tuple[Tensor, PruneReport] | None:
+def _finished(task: Task, staged: StagedRun | None) -> Result | None:
     """Return weights and report of a run that is finished, after all its stages were announced."""
     certify = task.request.certify
     result = task.done.finished(task.partition, None if certify is None else certify.block_dir)
@@ -531,21 +588,22 @@ def _finished(task: Task, staged: StagedRun | None) -> tuple[Tensor, PruneReport
     return result
 
 
-def _run(
-    task: Task, staged: StagedRun | None, held_out: Data | None, opened: ExitStack
-) -> tuple[Tensor, PruneReport]:
+def _run(task: Task, staged: StagedRun | None, held_out: Data | None, opened: ExitStack) -> Result:
     certify = task.request.certify
     if staged is not None:
-        best = staged.run()
+        best, note = recalibrated(task, staged.run(), staged.sample())
+        task = replace(task, notes=(*task.notes, note) if note else task.notes)
         report = describe(task, best, None, held_out, state=staged.state)
     else:
         rows = take_rows(task)
         if rows is not None and rows is not task.recipe.curvature:
             opened.callback(rows.close)
         best, model = one_shot(task, rows)
+        best, note = recalibrated(task, best, task.sample or [])
+        task = replace(task, notes=(*task.notes, note) if note else task.notes)
         report = describe(task, best, model, held_out)
         if certify is not None:
             report = certified(task, best, model, report)
     keeps_steps = certify is not None and certify.block_dir is not None
-    task.done.finish(best.weights, best.keep, report, steps_stay=keeps_steps)
-    return best.weights, report
+    task.done.finish(best.weights, best.keep, best.statistics or {}, report, steps_stay=keeps_steps)
+    return best.weights, best.statistics or {}, report

@@ -11,7 +11,7 @@ import numpy as np
 
 from formulations.dense_forms import DenseForm, dense_form
 from formulations.errors import ArgumentError, ShapeError
-from formulations.loss import objective, solved_weights, trivial_bound
+from formulations.loss import solved_weights, step_loss, trivial_bound
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import (
@@ -59,6 +59,7 @@ class IncumbentPool:
         if program == "joint":
             problem.require_definite()
         self.keep: BoolArray | None = None
+        self.weights: FloatArray | None = None
         self.objective = float("inf")
         if incumbent is not None and not isinstance(incumbent, BlockSolution):
             remedy = "pass a BlockSolution, or None"
@@ -70,10 +71,11 @@ class IncumbentPool:
         """Take `keep` if it is of the right size and better than what is here; whether it was taken."""
         if int(keep.sum()) != self.problem.n_keep:
             return False
-        value = objective(self.problem, keep, self.program)
+        weights = solved_weights(self.problem, keep, self.program)
+        value = step_loss(self.problem, weights - self.problem.weights)
         if self.keep is not None and not value < self.objective:
             return False
-        self.keep = keep.copy()
+        self.keep, self.weights = keep.copy(), weights
         self.objective = value
         return True
 
@@ -123,7 +125,7 @@ class IncumbentPool:
             limit = Limit.GAP
         return BlockSolution(
             keep=self.keep,
-            weights=solved_weights(self.problem, self.keep, self.program),
+            weights=self.weights,
             objective=self.objective,
             bound=proved,
             termination=termination,

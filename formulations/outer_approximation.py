@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,9 +27,9 @@ from formulations.milp import DUAL_TOLERANCE, Milp, MilpControls, MilpResult, ru
 from formulations.models.scaling import scale_block
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
-from formulations.relaxations.bounds import lower_bound
+from formulations.relaxations.bounds import root_bounds
 from formulations.relaxations.tightening import SPLIT_LARGEST
-from formulations.solution import BlockSolution, Certificate, Limit, Limits, TracePoint
+from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
 
 METHOD = "outer_approximation"
@@ -58,7 +59,6 @@ class _Search:
     nodes: int = 0
     rounds: int = 0
     interrupted: bool = False
-    certificate: Certificate | None = None
     trace: list[TracePoint] = field(default_factory=list)
 
     @property
@@ -184,7 +184,8 @@ def outer_approximation(
     Returns
     -------
     BlockSolution
-        With the bound of the last master, lowered by HiGHS's tolerances.
+        With the bound of the last master, lowered by HiGHS's tolerances. Ctrl-C returns the best set and the
+        bound so far with `Limit.INTERRUPTED`.
 
     Raises
     ------
@@ -206,11 +207,15 @@ def outer_approximation(
         return only_set(problem, known, limits, began)
     if limits.out_of_time(began):
         return conclude(problem, known, limits, began, limit=Limit.TIME)
-    known, root = _root(problem, known, limits, began)
+    try:
+        known, roots = _root(problem, known, limits, began)
+    except KeyboardInterrupt:
+        return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)
+    floor = max(roots, key=lambda root: -math.inf if root.bound is None else root.bound)
     if limits.out_of_time(began):
-        bound, evidence = root.bound, root.certificate
+        bound, evidence = floor.bound, floor.certificate
         return conclude(problem, known, limits, began, bound=bound, certificate=evidence, limit=Limit.TIME)
-    search = _prepared(problem, known, root, limits, began)
+    search = _prepared(problem, known, roots, limits, began)
     remark = ""
     try:
         if search.sources:
@@ -219,12 +224,16 @@ def outer_approximation(
     except KeyboardInterrupt:
         search.interrupted = True
     limit = None if search.done else search.stopped()
+    proved = search.bound * search.scale if math.isfinite(search.bound) else None
+    if proved is not None and floor.bound is not None:
+        # The way to scaled units and back is not exact.
+        proved = max(proved, floor.bound)
     return conclude(
         problem,
         search.best,
         limits,
         began,
-        bound=search.bound * search.scale if math.isfinite(search.bound) else None,
+        bound=proved,
         slack=search.error * search.scale,
         finished=limit is None,
         limit=limit,
@@ -235,41 +244,49 @@ def outer_approximation(
             "extra": {"cuts": len(search.cuts)},
         },
         trace=tuple(search.trace),
-        certificate=search.certificate,
+        certificate=floor.certificate,
     )
 
 
 def _root(
     problem: BlockProblem, known: BlockSolution, limits: Limits, began: float
-) -> tuple[BlockSolution, BlockSolution]:
-    """Return the known set improved, and the solution of the root relaxation, whichever is quicker first."""
+) -> tuple[BlockSolution, list[BlockSolution]]:
+    """Return the known set improved, and `root_bounds`, whichever is quicker first."""
     program = known.program
+    # Masters are what `iteration_limit` counts.
+    limits = replace(limits, iteration_limit=None)
     if problem.n > SPLIT_LARGEST:
-        root = lower_bound(problem, program, limits=limits.left(began), incumbent=known)
-        best = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=root)
+        roots = list(root_bounds(problem, program, limits=limits.left(began), incumbent=known))
+        start = _best((known, *roots))
+        best = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=start)
     else:
-        improved = swap_search(problem, program, limits=limits.left(began), incumbent=known)
-        best = root = lower_bound(problem, program, limits=limits.left(began), incumbent=improved)
-    return known_set(problem, program, METHOD, limits, best), root
+        best = swap_search(problem, program, limits=limits.left(began), incumbent=known)
+        roots = list(root_bounds(problem, program, limits=limits.left(began), incumbent=best))
+    return known_set(problem, program, METHOD, limits, _best((best, *roots))), roots
+
+
+def _best(solutions: Iterable[BlockSolution]) -> BlockSolution:
+    """Return the solution of least objective, the first of equals."""
+    return min(solutions, key=lambda solution: float(solution.objective))  # type: ignore[arg-type]
 
 
 def _prepared(
-    problem: BlockProblem, known: BlockSolution, root: BlockSolution, limits: Limits, began: float
+    problem: BlockProblem, known: BlockSolution, roots: list[BlockSolution], limits: Limits, began: float
 ) -> _Search:
-    """Seed the cuts with the set and the relaxation of the root."""
+    """Seed the cuts with the set, and with the relaxation of the root that knows a set where there is one."""
     program = known.program
     block = scale_block(problem)
     search = _Search(
         problem=problem,
-        sources=cut_sources(problem, block, program, root.certificate),
+        sources=cut_sources(problem, block, program, roots[-1].certificate),
         scale=block.objective_scale,
         limits=limits,
         began=began,
         best=known,
-        certificate=root.certificate,
     )
-    if root.bound is not None:
-        search.raise_bound(root.bound / search.scale)
+    for root in roots:
+        if root.bound is not None:
+            search.raise_bound(root.bound / search.scale)
     assert known.keep is not None
     search.visit((known.keep if search.one_means_kept else ~known.keep).astype(np.float64))
     return search
@@ -318,7 +335,6 @@ def _integer_phase(search: _Search) -> str:
         )
         search.rounds += 1
         search.nodes += result.nodes
-        search.interrupted = result.interrupted
         if result.status == "Infeasible":
             # No set beats the best one by more than the wanted gap, which the master excluded.
             search.raise_bound(search.value - 0.5 * search.wanted_gap - search.error)
@@ -374,4 +390,6 @@ def _solve_master(
         seed=search.limits.seed,
         on_point=None if proposals is None else proposals.append,
     )
-    return run_milp(milp, controls)
+    result = run_milp(milp, controls)
+    search.interrupted |= result.interrupted
+    return result

@@ -29,7 +29,9 @@ BOUND = {
         f"{SPLIT}:barrier_step",
         f"{NORM}:largest_sum",
         f"{NORM}:prox_support_norm",
-        f"{JOINT_BOUND}:solve_perspective",
+        f"{JOINT_BOUND}:begin_perspective",
+        f"{JOINT_BOUND}:advance_perspective",
+        f"{JOINT_BOUND}:invert_perspective",
         f"{JOINT_BOUND}:split_slopes",
     ),
     "selection": (
@@ -38,7 +40,9 @@ BOUND = {
         f"{SELECTION_BOUND}:project_capped_simplex",
         f"{SELECTION_BOUND}:shift_slopes",
         f"{SELECTION_BOUND}:smallest_sum",
-        f"{SELECTION_BOUND}:solve_capped_simplex",
+        f"{SELECTION_BOUND}:begin_simplex",
+        f"{SELECTION_BOUND}:advance_simplex",
+        f"{SELECTION_BOUND}:invert_simplex",
     ),
 }
 NODES = {

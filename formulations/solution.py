@@ -40,7 +40,15 @@ class Limit(enum.Enum):
     INTERRUPTED = "interrupted"
 
 
-def never() -> bool:
+class Stopped(Protocol):
+    """Asks whether the time is over, or will be in the seconds that a next step takes."""
+
+    def __call__(self, ahead: float = 0.0) -> bool:
+        """Whether to stop."""
+        ...
+
+
+def never(ahead: float = 0.0) -> bool:
     """No limit: the default of what asks whether to stop."""
     return False
 
@@ -91,9 +99,9 @@ class Limits:
                 # What is computed from a limit keeps its type: a kernel would be compiled for it.
                 object.__setattr__(self, limit.name, value.item())
 
-    def out_of_time(self, started: float) -> bool:
-        """Whether the time limit has passed since `started`, a reading of `time.perf_counter`."""
-        return self.time_limit is not None and time.perf_counter() - started >= self.time_limit
+    def out_of_time(self, started: float, ahead: float = 0.0) -> bool:
+        """Whether the limit, from a reading of `time.perf_counter` on, ends within `ahead` seconds."""
+        return self.time_limit is not None and time.perf_counter() - started + ahead >= self.time_limit
 
     def left(self, started: float, share: float = 1.0) -> Limits:
         """Return these limits for what begins now: with a share of the time that is left since `started`."""

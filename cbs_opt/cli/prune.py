@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +12,15 @@ from cbs_opt.cli.errors import GOES_ON, NOTHING_WRITTEN, Debug, field_option, re
 from cbs_opt.cli.tables import show
 
 if TYPE_CHECKING:
-    from cbs_opt.recipe.records import Request
+    from cbs_opt.recipe.named import Named
+    from cbs_opt.recipe.records import Recipe
     from cbs_opt.system.resources import Resources
 
-FLAGGED = ("select.method", "select.program", "curvature.samples", "damping", "stages.count")
+STAGES = "stages.count"
+FLAGGED = ("select.method", "select.program", "curvature.samples", "damping", STAGES)
 """Fields that have an option of their own."""
+WHAT = ("weights.", "recalibrate=", "seed=", "sparsity=")
+"""What fields begin with that say what is pruned, not how."""
 
 Model = Annotated[
     str,
@@ -53,7 +57,12 @@ Loss = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", help="fast, balanced, or FILE.toml such as the recipe.toml of a saved run.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="fast, balanced (the default), best, or FILE.toml such as the recipe.toml of a saved run. "
+        "Without one, options that say how start from a plain recipe of one stage.",
+    ),
 ]
 Fields = Annotated[
     list[str] | None,
@@ -119,7 +128,7 @@ def run(
     weights: Weights = None,
     evaluate: Evaluate = None,
     loss: Loss = None,
-    recipe: RecipeName = "balanced",
+    recipe: RecipeName = None,
     fields: Fields = None,
     method: Method = None,
     program: Program = None,
@@ -150,45 +159,61 @@ def run(
 
         values = (method, program, samples, damping, stages)
         typed = [f"{name}={value}" for name, value in zip(FLAGGED, values, strict=True) if value is not None]
-        request, resources = requested(recipe, sparsity, seed, typed + (fields or []))
+        asked = requested(recipe, sparsity, seed, typed + (fields or []))
         loading.require_free(out, force, resume)
         state = out / loading.STATE if resume and run_dir is None else run_dir
-        if save_blocks and not (certify or request.certify):
+        if save_blocks and not (certify or asked.certify):
             raise typer.BadParameter("it needs --certify", param_hint="--save-blocks")
         network = loading.load_network(model, weights, device)
         dtype = loading.dtype_of(network)
-        what: dict[str, Any] = {"sparsity": request.sparsity, "recipe": request.recipes}
-        what |= {"stages": request.stages, "resources": resources}
+        what: dict[str, Any] = {"sparsity": asked.sparsity, "recipe": asked.recipe}
+        what |= {"stages": asked.stages, "resources": asked.resources}
+        what |= {"loss_fn": None if loss is None else loading.load_loss(loss), "seed": asked.seed}
         if dry_run:
             size = plan(network, load_data(data, "--data", dtype), **what)
             show(size.to_dict(), [size.summary()], as_json)
             return
         with loading.block_directory(out, state, save_blocks) as block_dir:
-            record = request.certify or (CertifyRecord() if certify else None)
+            record = asked.certify or (CertifyRecord() if certify else None)
             report = prune(
                 network,
                 load_data(data, "--data", dtype),
                 **what,
-                loss_fn=None if loss is None else loading.load_loss(loss),
                 certify=False if record is None else replace(record, block_dir=block_dir),
                 evaluate=None if evaluate is None else load_data(evaluate, "--evaluate", dtype),
                 run_dir=state,
-                seed=request.seed,
             )
             loading.write_outputs(network, report, out, block_dir)
         show(report.to_dict(), [report.summary()], as_json)
         typer.echo(f"written to {out}", err=True)
 
 
-def requested(
-    recipe: str, sparsity: float | None, seed: int | None, assignments: list[str]
-) -> tuple[Request, Resources]:
-    """Return what the options ask for: a recipe, and the fields that were set over it."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the options ask for, as `cbs_opt.prune` takes it."""
+
+    sparsity: float
+    recipe: Named | tuple[Recipe, ...]
+    stages: Any
+    certify: Any
+    seed: int
+    resources: Resources
+
+
+def requested(recipe: str | None, sparsity: float | None, seed: int | None, assignments: list[str]) -> Asked:
+    """Return what the options ask for: a recipe, and the fields that were set over it.
+
+    A name stays one; without a name or file, fields that say how are set over a plain recipe.
+    """
     from cbs_opt.errors import RecipeFileError
     from cbs_opt.recipe.files import load_request, with_fields
-    from cbs_opt.recipe.records import Request, recipe_by_name
+    from cbs_opt.recipe.named import Named
+    from cbs_opt.recipe.records import Request
 
-    if recipe.endswith(".toml"):
+    ours = [entry for entry in assignments if not entry.startswith("resources.")]
+    resources = resources_of([entry for entry in assignments if entry not in ours])
+    how = [entry for entry in ours if not entry.startswith((*WHAT, f"{STAGES}="))]
+    if recipe is not None and recipe.endswith(".toml"):
         try:
             request = load_request(recipe, sparsity=sparsity)
         except RecipeFileError as error:
@@ -196,12 +221,29 @@ def requested(
             raise typer.BadParameter(message, param_hint="--recipe") from error
     elif sparsity is None:
         raise typer.BadParameter("give one, or a recipe file that has one", param_hint="--sparsity")
+    elif recipe is not None or not how:
+        counts = [entry for entry in ours if entry.startswith(f"{STAGES}=")]
+        stages = with_fields(Request(sparsity=sparsity), counts).stages
+        changes = tuple(entry for entry in ours if entry not in counts)
+        return Asked(
+            sparsity=sparsity,
+            recipe=Named(name=recipe or "balanced", changes=changes),
+            stages=None if stages is None else stages.count,
+            certify=None,
+            seed=seed or 0,
+            resources=resources,
+        )
     else:
-        request = Request(sparsity=sparsity, recipes=(recipe_by_name(recipe),))
-    ours = [entry for entry in assignments if not entry.startswith("resources.")]
+        request = Request(sparsity=sparsity)
     request = with_fields(request, ours)
-    request = request if seed is None else replace(request, seed=seed)
-    return request, resources_of([entry for entry in assignments if entry not in ours])
+    return Asked(
+        sparsity=request.sparsity,
+        recipe=request.recipes,
+        stages=request.stages,
+        certify=request.certify,
+        seed=request.seed if seed is None else seed,
+        resources=resources,
+    )
 
 
 def resources_of(assignments: list[str]) -> Resources:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from cbs_opt.curvature.gradients import (
     Gradients,
     NetworkFunction,
+    Signs,
     probe,
     require_classifier,
     require_evaluation_mode,
@@ -78,8 +80,10 @@ def gradient_rows(
         A loader is read in its own order; of a pair of tensors the samples are drawn without
         replacement. If there are fewer, all are used and a warning is logged.
     loss_fn : callable or None
-        ``loss_fn(output, labels)``, see `prune`. Any loss for the empirical Fisher; the others take the
-        network's softmax as its distribution over classes, whose loss is cross-entropy, and use `loss_fn`
+        ``loss_fn(output, labels)``, see `prune`. Any loss for the empirical Fisher. The sketched one takes
+        cross-entropy (over positions and tokens too), squared error and binary cross-entropy with logits,
+        which it tells by their values. Of classifiers with another loss, and for the other kinds, the
+        network's softmax is its distribution over classes, whose loss is cross-entropy; `loss_fn` is used
         for the gradient and for how much each sample counts.
     partition : Partition
         The weights, n of them.
@@ -127,7 +131,7 @@ def gradient_rows(
     DataLoaderError, BatchFormatError, EmptyDataError, LabelRangeError
         If the data cannot be read or does not fit the network.
     UnsupportedProblemError
-        If the curvature needs a classifier and the network is none.
+        If the curvature needs a classifier, or a loss of a certain form, and there is none.
     RowMemoryError, RowStoreError
         If the rows of the largest block alone exceed `row_memory`, or the folder cannot hold the rows;
         known before a gradient is computed.
@@ -221,21 +225,27 @@ def mean_gradient(
     counting = reporting(progress).phase("gradient", samples, unit="sample")
     with kept(model), counting as advance:
         for part in _settled(function, data, samples, seed, batch_size):
-            batch = objective.prepared(part)
-            shares = function.weights(batch)
-            weight = 1.0 if objective.in_batches else batch.size if shares is None else float(shares.sum())
-            (mean,) = function.differentiated(batch, batch.size, function.mean_loss(batch, shares))
-            for name, piece in partition.split(total).items():
-                piece.add_(mean[name].to(total), alpha=weight)
-            mass += weight
-            used += batch.size
-            advance(batch.size)
+            mass += add_gradient(total, function, partition, part)
+            used += part.size
+            advance(part.size)
     if mass == 0.0:
         raise EmptyDataError("data", "labels that are all ignored", "pass samples with labels")
     total.div_(mass)
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteGradientError("data", "the gradient is NaN or infinite", "check the loss and the data")
     return total, used
+
+
+def add_gradient(total: Tensor, function: NetworkFunction, partition: Partition, part: Batch) -> float:
+    """Add the gradient of a batch's mean loss to `total` (n,), times what the batch counts; return that."""
+    batch = function.objective.prepared(part)
+    shares = function.weights(batch)
+    weight = batch.size if shares is None else float(shares.sum())
+    weight = 1.0 if function.objective.in_batches else float(weight)
+    (mean,) = function.differentiated(batch, batch.size, function.mean_loss(batch, shares))
+    for name, piece in partition.split(total).items():
+        piece.add_(mean[name].to(total), alpha=weight)
+    return weight
 
 
 def fisher_blocks(
@@ -411,7 +421,11 @@ class RowBuilder:
             self._one_by_one = True
             capacity = -(-self.curvature.samples // batch.size)
         self._classes, one, another = probe(self.function, batch)
-        if not self._at_own_labels:
+        if self._sketched and self._classes is None and objective.output_hessian is None:
+            found = f"{self.curvature.kind!r} for a loss that is no cross-entropy, squared error or "
+            found += "binary cross-entropy of the network's logits"
+            raise UnsupportedProblemError("curvature", found, "use EmpiricalFisher, or one of those losses")
+        if not (self._at_own_labels or self._sketched):
             classes = require_classifier(self._classes, self.curvature.kind)
             capacity *= classes if self._exact else 1
         dtype, device = self.function.dtype, self.function.device
@@ -437,7 +451,7 @@ class RowBuilder:
             return max(1, self._chunk // require_classifier(self._classes, self.curvature.kind))
         return self.curvature.per_row if self._one_by_one else self._chunk
 
-    def _append(self, part: Batch, weights: Tensor | None, signs: Tensor | None) -> None:
+    def _append(self, part: Batch, weights: Tensor | None, signs: Signs | None) -> None:
         """Write the rows of one part: a group of samples for one row, or some single ones."""
         self._part = part
         if self._one_by_one:
@@ -456,7 +470,7 @@ class RowBuilder:
             (mean,) = self.function.differentiated(part, self._group, own)
             self._add_gradient(mean, part, weights)
 
-    def _append_group(self, part: Batch, weights: Tensor | None, signs: Tensor | None) -> None:
+    def _append_group(self, part: Batch, weights: Tensor | None, signs: Signs | None) -> None:
         """One row of all samples of a part, and their mean gradient by the same forward passes."""
         targets = [self.function.mean_loss(part, weights)]
         if signs is not None:
@@ -492,10 +506,17 @@ class RowBuilder:
         pieces = zip(parts(part, self._group), draws, strict=True)
         return torch.cat([self.function.sampled_labels(*piece) for piece in pieces])
 
-    def _signs(self, samples: int) -> Tensor:
-        classes = require_classifier(self._classes, self.curvature.kind)
-        signs = 2 * torch.randint(0, 2, (samples, classes), generator=self._generator, device="cpu") - 1
-        return signs.to(self._gradient.device)
+    def _signs(self, samples: int) -> Signs:
+        """Return the signs of a part, which do not depend on how it is cut."""
+        device = self._gradient.device
+        if self._classes is not None:
+            drawn = _random_signs((samples, self._classes), self._generator).to(device)
+            return lambda shape: drawn
+        # Sequences may have other lengths in other batches: the shape is known once the network has run.
+        seed = int(torch.randint(1 << 62, (1,), generator=self._generator, device="cpu"))
+        return cache(
+            lambda shape: _random_signs((samples, *shape), torch.Generator().manual_seed(seed)).to(device)
+        )
 
     def _add_gradient(self, mean: Gradients, part: Batch, weights: Tensor | None) -> None:
         """Add the mean gradient of a part, as often as its samples count."""
@@ -629,6 +650,10 @@ def _weighted(rows: Gradients, weights: Tensor) -> Gradients:
         return torch.where(factor > 0, rows * factor, 0.0)
 
     return {name: scaled(value) for name, value in rows.items()}
+
+
+def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return 2 * torch.randint(0, 2, shape, generator=generator, device="cpu") - 1
 
 
 def _columns_by_parameter(partition: Partition, keep: Tensor | None) -> dict[str, Tensor] | None:

@@ -43,6 +43,9 @@ Seeds = tuple[Tensor, Tensor | None, float]
 Target = Callable[[Any, Batch, slice], Seeds | None]
 """Of the output for some samples of a batch, with their place in it: what is differentiated, if anything."""
 
+Signs = Callable[[torch.Size], Tensor]
+"""Of the shape of a sample's outputs: as many signs for every sample of a batch, (B, *shape)."""
+
 
 class NetworkFunction:
     """A network as a function of the partition's parameters; every other tensor is held fixed.
@@ -132,21 +135,19 @@ class NetworkFunction:
 
         return target
 
-    def sketch(self, batch: Batch, signs: Tensor, weights: Tensor | None) -> Target:
-        """Return the target ``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e (B, C).
+    def sketch(self, batch: Batch, signs: Signs, weights: Tensor | None) -> Target:
+        """Return the target ``sum_b J_b^T L_b e_b / sqrt(B)`` for `signs` e.
 
-        ``L = (I - p 1^T) diag(sqrt(p))`` factors the Hessian ``diag(p) - p p^T`` of cross-entropy in
-        the logits, so that with independent signs the outer product of the sum with itself is the
-        Gauss-Newton matrix averaged over the batch, in expectation; of samples times their `weights`.
+        ``L_b L_b^T`` is the Hessian of a sample's loss in its outputs, see `Objective.sketch`, so that with
+        independent signs the outer product of the sum with itself is the Gauss-Newton matrix averaged over
+        the batch, in expectation; of samples times their `weights`.
         """
 
         def target(output: Any, part: Batch, where: slice) -> Seeds:
             logits = require_logits(output)
-            probability = torch.softmax(logits.detach(), dim=1)
-            draws = probability.sqrt() * signs[where].to(probability)
-            seeds = draws - probability * draws.sum(dim=1, keepdim=True)
-            if weights is not None:
-                seeds = seeds * weights[where].sqrt().to(seeds).unsqueeze(1)
+            draws = signs(logits.shape[1:])[where].to(logits)
+            shares = None if weights is None else weights[where]
+            seeds = self.objective.sketch(logits.detach(), part, draws, shares)
             return logits, seeds, 1.0 / math.sqrt(batch.size)
 
         return target

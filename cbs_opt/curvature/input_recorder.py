@@ -16,6 +16,14 @@ from cbs_opt.network.partition import ParameterSpan, Partition
 
 PATCH_NUMBERS = 1 << 20
 """Numbers in the patches of a convolution that are unfolded at once: 8 MiB. More are no faster."""
+VECTORS = 48
+"""Vectors for every dimension of a layer's input, over all samples, that a second moment is taken of.
+
+Neighbouring positions of a sample are alike, so that more of them add little. In ResNet20 the moments of
+1 000 samples are then off by 1 to 6 % in the Frobenius norm, those of 1 000 other samples by 2 to 9 %.
+"""
+SINGLE = (1e-12, 1e12)
+"""Sizes of the largest input whose products float32 can hold."""
 aten = torch.ops.aten
 
 
@@ -38,12 +46,19 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `tensors` are the parameters that the network is run with, by name. A product counts if one of its factors
     is a parameter, or some of its output channels, as it is or transposed. Of inputs with a row for every
     position of `positions`, a boolean tensor or None, those count where it is True.
+
+    Of a batch of `samples` samples out of `total`, a layer looks at so many positions that there are
+    `VECTORS` times its fan-in in all, and at one a sample at least. They are drawn by `seed`; their sum is
+    scaled to an unbiased estimate of that over all positions. Layers with no more positions see them all.
     """
 
     positions: Tensor | None = None
+    samples: int = 1
+    total: int = 1
 
-    def __init__(self, partition: Partition, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, partition: Partition, tensors: Mapping[str, Tensor], seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
         self._spans = partition.parameters
         self._weights: dict[int, list[_Weight]] = {}
         self._moments: dict[str, dict[tuple[int, int], Tensor]] = {}
@@ -100,6 +115,25 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = moments.get((first, last))
         moments[first, last] = moment if before is None else before + moment
 
+    def _enough(self, fan_in: int) -> int:
+        """Return how many vectors of the present batch are enough for a layer."""
+        return self.samples * -(-VECTORS * fan_in // self.total)
+
+    def _drawn(self, count: int, of: int, device: torch.device) -> Tensor:
+        """Return `count` of `of` places, (count,) int64: one in each of as many equal parts."""
+        offsets = torch.rand(count, generator=self._generator, dtype=torch.float64)
+        places = (torch.arange(count) + offsets) * (of / count)
+        return places.long().clamp_(max=of - 1).to(device)
+
+    def _moment(self, rows: Tensor) -> Tensor:
+        """Return ``sum x x^T`` over rows x (N, f) in float64, or an estimate of it from enough of them."""
+        count, enough = len(rows), self._enough(rows.shape[1])
+        if count <= enough:
+            rows = rows.double()
+            return rows.T @ rows
+        chosen = _for_estimate(rows[self._drawn(enough, count, rows.device)])
+        return (chosen.T @ chosen).double() * (count / enough) + _zero(rows)
+
     def _product(self, left: Tensor, right: Tensor) -> None:
         """Look at ``left @ right``, either of which may be the weight."""
         if not self._matrix(left, right):
@@ -123,10 +157,10 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fits = matrix.shape[0] == span.fan_in and rest == 0 and first + matrix.shape[1] <= span.channels
         own = _strides(table[first : first + matrix.shape[1]]) if fits else None
         if own == columns and not x.is_nested:
-            flat = x.double().reshape(-1, x.shape[-1])
+            flat = x.reshape(-1, x.shape[-1])
             if self.positions is not None and self.positions.numel() == len(flat):
                 flat = flat[self.positions.reshape(-1)]
-            self._add(span, first, first + matrix.shape[1], flat.T @ flat)
+            self._add(span, first, first + matrix.shape[1], self._moment(flat))
         return True
 
     def _bilinear(self, left: Tensor, matrix: Tensor, right: Tensor, *_: Any) -> None:
@@ -134,35 +168,112 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if weight is None or matrix.shape != weight.span.shape:
             return
         pairs = left.double().unsqueeze(-1) * right.double().unsqueeze(-2)
-        flat = pairs.reshape(-1, weight.span.fan_in)
-        self._add(weight.span, 0, weight.span.channels, flat.T @ flat)
+        moment = self._moment(pairs.reshape(-1, weight.span.fan_in))
+        self._add(weight.span, 0, weight.span.channels, moment)
 
     def _convolution(self, x: Tensor, kernel: Tensor, _: Any, *geometry: Any) -> None:
         weight = self._weight_of(kernel)
         stride, padding, dilation, transposed, more, groups = geometry
         if weight is None or kernel.shape != weight.span.shape or transposed != weight.span.by_columns:
             return
-        x, sizes = x.double(), kernel.shape[2:]
+        sizes = kernel.shape[2:]
+        padding = [*padding] * (len(sizes) // len(padding))
         if transposed:
             x = _stretched(x, stride)
             reach = [d * (k - 1) for d, k in zip(dilation, sizes, strict=True)]
             stride = [1] * len(sizes)
-            pads = [(r - p, r - p + m) for r, p, m in zip(reach, padding, more, strict=True)]
+            sides = [(r - p, r - p + m) for r, p, m in zip(reach, padding, more, strict=True)]
         else:
-            pads = [(p, p) for p in padding]
+            sides = [(p, p) for p in padding]
+        pads = [pad for pair in reversed(sides) for pad in pair]
+        windows = _Windows(kernel=sizes, dilation=dilation, stride=stride, backwards=transposed)
+        shape = [n + sum(pair) for n, pair in zip(x.shape[2:], sides, strict=True)]
+        positions = math.prod(windows.places(shape))
         span, fan_in = weight.span, weight.span.fan_in
-        total = x.new_zeros(groups, fan_in, fan_in)
-        for part in torch.split(x, max(1, PATCH_NUMBERS // (groups * fan_in * x[0, 0].numel()))):
-            padded = F.pad(part, [pad for pair in reversed(pads) for pad in pair])
-            patches = _patches(padded, sizes, dilation, stride)
-            if transposed:
-                # An output takes the kernel backwards.
-                patches = patches.flip(tuple(range(2, 2 + len(sizes))))
-            patches = patches.reshape(len(part), groups, fan_in, -1).permute(1, 2, 0, 3).flatten(2)
-            total += patches @ patches.transpose(1, 2)
+        enough = -(-self._enough(fan_in) // len(x))
+        total = x.new_zeros(groups, fan_in, fan_in, dtype=torch.float64)
+        numbers = max(x[0].numel(), groups * fan_in * min(enough, x[0, 0].numel()))
+        for part in torch.split(x, max(1, PATCH_NUMBERS // numbers)):
+            if positions <= enough:
+                patches = windows.all(F.pad(part.double(), pads), groups)
+                total += patches @ patches.mT
+                continue
+            places = self._drawn(enough * len(part), positions * len(part), x.device)
+            padded = F.pad(part.movedim(1, -1), [0, 0, *pads])
+            patches = _for_estimate(windows.some(padded, groups, places))
+            total += _squared(patches).double() * (positions / enough) + _zero(part)
+        if positions > enough:
+            total = windows.by_channels(total)
         members = span.channels // groups
         for group in range(groups):
             self._add(span, group * members, (group + 1) * members, total[group])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """What a kernel sees of padded inputs; `backwards` where it is turned round in every axis."""
+
+    kernel: Sequence[int]
+    dilation: Sequence[int]
+    stride: Sequence[int]
+    backwards: bool
+
+    def places(self, shape: Sequence[int]) -> list[int]:
+        """Return the number of windows along every axis of inputs of that shape."""
+        axes = zip(shape, self.kernel, self.dilation, self.stride, strict=True)
+        return [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in axes]
+
+    def all(self, x: Tensor, groups: int) -> Tensor:
+        """Return the patches of inputs x (B, C, ...), (groups, fan-in, B positions)."""
+        patches = _patches(x, self.kernel, self.dilation, self.stride)
+        if self.backwards:
+            patches = patches.flip(tuple(range(2, 2 + len(self.kernel))))
+        size = x.shape[1] // groups * math.prod(self.kernel)
+        return patches.reshape(len(x), groups, size, -1).permute(1, 2, 0, 3).flatten(2)
+
+    def some(self, x: Tensor, groups: int, places: Tensor) -> Tensor:
+        """Return patches of inputs x (B, ..., C) at places (K,) of samples times positions.
+
+        (groups, K, fan-in), the entries of a patch in another order than the weights': see `by_channels`.
+        """
+        samples, *shape, channels = x.shape
+        sample, *corner = torch.unravel_index(places, (samples, *self.places(shape)))
+        corners, offsets = sample, torch.zeros(1, dtype=torch.int64, device=x.device)
+        axes = zip(shape, corner, self.kernel, self.dilation, self.stride, strict=True)
+        for n, at, size, dilation, stride in axes:
+            steps = torch.arange(size, device=x.device) * dilation
+            corners = corners * n + at * stride
+            offsets = (offsets.unsqueeze(1) * n + (steps.flip(0) if self.backwards else steps)).flatten()
+        entries = (corners.unsqueeze(1) + offsets).flatten()
+        patches = x.reshape(-1, channels).index_select(0, entries)
+        patches = patches.view(len(places), len(offsets), groups, channels // groups)
+        return patches.permute(2, 0, 1, 3).flatten(2)
+
+    def by_channels(self, moments: Tensor) -> Tensor:
+        """Return moments (groups, f, f) of `some` patches in the order of the weights, channels first."""
+        entries = math.prod(self.kernel)
+        sides = moments.view(len(moments), entries, -1, entries, moments.shape[-1] // entries)
+        return sides.permute(0, 2, 1, 4, 3).reshape(moments.shape)
+
+
+def _squared(rows: Tensor) -> Tensor:
+    """Return ``X^T X`` of rows X (groups, K, f)."""
+    # Batched products of one matrix are twice as slow.
+    return (rows[0].mT @ rows[0]).unsqueeze(0) if len(rows) == 1 else rows.mT @ rows
+
+
+def _for_estimate(vectors: Tensor) -> Tensor:
+    """Return vectors in float32 where its products are as good as the estimate, in float64 elsewhere."""
+    rounded = torch.get_float32_matmul_precision() != "highest"
+    if rounded or vectors.dtype == torch.float64:
+        return vectors.double()
+    least, most = SINGLE
+    return vectors.float() if least < float(vectors.abs().amax()) < most else vectors.double()
+
+
+def _zero(x: Tensor) -> Tensor:
+    """Return 0, or NaN if any entry is NaN or infinite, also where it is not drawn."""
+    return 0.0 * x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _strides(matrix: Tensor) -> list[tuple[int, int]]:

@@ -87,14 +87,17 @@ class MonteCarloFisher(_AnyLabels):
 
 @dataclass(frozen=True, kw_only=True)
 class SketchedFisher(_Fisher):
-    """Rows of the exact Fisher of several samples added up with random signs, one backward pass a row.
+    """Gauss-Newton rows of several samples added up with random signs, one backward pass a row.
+
+    For cross-entropy, of classes, positions or tokens, squared error and binary cross-entropy with logits.
 
     Parameters
     ----------
     samples : int, default 1000
         Training samples to use.
     per_row : int, default 1
-        Samples added up in each row. All of them count: in expectation the model is the exact Fisher.
+        Samples added up in each row. All of them count: in expectation the model is the Gauss-Newton matrix
+        of the loss, which for classifiers is the exact Fisher.
     """
 
     kind: ClassVar[str] = "sketched_fisher"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 
 from cbs_opt.curvature.gradients import require_evaluation_mode
 from cbs_opt.curvature.input_recorder import InputRecorder
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.channels import Channel, ChannelTerm
-from cbs_opt.network.data import Data, device_of, forward, iterate
+from cbs_opt.network.data import Data, device_of, forward, iterate, sample_count
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import ParameterSpan, Partition
 from cbs_opt.network.state import kept
@@ -128,7 +129,7 @@ def input_moments(
     partition : Partition
     samples : int, default 1000
     seed : int, default 0
-        Draws the samples of a pair of tensors.
+        Draws the samples of a pair of tensors, and positions of layers that have many.
     weights : (n,) Tensor, optional
         Run the network at these weights instead of its own.
     objective : Objective, optional
@@ -145,10 +146,13 @@ def input_moments(
 
     Notes
     -----
-    One forward pass a sample and O(positions f^2) for every layer; temporaries of some 16 MiB, or
-    twice the patches of one sample. Where a batch has an ``attention_mask`` (B, T), padded positions do not
-    count. The products themselves are watched, not the layers: whatever code multiplies a weight is seen,
-    such as the projections inside of `nn.MultiheadAttention`.
+    One forward pass a sample and O(min(positions, 48 f) f^2) for every layer, positions of all samples
+    together: where there are more, some of every sample are drawn, and the moment is an unbiased estimate by
+    float32 products and float64 sums (see `input_recorder.VECTORS`). Where there are not, as in linear layers
+    of single vectors, all count, in float64. Temporaries of some 16 MiB, or twice the patches of one sample.
+    Where a batch has an ``attention_mask`` (B, T), padded positions do not count. The products themselves are
+    watched, not the layers: whatever code multiplies a weight is seen, such as the projections inside of
+    `nn.MultiheadAttention`.
     """
     whole_number("samples", samples)
     require_evaluation_mode(model)
@@ -156,7 +160,8 @@ def input_moments(
     if weights is not None:
         network = trial = TrialNetwork(model, partition, weights)
         tensors = trial.weights
-    recorder = InputRecorder(partition, tensors)
+    recorder = InputRecorder(partition, tensors, seed)
+    expected = min(samples, _expected(data))
     batches = iterate(
         data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
     )
@@ -166,7 +171,8 @@ def input_moments(
     with kept(model), plain_attention(), torch.no_grad(), counting as advance:
         for batch in batches:
             batch = objective.prepared(batch)
-            recorder.positions = _positions(batch.inputs)
+            recorder.positions, recorder.samples = _positions(batch.inputs), batch.size
+            recorder.total = max(expected, seen + batch.size)
             with recorder:
                 objective.output(partial(forward, network), batch)
             seen += batch.size
@@ -178,6 +184,14 @@ def input_moments(
             raise NonFiniteError("model, data", found, "check the data and the weights")
     # Products are symmetric only to rounding.
     return {name: (total + total.mT) / (2 * seen) for name, total in totals.items()}
+
+
+def _expected(data: Data) -> int:
+    """Return how many samples there are; 0 where nothing says so."""
+    source = data.sampler if isinstance(data, DataLoader) else data
+    return (
+        len(source) if isinstance(source, Sampler) and isinstance(source, Sized) else sample_count(data) or 0
+    )
 
 
 def _positions(inputs: Any) -> Tensor | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from cbs_opt.hessian.channels import ChannelTerm
 from cbs_opt.hessian.dense import DenseHessian
 from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
-from cbs_opt.hessian.products import adjoint_image, damped, factorise, image, inverse_of_factor, solved
+from cbs_opt.hessian.products import adjoint_image, damped, factorise, image, solved
 from formulations.errors import ShapeError, UnsupportedProblemError
 
 DENSE_LIMIT = 4_096
@@ -35,6 +35,8 @@ MANY = 3
 """A system is made anew where more than one in so many of its weights leave."""
 SINGLE_LIMIT = 1e4
 """Largest diagonal entry of M that single precision is trusted with."""
+BAND = 256
+"""Lines of a triangle that one product takes at once."""
 RESIDUAL = 1e-11
 """Residual in the norm of H^-1, relative to the right-hand side, at which refinement ends."""
 REFINEMENTS = 50
@@ -150,7 +152,7 @@ class ChannelSystem:
                 parts.append(part)
         for group in _groups(lost):
             gone = torch.cat(group)
-            system.seen -= (gone.T @ gone).double()
+            _add_lower(system.seen, gone.T, gone, -1.0)
         system.parts = parts
         system.inner = self._factorise(damped(system.seen, 1.0))
         return system
@@ -193,16 +195,16 @@ class ChannelSystem:
         torch.mm(part.inverse.to(self.precision), columns.T, out=part.spread)
 
     def _seen(self) -> Tensor:
-        """Return ``R_K D^-1 R_K^T``, accumulated in float64 over groups of channels."""
+        """Return ``R_K D^-1 R_K^T`` accumulated in float64 over groups of channels: see `_add_lower`."""
         m = self.rows.shape[0]
         seen = torch.zeros(m, m, dtype=torch.float64, device=self.kept.device)
         first = 0
         for group in _groups([part.spread for part in self.parts]):
             spread = torch.cat(group)
             columns = self.rows.index_select(1, self.kept[first : first + len(spread)]).to(self.precision)
-            seen += (columns @ spread).double()
+            _add_lower(seen, columns, spread, 1.0)
             first += len(spread)
-        return seen.add_(seen.T.clone()).mul_(0.5)
+        return seen
 
     def _go_double(self) -> None:
         """Form M anew in double precision."""
@@ -226,18 +228,47 @@ class ChannelSystem:
             solution, _ = self._refined(right)
         return solution
 
-    def inverse_diagonal(self) -> Tensor:
-        """Return ``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s)."""
+    def nearly_solve(self, right: Tensor) -> Tensor:
+        """Return ``H_KK^-1 right``, (s,) float64, as far as the precision of the system goes; O(m s)."""
+        return self._apply_inverse(right) if self.whole is None else solved(self.whole, right)
+
+    def alone(self) -> Tensor:
+        """Return ``diag(D^-1)``, (s,) float64, nowhere below `inverse_diagonal`; where H_KK is not formed."""
+        return torch.cat([part.inverse.diagonal() for part in self.parts])
+
+    def inverse_diagonal(self, places: Tensor | None = None) -> Tensor:
+        """Return ``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s).
+
+        Of the kept weights at `places` (p,), in increasing order, if any are given: O(m^2 p).
+        """
         if self.whole is not None:
             diagonal: Tensor = torch.cholesky_inverse(self.whole).diagonal()
-            return diagonal
-        inverse = inverse_of_factor(self.inner, self.precision)
-        diagonals = []
-        for part in self.parts:
-            alone = part.inverse.diagonal()
-            seen = (part.spread @ inverse.T).square_().sum(dim=1).double()
-            diagonals.append((alone - seen).maximum(torch.finfo(self.precision).eps * alone))
-        return torch.cat(diagonals)
+            return diagonal if places is None else diagonal[places]
+        alone = self.alone()
+        spreads = [part.spread for part in self.parts]
+        if places is not None:
+            alone = alone[places]
+            sizes = [len(part.kept) for part in self.parts]
+            ends = torch.tensor(sizes, device=places.device).cumsum(0)
+            counts = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1))
+            starts = (ends - torch.tensor(sizes, device=places.device)).tolist()
+            chosen = torch.split(places, counts.tolist())
+            spreads = [
+                spread.index_select(0, within - start)
+                for spread, within, start in zip(spreads, chosen, starts, strict=True)
+                if len(within)
+            ]
+        seen = self._seen_lengths(spreads)
+        return (alone - seen).maximum(torch.finfo(self.precision).eps * alone)
+
+    def _seen_lengths(self, vectors: list[Tensor]) -> Tensor:
+        """Return ``v.M^-1 v`` for the lines v of all `vectors`, each (k, m), in float64; O(m^2) a line."""
+        factor = self.inner.to(self.precision)
+        lengths = [self.inner.new_zeros(0)]
+        for group in _groups(vectors):
+            halves = torch.linalg.solve_triangular(factor, torch.cat(group).T, upper=False)
+            lengths.append(halves.square_().sum(dim=0).double())
+        return torch.cat(lengths)
 
     def schur_diagonal(self) -> Tensor:
         """Return ``diag(H_PP - H_PK H_KK^-1 H_KP)`` of the weights P that are not kept, (n - s,) float64.
@@ -247,7 +278,6 @@ class ChannelSystem:
         """
         if self.whole is not None:
             return self._dense_schur_diagonal(self.whole)
-        inverse = inverse_of_factor(self.inner, self.precision)
         parts = iter(self.parts)
         part = next(parts, None)
         diagonals = []
@@ -267,7 +297,7 @@ class ChannelSystem:
                 diagonal = diagonal - (cross * (inside.inverse @ cross)).sum(dim=0)
                 diagonal = diagonal.clamp_min(self.damping)
                 outer = outer - cross.to(self.precision).T @ inside.spread
-            diagonals.append(diagonal + (outer @ inverse.T).square_().sum(dim=1).double())
+            diagonals.append(diagonal + self._seen_lengths([outer]))
         return torch.cat(diagonals) if diagonals else torch.zeros_like(self.inner[0, :0])
 
     def _dense_schur_diagonal(self, factor: Tensor) -> Tensor:
@@ -281,9 +311,16 @@ class ChannelSystem:
         return torch.cat(pieces)
 
     def _apply_inverse(self, right: Tensor) -> Tensor:
-        """Return ``H_KK^-1 right`` as far as the precision of M goes, by a fixed positive matrix."""
-        first = self._by_channel(right)
-        return first - self._by_channel(self._back(solved(self.inner, self._image(first))))
+        """Return ``H_KK^-1 right`` as far as the precision goes, by a fixed positive matrix."""
+        scale = float(right.abs().max()) or 1.0  # single precision has fewer exponents
+        pieces = torch.split(right / scale, [len(part.kept) for part in self.parts])
+        parts = list(zip(self.parts, pieces, strict=True))
+        seen = right.new_zeros(len(self.inner))
+        for part, piece in parts:
+            seen += part.spread.T @ piece.to(self.precision)
+        inner = solved(self.inner, seen).to(self.precision)
+        solution = torch.cat([part.inverse @ piece - part.spread @ inner for part, piece in parts])
+        return scale * solution
 
     def _refined(self, right: Tensor) -> tuple[Tensor, bool]:
         """Run conjugate gradients preconditioned by `_apply_inverse`, and whether they came to the goal."""
@@ -318,10 +355,15 @@ class ChannelSystem:
         """Return ``R_K^T y``, (s,) float64."""
         return adjoint_image(self.rows, y)[self.kept]
 
-    def _by_channel(self, right: Tensor) -> Tensor:
-        """Return ``D^-1 right``."""
-        pieces = torch.split(right, [len(part.kept) for part in self.parts])
-        return torch.cat([part.inverse @ piece for piece, part in zip(pieces, self.parts, strict=True)])
+
+def _add_lower(total: Tensor, left: Tensor, right: Tensor, sign: float) -> None:
+    """Add ``sign left right`` to `total` (m, m), of which no more than the lower triangle is right.
+
+    By bands, each as long as it has entries of that triangle: little more than half of the whole product.
+    """
+    for start in range(0, len(total), BAND):
+        end = start + BAND
+        total[start:end, :end].add_(left[start:end] @ right[:, :end], alpha=sign)
 
 
 def _groups(pieces: list[Tensor]) -> Iterator[list[Tensor]]:

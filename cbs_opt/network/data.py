@@ -251,6 +251,25 @@ def sample_count(data: Data) -> int | None:
     return len(data) if sized else None  # type: ignore[arg-type]
 
 
+def picker(data: Data) -> Callable[[Tensor], Batch] | None:
+    """Return what gives the samples at an index (B,) of `data`; None if they cannot be drawn from.
+
+    These are the data of which `sample_count` knows how many samples they have.
+    """
+    whole = _whole(data)
+    if whole is not None:
+        batch = replace(_as_batch(whole, "data", 0), uncut=True)
+        return lambda index: _drawn(batch, index, drawn=True)
+    if sample_count(data) is None:
+        return None
+
+    def pick(index: Tensor) -> Batch:
+        (item,) = _guarded(DataLoader(Subset(data, index.tolist()), batch_size=len(index)), "data")  # type: ignore[arg-type]
+        return replace(_as_batch(item, "data", 0), index=index, uncut=True)
+
+    return pick
+
+
 def regroup(batches: Iterable[Batch], size: int, *, argument: str = "data") -> Iterator[Batch]:
     """Join and cut batches so that each holds exactly `size` samples; the last may hold fewer."""
     waiting: list[Batch] = []

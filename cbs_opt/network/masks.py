@@ -1,15 +1,17 @@
-"""Kept masks: files, and zeros in place. True means kept throughout."""
+"""Kept masks: files, zeros in place, and zeros that stay in training. True means kept throughout."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cbs_opt.errors import MaskFileError, MaskMismatchError
 from cbs_opt.network.eligible import unwrapped
@@ -20,6 +22,10 @@ FORMAT = "cbs-opt masks"
 VERSION = 2
 RESERVED = ("format", "version", "sense", "sparsity", CHECKSUM)
 SENSE = "true = kept"
+STEPS = "step"
+"""The entry of an optimizer's state that counts steps, and is never masked."""
+
+Stepping = TypeVar("Stepping", bound=Optimizer)
 
 Masks = Mapping[str, Tensor]
 """Boolean tensors in the shapes of the parameters, by parameter name; True where a weight is kept."""
@@ -86,7 +92,7 @@ def load_masks(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
     """
     masks = _read(Path(path))[0]
     if model is not None:
-        _fitting(model, masks)
+        _fitting(_named(model), masks)
     return masks
 
 
@@ -108,10 +114,91 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
     MaskMismatchError
         If names or shapes do not fit `model`; nothing is written.
     """
-    pairs = _fitting(model, _boolean(masks))
+    pairs = _fitting(_named(model), _boolean(masks))
     with torch.no_grad():
         for parameter, keep in pairs:
             parameter.masked_fill_(~keep.to(parameter.device), 0.0)
+
+
+def masked(optimizer: Stepping, masks: Masks, model: nn.Module | None = None) -> Stepping:
+    """Make an optimizer leave pruned weights at exactly zero, now and after each of its steps.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Of any kind, on any device. Parameters of groups that are added later are masked as well.
+    masks : mapping of str to Tensor
+        Boolean, True = kept, by parameter name, as `PruneReport.masks` or what `load_masks` returns.
+    model : nn.Module, optional
+        The network that the names are those of. An optimizer of ``model.named_parameters()`` that has all
+        that the masks belong to knows them by itself; several that share a network need it.
+
+    Returns
+    -------
+    torch.optim.Optimizer
+        `optimizer` itself. A second call replaces the masks of the first.
+
+    Raises
+    ------
+    ArgumentError
+        If a mask is not boolean, names of parameters are not known, or the optimizer has none of those
+        that are pruned. Nothing is written.
+    MaskMismatchError
+        If names or shapes do not fit; nothing is written.
+
+    Notes
+    -----
+    Entries of the optimizer's state in the shape of the weights, such as momentum, are set to zero with
+    them, so that weight decay and momentum do not build up behind a mask. A step costs O(weights) more. A
+    copy of the optimizer, or one that is loaded from a file, has to be masked anew.
+    """
+    stepper: Any = optimizer
+    while isinstance(getattr(stepper, "optimizer", None), Optimizer):  # accelerate wraps them
+        stepper = stepper.optimizer
+    if not isinstance(stepper, Optimizer):
+        raise ArgumentError("optimizer", f"a {type(optimizer).__name__}", "pass an optimizer of torch.optim")
+    names = _named(model) if model is not None else _names_of(stepper)
+    remedy = "use the masks of this network"
+    if model is None:
+        remedy += "; pass it as model if the optimizer has a part of it"
+    zeros = _Zeros(_fitting(names, _boolean(masks), remedy))
+    if not any(True for _ in zeros.pairs(stepper)):
+        found = f"has none of the {len(masks)} parameters that the masks belong to"
+        raise ArgumentError("optimizer", found, "make it of the parameters of the network that was pruned")
+    hooks = stepper._optimizer_step_post_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Zeros)]:
+        del hooks[key]
+    zeros(stepper)
+    stepper.register_step_post_hook(zeros)
+    return optimizer
+
+
+class _Zeros:
+    """What an optimizer calls after a step: pruned weights, and their part of its state, become zero."""
+
+    def __init__(self, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        # The parameters are held as well, so that no other can have the identity of one.
+        self._pruned: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for parameter, keep in pairs:
+            pruned = ~keep.to(parameter.device)
+            if id(parameter) in self._pruned:  # tied weights, under both names
+                pruned = pruned | self._pruned[id(parameter)][1]
+            self._pruned[id(parameter)] = parameter, pruned
+
+    def __call__(self, optimizer: Optimizer, *_: object) -> None:
+        with torch.no_grad():
+            for parameter, pruned in self.pairs(optimizer):
+                state = optimizer.state.get(parameter, {})
+                for value in (parameter, *(value for name, value in state.items() if name != STEPS)):
+                    if isinstance(value, Tensor) and value.shape == pruned.shape:
+                        value.masked_fill_(pruned.to(value.device), 0)
+
+    def pairs(self, optimizer: Optimizer) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """Yield the parameters of an optimizer that have masks, with True where a weight is pruned."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in self._pruned:
+                    yield self._pruned[id(parameter)]
 
 
 def _boolean(masks: Masks) -> Masks:
@@ -129,9 +216,26 @@ def _boolean(masks: Masks) -> Masks:
     return masks
 
 
-def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(unwrapped(model).named_parameters(remove_duplicate=False))
+
+
+def _names_of(optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters of an optimizer by the names that it was given."""
+    named: dict[str, nn.Parameter] = {}
+    for group in optimizer.param_groups:
+        if "param_names" not in group:
+            found = "not given, and the optimizer knows no names of its parameters"
+            remedy = "pass the network, or make the optimizer of model.named_parameters()"
+            raise ArgumentError("model", found, remedy)
+        named |= zip(group["param_names"], group["params"], strict=True)
+    return named
+
+
+def _fitting(
+    parameters: Mapping[str, nn.Parameter], masks: Masks, remedy: str = "use the masks of this network"
+) -> list[tuple[nn.Parameter, Tensor]]:
     """Return each mask with its parameter; every misfit is listed in one `MaskMismatchError`."""
-    parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
     misfits: list[str] = []
     for name, keep in masks.items():
         if name not in parameters:
@@ -141,7 +245,7 @@ def _fitting(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]
     if misfits:
         shown = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
         found = f"{len(misfits)} of {len(masks)} do not fit: {shown}"
-        raise MaskMismatchError("masks", found, "use the masks of this network")
+        raise MaskMismatchError("masks", found, remedy)
     return [(parameters[name], keep) for name, keep in masks.items()]
 
 

@@ -11,11 +11,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from cbs_opt.errors import ForwardError, LabelRangeError, LossError, RandomOutputError
 from cbs_opt.network.data import (
@@ -29,6 +30,7 @@ from cbs_opt.network.data import (
     structure,
     tensors_of,
 )
+from cbs_opt.network.output_hessian import Form, OutputHessian, form_of, on_cpu, slope_of
 from formulations.errors import ArgumentError, CbsError
 
 Run = Callable[[Inputs], Any]
@@ -49,6 +51,10 @@ NEAR = 2e-3
 """The same where the network runs anew, and rounds otherwise for other numbers of samples."""
 ROUNDINGS = 8
 """Units in the last place that outputs may differ by, in half precision more than `NEAR`."""
+HESSIAN_NUMBERS = 1 << 22
+"""Numbers in the outputs that the Hessian of a loss is looked at with, if more than one sample's."""
+SAME_SCALE = 32
+"""Units in the last place up to which a loss counts samples as their weights say."""
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +133,8 @@ class Objective:
         self._labels_of: Callable[[Batch], Labels] | None = None
         self._count: LabelCount | None = None
         self._reference: tuple[Tensor, Labels] | None = None
+        self._hessian: OutputHessian | None = None
+        self._of_rows: LossFunction | None = None
         self.notes: dict[str, str] = {}
 
     @classmethod
@@ -138,6 +146,18 @@ class Objective:
     def in_batches(self) -> bool:
         """Whether only whole batches, as the caller cut them, have a loss."""
         return self.kind == "batches"
+
+    @property
+    def output_hessian(self) -> Form | None:
+        """The form of the loss in the outputs of the network, as far as a few samples show it.
+
+        "softmax": cross-entropy, over classes or over the classes of every position; "squared"; "logistic":
+        binary cross-entropy with logits. The Hessian in the outputs is then known in closed form, up to
+        how much each output counts: see `output_hessian.py`. None before it is settled, of a loss that looks
+        at whole batches, and of any other. Of a loss that the network computes itself, that of its logits
+        and labels which has the same value.
+        """
+        return None if self._hessian is None else self._hessian.form
 
     def say(self, what: str, text: str, *values: object) -> None:
         """Log `text` and take note of it, unless `what` was said before."""
@@ -210,7 +230,10 @@ class Objective:
                 remedy = "call model.eval(), and leave out in evaluation mode what is random"
                 raise RandomOutputError("model", found, remedy)
             alone = self._stand_alone(run, few, output)
-            self.kind = self._kind_of(run, few, output) if alone else "batches"
+            rows = self._rows_of(output, few) if alone else None
+            self.kind = self._kind_of(run, few, output, rows) if alone else "batches"
+            if not self.in_batches:
+                self._hessian = self._hessian_of(run, few, output, rows)
         if self.in_batches:
             text = "loss_fn: it looks at whole batches, so every gradient row is that of a batch"
             given = f"; the data are not cut into batches: {UNCUT_BATCH} samples make one"
@@ -278,10 +301,12 @@ class Objective:
         says = hasattr(self._loss, "ignore_index") or self._loss is cross_entropy or self._own
         return says or _device(batch).type == "cpu"
 
-    def _value(self, output: Any, labels: Labels) -> Tensor:
-        assert self._loss is not None
+    def _value(self, output: Any, labels: Labels, loss_fn: LossFunction | None = None) -> Tensor:
+        """Return the loss at an output; `loss_fn` in place of the one that was passed."""
+        loss_fn = self._loss if loss_fn is None else loss_fn
+        assert loss_fn is not None
         try:
-            loss = self._loss(output, labels)
+            loss = loss_fn(output, labels)
         except (CbsError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -345,9 +370,8 @@ class Objective:
             )
         return True
 
-    def _kind_of(self, run: Run, few: Batch, output: Any) -> Kind:
+    def _kind_of(self, run: Run, few: Batch, output: Any, rows: Tensor | None) -> Kind:
         """Return the form of the loss that explains that of a few samples by their own."""
-        rows = self._rows_of(output, few)
 
         def value(batch: Batch, sample: int | None = None) -> float:
             where = slice(None) if sample is None else slice(sample, sample + 1)
@@ -386,6 +410,58 @@ class Objective:
             return rows if known == float(self._value(self._wrap(rows.clone()), few.labels)) else None
         except (TypeError, LossError):
             return None
+
+    def _hessian_of(self, run: Run, few: Batch, output: Any, rows: Tensor | None) -> OutputHessian | None:
+        """Return the form of the loss in its outputs, and set the loss as a function of these."""
+        loss_fn: Any = self._loss
+        if self._own:
+            rows, loss_fn = logits_of(output), self._known_loss(output, few.labels)
+        if rows is None or loss_fn is None or rows.ndim == 0 or not rows.is_floating_point():
+            return None
+        few_enough = slice(max(1, min(len(rows), HESSIAN_NUMBERS // max(1, rows[0].numel()))))
+        there = loss_fn if rows.device.type == "cpu" else on_cpu(loss_fn)
+        self._of_rows = lambda z, labels: self._value(self._wrap(z), labels, loss_fn)
+        return form_of(
+            lambda z, labels: self._value(self._wrap(z), labels, there),
+            rows[few_enough],
+            few.take(few_enough).labels,
+        )
+
+    def _known_loss(self, output: Any, labels: Labels) -> LossFunction | None:
+        """Return the loss of logits and labels whose value is the one that the network computed itself."""
+        logits, own = logits_of(output), _own_loss(output)
+        if logits is None or own is None or not isinstance(labels, Tensor):
+            return None
+        for candidate in (_cross_entropy_for(logits, labels), *OWN_LOSSES):
+            try:
+                if candidate is not None and _error(float(own), float(candidate(logits, labels)), []) <= NEAR:
+                    return candidate
+            except (RuntimeError, ValueError, IndexError):  # it takes no such labels
+                continue
+        return None
+
+    def sketch(self, outputs: Tensor, batch: Batch, draws: Tensor, weights: Tensor | None) -> Tensor:
+        """Return ``L e``, with ``L L^T`` the Hessian of the samples' losses in their outputs, added up.
+
+        `outputs`: the logits (B, ...) of a batch. `draws`: e, of the same shape. `weights`: how much each
+        sample counts, see `weights`. Where the form of the loss is not known, the outputs (B, C) are taken
+        for the logits of classes, whose loss is cross-entropy.
+        """
+        form = OutputHessian(form="softmax") if self._hessian is None else self._hessian
+        seeds = form.factor(outputs, draws)
+        counts = weights
+        if counts is None:
+            counts = torch.ones(len(outputs), dtype=torch.float64, device=outputs.device)
+        scales = counts.view(-1, *[1] * (outputs.ndim - 1))
+        if self._hessian is not None and bool(counts.any()):
+            assert self._of_rows is not None
+            slope = partial(slope_of, self._of_rows)
+            mass = 1.0 if self.kind == "sum" else float(counts.sum())
+            measured = form.scales(slope, outputs, batch.labels).double() * mass
+            most = SAME_SCALE * torch.finfo(outputs.dtype).eps
+            same = (measured - scales).abs() <= most * scales
+            scales = torch.where(same, scales, measured.clamp(min=0.0))
+        return seeds * scales.sqrt().to(seeds)
 
     def _counted(
         self, few: Batch, value: Callable[..., float], whole: float, alone: list[float], most: float
@@ -619,6 +695,16 @@ def _next_token_loss(output: Any, labels: Tensor) -> Tensor:
     logits = logits_of(output)
     assert logits is not None
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _squared_loss(output: Any, labels: Tensor) -> Tensor:
+    if output.squeeze().shape != labels.squeeze().shape:
+        raise ValueError("labels of another shape")
+    return mse_loss(output.squeeze(), labels.squeeze())
+
+
+OWN_LOSSES: tuple[LossFunction, ...] = (_next_token_loss, _squared_loss, binary_cross_entropy_with_logits)
+"""Losses besides cross-entropy that networks compute themselves of their logits and labels."""
 
 
 def _advice(output: Any, labels: Labels) -> str:

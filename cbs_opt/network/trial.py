@@ -5,7 +5,7 @@ Whatever else changes the network in the meantime is found out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -25,20 +25,28 @@ Result = TypeVar("Result")
 class TrialNetwork(nn.Module):
     """A network run with other weights in place of its own, which stay as they are.
 
-    `weights` (n,) are those of `partition`, cast to the dtype of each parameter.
+    `weights` (n,) are those of `partition`, cast to the dtype of each parameter; `statistics` are buffers by
+    name, by default its own.
     """
 
     weights: dict[str, Tensor]
     """The weights by parameter name."""
 
-    def __init__(self, model: nn.Module, partition: Partition, weights: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        weights: Tensor,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.model = unwrapped(model)
         self.weights = as_parameters(model, partition, weights)
+        self._lent = {**self.weights, **(statistics or {})}
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the output of the network with the trial weights."""
-        return lent(self.model, self.weights, lambda: self.model(*args, **kwargs))
+        return lent(self.model, self._lent, lambda: self.model(*args, **kwargs))
 
 
 class _Borrower(nn.Module):
@@ -62,10 +70,15 @@ def lent(model: nn.Module, tensors: dict[str, Tensor], act: Callable[[], Result]
     return result
 
 
-def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
-    """Write flat weights (n,) into the parameters in place; all of them, or none.
+def write_back(
+    model: nn.Module,
+    partition: Partition,
+    weights: Tensor,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write flat weights (n,) into the parameters in place, and buffers by name; all of them, or none.
 
-    If anything raises in between, an interruption included, every parameter gets its old values back before
+    If anything raises in between, an interruption included, every tensor gets its old values back before
     the exception goes on. Other tensors are not touched. Raises `NonFiniteError` if a weight is NaN,
     infinite, or too large for its parameter's dtype; nothing is written.
     """
@@ -74,7 +87,10 @@ def write_back(model: nn.Module, partition: Partition, weights: Tensor) -> None:
         if bad := int((~torch.isfinite(value)).sum()):
             found = f"{bad} of {value.numel()} new weights of {name} do not fit {value.dtype} or are NaN"
             raise NonFiniteError("damping", found, "use a larger damping or a shorter update.scale")
-    tensors = partition.tensors(model)
+    tensors: dict[str, Tensor] = dict(partition.tensors(model))
+    buffers = dict(unwrapped(model).named_buffers())
+    tensors |= {name: buffers[name] for name in statistics or ()}
+    values |= statistics or {}
     backup = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     with torch.no_grad():
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cbs_opt.curvature.kinds import FISHERS, Fisher
 from cbs_opt.errors import RecipeFileError
-from cbs_opt.recipe.records import Absolute, Certify, Recipe, Request, Stages, Update, Weights
+from cbs_opt.recipe.records import Absolute, Certify, FineTuning, Recipe, Request, Stages, Update, Weights
 from cbs_opt.recipe.select import SELECTS, Exact, Select
 from cbs_opt.system.checks import one_of
 from cbs_opt.system.documents import known_names, read_document
@@ -34,7 +34,11 @@ def request_to_plain(request: Request) -> dict[str, Any]:
     for name in ("stages", "certify"):
         record = getattr(request, name)
         if record is not None:
-            document[name] = _fields(record, leave=("on_stage", "block_dir"))
+            fields_of = _fields(record, leave=("on_stage", "block_dir"))
+            nested = {
+                key: _fields(value) for key, value in fields_of.items() if isinstance(value, FineTuning)
+            }
+            document[name] = fields_of | nested
     document["recipe"] = [_recipe_to_plain(recipe) for recipe in request.recipes]
     return document
 
@@ -60,7 +64,7 @@ def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = 
     return Request(
         sparsity=sparsity,
         recipes=tuple(_numbered(number, recipes) for number in range(len(recipes))),
-        stages=_optional("stages", Stages, document.get("stages")),
+        stages=_optional("stages", Stages, _staged(document.get("stages"))),
         certify=_optional("certify", Certify, document.get("certify")),
         seed=document.get("seed", 0),
     )
@@ -243,6 +247,13 @@ def _record(argument: str, kind: type[Any], value: Any) -> Any:
 def _optional(argument: str, kind: type[Any], value: Any) -> Any:
     """Return a record from its table; a number or flag stands for itself."""
     return _record(argument, kind, value) if isinstance(value, Mapping) else value
+
+
+def _staged(table: Any) -> Any:
+    """Return a table of stages with its inner record made."""
+    if not isinstance(table, Mapping) or "fine_tuning" not in table:
+        return table
+    return {**table, "fine_tuning": _record("stages.fine_tuning", FineTuning, table["fine_tuning"])}
 
 
 READERS: dict[str, Callable[[Any], Any]] = {

@@ -15,7 +15,7 @@ from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.eligible import Globs
 from cbs_opt.network.partition import BlockRule, checked_rule
-from cbs_opt.recipe.select import GreedyOBS, Select, select_by_name
+from cbs_opt.recipe.select import Select, select_by_name
 from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, path, whole_number, within
 from formulations.errors import ArgumentError
 
@@ -162,6 +162,8 @@ class Recipe:
     choice_samples : int, optional
         Training samples on which tried networks are compared; by default as many as the curvature is
         taken from.
+    recalibrate : bool, default False
+        Estimate batch-norm statistics anew at the end, where that lowers the loss on samples set aside.
     """
 
     curvature: Fisher | Rows = field(default_factory=EmpiricalFisher)
@@ -173,6 +175,7 @@ class Recipe:
     select: Select | None = None
     update: Update | None = field(default_factory=Update)
     choice_samples: int | None = None
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -183,7 +186,7 @@ class Recipe:
         check_fields(self, "", _curvature, "curvature")
         check_fields(self, "", finite_number, "layer_inputs")
         check_fields(self, "", _damping, "damping", "selection_damping")
-        check_fields(self, "", flag, "gradient")
+        check_fields(self, "", flag, "gradient", "recalibrate")
         check_fields(self, "", whole_number, "choice_samples")
         for name, kind in (("weights", Weights), ("select", Select), ("update", Update)):
             value = getattr(self, name)
@@ -228,6 +231,47 @@ OnStage = Callable[[Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """Stochastic gradient steps on the kept weights at the end of every stage.
+
+    Raises `ArgumentError` if a field is out of its range; the message names it as
+    ``stages.fine_tuning.<field>``.
+
+    Parameters
+    ----------
+    samples : int
+        Training samples differentiated after a stage, drawn again where there are fewer. Three tenths of them
+        go to the rates that are tried: all of these in the first stage, the neighbours of the last one in
+        others. The best one, by the loss on samples set aside, goes on.
+    final_samples : int, optional
+        The same after the last stage; by default as many.
+    batch_size : int, default 64
+        Samples of every step.
+    momentum_rates : tuple of float, default (.5,)
+        Learning rates for steps with Nesterov momentum .9, over the largest eigenvalue of the Fisher matrix.
+    newton_dampings : tuple of float, default (.1, .03, .01)
+        For the same steps with the gradient times the inverse of the damped Fisher matrix: what is added to
+        it, over its largest eigenvalue.
+    adam_rates : tuple of float, default (.005,)
+        Learning rates for steps of Adam, in units of the root mean square of the kept weights.
+    """
+
+    samples: int
+    final_samples: int | None = None
+    batch_size: int = 64
+    momentum_rates: tuple[float, ...] = (0.5,)
+    newton_dampings: tuple[float, ...] = (0.1, 0.03, 0.01)
+    adam_rates: tuple[float, ...] = (0.005,)
+
+    def __post_init__(self) -> None:
+        prefix = "stages.fine_tuning."
+        check_fields(self, prefix, whole_number, "samples", "final_samples", "batch_size")
+        check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
+        if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
+            raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stages:
     """Pruning little by little, with fresh curvature at every stage.
 
@@ -249,6 +293,8 @@ class Stages:
         Updates at the last sparsity, with new rows, after all stages. They end early when nothing improves.
     gradient_samples : int, optional
         Training samples of every gradient; by default as many as the rows of a stage are made of.
+    fine_tuning : FineTuning, optional
+        Stochastic steps at the end of every stage; by default none.
     on_stage : callable, optional
         Called with a `StageResult` after every stage, and first for those in `run_dir`: its network can be
         evaluated or copied, so that one run serves a whole table of sparsities. Not saved with the recipe.
@@ -260,6 +306,7 @@ class Stages:
     updates: int = 2
     final_updates: int = 4
     gradient_samples: int | None = None
+    fine_tuning: FineTuning | None = None
     on_stage: OnStage | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -267,6 +314,9 @@ class Stages:
         check_fields(self, "stages.", whole_number, "final_updates", least=0)
         check_fields(self, "stages.", _schedule, "schedule")
         check_fields(self, "stages.", checked_sparsity, "start")
+        if not isinstance(self.fine_tuning, FineTuning | None):
+            found = f"a {type(self.fine_tuning).__name__}"
+            raise ArgumentError("stages.fine_tuning", found, "pass a FineTuning record")
         if self.on_stage is not None and not callable(self.on_stage):
             raise ArgumentError("stages.on_stage", f"{self.on_stage!r}", "pass a function of a StageResult")
 
@@ -303,7 +353,7 @@ class Certify:
         path("certify.block_dir", self.block_dir)
 
 
-SHARED = ("curvature", "gradient", "weights", "choice_samples")
+SHARED = ("curvature", "gradient", "weights", "choice_samples", "recalibrate")
 """What recipes that are tried side by side have in common."""
 
 
@@ -390,6 +440,12 @@ def _damping(argument: str, value: Any) -> Damping:
     return value if isinstance(value, Absolute) else finite_number(argument, value)
 
 
+def _rates(argument: str, value: Any) -> tuple[float, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ArgumentError(argument, f"{value!r}", "pass a sequence of numbers > 0")
+    return tuple(finite_number(argument, rate, above=True) for rate in value)
+
+
 def _schedule(argument: str, value: Any) -> Schedule:
     if isinstance(value, str):
         return one_of(argument, value, SCHEDULES)
@@ -413,12 +469,3 @@ def _certify(argument: str, value: Any) -> Certify | None:
     if isinstance(value, Certify):
         return value
     return Certify() if flag(argument, value) else None
-
-
-NAMED: dict[str, Recipe] = {"fast": Recipe(select=GreedyOBS()), "balanced": Recipe()}
-"""fast: greedy OBS in drops, without exchanges; balanced, the default: with them."""
-
-
-def recipe_by_name(name: str) -> Recipe:
-    """Return the recipe called `name`, one of `NAMED`."""
-    return NAMED[one_of("recipe", name, NAMED)]

@@ -125,7 +125,8 @@ class SwapSearch(Select):
     drops : int, optional
         Of a "greedy_obs" start in large blocks; joint program only.
     tolerance : float, optional
-        Relative improvement that counts in large blocks.
+        Relative improvement that counts in large blocks. With layer inputs it is what a round of exchanges
+        has to bring so that another one follows, .001 by default; otherwise what a swap has to bring.
     dense_limit : int, optional
         Largest block whose Hessian is formed, 1 024 by default; joint program only.
     repeats : int, default 1

@@ -141,7 +141,7 @@ class BlockSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """One step: a selection with its update, or an update alone.
+    """One step: a selection with its update, an update alone, or a fine-tuning.
 
     Parameters
     ----------
@@ -158,12 +158,14 @@ class StageRecord:
         False if an update did not lower the loss, so that nothing changed.
     tried, best_rejected : int and float, optional
         Networks that were compared, and the lowest training loss among the others; None if there was none.
-    predicted_change : float
-        What the quadratic model, without damping, says of the winner's step.
+    predicted_change : float, optional
+        What the quadratic model, without damping, says of the winner's step; None of a fine-tuning.
     samples : int
         Samples differentiated since the run began, for rows and gradients.
     seconds : float
         Wall-clock time of the step; the first of a stage includes the rows.
+    rate_kind, rate : str and float
+        How a fine-tuning went down, "momentum" or "adam", and its learning rate; empty and 0 of other steps.
     """
 
     stage: int
@@ -177,9 +179,11 @@ class StageRecord:
     accepted: bool
     tried: int
     best_rejected: float | None
-    predicted_change: float
+    predicted_change: float | None
     samples: int
     seconds: float
+    rate_kind: str = ""
+    rate: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cbs_opt.network.eligible import LeftOut, by_reason
 from cbs_opt.network.evaluation import Evaluation
-from cbs_opt.recipe.files import request_from_plain, request_to_plain
+from cbs_opt.recipe.files import request_from_plain, request_to_plain, to_toml
 from cbs_opt.recipe.records import Request
 from cbs_opt.report.numbers import MISSING, gap_text, percent_text
 from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary, StageRecord
@@ -67,6 +67,8 @@ class PruneReport:
         The other parameters of the network, each with its name, shape and reason.
     notes : tuple of str
         What was changed so that the run fits the machine, or left out as too costly, in sentences.
+    choices : tuple of str
+        What the recipe was chosen by, in sentences, where it was called by name.
     warnings : tuple of str
         What looks wrong with the pruned network, and what to do about it, in sentences.
     layers, blocks, stages : tuple of LayerSummary, BlockSummary, StageRecord
@@ -128,6 +130,7 @@ class PruneReport:
     stages: tuple[StageRecord, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -143,14 +146,23 @@ class PruneReport:
 
     @property
     def label(self) -> str:
-        """Short name of the run for legends: method, program, layer-input term, update.
+        """Short name of the run for legends: method, program, layer-input term, update, fine-tuning.
 
         The program is named where the method looks at it, and is not "selection".
         """
         marks = ["joint"] if self.program == "joint" and self.kind != "saliency" else []
         marks += ["layer inputs"] if self.layer_inputs else []
         name = f"{self.method} ({', '.join(marks)})" if marks else self.method
-        return f"{name} + update" if self.update else name
+        name += " + update" if self.update else ""
+        return f"{name} + fine-tuning" if any(record.rate_kind for record in self.stages) else name
+
+    @property
+    def recipe(self) -> str:
+        """What was chosen, by what, and the recipe that came of it as TOML that runs again."""
+        lines = [f"# {choice}" for choice in self.choices]
+        if self.request is not None:
+            lines.append(to_toml(request_to_plain(self.request)))
+        return "\n".join(lines)
 
     @property
     def evaluations(self) -> tuple[Evaluation | None, Evaluation | None]:

@@ -36,6 +36,8 @@ from formulations.solution import Limit
 
 PathLike = str | os.PathLike[str]
 RESULT = "result"
+STATISTICS = "statistics."
+"""Before the names of batch-norm buffers in the result."""
 STEPS = ("rows_*", "moments*", "selection_*", "certificate_*")
 """Names of pieces that a finished run no longer needs."""
 NUMBERS = ("initial_value", "iterations", "locally_optimal", "seconds", "bound")
@@ -265,7 +267,15 @@ class RunProgress:
         for pattern in STEPS:
             self.pieces.drop(pattern)
 
-    def finish(self, weights: Tensor, keep: Tensor, report: PruneReport, *, steps_stay: bool) -> None:
+    def finish(
+        self,
+        weights: Tensor,
+        keep: Tensor,
+        statistics: Mapping[str, Tensor],
+        report: PruneReport,
+        *,
+        steps_stay: bool,
+    ) -> None:
         """Put the result on disk; the steps on the way to it go, unless they are to stay."""
         if self._store is None:
             return
@@ -274,12 +284,16 @@ class RunProgress:
         save_certificates(fingerprints, report.certificates, directory / CERTIFICATES)
         write_atomically(directory / REPORT_JSON, sealed_json(report.to_dict()))
         # Last: where it is, the rest is complete.
-        self._store.keep(RESULT, {}, {"weights": weights.double().cpu().numpy(), "keep": keep.cpu().numpy()})
+        arrays = {"weights": weights.double().cpu().numpy(), "keep": keep.cpu().numpy()}
+        arrays |= {f"{STATISTICS}{name}": value.cpu().numpy() for name, value in statistics.items()}
+        self._store.keep(RESULT, {}, arrays)
         if not steps_stay:
             self.forget_steps()
 
-    def finished(self, partition: Partition, block_dir: PathLike | None) -> tuple[Tensor, PruneReport] | None:
-        """Return weights and report of a finished run; None if it is not, or a file of it is damaged.
+    def finished(
+        self, partition: Partition, block_dir: PathLike | None
+    ) -> tuple[Tensor, dict[str, Tensor], PruneReport] | None:
+        """Return weights, statistics and report of a finished run; None if it is not, or a file is damaged.
 
         With `block_dir` it is finished only if the data of all blocks are there.
         """
@@ -300,4 +314,10 @@ class RunProgress:
         wanted = 0 if report.certified is None else len(report.blocks)
         if len(report.certificates) < wanted or (block_dir is not None and files < wanted):
             return None
-        return torch.from_numpy(piece[1]["weights"]).to(self._device), report
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in piece[1].items()}
+        statistics = {
+            name.removeprefix(STATISTICS): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(STATISTICS)
+        }
+        return tensors["weights"], statistics, report

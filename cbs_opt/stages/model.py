@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -137,6 +137,11 @@ class StageModel:
             hessian = piece.moving if bool(part.all()) else piece.pruning
             moved.append(cbs_updates(self._block(piece, hessian, weights, gradient, 0.0), part, dampings))
         return [torch.cat(parts) for parts in zip(*moved, strict=True)]
+
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Return ``x -> (R^T R + damping M)^-1 x`` for x (n_kept,), M as for updates alone; in float64."""
+        factors = [(piece.part, next(iter(piece.moving.factored([damping])))) for piece in self._pieces]
+        return lambda x: torch.cat([factor.solve(x[part].double()) for part, factor in factors]).to(x)
 
     def predicted_change(self, weights: Tensor, gradient: Tensor | None, moved: Tensor) -> float:
         """Return what the model, without damping, says of going from `weights` to `moved`, both (n_kept,)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cbs_opt.curvature.fisher import mean_gradient
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
+from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
@@ -24,6 +25,7 @@ from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages import trials
+from cbs_opt.stages.fine_tuning import FineTuner, Rate
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
 
@@ -73,6 +75,11 @@ class StagedRun:
         self.plan: Stages = task.request.stages
         self.sparsities = self.plan.sparsities(task.request.sparsity)
         self.passes = passes
+        self._drawing: Drawing | None = None
+        if self.plan.fine_tuning is not None:
+            assert task.data is not None
+            aside = task.recipe.choice_samples or task.recipe.samples
+            self._drawing = Drawing(task.data, aside=aside, seed=task.request.seed)
         self.state = StageState(
             stages=0,
             weights=task.weights.double(),
@@ -99,7 +106,7 @@ class StagedRun:
                 self.task.done.forget_steps()
                 self._announce()
                 advance(1)
-        last = self.state.records[-1]
+        last = [record for record in self.state.records if not record.rate_kind][-1]
         return Candidate(
             choices=[Choice(keep=self.state.keep[s.start : s.stop]) for s in self.task.partition.blocks],
             weights=self.state.weights,
@@ -107,7 +114,7 @@ class StagedRun:
             recipe=self.task.recipe,
             damping=last.damping,
             scale=last.update_scale,
-            loss=last.loss,
+            loss=self.state.records[-1].loss,
         )
 
     def _next_stage(self, state: StageState) -> StageState:
@@ -134,12 +141,18 @@ class StagedRun:
                     model = model.restricted(best.keep)
             if refused == PATIENCE and stage == len(self.sparsities):
                 break
+        rate = Rate(kind=state.rate_kind, value=state.rate) if state.rate_kind else None
+        if self.plan.fine_tuning is not None and stage < len(self.sparsities):
+            weights, rate, record = self._fine_tuned(weights, model, rate, len(records))
+            records.append(record)
         return StageState(
             stages=stage + 1,
             weights=weights,
             keep=model.keep,
             damping=pruning.centre,
             update_damping=updating.centre,
+            rate_kind="" if rate is None else rate.kind,
+            rate=0.0 if rate is None else rate.value,
             passes=self.passes.count,
             samples=self.passes.samples,
             records=(*state.records, *records),
@@ -157,7 +170,7 @@ class StagedRun:
         unit = 1.0 if isinstance(task.recipe.damping, Absolute) else model.unit
         gradient = self._gradient(weights, model) if task.recipe.gradient or not prunes else None
         expansion = trials.Expansion(model=model, weights=weights, gradient=gradient, unit=unit)
-        sample = self.passes.sample()
+        sample = self.sample()
         before = self._loss_at(weights, sample)
         with task.clock.phase("steps"):
             proposals = (
@@ -199,6 +212,67 @@ class StagedRun:
             seconds=0.0,
         )
         return best, record
+
+    def _fine_tuned(
+        self, weights: Tensor, model: StageModel, rate: Rate | None, update: int
+    ) -> tuple[Tensor, Rate, StageRecord]:
+        """Return the weights after stochastic steps, the rate for the next time, and the record."""
+        plan, task, stage = self.plan.fine_tuning, self.task, self.state.stages
+        assert plan is not None
+        assert self._drawing is not None
+        began = time.perf_counter()
+        last = stage == len(self.sparsities) - 1 and plan.final_samples is not None
+        samples = plan.final_samples if last and plan.final_samples is not None else plan.samples
+        tuner = FineTuner(
+            model=task.model,
+            partition=task.partition,
+            objective=task.loss_fn,
+            plan=plan,
+            keep=model.keep,
+            batches=self._drawing.batches(
+                task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
+            ),
+        )
+        sample = self.sample()
+        with (
+            task.clock.phase("fine-tuning"),
+            task.progress.phase("fine-tuning", samples, unit="sample") as advance,
+        ):
+            tuned = tuner.best(
+                weights,
+                model=model,
+                rate=rate,
+                samples=samples,
+                loss=lambda weights: self._loss_at(weights, sample),
+                advance=advance,
+            )
+        self.passes.samples += tuned.samples
+        kept = int(model.keep.sum())
+        record = StageRecord(
+            stage=stage,
+            update=update,
+            sparsity=1.0 - kept / task.partition.n,
+            n_prune=task.partition.n - kept,
+            loss_before=tuned.loss_before,
+            loss=tuned.loss,
+            damping=0.0,
+            update_scale=0.0,
+            accepted=tuned.loss < tuned.loss_before,
+            tried=tuned.tried,
+            best_rejected=None,
+            predicted_change=None,
+            samples=self.passes.samples,
+            seconds=time.perf_counter() - began,
+            rate_kind=tuned.rate.kind,
+            rate=tuned.absolute_rate,
+        )
+        return tuned.weights, tuned.rate, record
+
+    def sample(self) -> Sample:
+        """Return the samples on which networks are compared: those set aside, or fresh ones."""
+        if self._drawing is None:
+            return self.passes.sample()
+        return self._drawing.aside(self.task.weights.device)
 
     def _ledger(self, sizes: Sequence[int]) -> ChoiceLedger:
         """Return the ledger of the next selection of this stage; the order is the same in every run."""

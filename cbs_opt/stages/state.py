@@ -15,7 +15,7 @@ from cbs_opt.system.plain import plain, rebuilt
 
 log = logging.getLogger(__name__)
 
-FIELDS = ("stages", "damping", "update_damping", "passes", "samples")
+FIELDS = ("stages", "damping", "update_damping", "rate_kind", "rate", "passes", "samples")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +24,9 @@ class StageState:
 
     `weights` (n,) are float64, `keep` (n,) is True where kept. `damping` and `update_damping` are the centres
     of the next grids, for steps that prune and for updates alone, in the units of the run's options; None
-    before the first step. `passes` counts how often the data were read, `samples` those differentiated.
+    before the first step. `rate_kind` and `rate` are those of the next fine-tuning, in units of the problem,
+    empty and 0 before the first one. `passes` counts how often the data were read, `samples` those
+    differentiated.
     """
 
     stages: int
@@ -32,6 +34,8 @@ class StageState:
     keep: Tensor
     damping: float | None = None
     update_damping: float | None = None
+    rate_kind: str = ""
+    rate: float = 0.0
     passes: int = 0
     samples: int = 0
     records: tuple[StageRecord, ...] = ()

@@ -32,7 +32,8 @@ CALL = "import sys; from experiments.benchmarks.limits import report; report(*sy
 class Case:
     """A block of Gaussian rows, by the shape that decides what a method must do.
 
-    `models` says whether solvers with models run on it too; their models have a term a pair of weights.
+    `models` says whether solvers with models run on it too, whose models have a term a pair of weights;
+    `dense` whether the block is given by its Hessian.
     """
 
     name: str
@@ -40,26 +41,30 @@ class Case:
     n: int
     n_keep: int
     rows: int = 500
-    models: bool = False
+    models: bool = True
+    dense: bool = False
 
     def block(self) -> BlockProblem:
         """Return the block, damping .1."""
         generator = np.random.default_rng(0)
         rows = generator.normal(size=(self.rows, self.n)) / np.sqrt(self.rows)
         weights, gradient = generator.normal(size=self.n), 0.01 * generator.normal(size=self.n)
+        data = {"hessian": rows.T @ rows} if self.dense else {"rows": rows}
         count = self.n - self.n_keep
-        return BlockProblem(weights=weights, n_prune=count, rows=rows, gradient=gradient, damping=0.1)
+        return BlockProblem(weights=weights, n_prune=count, gradient=gradient, damping=0.1, **data)
 
 
 CASES = {
     case.name: case
     for case in (
-        Case(name="selection-256", program="selection", n=256, n_keep=128, models=True),
-        Case(name="joint-256", program="joint", n=256, n_keep=128, models=True),
+        Case(name="selection-256", program="selection", n=256, n_keep=128),
+        Case(name="joint-256", program="joint", n=256, n_keep=128),
         Case(name="selection-2048", program="selection", n=2_048, n_keep=1_024),
         Case(name="joint-2048", program="joint", n=2_048, n_keep=1_024),
-        Case(name="few-2000", program="joint", n=2_000, n_keep=10),
-        Case(name="few-3000", program="joint", n=3_000, n_keep=10),
+        Case(name="dense-selection-2048", program="selection", n=2_048, n_keep=1_024, rows=4_096, dense=True),
+        Case(name="dense-joint-2048", program="joint", n=2_048, n_keep=1_024, rows=4_096, dense=True),
+        Case(name="few-2000", program="joint", n=2_000, n_keep=10, models=False),
+        Case(name="few-3000", program="joint", n=3_000, n_keep=10, models=False),
     )
 }
 SMALL = {

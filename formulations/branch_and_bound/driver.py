@@ -71,8 +71,10 @@ def branch_and_bound(
     BlockSolution
         OPTIMAL if the gap asked for was met, else FEASIBLE with the limit that came (`Limit.GAP` where
         the search is complete and rounding leaves more) and the bound so far; `certificate` proves the
-        root bound of the whole block, the rest of `bound` rests on the search. Ctrl-C returns incumbent
-        and bound with `Limit.INTERRUPTED`.
+        root bound of the whole block, the rest of `bound` rests on the search. Where the gap was not met
+        `bound` is at least what `lower_bound` proves in the time that was left to it (all of it on blocks of
+        more than 600 weights) and what the incumbent's certificate proves. Ctrl-C returns incumbent and
+        bound with `Limit.INTERRUPTED`.
 
     Raises
     ------
@@ -119,9 +121,12 @@ def branch_and_bound(
         tree.prove(first.certificate)
         tree.floored = True
     tree.record()
-    # Without an allowance for rounding no bound can be proved, and no factorisation relied upon.
     if math.isfinite(tree.allowance):
         limit = solve_from_root(tree, problem, reduction=reduction, swaps=swaps)
+    else:
+        # No factorisation can be relied upon, and no bound of a node: there is none to search from.
+        limit = tree.run()
+    tree.prove(None if incumbent is None else incumbent.certificate)
     tree.record()
     return _account(tree, limit)
 
@@ -130,10 +135,10 @@ def _first_bound(pool: IncumbentPool, limits: Limits, started: float) -> BlockSo
     """Return what `lower_bound` makes of a large block, whose dense form and greedy set take longer."""
     if pool.problem.n <= SPLIT_LARGEST or limits.out_of_time(started):
         return None
-    pool.offer_magnitude_if_empty()
-    known = pool.solution(method="branch_and_bound")
+    # The bound comes before any set, so that it has all the time that `lower_bound` would have.
     limits = replace(limits.left(started), iteration_limit=None)
-    first = lower_bound(pool.problem, pool.program, limits=limits, incumbent=known)
+    first = lower_bound(pool.problem, pool.program, limits=limits)
+    pool.offer_magnitude_if_empty()
     assert first.keep is not None
     pool.offer(first.keep)
     return first
@@ -226,11 +231,11 @@ def _account(tree: Search, limit: Limit | None) -> BlockSolution:
     """Return the solution, OPTIMAL only if its bound meets the incumbent to the gap asked for."""
     message = tree.message if limit is Limit.TIME else ""
     if not math.isfinite(tree.allowance):
-        message = "H is singular to rounding: no bound"
+        message = "H is singular to rounding: no node has a bound, only the whole block"
     return tree.pool.solution(
         method="branch_and_bound",
         rel_gap=tree.limits.rel_gap,
-        bound=tree.bound * tree.scale,
+        bound=tree.bound,
         finished=True,
         limit=limit,
         certificate=tree.certificate,

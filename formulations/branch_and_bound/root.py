@@ -7,6 +7,7 @@ the tree badly: on real blocks that doubled the time, and some were not solved a
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -64,19 +65,30 @@ def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> None:
     form = tree.subproblems.form
     certificate: Certificate
     near = tree.certificate
+    stopped = partial(tree.limits.out_of_time, tree.started)
     if tree.subproblems.program == "joint":
         root = np.sqrt(problem.hessian_diagonal())
         start = (
             near.point * root / math.sqrt(form.scale) if isinstance(near, PerspectiveCertificate) else None
         )
         _, node.warm, _, node.split = relax_joint(
-            form, problem.n_keep, joint_split(problem, form), cutoff=tree.cutoff, start=start
+            form,
+            problem.n_keep,
+            joint_split(problem, form),
+            cutoff=tree.cutoff,
+            stopped=stopped,
+            start=start,
         )
         certificate = joint_certificate(problem, form, node.warm, node.split, root)
     else:
         start = near.point if isinstance(near, CappedSimplexCertificate) else None
         _, node.warm, node.split = relax_selection(
-            form, problem.n_prune, selection_shift(problem, form), cutoff=tree.cutoff, start=start
+            form,
+            problem.n_prune,
+            selection_shift(problem, form),
+            cutoff=tree.cutoff,
+            stopped=stopped,
+            start=start,
         )
         certificate = selection_certificate(problem, form, node.warm, node.split)
     node.bound = certificate.lower_bound(problem) / tree.scale

@@ -14,7 +14,8 @@ from formulations.branch_and_bound.subproblems import NODE_SPLIT_ROUNDS, Subprob
 from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BoolArray
-from formulations.relaxations.bounds import lower_bound
+from formulations.relaxations.bounds import root_bounds
+from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import Certificate, Limit, Limits, Termination, TracePoint, status_of
 
@@ -64,7 +65,7 @@ class Search:
     closed_bound: float = float("inf")
     trace: list[TracePoint] = field(default_factory=list)
     rooted: bool = False
-    floor: float = -math.inf
+    proved: float = -math.inf
     certificate: Certificate | None = None
     open_after_root: int = 0
     current: Node | None = None
@@ -99,10 +100,21 @@ class Search:
         return self.incumbent - room
 
     @property
+    def floor(self) -> float:
+        """Bound of the best certificate of the whole block."""
+        return self.proved / self.scale
+
+    @property
     def bound(self) -> float:
-        """Lower bound on the optimum that the search or a certificate has proved."""
+        """Lower bound on the optimum that the search or a certificate has proved, in units of the loss."""
+        searched = self._searched
+        return searched * self.scale if searched > self.floor else self.proved
+
+    @property
+    def _searched(self) -> float:
+        """Bound of the search alone."""
         if not self.rooted:
-            return self.floor
+            return -math.inf
         # Fixing drops subtrees whose bound is only known to reach the cutoff.
         lowest = min(self.closed_bound, self.cutoff)
         if self.current is not None:
@@ -111,7 +123,7 @@ class Search:
             lowest = min(lowest, self._heap[0][0])
         if self._stack:
             lowest = min(lowest, min(node.bound for node in self._stack))
-        return max(lowest - self.allowance, self.floor)
+        return lowest - self.allowance
 
     @property
     def met(self) -> bool:
@@ -119,15 +131,15 @@ class Search:
         return status_of(self.incumbent, self.floor, self.limits.rel_gap) is Termination.OPTIMAL
 
     def prove(self, certificate: Certificate | None) -> None:
-        """Take over the bound of a certificate of the whole block if it is the best so far."""
-        if certificate is None:
+        """Take over the bound of a certificate of this program if it is the best so far."""
+        if not isinstance(certificate, RelaxationCertificate) or certificate.program != self.pool.program:
             return
-        bound = certificate.lower_bound(self.pool.problem) / self.scale
-        if bound > self.floor:
-            self.floor, self.certificate = bound, certificate
+        bound = certificate.lower_bound(self.pool.problem)
+        if bound > self.proved:
+            self.proved, self.certificate = bound, certificate
 
     def lift_floor(self) -> None:
-        """Have what `lower_bound` proves in the time that is left, once: the tree may take long to get there.
+        """Have what `root_bounds` prove in the time that is left, once: the tree may take long to get there.
 
         Its split of ``H`` is optimised for the root. The nodes go on with theirs: see `root`.
         """
@@ -136,10 +148,10 @@ class Search:
         self.floored = True
         known = self.pool.solution(method="branch_and_bound")
         limits = replace(self.limits.left(self.started), iteration_limit=None)
-        found = lower_bound(self.pool.problem, self.pool.program, limits=limits, incumbent=known)
-        self.prove(found.certificate)
-        assert found.keep is not None
-        self.offer(found.keep)
+        for found in root_bounds(self.pool.problem, self.pool.program, limits=limits, incumbent=known):
+            self.prove(found.certificate)
+            assert found.keep is not None
+            self.offer(found.keep)
         self.record()
 
     def run(self) -> Limit | None:
@@ -152,6 +164,9 @@ class Search:
                 if limit is not None:
                     return limit
                 self._process(self.current)
+            if status_of(self.pool.objective, self.bound, self.limits.rel_gap) is not Termination.OPTIMAL:
+                # Nothing is left to search, and rounding takes more off its bound than was asked for.
+                self.lift_floor()
         except KeyboardInterrupt:
             return Limit.INTERRUPTED
         return None
@@ -175,7 +190,7 @@ class Search:
     def record(self) -> None:
         """Append a trace point with the incumbent and bound of now."""
         self._traced = time.perf_counter()
-        bound = self.bound * self.scale
+        bound = self.bound
         self.trace.append(
             TracePoint(
                 seconds=self._traced - self.started,

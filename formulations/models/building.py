@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PERIOD = 512
 """Items, such as rows of a model, between two looks (some milliseconds)."""
 
 
 class BuildingStopped(Exception):
-    """The time limit passed while a model was built."""
+    """The time limit passed while a model was built; its text names a step that cannot be divided, if any."""
+
+
+def undivided(what: str, work: Callable[[], Result], stopped: Callable[[], bool]) -> Result:
+    """Return what `work` does, asking before and after; one that ends too late is named as `what`."""
+    if stopped():
+        raise BuildingStopped
+    began = time.perf_counter()
+    result = work()
+    if stopped():
+        seconds = time.perf_counter() - began
+        raise BuildingStopped(f"{what} took {seconds:.2f} s, within which the time limit is not looked at")
+    return result
 
 
 def asking(items: Iterable[Item], stopped: Callable[[], bool], *, period: int = PERIOD) -> Iterator[Item]:

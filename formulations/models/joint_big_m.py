@@ -12,11 +12,13 @@ quadratic.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyomo.environ as pyo
 
 from formulations.models import algebra
+from formulations.models.building import undivided
 from formulations.models.scaling import level_set, scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, never
@@ -36,7 +38,7 @@ def build(
         Asked between terms whether the time is over; `building.BuildingStopped` is raised then.
     """
     block = scale_block(problem)
-    box = level_set(problem, block, incumbent)
+    box = undivided("the box of the level set", partial(level_set, problem, block, incumbent), stopped)
     model: Any = pyo.ConcreteModel(name="joint_big_m")
     algebra.add_kept_set(model, block)
     algebra.add_new_weights(model, box.lower, box.upper)

@@ -12,12 +12,14 @@ Source: generalised disjunctive programming, Raman and Grossmann (1994).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyomo.environ as pyo
 from pyomo.gdp import Disjunct, Disjunction
 
 from formulations.models import algebra
+from formulations.models.building import undivided
 from formulations.models.scaling import level_set, scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, never
@@ -28,7 +30,7 @@ def build(
 ) -> pyo.ConcreteModel:
     """Return the Pyomo GDP model; O(n^2) terms. Parameters as for `joint_big_m.build`."""
     block = scale_block(problem)
-    box = level_set(problem, block, incumbent)
+    box = undivided("the box of the level set", partial(level_set, problem, block, incumbent), stopped)
     model: Any = pyo.ConcreteModel(name="joint_indicator")
     algebra.add_kept_set(model, block)
     model.new_weight = pyo.Var(

@@ -11,14 +11,15 @@ Source: as `joint_perspective`; the factored form is the one measured best for o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
+from formulations.models.building import undivided
 from formulations.models.joint_perspective import add_cones
-from formulations.models.scaling import diagonal_split, factor, level_set, scale_block
+from formulations.models.scaling import diagonal_split, level_set, low_rank_factor, scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, never
 
@@ -28,9 +29,9 @@ def build(
 ) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n r) terms for rank r, n cones. Parameters as for `joint_big_m.build`."""
     block = scale_block(problem)
-    box = level_set(problem, block, incumbent)
-    split = diagonal_split(block)
-    rows = factor(block.hessian - np.diag(split))
+    box = undivided("the box of the level set", partial(level_set, problem, block, incumbent), stopped)
+    split = undivided("the split of H", partial(diagonal_split, block), stopped)
+    rows = undivided("a factor of H", partial(low_rank_factor, problem, block, split), stopped)
     middle = rows @ box.centre
     model: Any = pyo.ConcreteModel(name="joint_low_rank_perspective")
     algebra.add_kept_set(model, block)

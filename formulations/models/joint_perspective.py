@@ -12,12 +12,14 @@ Source: Frangioni and Gentile (2006); Guenluek and Linderoth (2010).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
+from formulations.models.building import undivided
 from formulations.models.scaling import diagonal_split, level_set, scale_block
 from formulations.problem import BlockProblem, FloatArray
 from formulations.solution import BlockSolution, never
@@ -28,8 +30,8 @@ def build(
 ) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) terms, n cones. Parameters as for `joint_big_m.build`."""
     block = scale_block(problem)
-    box = level_set(problem, block, incumbent)
-    split = diagonal_split(block)
+    box = undivided("the box of the level set", partial(level_set, problem, block, incumbent), stopped)
+    split = undivided("the split of H", partial(diagonal_split, block), stopped)
     model: Any = pyo.ConcreteModel(name="joint_perspective")
     algebra.add_kept_set(model, block)
     algebra.add_new_weights(model, box.lower, box.upper)

@@ -147,6 +147,20 @@ def factor(matrix: FloatArray) -> FloatArray:
     return np.asarray((vectors[:, used] * np.sqrt(eigenvalues[used])).T)
 
 
+def low_rank_factor(problem: BlockProblem, block: ScaledBlock, split: FloatArray) -> FloatArray:
+    """Return `factor` of ``H - diag(split)`` in scaled units.
+
+    In a large block with fewer rows than weights these are the scaled rows, where the split is not above
+    the damping: what is left of that is dropped like an eigenvalue that is rounding.
+    """
+    rows = problem.rows
+    few = rows is not None and rows.shape[0] < problem.n and problem.n > EIGENVALUES_LARGEST
+    if few and bool((split <= block.damping).all()):
+        assert rows is not None
+        return np.asarray(rows / math.sqrt(block.hessian_scale))
+    return factor(block.hessian - np.diag(split))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LevelSet:
     """Where every set at least as good as a known one has its new weights (scaled units).

@@ -12,13 +12,15 @@ Hijazi, Bonami and Ouorou (2014).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
-from formulations.models.scaling import diagonal_split, factor, scale_block
+from formulations.models.building import undivided
+from formulations.models.scaling import diagonal_split, low_rank_factor, scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import never
 
@@ -27,9 +29,10 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
     """Return the Pyomo model; O(n r) terms for rank r, O(n^3) for the factor."""
     block = scale_block(problem)
     k = block.n_prune
-    split = diagonal_split(block)
+    split = undivided("the split of H", partial(diagonal_split, block), stopped)
     shift = split * block.weights**2
-    rows = factor(block.hessian - np.diag(split)) * block.weights
+    rows = undivided("a factor of H", partial(low_rank_factor, problem, block, split), stopped)
+    rows = rows * block.weights
     ordered = np.sort(rows, axis=1)
     model: Any = pyo.ConcreteModel(name="selection_low_rank")
     algebra.add_pruned_set(model, block)

@@ -12,12 +12,14 @@ Source: Hammer and Rubin (1970); Billionnet and Elloumi (2007), quadratic convex
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyomo.environ as pyo
 
 from formulations.models import algebra
+from formulations.models.building import undivided
 from formulations.models.scaling import diagonal_split, scale_block
 from formulations.problem import BlockProblem
 from formulations.solution import never
@@ -26,7 +28,7 @@ from formulations.solution import never
 def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.ConcreteModel:
     """Return the Pyomo model; O(n^2) terms, O(n^3) for the shift."""
     block = scale_block(problem)
-    shift = diagonal_split(block) * block.weights**2
+    shift = undivided("the split of H", partial(diagonal_split, block), stopped) * block.weights**2
     model: Any = pyo.ConcreteModel(name="selection_shifted_qp")
     algebra.add_pruned_set(model, block)
     pruned = model.pruned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -109,6 +110,21 @@ def lower_bound(
     )
 
 
+def root_bounds(
+    problem: BlockProblem, program: str, *, limits: Limits, incumbent: BlockSolution
+) -> Iterator[BlockSolution]:
+    """Yield what an exact method takes for its root: the better bound of them is its floor.
+
+    First `lower_bound` as a caller who knows no set would have it, so that no search ends below its own
+    relaxation: with a set the steps on rows end sooner and those on the split go elsewhere, for better or
+    worse. On blocks of at most `SPLIT_LARGEST` weights then the one that knows `incumbent`.
+    """
+    started = time.perf_counter()
+    yield lower_bound(problem, program, limits=limits)
+    if problem.n <= SPLIT_LARGEST and not limits.out_of_time(started):
+        yield lower_bound(problem, program, limits=limits.left(started), incumbent=incumbent)
+
+
 def _check_relaxation(program: str, relaxation: str | None, fix: bool) -> None:
     own = OWN_RELAXATION[check_program(program)]
     known = (own, *LINEAR_RELAXATIONS) if program == "selection" else (own,)
@@ -160,7 +176,9 @@ def _finished(
     bound = first.lower_bound(problem)
     if bound >= stop.cutoff or stop.out_of_time():
         return first
-    second, keep = relax_with_split(problem, pool.program, pool.objective, 0, start=first.point)
+    second, keep = relax_with_split(
+        problem, pool.program, pool.objective, 0, stopped=stop.out_of_time, start=first.point
+    )
     pool.offer(keep)
     return second if second.lower_bound(problem) > bound else first
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,16 +10,19 @@ import numpy as np
 
 from formulations.dense_forms import DenseForm, error_factor
 from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray, frozen_array
+from formulations.relaxations.ascent import BEST, ascend
 from formulations.relaxations.capped_simplex_kernels import (
     METRIC_FLOOR,
     METRIC_SHARE,
+    advance_simplex,
+    begin_simplex,
+    invert_simplex,
     shift_slopes,
-    solve_capped_simplex,
 )
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
-from formulations.solution import never
+from formulations.solution import Stopped, never
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +112,7 @@ def relax_selection(
     *,
     cutoff: float = math.inf,
     split_rounds: int = 0,
-    stopped: Callable[[], bool] = never,
+    stopped: Stopped = never,
     start: FloatArray | None = None,
 ) -> tuple[float, FloatArray, FloatArray]:
     """Solve the relaxation of a dense selection form, improving the shift by barrier steps.
@@ -146,7 +148,7 @@ def relax_selection(
     for attempt in range(split_rounds + 1):
         smooth = form.matrix.copy()
         smooth[np.diag_indices(n)] -= current
-        value, start, _, _ = solve_capped_simplex(
+        state = begin_simplex(
             smooth,
             form.linear + 0.5 * current,
             n_prune,
@@ -156,7 +158,9 @@ def relax_selection(
             300,
             1e-5,
         )
-        bound = value + form.constant
+        ascend(state, advance_simplex, invert_simplex, stopped)
+        start = state.point
+        bound = float(state.figures[BEST]) + form.constant
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start.copy(), current.copy()

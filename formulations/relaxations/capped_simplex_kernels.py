@@ -11,25 +11,39 @@ Source of the shift: Hammer & Rubin (1970); Billionnet, Elloumi & Plateau (2009)
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
 
-from formulations.compiled import INTEGER, MATRIX, REAL, VECTOR, compiled, entry
+import numpy as np
+from numba import types
+
+from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
-from formulations.relaxations.perspective_kernels import ROUNDOFF, rises
+from formulations.relaxations.ascent import (
+    BEST,
+    BLUR,
+    CLIMBING,
+    ENDED,
+    GIVEN_UP,
+    MISSES,
+    NEWTON_MISSES,
+    ONGOING,
+    OPTIMAL,
+    OVER_RELAXATION,
+    PHASE,
+    SPLITTING,
+    STEPS,
+    TO_THE_END,
+    end_climb,
+    end_step,
+    rises,
+)
+from formulations.relaxations.perspective_kernels import ROUNDOFF
 from formulations.relaxations.support_norm import copy_into, largest_sum
 
-NEWTON_PERIOD = 6
-"""ADMM steps between two active-set climbs."""
-NEWTON_MISSES = 4
-"""Newton steps in a row that may fail to lift the bound before a climb is given up."""
-PATIENCE = 8
-"""Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
 AT_ZERO = 0
 AT_ONE = 1
 INSIDE = 2
-OVER_RELAXATION = 1.7
-"""Over-relaxation of ADMM, in (1, 2)."""
 BISECTIONS = 60
 METRIC_SHARE = 0.25
 METRIC_FLOOR = 0.01
@@ -167,42 +181,189 @@ def places_of(guess: FloatArray, place: IntArray) -> None:
             place[i] = AT_ONE
 
 
+class SimplexAscent(NamedTuple):
+    """State of an ascent of the linearisation bound; its arrays are written in place.
+
+    Attributes
+    ----------
+    smooth, linear, n_prune
+        ``B``, ``q`` and the number of weights to prune.
+    metric : (n,) float64 array
+        ADMM works in its norm.
+    cutoff : float
+        A bound that is good enough.
+    tolerance : float
+        Share of the distance to the cutoff that ADMM has to gain between two climbs.
+    max_steps : int
+        Most steps of ADMM.
+    point, slope : (n,) float64 arrays
+        The point that proves the best bound, and ``B y + q`` there.
+    guess, dual : (n,) float64 arrays
+        Of ADMM.
+    place : (n,) int64 array
+        Active sets.
+    figures : (3,) float64 array
+        `ascent.BEST` and its neighbours.
+    counts : (4,) int64 array
+        `ascent.PHASE` and its neighbours.
+    """
+
+    smooth: FloatArray
+    linear: FloatArray
+    n_prune: int
+    metric: FloatArray
+    cutoff: float
+    tolerance: float
+    max_steps: int
+    point: FloatArray
+    slope: FloatArray
+    guess: FloatArray
+    dual: FloatArray
+    place: IntArray
+    figures: FloatArray
+    counts: IntArray
+
+
+ASCENT = types.NamedTuple(  # type: ignore[no-untyped-call]
+    (
+        *(MATRIX, VECTOR, INTEGER, VECTOR, REAL, REAL, INTEGER),
+        *(VECTOR, VECTOR, VECTOR, VECTOR, INDICES, VECTOR, INDICES),
+    ),
+    SimplexAscent,
+)
+"""Its type in a kernel."""
+
+
 @compiled
-def climb_simplex(
+def newton_step(ascent: SimplexAscent) -> int:
+    """One Newton step on the active sets, which move on from there; what becomes of the climb.
+
+    Point and slope are replaced when the bound rises.
+    """
+    newton = np.empty(ascent.linear.size)
+    solved, multiplier = newton_simplex(ascent.smooth, ascent.linear, ascent.n_prune, ascent.place, newton)
+    if not solved:
+        return GIVEN_UP
+    product = np.dot(ascent.smooth, newton)
+    slope = product + ascent.linear
+    value = -0.5 * np.dot(newton, product) + smallest_sum(slope, ascent.n_prune)
+    ascent.counts[MISSES] += 1
+    blur = linearisation_rounding(ascent.smooth, ascent.linear, newton, slope, ascent.n_prune)
+    if rises(ascent.figures, value, blur):
+        ascent.counts[MISSES] = 0
+        ascent.figures[BEST], ascent.figures[BLUR] = value, blur
+        copy_into(ascent.point, newton)
+        copy_into(ascent.slope, slope)
+    if ascent.figures[BEST] >= ascent.cutoff:
+        return OPTIMAL
+    if move_places(newton, slope, multiplier, ascent.place) == 0:
+        return OPTIMAL
+    return ONGOING if ascent.counts[MISSES] < NEWTON_MISSES else GIVEN_UP
+
+
+@compiled
+def admm_step(ascent: SimplexAscent, inverse: FloatArray) -> None:
+    """One step of over-relaxed ADMM; `inverse` = ``(B + diag(metric))^-1``."""
+    linear, metric, guess, dual = ascent.linear, ascent.metric, ascent.guess, ascent.dual
+    right_side = metric * (guess - dual) - linear
+    solved = np.dot(inverse, right_side)
+    product = right_side - metric * solved
+    slope = product + linear
+    value = -0.5 * np.dot(solved, product) + smallest_sum(slope, ascent.n_prune)
+    blur = linearisation_rounding(ascent.smooth, linear, solved, slope, ascent.n_prune)
+    if rises(ascent.figures, value, blur):
+        # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
+        product = np.dot(ascent.smooth, solved)
+        slope = product + linear
+        value = -0.5 * np.dot(solved, product) + smallest_sum(slope, ascent.n_prune)
+        blur = linearisation_rounding(ascent.smooth, linear, solved, slope, ascent.n_prune)
+        if rises(ascent.figures, value, blur):
+            ascent.figures[BEST], ascent.figures[BLUR] = value, blur
+            copy_into(ascent.point, solved)
+            copy_into(ascent.slope, slope)
+    relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * guess
+    project_capped_simplex(relaxed + dual, metric, ascent.n_prune, guess)
+    dual += relaxed - guess
+
+
+@entry(MATRIX, VECTOR, INTEGER, VECTOR, VECTOR, REAL, INTEGER, REAL)
+@compiled
+def begin_simplex(
     smooth: FloatArray,
     linear: FloatArray,
     count: int,
-    place: IntArray,
-    best: float,
-    best_point: FloatArray,
-    best_slope: FloatArray,
+    metric: FloatArray,
+    start: FloatArray,
     cutoff: float,
-) -> tuple[float, float, bool]:
-    """Newton steps on moving active sets while they lead on; best bound, its rounding, whether optimal.
+    max_steps: int,
+    tolerance: float,
+) -> SimplexAscent:
+    """State before the first step, with the bound that `start` proves; O(n^2)."""
+    n = linear.size
+    product = np.dot(smooth, start)
+    slope = product + linear
+    ascent = SimplexAscent(
+        smooth,
+        linear,
+        count,
+        metric,
+        cutoff,
+        tolerance,
+        max_steps,
+        start.copy(),
+        slope,
+        np.empty(n),
+        np.empty(n),
+        np.empty(n, dtype=np.int64),
+        np.empty(3),
+        np.zeros(4, dtype=np.int64),
+    )
+    ascent.figures[BEST] = -0.5 * np.dot(start, product) + smallest_sum(slope, count)
+    ascent.figures[BLUR] = linearisation_rounding(smooth, linear, start, slope, count)
+    if ascent.figures[BEST] >= cutoff:
+        ascent.counts[PHASE] = ENDED
+    else:
+        project_capped_simplex(start, metric, count, ascent.guess)
+        places_of(ascent.guess, ascent.place)
+    return ascent
 
-    `best_point` and `best_slope` are replaced when the bound rises. Where the active entries are more than
-    the rank, a Newton point may be so large that its value is nothing but rounding: see `rises`.
+
+@entry(ASCENT, MATRIX, INTEGER)
+@compiled
+def advance_simplex(ascent: SimplexAscent, inverse: FloatArray, work: int) -> None:
+    """At most `work` steps of Newton's method or ADMM; fewer at the end, or where `inverse` is wanted.
+
+    A primal-dual active-set method from the sets of the start; where it cycles, over-relaxed ADMM in the
+    norm of the metric proposes other sets. Ends when the bound reaches the cutoff, at the optimum, when
+    ADMM gains too little, or after `max_steps` of it. An empty `inverse` is one not needed so far.
     """
-    best_error = linearisation_rounding(smooth, linear, best_point, best_slope, count)
-    newton = np.empty(linear.size)
-    misses = 0
-    while misses < NEWTON_MISSES:
-        solved, multiplier = newton_simplex(smooth, linear, count, place, newton)
-        if not solved:
-            return best, best_error, False
-        product = np.dot(smooth, newton)
-        slope = product + linear
-        value = -0.5 * np.dot(newton, product) + smallest_sum(slope, count)
-        misses += 1
-        error = linearisation_rounding(smooth, linear, newton, slope, count)
-        if rises(value, error, best, best_error):
-            misses = 0
-            best, best_error = value, error
-            copy_into(best_point, newton)
-            copy_into(best_slope, slope)
-        if best >= cutoff or move_places(newton, slope, multiplier, place) == 0:
-            return best, best_error, True
-    return best, best_error, False
+    counts = ascent.counts
+    for _ in range(work):
+        if counts[PHASE] == CLIMBING:
+            outcome = newton_step(ascent)
+            if outcome == ONGOING:
+                continue
+            if counts[STEPS] == 0:
+                project_capped_simplex(ascent.point, ascent.metric, ascent.n_prune, ascent.guess)
+                copy_into(ascent.dual, -ascent.slope / ascent.metric)
+            end_climb(ascent.figures, counts, outcome, ascent.cutoff, ascent.tolerance, ascent.max_steps)
+        elif counts[PHASE] == SPLITTING and inverse.size > 0:
+            admm_step(ascent, inverse)
+            end_step(ascent.figures, counts, ascent.cutoff, ascent.max_steps)
+            if counts[PHASE] == CLIMBING:
+                places_of(ascent.guess, ascent.place)
+        else:
+            return
+
+
+@entry(ASCENT)
+@compiled
+def invert_simplex(ascent: SimplexAscent) -> FloatArray:
+    """``(B + diag(metric))^-1`` for the steps of ADMM; O(n^3)."""
+    shifted = ascent.smooth.copy()
+    for i in range(shifted.shape[0]):
+        shifted[i, i] += ascent.metric[i]
+    return np.linalg.inv(shifted)  # type: ignore[return-value]
 
 
 @entry(MATRIX, VECTOR, INTEGER, VECTOR, VECTOR, REAL, INTEGER, REAL)
@@ -217,11 +378,7 @@ def solve_capped_simplex(
     max_steps: int,
     tolerance: float,
 ) -> tuple[float, FloatArray, FloatArray, int]:
-    """Maximise the linearisation bound over ``y``.
-
-    A primal-dual active-set method from the sets of the start; where it cycles, over-relaxed ADMM in
-    the norm of `metric` proposes other sets. Stops when the bound reaches `cutoff`, at the optimum,
-    when ADMM gains less than `tolerance` times the distance to the cutoff, or after `max_steps`.
+    """Maximise the linearisation bound over ``y``, to its end.
 
     Returns
     -------
@@ -232,60 +389,11 @@ def solve_capped_simplex(
         ``B y + q`` there.
     steps : int
     """
-    n = linear.size
-    best_point = start.copy()
-    product = np.dot(smooth, start)
-    best_slope = product + linear
-    best = -0.5 * np.dot(start, product) + smallest_sum(best_slope, count)
-    if best >= cutoff:
-        return best, best_point, best_slope, 0
-    guess = np.empty(n)
-    place = np.empty(n, dtype=np.int64)
-    project_capped_simplex(best_point, metric, count, guess)
-    places_of(guess, place)
-    best, error, done = climb_simplex(smooth, linear, count, place, best, best_point, best_slope, cutoff)
-    if done:
-        return best, best_point, best_slope, 0
-    shifted = smooth.copy()
-    for i in range(n):
-        shifted[i, i] += metric[i]
-    inverse = np.linalg.inv(shifted)
-    project_capped_simplex(best_point, metric, count, guess)
-    dual = -best_slope / metric
-    steps = 0
-    stalled = 0
-    previous = best
-    while steps < max_steps and best < cutoff:
-        steps += 1
-        right_side = metric * (guess - dual) - linear
-        solved = np.dot(inverse, right_side)
-        product = right_side - metric * solved
-        slope = product + linear
-        value = -0.5 * np.dot(solved, product) + smallest_sum(slope, count)
-        if rises(value, linearisation_rounding(smooth, linear, solved, slope, count), best, error):
-            # The product above rests on an inverse, and is as inexact; a bound needs a true one.
-            product = np.dot(smooth, solved)
-            slope = product + linear
-            value = -0.5 * np.dot(solved, product) + smallest_sum(slope, count)
-            blur = linearisation_rounding(smooth, linear, solved, slope, count)
-            if rises(value, blur, best, error):
-                best, error = value, blur
-                copy_into(best_point, solved)
-                copy_into(best_slope, slope)
-        relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * guess
-        project_capped_simplex(relaxed + dual, metric, count, guess)
-        dual += relaxed - guess
-        if steps % NEWTON_PERIOD == 0 or steps == max_steps:
-            places_of(guess, place)
-            best, error, done = climb_simplex(
-                smooth, linear, count, place, best, best_point, best_slope, cutoff
-            )
-            scale = cutoff - best if cutoff < np.inf else abs(best)
-            stalled = stalled + 1 if best - previous < tolerance * scale else 0
-            previous = best
-            if done or stalled >= PATIENCE:
-                break
-    return best, best_point, best_slope, steps
+    ascent = begin_simplex(smooth, linear, count, metric, start, cutoff, max_steps, tolerance)
+    advance_simplex(ascent, np.empty((0, 0)), TO_THE_END)
+    if ascent.counts[PHASE] != ENDED:
+        advance_simplex(ascent, invert_simplex(ascent), TO_THE_END)
+    return ascent.figures[BEST], ascent.point, ascent.slope, ascent.counts[STEPS]
 
 
 @entry(VECTOR)

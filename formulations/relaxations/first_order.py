@@ -7,7 +7,6 @@ squared s-support norm (joint) or the indicator of the capped simplex (selection
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,10 +109,9 @@ class StopRule:
         self._checked = -math.inf
         self._idle = 0
 
-    def out_of_time(self) -> bool:
-        """Whether the time limit has passed."""
-        limit = self.limits.time_limit
-        if limit is None or time.perf_counter() - self.started < limit:
+    def out_of_time(self, ahead: float = 0.0) -> bool:
+        """Whether the time limit has passed, or will `ahead` seconds on."""
+        if not self.limits.out_of_time(self.started, ahead):
             return False
         self.limit = Limit.TIME
         return True

@@ -7,7 +7,6 @@ s-support norm; the dual bound holds for every point ``u`` and costs one product
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,11 +14,17 @@ import numpy as np
 
 from formulations.dense_forms import DenseForm, error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
+from formulations.relaxations.ascent import BEST, ascend
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
-from formulations.relaxations.perspective_kernels import solve_perspective, split_slopes
-from formulations.solution import never
+from formulations.relaxations.perspective_kernels import (
+    advance_perspective,
+    begin_perspective,
+    invert_perspective,
+    split_slopes,
+)
+from formulations.solution import Stopped, never
 
 SPLIT_MARGIN = 1e-9
 """Relative shrinking of a split, so that ``H - D`` stays semidefinite under rounding."""
@@ -107,7 +112,7 @@ def relax_joint(
     *,
     cutoff: float = math.inf,
     split_rounds: int = 0,
-    stopped: Callable[[], bool] = never,
+    stopped: Stopped = never,
     start: FloatArray | None = None,
 ) -> tuple[float, FloatArray, FloatArray, FloatArray]:
     """Solve the relaxation of a dense joint form, improving the split by barrier steps.
@@ -141,11 +146,13 @@ def relax_joint(
         root = np.sqrt(current)
         smooth = form.matrix / root[:, None] / root[None, :]
         smooth[np.diag_indices(root.size)] -= 1.0
-        value, point, residual, _ = solve_perspective(
+        state = begin_perspective(
             smooth, form.linear / root, n_keep, start * root, float(cutoff - form.constant), 300, 1e-5
         )
+        ascend(state, advance_perspective, invert_perspective, stopped)
+        point, residual = state.point, state.residual
         start = point / root
-        bound = value + form.constant
+        bound = float(state.figures[BEST]) + form.constant
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start, residual, current.copy()

@@ -12,28 +12,40 @@ and the last term is half the squared s-support norm of ``t = sqrt(D) u`` (Argyr
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
 
-from formulations.compiled import INTEGER, MATRIX, REAL, VECTOR, compiled, entry
+import numpy as np
+from numba import types
+
+from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, VECTOR, compiled, entry
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
+from formulations.relaxations.ascent import (
+    BEST,
+    BLUR,
+    CLIMBING,
+    ENDED,
+    GIVEN_UP,
+    MISSES,
+    NEWTON_MISSES,
+    ONGOING,
+    OPTIMAL,
+    OVER_RELAXATION,
+    PHASE,
+    SPLITTING,
+    STEPS,
+    TO_THE_END,
+    end_climb,
+    end_step,
+    rises,
+)
 from formulations.relaxations.support_norm import copy_into, largest_sum, prox_support_norm
 
-NEWTON_PERIOD = 6
-"""ADMM steps between two active-set climbs."""
-NEWTON_MISSES = 4
-"""Newton steps in a row that may fail to lift the bound before a climb is given up."""
-PATIENCE = 8
-"""Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
-UNLIKE = 1e3
-"""Two points whose rounding errors differ by more than this factor are compared by what they prove."""
 ROUNDOFF = 1.2e-16
 """A little above the unit roundoff of float64."""
 ZERO = 0
 SHARED = 1
 WHOLE = 2
-OVER_RELAXATION = 1.7
-"""Over-relaxation of ADMM, in (1, 2)."""
 
 
 @compiled
@@ -188,54 +200,6 @@ def move_support(
 
 
 @compiled
-def rises(value: float, error: float, best: float, best_error: float) -> bool:
-    """Whether a value lifts the best bound; where rounding errors are unlike, each value less its own."""
-    if max(error, best_error) > UNLIKE * min(error, best_error):
-        return bool(value - error > best - best_error)
-    return bool(value > best)
-
-
-@compiled
-def climb_support(
-    smooth: FloatArray,
-    linear: FloatArray,
-    size: int,
-    place: IntArray,
-    sign: FloatArray,
-    best: float,
-    best_point: FloatArray,
-    best_residual: FloatArray,
-    cutoff: float,
-) -> tuple[float, float, bool]:
-    """Newton steps on moving active sets while they lead on; best bound, its rounding, whether optimal.
-
-    `best_point` and `best_residual` are replaced when the bound rises. Where the active entries are more than
-    the rank, a Newton point may be so large that its value is nothing but rounding: see `rises`.
-    """
-    best_error = dual_rounding(smooth, linear, best_point, best_residual, size)
-    newton = np.empty(linear.size)
-    ones = np.ones(linear.size)
-    misses = 0
-    while misses < NEWTON_MISSES:
-        solved, level = newton_support(smooth, linear, size, place, sign, newton)
-        if not solved:
-            return best, best_error, False
-        product = np.dot(smooth, newton)
-        residual = linear - product
-        value = dual_value(newton, product, linear, ones, size)
-        misses += 1
-        error = dual_rounding(smooth, linear, newton, residual, size)
-        if rises(value, error, best, best_error):
-            misses = 0
-            best, best_error = value, error
-            copy_into(best_point, newton)
-            copy_into(best_residual, residual)
-        if best >= cutoff or move_support(newton, residual, level, size, place, sign) == 0:
-            return best, best_error, True
-    return best, best_error, False
-
-
-@compiled
 def name_places(
     point: FloatArray, size: int, order: IntArray, image: FloatArray, place: IntArray, sign: FloatArray
 ) -> None:
@@ -246,6 +210,191 @@ def name_places(
         i = order[q]
         place[i] = WHOLE if q < left else SHARED
         sign[i] = 1.0 if image[i] >= 0.0 else -1.0
+
+
+class PerspectiveAscent(NamedTuple):
+    """State of an ascent of the dual bound, in scaled coordinates; its arrays are written in place.
+
+    Attributes
+    ----------
+    smooth, linear, size
+        ``Q``, ``l`` and the number of weights to keep.
+    cutoff : float
+        A bound that is good enough.
+    tolerance : float
+        Share of the distance to the cutoff that ADMM has to gain between two climbs.
+    max_steps : int
+        Most steps of ADMM.
+    point, residual : (n,) float64 arrays
+        The point that proves the best bound, and ``l - Q t`` there.
+    shrunk, dual : (n,) float64 arrays
+        Of ADMM.
+    order, place : (n,) int64 arrays
+    sign : (n,) float64 array
+        Active sets.
+    figures : (3,) float64 array
+        `ascent.BEST` and its neighbours.
+    counts : (4,) int64 array
+        `ascent.PHASE` and its neighbours.
+    """
+
+    smooth: FloatArray
+    linear: FloatArray
+    size: int
+    cutoff: float
+    tolerance: float
+    max_steps: int
+    point: FloatArray
+    residual: FloatArray
+    shrunk: FloatArray
+    dual: FloatArray
+    order: IntArray
+    place: IntArray
+    sign: FloatArray
+    figures: FloatArray
+    counts: IntArray
+
+
+ASCENT = types.NamedTuple(  # type: ignore[no-untyped-call]
+    (
+        *(MATRIX, VECTOR, INTEGER, REAL, REAL, INTEGER),
+        *(VECTOR, VECTOR, VECTOR, VECTOR, INDICES, INDICES, VECTOR, VECTOR, INDICES),
+    ),
+    PerspectiveAscent,
+)
+"""Its type in a kernel."""
+
+
+@compiled
+def newton_step(ascent: PerspectiveAscent) -> int:
+    """One Newton step on the active sets, which move on from there; what becomes of the climb.
+
+    Point and residual are replaced when the bound rises.
+    """
+    newton = np.empty(ascent.linear.size)
+    solved, level = newton_support(
+        ascent.smooth, ascent.linear, ascent.size, ascent.place, ascent.sign, newton
+    )
+    if not solved:
+        return GIVEN_UP
+    product = np.dot(ascent.smooth, newton)
+    residual = ascent.linear - product
+    value = dual_value(newton, product, ascent.linear, np.ones(newton.size), ascent.size)
+    ascent.counts[MISSES] += 1
+    blur = dual_rounding(ascent.smooth, ascent.linear, newton, residual, ascent.size)
+    if rises(ascent.figures, value, blur):
+        ascent.counts[MISSES] = 0
+        ascent.figures[BEST], ascent.figures[BLUR] = value, blur
+        copy_into(ascent.point, newton)
+        copy_into(ascent.residual, residual)
+    if ascent.figures[BEST] >= ascent.cutoff:
+        return OPTIMAL
+    if move_support(newton, residual, level, ascent.size, ascent.place, ascent.sign) == 0:
+        return OPTIMAL
+    return ONGOING if ascent.counts[MISSES] < NEWTON_MISSES else GIVEN_UP
+
+
+@compiled
+def admm_step(ascent: PerspectiveAscent, inverse: FloatArray) -> None:
+    """One step of over-relaxed ADMM on the splitting quadratic / support norm; `inverse` = ``(Q + I)^-1``."""
+    linear, shrunk, dual, ones = ascent.linear, ascent.shrunk, ascent.dual, np.ones(ascent.linear.size)
+    right_side = linear + shrunk - dual
+    solved = np.dot(inverse, right_side)
+    product = right_side - solved
+    residual = linear - product
+    value = dual_value(solved, product, linear, ones, ascent.size)
+    blur = dual_rounding(ascent.smooth, linear, solved, residual, ascent.size)
+    if rises(ascent.figures, value, blur):
+        # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
+        product = np.dot(ascent.smooth, solved)
+        residual = linear - product
+        value = dual_value(solved, product, linear, ones, ascent.size)
+        blur = dual_rounding(ascent.smooth, linear, solved, residual, ascent.size)
+        if rises(ascent.figures, value, blur):
+            ascent.figures[BEST], ascent.figures[BLUR] = value, blur
+            copy_into(ascent.point, solved)
+            copy_into(ascent.residual, residual)
+    relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * shrunk
+    target = relaxed + dual
+    name_places(target, ascent.size, ascent.order, shrunk, ascent.place, ascent.sign)
+    dual += relaxed - shrunk
+
+
+@entry(MATRIX, VECTOR, INTEGER, VECTOR, REAL, INTEGER, REAL)
+@compiled
+def begin_perspective(
+    smooth: FloatArray,
+    linear: FloatArray,
+    size: int,
+    start: FloatArray,
+    cutoff: float,
+    max_steps: int,
+    tolerance: float,
+) -> PerspectiveAscent:
+    """State before the first step, with the bound that `start` proves; O(n^2)."""
+    n = linear.size
+    product = np.dot(smooth, start)
+    residual = linear - product
+    ascent = PerspectiveAscent(
+        smooth,
+        linear,
+        size,
+        cutoff,
+        tolerance,
+        max_steps,
+        start.copy(),
+        residual,
+        np.empty(n),
+        np.empty(n),
+        np.empty(n, dtype=np.int64),
+        np.empty(n, dtype=np.int64),
+        np.ones(n),
+        np.empty(3),
+        np.zeros(4, dtype=np.int64),
+    )
+    ascent.figures[BEST] = dual_value(start, product, linear, np.ones(n), size)
+    ascent.figures[BLUR] = dual_rounding(smooth, linear, start, residual, size)
+    if ascent.figures[BEST] >= cutoff:
+        ascent.counts[PHASE] = ENDED
+    else:
+        name_places(start + residual, size, ascent.order, ascent.shrunk, ascent.place, ascent.sign)
+    return ascent
+
+
+@entry(ASCENT, MATRIX, INTEGER)
+@compiled
+def advance_perspective(ascent: PerspectiveAscent, inverse: FloatArray, work: int) -> None:
+    """At most `work` steps of Newton's method or ADMM; fewer at the end, or where `inverse` is wanted.
+
+    A primal-dual active-set method from the sets of the start; where it cycles, ADMM proposes other sets.
+    Ends when the bound reaches the cutoff, at the optimum, when ADMM gains too little, or after
+    `max_steps` of it. An empty `inverse` is one that has not been needed so far.
+    """
+    counts = ascent.counts
+    for _ in range(work):
+        if counts[PHASE] == CLIMBING:
+            outcome = newton_step(ascent)
+            if outcome == ONGOING:
+                continue
+            if counts[STEPS] == 0:
+                copy_into(ascent.shrunk, ascent.point)
+                copy_into(ascent.dual, ascent.residual)
+            end_climb(ascent.figures, counts, outcome, ascent.cutoff, ascent.tolerance, ascent.max_steps)
+        elif counts[PHASE] == SPLITTING and inverse.size > 0:
+            admm_step(ascent, inverse)
+            end_step(ascent.figures, counts, ascent.cutoff, ascent.max_steps)
+        else:
+            return
+
+
+@entry(ASCENT)
+@compiled
+def invert_perspective(ascent: PerspectiveAscent) -> FloatArray:
+    """``(Q + I)^-1`` for the steps of ADMM; O(n^3)."""
+    shifted = ascent.smooth.copy()
+    for i in range(shifted.shape[0]):
+        shifted[i, i] += 1.0
+    return np.linalg.inv(shifted)  # type: ignore[return-value]
 
 
 @entry(MATRIX, VECTOR, INTEGER, VECTOR, REAL, INTEGER, REAL)
@@ -259,12 +408,7 @@ def solve_perspective(
     max_steps: int,
     tolerance: float,
 ) -> tuple[float, FloatArray, FloatArray, int]:
-    """Maximise the dual bound in scaled coordinates ``t = sqrt(D) u`` (so ``D = I``).
-
-    A primal-dual active-set method from the sets of the start; where it cycles, over-relaxed ADMM on
-    the splitting quadratic / support norm proposes other sets. Stops when the bound reaches `cutoff`,
-    at the optimum, when ADMM gains less than `tolerance` times the distance to the cutoff, or after
-    `max_steps`.
+    """Maximise the dual bound in scaled coordinates ``t = sqrt(D) u`` (so ``D = I``), to its end.
 
     Returns
     -------
@@ -275,64 +419,11 @@ def solve_perspective(
         ``l - Q t`` there.
     steps : int
     """
-    n = linear.size
-    ones = np.ones(n)
-    product = np.dot(smooth, start)
-    best_point = start.copy()
-    best_residual = linear - product
-    best = dual_value(start, product, linear, ones, size)
-    if best >= cutoff:
-        return best, best_point, best_residual, 0
-    order = np.empty(n, dtype=np.int64)
-    shrunk = np.empty(n)
-    place = np.empty(n, dtype=np.int64)
-    sign = np.ones(n)
-    name_places(best_point + best_residual, size, order, shrunk, place, sign)
-    best, error, done = climb_support(
-        smooth, linear, size, place, sign, best, best_point, best_residual, cutoff
-    )
-    if done:
-        return best, best_point, best_residual, 0
-    shifted = smooth.copy()
-    for i in range(n):
-        shifted[i, i] += 1.0
-    inverse = np.linalg.inv(shifted)
-    copy_into(shrunk, best_point)
-    dual = best_residual.copy()
-    steps = 0
-    stalled = 0
-    previous = best
-    while steps < max_steps and best < cutoff:
-        steps += 1
-        right_side = linear + shrunk - dual
-        solved = np.dot(inverse, right_side)
-        product = right_side - solved
-        residual = linear - product
-        value = dual_value(solved, product, linear, ones, size)
-        if rises(value, dual_rounding(smooth, linear, solved, residual, size), best, error):
-            # The product above rests on an inverse, and is as inexact; a bound needs a true one.
-            product = np.dot(smooth, solved)
-            residual = linear - product
-            value = dual_value(solved, product, linear, ones, size)
-            blur = dual_rounding(smooth, linear, solved, residual, size)
-            if rises(value, blur, best, error):
-                best, error = value, blur
-                copy_into(best_point, solved)
-                copy_into(best_residual, residual)
-        relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * shrunk
-        target = relaxed + dual
-        name_places(target, size, order, shrunk, place, sign)
-        dual += relaxed - shrunk
-        if steps % NEWTON_PERIOD == 0 or steps == max_steps:
-            best, error, done = climb_support(
-                smooth, linear, size, place, sign, best, best_point, best_residual, cutoff
-            )
-            scale = cutoff - best if cutoff < np.inf else abs(best)
-            stalled = stalled + 1 if best - previous < tolerance * scale else 0
-            previous = best
-            if done or stalled >= PATIENCE:
-                break
-    return best, best_point, best_residual, steps
+    ascent = begin_perspective(smooth, linear, size, start, cutoff, max_steps, tolerance)
+    advance_perspective(ascent, np.empty((0, 0)), TO_THE_END)
+    if ascent.counts[PHASE] != ENDED:
+        advance_perspective(ascent, invert_perspective(ascent), TO_THE_END)
+    return ascent.figures[BEST], ascent.point, ascent.residual, ascent.counts[STEPS]
 
 
 @entry(VECTOR, VECTOR, VECTOR, INTEGER)

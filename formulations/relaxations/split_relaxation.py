@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -19,7 +18,7 @@ from formulations.relaxations.perspective import (
     relax_joint,
     round_joint,
 )
-from formulations.solution import Subject, never
+from formulations.solution import Stopped, Subject, never
 
 
 def relax_with_split(
@@ -27,7 +26,7 @@ def relax_with_split(
     program: str,
     cutoff: float,
     split_rounds: int,
-    stopped: Callable[[], bool] = never,
+    stopped: Stopped = never,
     start: FloatArray | None = None,
 ) -> tuple[PerspectiveCertificate | CappedSimplexCertificate, BoolArray]:
     """Certificate of the relaxation and the kept set that it rounds to.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from formulations.relaxations.certified import value_ceiling
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import ReducedBlock, reduced_block
 from formulations.relaxations.split_relaxation import relax_with_split
+from formulations.solution import Stopped
 
 ROUNDS = 5
 SPLIT_ROUNDS = 40
@@ -39,7 +39,7 @@ def tightened(
     *,
     rel_gap: float,
     improve_split: bool,
-    stopped: Callable[[], bool],
+    stopped: Stopped,
 ) -> RelaxationCertificate:
     """Return the certificate with its fixings, or a better one that rests on them.
 
@@ -96,7 +96,7 @@ def _relaxed_again(
     basis: RelaxationCertificate,
     fixing: Fixing,
     improve_split: bool,
-    stopped: Callable[[], bool],
+    stopped: Stopped,
 ) -> RelaxationCertificate | None:
     """Return a certificate on the weights left free, or None where that cannot help or costs too much."""
     free = int(fixing.free.sum())

@@ -281,11 +281,10 @@ class Solver:
             )
             with _interrupt_handler_kept():
                 raw = self.run(task)
-        except BuildingStopped:
-            late = {
-                "message": f"the time limit passed while {spec.name} was built: {self.name} was not started"
-            }
-            return conclude(problem, known, limits, began, limit=Limit.TIME, stats=late)
+        except BuildingStopped as stop:
+            why = f": {stop}" if str(stop) else ""
+            said = f"the time limit passed while {spec.name} was built, and {self.name} was not started{why}"
+            return conclude(problem, known, limits, began, limit=Limit.TIME, stats={"message": said})
         except KeyboardInterrupt:
             # Before the backend runs, or one that has no answer to Ctrl-C: the known set is still one.
             return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)

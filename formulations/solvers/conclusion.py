@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from formulations.incumbents import checked_incumbent, greedy
-from formulations.loss import objective, solved_weights, trivial_bound
+from formulations.loss import solved_weights, step_loss, trivial_bound
 from formulations.problem import BlockProblem, BoolArray
 from formulations.relaxations.only_set import only_set_certificate
 from formulations.solution import (
@@ -56,10 +56,11 @@ def known_set(
 def _solution(
     problem: BlockProblem, program: str, method: str, keep: BoolArray, **fields: Any
 ) -> BlockSolution:
+    weights = solved_weights(problem, keep, program)
     return BlockSolution(
         keep=keep,
-        weights=solved_weights(problem, keep, program),
-        objective=objective(problem, keep, program),
+        weights=weights,
+        objective=step_loss(problem, weights - problem.weights),
         program=program,
         method=method,
         **fields,

@@ -23,6 +23,7 @@ from formulations.solvers import gurobi, highs, scip
 from formulations.solvers.base import FIXED, Probe, RawResult, Solver, Task, dual_error
 
 FACTORY = "pyomo.contrib.solver.common.factory"
+PLUGINS = "pyomo.contrib.solver.plugins"
 THREADS_REFUSED = (
     "Pyomo swaps the process's standard output while it solves, so it runs in the main thread only: "
     "use processes, solve_isolated or another bridge"
@@ -134,6 +135,8 @@ def _probe(factory_name: str, native: Solver) -> Probe:
     if not found.available:
         return found
     try:
+        # This registers the interfaces, as importing pyomo.environ does.
+        import_module(PLUGINS).load()
         backend = import_module(FACTORY).SolverFactory(factory_name)
     except ModuleNotFoundError:
         backend = None

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from formulations.relaxations import ascent
 from formulations.relaxations import capped_simplex_kernels as simplex
 from formulations.relaxations import perspective_kernels as perspective
 from tests.formulations.test_kernels import half_support_norm
@@ -119,23 +120,91 @@ def singular(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     return rows.T @ rows, rng.normal(size=n) * 10.0 ** rng.uniform(0, 1.5), int(rng.integers(2, n - 1))
 
 
-def solved_perspective(seed: int, **changes):
+def given_perspective(seed: int, **changes):
+    """Arguments of the solver of the perspective relaxation on such a matrix."""
     smooth, linear, size = singular(seed)
     given = {"cutoff": math.inf, "max_steps": 300, "tolerance": 1e-5} | changes
     start = given.pop("start", np.zeros(linear.size))
-    found = perspective.solve_perspective(smooth, linear, size, start, *given.values())
-    return smooth, linear, size, found
+    return smooth, linear, size, start, *given.values()
 
 
-def solved_simplex(seed: int, **changes):
+def solved_perspective(seed: int, **changes):
+    given = given_perspective(seed, **changes)
+    return *given[:3], perspective.solve_perspective(*given)
+
+
+def given_simplex(seed: int, **changes):
+    """Arguments of the solver of the relaxation over the capped simplex on such a matrix."""
     smooth, linear, count = singular(seed)
     scale = float(np.diagonal(smooth).mean())
     smooth, linear = smooth / scale, 3.0 * linear / np.abs(linear).max()
     given = {"cutoff": math.inf, "max_steps": 300, "tolerance": 1e-5} | changes
     start = given.pop("start", np.full(linear.size, count / linear.size))
     metric = simplex.METRIC_SHARE * (np.diagonal(smooth) + simplex.METRIC_FLOOR)
-    found = simplex.solve_capped_simplex(smooth, linear, count, metric, start, *given.values())
-    return smooth, linear, count, found
+    return smooth, linear, count, metric, start, *given.values()
+
+
+def solved_simplex(seed: int, **changes):
+    given = given_simplex(seed, **changes)
+    return *given[:3], simplex.solve_capped_simplex(*given)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "lifts"),
+    [
+        (1.0 + 1e-9, 1e-6, True),
+        (1.0, 1e-6, False),
+        (1.0 - 1e-9, 1e-6, False),
+        (1.0 + 1e-9, 9e-4, True),
+        (1.0 - 1e-9, 2e-9, False),
+        (1.0 + 1e-3, 1.1e-3, False),
+        (1.5, 1.0, False),
+        (2.0 + 1e-6, 1.0, True),
+        (1.0 - 9e-7, 1e-12, True),
+        (1.0 - 1.1e-6, 1e-12, False),
+        (1.0 - 9e-7, 0.0, True),
+    ],
+)
+def test_points_whose_rounding_is_unlike_are_compared_by_what_they_prove(value, error, lifts):
+    """The best bound is 1, with a rounding of a millionth."""
+    figures = np.full(3, math.nan)
+    figures[ascent.BEST], figures[ascent.BLUR] = 1.0, 1e-6
+    assert ascent.rises(figures, value, error) == lifts
+
+
+@pytest.mark.parametrize("program", ["joint", "selection"])
+def test_the_best_bound_and_its_rounding_are_those_of_its_point_after_every_step(program):
+    climbing, splitting = 0, 0
+    for seed in (2, 5, 18):
+        if program == "joint":
+            given = given_perspective(seed)
+            state = perspective.begin_perspective(*given)
+            inverse = perspective.invert_perspective(state)
+            advance, error_of = perspective.advance_perspective, perspective.dual_rounding
+        else:
+            given = given_simplex(seed)
+            state = simplex.begin_simplex(*given)
+            inverse = simplex.invert_simplex(state)
+            advance, error_of = simplex.advance_simplex, simplex.linearisation_rounding
+        smooth, linear, size = given[:3]
+        best_before, blur_before = state.figures[ascent.BEST], state.figures[ascent.BLUR]
+        while state.counts[ascent.PHASE] != ascent.ENDED:
+            climbing += state.counts[ascent.PHASE] == ascent.CLIMBING
+            splitting += state.counts[ascent.PHASE] == ascent.SPLITTING
+            slope = state.residual if program == "joint" else state.slope
+            best, blur = state.figures[ascent.BEST], state.figures[ascent.BLUR]
+            product = smooth @ state.point
+            if program == "joint":
+                value = perspective.dual_value(state.point, product, linear, np.ones(linear.size), size)
+            else:
+                value = simplex.smallest_sum(product + linear, size) - 0.5 * float(state.point @ product)
+            assert best == pytest.approx(value, abs=2.0 * blur)
+            assert blur == pytest.approx(error_of(smooth, linear, state.point, slope, size), rel=1e-9)
+            unlike = max(blur, blur_before) > ascent.UNLIKE * min(blur, blur_before)
+            assert best - blur >= best_before - blur_before if unlike else best >= best_before
+            best_before, blur_before = best, blur
+            advance(state, inverse, 1)
+    assert min(climbing, splitting) > 0
 
 
 @pytest.mark.parametrize("solved", [solved_perspective, solved_simplex])

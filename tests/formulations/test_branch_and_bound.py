@@ -11,6 +11,7 @@ from formulations.branch_and_bound import tree as tree_module
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.incumbents import greedy, swap_search
+from formulations.relaxations import lower_bound
 from tests.formulations.blocks import KINDS, block, closed, slack
 
 PROGRAMS = ("selection", "joint")
@@ -194,11 +195,13 @@ def test_scale_of_the_data_does_not_matter(program):
     assert objective(problem, second.keep, program) == pytest.approx(first.objective, rel=1e-5)
 
 
-def test_a_block_singular_to_rounding_gets_no_bound():
+def test_a_block_singular_to_rounding_gets_the_bound_of_its_relaxation_alone():
     rng = np.random.default_rng(0)
     problem = BlockProblem(weights=rng.normal(size=8), rows=np.ones((3, 8)), damping=3e-13, n_prune=4)
     solution = branch_and_bound(problem, "joint")
-    assert solution.bound is None
+    assert lower_bound(problem, "joint").bound <= solution.bound <= 0.0
+    assert solution.certificate.lower_bound(problem) <= 0.0
+    assert solution.stats.nodes == 0
     assert solution.termination is Termination.FEASIBLE
     assert "singular" in solution.stats.message
 

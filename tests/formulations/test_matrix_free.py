@@ -105,7 +105,7 @@ def test_the_time_limit_holds_while_the_gram_matrix_is_formed(monkeypatch):
     problem = rows_block(800, 20_000, 15_000)
     monkeypatch.setattr("formulations.relaxations.shifted_inverse.PANEL_BYTES", 2**20)
     calls = iter([0.0] + [0.2 * i for i in range(10_000)])
-    monkeypatch.setattr("formulations.relaxations.first_order.time.perf_counter", lambda: next(calls))
+    monkeypatch.setattr("formulations.solution.time.perf_counter", lambda: next(calls))
     point, _ = relax_joint_rows(problem, Limits(time_limit=1.0), 0.0, np.inf)
     # Stopped in the first panels: no step was made from the point zero.
     assert not point.any()

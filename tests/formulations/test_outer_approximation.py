@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
 from fractions import Fraction
@@ -13,6 +14,7 @@ from formulations import Limit, Limits, Termination, objective, verify
 from formulations.cut_planes import cut_sources
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.incumbents import greedy
+from formulations.milp import MilpResult, run_milp
 from formulations.models.scaling import scale_block
 from formulations.outer_approximation import outer_approximation
 from formulations.problem import BlockProblem
@@ -185,3 +187,35 @@ def test_without_a_proved_split_the_set_and_the_trivial_bound_stand():
     solution = outer_approximation(problem, "joint")
     assert solution.termination is Termination.FEASIBLE
     assert not verify(problem, solution).wrong
+
+
+@pytest.mark.parametrize("program", ["selection", "joint"])
+@pytest.mark.parametrize("integer", [False, True])
+def test_an_interrupted_master_of_either_kind_is_the_last(program, integer, monkeypatch):
+    solved = []
+
+    def interrupted(milp, controls):
+        solved.append(bool(milp.integer.any()))
+        if solved[-1] is integer:
+            return MilpResult(status="Interrupted by user", interrupted=True)
+        return run_milp(milp, controls)
+
+    monkeypatch.setattr(importlib.import_module("formulations.outer_approximation"), "run_milp", interrupted)
+    problem = block("random", 11, 5, 2)
+    solution = outer_approximation(problem, program)
+    assert solved.index(integer) == len(solved) - 1
+    assert solution.limit is Limit.INTERRUPTED
+    assert solution.bound <= brute_force(problem, program) + slack(problem)
+
+
+def test_an_interrupt_at_the_root_returns_the_known_set(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        importlib.import_module("formulations.outer_approximation"), "root_bounds", interrupted
+    )
+    problem = block("random", 12, 6, 2)
+    solution = outer_approximation(problem, "joint")
+    assert solution.limit is Limit.INTERRUPTED
+    assert verify(problem, solution).feasible

@@ -59,6 +59,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     f"{RELAXATIONS}linear.py": (*LINEAR, *PROOF),
     f"{RELAXATIONS}perspective_kernels.py": (*KERNELS, *SPLITS, *RELAXED),
     f"{RELAXATIONS}capped_simplex_kernels.py": (*KERNELS, *SPLITS, *RELAXED),
+    f"{RELAXATIONS}ascent.py": (*KERNELS, FAST + "test_limits.py", *RELAXED),
     f"{RELAXATIONS}support_norm.py": (*KERNELS, *RELAXED),
     f"{RELAXATIONS}split_relaxation.py": (*SPLITS, *PROOF, *RELAXED),
     f"{RELAXATIONS}diagonal_split.py": (*SPLITS, *RELAXED, *PROOF),
@@ -85,11 +86,11 @@ EQUIVALENT = {
     "point[i] < -ON_BOUND -> point[i] <= -ON_BOUND": STEERS,
     f"{RELAXATIONS}perspective_kernels.py:move_support: "
     "level * (1.0 + 1e-10) -> level / (1.0 + 1e-10)": STEERS,
-    f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: "
+    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: "
     "-0.5 * np.dot(solved, product) -> np.dot(solved, product)": PREFILTER,
-    f"{RELAXATIONS}perspective_kernels.py:solve_perspective: dual_value(solved, product, linear, ones, size) "
-    "-> dual_value(product, solved, linear, ones, size)": PREFILTER,
-    f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: OVER_RELAXATION * solved - "
+    f"{RELAXATIONS}perspective_kernels.py:admm_step: dual_value(solved, product, linear, ones, ascent.size) "
+    "-> dual_value(product, solved, linear, ones, ascent.size)": PREFILTER,
+    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: OVER_RELAXATION * solved - "
     "(OVER_RELAXATION - 1.0) * guess -> OVER_RELAXATION * solved": STEERS,
     f"{RELAXATIONS}capped_simplex_kernels.py:project_capped_simplex: range(BISECTIONS) -> "
     "range(BISECTIONS - 1)": "the interval is 2^-60 of its width either way",
@@ -110,10 +111,10 @@ EQUIVALENT = {
     ),
     f"{RELAXATIONS}perspective_kernels.py:newton_support: share * sign[order[p]] -> "
     "share / sign[order[p]]": "a sign is 1 or -1",
-    f"{RELAXATIONS}capped_simplex_kernels.py:solve_capped_simplex: np.dot(smooth, solved) -> "
-    "np.dot(solved, smooth)": SYMMETRIC,
-    f"{RELAXATIONS}perspective_kernels.py:climb_support: np.dot(smooth, newton) -> "
-    "np.dot(newton, smooth)": SYMMETRIC,
+    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: np.dot(ascent.smooth, solved) -> "
+    "np.dot(solved, ascent.smooth)": SYMMETRIC,
+    f"{RELAXATIONS}perspective_kernels.py:newton_step: np.dot(ascent.smooth, newton) -> "
+    "np.dot(newton, ascent.smooth)": SYMMETRIC,
     f"{RELAXATIONS}diagonal_split.py:barrier_step: 2.0 -> 1.0": LENGTHS,
     f"{RELAXATIONS}diagonal_split.py:barrier_step: 1.0 + decrement -> 1.0 - decrement": LENGTHS,
     f"{RELAXATIONS}capped_simplex.py:relax_selection: 0.2 -> 0.1": STEERS,

@@ -14,22 +14,46 @@ where everything but M splits into channels. With u the best weights of K and r 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian, ChannelSystem
-from cbs_opt.select.joint_program.program import Evaluated, JointProgram, Program, exchange
+from cbs_opt.select.joint_program.program import JointProgram, Program, exchange
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChannelSet(Evaluated):
-    """A kept set with ``H_KK``, its best `weights` (n,) float64 and the slope of the model there, 0 on K."""
+class ChannelSet:
+    """A kept set (n,) with ``H_KK`` and its best weights (n,) float64, exactly 0 where nothing is kept.
 
+    `ceiling` (n,) float64 is nowhere below ``diag(H_KK^-1)``, which only falls while K shrinks; what becomes
+    known of that diagonal is written to it.
+    """
+
+    block: FisherBlock
+    keep: Tensor
     system: ChannelSystem
     weights: Tensor
-    slope: Tensor
+    ceiling: Tensor
+
+    @cached_property
+    def _curved(self) -> tuple[Tensor, Tensor]:
+        """The step to the weights and the Hessian times it, (n,) float64."""
+        step = self.weights - self.block.weights
+        return step, self.block.product(step)
+
+    @cached_property
+    def value(self) -> float:
+        """The objective at the weights: ``g.d + 1/2 d.H d``."""
+        step, curved = self._curved
+        return float(self.block.slope @ step + 0.5 * (step @ curved))
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """The slope of the model at the weights, (n,) float64, 0 on K."""
+        return torch.where(self.keep, 0.0, self._curved[1] + self.block.slope)
 
 
 class ChannelProgram(Program[ChannelSet]):
@@ -45,7 +69,6 @@ class ChannelProgram(Program[ChannelSet]):
         assert isinstance(block.hessian, ChannelHessian)
         self.block, self.hessian = block, block.hessian
         self.anchor = block.weights.double()
-        self.linear = block.slope
 
     def at(self, keep: Tensor) -> ChannelSet:
         """Return a kept set, evaluated; O(m^2 s + m^3 + sum of m k^2 over channels of k kept weights)."""
@@ -56,16 +79,46 @@ class ChannelProgram(Program[ChannelSet]):
         keep = exchange(kept.keep, leaving, entering)
         return self.at(keep) if len(entering) else self._evaluated(keep, kept.system.without(leaving))
 
+    def dropped(self, kept: ChannelSet, leaving: Tensor) -> ChannelSet:
+        """Return what is left, with the weights of `kept` moved by one step of refinement.
+
+        Its slope is that of float64, so that what one step leaves is for the next one to remove.
+        """
+        keep = exchange(kept.keep, leaving, leaving[:0])
+        system = kept.system.without(leaving)
+        weights = torch.where(keep, kept.weights, 0.0)
+        slope = self.block.product(weights - self.anchor) + self.block.slope
+        weights[keep] -= system.nearly_solve(slope[keep])
+        return ChannelSet(block=self.block, keep=keep, system=system, weights=weights, ceiling=kept.ceiling)
+
     def _evaluated(self, keep: Tensor, system: ChannelSystem) -> ChannelSet:
         removal = torch.where(keep, 0.0, -self.anchor)
+        slope = self.block.product(removal) + self.block.slope
         weights = torch.zeros_like(self.anchor)
-        slope = self.block.product(removal) + self.linear
         weights[keep] = self.anchor[keep] - system.solve(slope[keep])
-        step = weights - self.anchor
-        curved = self.block.product(step)
-        value = float(self.linear @ step + 0.5 * (step @ curved))
-        slope = torch.where(keep, 0.0, curved + self.linear)
-        return ChannelSet(keep=keep, system=system, weights=weights, slope=slope, value=value)
+        ceiling = torch.full_like(weights, torch.inf)
+        return ChannelSet(block=self.block, keep=keep, system=system, weights=weights, ceiling=ceiling)
+
+    def cheapest(self, kept: ChannelSet, number: int) -> Tensor:
+        """Return the kept weights that cost least, cheapest first, (number,) int64.
+
+        A weight that would cost too much even with the ceiling for its entry of the inverse's diagonal is
+        not scored: O(m^2) for each of the others.
+        """
+        if kept.system.whole is not None:
+            return super().cheapest(kept, number)
+        index = kept.keep.nonzero().squeeze(1)
+        squares = kept.weights[index].square()
+        diagonal = kept.ceiling[index].minimum(kept.system.alone())
+        scored = torch.zeros_like(index, dtype=torch.bool)
+        while True:
+            cheapest = (squares / diagonal).argsort(stable=True)[:number]
+            open_ones = cheapest[~scored[cheapest]].sort().values
+            if not len(open_ones):
+                kept.ceiling[index] = diagonal
+                return index[cheapest]
+            diagonal[open_ones] = kept.system.inverse_diagonal(open_ones)
+            scored[open_ones] = True
 
     def costs(self, kept: ChannelSet, precision: torch.dtype | None = None) -> Tensor:
         return kept.weights[kept.keep].square() / kept.system.inverse_diagonal()

@@ -13,10 +13,11 @@ since ``[H_KK^-1]_ii = (1 - q_i) / damping`` and the Schur complement of j is ``
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +27,18 @@ from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluated:
+class Evaluated(Protocol):
     """A kept set (n,) with its objective; its program adds what it needs to know of it."""
 
-    keep: Tensor
-    value: float
+    @property
+    def keep(self) -> Tensor:
+        """True where the weight stays, (n,)."""
+        ...
+
+    @property
+    def value(self) -> float:
+        """The objective."""
+        ...
 
 
 Kept = TypeVar("Kept", bound=Evaluated)
@@ -40,12 +47,14 @@ Kept = TypeVar("Kept", bound=Evaluated)
 class Program(ABC, Generic[Kept]):
     """The joint program of a block, as the searches see it.
 
-    `offset` is taken off at the end of an evaluation, which then has its rounding.
+    `offset` is taken off at the end of an evaluation, which then has its rounding. `made` is when making the
+    program began and ended, by `time.monotonic`, where that took an eigendecomposition.
     """
 
     block: FisherBlock
     anchor: Tensor
     offset: float
+    made: tuple[float, float] | None = None
 
     @property
     def n(self) -> int:
@@ -60,12 +69,20 @@ class Program(ABC, Generic[Kept]):
     def exchanged(self, kept: Kept, leaving: Tensor, entering: Tensor) -> Kept:
         """Return the kept set after an exchange of indices, evaluated."""
 
+    def dropped(self, kept: Kept, leaving: Tensor) -> Kept:
+        """Return what is left of a kept set, exact enough to rank its weights by what they cost."""
+        return self.exchanged(kept, leaving, leaving[:0])
+
     @abstractmethod
     def costs(self, kept: Kept, precision: torch.dtype | None = None) -> Tensor:
         """Return ``cost_i``, twice what dropping each kept weight costs, (s,) float64.
 
         What it needs of the inverse is in the precision of the rows, or another where that is a choice.
         """
+
+    def cheapest(self, kept: Kept, number: int) -> Tensor:
+        """Return the kept weights that cost least, cheapest first, (number,) int64."""
+        return kept.keep.nonzero().squeeze(1)[self.costs(kept).argsort(stable=True)[:number]]
 
     def state(self, kept: Kept) -> dict[str, Tensor]:
         """Return a kept set as a journal keeps it, for `restored`."""
@@ -90,13 +107,15 @@ def exchange(keep: Tensor, leaving: Tensor, entering: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KeptSet(Evaluated):
-    """A kept set and the small system that describes it, float64.
+class KeptSet:
+    """A kept set (n,), its objective and the small system that describes it, float64.
 
     `gram` (m, m) is ``R_K R_K^T``, `target` (m,) ``R w - R_K a_K``, `factor` (m, m) the lower Cholesky factor
     of ``M`` and `dual` (m,) ``y = M^-1 target``.
     """
 
+    keep: Tensor
+    value: float
     gram: Tensor
     target: Tensor
     factor: Tensor
@@ -113,7 +132,10 @@ class JointProgram(Program[KeptSet]):
 
     def __init__(self, block: FisherBlock) -> None:
         plain = block.hessian.plain("this search of the joint program")
+        began = time.monotonic()
         self.rows, self.damping = plain.row_form(block.damping, block.name)
+        if self.rows is not plain.data:
+            self.made = began, time.monotonic()
         self.block = replace(block, hessian=RowsHessian(self.rows), damping=self.damping)
         weights, slope = block.weights.double(), block.slope
         self.anchor = weights - slope / self.damping

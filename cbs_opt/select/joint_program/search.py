@@ -27,7 +27,7 @@ from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 
 TOLERANCE = 1e-9
-"""Relative improvement that counts."""
+"""Relative improvement that counts, by rows."""
 ROUNDING = 1e-13
 """No change below this share of the terms that cancel in the objective can be told from rounding."""
 TINY = 1e-300
@@ -36,7 +36,7 @@ CORE = 512
 LARGEST_BATCH = 8_192
 LARGEST_SHARE = 0.1
 """Of the kept weights that the first batch beside a channel term may exchange."""
-LEAST_YIELD = 1e-3
+CHANNEL_TOLERANCE = 1e-3
 """Relative fall of the objective in one round below which exchanges beside a channel term end."""
 MOVED_SHARE = 0.25
 """Changed columns, in shares of m, up to which leverages are moved and not computed anew."""
@@ -46,7 +46,7 @@ def joint_search(
     program: JointProgram | ChannelProgram,
     start: Tensor,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     max_swaps: int | None = None,
     restarts: int = 0,
     deadline: float | None = None,
@@ -56,9 +56,11 @@ def joint_search(
     """Improve a kept set of the joint program until no swap helps, or no batch beside a channel term.
 
     It begins with the weights kept in `start` (n,); a swap counts if it lowers the objective by more than
-    ``tolerance * |objective|``. Restarts are descents of the core from randomly changed sets by `seed`, each
-    time the search has come to a 1-swap optimum; it ends when they bring nothing. They are of no use beside a
-    channel term. The deadline, a reading of `time.monotonic`, is looked at between products with the rows.
+    ``tolerance * |objective|``, `TOLERANCE` by default. Beside a channel term a round of exchanges that
+    brings no more than that is the last one, `CHANNEL_TOLERANCE` by default. Restarts are descents of the
+    core from randomly changed sets by `seed`, each time the search has come to a 1-swap optimum; it ends when
+    they bring nothing. They are of no use beside a channel term. The deadline, a reading of `time.monotonic`,
+    is looked at between products with the rows.
     The journal has the state before each exchange, and a search goes on from the one that it has: `start` and
     `seed` are then those of the search that kept it.
 
@@ -75,8 +77,6 @@ def joint_search(
 class Search(ABC, Generic[Kept]):
     """State of one search: the kept set, and what has been spent."""
 
-    least_yield: ClassVar[float] = 0.0
-    """Relative fall of the objective in a batch at which batches end."""
     grows: ClassVar[bool] = True
     """Whether a batch may become larger than the one before."""
 
@@ -84,13 +84,13 @@ class Search(ABC, Generic[Kept]):
         self,
         program: Program[Kept],
         start: Tensor,
-        tolerance: float,
+        tolerance: float | None,
         max_swaps: int | None,
         deadline: float | None,
         journal: SearchJournal,
     ) -> None:
         self.began = time.monotonic()
-        self.program, self.tolerance = program, tolerance
+        self.program, self.tolerance, self.least_yield = program, *self.tolerances(tolerance)
         self.max_swaps, self.deadline, self.journal = max_swaps, deadline, journal
         self.limit: Limit | None = None
         self.locally_optimal = int(start.sum()) in (0, program.n)
@@ -101,6 +101,11 @@ class Search(ABC, Generic[Kept]):
         self.swaps: int = state.get("swaps", 0)
         self.cap: int | None = state.get("cap")
         self.restore(state)
+
+    @staticmethod
+    def tolerances(asked: float | None) -> tuple[float, float]:
+        """Return the relative falls of the objective that count in a trial, and at which batches go on."""
+        return TOLERANCE if asked is None else asked, 0.0
 
     def result(self, restarts: int, seed: int) -> SearchResult:
         """Run to the end or to an interrupt."""
@@ -312,8 +317,12 @@ class ChannelSearch(Search[ChannelSet]):
     """The search beside a channel term: batches, and no proof."""
 
     program: ChannelProgram
-    least_yield = LEAST_YIELD
     grows = False
+
+    @staticmethod
+    def tolerances(asked: float | None) -> tuple[float, float]:
+        """Return `TOLERANCE`, and what was asked for."""
+        return TOLERANCE, CHANNEL_TOLERANCE if asked is None else asked
 
     def run(self, restarts: int, seed: int) -> None:
         """Exchange batches until they yield little or a limit is reached."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchJournal, ending, one_by_one
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, joint_program
-from cbs_opt.select.joint_program.program import JointProgram
-from cbs_opt.select.joint_program.search import TOLERANCE, joint_search, warm_start
+from cbs_opt.select.joint_program.program import JointProgram, Program
+from cbs_opt.select.joint_program.search import joint_search, warm_start
 from cbs_opt.select.joint_program.starts import (
     DROPS,
     THRESHOLD_STEPS,
@@ -45,7 +45,7 @@ def by_joint_swap_search(
     max_swaps: int | None = None,
     restarts: int = 0,
     drops: int = DROPS,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     dense_limit: int = DENSE_JOINT,
     warm: Sequence[Tensor] | None = None,
     ledger: Ledger = NO_LEDGER,
@@ -112,8 +112,12 @@ def by_joint_greedy_obs(
             problem, left = block.to_problem(counts[number]), Limits(time_limit=_left(deadline))
             return Choice.of_solution(block, incumbents.greedy(problem, "joint", limits=left))
         program, journal = joint_program(block), ledger.journal(number).named("greedy_obs")
-        keep = greedy_obs_set(program, counts[number], drops=drops, deadline=deadline, journal=journal)
-        return _finished(keep, deadline)
+        if _late(deadline, program):
+            # A single drop costs about as much again.
+            keep = without_lowest(magnitude(block), counts[number])
+        else:
+            keep = greedy_obs_set(program, counts[number], drops=drops, deadline=deadline, journal=journal)
+        return _finished(keep, deadline, program)
 
     return _each(blocks, counts, limits, ledger, drop)
 
@@ -136,7 +140,7 @@ def by_iterative_hard_threshold(
     def threshold(block: FisherBlock, number: int, deadline: float | None) -> Choice:
         program, journal = JointProgram(block), ledger.journal(number).named("iterative_hard_threshold")
         keep = hard_threshold_set(program, counts[number], steps=steps, deadline=deadline, journal=journal)
-        return _finished(keep, deadline)
+        return _finished(keep, deadline, program)
 
     return _each(blocks, counts, limits, ledger, threshold)
 
@@ -186,7 +190,7 @@ class _Search(ABC):
     max_swaps: int | None
     restarts: int
     drops: int
-    tolerance: float
+    tolerance: float | None
     seed: int
     journal: SearchJournal
 
@@ -263,6 +267,8 @@ class _LargeSearch(_Search):
             journal=journal,
         )
         choice = replace(result.choice, initial_value=None)
+        if choice.limit is Limit.TIME:
+            choice = replace(choice, status=choice.status + _late(self.deadline, self.program))
         if isinstance(self.program, ChannelProgram) and result.limit is None:
             choice = replace(choice, status="no batch of swaps improves")
         return result.value, choice
@@ -297,8 +303,17 @@ def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
-def _finished(keep: Tensor, deadline: float | None) -> Choice:
+def _late(deadline: float | None, program: Program[Any]) -> str:
+    """Return what to add to a status where the deadline passed while the program was made."""
+    if deadline is None or program.made is None or program.made[1] < deadline:
+        return ""
+    began, ended = program.made
+    return f"; an eigendecomposition took {ended - began:.2f} s, within which the time limit is not looked at"
+
+
+def _finished(keep: Tensor, deadline: float | None, program: Program[Any]) -> Choice:
     """Return the choice of a method that hurries once its time is over."""
     if _left(deadline) == 0.0:
-        return Choice(keep=keep, status=f"{Limit.TIME.value} limit", limit=Limit.TIME)
+        status = f"{Limit.TIME.value} limit{_late(deadline, program)}"
+        return Choice(keep=keep, status=status, limit=Limit.TIME)
     return Choice(keep=keep)

@@ -16,6 +16,8 @@ from formulations.relaxations.matrix_free import relax_joint_rows
 from formulations.solution import Limits
 
 DROPS = 12
+SLOWING = 1.5
+"""How much smaller the last drops are than the first: 1 is the same share of what is kept each time."""
 RELAXATION_STEPS = 40
 THRESHOLD_STEPS = 100
 HALVINGS = 30
@@ -31,9 +33,10 @@ def greedy_obs_set(
 ) -> Tensor:
     """Return the set of greedy OBS in blocks: drop what costs least, move the rest, score again.
 
-    `count` weights are pruned; the kept count falls by the same factor with each of the drops. After the
-    deadline, a reading of `time.monotonic`, all that is left to drop goes at once. The journal has the kept
-    set before each drop, and the one that it has is gone on from.
+    `count` weights are pruned, the larger shares of what is kept by the first drops (`kept_after`): where few
+    weights are left, each one that goes changes what the others cost. After the deadline, a reading of
+    `time.monotonic`, all that is left to drop goes at once. The journal has the kept set before each drop,
+    and the one that it has is gone on from.
     O(m^2 s) a drop of s kept weights. The scores, ``u_i^2 / (2 [H_KK^-1]_ii)`` of the moved weights u, are
     those of Hassibi & Stork (1993); one weight at a time would be their method. The weights are those of the
     trained network throughout: the model stays one quadratic, only the kept set shrinks.
@@ -42,24 +45,30 @@ def greedy_obs_set(
     first = state.get("drop", 1)
     kept = program.restored(state) if state else None
     keep = torch.ones(n, dtype=torch.bool, device=program.anchor.device) if kept is None else kept.keep
-    nothing = leaving = keep.nonzero().squeeze(1)[:0]
+    leaving = keep.nonzero().squeeze(1)[:0]
     size = int(keep.sum())
     with journal.progress.phase("drops", drops, unit="drop", done=first - 1) as advance:
         for drop in range(first, drops + 1):
             late = deadline is not None and time.monotonic() >= deadline
-            goal = n - count if late or drop == drops else round(n * ((n - count) / n) ** (drop / drops))
+            goal = n - count if late else kept_after(drop, drops, n, count)
             if goal < size:
                 if kept is None:
                     kept = program.at(keep)
                 elif len(leaving):
-                    kept = program.exchanged(kept, leaving, nothing)
+                    kept = program.dropped(kept, leaving)
                 journal.keep({"drop": drop, **program.state(kept)})
-                leaving = keep.nonzero().squeeze(1)[program.costs(kept).argsort(stable=True)[: size - goal]]
+                leaving = program.cheapest(kept, size - goal)
                 keep = keep.clone()
                 keep[leaving] = False
                 size = goal
             advance(1)
     return keep
+
+
+def kept_after(drop: int, drops: int, n: int, count: int) -> int:
+    """Return how many of n weights are left after so many of the drops that prune `count` together."""
+    ahead = (1.0 - drop / drops) ** SLOWING
+    return n - count if drop == drops else round(n * ((n - count) / n) ** (1.0 - ahead))
 
 
 def hard_threshold_set(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.utils.data import DataLoader, TensorDataset
 
 import cbs_opt as cbs
 from cbs_opt.curvature import input_recorder
@@ -114,6 +115,106 @@ def test_moments_in_other_precisions(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.diagonal().max()))
 
 
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear over tokens": (lambda: nn.Linear(3, 2), (7, 3)),
+    "convolution": (lambda: nn.Conv2d(2, 2, 2, stride=(1, 2), padding=1), (2, 5, 4)),
+    "groups": (lambda: nn.Conv1d(4, 4, 2, groups=2, dilation=2), (4, 9)),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 2, 3, stride=2), (2, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_mean_over_drawn_positions_is_the_moment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = make(), inputs(*shape)
+    exact = moments_of(layer, x)
+    monkeypatch.setattr(input_recorder, "VECTORS", 4)
+    model, data = nn.Sequential(layer).eval(), (x, labels())
+    partition = Partition.from_model(model)
+    found = [input_moments(model, data, partition, samples=SAMPLES, seed=s)["0.weight"] for s in range(150)]
+    assert not found[0].equal(found[1])
+    assert found[0].equal(moments_of(layer, x, seed=0))
+    errors = torch.stack([(one - exact).norm() / exact.norm() for one in found])
+    mean = torch.stack(found).mean(dim=0)
+    assert float((mean - exact).norm() / exact.norm()) < 3.0 * float(errors.mean()) / len(found) ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(2000, 6), (6,)])
+def test_vectors_are_enough_or_all(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(6, 4), inputs(*shape)
+    found = moments_of(layer, x)
+    monkeypatch.setattr(input_recorder, "VECTORS", 1 << 20)
+    exact = moments_of(layer, x)
+    assert found.equal(exact) == (shape == (6,))
+    torch.testing.assert_close(found, exact, rtol=0.0, atol=0.25 * float(exact.diagonal().max()))
+
+
+def test_data_of_unknown_length_give_as_many_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader says how many there are; of other batches every one counts as if it were the last."""
+    layer, x = nn.Linear(6, 4), inputs(500, 6)
+    model = nn.Sequential(layer).eval()
+    partition = Partition.from_model(model)
+    monkeypatch.setattr(input_recorder, "VECTORS", 20)
+    drawn: list[int] = []
+    draw = input_recorder.InputRecorder._drawn
+
+    def counting(self: Any, count: int, of: int, device: torch.device) -> Tensor:
+        drawn.append(count)
+        return draw(self, count, of, device)
+
+    monkeypatch.setattr(input_recorder.InputRecorder, "_drawn", counting)
+    pairs = list(zip(x.split(4), labels().split(4), strict=True))
+    loader = DataLoader(TensorDataset(x, labels()), batch_size=4)
+    for data, counts in ((loader, [40, 40, 40]), (pairs, [120, 60, 40])):
+        drawn.clear()
+        input_moments(model, data, partition, samples=SAMPLES)
+        assert drawn == counts
+
+
+WINDOWS: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...] = (
+    ((5,), (3,), (2,), (1,)),
+    ((5, 6), (3, 2), (1, 2), (2, 1)),
+    ((4, 5, 3), (2, 1, 3), (1, 1, 1), (1, 2, 1)),
+)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("shape", "kernel", "dilation", "stride"), WINDOWS)
+def test_patches_at_places_are_those_of_the_whole(
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    backwards: bool,
+) -> None:
+    x = inputs(4, *shape)
+    windows = input_recorder._Windows(kernel=kernel, dilation=dilation, stride=stride, backwards=backwards)
+    every = windows.all(x, 2)
+    places = torch.randperm(every.shape[2], generator=torch.Generator().manual_seed(0))
+    some = windows.some(x.movedim(1, -1), 2, places)
+    chosen = every[:, :, places]
+    torch.testing.assert_close(windows.by_channels(some.mT @ some), chosen @ chosen.mT)
+
+
+def test_what_is_not_finite_is_seen_where_it_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_recorder, "VECTORS", 1)
+    for layer, shape in ((nn.Linear(3, 2), (50, 3)), (nn.Conv1d(3, 2, 1), (3, 50))):
+        for seed in range(3):
+            x = inputs(*shape)
+            x.view(-1)[71] = torch.nan
+            with pytest.raises(NonFiniteError, match="inputs of"):
+                moments_of(layer, x, seed=seed)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_moments_of_drawn_positions_neither_vanish_nor_overflow(size: float) -> None:
+    layer, x = nn.Linear(6, 4), inputs(2000, 6)
+    torch.testing.assert_close(
+        moments_of(layer, size * x) / size**2, moments_of(layer, x), rtol=1e-4, atol=1e-2
+    )
+
+
 class Tied(nn.Module):
     """One matrix used by two layers, and one layer called with a keyword."""
 
@@ -193,7 +294,7 @@ LINEAR_IN_WEIGHTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = 
         lambda: nn.ConvTranspose2d(3, 4, (3, 2), stride=(2, 3), padding=(2, 0), output_padding=(1, 0)),
         (3, 4, 3),
     ),
-    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 3, 2)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 1, 2)),
     "columns": (lambda: Columns(4, 3), (5, 3)),
     "bilinear": (Pair, (3,)),
     "a matrix of its own": (Twice, (4, 5)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.channel_system import ChannelHessian
+from cbs_opt.hessian.channel_system import ChannelHessian, ChannelSystem
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet, joint_saliency
 from cbs_opt.select.joint_program.search import joint_search
 from cbs_opt.select.joint_program.selectors import (
@@ -18,7 +19,7 @@ from cbs_opt.select.joint_program.selectors import (
     by_joint_greedy_obs,
     by_joint_swap_search,
 )
-from cbs_opt.select.joint_program.starts import greedy_obs_set
+from cbs_opt.select.joint_program.starts import greedy_obs_set, kept_after
 from cbs_opt.select.saliency import magnitude, without_lowest
 from formulations import incumbents
 from formulations.errors import UnsupportedProblemError
@@ -49,11 +50,72 @@ def test_value_slope_and_single_moves_are_exact(m: int) -> None:
         assert program.at(~more).value - kept.value == pytest.approx(0.5 * float(cost), rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.parametrize("drops", [1, 3, 12])
+@pytest.mark.parametrize("count", [0, 20, 900, 1_000])
+def test_drops_take_a_smaller_share_of_what_is_left_each_time(drops: int, count: int) -> None:
+    n = 1_000
+    kept = [kept_after(drop, drops, n, count) for drop in range(drops + 1)]
+    assert (kept[0], kept[-1]) == (n, n - count)
+    assert kept == sorted(kept, reverse=True)
+    if 0 < count < n:
+        shares = [(before - after) / before for before, after in itertools.pairwise(kept)]
+        slack = 2.0 / kept[-1]
+        assert all(later <= earlier + slack for earlier, later in itertools.pairwise(shares))
+
+
 def test_greedy_with_one_weight_a_drop_is_the_dense_method() -> None:
     block = channel_block(gradient=False)
     dense = incumbents.greedy(block.to_problem(20), "joint", limits=Limits())
     assert dense.keep is not None
     assert greedy_obs_set(ChannelProgram(block), 20, drops=10_000).tolist() == dense.keep.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_are_not_scored_would_not_have_been_the_cheapest(dtype: torch.dtype) -> None:
+    block = channel_block(3, dtype=dtype)
+    program = ChannelProgram(block)
+    kept = program.at(torch.ones(N, dtype=torch.bool))
+    while int(kept.keep.sum()) > 5:
+        costs, index = program.costs(kept), kept.keep.nonzero().squeeze(1)
+        cheapest = program.cheapest(kept, 4)
+        assert cheapest.tolist() == index[costs.argsort()[:4]].tolist()
+        ceiling, known = kept.ceiling[index], 1.0 / costs * kept.weights[index].square()
+        assert bool((ceiling >= known * (1.0 - 1e-4)).all())
+        kept = program.dropped(kept, cheapest.sort().values)
+
+
+def test_scores_of_a_few_weights_are_computed_for_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = channel_block(3)
+    program, scored = ChannelProgram(block), []
+    kept = program.at(torch.ones(N, dtype=torch.bool))
+    inverse_diagonal = ChannelSystem.inverse_diagonal
+
+    def counted(system: ChannelSystem, places: Tensor | None = None) -> Tensor:
+        assert places is not None
+        scored.extend(places.tolist())
+        expected = inverse_diagonal(system)[places]
+        torch.testing.assert_close(inverse_diagonal(system, places), expected)
+        return expected
+
+    monkeypatch.setattr(ChannelSystem, "inverse_diagonal", counted)
+    program.cheapest(kept, 3)
+    assert 3 <= len(set(scored)) == len(scored) < N
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_moved_from_drop_to_drop_stay_those_of_the_minimiser(dtype: torch.dtype) -> None:
+    block = channel_block(3, dtype=dtype)
+    program = ChannelProgram(block)
+    kept = program.at(torch.ones(N, dtype=torch.bool))
+    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    for _ in range(8):
+        kept = program.dropped(kept, program.cheapest(kept, 4).sort().values)
+        exact = program.at(kept.keep)
+        torch.testing.assert_close(kept.weights, exact.weights, **close)
+        assert kept.value == pytest.approx(
+            objective(block, kept.keep), rel=1e-9 if close["rtol"] < 1e-8 else 1e-4
+        )
+        assert not kept.weights[~kept.keep].any()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -70,6 +132,20 @@ def test_exchanges_lower_the_objective_and_keep_the_count(seed: int) -> None:
     assert falls == sorted(falls, reverse=True)
     again = joint_search(ChannelProgram(block), found.keep)
     assert again.value <= found.value
+
+
+def test_exchanges_end_with_the_first_round_that_brings_less_than_asked_for() -> None:
+    block = channel_block(seed=2)
+    start = without_lowest(magnitude(block), 22)
+    everything, once = (joint_search(ChannelProgram(block), start, tolerance=t) for t in (0.0, 0.99))
+    assert len(once.trace) == 1 < len(everything.trace)
+    assert everything.value < once.value < once.initial_value
+    values = [everything.initial_value, *(point.objective for point in everything.trace)]
+    falls = [(before - after) / abs(before) for before, after in itertools.pairwise(values)]
+    asked = 0.5 * (min(falls) + max(falls))
+    some_of_them = joint_search(ChannelProgram(block), start, tolerance=asked)
+    rounds = next(number for number, fall in enumerate(falls, 1) if fall <= asked)
+    assert len(some_of_them.trace) == rounds
 
 
 def test_limits_are_kept_and_named() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import cbs_opt
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.dense import DenseHessian
 from cbs_opt.select.choice import Choice, SearchInterruptedError, Selector
 from cbs_opt.select.joint_program import search as joint_search
 from cbs_opt.select.joint_program import selectors as module
@@ -116,6 +120,33 @@ def test_no_time_gives_sets_of_the_right_size_and_says_so(engine: dict[str, int]
             if count > 0:
                 assert choice.limit is Limit.TIME
                 assert "time limit" in choice.status
+
+
+@pytest.mark.parametrize("method", [by_joint_swap_search, by_joint_greedy_obs, by_iterative_hard_threshold])
+def test_an_eigendecomposition_in_which_the_limit_passes_is_named(
+    method: Selector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, decompose = dense_block(), torch.linalg.eigh
+
+    def slow(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        time.sleep(0.2)
+        return decompose(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", slow)
+    size = {} if method is by_iterative_hard_threshold else {"dense_limit": 0}
+    for limit in (0.1, 30.0):
+        (choice,) = method([block], [10], limits=Limits(time_limit=limit), **size)
+        assert int((~choice.keep).sum()) == 10
+        named = re.search(r"an eigendecomposition took (\d+[.]\d\d) s, within which", choice.status)
+        assert (named is not None) == (limit == 0.1)
+        assert named is None or float(named[1]) >= 0.2
+
+
+def dense_block() -> FisherBlock:
+    rows = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 20)))
+    return FisherBlock(
+        name="dense", weights=torch.linspace(-1.0, 1.0, 20), hessian=DenseHessian(rows.T @ rows), damping=0.1
+    )
 
 
 def test_the_other_methods_are_no_better_than_the_search(engine: dict[str, int]) -> None:

@@ -1,0 +1,82 @@
+"""Batch-norm statistics of the chosen network, estimated anew where that lowers its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from cbs_opt.errors import EmptyDataError, NoBatchNormError
+from cbs_opt.network.batchnorm import BatchNorm, recalibrate_batchnorm
+from cbs_opt.network.data import Data, device_of, iterate
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.state import kept
+from cbs_opt.oneshot import Candidate, Sample, Task
+
+SAMPLES = 4
+"""Samples that statistics are estimated on, in multiples of those that networks are compared on."""
+SHARES = (0.5, 1.0)
+"""How far statistics go from the old ones to the new ones."""
+SEED_STEP = 500_009
+"""Between the seed of the run and that of the samples."""
+
+
+def recalibrated(task: Task, best: Candidate, sample: Sample) -> tuple[Candidate, str]:
+    """Return the network with the statistics of the lowest loss on `sample`, and a note about them.
+
+    The old ones, the new ones and those halfway are compared; the note is empty where there are none.
+    """
+    if not task.recipe.recalibrate or task.data is None or not sample:
+        return best, ""
+    try:
+        new, used = _estimated(task, task.data, best, SAMPLES * sum(batch.size for batch in sample))
+    except (NoBatchNormError, EmptyDataError):
+        # Nothing to estimate, or a single sample to do it from.
+        return best, ""
+    old = {name: buffer.detach().clone() for name, buffer in task.model.named_buffers() if name in new}
+
+    def loss(statistics: Mapping[str, Tensor]) -> float:
+        return evaluate(task.trial(best.weights, statistics), sample, task.loss_fn).loss
+
+    before = loss({})
+    tried = [
+        {
+            name: old[name].lerp(value, share) if value.is_floating_point() else value
+            for name, value in new.items()
+        }
+        for share in SHARES
+    ]
+    losses = [loss(statistics) for statistics in tried]
+    after = min(losses)
+    found = (
+        f"loss on samples set aside {before:.4g}, with batch-norm statistics of {used} samples {after:.4g}"
+    )
+    if not after < before:
+        return best, f"{found}: those of training stay"
+    return replace(best, statistics=tried[losses.index(after)]), f"{found}: taken"
+
+
+def _estimated(task: Task, data: Data, best: Candidate, samples: int) -> tuple[dict[str, Tensor], int]:
+    """Return the statistics by name, and how many samples they are of; the network keeps its own."""
+    batches = iterate(
+        data,
+        batch_size=None,
+        max_samples=samples,
+        seed=task.request.seed + SEED_STEP,
+        device=device_of(task.model),
+    )
+    network = task.trial(best.weights)
+    with kept(task.model):
+        used = recalibrate_batchnorm(network, list(batches))
+        values = {
+            f"{path}.{name}" if path else name: buffer.detach().clone()
+            for path, module in task.model.named_modules()
+            if _has_statistics(module)
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+    return values, used
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, BatchNorm) and module.running_mean is not None

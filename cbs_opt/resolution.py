@@ -1,0 +1,299 @@
+"""A recipe by name made concrete for a network: its loss, its size, its data, the work of a gradient.
+
+What is looked at is the same in every run, so that a run can be resumed and repeated: operations are counted,
+not timed, unless the caller gives a budget in seconds. Learning rates, dampings and step lengths are left
+open here; the run finds them on training samples that it sets aside.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cbs_opt.curvature.fisher import add_gradient
+from cbs_opt.curvature.gradients import NetworkFunction, require_evaluation_mode
+from cbs_opt.curvature.kinds import EmpiricalFisher, Fisher, SketchedFisher
+from cbs_opt.network.data import Batch, Data, device_of, forward, peeked, read, sample_count
+from cbs_opt.network.objective import PEEKED, Objective
+from cbs_opt.network.partition import Partition
+from cbs_opt.network.state import kept
+from cbs_opt.network.trial import plain_attention
+from cbs_opt.recipe.named import Named
+from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages, Update
+from cbs_opt.recipe.select import GreedyOBS
+from cbs_opt.system.memory import readable
+
+BACKWARD = 3
+"""Operations of a gradient over those of the forward pass."""
+COPIES = 6
+"""Copies of the rows that a stage has at a time at most: rows, their channels' solves, those of a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """What a name stands for, in operations, so that it costs about the same time for every network.
+
+    `row_work`: of the gradients that the rows of all stages are made of. `rows`: how many those of one stage
+    are at most, and `most_per_row` how many samples a row sums up. `tuning_work`: of the gradients of all
+    fine-tuning, no more than `passes` over the data. `kept`: share of the weights that a stage keeps, about.
+    `drop`: the same for one drop of greedy OBS. `scales`: step lengths that are tried.
+    """
+
+    row_work: float
+    rows: int
+    most_per_row: int
+    tuning_work: float
+    passes: float
+    kept: float
+    drop: float
+    scales: tuple[float, ...]
+
+
+TIERS = {
+    "fast": Tier(
+        row_work=0.5e12,
+        rows=250,
+        most_per_row=8,
+        tuning_work=0.0,
+        passes=0.0,
+        kept=0.0,
+        drop=0.8,
+        scales=(0.5, 0.75, 1.0),
+    ),
+    "balanced": Tier(
+        row_work=0.8e12,
+        rows=320,
+        most_per_row=12,
+        tuning_work=1.6e12,
+        passes=5.0,
+        kept=0.08,
+        drop=0.85,
+        scales=(0.5, 1.0),
+    ),
+    "best": Tier(
+        row_work=4e12,
+        rows=320,
+        most_per_row=12,
+        tuning_work=5e13,
+        passes=30.0,
+        kept=0.6,
+        drop=0.85,
+        scales=(0.5, 1.0),
+    ),
+}
+SELECTION_WORK = 5e10
+"""Multiplications, rows^2 x weights x drops, up to which a stage has more rows than the tier says."""
+FEWEST_SAMPLES = 1_000
+"""Samples for rows, and for fine-tuning, however large the network is; fewer if there are fewer."""
+LEAST_STEPS = 20
+"""Steps below which there is no fine-tuning."""
+COMPARED_WORK = 0.05e12
+"""Operations of the forward passes of the samples set aside."""
+COMPARED = (64, 2_000)
+"""Fewest and most samples set aside."""
+BATCHES = (16, 256)
+"""Smallest and largest batch of fine-tuning."""
+STEPS = 100
+"""Steps that a fine-tuning aims at before batches grow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A request with concrete recipes, and what each choice was made on, in sentences."""
+
+    recipes: tuple[Recipe, ...]
+    stages: Stages | None
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a recipe is chosen by.
+
+    `form`: that of the loss in the outputs, None if it has none that is known. `work`: floating-point
+    operations of one gradient. `samples`: how many the data have, None if nothing tells. `seconds`: of one
+    gradient, where it was timed.
+    """
+
+    form: str | None
+    work: float
+    samples: int | None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scene:
+    """What a recipe is made concrete for.
+
+    `stages`: those that the caller asks for in place of those of the name. `certify`: bounds are of one
+    stage, so that there are then no others. `free`: bytes of memory that the run may take.
+    """
+
+    model: nn.Module
+    data: Data
+    objective: Objective
+    partition: Partition
+    sparsity: float
+    stages: Stages | None
+    certify: bool
+    free: int
+
+
+def resolved(named: Named, scene: Scene) -> Resolved:
+    """Return the concrete recipe of a name; the network is run on a few samples."""
+    partition, sparsity, stages, certify = scene.partition, scene.sparsity, scene.stages, scene.certify
+    facts = _facts(scene, timed=named.seconds is not None)
+    tier = TIERS[named.name]
+    available = math.inf if facts.samples is None else facts.samples
+    choices = [
+        f"recipe {named.name}",
+        f"loss: {facts.form or 'of no known form in the outputs'}",
+        f"data: {facts.samples or 'an unknown number of'} samples",
+        f"work: {facts.work:.2g} operations a gradient",
+    ]
+    budget = named.samples
+    if named.seconds is not None:
+        assert facts.seconds is not None
+        budget = max(1, int(named.seconds / facts.seconds))
+        choices.append(f"{named.seconds:g} s are some {budget} gradients")
+    count = 1 if not tier.kept or certify else _stage_count(sparsity, tier.kept)
+    staged = not certify and (tier.tuning_work > 0.0 or stages is not None)
+    if stages is not None:
+        count = stages.count
+    row_samples = max(FEWEST_SAMPLES, int(tier.row_work / facts.work)) / count
+    tuning = max(FEWEST_SAMPLES, min(tier.tuning_work / facts.work, tier.passes * available))
+    if budget is not None:
+        share = budget / (row_samples * count + tuning)
+        row_samples, tuning = row_samples * share, tuning * share
+    fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
+    drops = _drops(sparsity, count, tier.drop)
+    most_rows = max(tier.rows, int(math.sqrt(SELECTION_WORK / (partition.n * drops))))
+    samples = int(max(1, min(row_samples, available, most_rows * tier.most_per_row)))
+    rows = max(1, min(most_rows, samples, max(1, fits)))
+    if samples < FEWEST_SAMPLES and samples == available:
+        choices.append(f"all {samples} samples are differentiated, as there are no more")
+    compared = int(min(max(COMPARED[0], COMPARED_WORK * BACKWARD / facts.work), COMPARED[1]))
+    per_row = math.ceil(samples / rows)
+    curvature = _curvature(facts.form, samples, per_row)
+    found = f"rows: {curvature.kind}, {max(1, samples // per_row)} of {samples} samples"
+    choices.append(found + (" a stage" if count > 1 else ""))
+    base = Recipe(
+        curvature=curvature,
+        weights=named.weights,
+        select=GreedyOBS(drops=drops),
+        recalibrate=named.recalibrate,
+        choice_samples=compared,
+        selection_damping=1.0 if staged else None,
+        damping=1.0 if staged else 0.1,
+    )
+    plan = _stages(stages, count, sparsity, tuning, available) if staged else None
+    if staged and rows < min(tier.rows, samples) // 4 and fits < 16:
+        # Rows of a stage stay in memory; those of a single one may go to disk.
+        plan = None
+        base = Recipe(weights=named.weights, recalibrate=named.recalibrate)
+        room = readable(COPIES * 4 * partition.n)
+        choices.append(f"one stage without fine-tuning: a row of {partition.n:,} weights takes {room}")
+    elif plan is not None:
+        choices.append(_said(plan))
+    elif certify and tier.tuning_work:
+        choices.append("one stage without fine-tuning, as a bound holds for the model of one stage only")
+    recipes = tuple(Recipe.grid(base, update=[Update(scale=scale) for scale in tier.scales]))
+    return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, sparsity)
+
+
+def _facts(scene: Scene, *, timed: bool) -> Facts:
+    model, data, objective, partition = scene.model, scene.data, scene.objective, scene.partition
+    require_evaluation_mode(model)
+    function = NetworkFunction(model, partition, objective)
+    with kept(model), plain_attention():
+        first, _ = peeked(read(data, max_samples=PEEKED, seed=0), PEEKED)
+        few = first.take(slice(PEEKED)).to(device_of(model))
+        function.settle(few)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            objective.output(partial(forward, model), objective.prepared(few))
+        # What has no products at all still reads its weights.
+        forward_work = max(counter.get_total_flops() / few.size, 2.0 * partition.n / few.size, 1.0)
+        seconds = _seconds(function, partition, few) if timed else None
+    samples = _sample_count(data)
+    return Facts(
+        form=objective.output_hessian, work=BACKWARD * forward_work, samples=samples, seconds=seconds
+    )
+
+
+def _seconds(function: NetworkFunction, partition: Partition, batch: Batch) -> float:
+    """Return the time of the gradient of one sample, the better of two tries on a few."""
+    tries = []
+    for _ in range(2):
+        total = torch.zeros(partition.n, dtype=function.dtype, device=function.device)
+        began = time.perf_counter()
+        add_gradient(total, function, partition, batch)
+        float(total[0])  # waits for a device
+        tries.append(time.perf_counter() - began)
+    return min(tries) / batch.size
+
+
+def _sample_count(data: Any) -> int | None:
+    """Return how many samples the data have, as far as they or their data set tell."""
+    count = sample_count(data)
+    if count is None and isinstance(getattr(data, "dataset", None), Sized):
+        return len(data.dataset)
+    return count
+
+
+def _curvature(form: str | None, samples: int, per_row: int) -> Fisher:
+    if form is None:
+        return EmpiricalFisher(samples=samples, per_row=per_row)
+    return SketchedFisher(samples=samples, per_row=per_row)
+
+
+def _stage_count(sparsity: float, kept_share: float) -> int:
+    """Return the fewest stages of which none keeps less than a share of the weights."""
+    return max(1, math.ceil(math.log1p(-sparsity) / math.log(kept_share) - 1e-9))
+
+
+def _drops(sparsity: float, stages: int, share: float) -> int:
+    """Return the drops of a stage of which each keeps about a share of the weights."""
+    return max(1, math.ceil(math.log1p(-sparsity) / stages / math.log(share) - 1e-9))
+
+
+def _stages(asked: Stages | None, count: int, sparsity: float, tuning: float, available: float) -> Stages:
+    """Return the stages that were asked for, or `count` with so much fine-tuning, half of it at the end."""
+    if asked is not None:
+        return asked
+    each = int(tuning if count == 1 else tuning / 2 / (count - 1))
+    final = int(tuning if count == 1 else tuning / 2)
+    size = int(
+        min(max(BATCHES[0], 2 ** round(math.log2(max(1, each / STEPS)))), BATCHES[1], max(1, available))
+    )
+    enough = final >= LEAST_STEPS * size
+    record = (
+        FineTuning(samples=max(1, each), final_samples=max(1, final), batch_size=size) if enough else None
+    )
+    return Stages(count=count, updates=1, final_updates=0, fine_tuning=record)
+
+
+def _said(plan: Stages) -> str:
+    stages = "one stage" if plan.count == 1 else f"{plan.count} stages"
+    if plan.fine_tuning is None:
+        return stages
+    record = plan.fine_tuning
+    between = f"{record.samples} after each and " if plan.count > 1 else ""
+    return f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
+
+
+def _changed(found: Resolved, named: Named, sparsity: float) -> Resolved:
+    """Return the recipe with the fields that the caller set."""
+    if not named.changes:
+        return found
+    request = named.changed(Request(sparsity=sparsity, recipes=found.recipes, stages=found.stages))
+    choices = (*found.choices, f"set by the caller: {', '.join(named.changes)}")
+    return replace(found, recipes=request.recipes, stages=request.stages, choices=choices)

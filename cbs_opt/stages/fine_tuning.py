@@ -1,0 +1,275 @@
+"""Stochastic gradient steps on the kept weights, at a learning rate that the run finds for itself.
+
+A quadratic model is worth its rows where a step is long: in the choice of the set, and in the move that comes
+with it. What remains to be gained is cheaper by many short steps, each with fresh samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.curvature.fisher import add_gradient
+from cbs_opt.curvature.gradients import NetworkFunction
+from cbs_opt.network.data import Batch
+from cbs_opt.network.objective import Objective
+from cbs_opt.network.partition import Partition
+from cbs_opt.recipe.records import FineTuning
+from cbs_opt.stages.model import StageModel
+
+MOMENTUM = 0.9
+WARM_UP = 0.05
+"""Share of the steps over which the rate rises, before it falls like a cosine."""
+TRIAL_SHARE = 0.3
+"""Of the samples of a fine-tuning for all rates that are tried."""
+NEWTON_STEP = 0.1
+"""Of a Newton step at each step: with momentum they add up to a whole one."""
+STEP = 3.0
+"""Between a rate and its neighbours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A learning rate by the scale of the problem, so that it means the same for every network.
+
+    `kind`: "momentum" for Nesterov's method, at `value` over the largest eigenvalue of the Fisher matrix;
+    "newton" for the same with gradients times the inverse of the Fisher matrix of the stage, damped by
+    `value` times that eigenvalue; "adam" for Adam, at `value` times the root mean square of the kept weights,
+    which is the share that a step changes.
+    """
+
+    kind: str
+    value: float
+
+    def absolute(self, curvature: float, weights: Tensor) -> float:
+        """Return the rate for a largest eigenvalue `curvature` and kept `weights`."""
+        if self.kind == "adam":
+            return self.value * float(weights.square().mean().sqrt())
+        if self.kind == "newton":
+            return NEWTON_STEP
+        return self.value / curvature if curvature > 0.0 else 0.0
+
+    def shorter(self) -> Rate:
+        """Return the rate of shorter steps."""
+        return replace(self, value=self.value * STEP if self.kind == "newton" else self.value / STEP)
+
+    def longer(self) -> Rate:
+        """Return the rate of longer steps."""
+        return replace(self, value=self.value / STEP if self.kind == "newton" else self.value * STEP)
+
+
+def rates(plan: FineTuning) -> list[Rate]:
+    """Return the rates that the first fine-tuning of a run tries."""
+    pairs = (("momentum", plan.momentum_rates), ("newton", plan.newton_dampings), ("adam", plan.adam_rates))
+    return [Rate(kind=kind, value=value) for kind, values in pairs for value in values]
+
+
+class Descent:
+    """The kept weights of a network on their way down.
+
+    `weights` (n,) float64 with zeros where not `keep` (n,) bool; `rate` is absolute, for steps of `kind`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        objective: Objective,
+        *,
+        weights: Tensor,
+        keep: Tensor,
+        kind: str,
+        rate: float,
+        precondition: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._network = model, partition, objective
+        self._keep = keep
+        self._flat = weights.to(self._function(weights).dtype)
+        self._theta = self._flat[keep].requires_grad_()
+        self._rate = rate
+        self._precondition = precondition
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam([self._theta], lr=rate)
+            if kind == "adam"
+            else torch.optim.SGD([self._theta], lr=rate, momentum=MOMENTUM, nesterov=True)
+        )
+
+    @property
+    def weights(self) -> Tensor:
+        """All weights, (n,) float64."""
+        result = torch.zeros_like(self._flat, dtype=torch.float64)
+        result[self._keep] = self._theta.detach().double()
+        return result
+
+    def run(
+        self, batches: Iterator[Batch], *, samples: int, batch_size: int, advance: Callable[[int], object]
+    ) -> int:
+        """Take steps over so many samples, less if weights run away; return how many were differentiated.
+
+        The rate rises, then falls to nothing at the end. `advance` is told of the samples of every batch.
+        """
+        used = 0
+        while used < samples and bool(torch.isfinite(self._theta.detach()).all()):
+            size = min(batch_size, samples - used)
+            used += self._step(batches, size, self._rate * _schedule(used / samples), advance)
+        return used
+
+    def _function(self, weights: Tensor) -> NetworkFunction:
+        model, partition, objective = self._network
+        return NetworkFunction(model, partition, objective, weights)
+
+    def _step(
+        self, batches: Iterator[Batch], size: int, rate: float, advance: Callable[[int], object]
+    ) -> int:
+        """Take one step by the gradient over `size` samples at least; return how many they were."""
+        _, partition, objective = self._network
+        self._flat[self._keep] = self._theta.detach()
+        function = self._function(self._flat)
+        total = torch.zeros_like(self._flat)
+        used, mass = 0, 0.0
+        while used < size:
+            batch = next(batches)
+            if not objective.in_batches and batch.size > size - used:
+                batch = batch.take(slice(size - used))
+            function.settle(batch)
+            mass += add_gradient(total, function, partition, batch)
+            used += batch.size
+            advance(batch.size)
+            if objective.in_batches:
+                break
+        if mass > 0.0:
+            gradient = total[self._keep].div_(mass)
+            self._theta.grad = gradient if self._precondition is None else self._precondition(gradient)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        return used
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FineTuned:
+    """What stochastic steps came to.
+
+    `weights` (n,) float64 are the best that were met, `loss` theirs on the samples set aside and
+    `loss_before` that of the start. `rate` is the one to go on with, `absolute_rate` what the last steps
+    began at. `samples` were differentiated, for `tried` rates.
+    """
+
+    weights: Tensor
+    loss: float
+    loss_before: float
+    rate: Rate
+    absolute_rate: float
+    samples: int
+    tried: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FineTuner:
+    """Stochastic steps of one network on the weights of `keep` (n,), over the samples of `batches`."""
+
+    model: nn.Module
+    partition: Partition
+    objective: Objective
+    plan: FineTuning
+    keep: Tensor
+    batches: Iterator[Batch]
+
+    def best(
+        self,
+        weights: Tensor,
+        *,
+        model: StageModel,
+        rate: Rate | None,
+        samples: int,
+        loss: Callable[[Tensor], float],
+        advance: Callable[[int], object],
+    ) -> FineTuned:
+        """Go down from `weights` (n,) float64: a little at several rates, then on at the best one.
+
+        The rates are those of the plan, or `rate` and its neighbours; `model` is that of the stage, `loss`
+        that on samples set aside. What is not better than the best before is not taken: the rest of the
+        samples is then spent on shorter steps.
+        """
+        before = value = _ordered(loss(weights))
+        best, used = weights, 0
+        tries = rates(self.plan) if rate is None else [rate.shorter(), rate, rate.longer()]
+        curvature = largest_eigenvalue(model.rows)
+        if not curvature > 0.0:
+            # Nothing that the rows see depends on the weights.
+            tries, samples = tries[:1], 0
+        chosen = tries[0]
+        if len(tries) > 1:
+            share = max(1, int(TRIAL_SHARE * samples / len(tries)))
+            losses = []
+            for entry in tries:
+                moved, count = self._moved(weights, entry, model, curvature, share, advance)
+                used += count
+                losses.append(_ordered(loss(moved)))
+                if losses[-1] < value:
+                    value, best = losses[-1], moved
+            chosen = tries[losses.index(min(losses))]
+        last = chosen
+        while used < samples:
+            last = chosen
+            moved, count = self._moved(best, chosen, model, curvature, samples - used, advance)
+            used += count
+            after = _ordered(loss(moved))
+            if after < value:
+                value, best = after, moved
+            else:
+                chosen = chosen.shorter()
+        return FineTuned(
+            weights=best,
+            loss=value,
+            loss_before=before,
+            rate=chosen,
+            absolute_rate=last.absolute(curvature, weights[self.keep]),
+            samples=used,
+            tried=len(tries),
+        )
+
+    def _moved(
+        self,
+        weights: Tensor,
+        rate: Rate,
+        model: StageModel,
+        curvature: float,
+        samples: int,
+        advance: Callable[[int], object],
+    ) -> tuple[Tensor, int]:
+        """Return where steps over so many samples lead to, and how many samples were differentiated."""
+        descent = Descent(
+            self.model,
+            self.partition,
+            self.objective,
+            weights=weights,
+            keep=self.keep,
+            kind=rate.kind,
+            rate=rate.absolute(curvature, weights[self.keep]),
+            precondition=model.solver(rate.value * curvature) if rate.kind == "newton" else None,
+        )
+        used = descent.run(self.batches, samples=samples, batch_size=self.plan.batch_size, advance=advance)
+        return descent.weights, used
+
+
+def _ordered(loss: float) -> float:
+    """Return a loss, NaN as worse than anything."""
+    return math.inf if math.isnan(loss) else loss
+
+
+def _schedule(time: float) -> float:
+    """Return the share of the rate at `time` in [0, 1): a short rise, then a cosine down to 0."""
+    if time < WARM_UP:
+        return 0.1 + 0.9 * time / WARM_UP
+    return 0.5 * (1.0 + math.cos(math.pi * (time - WARM_UP) / (1.0 - WARM_UP)))
+
+
+def largest_eigenvalue(rows: Tensor) -> float:
+    """Return the largest eigenvalue of ``rows^T rows``, of rows (m, n), by their Gram matrix."""
+    gram = (rows @ rows.mT).double()
+    return float(torch.linalg.eigvalsh(gram)[-1])

@@ -1,0 +1,196 @@
+"""Recipes by name: concrete for the network at hand, within budgets, refused or smaller in words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import cbs_opt as cbs
+from cbs_opt.recipe.files import request_from_plain, request_to_plain
+from cbs_opt.recipe.named import NAMES, Named
+from cbs_opt.recipe.records import Recipe, Stages
+from cbs_opt.recipe.select import OBS, GreedyOBS
+from formulations.errors import ArgumentError, CbsError
+from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
+
+
+def prune(model: nn.Module, train: Any = None, **options: Any) -> cbs.PruneReport:
+    options = {"sparsity": 0.6, "progress": False} | options
+    return cbs.prune(model, data(300) if train is None else train, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_meets_the_count_and_says_what_it_chose(name: str) -> None:
+    model = network()
+    report = prune(model, recipe=name)
+    assert report.n_prune == round(0.6 * report.n)
+    assert report.curvature == "sketched_fisher"
+    assert f"# recipe {name}" in report.recipe
+    assert "# loss: softmax" in report.recipe
+    assert "[recipe.curvature]" in report.recipe
+    assert report.request is not None
+    # The concrete recipe runs again to the same bits.
+    again = network()
+    request = request_from_plain(request_to_plain(report.request))
+    repeated = prune(again, recipe=request.recipes, stages=request.stages)
+    assert repeated.choices == ()
+    assert all(value.equal(again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_the_default_is_balanced_and_better_than_fast() -> None:
+    default, balanced, fast = network(), network(), network()
+    report = prune(default)
+    assert prune(balanced, recipe="balanced").choices == report.choices
+    assert default.state_dict()["0.weight"].equal(balanced.state_dict()["0.weight"])
+    cheap = prune(fast, recipe="fast")
+    assert report.train_after is not None
+    assert cheap.train_after is not None
+    assert report.train_after.loss < cheap.train_after.loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "kind"),
+    [
+        (nn.CrossEntropyLoss(), lambda x: (x[:, 0] > 0).long(), "sketched_fisher"),
+        (nn.MSELoss(), lambda x: x[:, :3], "sketched_fisher"),
+        (nn.BCEWithLogitsLoss(), lambda x: (x[:, :3] > 0).float(), "sketched_fisher"),
+        (nn.L1Loss(), lambda x: x[:, :3], "empirical_fisher"),
+    ],
+    ids=["cross_entropy", "mse", "bce", "l1"],
+)
+def test_the_loss_decides_the_curvature(loss: nn.Module, targets: Any, kind: str) -> None:
+    x, _ = data(120)
+    report = prune(network(), (x, targets(x)), loss_fn=loss)
+    assert report.curvature == kind
+
+
+def test_budgets_are_kept() -> None:
+    for samples in (100, 1_000, 5_000):
+        report = prune(network(), recipe=cbs.balanced(samples=samples))
+        # Rows are of a whole number of samples, and a run has at least one.
+        assert report.samples <= samples + 2
+    assert prune(network(), recipe=cbs.balanced(seconds=0.5)).n_prune
+    assert any("gradients" in choice for choice in prune(network(), recipe=cbs.best(seconds=0.01)).choices)
+
+
+def test_more_work_is_more_stages_only_for_best() -> None:
+    counts = {}
+    for name in NAMES:
+        request = prune(network(), recipe=name, sparsity=0.8).request
+        assert request is not None
+        counts[name] = 1 if request.stages is None else request.stages.count
+    assert counts == {"fast": 1, "balanced": 1, "best": math.ceil(math.log(0.2) / math.log(0.6))}
+
+
+def test_stages_and_certificates_go_over_a_name() -> None:
+    request = prune(network(), stages=3).request
+    assert request is not None
+    assert request.stages is not None
+    assert request.stages.count == 3
+    given = Stages(count=2, updates=1, final_updates=0)
+    request = prune(network(), stages=given).request
+    assert request is not None
+    assert request.stages == given
+    report = prune(network(), certify=True)
+    assert report.certified is not None
+    assert report.certified.bound is not None
+    assert report.stages == ()
+    assert any("one stage" in choice for choice in report.choices)
+
+
+def test_changes_are_made_to_what_a_name_stands_for() -> None:
+    changes = ("select.method=obs", "weights.ignore=3.*", "recalibrate=false")
+    report = prune(network(), recipe=Named(changes=changes))
+    assert report.request is not None
+    recipe = report.request.recipes[0]
+    assert recipe.select == OBS()
+    assert recipe.weights.ignore == ("3.*",)
+    assert not recipe.recalibrate
+    assert set(report.masks) == {"0.weight"}
+
+
+def test_sparsities_by_layer_are_met() -> None:
+    report = prune(network(), sparsity={"0.*": 0.5, "3.*": 0.25})
+    pruned = {name: int((~keep).sum()) for name, keep in report.masks.items()}
+    assert pruned == {"0.weight": 24, "3.weight": 6}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_few_samples_make_a_smaller_recipe_in_words(samples: int) -> None:
+    report = prune(network(), data(samples))
+    assert any(f"all {samples} samples" in choice for choice in report.choices)
+
+
+def test_one_class_alone_and_loaders_of_unknown_length() -> None:
+    x, y = data(100)
+    assert prune(network(), (x, torch.zeros_like(y))).n_prune
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
+    assert any("100 samples" in choice for choice in prune(network(), loader).choices)
+    batches = list(loader)
+    assert any("unknown" in choice for choice in prune(network(), batches).choices)
+
+
+def test_plans_are_those_of_the_run() -> None:
+    size = cbs.plan(network(), data(300), sparsity=0.6)
+    assert size.rows == prune(network()).rows
+
+
+def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
+    model = network()
+    before = snapshot(model)
+    cases: list[tuple[Any, str]] = [
+        (lambda: prune(model, recipe="quick"), "recipe"),
+        (lambda: cbs.best(samples=0), "recipe.samples"),
+        (lambda: cbs.best(seconds=-1.0), "recipe.seconds"),
+        (lambda: cbs.best(samples=10, seconds=1.0), "recipe.seconds"),
+        (lambda: cbs.balanced(weights="layer"), "recipe.weights"),  # type: ignore[arg-type]
+        (lambda: prune(model, recipe=cbs.best(seconds=1.0), run_dir=tmp_path / "run"), "recipe.seconds"),
+        (lambda: prune(model, recipe=Named(changes=("damping=-1",))), "damping"),
+    ]
+    for call, argument in cases:
+        with pytest.raises(CbsError) as caught:
+            call()
+        assert isinstance(caught.value, ArgumentError)
+        assert caught.value.argument == argument
+    assert_untouched(model, before)
+
+
+def test_runs_by_name_are_resumed(tmp_path: Path) -> None:
+    one, same = network(), network()
+    report = prune(one, run_dir=tmp_path / "run")
+    again = prune(same, run_dir=tmp_path / "run")
+    assert again.choices == report.choices
+    assert all(value.equal(same.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_statistics_are_taken_only_where_they_lower_the_loss() -> None:
+    train = data(300)
+    for sparsity in (0.0, 0.5, 0.8, 0.9):
+        left, model = network(), network()
+        recipe = Recipe(curvature=cbs.SketchedFisher(samples=100), select=GreedyOBS())
+        stays = prune(left, train, sparsity=sparsity, recipe=recipe)
+        assert left.get_buffer("1.running_mean").equal(network().get_buffer("1.running_mean"))
+        anew = cbs.Recipe(curvature=recipe.curvature, select=recipe.select, recalibrate=True)
+        report = prune(model, train, sparsity=sparsity, recipe=anew)
+        assert report.train_after is not None
+        assert stays.train_after is not None
+        assert report.train_after.loss <= stays.train_after.loss
+        taken = any(note.endswith("taken") for note in report.notes)
+        moved = not model.get_buffer("1.running_mean").equal(left.get_buffer("1.running_mean"))
+        assert taken == moved
+        assert model.get_parameter("0.weight").equal(left.get_parameter("0.weight"))
+
+
+def test_statistics_of_a_finished_run_come_back(tmp_path: Path) -> None:
+    recipe = Recipe(curvature=cbs.SketchedFisher(samples=100), select=GreedyOBS(), recalibrate=True)
+    one, same = network(), network()
+    report = prune(one, sparsity=0.9, recipe=recipe, run_dir=tmp_path / "run")
+    assert any(note.endswith("taken") for note in report.notes)
+    prune(same, sparsity=0.9, recipe=recipe, run_dir=tmp_path / "run")
+    assert all(value.equal(same.state_dict()[key]) for key, value in one.state_dict().items())

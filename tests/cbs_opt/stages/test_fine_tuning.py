@@ -1,0 +1,169 @@
+"""Stochastic steps on the kept weights: zeros stay, the loss on samples set aside never rises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.curvature.kinds import SketchedFisher
+from cbs_opt.network.partition import Partition
+from cbs_opt.pruning import prune
+from cbs_opt.recipe.files import request_from_plain, request_to_plain
+from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages
+from cbs_opt.recipe.select import GreedyOBS
+from cbs_opt.report.record import PruneReport
+from cbs_opt.stages.fine_tuning import Rate, largest_eigenvalue
+from cbs_opt.stages.model import StageModel
+from formulations.errors import ArgumentError
+from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
+
+RECIPE = Recipe(
+    curvature=SketchedFisher(samples=40),
+    layer_inputs=1.0,
+    damping=1.0,
+    selection_damping=1.0,
+    select=GreedyOBS(drops=2),
+    choice_samples=20,
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "momentum": {"newton_dampings": (), "adam_rates": ()},
+    "newton": {"momentum_rates": (), "adam_rates": ()},
+    "adam": {"momentum_rates": (), "newton_dampings": ()},
+}
+
+
+def tuned(
+    model: nn.Module, plan: FineTuning | None, *, count: int = 2, sparsity: float = 0.6, **options: Any
+) -> PruneReport:
+    stages = Stages(count=count, updates=1, final_updates=0, fine_tuning=plan)
+    options = {"recipe": RECIPE, "stages": stages, "progress": False} | options
+    return prune(model, options.pop("train", None) or data(200), sparsity=sparsity, **options)
+
+
+def steps(report: PruneReport) -> list[Any]:
+    return [record for record in report.stages if record.rate_kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_lowers_the_loss_and_leaves_zeros(kind: str) -> None:
+    model, plain = network(), network()
+    report = tuned(model, FineTuning(samples=400, batch_size=16, **KINDS[kind]))
+    without = tuned(plain, None)
+    assert report.n_prune == without.n_prune == round(0.6 * report.n)
+    for name, keep in report.masks.items():
+        assert bool((model.get_parameter(name)[~keep] == 0.0).all())
+    assert {record.rate_kind for record in steps(report)} == {kind}
+    assert all(record.loss <= record.loss_before for record in steps(report))
+    assert report.train_after is not None
+    assert without.train_after is not None
+    assert report.train_after.loss < without.train_after.loss
+
+
+def test_nothing_but_the_weights_of_the_partition_moves() -> None:
+    model = network()
+    before = snapshot(model)
+    tuned(model, FineTuning(samples=200, batch_size=16))
+    after = model.state_dict()
+    assert all(tensor.equal(after[name]) for name, tensor in before.items() if "weight" not in name)
+    assert before["1.weight"].equal(after["1.weight"])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_samples_are_counted_and_never_more_than_asked_for() -> None:
+    report = tuned(network(), FineTuning(samples=300, final_samples=500, batch_size=32))
+    rows = 40
+    assert report.samples == 2 * rows + 300 + 500
+    assert [record.tried for record in steps(report)] == [5, 3]
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    models = [network(), network(), network()]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        tuned(model, FineTuning(samples=200, batch_size=16), seed=seed)
+    one, same, other = (model.state_dict()["0.weight"] for model in models)
+    assert one.equal(same)
+    assert not one.equal(other)
+
+
+def test_rates_that_run_away_leave_the_network_as_it_was() -> None:
+    plan = FineTuning(samples=200, batch_size=16, momentum_rates=(1e9,), newton_dampings=(), adam_rates=())
+    report = tuned(network(), plan, count=1)
+    without = tuned(network(), None, count=1)
+    assert report.train_after == without.train_after
+    assert not any(record.accepted for record in steps(report))
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, resumed = network(), network()
+    plan = FineTuning(samples=200, batch_size=16)
+    tuned(whole, plan)
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = snapshot(resumed)
+    stages = Stages(count=2, updates=1, final_updates=0, fine_tuning=plan)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(resumed, plan, stages=replace(stages, on_stage=stop), run_dir=tmp_path / "run")
+    assert_untouched(resumed, before)
+    tuned(resumed, plan, run_dir=tmp_path / "run")
+    assert all(whole.state_dict()[name].equal(value) for name, value in resumed.state_dict().items())
+
+
+def test_a_loss_of_sums_and_a_network_in_half_precision_are_tuned() -> None:
+    sums = nn.CrossEntropyLoss(reduction="sum")
+    report = tuned(network(), FineTuning(samples=200, batch_size=16), loss_fn=sums)
+    assert any(record.accepted for record in steps(report))
+    model = network(dtype=torch.bfloat16)
+    report = tuned(model, FineTuning(samples=200, batch_size=16))
+    assert model.get_parameter("0.weight").dtype == torch.bfloat16
+    assert any(record.accepted for record in steps(report))
+
+
+def test_the_solver_of_a_stage_is_the_inverse_of_its_damped_matrix() -> None:
+    partition = Partition.from_model(network(), blocks="layer")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, partition.n, generator=generator, dtype=torch.float64)
+    keep = torch.rand(partition.n, generator=generator) < 0.5
+    model = StageModel(partition, keep, rows[:, keep])
+    x = torch.randn(int(keep.sum()), generator=generator, dtype=torch.float64)
+    solved = model.solver(0.3)(x)
+    expected: list[Tensor] = []
+    for block in partition.blocks:
+        part = rows[:, block.start : block.stop][:, keep[block.start : block.stop]]
+        matrix = part.T @ part + 0.3 * torch.eye(part.shape[1], dtype=torch.float64)
+        begin = sum(len(piece) for piece in expected)
+        expected.append(torch.linalg.solve(matrix, x[begin : begin + len(matrix)]))
+    torch.testing.assert_close(solved, torch.cat(expected), rtol=1e-9, atol=1e-12)
+    values = torch.linalg.eigvalsh(rows.T @ rows)
+    assert largest_eigenvalue(rows) == pytest.approx(float(values[-1]))
+
+
+@pytest.mark.parametrize("kind", ["momentum", "newton", "adam"])
+def test_neighbours_of_a_rate_are_a_shorter_and_a_longer_one(kind: str) -> None:
+    rate = Rate(kind=kind, value=0.5)
+    sign = -1.0 if kind == "newton" else 1.0
+    assert sign * rate.shorter().value < sign * rate.value < sign * rate.longer().value
+    assert rate.shorter().longer().value == pytest.approx(rate.value)
+
+
+def test_records_are_checked_and_travel() -> None:
+    stages = Stages(fine_tuning=FineTuning(samples=100, batch_size=8, momentum_rates=(0.1, 0.2)))
+    request = Request(sparsity=0.5, recipes=(RECIPE,), stages=stages)
+    assert request_from_plain(request_to_plain(request)) == request
+    bad: list[dict[str, Any]] = [
+        {"samples": 0},
+        {"samples": 10, "batch_size": 0},
+        {"samples": 10, "momentum_rates": (-1.0,)},
+        {"samples": 10, "adam_rates": "fast"},
+        {"samples": 10, "momentum_rates": (), "newton_dampings": (), "adam_rates": ()},
+    ]
+    for fields in bad:
+        with pytest.raises(ArgumentError, match=r"stages\.fine_tuning"):
+            FineTuning(**fields)
+    with pytest.raises(ArgumentError, match=r"stages\.fine_tuning"):
+        Stages(fine_tuning=100)  # type: ignore[arg-type]
