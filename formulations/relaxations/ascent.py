@@ -18,8 +18,8 @@ from formulations.solution import Stopped
 
 PHASE, STEPS, STALLED, MISSES = 0, 1, 2, 3
 """Places in the counts of a state: phase, steps of ADMM, idle climbs and missed Newton steps in a row."""
-BEST, PREVIOUS = 0, 1
-"""Places in its figures: the best bound, and the one at the end of the climb before."""
+BEST, PREVIOUS, BLUR = 0, 1, 2
+"""Places in its figures: the best bound, the one at the end of the climb before, the rounding of the best."""
 CLIMBING, SPLITTING, ENDED = 0, 1, 2
 """Phases: Newton steps, ADMM, the end."""
 ONGOING, GIVEN_UP, OPTIMAL = 0, 1, 2
@@ -30,6 +30,8 @@ NEWTON_MISSES = 4
 """Newton steps in a row that may fail to lift the bound before a climb is given up."""
 PATIENCE = 8
 """Climbs in a row that may bring next to nothing before the relaxation is left as it is."""
+UNLIKE = 1e3
+"""Two points whose rounding errors differ by more than this factor are compared by what they prove."""
 OVER_RELAXATION = 1.7
 """Over-relaxation of ADMM, in (1, 2)."""
 TO_THE_END = 1 << 40
@@ -56,6 +58,19 @@ class Ascent(Protocol):
 
 
 State = TypeVar("State", bound=Ascent)
+
+
+@compiled
+def rises(figures: FloatArray, value: float, error: float) -> bool:
+    """Whether a value lifts the best bound; where rounding errors are unlike, each value less its own.
+
+    Where the active entries are more than the rank, a Newton point may be so large that its value is nothing
+    but rounding.
+    """
+    best, blur = figures[BEST], figures[BLUR]
+    if max(error, blur) > UNLIKE * min(error, blur):
+        return bool(value - error > best - blur)
+    return bool(value > best)
 
 
 @compiled

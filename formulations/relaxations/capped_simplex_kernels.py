@@ -21,6 +21,7 @@ from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
 from formulations.relaxations.ascent import (
     BEST,
+    BLUR,
     CLIMBING,
     ENDED,
     GIVEN_UP,
@@ -35,6 +36,7 @@ from formulations.relaxations.ascent import (
     TO_THE_END,
     end_climb,
     end_step,
+    rises,
 )
 from formulations.relaxations.perspective_kernels import ROUNDOFF
 from formulations.relaxations.support_norm import copy_into, largest_sum
@@ -200,8 +202,8 @@ class SimplexAscent(NamedTuple):
         Of ADMM.
     place : (n,) int64 array
         Active sets.
-    figures : (2,) float64 array
-        BEST bound, and the one at the end of the PREVIOUS climb.
+    figures : (3,) float64 array
+        `ascent.BEST` and its neighbours.
     counts : (4,) int64 array
         `ascent.PHASE` and its neighbours.
     """
@@ -246,9 +248,10 @@ def newton_step(ascent: SimplexAscent) -> int:
     slope = product + ascent.linear
     value = -0.5 * np.dot(newton, product) + smallest_sum(slope, ascent.n_prune)
     ascent.counts[MISSES] += 1
-    if value > ascent.figures[BEST]:
+    blur = linearisation_rounding(ascent.smooth, ascent.linear, newton, slope, ascent.n_prune)
+    if rises(ascent.figures, value, blur):
         ascent.counts[MISSES] = 0
-        ascent.figures[BEST] = value
+        ascent.figures[BEST], ascent.figures[BLUR] = value, blur
         copy_into(ascent.point, newton)
         copy_into(ascent.slope, slope)
     if ascent.figures[BEST] >= ascent.cutoff:
@@ -265,15 +268,19 @@ def admm_step(ascent: SimplexAscent, inverse: FloatArray) -> None:
     right_side = metric * (guess - dual) - linear
     solved = np.dot(inverse, right_side)
     product = right_side - metric * solved
-    value = -0.5 * np.dot(solved, product) + smallest_sum(product + linear, ascent.n_prune)
-    if value > ascent.figures[BEST]:
+    slope = product + linear
+    value = -0.5 * np.dot(solved, product) + smallest_sum(slope, ascent.n_prune)
+    blur = linearisation_rounding(ascent.smooth, linear, solved, slope, ascent.n_prune)
+    if rises(ascent.figures, value, blur):
         # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
         product = np.dot(ascent.smooth, solved)
-        value = -0.5 * np.dot(solved, product) + smallest_sum(product + linear, ascent.n_prune)
-    if value > ascent.figures[BEST]:
-        ascent.figures[BEST] = value
-        copy_into(ascent.point, solved)
-        copy_into(ascent.slope, product + linear)
+        slope = product + linear
+        value = -0.5 * np.dot(solved, product) + smallest_sum(slope, ascent.n_prune)
+        blur = linearisation_rounding(ascent.smooth, linear, solved, slope, ascent.n_prune)
+        if rises(ascent.figures, value, blur):
+            ascent.figures[BEST], ascent.figures[BLUR] = value, blur
+            copy_into(ascent.point, solved)
+            copy_into(ascent.slope, slope)
     relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * guess
     project_capped_simplex(relaxed + dual, metric, ascent.n_prune, guess)
     dual += relaxed - guess
@@ -308,10 +315,11 @@ def begin_simplex(
         np.empty(n),
         np.empty(n),
         np.empty(n, dtype=np.int64),
-        np.empty(2),
+        np.empty(3),
         np.zeros(4, dtype=np.int64),
     )
     ascent.figures[BEST] = -0.5 * np.dot(start, product) + smallest_sum(slope, count)
+    ascent.figures[BLUR] = linearisation_rounding(smooth, linear, start, slope, count)
     if ascent.figures[BEST] >= cutoff:
         ascent.counts[PHASE] = ENDED
     else:

@@ -22,6 +22,7 @@ from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
 from formulations.relaxations.ascent import (
     BEST,
+    BLUR,
     CLIMBING,
     ENDED,
     GIVEN_UP,
@@ -36,6 +37,7 @@ from formulations.relaxations.ascent import (
     TO_THE_END,
     end_climb,
     end_step,
+    rises,
 )
 from formulations.relaxations.support_norm import copy_into, largest_sum, prox_support_norm
 
@@ -230,8 +232,8 @@ class PerspectiveAscent(NamedTuple):
     order, place : (n,) int64 arrays
     sign : (n,) float64 array
         Active sets.
-    figures : (2,) float64 array
-        BEST bound, and the one at the end of the PREVIOUS climb.
+    figures : (3,) float64 array
+        `ascent.BEST` and its neighbours.
     counts : (4,) int64 array
         `ascent.PHASE` and its neighbours.
     """
@@ -279,9 +281,10 @@ def newton_step(ascent: PerspectiveAscent) -> int:
     residual = ascent.linear - product
     value = dual_value(newton, product, ascent.linear, np.ones(newton.size), ascent.size)
     ascent.counts[MISSES] += 1
-    if value > ascent.figures[BEST]:
+    blur = dual_rounding(ascent.smooth, ascent.linear, newton, residual, ascent.size)
+    if rises(ascent.figures, value, blur):
         ascent.counts[MISSES] = 0
-        ascent.figures[BEST] = value
+        ascent.figures[BEST], ascent.figures[BLUR] = value, blur
         copy_into(ascent.point, newton)
         copy_into(ascent.residual, residual)
     if ascent.figures[BEST] >= ascent.cutoff:
@@ -298,15 +301,19 @@ def admm_step(ascent: PerspectiveAscent, inverse: FloatArray) -> None:
     right_side = linear + shrunk - dual
     solved = np.dot(inverse, right_side)
     product = right_side - solved
+    residual = linear - product
     value = dual_value(solved, product, linear, ones, ascent.size)
-    if value > ascent.figures[BEST]:
+    blur = dual_rounding(ascent.smooth, linear, solved, residual, ascent.size)
+    if rises(ascent.figures, value, blur):
         # The product above rests on an inverse, and is as inexact as that; a bound needs a true one.
         product = np.dot(ascent.smooth, solved)
+        residual = linear - product
         value = dual_value(solved, product, linear, ones, ascent.size)
-    if value > ascent.figures[BEST]:
-        ascent.figures[BEST] = value
-        copy_into(ascent.point, solved)
-        copy_into(ascent.residual, linear - product)
+        blur = dual_rounding(ascent.smooth, linear, solved, residual, ascent.size)
+        if rises(ascent.figures, value, blur):
+            ascent.figures[BEST], ascent.figures[BLUR] = value, blur
+            copy_into(ascent.point, solved)
+            copy_into(ascent.residual, residual)
     relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * shrunk
     target = relaxed + dual
     name_places(target, ascent.size, ascent.order, shrunk, ascent.place, ascent.sign)
@@ -342,10 +349,11 @@ def begin_perspective(
         np.empty(n, dtype=np.int64),
         np.empty(n, dtype=np.int64),
         np.ones(n),
-        np.empty(2),
+        np.empty(3),
         np.zeros(4, dtype=np.int64),
     )
     ascent.figures[BEST] = dual_value(start, product, linear, np.ones(n), size)
+    ascent.figures[BLUR] = dual_rounding(smooth, linear, start, residual, size)
     if ascent.figures[BEST] >= cutoff:
         ascent.counts[PHASE] = ENDED
     else:

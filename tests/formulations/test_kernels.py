@@ -93,6 +93,11 @@ def test_a_swap_is_the_best_one_and_the_last_leaves_none(program, kind, seed):
         else:
             table, state = joint_tableau(form.matrix, form.linear, now)
             count = swap_joint(table, state, now, most)
+            # What the kernel goes on with is the tableau of the set that it has come to.
+            fresh, at_rest = joint_tableau(form.matrix, form.linear, now)
+            size = max(1.0, np.abs(fresh).max())
+            np.testing.assert_allclose(table, fresh, atol=1e-7 * size)
+            np.testing.assert_allclose(state, at_rest, atol=1e-7 * size)
         return now, count
 
     value = selection_value if program == "selection" else joint_value
@@ -125,6 +130,16 @@ def test_a_gain_below_rounding_is_no_swap():
         table[0, 0], state[0] = -1.0, linear[0]
         assert swap_joint(table, state, keep, 10) == moves
         assert keep.tolist() == [not moves, bool(moves), False]
+
+
+def test_a_gain_is_set_against_the_terms_it_is_the_difference_of():
+    """Slopes cancel all but the diagonal, against which a gain of 2e-11 is next to nothing."""
+    for gain, moves in ((2e-11, 0), (1e-9, 1)):
+        matrix = np.diag([1.0, 1.0, 10.0])
+        linear = np.array([-1.0, -0.5 - gain, 0.0])
+        matrix[0, 2] = matrix[2, 0] = 1e-3
+        pruned = np.array([True, False, False])
+        assert swap_selection(matrix, linear + np.array([0.5, 0.0, 0.0]), pruned, 10) == moves
 
 
 def test_sums_of_largest_and_smallest_entries():

@@ -218,3 +218,16 @@ def test_a_large_block_is_bounded_without_forming_its_hessian(program, monkeypat
     assert solution.bound <= objective(problem, keep, program)
     assert solution.gap < 0.5
     assert verify(problem, solution).bound_checked
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_damping_that_is_next_to_nothing_costs_no_more_than_itself(program):
+    """Of rank 6 in 30 weights: Newton points of 1e5 and more, whose values are noise, once hid good ones."""
+    for seed in (0, 7, 8, 10):
+        rng = np.random.default_rng(seed)
+        rows, weights = rng.normal(size=(6, 30)), rng.normal(size=30)
+        problem = BlockProblem(weights=weights, rows=rows, damping=1e-7, n_prune=10)
+        bound = lower_bound(problem, program, diagonal_split=False).bound
+        # With nothing but the damping the ten smallest weights cost this much; rows only add to it.
+        least = 0.5e-7 * float(np.sort(weights**2)[:10].sum())
+        assert bound >= (0.5 * least if program == "joint" else -1e-3)

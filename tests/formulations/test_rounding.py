@@ -22,7 +22,7 @@ from formulations.incumbents import IncumbentPool
 from formulations.loss import objective, solved_weights
 from formulations.relaxations import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
-from formulations.relaxations.certificate import Fixing, RelaxationCertificate
+from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import (
     bounded_product,
     bounded_value,
@@ -152,8 +152,11 @@ def test_the_loss_of_a_point_is_within_its_error(seed):
         step = np.abs(new - problem.weights)
         reach = float(column_norms(problem) @ step) ** 2 + float(np.abs(problem.gradient_or_zero) @ step)
         assert error <= 1e3 * UNIT_ROUNDOFF * reach
-        # The step is rounded before the product.
-        assert error >= UNIT_ROUNDOFF * reach
+        # On top of the product's: the step is rounded before it, and inner products after it.
+        found = bounded_product(problem, new - problem.weights, column_norms(problem))
+        least = float(step @ found.error) + 2.0 * UNIT_ROUNDOFF * reach
+        least += problem.n * UNIT_ROUNDOFF * float(step @ np.abs(found.value))
+        assert error >= 0.999 * least
 
 
 def test_a_split_called_valid_leaves_no_negative_eigenvalue():
@@ -404,6 +407,56 @@ def test_equal_weights_are_never_fixed_against_each_other(program):
         least = lower_bound(problem, program, incumbent=enumerate_optimum(problem, program)).certificate
         for cutoff in (float(best), math.nextafter(float(best), math.inf)):
             _obeyed(every, least.fixed_below(problem, cutoff), cutoff)
+
+
+class Line(RelaxationCertificate):
+    """A certificate that states its line."""
+
+    chosen_are_kept = True
+    kind = "line"
+
+    def __init__(self, cost, error=0.0, base=0.0, lost=0.0, **more):
+        super().__init__(**more)
+        cost = np.array(cost)
+        line = Linearisation(base=base, lost=lost, cost=cost, error=np.broadcast_to(error, cost.shape))
+        object.__setattr__(self, "line", line)
+
+    def linearisation(self, problem, given):
+        return self.line
+
+
+def test_a_bound_is_lowered_by_the_errors_of_the_costs_that_a_set_can_have():
+    """Twice by those of the chosen and by the largest of the free, and by that of the base."""
+    problem = BlockProblem(weights=np.ones(5), rows=np.eye(5), damping=1.0, n_prune=3)
+    error = np.array([1.0, 8.0, 2.0, 4.0, 0.0])
+    for given, lost in ((None, 12.0), (0, 9.0), (4, 8.0)):
+        basis = None
+        if given is not None:
+            one = np.arange(5) == given
+            cost = np.where(one, -100.0, 0.0)
+            basis = Line(cost, fixing=Fixing(keep=one, prune=np.zeros(5, dtype=bool), cutoff=-50.0))
+            assert basis.proves_fixing(problem)
+        line = Line(np.full(5, -200.0), error, basis=basis, lost=0.5, base=7.0)
+        assert line.lower_bound(problem) == pytest.approx(7.0 - 400.0 - 2.0 * (lost + 0.5))
+        assert line.proves_bound(problem, 7.0 - 400.0 - 1.6 * (lost + 0.5))
+        assert not line.proves_bound(problem, 7.0 - 400.0 - 1.4 * (lost + 0.5))
+    assert Line(np.full(5, 1e16)).lower_bound(problem) < 2e16 * (1.0 - 2.0 * UNIT_ROUNDOFF * 5)
+
+
+def test_once_all_are_chosen_the_others_are_fixed_too():
+    problem = BlockProblem(weights=np.ones(5), rows=np.eye(5), damping=1.0, n_prune=3)
+    two, three = np.arange(5) < 2, np.arange(5) > 1
+    nothing = np.zeros(5, dtype=bool)
+    for keep, prune in ((two, nothing), (nothing, three)):
+        basis = Line(np.where(two, -100.0, 100.0), fixing=Fixing(keep=keep, prune=prune, cutoff=-150.0))
+        found = Line(np.zeros(5), base=-200.0, basis=basis).fixed_below(problem, -150.0)
+        assert found.keep.tolist() == two.tolist()
+        assert found.prune.tolist() == three.tolist()
+        assert found.count == 5
+        assert not found.free.any()
+        assert found.cutoff == -150.0
+    assert Fixing(keep=two, prune=nothing, cutoff=0.0).count == 2
+    assert Fixing(keep=nothing, prune=three, cutoff=0.0).count == 3
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

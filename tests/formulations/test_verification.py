@@ -97,6 +97,16 @@ def test_claims_that_contradict_each_other_are_wrong(program, claims):
     assert verify(problem, dataclasses.replace(solution, **claims)).wrong
 
 
+def test_a_program_that_does_not_exist_is_named():
+    """Even where nothing else is claimed that could be wrong."""
+    problem = gaussian()
+    plain = dataclasses.replace(greedy(problem, "joint"), bound=None, certificate=None)
+    assert verify(problem, plain).ok
+    found = verify(problem, dataclasses.replace(plain, program="nonsense"))
+    assert found.wrong
+    assert any("'nonsense'" in note for note in found.notes)
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_rests_on_a_search_is_unchecked(program):
     problem = gaussian()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -127,3 +128,41 @@ def test_without_a_pair_nothing_is_swapped(engine, everything: bool) -> None:  #
     assert v.equal(product)
     assert int(counts.swaps) == 0
     assert bool(counts.locally_optimal)
+
+
+def test_no_pair_is_said_by_both_numbers() -> None:
+    """Where nothing can leave, nothing can enter, or no pair lowers the value by what is asked for."""
+    identity, zeros = np.eye(4), np.zeros(4)
+    for y, threshold in (
+        (np.zeros(4, dtype=bool), 0.0),
+        (np.ones(4, dtype=bool), 0.0),
+        (np.arange(4) < 2, -1e-9),
+    ):
+        state = identity @ y
+        places = np.zeros(4, dtype=np.int64)
+        arrays = (zeros.copy(), places, places.copy())
+        found = dense_swaps._best_pair(identity, state, zeros, y, np.ones(4), *arrays, threshold)
+        assert tuple(found) == (-1, -1)
+
+
+def test_the_torch_path_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def counted(*given: Tensor) -> SwapCounts:
+        taken.append(None)
+        return engine(*given)
+
+    engine = dense_swaps._swap_torch
+    monkeypatch.setattr(dense_swaps, "_swap_torch", counted)
+    gram, product, linear, pruned = batch_of(("flat",), 6, 3)
+    for compiled, calls in ((True, 0), (False, 1)):
+        swap_dense(
+            gram,
+            product.clone(),
+            linear,
+            pruned.clone(),
+            torch.zeros(1, dtype=torch.float64),
+            torch.ones(1, dtype=torch.int64),
+            compiled=compiled,
+        )
+        assert len(taken) == calls

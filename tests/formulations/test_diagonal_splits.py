@@ -1,0 +1,191 @@
+"""Better diagonal splits: supergradients against differences, single steps, and where rounds of them end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from formulations import BlockProblem
+from formulations.dense_forms import joint_form, selection_form
+from formulations.enumeration import enumerate_optimum
+from formulations.relaxations.capped_simplex import relax_selection
+from formulations.relaxations.capped_simplex_kernels import shift_slopes
+from formulations.relaxations.diagonal_split import barrier_step, interior_split
+from formulations.relaxations.perspective import relax_joint
+from formulations.relaxations.perspective_kernels import split_slopes
+from formulations.relaxations.split_relaxation import joint_split, relax_with_split, selection_shift
+from tests.formulations.blocks import block
+from tests.stress.exact import ExactBlock
+
+PROGRAMS = ("selection", "joint")
+
+
+def relaxed(problem: BlockProblem, program: str, **given):
+    if program == "joint":
+        form = joint_form(problem)
+        split = given.pop("split", joint_split(problem, form))
+        return form, relax_joint(form, problem.n_keep, split, **given)
+    form = selection_form(problem)
+    split = given.pop("split", selection_shift(problem, form))
+    return form, relax_selection(form, problem.n_prune, split, **given)
+
+
+def test_slopes_of_a_split_are_those_of_the_bound():
+    problem = replace(block("random", 7, 3, seed=2), damping=1.0)
+    split = 0.5 * joint_split(problem, joint_form(problem))
+    _, (bound, point, residual, _) = relaxed(problem, "joint", split=split)
+    root = np.sqrt(split)
+    slopes = split_slopes(point, point * root, residual, problem.n_keep)
+    shares = slopes > 1e-9
+    assert 1 <= shares.sum() < problem.n
+    for i in range(problem.n):
+        step = 1e-4 * split[i] * np.eye(problem.n)[i]
+        up, down = (relaxed(problem, "joint", split=split + sign * step)[1][0] for sign in (1.0, -1.0))
+        assert (up - down) / (2.0 * step[i]) == pytest.approx(slopes[i], rel=1e-3, abs=1e-7 * abs(bound))
+
+
+def test_slopes_of_a_shift_are_those_of_the_bound_and_none_is_zero():
+    problem = replace(block("random", 7, 3, seed=1), damping=1.0)
+    shift = 0.5 * selection_shift(problem, selection_form(problem))
+    _, (_, point, _) = relaxed(problem, "selection", split=shift)
+    slopes = shift_slopes(point)
+    assert (slopes > 1e-3).sum() >= 2
+    for i in np.flatnonzero(slopes > 1e-3):
+        step = 1e-4 * shift[i] * np.eye(problem.n)[i]
+        up, down = (relaxed(problem, "selection", split=shift + sign * step)[1][0] for sign in (1.0, -1.0))
+        assert (up - down) / (2.0 * step[i]) == pytest.approx(slopes[i], rel=1e-3)
+    np.testing.assert_allclose(shift_slopes(np.array([0.5, 0.0, 1.0])), [0.125, 0.125e-3, 0.125e-3])
+    assert (shift_slopes(np.array([0.0, 1.0, -0.5, 1.5])) > 0.0).all()
+
+
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("n", [1, 4, 50])
+def test_a_step_near_the_centre_is_that_of_newton(n, positive):
+    """Slopes are such that the given split is nearly the centre: no step is shortened there."""
+    rng = np.random.default_rng(n)
+    rows = rng.normal(size=(n, n)) / math.sqrt(n)
+    matrix = rows.T @ rows + np.eye(n)
+    centre = rng.uniform(0.2, 0.5, n)
+    weight = 0.3
+    inverse = np.linalg.inv(matrix - np.diag(centre))
+    slopes = weight * (np.diagonal(inverse) - (1.0 / centre if positive else 0.0))
+    split = centre + 1e-4 * rng.normal(size=n)
+    for _ in range(3):
+        before = np.abs(split - centre).max()
+        assert barrier_step(matrix, split, slopes, weight, positive)
+        assert np.abs(split - centre).max() <= max(before**1.7, 1e-11)
+
+
+def test_a_shortened_step_stays_off_the_boundary():
+    for weight in 10.0 ** np.linspace(-5.0, -1.0, 60):
+        split = np.full(1, 0.5)
+        assert barrier_step(np.eye(1), split, np.ones(1), weight, False)
+        assert split[0] >= 0.6
+        if weight < 0.1:
+            assert split[0] <= 0.951
+    outside = np.full(2, 1.5)
+    assert not barrier_step(np.eye(2), outside, np.ones(2), 0.1, False)
+    assert outside.tolist() == [1.5, 1.5]
+
+
+def uneven(seed: int) -> BlockProblem:
+    """Nearly a diagonal Hessian, most of which the split can take, and a damping that is next to nothing."""
+    rng = np.random.default_rng([seed, 51])
+    rows = np.diag(rng.uniform(1.0, 3.0, 6)) + 1e-4 * rng.normal(size=(6, 6))
+    return BlockProblem(weights=rng.uniform(1.0, 2.0, 6), rows=rows, damping=1e-2, n_prune=3)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_rounds_lead_to_the_best_split(program, known):
+    """Of a diagonal Hessian the split takes all, and the relaxation has no gap."""
+    for seed in range(3):
+        problem = uneven(seed)
+        optimum = enumerate_optimum(problem, program).objective
+        form, plain = relaxed(problem, program)
+        cutoff = optimum / form.scale if known else math.inf
+        best = relaxed(problem, program, split_rounds=40, cutoff=cutoff)[1]
+        optimum /= form.scale
+        assert plain[0] < 0.99 * optimum
+        assert optimum * (1.0 - 1e-3) <= best[0] <= optimum * (1.0 + 1e-9)
+        # The split that is returned is valid, and the point proves the bound with it.
+        assert np.linalg.eigvalsh(form.matrix - np.diag(best[-1]))[0] >= -1e-12
+        again = relaxed(problem, program, split=best[-1])[1]
+        assert again[0] == pytest.approx(best[0], rel=1e-4)
+        one = relaxed(problem, program, split_rounds=1)[1]
+        assert plain[0] <= one[0] <= best[0]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_rounds_end_when_nothing_is_gained_or_time_is_over(program):
+    problem = uneven(1)
+    asked = []
+
+    def stopped(after=math.inf):
+        asked.append(None)
+        return len(asked) >= after
+
+    relaxed(problem, program, split_rounds=400, stopped=stopped)
+    # Eight rounds in a row that gain less than 1e-4.
+    assert 9 <= len(asked) <= 30
+    last = len(asked)
+    asked.clear()
+    short = relaxed(problem, program, split_rounds=last - 9, stopped=stopped)[1]
+    final = relaxed(problem, program, split_rounds=last)[1]
+    assert short[0] == pytest.approx(final[0], rel=2e-3)
+    for damping in (1e3, 1e4, 1e6):
+        asked.clear()
+        # Next to nothing is gained from the first round on.
+        easy = replace(block("random", 8, 4, seed=1), damping=damping)
+        relaxed(easy, program, split_rounds=400, stopped=stopped)
+        assert len(asked) == 8
+    asked.clear()
+    relaxed(problem, program, split_rounds=400, stopped=lambda: stopped(3))
+    assert len(asked) == 3
+    asked.clear()
+    relaxed(problem, program, split_rounds=400, stopped=stopped, cutoff=-1e9)
+    assert not asked
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_start_near_the_solution_gives_the_same_bound(program):
+    problem = block("gradient", 8, 4, seed=3)
+    form, found = relaxed(problem, program)
+    again = relaxed(problem, program, start=found[1])[1]
+    assert again[0] == pytest.approx(found[0], rel=1e-6)
+    certificate, keep = relax_with_split(problem, program, math.inf, 0)
+    assert certificate.lower_bound(problem) == pytest.approx(found[0] * form.scale, rel=1e-6)
+    assert keep.sum() == problem.n_keep
+    warm, _ = relax_with_split(problem, program, math.inf, 0, start=certificate.point)
+    assert warm.lower_bound(problem) == pytest.approx(found[0] * form.scale, rel=1e-6)
+    # A cutoff that the start meets already is in units of the loss.
+    cut, _ = relax_with_split(problem, program, 0.999 * found[0] * form.scale, 0, start=certificate.point)
+    np.testing.assert_allclose(cut.point, certificate.point, rtol=1e-9)
+
+
+def test_a_first_split_is_at_most_the_damping_in_exact_arithmetic():
+    for seed in range(4):
+        problem = block("random", 12, 5, seed)
+        diagonal = [row[i] for i, row in enumerate(ExactBlock(problem).hessian)]
+        split = joint_split(problem, joint_form(problem))
+        form = selection_form(problem)
+        shift = selection_shift(problem, form)
+        for i, entry in enumerate(diagonal):
+            share = Fraction(float(split[i])) * entry / Fraction(problem.damping)
+            assert 1 - Fraction(1, 10**8) <= share <= 1
+            weight = Fraction(float(problem.weights[i]))
+            whole = Fraction(float(shift[i])) * Fraction(form.scale)
+            share = whole / (weight * weight * Fraction(problem.damping))
+            assert 1 - Fraction(1, 10**8) <= share <= 1
+
+
+def test_an_interior_split_is_strictly_inside():
+    matrix = np.array([[2.0, 1.0], [1.0, 2.0]])
+    np.testing.assert_allclose(interior_split(matrix, np.ones(2), True), [0.7, 0.7])
+    np.testing.assert_allclose(interior_split(matrix, np.ones(2), False), [0.68, 0.68])
+    singular = np.ones((2, 2))
+    assert np.linalg.eigvalsh(singular - np.diag(interior_split(singular, np.zeros(2), False)))[0] > 0.0
