@@ -32,6 +32,7 @@ import cbs_opt
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Weights
+from cbs_opt.system.threads import thread_limit
 from experiments.data_files import DATA_FILES
 from experiments.datasets import Dataset, load_dataset
 from experiments.ledger import Ledger, settings_key
@@ -56,9 +57,9 @@ def settings(network: str, recipe: str, sparsity: float, seed: int, recalibrate:
     }
 
 
-def measure(cell: Mapping[str, Any], data: Dataset, data_dir: Path | None) -> dict[str, Any]:
+def measure(cell: Mapping[str, Any], data: Dataset, data_dir: Path | None, verify: bool) -> dict[str, Any]:
     """Prune a fresh copy of the network and evaluate it on the test set."""
-    network = load_network(cell["network"], data_dir)
+    network = load_network(cell["network"], data_dir, verify=verify)
     weights = Weights(target=network.target, blocks="global")
     began = time.process_time()
     report = cbs_opt.prune(
@@ -125,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     root.add_argument("--keep-statistics", action="store_true", help="leave batch-norm statistics alone")
     root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
+    root.add_argument("--no-verify", action="store_true", help="accept data files with other checksums")
     root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
     return root
 
@@ -139,14 +141,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed, recipe, share in itertools.product(range(given.seeds), given.recipes, shares)
     ]
     ledger = Ledger(given.out / "results.jsonl")
-    torch.set_num_threads(1)
+    verify = not given.no_verify
     try:
         spec = NETWORKS[given.network]
-        data = load_dataset(spec.dataset, given.data, mean=spec.mean, std=spec.std)
+        data = load_dataset(spec.dataset, given.data, mean=spec.mean, std=spec.std, verify=verify)
         for cell in tqdm(todo, desc="cells", disable=None):
             key = settings_key(cell)
             if key not in ledger:
-                ledger.add(key, measure(cell, data, given.data))
+                with thread_limit(1):
+                    ledger.add(key, measure(cell, data, given.data, verify))
     except CbsError as error:
         sys.stderr.write(f"{error}\n")
         return 1
