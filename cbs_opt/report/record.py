@@ -245,7 +245,7 @@ class PruneReport:
         lines = [
             f"{self.label}: {self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}"
             f"{self._of_network()}",
-            f"{self.curvature}, {self.rows} rows of {self.samples} samples, damping {self.damping:g}"
+            f"{self.curvature}, {self._sampled()}, damping {self.damping:g}"
             f"{inputs}; partition {self.partition} ({len(self.blocks)} blocks)",
         ]
         if self.predicted_loss_increase is not None:
@@ -267,6 +267,12 @@ class PruneReport:
             phases = ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())
             lines.append(f"{self.total_seconds:.2f} s ({phases})")
         return "\n  ".join(lines)
+
+    def _sampled(self) -> str:
+        """Return how many rows there are, and samples."""
+        if self.stages:
+            return f"{self.rows} rows a stage, {self.samples} samples differentiated in all"
+        return f"{self.rows} rows of {self.samples} samples"
 
     def _of_network(self) -> str:
         """Return the sparsity of the whole network, and what was left out of it, by reason."""

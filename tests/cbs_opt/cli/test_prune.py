@@ -17,7 +17,9 @@ from typer.testing import CliRunner, Result
 from cbs_opt import available_methods, load_masks
 from cbs_opt.cli import app
 from cbs_opt.cli.prune import requested, resources_of
-from cbs_opt.recipe.select import GreedyOBS, SwapSearch
+from cbs_opt.recipe.named import Named
+from cbs_opt.recipe.records import Recipe
+from cbs_opt.recipe.select import SwapSearch
 from cbs_opt.report.files import load_report
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.system.resources import Resources
@@ -329,13 +331,24 @@ def test_methods_lists_every_method() -> None:
 
 def test_fields_and_resources_are_parsed() -> None:
     given = ["weights.budget={'a.*' = 0.5, b = 0.9}", "select.start=obs", "resources.row_memory=2MB"]
-    request, resources = requested("balanced", 0.5, 3, given)
-    (recipe,) = request.recipes
+    asked = requested(None, 0.5, 3, given)
+    (recipe,) = asked.recipe
     assert recipe.weights.budget == {"a.*": 0.5, "b": 0.9}
     assert recipe.select == SwapSearch(start="obs")
-    assert (request.sparsity, request.seed) == (0.5, 3)
-    assert resources == resources_of(["resources.row_memory=2MB"]) == Resources(row_memory=2_000_000)
-    assert requested("fast", 0.5, None, [])[0].recipes[0].select == GreedyOBS()
+    assert (asked.sparsity, asked.seed) == (0.5, 3)
+    assert asked.resources == resources_of(["resources.row_memory=2MB"]) == Resources(row_memory=2_000_000)
+
+
+def test_a_name_stays_a_name_unless_options_say_how() -> None:
+    assert requested("fast", 0.5, None, []).recipe == Named(name="fast")
+    what = ["weights.ignore=head.*", "recalibrate=false"]
+    assert requested(None, 0.5, None, what).recipe == Named(changes=tuple(what))
+    assert requested("best", 0.5, None, ["damping=0.3"]).recipe == Named(
+        name="best", changes=("damping=0.3",)
+    )
+    assert requested(None, 0.5, None, ["damping=0.3"]).recipe == (Recipe(damping=0.3),)
+    staged = requested(None, 0.5, None, ["stages.count=3"])
+    assert (staged.recipe, staged.stages) == (Named(), 3)
 
 
 @pytest.mark.usefixtures("work")

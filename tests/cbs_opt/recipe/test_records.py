@@ -23,8 +23,8 @@ from cbs_opt.curvature.kinds import (
     SketchedFisher,
 )
 from cbs_opt.pruning import prune
+from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import (
-    NAMED,
     Absolute,
     Certify,
     Recipe,
@@ -34,7 +34,6 @@ from cbs_opt.recipe.records import (
     Weights,
     absolute,
     in_units,
-    recipe_by_name,
 )
 from cbs_opt.recipe.select import OBS, Exact, GreedyOBS, Magnitude, RandomizedMagnitude, SwapSearch
 from cbs_opt.report.record import PruneReport
@@ -136,11 +135,9 @@ def test_names_stand_for_records() -> None:
     assert Request(sparsity=0.5, certify=True) == Request(sparsity=0.5, certify=Certify())
     assert Request(sparsity=0.5, certify=False) == Request(sparsity=0.5)
     assert Request(sparsity=0.5, recipes=Recipe()) == Request(sparsity=0.5, recipes=[Recipe()])
-    assert recipe_by_name("balanced") == Recipe()
-    assert recipe_by_name("fast").select == GreedyOBS()
     with pytest.raises(ArgumentError, match="recipe") as caught:
-        recipe_by_name("quick")
-    assert all(name in caught.value.remedy for name in NAMED)
+        Named(name="quick")
+    assert all(name in caught.value.remedy for name in NAMES)
 
 
 def test_dampings_are_relative_unless_said_otherwise() -> None:
