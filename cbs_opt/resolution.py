@@ -33,6 +33,8 @@ from cbs_opt.system.memory import readable
 
 BACKWARD = 3
 """Operations of a gradient over those of the forward pass."""
+LEAST_SHARE = 0.25
+"""Of the rows of a tier below which there are no stages for want of memory."""
 COPIES = 6
 """Copies of the rows that a stage has at a time at most: rows, their channels' solves, those of a part."""
 
@@ -195,7 +197,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         damping=1.0 if staged else 0.1,
     )
     plan = _stages(stages, count, sparsity, tuning, available) if staged else None
-    if staged and rows < min(tier.rows, samples) // 4 and fits < 16:
+    if staged and stages is None and fits < LEAST_SHARE * min(tier.rows, samples):
         # Rows of a stage stay in memory; those of a single one may go to disk.
         plan = None
         base = Recipe(weights=named.weights, recalibrate=named.recalibrate)

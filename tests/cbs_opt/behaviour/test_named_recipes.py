@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cbs_opt as cbs
+import cbs_opt.pruning
 from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Recipe, Stages
@@ -194,3 +195,14 @@ def test_statistics_of_a_finished_run_come_back(tmp_path: Path) -> None:
     assert any(note.endswith("taken") for note in report.notes)
     prune(same, sparsity=0.9, recipe=recipe, run_dir=tmp_path / "run")
     assert all(value.equal(same.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_too_little_memory_leaves_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cbs_opt.pruning, "_free", lambda _: 100 * 1024)
+    size = cbs.plan(network(), data(300), sparsity=0.6)
+    assert size.rows
+    model, x = network(), data(300)
+    monkeypatch.setattr(cbs_opt.pruning, "check_fits", lambda *_: None)
+    report = prune(model, x)
+    assert any("a row of 72 weights" in choice for choice in report.choices)
+    assert report.stages == ()
