@@ -170,6 +170,37 @@ def test_points_whose_rounding_is_unlike_are_compared_by_what_they_prove(value, 
     figures = np.full(3, math.nan)
     figures[ascent.BEST], figures[ascent.BLUR] = 1.0, 1e-6
     assert ascent.rises(figures, value, error) == lifts
+    figures[ascent.BLUR] = 0.25
+    assert not ascent.rises(figures, 0.75, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("gain", "cutoff", "idle", "after", "ended"),
+    [
+        (0.25, 3.0, 5, 0, False),
+        (0.15, 3.0, 5, 6, False),
+        (0.15, math.inf, 5, 0, False),
+        (0.05, math.inf, 5, 6, False),
+        (0.05, math.inf, 7, 8, True),
+    ],
+)
+def test_a_climb_is_idle_that_gains_less_than_its_share_of_the_open_gap(gain, cutoff, idle, after, ended):
+    """The bound is 1 and the tolerance a tenth: of what is open to the cutoff, or of the bound."""
+
+    def climbed(outcome=ascent.GIVEN_UP, steps=6, cutoff=cutoff, max_steps=300):
+        figures, counts = np.zeros(3), np.zeros(4, dtype=np.int64)
+        figures[ascent.BEST], figures[ascent.PREVIOUS] = 1.0, 1.0 - gain
+        counts[ascent.STEPS], counts[ascent.STALLED], counts[ascent.MISSES] = steps, idle, 3
+        ascent.end_climb(figures, counts, outcome, cutoff, 0.1, max_steps)
+        assert figures[ascent.PREVIOUS] == 1.0
+        assert counts[ascent.MISSES] == 0
+        return counts[ascent.STALLED], counts[ascent.PHASE] == ascent.ENDED
+
+    assert climbed() == (after, ended)
+    assert climbed(steps=0) == (idle, False)
+    assert climbed(outcome=ascent.OPTIMAL)[1]
+    assert climbed(max_steps=6)[1]
+    assert climbed(cutoff=1.0)[1]
 
 
 @pytest.mark.parametrize("program", ["joint", "selection"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -125,8 +126,10 @@ def test_rounds_end_when_nothing_is_gained_or_time_is_over(program):
     problem = uneven(1)
     asked = []
 
-    def stopped(after=math.inf):
-        asked.append(None)
+    def stopped(ahead=None, *, after=math.inf):
+        # Asked between rounds, where nothing is ahead, and within them, where a step is.
+        if ahead is None:
+            asked.append(None)
         return len(asked) >= after
 
     relaxed(problem, program, split_rounds=400, stopped=stopped)
@@ -144,7 +147,7 @@ def test_rounds_end_when_nothing_is_gained_or_time_is_over(program):
         relaxed(easy, program, split_rounds=400, stopped=stopped)
         assert len(asked) == 8
     asked.clear()
-    relaxed(problem, program, split_rounds=400, stopped=lambda: stopped(3))
+    relaxed(problem, program, split_rounds=400, stopped=partial(stopped, after=3))
     assert len(asked) == 3
     asked.clear()
     relaxed(problem, program, split_rounds=400, stopped=stopped, cutoff=-1e9)

@@ -223,10 +223,11 @@ def test_no_step_is_begun_of_which_less_than_half_fits(seconds, steps, monkeypat
         now[0] += 4.0
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    state = SimpleNamespace(linear=np.zeros(3), counts=np.full(4, ascent.CLIMBING))
+    state = SimpleNamespace(linear=np.zeros(2_000), counts=np.full(4, ascent.CLIMBING))
     stopped = partial(Limits(time_limit=seconds).out_of_time, 0.0)
-    ascent.ascend(state, advance, lambda _: np.zeros((3, 3)), stopped)
-    assert len(taken) == steps
+    ascent.ascend(state, advance, lambda _: pytest.fail("no inverse is needed while it climbs"), stopped)
+    # Of a state as large as this one step is taken between two looks at the clock.
+    assert taken == [1] * steps
 
 
 @pytest.mark.parametrize("rows", [20, 700])
