@@ -67,7 +67,7 @@ TIERS = {
         tuning_work=0.0,
         passes=0.0,
         kept=0.0,
-        drop=0.8,
+        drop=0.7,
         scales=(0.5, 0.75, 1.0),
     ),
     "balanced": Tier(
