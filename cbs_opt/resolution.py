@@ -95,6 +95,8 @@ SELECTION_WORK = 5e10
 """Multiplications, rows^2 x weights x drops, up to which a stage has more rows than the tier says."""
 FEWEST_SAMPLES = 1_000
 """Samples for rows, and for fine-tuning, however large the network is; fewer if there are fewer."""
+UNKNOWN = 10_000
+"""Samples that a pass counts as for fine-tuning, where nothing tells how many there are."""
 LEAST_STEPS = 20
 """Steps below which there is no fine-tuning."""
 COMPARED_WORK = 0.05e12
@@ -171,7 +173,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     if stages is not None:
         count = stages.count
     row_samples = max(FEWEST_SAMPLES, int(tier.row_work / facts.work)) / count
-    tuning = max(FEWEST_SAMPLES, min(tier.tuning_work / facts.work, tier.passes * available))
+    a_pass = UNKNOWN if facts.samples is None else facts.samples
+    tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / facts.work), tier.passes * a_pass)
     if budget is not None:
         share = budget / (row_samples * count + tuning)
         row_samples, tuning = row_samples * share, tuning * share
@@ -216,6 +219,7 @@ def _facts(scene: Scene, *, timed: bool) -> Facts:
     require_evaluation_mode(model)
     function = NetworkFunction(model, partition, objective)
     with kept(model), plain_attention():
+        batch = next(read(data, max_samples=PEEKED, seed=0)).size
         first, _ = peeked(read(data, max_samples=PEEKED, seed=0), PEEKED)
         few = first.take(slice(PEEKED)).to(device_of(model))
         function.settle(few)
@@ -225,7 +229,7 @@ def _facts(scene: Scene, *, timed: bool) -> Facts:
         # What has no products at all still reads its weights.
         forward_work = max(counter.get_total_flops() / few.size, 2.0 * partition.n / few.size, 1.0)
         seconds = _seconds(function, partition, few) if timed else None
-    samples = _sample_count(data)
+    samples = _sample_count(data, batch)
     return Facts(
         form=objective.output_hessian, work=BACKWARD * forward_work, samples=samples, seconds=seconds
     )
@@ -243,12 +247,14 @@ def _seconds(function: NetworkFunction, partition: Partition, batch: Batch) -> f
     return min(tries) / batch.size
 
 
-def _sample_count(data: Any) -> int | None:
-    """Return how many samples the data have, as far as they or their data set tell."""
+def _sample_count(data: Any, batch: int) -> int | None:
+    """Return how many samples the data have, as far as they, their data set or their first batch tell."""
     count = sample_count(data)
-    if count is None and isinstance(getattr(data, "dataset", None), Sized):
+    if count is not None:
+        return count
+    if isinstance(getattr(data, "dataset", None), Sized):
         return len(data.dataset)
-    return count
+    return len(data) * batch if isinstance(data, Sized) else None
 
 
 def _curvature(form: str | None, samples: int, per_row: int) -> Fisher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Recipe, Stages
 from cbs_opt.recipe.select import OBS, GreedyOBS
+from cbs_opt.resolution import TIERS, UNKNOWN
 from formulations.errors import ArgumentError, CbsError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
@@ -133,8 +135,16 @@ def test_one_class_alone_and_loaders_of_unknown_length() -> None:
     assert prune(network(), (x, torch.zeros_like(y))).n_prune
     loader = DataLoader(TensorDataset(x, y), batch_size=16)
     assert any("100 samples" in choice for choice in prune(network(), loader).choices)
-    batches = list(loader)
-    assert any("unknown" in choice for choice in prune(network(), batches).choices)
+    # Seven batches, of which the first has 16.
+    assert any("112 samples" in choice for choice in prune(network(), list(loader)).choices)
+
+    class Endless:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(loader)
+
+    report = prune(network(), Endless())
+    assert any("unknown" in choice for choice in report.choices)
+    assert report.samples <= 4 * 1_000 + UNKNOWN * TIERS["balanced"].passes
 
 
 def test_plans_are_those_of_the_run() -> None:
