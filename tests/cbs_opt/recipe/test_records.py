@@ -310,14 +310,15 @@ def test_of_equal_losses_the_first_recipe_wins() -> None:
 
 
 def test_a_report_has_the_request_with_its_defaults_made_concrete(tmp_path: Path) -> None:
-    report = prune(network(), data(), sparsity=0.5, certify=Certify(block_dir=tmp_path), progress=False)
+    options: dict[str, Any] = {"sparsity": 0.5, "recipe": Recipe(), "progress": False}
+    report = prune(network(), data(), certify=Certify(block_dir=tmp_path), **options)
     request = report.request
     assert request is not None
     assert (request.sparsity, request.seed, request.stages) == (0.5, 0, None)
     (recipe,) = request.recipes
     concrete = Recipe(layer_inputs=1.0, weights=Weights(blocks="global"))
     assert recipe == replace(concrete, select=SwapSearch())
-    staged = prune(network(), data(), sparsity=0.5, stages=2, progress=False).request
+    staged = prune(network(), data(), stages=2, **options).request
     assert staged is not None
     assert staged.stages == Stages(count=2)
     assert staged.recipes[0] == replace(concrete, select=GreedyOBS(drops=3))
