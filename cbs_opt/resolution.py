@@ -12,6 +12,7 @@ import time
 from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -176,6 +177,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     a_pass = UNKNOWN if facts.samples is None else facts.samples
     tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / facts.work), tier.passes * a_pass)
     if budget is not None:
+        if budget < FEWEST_SAMPLES:
+            choices.append(f"a budget of {budget} gradients makes a poor model: {FEWEST_SAMPLES} are few")
         share = budget / (row_samples * count + tuning)
         row_samples, tuning = row_samples * share, tuning * share
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
@@ -199,7 +202,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         selection_damping=1.0 if staged else None,
         damping=1.0 if staged else 0.1,
     )
-    plan = _stages(stages, count, sparsity, tuning, available) if staged else None
+    plan = stages or (_stages(count, tuning, available) if staged else None)
     if staged and stages is None and fits < LEAST_SHARE * min(tier.rows, samples):
         # Rows of a stage stay in memory; those of a single one may go to disk.
         plan = None
@@ -219,8 +222,9 @@ def _facts(scene: Scene, *, timed: bool) -> Facts:
     require_evaluation_mode(model)
     function = NetworkFunction(model, partition, objective)
     with kept(model), plain_attention():
-        batch = next(read(data, max_samples=PEEKED, seed=0)).size
-        first, _ = peeked(read(data, max_samples=PEEKED, seed=0), PEEKED)
+        batches = read(data, max_samples=PEEKED, seed=0)
+        head = next(batches)
+        first, _ = peeked(chain([head], batches), PEEKED)
         few = first.take(slice(PEEKED)).to(device_of(model))
         function.settle(few)
         counter = FlopCounterMode(display=False)
@@ -229,7 +233,7 @@ def _facts(scene: Scene, *, timed: bool) -> Facts:
         # What has no products at all still reads its weights.
         forward_work = max(counter.get_total_flops() / few.size, 2.0 * partition.n / few.size, 1.0)
         seconds = _seconds(function, partition, few) if timed else None
-    samples = _sample_count(data, batch)
+    samples = _sample_count(data, head.size)
     return Facts(
         form=objective.output_hessian, work=BACKWARD * forward_work, samples=samples, seconds=seconds
     )
@@ -273,10 +277,8 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
     return max(1, math.ceil(math.log1p(-sparsity) / stages / math.log(share) - 1e-9))
 
 
-def _stages(asked: Stages | None, count: int, sparsity: float, tuning: float, available: float) -> Stages:
-    """Return the stages that were asked for, or `count` with so much fine-tuning, half of it at the end."""
-    if asked is not None:
-        return asked
+def _stages(count: int, tuning: float, available: float) -> Stages:
+    """Return `count` stages with so many samples of fine-tuning, half of it at the end."""
     each = int(tuning if count == 1 else tuning / 2 / (count - 1))
     final = int(tuning if count == 1 else tuning / 2)
     size = int(

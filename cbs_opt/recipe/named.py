@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from cbs_opt.recipe.files import with_fields
 from cbs_opt.recipe.records import Recipe, Request, Weights
@@ -10,6 +11,8 @@ from cbs_opt.system.checks import check_fields, finite_number, flag, one_of, who
 from formulations.errors import ArgumentError
 
 NAMES = ("fast", "balanced", "best")
+ALL = Weights()
+"""Which weights may go where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Named:
     samples: int | None = None
     seconds: float | None = None
     recalibrate: bool = True
-    weights: Weights = field(default_factory=Weights)
+    weights: Weights = ALL
     changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,45 +65,31 @@ class Named:
         return with_fields(request, self.changes) if self.changes else request
 
 
-def fast(*, recalibrate: bool = True, weights: Weights | None = None) -> Named:
+def fast(*, recalibrate: bool = True, weights: Weights = ALL) -> Named:
     """Return the recipe of one stage without fine-tuning: seconds for a small network.
 
     `recalibrate` and `weights`: see `Named`.
     """
-    return Named(name="fast", recalibrate=recalibrate, weights=weights or Weights())
+    return Named(name="fast", recalibrate=recalibrate, weights=weights)
 
 
-def balanced(
-    *,
-    samples: int | None = None,
-    seconds: float | None = None,
-    recalibrate: bool = True,
-    weights: Weights | None = None,
-) -> Named:
+def balanced(**fields: Any) -> Named:
     """Return the default recipe: few stages, and short fine-tuning.
 
-    `samples`, `seconds`, `recalibrate` and `weights`: see `Named`.
+    Parameters
+    ----------
+    **fields
+        ``samples``, ``seconds``, ``recalibrate``, ``weights`` and ``changes`` of `Named`.
     """
-    return Named(
-        name="balanced",
-        samples=samples,
-        seconds=seconds,
-        recalibrate=recalibrate,
-        weights=weights or Weights(),
-    )
+    return Named(name="balanced", **fields)
 
 
-def best(
-    *,
-    samples: int | None = None,
-    seconds: float | None = None,
-    recalibrate: bool = True,
-    weights: Weights | None = None,
-) -> Named:
+def best(**fields: Any) -> Named:
     """Return the recipe of many stages with fine-tuning between them: some ten times the work of `balanced`.
 
-    `samples`, `seconds`, `recalibrate` and `weights`: see `Named`.
+    Parameters
+    ----------
+    **fields
+        ``samples``, ``seconds``, ``recalibrate``, ``weights`` and ``changes`` of `Named`.
     """
-    return Named(
-        name="best", samples=samples, seconds=seconds, recalibrate=recalibrate, weights=weights or Weights()
-    )
+    return Named(name="best", **fields)

@@ -78,6 +78,7 @@ def test_budgets_are_kept() -> None:
         report = prune(network(), recipe=cbs.balanced(samples=samples))
         # Rows are of a whole number of samples, and a run has at least one.
         assert report.samples <= samples + 2
+        assert any("poor model" in choice for choice in report.choices) == (samples < 1_000)
     assert prune(network(), recipe=cbs.balanced(seconds=0.5)).n_prune
     assert any("gradients" in choice for choice in prune(network(), recipe=cbs.best(seconds=0.01)).choices)
 
@@ -163,6 +164,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         (lambda: cbs.balanced(weights="layer"), "recipe.weights"),  # type: ignore[arg-type]
         (lambda: prune(model, recipe=cbs.best(seconds=1.0), run_dir=tmp_path / "run"), "recipe.seconds"),
         (lambda: prune(model, recipe=Named(changes=("damping=-1",))), "damping"),
+        (lambda: prune(model, certify=True, stages=2), "certify"),
     ]
     for call, argument in cases:
         with pytest.raises(CbsError) as caught:
