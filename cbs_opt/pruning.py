@@ -47,7 +47,7 @@ from cbs_opt.oneshot import (
 from cbs_opt.recalibration import recalibrated
 from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import Certify, Recipe, Request, Stages, Weights
-from cbs_opt.recipe.select import GreedyOBS, SwapSearch
+from cbs_opt.recipe.select import GreedyOBS, Select, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.resolution import Scene, resolved
 from cbs_opt.runs.fingerprint import run_fingerprint
@@ -173,7 +173,8 @@ def prune(
     for note in prepared.notes:
         logger.warning("%s", note)
     for select in map(select_of, request.recipes):
-        prepare(select.method, select.program)
+        if request.stages is not None or _has_kernels(select, partition):
+            prepare(select.method, select.program)
         if request.certify is not None:
             prepare("lower_bound", select.program)
     with unchanged(model, partition), kept(model), plain_attention(), ExitStack() as opened:
@@ -551,6 +552,14 @@ def _check_methods(request: Request, resources: Resources) -> None:
             found = f"given for {method.name} on program {select.program!r}, which takes all blocks at once"
             remedy = 'leave it out, or use a method that takes a block at a time, such as "branch_and_bound"'
             raise ArgumentError("resources.workers", found, remedy)
+
+
+def _has_kernels(select: Select, partition: Partition) -> bool:
+    """Whether blocks as they are without stages are searched by something compiled."""
+    if not isinstance(select, GreedyOBS) or select.program == "selection":
+        return True
+    limit = DENSE_JOINT if select.dense_limit is None else select.dense_limit
+    return any(block.stop - block.start <= limit for block in partition.blocks)
 
 
 def _check_certifiable(request: Request, partition: Partition) -> None:

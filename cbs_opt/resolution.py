@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cbs_opt.curvature.fisher import add_gradient
 from cbs_opt.curvature.gradients import NetworkFunction, require_evaluation_mode
 from cbs_opt.curvature.kinds import EmpiricalFisher, Fisher, SketchedFisher
 from cbs_opt.network.data import Batch, Data, device_of, forward, peeked, read, sample_count
 from cbs_opt.network.objective import PEEKED, Objective
+from cbs_opt.network.operations import OperationCounter
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.state import kept
 from cbs_opt.network.trial import plain_attention
@@ -227,11 +227,11 @@ def _facts(scene: Scene, *, timed: bool) -> Facts:
         first, _ = peeked(chain([head], batches), PEEKED)
         few = first.take(slice(PEEKED)).to(device_of(model))
         function.settle(few)
-        counter = FlopCounterMode(display=False)
+        counter = OperationCounter()
         with counter, torch.no_grad():
             objective.output(partial(forward, model), objective.prepared(few))
         # What has no products at all still reads its weights.
-        forward_work = max(counter.get_total_flops() / few.size, 2.0 * partition.n / few.size, 1.0)
+        forward_work = max(counter.total / few.size, 2.0 * partition.n / few.size, 1.0)
         seconds = _seconds(function, partition, few) if timed else None
     samples = _sample_count(data, head.size)
     return Facts(

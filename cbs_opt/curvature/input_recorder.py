@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from cbs_opt.network.operations import OperationMode
 from cbs_opt.network.partition import ParameterSpan, Partition
 
 PATCH_NUMBERS = 1 << 20
@@ -40,7 +40,7 @@ class _Weight:
         return 0 <= view.storage_offset() - self.values.storage_offset() <= extent
 
 
-class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class InputRecorder(OperationMode):
     """Adds up ``x x^T`` of the inputs of weights, while it is active as a context.
 
     `tensors` are the parameters that the network is run with, by name. A product counts if one of its factors
@@ -57,7 +57,7 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     total: int = 1
 
     def __init__(self, partition: Partition, tensors: Mapping[str, Tensor], seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._generator = torch.Generator().manual_seed(seed)
         self._spans = partition.parameters
         self._weights: dict[int, list[_Weight]] = {}

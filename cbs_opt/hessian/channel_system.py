@@ -35,6 +35,8 @@ MANY = 3
 """A system is made anew where more than one in so many of its weights leave."""
 SINGLE_LIMIT = 1e4
 """Largest diagonal entry of M that single precision is trusted with."""
+CONDITION_LIMIT = 1e5
+"""Largest condition of D, by a bound, that single precision is trusted with."""
 BAND = 256
 """Lines of a triangle that one product takes at once."""
 RESIDUAL = 1e-11
@@ -100,7 +102,8 @@ class ChannelSystem:
     """``H_KK`` of a `ChannelHessian`, factored once for solves and its inverse's diagonal: a `Factor`.
 
     `kept` (s,) are the kept weights in increasing order. The products with the rows, where the work is, are
-    taken in `precision`. Solutions are in float64 whatever it is; the diagonal of the inverse is not.
+    taken in `precision`, and so are the inverses of the channels where D is well enough conditioned.
+    Solutions are in float64 whatever it is; the diagonal of the inverse is not.
     Raises `NotPositiveDefiniteError` if ``C_KK + damping I`` is singular.
     O(m^2 s + sum of m k^2 over channels of k kept weights); memory beyond the block
     O(m^2 + m s + sum of k^2).
@@ -177,12 +180,14 @@ class ChannelSystem:
         """Return the inverses of D, in one piece of memory: between temporaries they would leave holes."""
         channels = self.channels.channels
         squares = [(channel.stop - channel.start) ** 2 for channel in channels]
-        storage = torch.empty(sum(squares), dtype=torch.float64, device=self.kept.device)
+        double = self.channels.norm_bound() > CONDITION_LIMIT * self.damping
+        dtype = torch.float64 if double else self.precision
+        storage = torch.empty(sum(squares), dtype=dtype, device=self.kept.device)
         shape = len(self.kept), self.rows.shape[0]
         spreads = torch.empty(shape, dtype=self.precision, device=self.kept.device)
         parts = []
         for channel, piece in zip(channels, torch.split(storage, squares), strict=True):
-            matrix = damped(channel.matrix(), self.damping)
+            matrix = damped(channel.matrix(), self.damping).to(dtype)
             inverse = torch.cholesky_inverse(self._factorise(matrix), out=piece.view_as(matrix))
             span = slice(channel.start, channel.stop)
             part = _Part(self.kept[span], inverse, spreads[span])
@@ -207,11 +212,9 @@ class ChannelSystem:
         return seen
 
     def _go_double(self) -> None:
-        """Form M anew in double precision."""
+        """Make inverses and M anew in double precision."""
         self.precision = torch.float64
-        self.parts = [part._replace(spread=part.spread.double()) for part in self.parts]
-        for part in self.parts:
-            self._spread(part)
+        self.parts = self._inverted()
         self.seen = self._seen()
 
     def solve(self, right: Tensor, removed: Tensor | None = None) -> Tensor:
@@ -234,7 +237,7 @@ class ChannelSystem:
 
     def alone(self) -> Tensor:
         """Return ``diag(D^-1)``, (s,) float64, nowhere below `inverse_diagonal`; where H_KK is not formed."""
-        return torch.cat([part.inverse.diagonal() for part in self.parts])
+        return torch.cat([part.inverse.diagonal().double() for part in self.parts])
 
     def inverse_diagonal(self, places: Tensor | None = None) -> Tensor:
         """Return ``diag(H_KK^-1)``, (s,) float64 in the precision of the system; O(m^2 s).
@@ -294,7 +297,7 @@ class ChannelSystem:
             diagonal = channel.diagonal()[others] + self.damping
             if inside is not None:
                 cross = channel.matrix()[member][:, others]
-                diagonal = diagonal - (cross * (inside.inverse @ cross)).sum(dim=0)
+                diagonal = diagonal - (cross * (inside.inverse @ cross.to(inside.inverse))).sum(dim=0)
                 diagonal = diagonal.clamp_min(self.damping)
                 outer = outer - cross.to(self.precision).T @ inside.spread
             diagonals.append(diagonal + self._seen_lengths([outer]))
@@ -319,8 +322,10 @@ class ChannelSystem:
         for part, piece in parts:
             seen += part.spread.T @ piece.to(self.precision)
         inner = solved(self.inner, seen).to(self.precision)
-        solution = torch.cat([part.inverse @ piece - part.spread @ inner for part, piece in parts])
-        return scale * solution
+        solution = torch.cat(
+            [part.inverse @ piece.to(part.inverse) - part.spread @ inner for part, piece in parts]
+        )
+        return scale * solution.to(right)
 
     def _refined(self, right: Tensor) -> tuple[Tensor, bool]:
         """Run conjugate gradients preconditioned by `_apply_inverse`, and whether they came to the goal."""

@@ -83,6 +83,12 @@ class ChannelTerm:
         """Number of weights."""
         return self.channels[-1].stop if self.channels else 0
 
+    def norm_bound(self) -> float:
+        """Return a number no less than the largest eigenvalue, by absolute row sums of whole moments."""
+        moments = {id(channel.moment): channel.moment for channel in self.channels}
+        bounds = {key: float(moment.abs().sum(dim=1).max()) for key, moment in moments.items()}
+        return max((channel.scale * bounds[id(channel.moment)] for channel in self.channels), default=0.0)
+
     def within(self, start: int, stop: int) -> ChannelTerm:
         """Return the term of the weights ``start:stop``, whose indices count from `start`."""
         if (start, stop) == (0, self.n):
