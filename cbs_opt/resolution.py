@@ -104,7 +104,7 @@ COMPARED_WORK = 0.05e12
 """Operations of the forward passes of the samples set aside."""
 COMPARED = (64, 2_000)
 """Fewest and most samples set aside."""
-BATCHES = (16, 256)
+BATCHES = (16, 64)
 """Smallest and largest batch of fine-tuning."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""

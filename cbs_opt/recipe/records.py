@@ -240,16 +240,17 @@ class FineTuning:
     Parameters
     ----------
     samples : int
-        Training samples differentiated after a stage, drawn again where there are fewer. Three tenths of them
-        go to the rates that are tried: all of these in the first stage, the neighbours of the last one in
-        others. The best one, by the loss on samples set aside, goes on.
+        Training samples differentiated after a stage, drawn again where there are fewer. In the first stage
+        three tenths of them go to the rates below, if there are several; the best one, by the loss on samples
+        set aside, goes on. It is divided by three where that loss does not fall, and recovers where it does.
     final_samples : int, optional
         The same after the last stage; by default as many.
     batch_size : int, default 64
         Samples of every step.
     momentum_rates : tuple of float, default (.5,)
-        Learning rates for steps with Nesterov momentum .9, over the largest eigenvalue of the Fisher matrix.
-    newton_dampings : tuple of float, default (.1, .03, .01)
+        Learning rates for steps with Nesterov momentum .9, over the largest eigenvalue of the Fisher matrix
+        of the first stage.
+    newton_dampings : tuple of float, default (.1,)
         For the same steps with the gradient times the inverse of the damped Fisher matrix: what is added to
         it, over its largest eigenvalue.
     adam_rates : tuple of float, default (.005,)
@@ -260,7 +261,7 @@ class FineTuning:
     final_samples: int | None = None
     batch_size: int = 64
     momentum_rates: tuple[float, ...] = (0.5,)
-    newton_dampings: tuple[float, ...] = (0.1, 0.03, 0.01)
+    newton_dampings: tuple[float, ...] = (0.1,)
     adam_rates: tuple[float, ...] = (0.005,)
 
     def __post_init__(self) -> None:

@@ -165,7 +165,8 @@ class StageRecord:
     seconds : float
         Wall-clock time of the step; the first of a stage includes the rows.
     rate_kind, rate : str and float
-        How a fine-tuning went down, "momentum" or "adam", and its learning rate; empty and 0 of other steps.
+        How a fine-tuning went down, "momentum", "newton" or "adam", and its learning rate, of "newton" the
+        damping; empty and 0 of other steps.
     """
 
     stage: int

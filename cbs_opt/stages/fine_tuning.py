@@ -34,44 +34,53 @@ STEP = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A learning rate by the scale of the problem, so that it means the same for every network.
+    """How far steps of one kind go.
 
-    `kind`: "momentum" for Nesterov's method, at `value` over the largest eigenvalue of the Fisher matrix;
-    "newton" for the same with gradients times the inverse of the Fisher matrix of the stage, damped by
-    `value` times that eigenvalue; "adam" for Adam, at `value` times the root mean square of the kept weights,
-    which is the share that a step changes.
+    `kind`: "momentum" for Nesterov's method and "adam" for Adam, with the learning rate `value`; "newton" for
+    Nesterov's method with gradients times the inverse of the Fisher matrix of the stage, to which `value` is
+    added. Steps never go further than with `longest` in its place.
     """
 
     kind: str
     value: float
+    longest: float
 
-    def absolute(self, curvature: float, weights: Tensor) -> float:
-        """Return the rate for a largest eigenvalue `curvature` and kept `weights`."""
-        if self.kind == "adam":
-            return self.value * float(weights.square().mean().sqrt())
-        if self.kind == "newton":
-            return NEWTON_STEP
-        return self.value / curvature if curvature > 0.0 else 0.0
+    @property
+    def learning_rate(self) -> float:
+        """What steps are multiplied by."""
+        return NEWTON_STEP if self.kind == "newton" else self.value
 
     def shorter(self) -> Rate:
         """Return the rate of shorter steps."""
         return replace(self, value=self.value * STEP if self.kind == "newton" else self.value / STEP)
 
     def longer(self) -> Rate:
-        """Return the rate of longer steps."""
-        return replace(self, value=self.value / STEP if self.kind == "newton" else self.value * STEP)
+        """Return the rate of longer steps, or of the longest there are."""
+        if self.kind == "newton":
+            return replace(self, value=max(self.value / STEP, self.longest))
+        return replace(self, value=min(self.value * STEP, self.longest))
 
 
-def rates(plan: FineTuning) -> list[Rate]:
-    """Return the rates that the first fine-tuning of a run tries."""
-    pairs = (("momentum", plan.momentum_rates), ("newton", plan.newton_dampings), ("adam", plan.adam_rates))
-    return [Rate(kind=kind, value=value) for kind, values in pairs for value in values]
+def rates(plan: FineTuning, curvature: float, weights: Tensor) -> list[Rate]:
+    """Return the rates that the first fine-tuning of a run tries.
+
+    They go by the scale of the problem: the largest eigenvalue of the Fisher matrix, `curvature` > 0, and the
+    kept `weights`, of whose root mean square a step of Adam is a share.
+    """
+    size = float(weights.square().mean().sqrt())
+    values = {
+        "momentum": [rate / curvature for rate in plan.momentum_rates],
+        "newton": [damping * curvature for damping in plan.newton_dampings],
+        "adam": [rate * size for rate in plan.adam_rates],
+    }
+    return [Rate(kind=kind, value=value, longest=value) for kind in values for value in values[kind]]
 
 
 class Descent:
     """The kept weights of a network on their way down.
 
-    `weights` (n,) float64 with zeros where not `keep` (n,) bool; `rate` is absolute, for steps of `kind`.
+    `weights` (n,) float64 with zeros where not `keep` (n,) bool; `rate` is the learning rate of steps of
+    `kind`.
     """
 
     def __init__(
@@ -155,15 +164,15 @@ class FineTuned:
     """What stochastic steps came to.
 
     `weights` (n,) float64 are the best that were met, `loss` theirs on the samples set aside and
-    `loss_before` that of the start. `rate` is the one to go on with, `absolute_rate` what the last steps
-    began at. `samples` were differentiated, for `tried` rates.
+    `loss_before` that of the start. `rate` is what the last steps were taken at, `next_rate` the one to go on
+    with. `samples` were differentiated, for `tried` rates.
     """
 
     weights: Tensor
     loss: float
     loss_before: float
     rate: Rate
-    absolute_rate: float
+    next_rate: Rate
     samples: int
     tried: int
 
@@ -189,46 +198,47 @@ class FineTuner:
         loss: Callable[[Tensor], float],
         advance: Callable[[int], object],
     ) -> FineTuned:
-        """Go down from `weights` (n,) float64: a little at several rates, then on at the best one.
+        """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
 
-        The rates are those of the plan, or `rate` and its neighbours; `model` is that of the stage, `loss`
-        that on samples set aside. What is not better than the best before is not taken: the rest of the
-        samples is then spent on shorter steps.
+        `model` is that of the stage, `loss` that on samples set aside. What is not better than the best
+        before is not taken: the rest of the samples is then spent on shorter steps.
         """
         before = value = _ordered(loss(weights))
         best, used = weights, 0
-        tries = rates(self.plan) if rate is None else [rate.shorter(), rate, rate.longer()]
-        curvature = largest_eigenvalue(model.rows)
-        if not curvature > 0.0:
-            # Nothing that the rows see depends on the weights.
-            tries, samples = tries[:1], 0
+        tries = [] if rate is None else [rate]
+        if rate is None:
+            curvature = largest_eigenvalue(model.rows)
+            # Without any curvature nothing that the rows see depends on the weights.
+            tries = rates(self.plan, curvature or 1.0, weights[self.keep])
+            samples = samples if curvature > 0.0 else 0
         chosen = tries[0]
-        if len(tries) > 1:
+        if len(tries) > 1 and samples:
             share = max(1, int(TRIAL_SHARE * samples / len(tries)))
             losses = []
             for entry in tries:
-                moved, count = self._moved(weights, entry, model, curvature, share, advance)
+                moved, count = self._moved(weights, entry, model, share, advance)
                 used += count
                 losses.append(_ordered(loss(moved)))
                 if losses[-1] < value:
                     value, best = losses[-1], moved
             chosen = tries[losses.index(min(losses))]
-        last = chosen
+        last, following = chosen, chosen
         while used < samples:
-            last = chosen
-            moved, count = self._moved(best, chosen, model, curvature, samples - used, advance)
+            last = following
+            moved, count = self._moved(best, last, model, samples - used, advance)
             used += count
             after = _ordered(loss(moved))
             if after < value:
                 value, best = after, moved
+                following = last.longer()
             else:
-                chosen = chosen.shorter()
+                following = last.shorter()
         return FineTuned(
             weights=best,
             loss=value,
             loss_before=before,
-            rate=chosen,
-            absolute_rate=last.absolute(curvature, weights[self.keep]),
+            rate=last,
+            next_rate=following,
             samples=used,
             tried=len(tries),
         )
@@ -238,7 +248,6 @@ class FineTuner:
         weights: Tensor,
         rate: Rate,
         model: StageModel,
-        curvature: float,
         samples: int,
         advance: Callable[[int], object],
     ) -> tuple[Tensor, int]:
@@ -250,8 +259,8 @@ class FineTuner:
             weights=weights,
             keep=self.keep,
             kind=rate.kind,
-            rate=rate.absolute(curvature, weights[self.keep]),
-            precondition=model.solver(rate.value * curvature) if rate.kind == "newton" else None,
+            rate=rate.learning_rate,
+            precondition=model.solver(rate.value) if rate.kind == "newton" else None,
         )
         used = descent.run(self.batches, samples=samples, batch_size=self.plan.batch_size, advance=advance)
         return descent.weights, used

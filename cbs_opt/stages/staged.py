@@ -141,7 +141,9 @@ class StagedRun:
                     model = model.restricted(best.keep)
             if refused == PATIENCE and stage == len(self.sparsities):
                 break
-        rate = Rate(kind=state.rate_kind, value=state.rate) if state.rate_kind else None
+        rate = None
+        if state.rate_kind:
+            rate = Rate(kind=state.rate_kind, value=state.rate, longest=state.longest_rate)
         if self.plan.fine_tuning is not None and stage < len(self.sparsities):
             weights, rate, record = self._fine_tuned(weights, model, rate, len(records))
             records.append(record)
@@ -153,6 +155,7 @@ class StagedRun:
             update_damping=updating.centre,
             rate_kind="" if rate is None else rate.kind,
             rate=0.0 if rate is None else rate.value,
+            longest_rate=0.0 if rate is None else rate.longest,
             passes=self.passes.count,
             samples=self.passes.samples,
             records=(*state.records, *records),
@@ -264,9 +267,9 @@ class StagedRun:
             samples=self.passes.samples,
             seconds=time.perf_counter() - began,
             rate_kind=tuned.rate.kind,
-            rate=tuned.absolute_rate,
+            rate=tuned.rate.value,
         )
-        return tuned.weights, tuned.rate, record
+        return tuned.weights, tuned.next_rate, record
 
     def sample(self) -> Sample:
         """Return the samples on which networks are compared: those set aside, or fresh ones."""

@@ -16,7 +16,7 @@ from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.report.record import PruneReport
-from cbs_opt.stages.fine_tuning import Rate, largest_eigenvalue
+from cbs_opt.stages.fine_tuning import Rate, largest_eigenvalue, rates
 from cbs_opt.stages.model import StageModel
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
@@ -77,7 +77,7 @@ def test_samples_are_counted_and_never_more_than_asked_for() -> None:
     report = tuned(network(), FineTuning(samples=300, final_samples=500, batch_size=32))
     rows = 40
     assert report.samples == 2 * rows + 300 + 500
-    assert [record.tried for record in steps(report)] == [5, 3]
+    assert [record.tried for record in steps(report)] == [3, 1]
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
@@ -144,11 +144,25 @@ def test_the_solver_of_a_stage_is_the_inverse_of_its_damped_matrix() -> None:
 
 
 @pytest.mark.parametrize("kind", ["momentum", "newton", "adam"])
-def test_neighbours_of_a_rate_are_a_shorter_and_a_longer_one(kind: str) -> None:
-    rate = Rate(kind=kind, value=0.5)
+def test_shorter_steps_recover_to_the_longest_and_no_further(kind: str) -> None:
+    rate = Rate(kind=kind, value=0.5, longest=0.5)
     sign = -1.0 if kind == "newton" else 1.0
-    assert sign * rate.shorter().value < sign * rate.value < sign * rate.longer().value
+    assert sign * rate.shorter().value < sign * rate.value
     assert rate.shorter().longer().value == pytest.approx(rate.value)
+    assert rate.longer() == rate
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_rates_go_by_the_scale_of_the_problem(factor: float) -> None:
+    plan, weights = FineTuning(samples=10), torch.tensor([3.0, 4.0])
+    before = {rate.kind: rate.value for rate in rates(plan, 2.0, weights)}
+    curved = {rate.kind: rate.value for rate in rates(plan, 2.0 * factor, weights)}
+    larger = {rate.kind: rate.value for rate in rates(plan, 2.0, factor * weights)}
+    assert curved["momentum"] == pytest.approx(before["momentum"] / factor)
+    assert curved["newton"] == pytest.approx(before["newton"] * factor)
+    assert larger["adam"] == pytest.approx(before["adam"] * factor)
+    assert curved["adam"] == before["adam"]
+    assert larger["momentum"] == before["momentum"]
 
 
 def test_records_are_checked_and_travel() -> None:
