@@ -47,7 +47,8 @@ class Tier:
     `row_work`: of the gradients that the rows of all stages are made of. `rows`: how many those of one stage
     are at most, and `most_per_row` how many samples a row sums up. `tuning_work`: of the gradients of all
     fine-tuning, no more than `passes` over the data. `kept`: share of the weights that a stage keeps, about.
-    `drop`: the same for one drop of greedy OBS. `scales`: step lengths that are tried.
+    `selection_work`: multiplications, rows^2 x weights a stage, of all stages. `drop`: share of the weights
+    that one drop of greedy OBS keeps. `scales`: step lengths that are tried.
     """
 
     row_work: float
@@ -56,6 +57,7 @@ class Tier:
     tuning_work: float
     passes: float
     kept: float
+    selection_work: float
     drop: float
     scales: tuple[float, ...]
 
@@ -68,6 +70,7 @@ TIERS = {
         tuning_work=0.0,
         passes=0.0,
         kept=0.0,
+        selection_work=0.0,
         drop=0.7,
         scales=(0.5, 0.75, 1.0),
     ),
@@ -77,7 +80,8 @@ TIERS = {
         most_per_row=12,
         tuning_work=1.3e12,
         passes=5.0,
-        kept=0.08,
+        kept=0.5,
+        selection_work=3e10,
         drop=0.85,
         scales=(0.5, 1.0),
     ),
@@ -87,7 +91,8 @@ TIERS = {
         most_per_row=12,
         tuning_work=5e13,
         passes=30.0,
-        kept=0.6,
+        kept=0.85,
+        selection_work=2e12,
         drop=0.85,
         scales=(0.5, 1.0),
     ),
@@ -106,6 +111,8 @@ COMPARED = (64, 2_000)
 """Fewest and most samples set aside."""
 BATCHES = (16, 64)
 """Smallest and largest batch of fine-tuning."""
+FINAL_SHARE = 0.4
+"""Of all fine-tuning for that after the last stage, if there are several."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""
 
@@ -169,7 +176,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         assert facts.seconds is not None
         budget = max(1, int(named.seconds / facts.seconds))
         choices.append(f"{named.seconds:g} s are some {budget} gradients")
-    count = 1 if not tier.kept or certify else _stage_count(sparsity, tier.kept)
+    most = max(1, int(tier.selection_work / (tier.rows**2 * partition.n)))
+    count = 1 if not tier.kept or certify else min(most, _stage_count(sparsity, tier.kept))
     staged = not certify and (tier.tuning_work > 0.0 or stages is not None)
     if stages is not None:
         count = stages.count
@@ -278,9 +286,9 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
 
 
 def _stages(count: int, tuning: float, available: float) -> Stages:
-    """Return `count` stages with so many samples of fine-tuning, half of it at the end."""
-    each = int(tuning if count == 1 else tuning / 2 / (count - 1))
-    final = int(tuning if count == 1 else tuning / 2)
+    """Return `count` stages with so many samples of fine-tuning."""
+    each = int(tuning if count == 1 else (1.0 - FINAL_SHARE) * tuning / (count - 1))
+    final = int(tuning if count == 1 else FINAL_SHARE * tuning)
     size = int(
         min(max(BATCHES[0], 2 ** round(math.log2(max(1, each / STEPS)))), BATCHES[1], max(1, available))
     )

@@ -234,6 +234,9 @@ OnStage = Callable[[Any], None]
 class FineTuning:
     """Stochastic gradient steps on the kept weights at the end of every stage.
 
+    Their rate falls over all stages together, so that the network comes to rest at the end of the last one;
+    there it must have gained, on samples set aside, and before it must not have run away.
+
     Raises `ArgumentError` if a field is out of its range; the message names it as
     ``stages.fine_tuning.<field>``.
 
@@ -242,7 +245,7 @@ class FineTuning:
     samples : int
         Training samples differentiated after a stage, drawn again where there are fewer. In the first stage
         three tenths of them go to the rates below, if there are several; the best one, by the loss on samples
-        set aside, goes on. It is divided by three where that loss does not fall, and recovers where it does.
+        set aside, goes on. It is divided by three where steps are not taken, and recovers where they are.
     final_samples : int, optional
         The same after the last stage; by default as many.
     batch_size : int, default 64
@@ -270,6 +273,11 @@ class FineTuning:
         check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
         if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
             raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")
+
+    def shares(self, stages: int) -> tuple[int, ...]:
+        """Return the samples of each of so many stages."""
+        final = self.samples if self.final_samples is None else self.final_samples
+        return (*(self.samples,) * (stages - 1), final)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,40 @@ from cbs_opt.stages.model import StageModel
 
 MOMENTUM = 0.9
 WARM_UP = 0.05
-"""Share of the steps over which the rate rises, before it falls like a cosine."""
+"""Share of the steps of a stage over which the rate rises."""
 TRIAL_SHARE = 0.3
 """Of the samples of a fine-tuning for all rates that are tried."""
 NEWTON_STEP = 0.1
 """Of a Newton step at each step: with momentum they add up to a whole one."""
 STEP = 3.0
 """Between a rate and its neighbours."""
+RUN_AWAY = 10.0
+"""How many times the loss before it the loss of a network is that ran away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The part of all fine-tuning of a run that one stage has, as shares of it: the whole has 0 and 1.
+
+    One rate falls like a cosine over the whole; until its end a network is as far from rest as the rate says,
+    so that its loss may be above what it was. At the end it has come to rest, and must have gained.
+    """
+
+    begin: float = 0.0
+    end: float = 1.0
+
+    def rate(self, time: float) -> float:
+        """Return the share of the rate at `time` in [0, 1) of this part, which begins with a short rise."""
+        place = self.begin + time * (self.end - self.begin)
+        falling = 0.5 * (1.0 + math.cos(math.pi * place))
+        return falling * min(1.0, 0.1 + 0.9 * time / WARM_UP)
+
+    def takes(self, after: float, before: float) -> bool:
+        """Whether a network of one loss is to follow one of another."""
+        return after < before if self.end == 1.0 else after <= RUN_AWAY * before
+
+
+WHOLE = Span()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +142,22 @@ class Descent:
         return result
 
     def run(
-        self, batches: Iterator[Batch], *, samples: int, batch_size: int, advance: Callable[[int], object]
+        self,
+        batches: Iterator[Batch],
+        *,
+        samples: int,
+        batch_size: int,
+        span: Span,
+        advance: Callable[[int], object],
     ) -> int:
         """Take steps over so many samples, less if weights run away; return how many were differentiated.
 
-        The rate rises, then falls to nothing at the end. `advance` is told of the samples of every batch.
+        `advance` is told of the samples of every batch.
         """
         used = 0
         while used < samples and bool(torch.isfinite(self._theta.detach()).all()):
             size = min(batch_size, samples - used)
-            used += self._step(batches, size, self._rate * _schedule(used / samples), advance)
+            used += self._step(batches, size, self._rate * span.rate(used / samples), advance)
         return used
 
     def _function(self, weights: Tensor) -> NetworkFunction:
@@ -163,14 +196,15 @@ class Descent:
 class FineTuned:
     """What stochastic steps came to.
 
-    `weights` (n,) float64 are the best that were met, `loss` theirs on the samples set aside and
-    `loss_before` that of the start. `rate` is what the last steps were taken at, `next_rate` the one to go on
-    with. `samples` were differentiated, for `tried` rates.
+    `weights` (n,) float64 are the last that were taken, `loss` theirs on the samples set aside and
+    `loss_before` that of the start; `moved` where they are others. `rate` is what the last steps were taken
+    at, `next_rate` the one to go on with. `samples` were differentiated, for `tried` rates.
     """
 
     weights: Tensor
     loss: float
     loss_before: float
+    moved: bool
     rate: Rate
     next_rate: Rate
     samples: int
@@ -187,6 +221,7 @@ class FineTuner:
     plan: FineTuning
     keep: Tensor
     batches: Iterator[Batch]
+    span: Span = WHOLE
 
     def best(
         self,
@@ -200,8 +235,9 @@ class FineTuner:
     ) -> FineTuned:
         """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
 
-        `model` is that of the stage, `loss` that on samples set aside. What is not better than the best
-        before is not taken: the rest of the samples is then spent on shorter steps.
+        `model` is that of the stage, `loss` that on samples set aside. Rates that are tried come to rest on a
+        few samples each. What `Span.takes` refuses is not taken: the rest of the samples is then spent on
+        shorter steps.
         """
         before = value = _ordered(loss(weights))
         best, used = weights, 0
@@ -216,7 +252,7 @@ class FineTuner:
             share = max(1, int(TRIAL_SHARE * samples / len(tries)))
             losses = []
             for entry in tries:
-                moved, count = self._moved(weights, entry, model, share, advance)
+                moved, count = self._moved(weights, entry, model, share, WHOLE, advance)
                 used += count
                 losses.append(_ordered(loss(moved)))
                 if losses[-1] < value:
@@ -225,10 +261,10 @@ class FineTuner:
         last, following = chosen, chosen
         while used < samples:
             last = following
-            moved, count = self._moved(best, last, model, samples - used, advance)
+            moved, count = self._moved(best, last, model, samples - used, self.span, advance)
             used += count
             after = _ordered(loss(moved))
-            if after < value:
+            if self.span.takes(after, value):
                 value, best = after, moved
                 following = last.longer()
             else:
@@ -237,6 +273,7 @@ class FineTuner:
             weights=best,
             loss=value,
             loss_before=before,
+            moved=best is not weights,
             rate=last,
             next_rate=following,
             samples=used,
@@ -249,6 +286,7 @@ class FineTuner:
         rate: Rate,
         model: StageModel,
         samples: int,
+        span: Span,
         advance: Callable[[int], object],
     ) -> tuple[Tensor, int]:
         """Return where steps over so many samples lead to, and how many samples were differentiated."""
@@ -262,20 +300,14 @@ class FineTuner:
             rate=rate.learning_rate,
             precondition=model.solver(rate.value) if rate.kind == "newton" else None,
         )
-        used = descent.run(self.batches, samples=samples, batch_size=self.plan.batch_size, advance=advance)
+        size = self.plan.batch_size
+        used = descent.run(self.batches, samples=samples, batch_size=size, span=span, advance=advance)
         return descent.weights, used
 
 
 def _ordered(loss: float) -> float:
     """Return a loss, NaN as worse than anything."""
     return math.inf if math.isnan(loss) else loss
-
-
-def _schedule(time: float) -> float:
-    """Return the share of the rate at `time` in [0, 1): a short rise, then a cosine down to 0."""
-    if time < WARM_UP:
-        return 0.1 + 0.9 * time / WARM_UP
-    return 0.5 * (1.0 + math.cos(math.pi * (time - WARM_UP) / (1.0 - WARM_UP)))
 
 
 def largest_eigenvalue(rows: Tensor) -> float:

@@ -25,7 +25,7 @@ from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages import trials
-from cbs_opt.stages.fine_tuning import FineTuner, Rate
+from cbs_opt.stages.fine_tuning import FineTuner, Rate, Span
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
 
@@ -224,8 +224,8 @@ class StagedRun:
         assert plan is not None
         assert self._drawing is not None
         began = time.perf_counter()
-        last = stage == len(self.sparsities) - 1 and plan.final_samples is not None
-        samples = plan.final_samples if last and plan.final_samples is not None else plan.samples
+        shares = plan.shares(len(self.sparsities))
+        samples = shares[stage]
         tuner = FineTuner(
             model=task.model,
             partition=task.partition,
@@ -235,6 +235,7 @@ class StagedRun:
             batches=self._drawing.batches(
                 task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
             ),
+            span=Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares)),
         )
         sample = self.sample()
         with (
@@ -260,7 +261,7 @@ class StagedRun:
             loss=tuned.loss,
             damping=0.0,
             update_scale=0.0,
-            accepted=tuned.loss < tuned.loss_before,
+            accepted=tuned.moved,
             tried=tuned.tried,
             best_rejected=None,
             predicted_change=None,
