@@ -51,6 +51,7 @@ from torch import nn
 from tqdm import tqdm
 
 import cbs_opt
+from cbs_opt import __version__
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.named import Named
@@ -147,7 +148,7 @@ def settings(
         "seed": seed,
     }
     if who.recipe is not None:
-        cell["version"] = cbs_opt.__version__
+        cell["version"] = __version__
     if who.sgd:
         training = asdict(Training(rate=0.0, samples=1))
         cell["training"] = {name: training[name] for name in ("batch_size", "momentum", "weight_decay")}
@@ -216,7 +217,7 @@ class Bench:
         network, cost, says = start.network, start.cost, dict(start.says)
         if who.sgd:
             left = cell["budget"] - start.cost.samples
-            if left < Training.batch_size:
+            if left < 1:
                 return {**cell, **says, **_costs(start.cost), "accuracy": None}
             says["rate"] = best_rate(lambda rate: self._trial(cell, left, rate))
             network = _copied(start.network)
