@@ -19,6 +19,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from cbs_opt.report.figure_style import INK, dress, marker, numbered_style, panels_legend
 from experiments.frontier import CONTENDERS, DEFAULT_OUT, PLANS, Contender, cells
@@ -95,11 +96,11 @@ def section(rows: pd.DataFrame, network: str) -> str:
         parts.append(f"![Accuracy against samples and against time](../figures/frontier_{network}.svg)")
     for share in plan.sparsities:
         own = found[found["sparsity"] == share]
-        parts += [
-            f"### Sparsity {share:g}",
-            "\n".join(_by_budget(own, plan.budgets)),
-            "\n".join(_by_name(own)),
-        ]
+        parts.append(f"### Sparsity {share:g}")
+        if own.empty:
+            parts.append("Nothing was measured yet.")
+            continue
+        parts += ["\n".join(_by_budget(own, plan.budgets)), "\n".join(_by_name(own))]
         parts += _who_is_ahead(own, plan.budgets)
     return "\n\n".join(parts)
 
@@ -130,6 +131,7 @@ def _panel(axes: Axes, own: pd.DataFrame, cost: str) -> None:
     """Draw a line a contender with budgets, and a large marker for a recipe by its name."""
     dress(axes)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7)
     for number, (name, who) in enumerate(CONTENDERS.items()):
         points = own[own["contender"] == name].sort_values(cost)
