@@ -19,7 +19,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cbs_opt.report.figure_style import INK, dress, marker, numbered_style, panels_legend
 from experiments.frontier import CONTENDERS, DEFAULT_OUT, PLANS, Contender, cells
@@ -131,7 +131,9 @@ def _panel(axes: Axes, own: pd.DataFrame, cost: str) -> None:
     """Draw a line a contender with budgets, and a large marker for a recipe by its name."""
     dress(axes)
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}".replace(",", " ")))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=7)
     for number, (name, who) in enumerate(CONTENDERS.items()):
         points = own[own["contender"] == name].sort_values(cost)
