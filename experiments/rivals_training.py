@@ -32,7 +32,7 @@ GRADUAL = 2.0 / 3.0
 """Share of the samples over which gradual pruning goes on; then the mask is fixed."""
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Learning rates that a search may come to."""
-FIRST = slice(3, 7)
+FIRST = GRID[3:7]
 """Those of `GRID` that every search tries."""
 
 Sparsities = Sequence[tuple[int, float]]
@@ -145,7 +145,7 @@ def train(network: Network, data: Dataset, training: Training, sparsities: Spars
             group["lr"] = training.rate * 0.5 * (1.0 + math.cos(math.pi * used / training.samples))
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         used += len(x)
         optimizer.step()
         if used == training.samples or not bool(torch.isfinite(loss)):
@@ -165,7 +165,7 @@ def batches(network: Network, data: Dataset, training: Training) -> Iterator[tup
             yield from images
         else:
             order = torch.randperm(len(data.train_x), generator=generator)
-            for index in order.split(training.batch_size):
+            for index in torch.split(order, training.batch_size):
                 yield data.train_x[index], data.train_y[index]
 
 
@@ -175,7 +175,7 @@ def best_rate(accuracy: Callable[[float], float]) -> float:
     The four in the middle of `GRID` are tried, and then the next ones outside for as long as the best is at
     an end.
     """
-    tried = {rate: accuracy(rate) for rate in GRID[FIRST]}
+    tried = {rate: accuracy(rate) for rate in FIRST}
     while True:
         best = max(sorted(tried), key=tried.__getitem__)
         place = GRID.index(best)
