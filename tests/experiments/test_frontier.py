@@ -240,6 +240,8 @@ def test_cells_are_measured_once_and_gone_on_with(tiny: list[str], monkeypatch: 
         assert entry["zeros"] == round(0.9 * 32_360)
         assert entry["samples"] == (budget or 150)
         assert ("rate" in entry) == contender.endswith("_sgd")
+    monkeypatch.setattr("cbs_opt.prune", None)
+    assert frontier.main([*command, "--budgets", "100", "140"]) == 0
     monkeypatch.setattr(frontier.Bench, "measure", None)
     assert frontier.main(command) == 0
     assert torch.get_num_threads() == threads
