@@ -164,16 +164,8 @@ def _by_budget(own: pd.DataFrame, budgets: Sequence[int]) -> Iterator[str]:
 def _by_name(own: pd.DataFrame) -> Iterator[str]:
     """Yield the lines of the table of recipes by name, each beside the better of the two rivals."""
     rivals = own[own["part"].isin(["b", "c"])].dropna(subset="accuracy")
-    yield from _head(
-        [
-            "recipe",
-            "accuracy",
-            *COSTS.values(),
-            "(b), (c) with no more samples",
-            "in no more time",
-            "get there with",
-        ]
-    )
+    within = ["best of (b), (c) with no more samples", "in no more time", "samples with which they get there"]
+    yield from _head(["(a) recipe", "accuracy", *COSTS.values(), *within])
     for name, who in CONTENDERS.items():
         if who.budget:
             continue
@@ -181,7 +173,7 @@ def _by_name(own: pd.DataFrame) -> Iterator[str]:
         if cell is None:
             yield _line([who.label, *[MISSING] * 6])
             continue
-        within = [_best(rivals[rivals[cost] <= cell[cost]]) for cost in COSTS]
+        best = [_best(rivals[rivals[cost] <= cell[cost]]) for cost in COSTS]
         there = rivals.loc[rivals["accuracy"] >= cell["accuracy"], "samples"]
         reached = _count(there.min()) if len(there) else ""
         if not reached and len(rivals):
@@ -192,7 +184,7 @@ def _by_name(own: pd.DataFrame) -> Iterator[str]:
                 _accuracy(cell),
                 _count(cell["samples"]),
                 _seconds(cell["processor_seconds"]),
-                *(MISSING if best is None else f"{best:.2f}" for best in within),
+                *(MISSING if accuracy is None else f"{accuracy:.2f}" for accuracy in best),
                 reached or MISSING,
             ]
         )
