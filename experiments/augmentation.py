@@ -94,9 +94,9 @@ def is_augmented(name: str) -> bool:
     return name.startswith(AUGMENTED)
 
 
-def as_trained(network: Network, data: Dataset, *, seed: int) -> Data:
-    """Return the training images as the network was fed them."""
+def as_trained(network: Network, data: Dataset, *, seed: int, batch_size: int = 256) -> Data:
+    """Return the training images as the network was fed them; in batches where they are augmented."""
     if not is_augmented(network.name):
         return data.train_x, data.train_y
     black = [-mean / std for mean, std in zip(network.mean, network.std, strict=True)]
-    return AugmentedImages(data.train_x, data.train_y, fill=black, seed=seed)
+    return AugmentedImages(data.train_x, data.train_y, fill=black, seed=seed, batch_size=batch_size)
