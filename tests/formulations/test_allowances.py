@@ -6,6 +6,7 @@ that is left out may show nowhere: here inputs are such that the other terms van
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -14,11 +15,33 @@ import numpy as np
 import pytest
 
 from formulations import BlockProblem
-from formulations.dense_forms import UNIT_ROUNDOFF, Rounding, _dip, error_factor, joint_form, selection_form
+from formulations.dense_forms import (
+    UNIT_ROUNDOFF,
+    Rounding,
+    _dip,
+    _lowest_and_minimiser,
+    error_factor,
+    joint_form,
+    selection_form,
+)
 from formulations.enumeration import enumerate_optimum
+from formulations.relaxations import capped_simplex_kernels as simplex
+from formulations.relaxations import perspective_kernels as perspective
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing
-from formulations.relaxations.certified import BoundedVector, bounded_product, column_norms
+from formulations.relaxations.certified import (
+    CHUNK,
+    BoundedVector,
+    bounded_product,
+    bounded_value,
+    column_norms,
+    definiteness_margin,
+    provable_split,
+    row_norms,
+    value_ceiling,
+)
+from formulations.relaxations.linear import LinearCertificate
+from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import reduced_block
 from formulations.relaxations.reduction_rounding import joint_allowance, selection_allowance
 from formulations.solution import Termination
@@ -295,3 +318,240 @@ def test_the_error_of_a_product_grows_with_the_length_of_its_sums(n):
     length = (found.error / float(x.sum()) / UNIT_ROUNDOFF).max()
     # n products, the sum of them, and the damping.
     assert n + 2 <= length <= n + 16
+
+
+def drawn(rng: np.random.Generator, n: int, spread: float = 5.0) -> np.ndarray:
+    """Entries of one size, which is drawn, of either sign; a third of the time one of them alone."""
+    entries = rng.normal(size=n) * 10.0 ** rng.uniform(-spread, spread)
+    if rng.random() < 1.0 / 3.0:
+        entries *= np.arange(n) == rng.integers(n)
+    return entries
+
+
+def terms_in_turn(seed: int, n: int) -> tuple[BlockProblem, np.random.Generator]:
+    """A block whose weights, gradient and curvature are of sizes far apart: any term may be the largest."""
+    rng = np.random.default_rng([seed, n, 61])
+    diagonal = 10.0 ** rng.uniform(-4.0, 4.0) * rng.uniform(0.1, 1.0, n)
+    weights, gradient = drawn(rng, n), drawn(rng, n)
+    weights[0] += 1e-6
+    gradient = None if seed % 4 == 0 else gradient
+    given = {"weights": weights, "gradient": gradient, "n_prune": n // 2}
+    if seed % 2:
+        return BlockProblem(hessian=np.diag(diagonal), damping=0.0, **given), rng
+    return BlockProblem(rows=np.sqrt(diagonal)[None] * rng.normal(size=(1, n)), damping=1e-2, **given), rng
+
+
+@pytest.mark.parametrize("n", [2, 300])
+@pytest.mark.parametrize("seed", range(40))
+def test_the_errors_of_a_certificate_are_the_sum_of_those_of_its_terms(seed, n):
+    """Eight roundings where a term is formed, n and some where they are added up."""
+    problem, rng = terms_in_turn(seed, n)
+    norms, nothing = column_norms(problem), Fixing.by_count(problem)
+    w, g = problem.weights, problem.gradient_or_zero
+    eight, sums = error_factor(8), error_factor(n + 16)
+    u, d = drawn(rng, n), np.abs(drawn(rng, n)) + 1e-9
+    line = PerspectiveCertificate(point=u, split=d).underestimate(problem, nothing, norms)
+    change = bounded_product(problem, w - u, norms)
+    moved = change.error + eight * norms * float(norms @ (np.abs(w) + np.abs(u)))
+    residual = np.abs(change.value - g + d * u)
+    blur = moved + eight * (np.abs(change.value) + np.abs(g) + d * np.abs(u))
+    errors = 0.5 * ((2.0 * residual * blur + blur**2) / d + eight * residual**2 / d)
+    lost = 0.5 * float(np.abs(w + u) @ moved)
+    lost += sums * float(np.abs(w + u) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + d @ u**2)
+    np.testing.assert_allclose(line.error, errors, rtol=1e-9)
+    np.testing.assert_allclose(line.cost, -0.5 * residual**2 / d, rtol=1e-9)
+    assert line.lost == pytest.approx(lost, rel=1e-9)
+    y, shift = drawn(rng, n, 2.0), drawn(rng, n)
+    line = CappedSimplexCertificate(point=y, shift=shift).underestimate(problem, nothing, norms)
+    product = bounded_product(problem, w * y, norms)
+    moved = product.error + eight * norms * float(norms @ np.abs(w * y))
+    formed = np.abs(w * product.value) + np.abs(shift) * (np.abs(y) + 0.5) + np.abs(g * w)
+    np.testing.assert_allclose(line.error, np.abs(w) * moved + eight * formed, rtol=1e-9)
+    lost = 0.5 * float(np.abs(w * y) @ moved)
+    lost += sums * float(np.abs(w * y) @ np.abs(product.value) + np.abs(shift) @ y**2)
+    assert line.lost == pytest.approx(lost, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 300])
+@pytest.mark.parametrize("seed", range(24))
+def test_the_error_of_a_loss_is_the_sum_of_those_of_its_terms(seed, n):
+    problem, rng = terms_in_turn(seed, n)
+    new = drawn(rng, n)
+    step, g = new - problem.weights, np.abs(problem.gradient_or_zero)
+    size, norms = np.abs(step), column_norms(problem)
+    product = bounded_product(problem, step, norms)
+    counted = float(size @ product.error) + 2.0 * error_factor(8) * float((norms @ size) ** 2 + g @ size)
+    counted += error_factor(n + 16) * float(size @ np.abs(product.value) + 2.0 * (g @ size))
+    value, error = bounded_value(problem, new)
+    assert error == pytest.approx(counted, rel=1e-9)
+    assert value == pytest.approx(
+        0.5 * step @ product.value + problem.gradient_or_zero @ step, abs=error, rel=1e-12
+    )
+    assert value_ceiling(problem, new) == value + error
+
+
+@pytest.mark.parametrize(("n", "height"), [(1, 1), (2, 900), (700, 3), (100 * CHUNK, 1)])
+def test_the_error_of_a_product_with_rows_counts_chunks_rows_and_damping(n, height):
+    """Sums of a chunk, sums of the chunks, then sums over the rows."""
+    rng = np.random.default_rng([n, height])
+    for seed in range(6):
+        rows = rng.normal(size=(height, n))
+        damping = 10.0 ** rng.uniform(-6, 6)
+        problem = BlockProblem(weights=np.zeros(n), rows=rows, damping=damping, n_prune=0)
+        x = drawn(rng, n)
+        if seed == 0 and n > 1:
+            # Nothing is left of the image: what it was the sum of counts all the same.
+            x = np.zeros(n)
+            rows[:, 1] = rows[:, 0]
+            x[:2] = 1.0, -1.0
+            problem = replace(problem, rows=rows)
+        norms = column_norms(problem)
+        found = bounded_product(problem, x, norms)
+        image, columns = rows @ x, row_norms(problem, norms)
+        np.testing.assert_allclose(
+            found.value, rows.T @ image + damping * x, rtol=1e-9, atol=1e-9 * np.abs(found.value).max()
+        )
+        chunks = math.ceil(n / CHUNK)
+        moved = error_factor(CHUNK + chunks + 8) * float(columns @ np.abs(x))
+        moved += error_factor(height + 8) * float(np.linalg.norm(image))
+        rest = error_factor(8) * (np.abs(found.value) + damping * np.abs(x))
+        assert (found.error >= columns * moved * 1.005 + rest * (1.0 - 1e-9)).all()
+        assert (found.error <= columns * moved * 1.015 + rest * (1.0 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(("height", "order"), [(None, 1), (None, 50), (1, 3), (400, 3), (5, 200)])
+def test_the_margin_of_definiteness_is_four_times_what_is_lost(height, order):
+    rows = {"hessian": np.eye(order)} if height is None else {"rows": np.zeros((height, order))}
+    problem = BlockProblem(weights=np.zeros(order), damping=1.0, n_prune=0, **rows)
+    formed, factorised = error_factor((height or 1) + 4), error_factor(order + 4)
+    assert definiteness_margin(problem, order) == pytest.approx(4.0 * order * (formed + factorised))
+    split = np.full(order, 2.0)
+    lost = 2.0 * definiteness_margin(problem, order) * column_norms(problem) ** 2
+    np.testing.assert_allclose(provable_split(problem, split), split - lost, rtol=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 7, 400])
+@pytest.mark.parametrize("seed", range(30))
+def test_the_rounding_of_the_kernels_is_the_sum_of_that_of_their_terms(seed, n):
+    """A sum of n terms and a dozen additions around it; of the terms the largest that a set can have."""
+    rng = np.random.default_rng([seed, n, 62])
+    smooth = np.diag(np.abs(drawn(rng, n)))
+    if seed % 3 == 0:
+        # A diagonal that rounding has made negative bounds nothing.
+        smooth -= 2.0 * np.diag(np.diagonal(smooth)) * (np.arange(n) % 2)
+    linear, point, rest = drawn(rng, n), drawn(rng, n), drawn(rng, n)
+    root = np.sqrt(np.maximum(np.diagonal(smooth), 0.0))
+    reach = float(root @ np.abs(point))
+    unit = UNIT_ROUNDOFF * (n + 12)
+    size = root * reach + np.abs(linear) + np.abs(rest)
+    for count in {1, max(n // 2, 1), n}:
+        largest = np.sort(root)[n - count :].sum()
+        counted = reach**2 + np.sort(size)[n - count :].sum() + (reach + largest) ** 2
+        found = simplex.linearisation_rounding(smooth, linear, point, rest, count)
+        assert unit * counted <= found <= 1.1 * UNIT_ROUNDOFF * (n + 16) * counted
+        gamma = UNIT_ROUNDOFF * (n + 16)
+        terms = np.abs(rest) * size + gamma * size**2
+        counted = reach**2 + np.sort(terms)[n - count :].sum()
+        found = perspective.dual_rounding(smooth, linear, point, rest, count)
+        assert unit * counted <= found <= 1.2 * gamma * counted
+
+
+def test_a_residual_that_vanishes_may_be_of_the_size_of_its_rounding():
+    """The square of the error, which nothing else counts then."""
+    for n in (3, 300):
+        linear = np.full(n, 2.0)
+        found = perspective.dual_rounding(np.zeros((n, n)), linear, np.zeros(n), np.zeros(n), 2)
+        gamma = UNIT_ROUNDOFF * (n + 16)
+        assert gamma**2 * 8.0 <= found <= 1.2 * gamma**2 * 8.0
+
+
+@pytest.mark.parametrize("n", [3, 60])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_errors_of_a_linear_certificate_are_the_sum_of_those_of_its_terms(seed, n):
+    problem, rng = terms_in_turn(seed, n)
+    above, below = np.abs(drawn(rng, n * n)).reshape(n, n), np.abs(drawn(rng, n * n)).reshape(n, n)
+    degree = drawn(rng, n)
+    certificate = LinearCertificate(relaxation="rlt", above=above, below=below, degree=degree)
+    line = certificate.linearisation(problem, Fixing.by_count(problem))
+    w, g = problem.weights, problem.gradient_or_zero
+    height = 1 if problem.rows is None else len(problem.rows)
+    gamma, eight = error_factor(height + 8), error_factor(8)
+    reach = column_norms(problem) * np.abs(w)
+    costs = problem.dense_hessian() * np.outer(w, w)
+    base = lost = 0.0
+    pairs = list(itertools.combinations(range(n), 2))
+    length = error_factor(len(pairs) + n + 16)
+    for i, j in pairs:
+        parts = [costs[i, j], -above[i, j], below[i, j], below[j, i], degree[i], degree[j]]
+        charged = min(sum(parts), 0.0)
+        base += charged - above[i, j]
+        lost += gamma * reach[i] * reach[j] + eight * float(np.abs(parts).sum())
+        lost += length * (abs(charged) + above[i, j])
+    assert line.base == pytest.approx(base, rel=1e-9)
+    assert line.lost == pytest.approx(lost, rel=1e-9)
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        pushed = sum(above[min(i, j), max(i, j)] for j in others)
+        parts = [0.5 * costs[i, i], -g[i] * w[i], pushed, -sum(below[i, j] for j in others)]
+        parts.append(-(problem.n_prune - 1) * degree[i])
+        assert line.cost[i] == pytest.approx(sum(parts), rel=1e-9, abs=1e-12 * float(np.abs(parts).sum()))
+        error = gamma * reach[i] ** 2 + length * float(np.abs(parts).sum())
+        assert line.error[i] == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 8, 60])
+def test_the_least_eigenvalue_is_proved_by_either_way(n, monkeypatch):
+    """Small forms by all eigenvalues, large ones by a share of an estimate that a factorisation confirms."""
+    rng = np.random.default_rng([n, 63])
+    linear = rng.normal(size=n)
+    for largest in (600, 0):
+        monkeypatch.setattr("formulations.dense_forms.EIGENVALUES_LARGEST", largest)
+        for decades in (0.0, 3.0, 9.0):
+            rotation = np.linalg.qr(rng.normal(size=(n, n)))[0]
+            eigenvalues = 10.0 ** np.linspace(-decades, 0.0, n)[::-1]
+            matrix = (rotation * eigenvalues) @ rotation.T
+            matrix = np.ascontiguousarray(0.5 * (matrix + matrix.T))
+            lowest, minimiser = _lowest_and_minimiser(matrix, linear, 0.0)
+            true = float(eigenvalues[-1])
+            lost = n * UNIT_ROUNDOFF * float(eigenvalues[0])
+            if largest:
+                assert true - 8.0 * lost - 1e-15 <= lowest <= true - lost
+            else:
+                # An estimate is at most twice the eigenvalue; the margin is that of a factorisation.
+                assert 0.2 * true - 4.0 * n * error_factor(n + 8) <= lowest < true
+            wanted = np.linalg.solve(matrix, linear)
+            np.testing.assert_allclose(minimiser, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
+        for matrix in (-np.eye(n), np.ones((n, n)) - np.eye(n) - 1e-3):
+            lowest, minimiser = _lowest_and_minimiser(matrix, linear, 0.0)
+            assert lowest <= 0.0
+            assert not minimiser.any()
+        exact, _ = _lowest_and_minimiser(np.eye(n), linear, 0.0)
+        lost = 4.0 * n * UNIT_ROUNDOFF if largest else 0.5 + 2.0 * n * error_factor(n + 8)
+        assert 1.0 - exact == pytest.approx(lost, abs=3e-16)
+    # What is known by itself is not estimated.
+    assert _lowest_and_minimiser(np.eye(n), linear, 0.125)[0] == 0.125
+
+
+def test_a_form_of_few_rows_rests_on_its_damping(monkeypatch):
+    monkeypatch.setattr("formulations.dense_forms.EIGENVALUES_LARGEST", 0)
+    rng = np.random.default_rng(64)
+    for height, few in ((3, True), (6, False), (40, False)):
+        rows = rng.normal(size=(height, 6))
+        problem = BlockProblem(weights=np.ones(6), rows=rows, damping=0.5, n_prune=2)
+        form = joint_form(problem)
+        lowest = 6.0 / form.rounding.growth**2
+        least = 0.5 / float(problem.hessian_diagonal().max())
+        if few:
+            assert least * (1.0 - 1e-8) <= lowest < least
+        else:
+            assert lowest > 1.001 * least or lowest < 0.999 * least
+
+
+def test_a_form_whose_least_eigenvalue_is_within_its_rounding_has_no_allowance():
+    """Forming the matrix moves an eigenvalue by n gamma at most."""
+    n = 4
+    gamma = error_factor(2 * 1 + 12 * n + 64)
+    for share, proved in ((0.5, False), (3.0, True)):
+        hessian = np.full((n, n), 1.0 - share * n * gamma) + share * n * gamma * np.eye(n)
+        problem = BlockProblem(weights=np.ones(n), hessian=hessian, damping=0.0, n_prune=2)
+        assert math.isfinite(joint_form(problem).rounding.growth) == proved
