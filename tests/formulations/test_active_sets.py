@@ -231,7 +231,9 @@ def test_the_best_bound_and_its_rounding_are_those_of_its_point_after_every_step
             else:
                 value = simplex.smallest_sum(product + linear, size) - 0.5 * float(state.point @ product)
             assert best == pytest.approx(value, abs=2.0 * blur)
-            assert blur == pytest.approx(error_of(smooth, linear, state.point, slope, size), rel=1e-9)
+            assert blur == pytest.approx(
+                error_of(smooth, linear, state.point, slope, size), rel=1e-9, abs=0.0
+            )
             unlike = max(blur, blur_before) > ascent.UNLIKE * min(blur, blur_before)
             assert best - blur >= best_before - blur_before if unlike else best >= best_before
             best_before, blur_before = best, blur
@@ -267,10 +269,10 @@ def test_a_start_that_reaches_the_cutoff_is_returned_with_its_own_bound(solved):
         quadratic = -0.5 * float(start @ smooth @ start)
         if solved is solved_perspective:
             squares = np.sort((linear - smooth @ start) ** 2)
-            assert bound == pytest.approx(quadratic - 0.5 * float(squares[-size:].sum()), rel=1e-9)
+            assert bound == pytest.approx(quadratic - 0.5 * float(squares[-size:].sum()), rel=1e-9, abs=0.0)
         else:
             slopes = np.sort(linear + smooth @ start)
-            assert bound == pytest.approx(quadratic + float(slopes[:size].sum()), rel=1e-9)
+            assert bound == pytest.approx(quadratic + float(slopes[:size].sum()), rel=1e-9, abs=0.0)
 
 
 def primal(solved, smooth, linear, size, point) -> float:
@@ -472,7 +474,7 @@ def test_a_newton_step_that_lifts_the_bound_is_taken_and_others_are_counted(prog
                 lifted += 1
                 assert state.counts[ascent.MISSES] == 0
                 blur = blur_of(program, state, state.point)
-                assert state.figures[ascent.BLUR] == pytest.approx(blur, rel=1e-9)
+                assert state.figures[ascent.BLUR] == pytest.approx(blur, rel=1e-9, abs=0.0)
                 value = value_of(program, state, state.point)
                 assert state.figures[ascent.BEST] == pytest.approx(value, abs=2.0 * blur)
             elif outcome != ascent.GIVEN_UP or moved:
@@ -546,7 +548,7 @@ def test_a_step_of_admm_is_that_of_the_textbook(program, seed):
             continue
         np.testing.assert_allclose(now.point, solved, atol=1e-7 * (1.0 + np.abs(solved).max()))
         assert now.figures[ascent.BEST] == pytest.approx(value, abs=1e-7 * (1.0 + abs(value)))
-        assert now.figures[ascent.BLUR] == pytest.approx(blur, rel=1e-6)
+        assert now.figures[ascent.BLUR] == pytest.approx(blur, rel=1e-6, abs=0.0)
         vector, wanted = held(program, now)
         np.testing.assert_allclose(vector, wanted, atol=1e-9 * (1.0 + np.abs(wanted).max()))
 
@@ -581,7 +583,7 @@ def test_a_state_is_begun_with_the_bound_of_its_start_and_the_sets_of_its_projec
         n = state.linear.size
         value, blur = value_of(program, state, state.point), blur_of(program, state, state.point)
         assert state.figures[ascent.BEST] == pytest.approx(value, abs=2.0 * blur)
-        assert state.figures[ascent.BLUR] == pytest.approx(blur, rel=1e-9)
+        assert state.figures[ascent.BLUR] == pytest.approx(blur, rel=1e-9, abs=0.0)
         assert not state.counts.any()
         vector, wanted = held(program, state)
         np.testing.assert_allclose(vector, wanted)
@@ -651,3 +653,82 @@ def test_work_is_counted_in_steps_and_admm_starts_from_where_the_climb_has_ended
             advance(state, none, 1)
         assert state.dual.tolist() == dual.tolist()
     assert seen
+
+
+@pytest.mark.parametrize("level", [1e-6, 1.0, 1e7])
+@pytest.mark.parametrize("share", [1e-14, 1e-12])
+def test_what_differs_from_the_level_by_rounding_stays_where_it_is(level, share):
+    """A difference is set against the level itself, whatever the units."""
+    zero, shared, whole = perspective.ZERO, perspective.SHARED, perspective.WHOLE
+    for place, part, residual in (
+        (shared, -share * level, level),
+        (shared, (1.0 + share) * level, level),
+        (zero, 0.0, (1.0 + share) * level),
+        (whole, 2.0 * level, (1.0 - share) * level),
+    ):
+        for times, moved in ((1.0, 0), (1e6, 1)):
+            one = level + times * (residual - level), level + times * (part - level)
+            one = (one[0], times * part if part < 0.0 else one[1])
+            places = np.array([place, shared, shared], dtype=np.int64)
+            point = np.array([one[1] if place == shared else part, 0.5 * level, 0.5 * level])
+            residuals = np.array([one[0] if place != shared else residual, level, level])
+            found = perspective.move_support(point, residuals, level, 3, places, np.ones(3))
+            assert found == moved, (place, times)
+            assert (places[0] == place) == (not moved)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e7])
+def test_without_a_share_whole_and_zero_entries_are_compared_up_to_rounding(unit):
+    zero, shared, whole = perspective.ZERO, perspective.SHARED, perspective.WHOLE
+    for largest, moved in ((1.0, 0), (1.0 + 1e-14, 0), (1.0 + 1e-8, 2)):
+        places, residual = np.array([whole, zero], dtype=np.int64), unit * np.array([1.0, largest])
+        found = perspective.move_support(np.zeros(2), residual, 0.0, 2, places, np.ones(2))
+        assert found == moved
+        assert places.tolist() == ([shared, shared] if moved else [whole, zero])
+
+
+def test_a_whole_entry_that_shares_leaves_its_unit():
+    """Two whole entries of a size of 2: once one shares, a unit is left and the other stays whole."""
+    whole, shared = perspective.WHOLE, perspective.SHARED
+    places = np.array([whole, whole, shared, shared], dtype=np.int64)
+    residual = np.array([3.0, 1.0, 2.0, 2.0])
+    found = perspective.move_support(np.array([3.0, 1.0, 1.0, 1.0]), residual, 2.0, 2, places, np.ones(4))
+    assert found == 1
+    assert places.tolist() == [whole, shared, shared, shared]
+
+
+@pytest.mark.parametrize("multiplier", [-1e7, -2.0, 0.0, 2.0, 1e7])
+def test_a_slope_that_differs_from_the_multiplier_by_rounding_moves_nothing(multiplier):
+    unit = 1.0 + abs(multiplier)
+    zero, one, inside = simplex.AT_ZERO, simplex.AT_ONE, simplex.INSIDE
+    for place, sign in ((zero, -1.0), (one, 1.0)):
+        for share, moved in ((1e-13, 0), (1e-12, 0), (1e-9, 1), (1e-3, 1), (-1e-3, 0)):
+            places = np.array([place, inside], dtype=np.int64)
+            slopes = np.array([multiplier + sign * share * unit, multiplier])
+            assert simplex.move_places(np.array([0.0, 0.5]), slopes, multiplier, places) == moved
+            assert (places[0] == inside) == bool(moved)
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+def test_a_system_that_is_singular_up_to_rounding_has_a_newton_point(unit):
+    """Weights that are the same share what one of them would have alone."""
+    smooth, linear = unit * np.ones((3, 3)), unit * np.array([1.0, 1.0, 0.5])
+    place = np.array([perspective.SHARED, perspective.SHARED, perspective.ZERO], dtype=np.int64)
+    point = np.empty(3)
+    written, level = perspective.newton_support(smooth, linear, 1, place, np.ones(3), point)
+    assert written
+    assert point[2] == 0.0
+    assert point[0] == pytest.approx(point[1], rel=1e-2, abs=0.0)
+    assert level == pytest.approx(unit / (unit + 1.0), rel=1e-3, abs=0.0)
+    assert point[:2].sum() == pytest.approx(level, rel=1e-3, abs=0.0)
+    place = np.full(3, simplex.INSIDE, dtype=np.int64)
+    written, multiplier = simplex.newton_simplex(smooth, np.zeros(3), 2, place, point)
+    assert written
+    np.testing.assert_allclose(point, 2.0 / 3.0, rtol=1e-2)
+    assert multiplier == pytest.approx(2.0 * unit, rel=1e-2, abs=0.0)
+    indefinite = unit * np.array([[1.0, 3.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    assert tuple(simplex.newton_simplex(indefinite, np.zeros(3), 2, place, point)) == (False, 0.0)
+    if unit > 1.0:
+        place = np.array([perspective.WHOLE, perspective.WHOLE, perspective.ZERO], dtype=np.int64)
+        found = perspective.newton_support(indefinite, linear, 2, place, np.ones(3), point)
+        assert tuple(found) == (False, 0.0)

@@ -228,13 +228,13 @@ def test_the_allowance_of_a_form_follows_its_terms():
         found = Rounding(**plain, one_norm=one_norm).allowance(0.0)
         assert within(found, 2.0**-40 * 3.0 * one_norm**2, 1.0 + 1e-9)
         sloped = Rounding(**plain, one_norm=one_norm, slope=5.0).allowance(0.0)
-        assert sloped - found == pytest.approx(2.0**-40 * 5.0 * one_norm, rel=1e-9)
+        assert sloped - found == pytest.approx(2.0**-40 * 5.0 * one_norm, rel=1e-9, abs=0.0)
     assert Rounding(gamma=2.0**-40, fixed=6.0).allowance(0.0) == 2.0**-40 * 6.0
     grown = Rounding(**plain, growth=2.0, minimum=-3.0, one_norm=1.0)
     # Above the minimum by 8: r = 1 + 2 sqrt(2 * 8).
-    assert grown.allowance(5.0) == pytest.approx(2.0**-40 * 3.0 * 81.0, rel=1e-9)
+    assert grown.allowance(5.0) == pytest.approx(2.0**-40 * 3.0 * 81.0, rel=1e-9, abs=0.0)
     assert grown.allowance(-4.0) >= 2.0**-40 * 3.0
-    assert grown.allowance(-4.0) == pytest.approx(2.0**-40 * 3.0, rel=1e-4)
+    assert grown.allowance(-4.0) == pytest.approx(2.0**-40 * 3.0, rel=1e-4, abs=0.0)
     assert Rounding(gamma=0.25, fixed=1.0, growth=2.0).allowance(0.0) > 0.25 * (1.0 + 3.0 * 2.0)
     assert Rounding(gamma=0.25, fixed=1.0, growth=math.inf).allowance(0.0) == math.inf
 
@@ -249,15 +249,19 @@ def test_the_rounding_of_a_joint_form_is_made_up_of_its_terms():
         g = problem.gradient_or_zero
         assert rounding.gamma == error_factor(2 * n + 12 * n + 64)
         # d = 2 everywhere, so sum_i d_i |w_i| = 12.
-        assert rounding.fixed * form.scale == pytest.approx(144.0 + np.abs(g) @ np.abs(weights))
-        assert rounding.slope * math.sqrt(form.scale) == pytest.approx(12.0 + np.abs(g).max() / 2.0)
+        assert rounding.fixed * form.scale == pytest.approx(
+            144.0 + np.abs(g) @ np.abs(weights), rel=1e-9, abs=0.0
+        )
+        assert rounding.slope * math.sqrt(form.scale) == pytest.approx(
+            12.0 + np.abs(g).max() / 2.0, rel=1e-9, abs=0.0
+        )
         target = weights - g / 4.0
         assert rounding.one_norm * math.sqrt(form.scale) == pytest.approx(
-            2.0 * np.abs(target).sum(), rel=1e-5
+            2.0 * np.abs(target).sum(), rel=1e-5, abs=0.0
         )
-        assert rounding.growth == pytest.approx(math.sqrt(n), rel=1e-9)
+        assert rounding.growth == pytest.approx(math.sqrt(n), rel=1e-9, abs=0.0)
         assert rounding.growth > math.sqrt(n)
-        assert rounding.minimum * form.scale == pytest.approx(-0.5 * float(g @ g) / 4.0)
+        assert rounding.minimum * form.scale == pytest.approx(-0.5 * float(g @ g) / 4.0, rel=1e-9, abs=0.0)
 
 
 def test_the_rounding_of_a_selection_form_is_made_up_of_its_terms():
@@ -267,7 +271,7 @@ def test_the_rounding_of_a_selection_form_is_made_up_of_its_terms():
         form = selection_form(problem)
         # The two largest a_i = d_i |w_i| add up to 10.
         counted = 2.0 * (100.0 + float(np.abs(problem.gradient_or_zero) @ np.abs(weights)))
-        assert form.rounding.fixed * form.scale == pytest.approx(counted)
+        assert form.rounding.fixed * form.scale == pytest.approx(counted, rel=1e-9, abs=0.0)
         assert form.rounding.gamma == error_factor(2 * 4 + 12 * 4 + 64)
         assert form.rounding.growth == 0.0
 
@@ -293,7 +297,7 @@ def test_a_hessian_may_dip_below_zero_by_no_more_than_is_allowed_for():
     assert _dip(BlockProblem(weights=np.ones(2), rows=np.ones((1, 2)), damping=0.0, n_prune=1)) == 0.0
     # 1/2 dip (y - z).A_ii (y - z) for the diagonal, 2 in units of its mean, on top of what all pay.
     more = allowed.gamma * (allowed.fixed - 2.0 * 16.0 / 10.0)
-    assert more == pytest.approx(2.0 * found, rel=1e-3)
+    assert more == pytest.approx(2.0 * found, rel=1e-3, abs=0.0)
     assert selection_form(pair(199.0 * ulp)).rounding.allowance(0.0) == math.inf
 
 
@@ -360,7 +364,7 @@ def test_the_errors_of_a_certificate_are_the_sum_of_those_of_its_terms(seed, n):
     lost += sums * float(np.abs(w + u) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + d @ u**2)
     np.testing.assert_allclose(line.error, errors, rtol=1e-9)
     np.testing.assert_allclose(line.cost, -0.5 * residual**2 / d, rtol=1e-9)
-    assert line.lost == pytest.approx(lost, rel=1e-9)
+    assert line.lost == pytest.approx(lost, rel=1e-9, abs=0.0)
     y, shift = drawn(rng, n, 2.0), drawn(rng, n)
     line = CappedSimplexCertificate(point=y, shift=shift).underestimate(problem, nothing, norms)
     product = bounded_product(problem, w * y, norms)
@@ -369,7 +373,7 @@ def test_the_errors_of_a_certificate_are_the_sum_of_those_of_its_terms(seed, n):
     np.testing.assert_allclose(line.error, np.abs(w) * moved + eight * formed, rtol=1e-9)
     lost = 0.5 * float(np.abs(w * y) @ moved)
     lost += sums * float(np.abs(w * y) @ np.abs(product.value) + np.abs(shift) @ y**2)
-    assert line.lost == pytest.approx(lost, rel=1e-9)
+    assert line.lost == pytest.approx(lost, rel=1e-9, abs=0.0)
 
 
 @pytest.mark.parametrize("n", [2, 300])
@@ -383,7 +387,7 @@ def test_the_error_of_a_loss_is_the_sum_of_those_of_its_terms(seed, n):
     counted = float(size @ product.error) + 2.0 * error_factor(8) * float((norms @ size) ** 2 + g @ size)
     counted += error_factor(n + 16) * float(size @ np.abs(product.value) + 2.0 * (g @ size))
     value, error = bounded_value(problem, new)
-    assert error == pytest.approx(counted, rel=1e-9)
+    assert error == pytest.approx(counted, rel=1e-9, abs=0.0)
     assert value == pytest.approx(
         0.5 * step @ product.value + problem.gradient_or_zero @ step, abs=error, rel=1e-12
     )
@@ -424,7 +428,9 @@ def test_the_margin_of_definiteness_is_four_times_what_is_lost(height, order):
     rows = {"hessian": np.eye(order)} if height is None else {"rows": np.zeros((height, order))}
     problem = BlockProblem(weights=np.zeros(order), damping=1.0, n_prune=0, **rows)
     formed, factorised = error_factor((height or 1) + 4), error_factor(order + 4)
-    assert definiteness_margin(problem, order) == pytest.approx(4.0 * order * (formed + factorised))
+    assert definiteness_margin(problem, order) == pytest.approx(
+        4.0 * order * (formed + factorised), rel=1e-9, abs=0.0
+    )
     split = np.full(order, 2.0)
     lost = 2.0 * definiteness_margin(problem, order) * column_norms(problem) ** 2
     np.testing.assert_allclose(provable_split(problem, split), split - lost, rtol=1e-15)
@@ -487,8 +493,8 @@ def test_the_errors_of_a_linear_certificate_are_the_sum_of_those_of_its_terms(se
         base += charged - above[i, j]
         lost += gamma * reach[i] * reach[j] + eight * float(np.abs(parts).sum())
         lost += length * (abs(charged) + above[i, j])
-    assert line.base == pytest.approx(base, rel=1e-9)
-    assert line.lost == pytest.approx(lost, rel=1e-9)
+    assert line.base == pytest.approx(base, rel=1e-9, abs=0.0)
+    assert line.lost == pytest.approx(lost, rel=1e-9, abs=0.0)
     for i in range(n):
         others = [j for j in range(n) if j != i]
         pushed = sum(above[min(i, j), max(i, j)] for j in others)
@@ -496,7 +502,7 @@ def test_the_errors_of_a_linear_certificate_are_the_sum_of_those_of_its_terms(se
         parts.append(-(problem.n_prune - 1) * degree[i])
         assert line.cost[i] == pytest.approx(sum(parts), rel=1e-9, abs=1e-12 * float(np.abs(parts).sum()))
         error = gamma * reach[i] ** 2 + length * float(np.abs(parts).sum())
-        assert line.error[i] == pytest.approx(error, rel=1e-9)
+        assert line.error[i] == pytest.approx(error, rel=1e-9, abs=0.0)
 
 
 @pytest.mark.parametrize("n", [1, 8, 60])

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_slopes_of_a_shift_are_those_of_the_bound_and_none_is_zero():
     for i in np.flatnonzero(slopes > 1e-3):
         step = 1e-4 * shift[i] * np.eye(problem.n)[i]
         up, down = (relaxed(problem, "selection", split=shift + sign * step)[1][0] for sign in (1.0, -1.0))
-        assert (up - down) / (2.0 * step[i]) == pytest.approx(slopes[i], rel=1e-3)
+        assert (up - down) / (2.0 * step[i]) == pytest.approx(slopes[i], rel=1e-3, abs=0.0)
     np.testing.assert_allclose(shift_slopes(np.array([0.5, 0.0, 1.0])), [0.125, 0.125e-3, 0.125e-3])
     assert (shift_slopes(np.array([0.0, 1.0, -0.5, 1.5])) > 0.0).all()
 
@@ -116,7 +117,7 @@ def test_rounds_lead_to_the_best_split(program, known):
         # The split that is returned is valid, and the point proves the bound with it.
         assert np.linalg.eigvalsh(form.matrix - np.diag(best[-1]))[0] >= -1e-12
         again = relaxed(problem, program, split=best[-1])[1]
-        assert again[0] == pytest.approx(best[0], rel=1e-4)
+        assert again[0] == pytest.approx(best[0], rel=1e-4, abs=0.0)
         one = relaxed(problem, program, split_rounds=1)[1]
         assert plain[0] <= one[0] <= best[0]
 
@@ -139,7 +140,7 @@ def test_rounds_end_when_nothing_is_gained_or_time_is_over(program):
     asked.clear()
     short = relaxed(problem, program, split_rounds=last - 9, stopped=stopped)[1]
     final = relaxed(problem, program, split_rounds=last)[1]
-    assert short[0] == pytest.approx(final[0], rel=2e-3)
+    assert short[0] == pytest.approx(final[0], rel=2e-3, abs=0.0)
     for damping in (1e3, 1e4, 1e6):
         asked.clear()
         # Next to nothing is gained from the first round on.
@@ -159,12 +160,12 @@ def test_a_start_near_the_solution_gives_the_same_bound(program):
     problem = block("gradient", 8, 4, seed=3)
     form, found = relaxed(problem, program)
     again = relaxed(problem, program, start=found[1])[1]
-    assert again[0] == pytest.approx(found[0], rel=1e-6)
+    assert again[0] == pytest.approx(found[0], rel=1e-6, abs=0.0)
     certificate, keep = relax_with_split(problem, program, math.inf, 0)
-    assert certificate.lower_bound(problem) == pytest.approx(found[0] * form.scale, rel=1e-6)
+    assert certificate.lower_bound(problem) == pytest.approx(found[0] * form.scale, rel=1e-6, abs=0.0)
     assert keep.sum() == problem.n_keep
     warm, _ = relax_with_split(problem, program, math.inf, 0, start=certificate.point)
-    assert warm.lower_bound(problem) == pytest.approx(found[0] * form.scale, rel=1e-6)
+    assert warm.lower_bound(problem) == pytest.approx(found[0] * form.scale, rel=1e-6, abs=0.0)
     # A cutoff that the start meets already is in units of the loss.
     cut, _ = relax_with_split(problem, program, 0.999 * found[0] * form.scale, 0, start=certificate.point)
     np.testing.assert_allclose(cut.point, certificate.point, rtol=1e-9)
@@ -192,3 +193,110 @@ def test_an_interior_split_is_strictly_inside():
     np.testing.assert_allclose(interior_split(matrix, np.ones(2), False), [0.68, 0.68])
     singular = np.ones((2, 2))
     assert np.linalg.eigvalsh(singular - np.diag(interior_split(singular, np.zeros(2), False)))[0] > 0.0
+
+
+def scripted(monkeypatch, program: str, bounds: list[float], **given):
+    """Rounds of a relaxation whose bounds are given: what is handed to every step, and what is returned."""
+    module = "perspective" if program == "joint" else "capped_simplex"
+    home = f"formulations.relaxations.{module}."
+    problem = block("random", 6, 2, seed=1)
+    form = (joint_form if program == "joint" else selection_form)(problem)
+    first = joint_split(problem, form) if program == "joint" else selection_shift(problem, form)
+    rounds, steps, left = [], [], iter(bounds)
+
+    def begin(smooth, linear, count, *rest):
+        start, cutoff, most, tolerance = rest[-4:]
+        rounds.append((smooth.copy(), linear.copy(), count, start.copy(), cutoff, most, tolerance))
+        point = np.random.default_rng(len(rounds)).random(6)
+        return SimpleNamespace(point=point, residual=10.0 * point, figures=np.array([next(left), 0.0, 0.0]))
+
+    def step(matrix, current, slopes, weight, positive):
+        steps.append((current.copy(), slopes.copy(), weight, positive))
+        current *= 0.9
+
+    monkeypatch.setattr(home + ("begin_perspective" if program == "joint" else "begin_simplex"), begin)
+    monkeypatch.setattr(home + "ascend", lambda *_: None)
+    monkeypatch.setattr(home + "barrier_step", step)
+    found = (relax_joint if program == "joint" else relax_selection)(
+        form, problem.n_keep if program == "joint" else problem.n_prune, first, **given
+    )
+    return form, first, rounds, steps, found
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_round_starts_where_the_last_one_ended_with_a_smaller_barrier(monkeypatch, program, known):
+    bounds, joint = [1.0, 2.0, -3.0, 4.0, 4.0], program == "joint"
+    cutoff = 1e3 if known else math.inf
+    start = np.linspace(0.1, 0.6, 6)
+    kept = start.copy()
+    form, first, rounds, steps, found = scripted(
+        monkeypatch, program, bounds, split_rounds=4, cutoff=cutoff, start=start
+    )
+    assert start.tolist() == kept.tolist()
+    assert (len(rounds), len(steps)) == (5, 4)
+    splits = [first, *(current * 0.9 for current, *_ in steps)]
+    np.testing.assert_array_equal(steps[0][0], interior_split(form.matrix, first, joint))
+    for number, (smooth, linear, count, begun, limit, most, tolerance) in enumerate(rounds):
+        split, root = splits[number], np.sqrt(splits[number]) if joint else np.ones(6)
+        assert (count, limit, most, tolerance) == (4 if joint else 2, cutoff - form.constant, 300, 1e-5)
+        np.testing.assert_allclose(
+            (smooth + np.diag(np.ones(6) if joint else split)) * np.outer(root, root), form.matrix
+        )
+        np.testing.assert_allclose(linear * root, form.linear + (0.0 if joint else 0.5 * split))
+        before = (
+            start
+            if number == 0
+            else np.random.default_rng(number).random(6) / (np.sqrt(splits[number - 1]) if joint else 1.0)
+        )
+        np.testing.assert_allclose(begun, before * root)
+    for number, (current, slopes, weight, positive) in enumerate(steps):
+        np.testing.assert_array_equal(current, splits[number] if number else current)
+        bound = bounds[number] + form.constant
+        gap = cutoff - bound if known else 0.2 * 0.8**number * abs(bound)
+        assert weight == pytest.approx(0.1 * gap / 6, rel=1e-12, abs=0.0)
+        assert positive is joint
+        point = np.random.default_rng(number + 1).random(6)
+        wanted = shift_slopes(point)
+        if joint:
+            wanted = split_slopes(point / np.sqrt(splits[number]), point, 10.0 * point, 4)
+        np.testing.assert_allclose(slopes, wanted)
+    # The fourth round is the best one, and what it returns is its own.
+    assert found[0] == 4.0 + form.constant
+    point = np.random.default_rng(4).random(6)
+    np.testing.assert_allclose(found[1], point / np.sqrt(splits[3]) if joint else point)
+    np.testing.assert_array_equal(found[-1], splits[3])
+    if joint:
+        np.testing.assert_allclose(found[2], 10.0 * point)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_rounds_end_after_eight_that_gain_less_than_a_ten_thousandth(monkeypatch, program):
+    constant = scripted(monkeypatch, program, [0.0])[0].constant
+
+    def rounds(totals: list[float], **given) -> int:
+        bounds = [total - constant for total in totals]
+        return len(scripted(monkeypatch, program, bounds, **given)[2])
+
+    for sign in (1.0, -1.0):
+        idle = [sign * (1.0 + sign * 0.9e-4)] * 8
+        assert rounds([sign, *idle, 0.0, 0.0], split_rounds=50) == 9
+        # A gain of a little more, and the eight are counted anew.
+        better = sign * (1.0 + sign * 1.2e-4)
+        idle = [*[sign] * 7, better, *[better] * 8]
+        assert rounds([sign, *idle, 0.0], split_rounds=50) == 17
+    assert rounds([1.0], split_rounds=0) == 1
+    assert rounds([1.0, 2.0, 3.0], split_rounds=2) == 3
+    assert rounds([1.0, 2.0, 3.0], split_rounds=9, cutoff=3.0) == 3
+    assert rounds([1.0, 2.0, 3.0, 4.0], split_rounds=3, cutoff=3.0000001) == 4
+    asked = iter([False, False, True])
+    assert rounds([1.0, 2.0, 3.0, 4.0], split_rounds=9, stopped=lambda: next(asked)) == 3
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_next_to_the_cutoff_the_barrier_does_not_vanish(monkeypatch, program):
+    constant = scripted(monkeypatch, program, [0.0])[0].constant
+    bound = 0.25 - constant
+    cutoff = math.nextafter(bound + constant, math.inf)
+    weight = scripted(monkeypatch, program, [bound, bound], split_rounds=1, cutoff=cutoff)[3][0][2]
+    assert 1e-14 / 6 <= weight <= 1e-12 / 6

@@ -243,7 +243,7 @@ def test_a_point_far_from_every_good_set_pays_for_an_indefinite_matrix():
         value = constant + 0.5 * point @ (smooth + np.eye(5)) @ point - linear @ point
         size = 2.0 + 3.0 * np.sqrt(2.0 * max(value - minimum, 0.0))
         found = perspective.indefinite_rounding(linear, point, residual, constant, reach)
-        assert found == pytest.approx(1e-14 * size**2, rel=1e-9)
+        assert found == pytest.approx(1e-14 * size**2, rel=1e-9, abs=0.0)
 
 
 def test_newton_points_are_stationary_on_their_entries():
@@ -305,10 +305,10 @@ def test_both_relaxations_are_solved_to_a_small_gap(kind):
     np.testing.assert_allclose(residual, linear - smooth @ point, atol=1e-6 * (1.0 + np.abs(linear).max()))
     assert value <= perspective.dual_value(point, smooth @ point, linear, np.ones(8), 4)
     proved = perspective.dual_value(point, smooth @ point, linear, np.ones(8), 4)
-    assert value == pytest.approx(proved, rel=1e-9)
+    assert value == pytest.approx(proved, rel=1e-9, abs=0.0)
     primal = 0.5 * point @ smooth @ point - linear @ point + half_support_norm(point, 4)
     assert value <= primal + 1e-9
-    assert value == pytest.approx(primal, rel=1e-3)
+    assert value == pytest.approx(primal, rel=1e-3, abs=0.0)
     selection = selection_form(problem)
     bound, y, slope, _ = simplex.solve_capped_simplex(
         selection.matrix, selection.linear, 4, np.full(8, 0.3), np.full(8, 0.5), np.inf, 300, 1e-5

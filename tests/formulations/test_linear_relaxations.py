@@ -73,7 +73,7 @@ def test_only_rows_that_the_sign_of_a_cost_can_make_active_are_written():
             assert (rows >= model.row_lower - 1e-12).all()
             assert (rows <= model.row_upper + 1e-12).all()
             value = 0.5 * y @ costs @ y - (problem.gradient_or_zero * problem.weights) @ y
-            assert program.unit * float(model.cost @ point) == pytest.approx(value)
+            assert program.unit * float(model.cost @ point) == pytest.approx(value, rel=1e-9, abs=0.0)
 
 
 def test_without_multipliers_the_bound_is_that_of_the_signs_of_the_costs():
@@ -84,7 +84,7 @@ def test_without_multipliers_the_bound_is_that_of_the_signs_of_the_costs():
     costs = problem.dense_hessian() * np.outer(problem.weights, problem.weights)
     single = np.sort(0.5 * np.diagonal(costs) - problem.gradient_or_zero * problem.weights)
     wanted = float(np.minimum(np.triu(costs, 1), 0.0).sum() + single[:3].sum())
-    assert certificate.lower_bound(problem) == pytest.approx(wanted, rel=1e-9)
+    assert certificate.lower_bound(problem) == pytest.approx(wanted, rel=1e-9, abs=0.0)
     # The sign of a multiplier of an inequality that the solver got wrong is no proof: it is set to 0.
     wrong = program.certificate(np.concatenate((np.zeros(1), -np.ones(45), np.zeros(6))), problem)
     assert wrong.lower_bound(problem) == certificate.lower_bound(problem)

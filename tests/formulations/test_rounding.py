@@ -437,7 +437,7 @@ def test_a_bound_is_lowered_by_the_errors_of_the_costs_that_a_set_can_have():
             basis = Line(cost, fixing=Fixing(keep=one, prune=np.zeros(5, dtype=bool), cutoff=-50.0))
             assert basis.proves_fixing(problem)
         line = Line(np.full(5, -200.0), error, basis=basis, lost=0.5, base=7.0)
-        assert line.lower_bound(problem) == pytest.approx(7.0 - 400.0 - 2.0 * (lost + 0.5))
+        assert line.lower_bound(problem) == pytest.approx(7.0 - 400.0 - 2.0 * (lost + 0.5), rel=1e-9, abs=0.0)
         assert line.proves_bound(problem, 7.0 - 400.0 - 1.6 * (lost + 0.5))
         assert not line.proves_bound(problem, 7.0 - 400.0 - 1.4 * (lost + 0.5))
     assert Line(np.full(5, 1e16)).lower_bound(problem) < 2e16 * (1.0 - 2.0 * UNIT_ROUNDOFF * 5)
@@ -471,7 +471,7 @@ def test_enough_is_fixed_where_one_set_stands_out(program):
     assert fixing.keep.tolist() == [True] * 3 + [False] * 3
     assert fixing.prune.tolist() == [False] * 3 + [True] * 3
     assert certificate.proves_fixing(problem)
-    assert certificate.lower_bound(problem) == pytest.approx(best.objective, rel=1e-6)
+    assert certificate.lower_bound(problem) == pytest.approx(best.objective, rel=1e-6, abs=0.0)
     wrong = Fixing(keep=~fixing.keep, prune=~fixing.prune, cutoff=fixing.cutoff)
     assert not replace(certificate, fixing=wrong).proves_fixing(problem)
     half = Fixing(keep=fixing.keep, prune=np.zeros(6, dtype=bool), cutoff=fixing.cutoff)
@@ -679,7 +679,7 @@ def test_error_factor_is_that_of_a_chain_of_roundings():
         exact_factor = (
             Fraction(count) * Fraction(UNIT_ROUNDOFF) / (1 - Fraction(count) * Fraction(UNIT_ROUNDOFF))
         )
-        assert float(exact_factor) == pytest.approx(error_factor(count), rel=1e-12)
+        assert float(exact_factor) == pytest.approx(error_factor(count), rel=1e-12, abs=0.0)
     assert UNIT_ROUNDOFF == 2.0**-53
 
 
