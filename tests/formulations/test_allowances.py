@@ -25,10 +25,11 @@ from formulations.dense_forms import (
     selection_form,
 )
 from formulations.enumeration import enumerate_optimum
+from formulations.errors import NotPositiveDefiniteError
 from formulations.relaxations import capped_simplex_kernels as simplex
 from formulations.relaxations import perspective_kernels as perspective
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
-from formulations.relaxations.certificate import Fixing
+from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate, _rise
 from formulations.relaxations.certified import (
     CHUNK,
     BoundedVector,
@@ -510,7 +511,7 @@ def test_the_least_eigenvalue_is_proved_by_either_way(n, monkeypatch):
     """Small forms by all eigenvalues, large ones by a share of an estimate that a factorisation confirms."""
     rng = np.random.default_rng([n, 63])
     linear = rng.normal(size=n)
-    for largest in (600, 0):
+    for largest, small in ((n, True), (n - 1, False)):
         monkeypatch.setattr("formulations.dense_forms.EIGENVALUES_LARGEST", largest)
         for decades in (0.0, 3.0, 9.0):
             rotation = np.linalg.qr(rng.normal(size=(n, n)))[0]
@@ -520,7 +521,7 @@ def test_the_least_eigenvalue_is_proved_by_either_way(n, monkeypatch):
             lowest, minimiser = _lowest_and_minimiser(matrix, linear, 0.0)
             true = float(eigenvalues[-1])
             lost = n * UNIT_ROUNDOFF * float(eigenvalues[0])
-            if largest:
+            if small:
                 assert true - 8.0 * lost - 1e-15 <= lowest <= true - lost
             else:
                 # An estimate is at most twice the eigenvalue; the margin is that of a factorisation.
@@ -532,7 +533,7 @@ def test_the_least_eigenvalue_is_proved_by_either_way(n, monkeypatch):
             assert lowest <= 0.0
             assert not minimiser.any()
         exact, _ = _lowest_and_minimiser(np.eye(n), linear, 0.0)
-        lost = 4.0 * n * UNIT_ROUNDOFF if largest else 0.5 + 2.0 * n * error_factor(n + 8)
+        lost = 4.0 * n * UNIT_ROUNDOFF if small else 0.5 + 2.0 * n * error_factor(n + 8)
         assert 1.0 - exact == pytest.approx(lost, abs=3e-16)
     # What is known by itself is not estimated.
     assert _lowest_and_minimiser(np.eye(n), linear, 0.125)[0] == 0.125
@@ -561,3 +562,100 @@ def test_a_form_whose_least_eigenvalue_is_within_its_rounding_has_no_allowance()
         hessian = np.full((n, n), 1.0 - share * n * gamma) + share * n * gamma * np.eye(n)
         problem = BlockProblem(weights=np.ones(n), hessian=hessian, damping=0.0, n_prune=2)
         assert math.isfinite(joint_form(problem).rounding.growth) == proved
+
+
+def test_the_forms_of_a_hessian_count_one_rounding_of_its_own():
+    problem = BlockProblem(weights=np.ones(4), hessian=2.0 * np.eye(4), damping=0.0, n_prune=2)
+    for form in (joint_form(problem), selection_form(problem)):
+        assert form.rounding.gamma == error_factor(2 * 1 + 12 * 4 + 64)
+
+
+def test_a_form_of_a_singular_matrix_is_refused():
+    problem = BlockProblem(weights=np.ones(3), hessian=np.ones((3, 3)), damping=0.0, n_prune=1)
+    with pytest.raises(NotPositiveDefiniteError):
+        joint_form(problem)
+    assert selection_form(problem).rounding.growth == 0.0
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_an_eigenvalue_that_rounding_may_take_away_proves_nothing(monkeypatch, above):
+    """The least eigenvalue less n gamma is 0, or the next number above it."""
+    problem = BlockProblem(weights=np.ones(4), hessian=np.eye(4), damping=0.0, n_prune=2)
+    lost = 4 * error_factor(2 * 1 + 12 * 4 + 64)
+    lowest = math.nextafter(lost, 1.0) if above else lost
+    monkeypatch.setattr("formulations.dense_forms._lowest_and_minimiser", lambda *_: (lowest, np.ones(4)))
+    assert math.isfinite(joint_form(problem).rounding.growth) == above
+
+
+class Line(RelaxationCertificate):
+    """A certificate that states its line."""
+
+    chosen_are_kept = True
+    kind = "line"
+
+    def __init__(self, cost, error=0.0, base=0.0, lost=0.0, **more):
+        super().__init__(**more)
+        cost = np.array(cost)
+        line = Linearisation(base=base, lost=lost, cost=cost, error=np.broadcast_to(error, cost.shape))
+        object.__setattr__(self, "line", line)
+
+    def linearisation(self, problem, given):
+        return self.line
+
+
+@pytest.mark.parametrize("n", [4, 5, 200])
+def test_a_bound_pays_for_the_sum_of_its_costs(n):
+    """What is added up cancels, so that the allowance alone is left: n terms and some around them."""
+    problem = BlockProblem(weights=np.ones(n), rows=np.eye(n), damping=1.0, n_prune=n - 3)
+    gamma = error_factor(n + 16)
+    one = np.arange(n) < 2
+    fixing = Fixing(keep=one, prune=one & ~one, cutoff=300.0)
+    basis = Line(np.where(one, -1e3, 0.0), base=2e3, fixing=fixing)
+    for chosen, free, base in ((64.0, 0.0, -60.0), (0.0, 64.0, 0.0), (0.5, 256.0, 0.0)):
+        cost = np.full(n, -free)
+        cost[:2] = chosen, -chosen
+        line = Line(cost, base=base, basis=basis)
+        exact_value = base - free
+        lost = Fraction(exact_value) - Fraction(line.lower_bound(problem))
+        counted = 2.0 * gamma * (2.0 * chosen + free)
+        # As far as two numbers of the size of the value can tell.
+        blur = 2.0 * UNIT_ROUNDOFF * abs(exact_value)
+        assert abs(float(lost) - counted) <= blur + 1e-9 * counted
+    assert Line(np.zeros(n)).lower_bound(problem) == -2e-300
+    assert Line(np.zeros(n)).proves_bound(problem, -1.5e-300)
+    assert not Line(np.zeros(n)).proves_bound(problem, math.nextafter(-1.5e-300, 0.0))
+
+
+def test_a_bound_with_one_cost_in_place_of_another_is_rounded_down():
+    for bound, new, old in (
+        (1.0, 0.0, 0.0),
+        (-1.0, 0.0, 0.0),
+        (0.0, 8.0, 8.0),
+        (0.0, -8.0, -8.0),
+        (3.0, 1.0, -2.0),
+    ):
+        lost = bound + (new - old) - float(_rise(bound, new, old))
+        size = abs(bound) + abs(new) + abs(old)
+        assert abs(lost - error_factor(8) * size) <= 2.0 * UNIT_ROUNDOFF * abs(bound + new - old)
+
+
+def test_a_weight_is_fixed_only_where_the_cutoff_is_exceeded():
+    """The other way it has exactly the cutoff: a set as good may have it so."""
+    problem = BlockProblem(weights=np.ones(4), rows=np.eye(4), damping=1.0, n_prune=2)
+    line = Line([-5.0, -3.0, 2.0, 7.0])
+    bound = line.lower_bound(problem)
+    leave = [float(_rise(bound, 2.0, old)) for old in (-5.0, -3.0)]
+    enter = [float(_rise(bound, new, -3.0)) for new in (2.0, 7.0)]
+    for place, value in ((0, leave[0]), (1, leave[1]), (2, enter[0]), (3, enter[1])):
+        at, below = (
+            line.fixed_below(problem, value),
+            line.fixed_below(problem, math.nextafter(value, -math.inf)),
+        )
+        assert at.free[place]
+        assert not below.free[place]
+        assert (below.keep if place < 2 else below.prune)[place]
+    for n_prune, kept in ((0, True), (4, False), (1, None)):
+        fixing = Fixing.by_count(replace(problem, n_prune=n_prune))
+        assert fixing.keep.all() == (kept is True) == fixing.keep.any()
+        assert fixing.prune.all() == (kept is False) == fixing.prune.any()
+        assert fixing.cutoff == math.inf

@@ -10,6 +10,7 @@ import pytest
 from scipy.optimize import linprog
 
 from formulations import BlockProblem
+from formulations.errors import UnsupportedProblemError
 from formulations.relaxations import lower_bound
 from formulations.relaxations.linear import _LinearProgram
 from tests.formulations.blocks import block
@@ -88,3 +89,10 @@ def test_without_multipliers_the_bound_is_that_of_the_signs_of_the_costs():
     # The sign of a multiplier of an inequality that the solver got wrong is no proof: it is set to 0.
     wrong = program.certificate(np.concatenate((np.zeros(1), -np.ones(45), np.zeros(6))), problem)
     assert wrong.lower_bound(problem) == certificate.lower_bound(problem)
+
+
+def test_the_largest_block_is_still_relaxed_and_the_next_one_refused(monkeypatch):
+    monkeypatch.setattr("formulations.relaxations.linear.LINEAR_LARGEST", 6)
+    assert lower_bound(block("random", 6, 3, seed=1), "selection", relaxation="rlt").bound is not None
+    with pytest.raises(UnsupportedProblemError, match="7 weights"):
+        lower_bound(block("random", 7, 3, seed=1), "selection", relaxation="rlt")

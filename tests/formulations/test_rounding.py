@@ -22,7 +22,7 @@ from formulations.incumbents import IncumbentPool
 from formulations.loss import objective, solved_weights
 from formulations.relaxations import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
-from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
+from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.certified import (
     bounded_product,
     bounded_value,
@@ -38,6 +38,7 @@ from formulations.relaxations.only_set import only_set_certificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import reduced_block
 from formulations.solvers.conclusion import conclude
+from tests.formulations.test_allowances import Line
 from tests.stress.exact import ExactBlock
 
 PROGRAMS = ("selection", "joint")
@@ -407,22 +408,6 @@ def test_equal_weights_are_never_fixed_against_each_other(program):
         least = lower_bound(problem, program, incumbent=enumerate_optimum(problem, program)).certificate
         for cutoff in (float(best), math.nextafter(float(best), math.inf)):
             _obeyed(every, least.fixed_below(problem, cutoff), cutoff)
-
-
-class Line(RelaxationCertificate):
-    """A certificate that states its line."""
-
-    chosen_are_kept = True
-    kind = "line"
-
-    def __init__(self, cost, error=0.0, base=0.0, lost=0.0, **more):
-        super().__init__(**more)
-        cost = np.array(cost)
-        line = Linearisation(base=base, lost=lost, cost=cost, error=np.broadcast_to(error, cost.shape))
-        object.__setattr__(self, "line", line)
-
-    def linearisation(self, problem, given):
-        return self.line
 
 
 def test_a_bound_is_lowered_by_the_errors_of_the_costs_that_a_set_can_have():

