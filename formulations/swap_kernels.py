@@ -164,7 +164,7 @@ def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps:
                 moved = residual[j] + row[j] * step
                 gain = max(gain, moved * moved / (schur[j] + row[j] * row[j] / inverse))
             change = cost - 0.5 * gain
-            if change < -IMPROVEMENT * cost - 1e-300 and change < best:
+            if change < -IMPROVEMENT * cost and change < best:
                 best = change
                 leave = i
         if leave < 0:
@@ -180,8 +180,6 @@ def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps:
                 if value > gain:
                     gain = value
                     enter = j
-        if enter < 0:
-            break
         sweep(table, state, enter, 1.0)
         sweep(table, state, leave, -1.0)
         keep[enter] = True

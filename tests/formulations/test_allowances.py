@@ -39,6 +39,7 @@ from formulations.relaxations.certified import (
     definiteness_margin,
     provable_split,
     row_norms,
+    split_is_valid,
     value_ceiling,
 )
 from formulations.relaxations.linear import LinearCertificate
@@ -422,6 +423,19 @@ def test_the_error_of_a_product_with_rows_counts_chunks_rows_and_damping(n, heig
         rest = error_factor(8) * (np.abs(found.value) + damping * np.abs(x))
         assert (found.error >= columns * moved * 1.005 + rest * (1.0 - 1e-9)).all()
         assert (found.error <= columns * moved * 1.015 + rest * (1.0 + 1e-9)).all()
+
+
+def test_with_rows_a_split_of_the_damping_itself_needs_no_factorisation():
+    """H less the damping is singular, so that no factorisation would prove it."""
+    problem = BlockProblem(weights=np.ones(4), rows=np.ones((1, 4)), damping=0.5, n_prune=1)
+    norms, everything = column_norms(problem), np.ones(4, dtype=bool)
+    split = np.full(4, 0.5)
+    assert provable_split(problem, split) is split
+    assert split_is_valid(problem, split, norms, everything)
+    more = np.where(np.arange(4) == 2, math.nextafter(0.5, 1.0), split)
+    assert provable_split(problem, more)[0] < 0.5
+    assert not split_is_valid(problem, more, norms, everything)
+    assert split_is_valid(problem, more, norms, np.arange(4) != 2)
 
 
 @pytest.mark.parametrize(("height", "order"), [(None, 1), (None, 50), (1, 3), (400, 3), (5, 200)])

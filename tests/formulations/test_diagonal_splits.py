@@ -14,10 +14,10 @@ import pytest
 from formulations import BlockProblem
 from formulations.dense_forms import joint_form, selection_form
 from formulations.enumeration import enumerate_optimum
-from formulations.relaxations.capped_simplex import relax_selection
+from formulations.relaxations.capped_simplex import relax_selection, round_selection
 from formulations.relaxations.capped_simplex_kernels import shift_slopes
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
-from formulations.relaxations.perspective import relax_joint
+from formulations.relaxations.perspective import relax_joint, round_joint
 from formulations.relaxations.perspective_kernels import split_slopes
 from formulations.relaxations.split_relaxation import joint_split, relax_with_split, selection_shift
 from tests.formulations.blocks import block
@@ -300,3 +300,12 @@ def test_next_to_the_cutoff_the_barrier_does_not_vanish(monkeypatch, program):
     cutoff = math.nextafter(bound + constant, math.inf)
     weight = scripted(monkeypatch, program, [bound, bound], split_rounds=1, cutoff=cutoff)[3][0][2]
     assert 1e-14 / 6 <= weight <= 1e-12 / 6
+
+
+def test_a_relaxation_is_rounded_to_its_largest_entries_and_of_equal_ones_to_the_first():
+    residual = np.array([1.0, -3.0, 2.0, -2.0, 0.0])
+    for count, kept in enumerate(([], [1], [1, 2], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4])):
+        assert np.flatnonzero(round_joint(residual, count)).tolist() == kept
+    point = np.array([0.5, 1.0, 0.5, -2.0, 0.0])
+    for count, pruned in enumerate(([], [1], [0, 1], [0, 1, 2], [0, 1, 2, 4], [0, 1, 2, 3, 4])):
+        assert np.flatnonzero(~round_selection(point, count)).tolist() == pruned

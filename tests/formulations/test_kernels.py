@@ -142,6 +142,20 @@ def test_a_gain_is_set_against_the_terms_it_is_the_difference_of():
         assert swap_selection(matrix, linear + np.array([0.5, 0.0, 0.0]), pruned, 10) == moves
 
 
+def test_where_nothing_costs_anything_nothing_is_swapped():
+    pruned = np.array([True, False, False])
+    assert swap_selection(np.zeros((3, 3)), np.zeros(3), pruned, 10) == 0
+    assert pruned.tolist() == [True, False, False]
+    for everything in (False, True):
+        keep, table = np.full(3, everything), np.eye(3)
+        table *= -1.0 if everything else 1.0
+        assert swap_joint(table, np.ones(3), keep, 10) == 0
+        assert (keep == everything).all()
+    keep, table = np.array([True, False, False]), np.diag([-1.0, 1.0, 1.0])
+    assert swap_joint(table, np.zeros(3), keep, 10) == 0
+    assert keep.tolist() == [True, False, False]
+
+
 def test_sums_of_largest_and_smallest_entries():
     rng = np.random.default_rng(0)
     for size in range(1, 12):
