@@ -728,3 +728,71 @@ def test_a_system_that_is_singular_up_to_rounding_has_a_newton_point(unit):
         place = np.array([perspective.WHOLE, perspective.WHOLE, perspective.ZERO], dtype=np.int64)
         found = perspective.newton_support(indefinite, linear, 2, place, np.ones(3), point)
         assert tuple(found) == (False, 0.0)
+
+
+def test_an_entry_at_the_very_edge_of_rounding_stays():
+    zero, one, inside = simplex.AT_ZERO, simplex.AT_ONE, simplex.INSIDE
+    edge = simplex.ON_BOUND
+    place = np.empty(4, dtype=np.int64)
+    simplex.places_of(
+        np.array([edge, math.nextafter(edge, 1.0), 1.0 - edge, math.nextafter(1.0 - edge, 0.0)]), place
+    )
+    assert place.tolist() == [zero, inside, one, inside]
+    tolerance = 1e-10 * (1.0 + 2.0)
+    for before, point, slope in (
+        (inside, -edge, 2.0),
+        (inside, 1.0 + edge, 2.0),
+        (zero, 0.0, 2.0 - tolerance),
+        (one, 1.0, 2.0 + tolerance),
+    ):
+        place = np.array([before], dtype=np.int64)
+        assert simplex.move_places(np.array([point]), np.array([slope]), 2.0, place) == 0
+        assert place[0] == before
+    zero, shared, whole = perspective.ZERO, perspective.SHARED, perspective.WHOLE
+    high, low = 2.0 * (1.0 + 1e-10), 2.0 * (1.0 - 1e-10)
+    for before, part, residual in (
+        (shared, -1e-10 * 2.0, 2.0),
+        (shared, high, 2.0),
+        (zero, 0.0, high),
+        (whole, 3.0, low),
+    ):
+        place = np.array([before, shared, shared], dtype=np.int64)
+        point, residuals = np.array([part, 0.5, 0.5]), np.array([residual, 2.0, 2.0])
+        assert perspective.move_support(point, residuals, 2.0, 3, place, np.ones(3)) == 0
+        assert place[0] == before
+    # Without a share: the largest zero entry is the smallest whole one, up to rounding.
+    place = np.array([whole, zero], dtype=np.int64)
+    residuals = np.array([1.0, 1.0 * (1.0 + 1e-12)])
+    assert perspective.move_support(np.zeros(2), residuals, 0.0, 2, place, np.ones(2)) == 0
+
+
+def test_of_equal_whole_entries_the_first_shares_and_none_at_all_has_the_sign_of_plus():
+    whole, shared = perspective.WHOLE, perspective.SHARED
+    for residual, moved in (
+        ([3.0, -3.0, 2.0], 0),
+        ([4.0, 3.0, 2.0], 1),
+        ([2.5, 3.0, 2.0], 0),
+        ([0.0, 3.0, 2.0], 0),
+    ):
+        place, sign = np.array([whole, whole, shared], dtype=np.int64), -np.ones(3)
+        given = np.array(residual)
+        perspective.move_support(np.array([3.0, 3.0, -1.0]), given, 2.0, 2, place, sign)
+        assert place.tolist() == [shared if i == moved else whole for i in (0, 1)] + [shared]
+        assert sign[moved] == (1.0 if residual[moved] >= 0.0 else -1.0)
+    place, sign = np.array([whole, shared], dtype=np.int64), -np.ones(2)
+    perspective.move_support(np.array([1.0, -1.0]), np.array([0.0, 2.0]), 0.0, 1, place, sign)
+    assert place.tolist() == [shared, shared]
+    assert sign[0] == 1.0
+
+
+def test_where_no_unit_is_left_to_share_all_are_whole():
+    smooth, linear, point = np.diag([1.0, 3.0, 1.0]), np.array([2.0, 8.0, 5.0]), np.empty(3)
+    whole, zero, shared = perspective.WHOLE, perspective.ZERO, perspective.SHARED
+    place = np.array([whole, whole, zero], dtype=np.int64)
+    written, level = perspective.newton_support(smooth, linear, 2, place, np.ones(3), point)
+    assert (written, level) == (True, 0.0)
+    np.testing.assert_allclose(point, [1.0, 2.0, 0.0])
+    for names in ([whole, whole, shared], [whole, zero, zero], [zero, zero, zero], [whole, whole, whole]):
+        place = np.array(names, dtype=np.int64)
+        found = perspective.newton_support(smooth, linear, 2, place, np.ones(3), point)
+        assert tuple(found) == (False, 0.0)

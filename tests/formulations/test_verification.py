@@ -15,6 +15,7 @@ from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.incumbents import greedy, swap_search
 from formulations.outer_approximation import outer_approximation
 from formulations.relaxations import lower_bound
+from formulations.relaxations.certified import value_ceiling
 from tests.stress.exact import ExactBlock
 
 PROGRAMS = ("selection", "joint")
@@ -229,3 +230,26 @@ def test_numpy_scalars_are_numbers():
     problem = BlockProblem(weights=np.ones(2), rows=np.eye(2), n_prune=np.int64(1), damping=np.float32(0.5))
     assert (type(problem.n_prune), type(problem.damping)) == (int, float)
     assert type(branch_and_bound(problem, "joint", limits=limits).bound) is float
+
+
+def test_claims_at_the_very_edge_of_what_is_proved_hold():
+    problem = gaussian()
+    solution = branch_and_bound(problem, "joint")
+    plain = dataclasses.replace(solution, certificate=None, termination=Termination.FEASIBLE)
+    ceiling = value_ceiling(problem, solution.weights)
+    assert not verify(problem, dataclasses.replace(plain, bound=ceiling)).wrong
+    assert verify(problem, dataclasses.replace(plain, bound=math.nextafter(ceiling, math.inf))).wrong
+    # Without a gradient no loss is below 0, which needs no certificate.
+    assert verify(problem, dataclasses.replace(plain, bound=0.0)).bound_checked
+    assert not verify(problem, dataclasses.replace(plain, bound=1e-300)).bound_checked
+    exact = dataclasses.replace(solution, bound=solution.objective, rel_gap=0.0)
+    assert not verify(problem, exact).wrong
+    gap = solution.gap
+    assert not verify(problem, dataclasses.replace(solution, rel_gap=gap)).wrong
+    assert verify(problem, dataclasses.replace(solution, rel_gap=math.nextafter(gap, 0.0))).wrong
+    # Nothing pruned: everything is 0, and what is stated has to be that.
+    nothing = dataclasses.replace(problem, n_prune=0)
+    still = branch_and_bound(nothing, "selection")
+    assert still.objective == 0.0
+    assert verify(nothing, still).ok
+    assert verify(nothing, dataclasses.replace(still, objective=1e-300, bound=None, certificate=None)).wrong

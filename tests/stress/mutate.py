@@ -191,11 +191,13 @@ class Mutant:
     line: int
     before: str
     after: str
+    number: int = 1
 
     @property
     def text(self) -> str:
-        """The change in one line, without its number, as it may move."""
-        return f"{self.module}:{self.function}: {self.before} -> {self.after}"
+        """The change in one line, without its number, as it may move; of several the same, which one it is."""
+        which = f" ({self.number})" if self.number > 1 else ""
+        return f"{self.module}:{self.function}: {self.before} -> {self.after}{which}"
 
     @property
     def equivalent(self) -> bool:
@@ -370,6 +372,7 @@ def _name(function: ast.expr) -> str:
 def mutants(module: str) -> Iterator[Mutant]:
     """Yield every mutant of a module, in the order of its nodes."""
     tree = ast.parse((HOME / module).read_text())
+    seen: Counter[tuple[str, str, str]] = Counter()
     for path, function in _places(tree):
         node = _at(tree, path)[1]
         before = ast.unparse(node)
@@ -377,14 +380,17 @@ def mutants(module: str) -> Iterator[Mutant]:
             replaced = operator(copy.deepcopy(node))
             if replaced is None or ast.unparse(replaced) == before:
                 continue
+            change = function, _short(before), _short(ast.unparse(replaced))
+            seen[change] += 1
             yield Mutant(
                 module=module,
                 function=function,
                 operator=operator,
                 path=tuple(path),
                 line=getattr(node, "lineno", 0),
-                before=_short(before),
-                after=_short(ast.unparse(replaced)),
+                before=change[1],
+                after=change[2],
+                number=seen[change],
             )
 
 
@@ -511,15 +517,10 @@ def preload() -> None:
 
 
 def sample(everything: Sequence[Mutant], seed: int, count: int) -> list[Mutant]:
-    """Return the `count` mutants whose hashes are least; all if there are fewer.
-
-    The hash is of the seed, the text and how many of the same text came before.
-    """
-    seen: Counter[str] = Counter()
+    """Return the `count` mutants whose hashes, of seed and text, are least; all if there are fewer."""
 
     def rank(mutant: Mutant) -> bytes:
-        seen[mutant.text] += 1
-        return sha256(f"{seed}:{seen[mutant.text]}:{mutant.text}".encode()).digest()
+        return sha256(f"{seed}:{mutant.text}".encode()).digest()
 
     return sorted(everything, key=rank)[:count]
 
