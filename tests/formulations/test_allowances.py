@@ -26,6 +26,7 @@ from formulations.dense_forms import (
 )
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import NotPositiveDefiniteError
+from formulations.loss import objective
 from formulations.relaxations import capped_simplex_kernels as simplex
 from formulations.relaxations import perspective_kernels as perspective
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
@@ -43,6 +44,7 @@ from formulations.relaxations.certified import (
     value_ceiling,
 )
 from formulations.relaxations.linear import LinearCertificate
+from formulations.relaxations.only_set import only_set_certificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import reduced_block
 from formulations.relaxations.reduction_rounding import joint_allowance, selection_allowance
@@ -673,3 +675,43 @@ def test_a_weight_is_fixed_only_where_the_cutoff_is_exceeded():
         assert fixing.keep.all() == (kept is True) == fixing.keep.any()
         assert fixing.prune.all() == (kept is False) == fixing.prune.any()
         assert fixing.cutoff == math.inf
+
+
+def test_what_is_singular_or_has_no_damping_is_reduced_and_bounded_all_the_same():
+    """Without damping nothing may be divided by it; with as many rows as weights they are still rows."""
+    rng = np.random.default_rng(65)
+    for height in (5, 6, 9):
+        for damping in (0.0, 0.5):
+            if height < 6 and damping == 0.0:
+                continue
+            rows = rng.normal(size=(height, 6))
+            problem = BlockProblem(weights=rng.normal(size=6), rows=rows, damping=damping, n_prune=3)
+            keep = np.arange(6) < 2
+            reduced = reduced_block(problem, "joint", Fixing(keep=keep, prune=keep & ~keep, cutoff=1e3))
+            assert (reduced.problem.rows is not None) == (damping > 0.0 and height <= 6)
+            best = enumerate_optimum(reduced.problem, "joint")
+            value = objective(problem, reduced.lifted(best.keep), "joint")
+            assert best.objective + reduced.offset == pytest.approx(value, rel=1e-7)
+            single = replace(problem, n_prune=0)
+            bound = only_set_certificate(single, "joint").lower_bound(single)
+            assert -1e-9 <= bound <= 0.0
+    lowest, minimiser = _lowest_and_minimiser(np.zeros((3, 3)), np.ones(3), 0.0)
+    assert lowest == 0.0
+    assert not minimiser.any()
+    problem = BlockProblem(weights=np.ones(3), rows=np.eye(3), damping=1.0, n_prune=1)
+    for split in ([0.5, 0.0, 0.5], [0.5, 0.5, -0.1]):
+        assert (
+            PerspectiveCertificate(point=np.ones(3), split=np.array(split)).lower_bound(problem) == -math.inf
+        )
+    assert PerspectiveCertificate(point=np.ones(3), split=np.full(3, 0.5)).lower_bound(problem) > -math.inf
+
+
+def test_where_all_are_chosen_the_bound_is_the_sum_of_their_costs():
+    problem = BlockProblem(weights=np.ones(5), rows=np.eye(5), damping=1.0, n_prune=3)
+    two = np.arange(5) < 2
+    fixing = Fixing(keep=two, prune=two & ~two, cutoff=-150.0)
+    basis = Line(np.where(two, -100.0, 100.0), fixing=fixing)
+    line = Line([-3.0, 5.0, -70.0, -80.0, -90.0], base=-300.0, basis=basis)
+    assert line.lower_bound(problem) == pytest.approx(-298.0, rel=1e-12)
+    # No bound that rests on fixings is above what they hold for.
+    assert Line([-3.0, 5.0, 0.0, 0.0, 0.0], base=300.0, basis=basis).lower_bound(problem) == -150.0

@@ -200,7 +200,7 @@ def scripted(monkeypatch, program: str, bounds: list[float], **given):
     module = "perspective" if program == "joint" else "capped_simplex"
     home = f"formulations.relaxations.{module}."
     problem = block("random", 6, 2, seed=1)
-    form = (joint_form if program == "joint" else selection_form)(problem)
+    form = replace((joint_form if program == "joint" else selection_form)(problem), constant=0.125)
     first = joint_split(problem, form) if program == "joint" else selection_shift(problem, form)
     rounds, steps, left = [], [], iter(bounds)
 
@@ -272,10 +272,8 @@ def test_every_round_starts_where_the_last_one_ended_with_a_smaller_barrier(monk
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_rounds_end_after_eight_that_gain_less_than_a_ten_thousandth(monkeypatch, program):
-    constant = scripted(monkeypatch, program, [0.0])[0].constant
-
     def rounds(totals: list[float], **given) -> int:
-        bounds = [total - constant for total in totals]
+        bounds = [total - 0.125 for total in totals]
         return len(scripted(monkeypatch, program, bounds, **given)[2])
 
     for sign in (1.0, -1.0):
@@ -295,11 +293,21 @@ def test_rounds_end_after_eight_that_gain_less_than_a_ten_thousandth(monkeypatch
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_next_to_the_cutoff_the_barrier_does_not_vanish(monkeypatch, program):
-    constant = scripted(monkeypatch, program, [0.0])[0].constant
-    bound = 0.25 - constant
-    cutoff = math.nextafter(bound + constant, math.inf)
+    bound = 0.25 - 0.125
+    cutoff = math.nextafter(0.25, math.inf)
     weight = scripted(monkeypatch, program, [bound, bound], split_rounds=1, cutoff=cutoff)[3][0][2]
     assert 1e-14 / 6 <= weight <= 1e-12 / 6
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_of_equal_rounds_the_first_is_returned(monkeypatch, program):
+    found = scripted(monkeypatch, program, [1.0, 2.0, 2.0, 0.5], split_rounds=3)[-1]
+    point = np.random.default_rng(2).random(6)
+    assert found[0] == 2.125
+    if program == "selection":
+        assert found[1].tolist() == point.tolist()
+    else:
+        assert found[2].tolist() == (10.0 * point).tolist()
 
 
 def test_a_relaxation_is_rounded_to_its_largest_entries_and_of_equal_ones_to_the_first():

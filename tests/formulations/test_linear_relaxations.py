@@ -54,8 +54,10 @@ def test_a_certificate_proves_the_optimum_of_its_relaxation(kind, relaxation):
         assert bound >= wanted - 1e-6 * unit
 
 
-def test_only_rows_that_the_sign_of_a_cost_can_make_active_are_written():
-    problem = block("random", 6, 3, seed=1)
+@pytest.mark.parametrize("kind", ["random", "zeros"])
+def test_only_rows_that_the_sign_of_a_cost_can_make_active_are_written(kind):
+    problem = block(kind, 6, 3, seed=1)
+    assert (problem.weights == 0.0).any() == (kind == "zeros")
     costs = problem.dense_hessian() * np.outer(problem.weights, problem.weights)
     products = costs[np.triu_indices(6, 1)]
     plain, full = (_LinearProgram.of(problem, name) for name in ("mccormick", "rlt"))

@@ -91,31 +91,23 @@ WANTED = 0.95
 LARGER = "an allowance that is larger than it need be is as valid"
 STEERS = "decides which points are tried and when to stop; any point gives a valid bound"
 PREFILTER = "a first look at a point, whose value is computed again before it counts"
-TIE = "of two that are equal either may be taken"
-SYMMETRIC = "the matrix is symmetric"
+NONE_YET = "any number below 0 says that there is none yet"
+UNSEEN = "1e-300 beside terms of 1e-140 and more, or a scale of 1"
 LENGTHS = "which lengths of a step are tried; the one taken is feasible by a factorisation, whichever it is"
 EQUIVALENT = {
     f"{RELAXATIONS}certified.py:bounded_product: 4 -> 5": LARGER,
-    f"{RELAXATIONS}capped_simplex_kernels.py:move_places: "
-    "point[i] < -ON_BOUND -> point[i] <= -ON_BOUND": STEERS,
     f"{RELAXATIONS}perspective_kernels.py:move_support: "
     "level * (1.0 + 1e-10) -> level / (1.0 + 1e-10)": STEERS,
     f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: "
     "-0.5 * np.dot(solved, product) -> np.dot(solved, product)": PREFILTER,
     f"{RELAXATIONS}perspective_kernels.py:admm_step: dual_value(solved, product, linear, ones, ascent.size) "
     "-> dual_value(product, solved, linear, ones, ascent.size)": PREFILTER,
-    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: OVER_RELAXATION * solved - "
-    "(OVER_RELAXATION - 1.0) * guess -> OVER_RELAXATION * solved": STEERS,
     f"{RELAXATIONS}capped_simplex_kernels.py:project_capped_simplex: range(BISECTIONS) -> "
     "range(BISECTIONS - 1)": "the interval is 2^-60 of its width either way",
     "formulations/dense_forms.py:_joint_rounding: 2 -> 3": LARGER,
     f"{RELAXATIONS}reduction_rounding.py:joint_allowance: 1.01 * (quadratic + linear + constant) -> "
     "quadratic + linear + constant": "the rounding of an allowance whose constants have room shows nowhere",
-    "cbs_opt/select/selection_program/dense.py:_best_pair: cost[k] < cost[first_in] -> "
-    "cost[k] <= cost[first_in]": TIE,
     f"{RELAXATIONS}perspective_kernels.py:move_support: residual[i] >= 0.0 -> residual[i] <= 0.0": STEERS,
-    f"{RELAXATIONS}capped_simplex.py:relax_selection: stalled >= 8 -> stalled <= 8": STEERS,
-    "formulations/swap_kernels.py:swap_joint: value > gain -> value >= gain": TIE,
     "cbs_opt/select/selection_program/dense.py:_best_pair: range(n) -> range(n - 1)": (
         "the first scan only makes the second one shorter"
     ),
@@ -125,14 +117,22 @@ EQUIVALENT = {
     ),
     f"{RELAXATIONS}perspective_kernels.py:newton_support: share * sign[order[p]] -> "
     "share / sign[order[p]]": "a sign is 1 or -1",
-    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: np.dot(ascent.smooth, solved) -> "
-    "np.dot(solved, ascent.smooth)": SYMMETRIC,
-    f"{RELAXATIONS}perspective_kernels.py:newton_step: np.dot(ascent.smooth, newton) -> "
-    "np.dot(newton, ascent.smooth)": SYMMETRIC,
     f"{RELAXATIONS}diagonal_split.py:barrier_step: 2.0 -> 1.0": LENGTHS,
     f"{RELAXATIONS}diagonal_split.py:barrier_step: 1.0 + decrement -> 1.0 - decrement": LENGTHS,
-    f"{RELAXATIONS}capped_simplex.py:relax_selection: 0.2 -> 0.1": STEERS,
-    "formulations/swap_kernels.py:prune_joint: 1 -> 2": "any number below 0 says that there is none yet",
+    "formulations/swap_kernels.py:prune_joint: 1 -> 2": NONE_YET,
+    "cbs_opt/select/selection_program/dense.py:_best_pair: 1 -> 2": NONE_YET,
+    "cbs_opt/select/selection_program/dense.py:_best_pair: 1 -> 2 (2)": NONE_YET,
+    "cbs_opt/select/selection_program/dense.py:swap_dense: 1 -> 0": "spares the start of threads, no more",
+    f"{RELAXATIONS}support_norm.py:largest_sum: 1 -> 0 (6)": "what lies up to j is the largest either way",
+    f"{RELAXATIONS}support_norm.py:largest_sum: count - 1 -> count + 1 (2)": "sorts a part that is not added up",
+    f"{RELAXATIONS}reduction_rounding.py:joint_allowance: max(e1, e2) <= LARGEST_PERTURBATION -> "
+    "max(e1, e2) < LARGEST_PERTURBATION": "a round number with room",
+    "formulations/dense_forms.py:_selection_rounding: UNDERFLOW / scale -> UNDERFLOW * scale": UNSEEN,
+    "formulations/dense_forms.py:_joint_rounding: UNDERFLOW / scale -> UNDERFLOW * scale": UNSEEN,
+    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: -0.5 -> 0.5": PREFILTER,
+    f"{RELAXATIONS}perspective_kernels.py:name_places: image[i] >= 0.0 -> image[i] > 0.0": (
+        "only entries that are not 0 share, and others need no sign"
+    ),
     "formulations/dense_forms.py:_joint_rounding: 1e-09 -> 0.0": (
         "n gamma, which is taken off next, is more than the rounding of a quotient"
     ),
@@ -195,7 +195,7 @@ class Mutant:
 
     @property
     def text(self) -> str:
-        """The change in one line, without its number, as it may move; of several the same, which one it is."""
+        """The change in one line, without its place, as it may move; of several the same, which one it is."""
         which = f" ({self.number})" if self.number > 1 else ""
         return f"{self.module}:{self.function}: {self.before} -> {self.after}{which}"
 
