@@ -124,7 +124,9 @@ EQUIVALENT = {
     "cbs_opt/select/selection_program/dense.py:_best_pair: 1 -> 2 (2)": NONE_YET,
     "cbs_opt/select/selection_program/dense.py:swap_dense: 1 -> 0": "spares the start of threads, no more",
     f"{RELAXATIONS}support_norm.py:largest_sum: 1 -> 0 (6)": "what lies up to j is the largest either way",
-    f"{RELAXATIONS}support_norm.py:largest_sum: count - 1 -> count + 1 (2)": "sorts a part that is not added up",
+    f"{RELAXATIONS}support_norm.py:largest_sum: count - 1 -> count + 1 (2)": (
+        "orders a part that is not added up"
+    ),
     f"{RELAXATIONS}reduction_rounding.py:joint_allowance: max(e1, e2) <= LARGEST_PERTURBATION -> "
     "max(e1, e2) < LARGEST_PERTURBATION": "a round number with room",
     "formulations/dense_forms.py:_selection_rounding: UNDERFLOW / scale -> UNDERFLOW * scale": UNSEEN,
