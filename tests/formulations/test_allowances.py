@@ -25,9 +25,10 @@ from formulations.dense_forms import (
     selection_form,
 )
 from formulations.enumeration import enumerate_optimum
-from formulations.errors import NotPositiveDefiniteError
+from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.loss import objective
 from formulations.relaxations import capped_simplex_kernels as simplex
+from formulations.relaxations import lower_bound
 from formulations.relaxations import perspective_kernels as perspective
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate, _rise
@@ -715,3 +716,114 @@ def test_where_all_are_chosen_the_bound_is_the_sum_of_their_costs():
     assert line.lower_bound(problem) == pytest.approx(-298.0, rel=1e-12)
     # No bound that rests on fixings is above what they hold for.
     assert Line([-3.0, 5.0, 0.0, 0.0, 0.0], base=300.0, basis=basis).lower_bound(problem) == -150.0
+
+
+def test_a_certificate_is_proved_on_the_weights_that_matter_alone():
+    """Joint: on all that are not pruned. Selection: on those that are neither."""
+    weights = np.array([1.0, -2.0, 3.0])
+    problem = BlockProblem(weights=weights, rows=np.ones((1, 3)), damping=0.5, n_prune=1)
+    nothing, last = np.zeros(3, dtype=bool), np.arange(3) == 2
+    split = np.array([0.5, 0.5, 9.0])
+    joint = PerspectiveCertificate(point=weights, split=split)
+    selection = CappedSimplexCertificate(point=np.ones(3), shift=split * weights**2 * (1.0 - 1e-9))
+    for keep, prune, proved in ((nothing, nothing, ()), (nothing, last, (0, 1)), (last, nothing, (1,))):
+        given = Fixing(keep=keep, prune=prune, cutoff=math.inf)
+        for place, certificate in enumerate((joint, selection)):
+            assert (certificate.linearisation(problem, given) is not None) == (place in proved)
+    free = Fixing.by_count(problem)
+    for shape in ((2,), (4,)):
+        short = np.full(shape, 0.25)
+        for other in (
+            replace(joint, point=short),
+            replace(joint, split=short),
+            replace(joint, point=short, split=short),
+            replace(selection, point=short),
+            replace(selection, shift=short),
+        ):
+            assert other.linearisation(problem, free) is None
+
+
+def test_a_shift_is_proved_up_to_the_damping_in_exact_arithmetic():
+    """With one row nothing but the damping proves a shift: a quotient that is rounded down proves too much."""
+    said = {True: 0, False: 0}
+    for seed in range(60):
+        rng = np.random.default_rng([seed, 66])
+        weights, damping = rng.normal(size=3), float(rng.uniform(0.1, 1.0))
+        problem = BlockProblem(weights=weights, rows=np.ones((1, 3)), damping=damping, n_prune=1)
+        given = Fixing.by_count(problem)
+        for ulps in (-20, -4, -3, -2, -1, 0, 1, 2):
+            shift = damping * weights**2 * (1.0 + ulps * 2.0 * UNIT_ROUNDOFF)
+            certificate = CappedSimplexCertificate(point=np.ones(3), shift=shift)
+            proved = certificate.linearisation(problem, given) is not None
+            valid = all(
+                Fraction(u) <= Fraction(damping) * Fraction(w) ** 2
+                for u, w in zip(shift.tolist(), weights.tolist(), strict=True)
+            )
+            said[proved] += 1
+            assert valid or not proved
+            assert proved or ulps > -20
+    assert min(said.values()) > 50
+
+
+def test_a_weight_too_small_to_be_squared_has_no_shift():
+    problem = BlockProblem(weights=np.array([1e-80, 1.0, 2.0]), rows=np.eye(3), damping=1.0, n_prune=1)
+    small = np.arange(3) == 0
+    for shift, given, proved in (
+        (1e-200, None, False),
+        (0.0, None, True),
+        (-1e-200, None, True),
+        (1e-200, Fixing(keep=small, prune=small & ~small, cutoff=math.inf), True),
+    ):
+        certificate = CappedSimplexCertificate(point=np.ones(3), shift=shift * small)
+        found = certificate.linearisation(problem, given or Fixing.by_count(problem))
+        assert (found is not None) == proved
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_a_ridge_is_taken_off_the_weights_that_are_eliminated(ridge):
+    rng = np.random.default_rng(67)
+    keep, prune = np.arange(6) < 2, np.arange(6) == 2
+    kept, free = np.flatnonzero(keep), np.array([3, 4, 5])
+    for height in (4, 9):
+        rows = rng.normal(size=(height, 6))
+        problem = BlockProblem(weights=rng.normal(size=6), rows=rows, damping=0.5, n_prune=3)
+        fixing = Fixing(keep=keep, prune=prune, cutoff=1.0)
+        reduced = reduced_block(problem, "joint", fixing, ridge=ridge)
+        matrix, target = problem.dense_hessian(), problem.linear_term()
+        inner = matrix[np.ix_(kept, kept)] - ridge * np.eye(2)
+        across = np.linalg.solve(inner, matrix[np.ix_(kept, free)])
+        wanted = matrix[np.ix_(free, free)] - matrix[np.ix_(free, kept)] @ across
+        np.testing.assert_allclose(reduced.problem.dense_hessian(), wanted, atol=1e-9)
+        np.testing.assert_allclose(
+            reduced.problem.linear_term(), target[free] - across.T @ target[kept], atol=1e-9
+        )
+        assert math.isfinite(reduced.allowance) == (ridge == 0.0 and height == 4)
+        assert (reduced.problem.n_prune, reduced.free.tolist()) == (2, free.tolist())
+
+
+def test_what_comes_out_of_a_reduced_block_claims_no_more_than_is_known():
+    problem = BlockProblem(weights=np.arange(1.0, 6.0), rows=np.eye(5), damping=1.0, n_prune=2)
+    fixing = Fixing(keep=np.arange(5) == 4, prune=np.zeros(5, dtype=bool), cutoff=1e6)
+    for program in ("joint", "selection"):
+        reduced = reduced_block(problem, program, fixing)
+        solution = enumerate_optimum(reduced.problem, program)
+        assert solution.proved
+        lifted = reduced.lift(solution)
+        assert lifted.bound is None
+        assert not lifted.proved
+        assert lifted.keep.tolist() == [False, False, True, True, True]
+        if program == "joint":
+            relaxed = lower_bound(problem, program).certificate
+        else:
+            relaxed = CappedSimplexCertificate(point=np.zeros(5), shift=np.zeros(5))
+        proved = replace(reduced, certificate=relaxed)
+        known = relaxed.lower_bound(problem)
+        assert proved.lift(replace(solution, bound=None, termination=Termination.FEASIBLE)).bound == known
+        for wrong in (replace(solution, keep=None), replace(solution, program="none")):
+            with pytest.raises(ArgumentError, match=f"the {program} program"):
+                proved.lift(wrong)
+        again = proved.lift(solution)
+        assert again.bound >= known
+        assert again.rel_gap == solution.rel_gap
+        # Where no gap was asked for, none is met by a bound below the value.
+        assert proved.lift(replace(solution, rel_gap=None)).termination is Termination.FEASIBLE

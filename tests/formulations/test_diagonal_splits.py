@@ -317,3 +317,61 @@ def test_a_relaxation_is_rounded_to_its_largest_entries_and_of_equal_ones_to_the
     point = np.array([0.5, 1.0, 0.5, -2.0, 0.0])
     for count, pruned in enumerate(([], [1], [0, 1], [0, 1, 2], [0, 1, 2, 4], [0, 1, 2, 3, 4])):
         assert np.flatnonzero(~round_selection(point, count)).tolist() == pruned
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_step_is_the_longest_feasible_one_of_those_tried_less_a_tenth(positive):
+    """Of one weight: the whole step of Newton, halves of it down to the damped one, which always fits."""
+    lengths = set()
+    for weight in (10.0 ** np.linspace(-4.0, 1.0, 60)).tolist():
+        for slope in (0.0, 1.0):
+            gradient, curvature = slope / weight - 2.0, 4.0
+            if positive:
+                gradient, curvature = gradient + 2.0, curvature + 4.0
+            direction = gradient / curvature
+            damped = 1.0 / (1.0 + math.sqrt(gradient * direction))
+            tried = [1.0]
+            while tried[-1] > 2.0 * damped:
+                tried.append(0.5 * tried[-1])
+            tried += [min(0.5 * tried[-1], damped)]
+            least = 0.0 if positive else -math.inf
+            length = next(x for x in tried if least < 0.5 + x * direction < 1.0)
+            lengths.add(round(math.log2(length)))
+            split = np.full(1, 0.5)
+            assert barrier_step(np.eye(1), split, np.array([slope]), weight, positive)
+            wanted = 0.5 + (0.9 * length if length < 1.0 else length) * direction
+            assert split[0] == pytest.approx(wanted, rel=1e-9)
+    assert len(lengths) >= 5
+
+
+def test_a_step_that_cannot_be_told_leaves_the_split_as_it_is():
+    for n in (2, 50):
+        split = np.full(n, 0.5)
+        for slopes in (np.full(n, math.inf), np.where(np.arange(n) == 1, math.nan, 1.0)):
+            assert not barrier_step(np.eye(n), split, slopes, 0.1, True)
+            assert (split == 0.5).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "gradient", "hessian", "zeros", "wide"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_certificate_proves_what_the_relaxation_has_found(program, kind):
+    """In the units of the block, less next to nothing; weights of zero have no shift to prove."""
+    problem = replace(block(kind, 8, 4, seed=2), damping=0.5)
+    for rounds in (0, 3):
+        form, (found, *_) = relaxed(problem, program, split_rounds=rounds)
+        certificate, keep = relax_with_split(problem, program, math.inf, rounds)
+        assert keep.sum() == 4
+        assert certificate.lower_bound(problem) == pytest.approx(found * form.scale, rel=1e-5)
+        if program == "selection":
+            assert (certificate.shift[problem.weights == 0.0] <= 0.0).all()
+
+
+def test_without_damping_the_first_split_is_nearly_the_least_eigenvalue():
+    rows = np.random.default_rng(3).normal(size=(12, 5))
+    for damping in (0.0, 1e-9):
+        problem = BlockProblem(weights=np.ones(5), rows=rows, damping=damping, n_prune=2)
+        form = joint_form(problem)
+        split, lowest = joint_split(problem, form), float(np.linalg.eigvalsh(form.matrix)[0])
+        assert np.ptp(split) == 0.0 if damping == 0.0 else (split < 1e-8).all()
+        if damping == 0.0:
+            assert split[0] == pytest.approx(0.99 * lowest, rel=1e-9)

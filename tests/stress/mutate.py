@@ -93,7 +93,6 @@ STEERS = "decides which points are tried and when to stop; any point gives a val
 PREFILTER = "a first look at a point, whose value is computed again before it counts"
 NONE_YET = "any number below 0 says that there is none yet"
 UNSEEN = "1e-300 beside terms of 1e-140 and more, or a scale of 1"
-LENGTHS = "which lengths of a step are tried; the one taken is feasible by a factorisation, whichever it is"
 EQUIVALENT = {
     f"{RELAXATIONS}certified.py:bounded_product: 4 -> 5": LARGER,
     f"{RELAXATIONS}perspective_kernels.py:move_support: "
@@ -117,8 +116,6 @@ EQUIVALENT = {
     ),
     f"{RELAXATIONS}perspective_kernels.py:newton_support: share * sign[order[p]] -> "
     "share / sign[order[p]]": "a sign is 1 or -1",
-    f"{RELAXATIONS}diagonal_split.py:barrier_step: 2.0 -> 1.0": LENGTHS,
-    f"{RELAXATIONS}diagonal_split.py:barrier_step: 1.0 + decrement -> 1.0 - decrement": LENGTHS,
     "formulations/swap_kernels.py:prune_joint: 1 -> 2": NONE_YET,
     "cbs_opt/select/selection_program/dense.py:_best_pair: 1 -> 2": NONE_YET,
     "cbs_opt/select/selection_program/dense.py:_best_pair: 1 -> 2 (2)": NONE_YET,
