@@ -179,6 +179,35 @@ def test_the_gradient_that_encodes_a_reduced_block_is_rounded():
     assert within(reduction(problem, both), gamma * (size**2 + 8.0))
 
 
+def test_errors_of_one_slope_add_up_in_a_reduction():
+    """Of one free weight: what is carried to it, the error of its target, and how it is encoded."""
+    rows = np.array([[3.0, -1.0, 1e-3, 0.0, 0.0], [1.0, 2.0, -1e-3, 0.0, 0.0]])
+    problem = flat(5, 2, 0.5, rows=rows)
+    cutoff, first = 1e12, np.eye(3)[0]
+    nothing = reduction(problem, flat(3, 2, 0.5), cutoff=cutoff)
+    changes = (
+        {"carried": np.array([40.0, -30.0])},
+        {"error": 3e-14 * np.eye(5)[2]},
+        {"value": 60.0 * np.eye(5)[2]},
+        {"gradient": 3.0 * first},
+        {"weights": 5.0 * first},
+    )
+
+    def more(*given) -> float:
+        data = {name: value for change in given for name, value in change.items()}
+        encoded = {name: data.pop(name) for name in ("gradient", "weights") if name in data}
+        # The quadratic part is all that there is without them, and is left out.
+        return reduction(problem, flat(3, 2, 0.5, **encoded), cutoff=cutoff, **data) - nothing
+
+    alone = [more(change) for change in changes]
+    assert min(alone) > 1e-3 * nothing
+    # Weights are encoded in the slopes of others too, which a norm adds up to a little less.
+    for first_one, second_one in itertools.combinations(range(len(changes)), 2):
+        both = more(changes[first_one], changes[second_one])
+        assert 0.9 * (alone[first_one] + alone[second_one]) <= both
+        assert both <= 1.05 * (alone[first_one] + alone[second_one])
+
+
 def test_a_reduction_too_near_to_singular_has_no_allowance():
     rows = np.ones((2, 5))
     for damping, proved in ((1e-10, True), (1e-15, False)):
@@ -744,7 +773,7 @@ def test_a_certificate_is_proved_on_the_weights_that_matter_alone():
 
 
 def test_a_shift_is_proved_up_to_the_damping_in_exact_arithmetic():
-    """With one row nothing but the damping proves a shift: a quotient that is rounded down proves too much."""
+    """With one row nothing but the damping proves a shift: a quotient rounded down proves too much."""
     said = {True: 0, False: 0}
     for seed in range(60):
         rng = np.random.default_rng([seed, 66])
