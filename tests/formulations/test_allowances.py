@@ -204,7 +204,7 @@ def test_errors_of_one_slope_add_up_in_a_reduction():
     # Weights are encoded in the slopes of others too, which a norm adds up to a little less.
     for first_one, second_one in itertools.combinations(range(len(changes)), 2):
         both = more(changes[first_one], changes[second_one])
-        assert 0.9 * (alone[first_one] + alone[second_one]) <= both
+        assert 0.85 * (alone[first_one] + alone[second_one]) <= both
         assert both <= 1.05 * (alone[first_one] + alone[second_one])
 
 
