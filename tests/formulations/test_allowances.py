@@ -179,6 +179,15 @@ def test_the_gradient_that_encodes_a_reduced_block_is_rounded():
     assert within(reduction(problem, both), gamma * (size**2 + 8.0))
 
 
+def test_what_is_carried_may_be_nothing_but_its_error():
+    """No figure is carried, and no point has a slope to meet: the square of the error is left."""
+    rows = np.array([[3.0, -1.0, 1.0, 2.0, 0.5], [1.0, 2.0, -1.0, 1.0, 2.0]])
+    problem, smaller = flat(5, 2, 0.5, rows=rows), flat(3, 2, 0.5)
+    error = np.array([1e-9, -2e-9, 0.0, 0.0, 0.0])
+    dt = float(np.linalg.norm(rows[:, :2])) * float(np.linalg.norm(error)) / 0.5
+    assert within(reduction(problem, smaller, error=error), 3.0 * 1.2 * dt * dt)
+
+
 def test_errors_of_one_slope_add_up_in_a_reduction():
     """Of one free weight: what is carried to it, the error of its target, and how it is encoded."""
     rows = np.array([[3.0, -1.0, 1e-3, 0.0, 0.0], [1.0, 2.0, -1e-3, 0.0, 0.0]])

@@ -98,3 +98,12 @@ def test_the_largest_block_is_still_relaxed_and_the_next_one_refused(monkeypatch
     assert lower_bound(block("random", 6, 3, seed=1), "selection", relaxation="rlt").bound is not None
     with pytest.raises(UnsupportedProblemError, match="7 weights"):
         lower_bound(block("random", 7, 3, seed=1), "selection", relaxation="rlt")
+
+
+@pytest.mark.parametrize("relaxation", ["mccormick", "rlt"])
+def test_where_nothing_costs_anything_the_bound_is_zero(relaxation):
+    problem = BlockProblem(weights=np.zeros(5), rows=np.eye(5), damping=0.5, n_prune=2)
+    program = _LinearProgram.of(problem, relaxation)
+    assert program.unit == 1.0
+    solution = lower_bound(problem, "selection", relaxation=relaxation)
+    assert -1e-12 <= solution.bound <= solution.objective == 0.0
