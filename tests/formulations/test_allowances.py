@@ -865,3 +865,18 @@ def test_what_comes_out_of_a_reduced_block_claims_no_more_than_is_known():
         assert again.rel_gap == solution.rel_gap
         # Where no gap was asked for, none is met by a bound below the value.
         assert proved.lift(replace(solution, rel_gap=None)).termination is Termination.FEASIBLE
+
+
+def test_a_form_has_the_unit_of_its_costs_or_of_its_slopes_or_none():
+    given = {"weights": np.array([1.0, -1.0]), "damping": 0.0, "n_prune": 1}
+    for rows, gradient, scale in (
+        (np.diag([2.0, 4.0]), None, 10.0),
+        (np.diag([2.0, 4.0]), np.array([1.0, 3.0]), 10.0),
+        (np.zeros((1, 2)), np.array([1.0, 3.0]), 2.0),
+        (np.zeros((1, 2)), np.array([3.0, 1.0]), 2.0),
+        (np.zeros((1, 2)), None, 1.0),
+    ):
+        form = selection_form(BlockProblem(rows=rows, gradient=gradient, **given))
+        assert form.scale == scale
+        slope = np.zeros(2) if gradient is None else np.array([-gradient[0], gradient[1]])
+        np.testing.assert_allclose(form.linear * scale, slope)

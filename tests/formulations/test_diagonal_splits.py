@@ -19,7 +19,12 @@ from formulations.relaxations.capped_simplex_kernels import shift_slopes
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
 from formulations.relaxations.perspective import relax_joint, round_joint
 from formulations.relaxations.perspective_kernels import split_slopes
-from formulations.relaxations.split_relaxation import joint_split, relax_with_split, selection_shift
+from formulations.relaxations.split_relaxation import (
+    joint_split,
+    relax_with_split,
+    selection_certificate,
+    selection_shift,
+)
 from tests.formulations.blocks import block
 from tests.stress.exact import ExactBlock
 
@@ -379,3 +384,15 @@ def test_without_damping_the_first_split_is_nearly_the_least_eigenvalue():
         assert np.ptp(split) == 0.0 if damping == 0.0 else (split < 1e-8).all()
         if damping == 0.0:
             assert split[0] == pytest.approx(0.99 * lowest, rel=1e-9)
+
+
+def test_a_weight_too_small_to_be_squared_is_left_without_a_positive_shift():
+    """A negative one it may have, in the units of the loss."""
+    problem = BlockProblem(weights=np.array([1e-80, 1.0, 2.0]), rows=np.eye(3), damping=1.0, n_prune=1)
+    form = selection_form(problem)
+    for first, wanted in ((1e-3, 0.0), (-1e-3, -1e-3 * form.scale)):
+        shift = np.array([first, 0.01, 0.01])
+        certificate = selection_certificate(problem, form, np.full(3, 1.0 / 3.0), shift)
+        assert certificate.shift[0] == pytest.approx(wanted, rel=1e-12, abs=0.0)
+        np.testing.assert_allclose(certificate.shift[1:], shift[1:] * form.scale, rtol=1e-9)
+        assert math.isfinite(certificate.lower_bound(problem))

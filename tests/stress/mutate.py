@@ -123,7 +123,12 @@ EQUIVALENT = {
     "max(e1, e2) < LARGEST_PERTURBATION": "a round number with room",
     "formulations/dense_forms.py:_selection_rounding: UNDERFLOW / scale -> UNDERFLOW * scale": UNSEEN,
     "formulations/dense_forms.py:_joint_rounding: UNDERFLOW / scale -> UNDERFLOW * scale": UNSEEN,
+    f"{RELAXATIONS}support_norm.py:largest_sum: count - 1 -> count (2)": "orders a part that is not added up",
     f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: -0.5 -> 0.5": PREFILTER,
+    f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: 0.5 -> 0.0": PREFILTER,
+    f"{RELAXATIONS}capped_simplex_kernels.py:newton_simplex: 1.0 -> 0.5 (2)": (
+        "what keeps a singular system solvable, half as large where the diagonal is small"
+    ),
     f"{RELAXATIONS}perspective_kernels.py:name_places: image[i] >= 0.0 -> image[i] > 0.0": (
         "only entries that are not 0 share, and others need no sign"
     ),
