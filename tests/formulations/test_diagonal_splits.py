@@ -396,3 +396,15 @@ def test_a_weight_too_small_to_be_squared_is_left_without_a_positive_shift():
         assert certificate.shift[0] == pytest.approx(wanted, rel=1e-12, abs=0.0)
         np.testing.assert_allclose(certificate.shift[1:], shift[1:] * form.scale, rtol=1e-9)
         assert math.isfinite(certificate.lower_bound(problem))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_start_is_in_the_units_of_the_block_and_stays_where_it_is_good_enough(program):
+    problem = block("gradient", 8, 4, seed=3)
+    found, _ = relax_with_split(problem, program, math.inf, 0)
+    start = found.point * np.linspace(0.95, 1.05, 8)
+    proved = replace(found, point=start).lower_bound(problem)
+    cutoff = proved - 1e-6 * abs(proved)
+    assert proved < found.lower_bound(problem)
+    again, _ = relax_with_split(problem, program, cutoff, 0, start=start)
+    np.testing.assert_allclose(again.point, start, rtol=1e-12)

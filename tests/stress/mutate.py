@@ -126,6 +126,9 @@ EQUIVALENT = {
     f"{RELAXATIONS}support_norm.py:largest_sum: count - 1 -> count (2)": "orders a part that is not added up",
     f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: -0.5 -> 0.5": PREFILTER,
     f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: 0.5 -> 0.0": PREFILTER,
+    f"{RELAXATIONS}diagonal_split.py:barrier_step: 1e-12 -> 0.0": (
+        "keeps a factorisation from failing; the step it leads to is feasible by one of its own"
+    ),
     f"{RELAXATIONS}capped_simplex_kernels.py:newton_simplex: 1.0 -> 0.5 (2)": (
         "what keeps a singular system solvable, half as large where the diagonal is small"
     ),
