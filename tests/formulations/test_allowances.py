@@ -632,6 +632,15 @@ def test_a_form_of_a_singular_matrix_is_refused():
     assert selection_form(problem).rounding.growth == 0.0
 
 
+def test_a_form_has_room_for_what_underflows_and_for_the_rounding_of_its_minimiser():
+    nothing = BlockProblem(weights=np.zeros(3), rows=np.zeros((1, 3)), damping=1.0, n_prune=1)
+    for form in (joint_form(nothing), selection_form(nothing)):
+        assert 1e-300 * (1.0 - 1e-9) <= form.rounding.allowance(0.0) * form.scale <= 1e-299
+    # Columns of one norm: the minimiser is that of the scaled weights, all of one size.
+    problem = BlockProblem(weights=np.ones(4), rows=np.eye(4), damping=3.0, n_prune=2)
+    assert 1.0 + 5e-7 <= joint_form(problem).rounding.one_norm / 4.0 <= 1.0 + 2e-6
+
+
 @pytest.mark.parametrize("above", [False, True])
 def test_an_eigenvalue_that_rounding_may_take_away_proves_nothing(monkeypatch, above):
     """The least eigenvalue less n gamma is 0, or the next number above it."""

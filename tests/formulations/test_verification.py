@@ -15,7 +15,7 @@ from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.incumbents import greedy, swap_search
 from formulations.loss import step_loss
 from formulations.outer_approximation import outer_approximation
-from formulations.relaxations import lower_bound
+from formulations.relaxations import Fixing, lower_bound
 from formulations.relaxations.certified import value_ceiling
 from tests.stress.exact import ExactBlock
 
@@ -324,3 +324,19 @@ def test_a_little_difference_in_the_objective_is_rounding():
     found = verify(problem, dataclasses.replace(plain, **empty))
     assert found.ok
     assert (found.feasible, found.objective, found.bound) == (False, None, None)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_weight_listed_as_fixed_that_is_not_proved_so_is_wrong(program):
+    """The bound rests on no fixing, so that nothing else gives it away."""
+    problem = gaussian()
+    best = enumerate_optimum(problem, program)
+    solution = lower_bound(problem, program, incumbent=best, fix=True)
+    assert not verify(problem, solution).wrong
+    plain = lower_bound(problem, program)
+    everything = np.ones(10, dtype=bool)
+    boast = Fixing(keep=best.keep, prune=everything & ~best.keep, cutoff=10.0 * best.objective)
+    certificate = dataclasses.replace(plain.certificate, fixing=boast)
+    found = verify(problem, dataclasses.replace(plain, certificate=certificate))
+    assert found.wrong
+    assert [note for note in found.notes if "10 weights listed as fixed" in note]

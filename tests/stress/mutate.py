@@ -91,6 +91,7 @@ WANTED = 0.95
 LARGER = "an allowance that is larger than it need be is as valid"
 PREFILTER = "a first look at a point, whose value is computed again before it counts"
 NONE_YET = "any number below 0 says that there is none yet"
+STEADIES = "keeps a factorisation from failing; the step it leads to is feasible by one of its own"
 UNSEEN = "1e-300 beside terms of 1e-140 and more, or a scale of 1"
 EQUIVALENT = {
     f"{RELAXATIONS}certified.py:bounded_product: 4 -> 5": LARGER,
@@ -126,9 +127,12 @@ EQUIVALENT = {
     f"{RELAXATIONS}support_norm.py:largest_sum: count - 1 -> count (2)": "orders a part that is not added up",
     f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: -0.5 -> 0.5": PREFILTER,
     f"{RELAXATIONS}capped_simplex_kernels.py:admm_step: 0.5 -> 0.0": PREFILTER,
-    f"{RELAXATIONS}diagonal_split.py:barrier_step: 1e-12 -> 0.0": (
-        "keeps a factorisation from failing; the step it leads to is feasible by one of its own"
+    f"{RELAXATIONS}diagonal_split.py:barrier_step: 1e-12 -> 0.0": STEADIES,
+    f"{RELAXATIONS}diagonal_split.py:barrier_step: curvature[i, i] *= 1.0 + 1e-12 -> pass": STEADIES,
+    f"{RELAXATIONS}support_norm.py:prox_support_norm: point[i] >= 0.0 -> point[i] > 0.0": (
+        "of an entry that is 0 nothing is left to be shared"
     ),
+    f"{RELAXATIONS}support_norm.py:largest_sum: count >= n -> count > n": "all of n are added up either way",
     f"{RELAXATIONS}capped_simplex_kernels.py:newton_simplex: 1.0 -> 0.5 (2)": (
         "what keeps a singular system solvable, half as large where the diagonal is small"
     ),
