@@ -408,3 +408,9 @@ def test_a_start_is_in_the_units_of_the_block_and_stays_where_it_is_good_enough(
     assert proved < found.lower_bound(problem)
     again, _ = relax_with_split(problem, program, cutoff, 0, start=start)
     np.testing.assert_allclose(again.point, start, rtol=1e-12)
+
+
+def test_a_damping_is_shrunk_before_it_is_scaled_and_after():
+    problem = block("random", 8, 4, seed=2)
+    certificate, _ = relax_with_split(problem, "joint", math.inf, 0)
+    np.testing.assert_allclose(certificate.split, problem.damping * (1.0 - 2e-9), rtol=1e-12)
