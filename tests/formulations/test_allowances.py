@@ -217,6 +217,18 @@ def test_errors_of_one_slope_add_up_in_a_reduction():
         assert both <= 1.05 * (alone[first_one] + alone[second_one])
 
 
+def test_a_reduction_pays_for_a_gradient_of_either_sign():
+    weights, smaller = np.array([1.0, -2.0, 0.0, 0.0, 0.0]), flat(3, 2, 0.5)
+    for place in range(5):
+        up, down = (
+            reduction(flat(5, 2, 0.5, weights=weights, gradient=sign * np.eye(5)[place]), smaller)
+            for sign in (1.0, -1.0)
+        )
+        assert up == down
+        # Its products with the weights, as a term of the constant and as one of the sum.
+        assert within(up, 2.0 * error_factor(5 + 16) * abs(weights[place]), spare=1e-17)
+
+
 def test_a_reduction_too_near_to_singular_has_no_allowance():
     rows = np.ones((2, 5))
     for damping, proved in ((1e-10, True), (1e-15, False)):
