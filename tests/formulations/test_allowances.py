@@ -901,3 +901,16 @@ def test_a_form_has_the_unit_of_its_costs_or_of_its_slopes_or_none():
         assert form.scale == scale
         slope = np.zeros(2) if gradient is None else np.array([-gradient[0], gradient[1]])
         np.testing.assert_allclose(form.linear * scale, slope)
+
+
+def test_an_eigenvalue_of_which_no_share_is_confirmed_is_not_known(monkeypatch):
+    monkeypatch.setattr("formulations.dense_forms.EIGENVALUES_LARGEST", 0)
+    monkeypatch.setattr("formulations.dense_forms._factorises", lambda matrix: False)
+    assert _lowest_and_minimiser(np.eye(3), np.ones(3), 0.0)[0] == -math.inf
+    tried = []
+    monkeypatch.setattr("formulations.dense_forms._factorises", lambda matrix: bool(tried.append(matrix)))
+    _lowest_and_minimiser(2.0 * np.eye(3), np.ones(3), 0.0)
+    # Ever smaller shares of the eigenvalue are taken off the diagonal, and nothing off the rest.
+    assert [round(2.0 - float(matrix[0, 0]), 12) for matrix in tried] == [1.0, 0.1, 0.01]
+    for matrix in tried:
+        np.testing.assert_allclose(matrix, matrix[0, 0] * np.eye(3), atol=1e-12)
