@@ -914,3 +914,18 @@ def test_an_eigenvalue_of_which_no_share_is_confirmed_is_not_known(monkeypatch):
     assert [round(2.0 - float(matrix[0, 0]), 12) for matrix in tried] == [1.0, 0.1, 0.01]
     for matrix in tried:
         np.testing.assert_allclose(matrix, matrix[0, 0] * np.eye(3), atol=1e-12)
+
+
+def test_the_target_of_a_reduced_block_errs_by_its_product_and_by_the_difference(monkeypatch):
+    told = []
+    place = "formulations.relaxations.reduced_block.joint_allowance"
+    monkeypatch.setattr(place, lambda problem, smaller, kept, free, target, *rest: told.append(target) or 0.0)
+    rows, gradient = np.random.default_rng(68).normal(size=(3, 5)), np.array([1e3, -1e3, 1e-3, 0.0, -1e6])
+    for weights in (np.ones(5), np.zeros(5)):
+        problem = BlockProblem(weights=weights, rows=rows, damping=0.5, gradient=gradient, n_prune=2)
+        keep = np.arange(5) < 2
+        reduced_block(problem, "joint", Fixing(keep=keep, prune=keep & ~keep, cutoff=1e9))
+        product = bounded_product(problem, weights, column_norms(problem))
+        formed = np.abs(product.value) + np.abs(gradient)
+        np.testing.assert_allclose(told[-1].error, product.error + error_factor(4) * formed, rtol=1e-9)
+        np.testing.assert_allclose(told[-1].value, product.value - gradient, rtol=1e-12)

