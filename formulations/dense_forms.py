@@ -190,7 +190,7 @@ def _lowest_and_minimiser(matrix: FloatArray, linear: FloatArray, known: float) 
         lowest = float(eigenvalues[0] - 4.0 * n * UNIT_ROUNDOFF * eigenvalues[-1])
         if lowest <= 0.0:
             return lowest, np.zeros(n)
-        return lowest, vectors @ ((vectors.T @ linear) / np.maximum(eigenvalues, lowest))
+        return lowest, vectors @ ((vectors.T @ linear) / eigenvalues)
     try:
         factor = cho_factor(matrix, lower=True, check_finite=False)
     except LinAlgError:

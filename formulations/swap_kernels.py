@@ -82,7 +82,7 @@ def swap_selection(matrix: FloatArray, linear: FloatArray, pruned: BoolArray, ma
         for j in range(n):
             gain_in[j] = np.inf if pruned[j] else state[j] + 0.5 * matrix[j, j]
         best = -IMPROVEMENT * scale
-        leave, enter = -1, -1
+        leave = enter = -1
         for i in range(n):
             if not pruned[i]:
                 continue
@@ -151,7 +151,7 @@ def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps:
             residual[j] = 0.0 if keep[j] else state[j]
             schur[j] = np.inf if keep[j] else table[j, j]
         best = 0.0
-        leave = -1
+        leave = enter = -1
         for i in range(n):
             if not keep[i]:
                 continue
@@ -164,7 +164,7 @@ def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps:
                 moved = residual[j] + row[j] * step
                 gain = max(gain, moved * moved / (schur[j] + row[j] * row[j] / inverse))
             change = cost - 0.5 * gain
-            if change < -IMPROVEMENT * cost - 1e-300 and change < best:
+            if change < -IMPROVEMENT * cost and change < best:
                 best = change
                 leave = i
         if leave < 0:
@@ -172,7 +172,6 @@ def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps:
         inverse = -table[leave, leave]
         step = state[leave] / inverse
         gain = -1.0
-        enter = -1
         for j in range(n):
             if not keep[j]:
                 moved = state[j] + table[leave, j] * step
@@ -180,8 +179,6 @@ def swap_joint(table: FloatArray, state: FloatArray, keep: BoolArray, max_swaps:
                 if value > gain:
                     gain = value
                     enter = j
-        if enter < 0:
-            break
         sweep(table, state, enter, 1.0)
         sweep(table, state, leave, -1.0)
         keep[enter] = True

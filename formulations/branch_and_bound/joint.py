@@ -67,8 +67,7 @@ def evaluate_joint(
             return FAILED, best, -1, False
         local = split[free]
         start = warm[free]
-        refresh = False
-        while not refresh:
+        while True:
             root = np.sqrt(local)
             smooth = np.empty((m, m))
             for p in range(m):
@@ -95,17 +94,12 @@ def evaluate_joint(
                     split[free[p]] = local[p]
             if best >= cutoff or value + constant >= cutoff:
                 return CLOSED, best, -1, False
-            if rules.fixing:
-                fixed = fix_joint(residual, size, bound, cutoff, free, status)
-                refresh = fixed >= max(1.0, REDUCED_AGAIN * m)
-            else:
-                fixed = 0
-            if refresh:
+            fixed = fix_joint(residual, size, bound, cutoff, free, status) if rules.fixing else 0
+            if fixed >= max(1.0, REDUCED_AGAIN * m):
                 break
             gap = cutoff - best
             if rounds >= rules.split_rounds or (rounds > rules.patience and gained < WORTH_A_ROUND * gap):
                 if fixed > 0 and np.count_nonzero(status == FREE) < 2:
-                    refresh = True
                     break
                 index, keep_first = branch_joint(smooth, point, residual, size, gap, free, status)
                 return BRANCH, best, index, keep_first

@@ -68,8 +68,7 @@ def evaluate_selection(
             metric[p] = METRIC_SHARE * (reduced[p, p] + METRIC_FLOOR)
         local = split[free]
         start = warm[free]
-        refresh = False
-        while not refresh:
+        while True:
             smooth = reduced.copy()
             for p in range(m):
                 smooth[p, p] -= local[p]
@@ -86,11 +85,8 @@ def evaluate_selection(
                     split[free[p]] = local[p]
             if best >= cutoff or value + constant >= cutoff:
                 return CLOSED, best, -1, False
-            fixed = 0
-            if rules.fixing:
-                fixed = fix_selection(slope, count, bound, cutoff, free, status)
-                refresh = fixed >= max(1.0, REDUCED_AGAIN * m)
-            if refresh:
+            fixed = fix_selection(slope, count, bound, cutoff, free, status) if rules.fixing else 0
+            if fixed >= max(1.0, REDUCED_AGAIN * m):
                 break
             gap = cutoff - best
             if rounds >= rules.split_rounds or (rounds > rules.patience and gained < WORTH_A_ROUND * gap):

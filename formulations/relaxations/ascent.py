@@ -110,7 +110,7 @@ def ascend(
     than half of one that takes as long as the longest so far would fit.
     """
     n = state.linear.size
-    work = max(1, int(WORK_A_LOOK / max(n, 1) ** 3))
+    work = max(1, int(WORK_A_LOOK / n**3))
     inverse = np.empty((0, 0))
     longest = 0.0
     while state.counts[PHASE] != ENDED and not stopped(SHARE_AHEAD * longest):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import count
 from typing import ClassVar
 
 import numpy as np
@@ -145,7 +146,7 @@ def relax_selection(
     metric = METRIC_SHARE * (np.diagonal(form.matrix) + METRIC_FLOOR)
     best: tuple[float, FloatArray, FloatArray] | None = None
     stalled = 0
-    for attempt in range(split_rounds + 1):
+    for attempt in count():
         smooth = form.matrix.copy()
         smooth[np.diag_indices(n)] -= current
         state = begin_simplex(

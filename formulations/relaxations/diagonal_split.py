@@ -69,10 +69,8 @@ def barrier_step(
     if not np.isfinite(gradient).all() or not cholesky_factor(curvature, factor):
         return False
     direction = solve_factored(factor, gradient)
-    decrement = np.sqrt(max(np.dot(gradient, direction), 0.0))
-    # The damped step is always feasible; a longer one is tried first.
+    # Of lengths near 1 / (1 + Newton decrement) all are feasible; longer ones are tried first.
     length = 1.0
-    damped = 1.0 / (1.0 + decrement)
     candidate = np.empty(n)
     while length > 1e-6:
         feasible = True
@@ -86,7 +84,7 @@ def barrier_step(
                 slack[i, i] = matrix[i, i] - candidate[i]
             if cholesky_factor(slack, factor):
                 break
-        length = 0.5 * length if length > 2.0 * damped else min(0.5 * length, damped)
+        length *= 0.5
     else:
         return False
     if length < 1.0:

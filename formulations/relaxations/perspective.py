@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import count
 from typing import ClassVar
 
 import numpy as np
@@ -142,7 +143,7 @@ def relax_joint(
     start = np.zeros(form.linear.size) if start is None else start.copy()
     best: tuple[float, FloatArray, FloatArray, FloatArray] | None = None
     stalled = 0
-    for attempt in range(split_rounds + 1):
+    for attempt in count():
         root = np.sqrt(current)
         smooth = form.matrix / root[:, None] / root[None, :]
         smooth[np.diag_indices(root.size)] -= 1.0

@@ -83,8 +83,6 @@ def copy_into(target: FloatArray, source: FloatArray) -> None:
 def largest_sum(values: FloatArray, count: int) -> float:
     """Sum of the `count` largest of `values`, by quickselect; O(n) on average."""
     n = values.size
-    if count <= 0:
-        return 0.0
     if count >= n:
         return float(values.sum())
     work = values.copy()

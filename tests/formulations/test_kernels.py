@@ -142,6 +142,54 @@ def test_a_gain_is_set_against_the_terms_it_is_the_difference_of():
         assert swap_selection(matrix, linear + np.array([0.5, 0.0, 0.0]), pruned, 10) == moves
 
 
+def test_of_equal_ones_the_first_is_taken():
+    """So that a set does not hang on the order in which equal ones are looked at."""
+    identity, ones = np.eye(4), np.ones(4)
+    for count in range(5):
+        first = np.arange(4) < count
+        assert prune_selection(identity, ones, count).tolist() == first.tolist()
+        pruned = np.zeros(4, dtype=bool)
+        prune_joint(identity.copy(), ones.copy(), pruned, count)
+        assert pruned.tolist() == first.tolist()
+    for chosen in ([0, 1], [2, 3]):
+        others = [i for i in range(4) if i not in chosen]
+        pruned = np.isin(np.arange(4), chosen)
+        assert swap_selection(identity, np.where(pruned, 4.0, 1.0), pruned, 1) == 1
+        assert np.flatnonzero(pruned).tolist() == sorted([chosen[1], others[0]])
+        keep = np.isin(np.arange(4), chosen)
+        table, state = np.diag(np.where(keep, -1.0, 1.0)), np.where(keep, 1.0, 4.0)
+        assert swap_joint(table, state, keep, 1) == 1
+        assert np.flatnonzero(keep).tolist() == sorted([chosen[1], others[0]])
+
+
+def test_a_share_begins_and_ends_where_it_would_not_change_anything():
+    """An entry at the very level of the others is whole, or zero."""
+    order, image = np.empty(4, dtype=np.int64), np.empty(4)
+    assert tuple(prox_support_norm(np.array([4.0, 3.0, 3.0, 2.0]), 2, 1.0, order, image)) == (1, 3)
+    np.testing.assert_allclose(image, [2.0, 1.0, 1.0, 0.0])
+    assert tuple(prox_support_norm(np.array([4.0, 2.0, 1.0, -1.0]), 2, 1.0, order, image)) == (2, 2)
+    np.testing.assert_allclose(image, [2.0, 1.0, 0.0, 0.0])
+    assert tuple(prox_support_norm(np.array([-4.0, 2.0, 1.0, -1.0]), 0, 1.0, order, image)) == (0, 0)
+    assert not image.any()
+    assert order.tolist()[:2] == [0, 1]
+    assert tuple(prox_support_norm(np.array([-4.0, 2.0, 1.0, -1.0]), 4, 3.0, order, image)) == (4, 4)
+    np.testing.assert_allclose(image, [-1.0, 0.5, 0.25, -0.25])
+
+
+def test_where_nothing_costs_anything_nothing_is_swapped():
+    pruned = np.array([True, False, False])
+    assert swap_selection(np.zeros((3, 3)), np.zeros(3), pruned, 10) == 0
+    assert pruned.tolist() == [True, False, False]
+    for everything in (False, True):
+        keep, table = np.full(3, everything), np.eye(3)
+        table *= -1.0 if everything else 1.0
+        assert swap_joint(table, np.ones(3), keep, 10) == 0
+        assert (keep == everything).all()
+    keep, table = np.array([True, False, False]), np.diag([-1.0, 1.0, 1.0])
+    assert swap_joint(table, np.zeros(3), keep, 10) == 0
+    assert keep.tolist() == [True, False, False]
+
+
 def test_sums_of_largest_and_smallest_entries():
     rng = np.random.default_rng(0)
     for size in range(1, 12):
@@ -243,7 +291,7 @@ def test_a_point_far_from_every_good_set_pays_for_an_indefinite_matrix():
         value = constant + 0.5 * point @ (smooth + np.eye(5)) @ point - linear @ point
         size = 2.0 + 3.0 * np.sqrt(2.0 * max(value - minimum, 0.0))
         found = perspective.indefinite_rounding(linear, point, residual, constant, reach)
-        assert found == pytest.approx(1e-14 * size**2, rel=1e-9)
+        assert found == pytest.approx(1e-14 * size**2, rel=1e-9, abs=0.0)
 
 
 def test_newton_points_are_stationary_on_their_entries():
@@ -305,10 +353,10 @@ def test_both_relaxations_are_solved_to_a_small_gap(kind):
     np.testing.assert_allclose(residual, linear - smooth @ point, atol=1e-6 * (1.0 + np.abs(linear).max()))
     assert value <= perspective.dual_value(point, smooth @ point, linear, np.ones(8), 4)
     proved = perspective.dual_value(point, smooth @ point, linear, np.ones(8), 4)
-    assert value == pytest.approx(proved, rel=1e-9)
+    assert value == pytest.approx(proved, rel=1e-9, abs=0.0)
     primal = 0.5 * point @ smooth @ point - linear @ point + half_support_norm(point, 4)
     assert value <= primal + 1e-9
-    assert value == pytest.approx(primal, rel=1e-3)
+    assert value == pytest.approx(primal, rel=1e-3, abs=0.0)
     selection = selection_form(problem)
     bound, y, slope, _ = simplex.solve_capped_simplex(
         selection.matrix, selection.linear, 4, np.full(8, 0.3), np.full(8, 0.5), np.inf, 300, 1e-5

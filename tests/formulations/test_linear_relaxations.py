@@ -10,6 +10,7 @@ import pytest
 from scipy.optimize import linprog
 
 from formulations import BlockProblem
+from formulations.errors import UnsupportedProblemError
 from formulations.relaxations import lower_bound
 from formulations.relaxations.linear import _LinearProgram
 from tests.formulations.blocks import block
@@ -53,8 +54,10 @@ def test_a_certificate_proves_the_optimum_of_its_relaxation(kind, relaxation):
         assert bound >= wanted - 1e-6 * unit
 
 
-def test_only_rows_that_the_sign_of_a_cost_can_make_active_are_written():
-    problem = block("random", 6, 3, seed=1)
+@pytest.mark.parametrize("kind", ["random", "zeros"])
+def test_only_rows_that_the_sign_of_a_cost_can_make_active_are_written(kind):
+    problem = block(kind, 6, 3, seed=1)
+    assert (problem.weights == 0.0).any() == (kind == "zeros")
     costs = problem.dense_hessian() * np.outer(problem.weights, problem.weights)
     products = costs[np.triu_indices(6, 1)]
     plain, full = (_LinearProgram.of(problem, name) for name in ("mccormick", "rlt"))
@@ -73,7 +76,7 @@ def test_only_rows_that_the_sign_of_a_cost_can_make_active_are_written():
             assert (rows >= model.row_lower - 1e-12).all()
             assert (rows <= model.row_upper + 1e-12).all()
             value = 0.5 * y @ costs @ y - (problem.gradient_or_zero * problem.weights) @ y
-            assert program.unit * float(model.cost @ point) == pytest.approx(value)
+            assert program.unit * float(model.cost @ point) == pytest.approx(value, rel=1e-9, abs=0.0)
 
 
 def test_without_multipliers_the_bound_is_that_of_the_signs_of_the_costs():
@@ -84,7 +87,23 @@ def test_without_multipliers_the_bound_is_that_of_the_signs_of_the_costs():
     costs = problem.dense_hessian() * np.outer(problem.weights, problem.weights)
     single = np.sort(0.5 * np.diagonal(costs) - problem.gradient_or_zero * problem.weights)
     wanted = float(np.minimum(np.triu(costs, 1), 0.0).sum() + single[:3].sum())
-    assert certificate.lower_bound(problem) == pytest.approx(wanted, rel=1e-9)
+    assert certificate.lower_bound(problem) == pytest.approx(wanted, rel=1e-9, abs=0.0)
     # The sign of a multiplier of an inequality that the solver got wrong is no proof: it is set to 0.
     wrong = program.certificate(np.concatenate((np.zeros(1), -np.ones(45), np.zeros(6))), problem)
     assert wrong.lower_bound(problem) == certificate.lower_bound(problem)
+
+
+def test_the_largest_block_is_still_relaxed_and_the_next_one_refused(monkeypatch):
+    monkeypatch.setattr("formulations.relaxations.linear.LINEAR_LARGEST", 6)
+    assert lower_bound(block("random", 6, 3, seed=1), "selection", relaxation="rlt").bound is not None
+    with pytest.raises(UnsupportedProblemError, match="7 weights"):
+        lower_bound(block("random", 7, 3, seed=1), "selection", relaxation="rlt")
+
+
+@pytest.mark.parametrize("relaxation", ["mccormick", "rlt"])
+def test_where_nothing_costs_anything_the_bound_is_zero(relaxation):
+    problem = BlockProblem(weights=np.zeros(5), rows=np.eye(5), damping=0.5, n_prune=2)
+    program = _LinearProgram.of(problem, relaxation)
+    assert program.unit == 1.0
+    solution = lower_bound(problem, "selection", relaxation=relaxation)
+    assert -1e-12 <= solution.bound <= solution.objective == 0.0

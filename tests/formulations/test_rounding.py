@@ -22,7 +22,7 @@ from formulations.incumbents import IncumbentPool
 from formulations.loss import objective, solved_weights
 from formulations.relaxations import lower_bound
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
-from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
+from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.certified import (
     bounded_product,
     bounded_value,
@@ -38,6 +38,7 @@ from formulations.relaxations.only_set import only_set_certificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import reduced_block
 from formulations.solvers.conclusion import conclude
+from tests.formulations.test_allowances import Line
 from tests.stress.exact import ExactBlock
 
 PROGRAMS = ("selection", "joint")
@@ -409,22 +410,6 @@ def test_equal_weights_are_never_fixed_against_each_other(program):
             _obeyed(every, least.fixed_below(problem, cutoff), cutoff)
 
 
-class Line(RelaxationCertificate):
-    """A certificate that states its line."""
-
-    chosen_are_kept = True
-    kind = "line"
-
-    def __init__(self, cost, error=0.0, base=0.0, lost=0.0, **more):
-        super().__init__(**more)
-        cost = np.array(cost)
-        line = Linearisation(base=base, lost=lost, cost=cost, error=np.broadcast_to(error, cost.shape))
-        object.__setattr__(self, "line", line)
-
-    def linearisation(self, problem, given):
-        return self.line
-
-
 def test_a_bound_is_lowered_by_the_errors_of_the_costs_that_a_set_can_have():
     """Twice by those of the chosen and by the largest of the free, and by that of the base."""
     problem = BlockProblem(weights=np.ones(5), rows=np.eye(5), damping=1.0, n_prune=3)
@@ -437,7 +422,7 @@ def test_a_bound_is_lowered_by_the_errors_of_the_costs_that_a_set_can_have():
             basis = Line(cost, fixing=Fixing(keep=one, prune=np.zeros(5, dtype=bool), cutoff=-50.0))
             assert basis.proves_fixing(problem)
         line = Line(np.full(5, -200.0), error, basis=basis, lost=0.5, base=7.0)
-        assert line.lower_bound(problem) == pytest.approx(7.0 - 400.0 - 2.0 * (lost + 0.5))
+        assert line.lower_bound(problem) == pytest.approx(7.0 - 400.0 - 2.0 * (lost + 0.5), rel=1e-9, abs=0.0)
         assert line.proves_bound(problem, 7.0 - 400.0 - 1.6 * (lost + 0.5))
         assert not line.proves_bound(problem, 7.0 - 400.0 - 1.4 * (lost + 0.5))
     assert Line(np.full(5, 1e16)).lower_bound(problem) < 2e16 * (1.0 - 2.0 * UNIT_ROUNDOFF * 5)
@@ -471,7 +456,7 @@ def test_enough_is_fixed_where_one_set_stands_out(program):
     assert fixing.keep.tolist() == [True] * 3 + [False] * 3
     assert fixing.prune.tolist() == [False] * 3 + [True] * 3
     assert certificate.proves_fixing(problem)
-    assert certificate.lower_bound(problem) == pytest.approx(best.objective, rel=1e-6)
+    assert certificate.lower_bound(problem) == pytest.approx(best.objective, rel=1e-6, abs=0.0)
     wrong = Fixing(keep=~fixing.keep, prune=~fixing.prune, cutoff=fixing.cutoff)
     assert not replace(certificate, fixing=wrong).proves_fixing(problem)
     half = Fixing(keep=fixing.keep, prune=np.zeros(6, dtype=bool), cutoff=fixing.cutoff)
@@ -679,7 +664,7 @@ def test_error_factor_is_that_of_a_chain_of_roundings():
         exact_factor = (
             Fraction(count) * Fraction(UNIT_ROUNDOFF) / (1 - Fraction(count) * Fraction(UNIT_ROUNDOFF))
         )
-        assert float(exact_factor) == pytest.approx(error_factor(count), rel=1e-12)
+        assert float(exact_factor) == pytest.approx(error_factor(count), rel=1e-12, abs=0.0)
     assert UNIT_ROUNDOFF == 2.0**-53
 
 

@@ -13,8 +13,10 @@ from formulations.branch_and_bound import branch_and_bound
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 from formulations.incumbents import greedy, swap_search
+from formulations.loss import step_loss
 from formulations.outer_approximation import outer_approximation
-from formulations.relaxations import lower_bound
+from formulations.relaxations import Fixing, lower_bound
+from formulations.relaxations.certified import value_ceiling
 from tests.stress.exact import ExactBlock
 
 PROGRAMS = ("selection", "joint")
@@ -229,3 +231,112 @@ def test_numpy_scalars_are_numbers():
     problem = BlockProblem(weights=np.ones(2), rows=np.eye(2), n_prune=np.int64(1), damping=np.float32(0.5))
     assert (type(problem.n_prune), type(problem.damping)) == (int, float)
     assert type(branch_and_bound(problem, "joint", limits=limits).bound) is float
+
+
+def test_claims_at_the_very_edge_of_what_is_proved_hold():
+    problem = gaussian()
+    solution = branch_and_bound(problem, "joint")
+    plain = dataclasses.replace(solution, certificate=None, termination=Termination.FEASIBLE)
+    ceiling = value_ceiling(problem, solution.weights)
+    assert not verify(problem, dataclasses.replace(plain, bound=ceiling)).wrong
+    assert verify(problem, dataclasses.replace(plain, bound=math.nextafter(ceiling, math.inf))).wrong
+    # Without a gradient no loss is below 0, which needs no certificate.
+    assert verify(problem, dataclasses.replace(plain, bound=0.0)).bound_checked
+    assert not verify(problem, dataclasses.replace(plain, bound=1e-300)).bound_checked
+    exact = dataclasses.replace(solution, bound=solution.objective, rel_gap=0.0)
+    assert not verify(problem, exact).wrong
+    gap = solution.gap
+    assert not verify(problem, dataclasses.replace(solution, rel_gap=gap)).wrong
+    assert verify(problem, dataclasses.replace(solution, rel_gap=math.nextafter(gap, 0.0))).wrong
+    # Nothing pruned: everything is 0, and what is stated has to be that.
+    nothing = dataclasses.replace(problem, n_prune=0)
+    still = branch_and_bound(nothing, "selection")
+    assert still.objective == 0.0
+    assert verify(nothing, still).ok
+    assert verify(nothing, dataclasses.replace(still, objective=1e-300, bound=None, certificate=None)).wrong
+
+
+@pytest.mark.parametrize(
+    ("claims", "note"),
+    [
+        ({"keep": None, "weights": None, "termination": Termination.NO_SOLUTION}, "without a set"),
+        ({"keep": np.ones(9, dtype=bool)}, "for a block of 10"),
+        ({"weights": np.zeros(11)}, "for a block of 10"),
+        ({"nan": 3}, "not finite"),
+        ({"pruned": 1e-300}, "not exactly 0"),
+        ({"more": True}, "the problem asks for"),
+        ({"off": 2e-7}, "recomputed"),
+        ({"off": -2e-7}, "recomputed"),
+        ({"objective": None}, "recomputed"),
+        ({"bound": -math.inf}, "is no number"),
+        ({"bound": 1e9}, "exceeds the objective"),
+        ({"rel_gap": math.inf}, "cannot have been asked for"),
+        ({"rel_gap": -1e-9}, "cannot have been asked for"),
+        ({"termination": Termination.INFEASIBLE}, "every count"),
+        ({"termination": Termination.NO_SOLUTION}, "but there is a set"),
+        ({"termination": Termination.OPTIMAL}, "called optimal"),
+        ({"none": Termination.FEASIBLE}, "but there is no set"),
+    ],
+    ids=str,
+)
+def test_one_claim_that_is_wrong_is_said_to_be_it(claims, note):
+    """Of a solution that claims no more than its set."""
+    problem = gaussian()
+    plain = dataclasses.replace(greedy(problem, "joint"), bound=None, certificate=None, rel_gap=None)
+    assert verify(problem, plain).ok
+    claims, keep, weights = dict(claims), plain.keep.copy(), plain.weights.copy()
+    if "nan" in claims:
+        weights[claims.pop("nan")] = math.nan
+    if "pruned" in claims:
+        weights[np.flatnonzero(~keep)[0]] = claims.pop("pruned")
+    if "off" in claims:
+        claims["objective"] = plain.objective * (1.0 + claims.pop("off"))
+    if "none" in claims:
+        none = {"keep": None, "weights": None, "objective": None}
+        claims = none | {"termination": claims.pop("none")}
+    if claims.pop("more", False):
+        # One weight more stays, as it was: the objective is right.
+        back = np.flatnonzero(~keep)[0]
+        keep[back], weights[back] = True, problem.weights[back]
+        claims["objective"] = step_loss(problem, weights - problem.weights)
+    solution = dataclasses.replace(plain, **({"keep": keep, "weights": weights} | claims))
+    found = verify(problem, solution)
+    assert found.wrong
+    # A bound that is wrong is not proved either, which is said too.
+    assert [note in said for said in found.notes if "rests on" not in said] == [True]
+    assert found.feasible == (note not in WITHOUT_A_SET)
+    assert not found.bound_checked
+
+
+WITHOUT_A_SET = (
+    *("without a set", "for a block of 10", "not finite", "not exactly 0", "the problem asks for"),
+    "but there is no set",
+)
+"""What is wrong with the set itself."""
+
+
+def test_a_little_difference_in_the_objective_is_rounding():
+    problem = gaussian()
+    plain = dataclasses.replace(greedy(problem, "joint"), bound=None, certificate=None)
+    for off in (5e-8, -5e-8):
+        assert verify(problem, dataclasses.replace(plain, objective=plain.objective * (1.0 + off))).ok
+    empty = {"keep": None, "weights": None, "objective": None, "termination": Termination.NO_SOLUTION}
+    found = verify(problem, dataclasses.replace(plain, **empty))
+    assert found.ok
+    assert (found.feasible, found.objective, found.bound) == (False, None, None)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_weight_listed_as_fixed_that_is_not_proved_so_is_wrong(program):
+    """The bound rests on no fixing, so that nothing else gives it away."""
+    problem = gaussian()
+    best = enumerate_optimum(problem, program)
+    solution = lower_bound(problem, program, incumbent=best, fix=True)
+    assert not verify(problem, solution).wrong
+    plain = lower_bound(problem, program)
+    everything = np.ones(10, dtype=bool)
+    boast = Fixing(keep=best.keep, prune=everything & ~best.keep, cutoff=10.0 * best.objective)
+    certificate = dataclasses.replace(plain.certificate, fixing=boast)
+    found = verify(problem, dataclasses.replace(plain, certificate=certificate))
+    assert found.wrong
+    assert [note for note in found.notes if "10 weights listed as fixed" in note]

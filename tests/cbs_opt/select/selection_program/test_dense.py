@@ -166,3 +166,22 @@ def test_the_torch_path_is_taken_where_it_is_asked_for(monkeypatch: pytest.Monke
             compiled=compiled,
         )
         assert len(taken) == calls
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chosen", [[0, 1], [2, 3]])
+def test_of_equal_pairs_the_first_is_swapped_and_only_for_more_than_was_asked(
+    engine, chosen: list[int]
+) -> None:  # type: ignore[no-untyped-def]
+    gram = torch.eye(4, dtype=torch.float64)[None]
+    pruned = torch.tensor([i in chosen for i in range(4)])[None]
+    # Every pair lowers the value by 1.
+    linear = torch.where(pruned, 1.0, 2.0).double()
+    others = [i for i in range(4) if i not in chosen]
+    for tolerance, swaps in ((1.0, 0), (0.999, 1)):
+        y, v = pruned.clone(), gram[0] @ pruned.double()[0]
+        tolerances, budget = torch.tensor([tolerance], dtype=torch.float64), torch.tensor([1])
+        counts = engine(gram, v[None].clone(), linear, y, tolerances, budget)
+        assert counts.swaps.tolist() == [swaps]
+        left = sorted([chosen[1], others[0]]) if swaps else chosen
+        assert y[0].nonzero()[:, 0].tolist() == left
