@@ -47,8 +47,7 @@ class Tier:
     `row_work`: of the gradients that the rows of all stages are made of. `rows`: how many those of one stage
     are at most, and `most_per_row` how many samples a row sums up. `tuning_work`: of the gradients of all
     fine-tuning, no more than `passes` over the data. `kept`: share of the weights that a stage keeps, about.
-    `selection_work`: multiplications, rows^2 x weights a stage, of all stages. `drop`: share of the weights
-    that one drop of greedy OBS keeps. `scales`: step lengths that are tried.
+    `drop`: the same for one drop of greedy OBS. `scales`: step lengths that are tried.
     """
 
     row_work: float
@@ -57,7 +56,6 @@ class Tier:
     tuning_work: float
     passes: float
     kept: float
-    selection_work: float
     drop: float
     scales: tuple[float, ...]
 
@@ -70,7 +68,6 @@ TIERS = {
         tuning_work=0.0,
         passes=0.0,
         kept=0.0,
-        selection_work=0.0,
         drop=0.7,
         scales=(0.5, 0.75, 1.0),
     ),
@@ -80,8 +77,7 @@ TIERS = {
         most_per_row=12,
         tuning_work=1.3e12,
         passes=5.0,
-        kept=0.5,
-        selection_work=3e10,
+        kept=0.7,
         drop=0.85,
         scales=(0.5, 1.0),
     ),
@@ -92,7 +88,6 @@ TIERS = {
         tuning_work=5e13,
         passes=30.0,
         kept=0.85,
-        selection_work=2e12,
         drop=0.85,
         scales=(0.5, 1.0),
     ),
@@ -111,6 +106,16 @@ COMPARED = (64, 2_000)
 """Fewest and most samples set aside."""
 BATCHES = (16, 64)
 """Smallest and largest batch of fine-tuning."""
+STAGE_SAMPLES = 3_200
+"""Samples of fine-tuning a stage below which there are fewer stages."""
+GRADUAL_ROWS = (100, 8)
+"""Rows of a stage, and the most samples of each, where there are several stages with fine-tuning."""
+GRADUAL_DAMPING = 10.0
+"""Damping of the selection there.
+
+Long steps between the selections move the kept weights anyway: the model is asked which weights are large
+beside the curvature, not for sets whose members make up for one another, and there are no updates.
+"""
 FINAL_SHARE = 0.4
 """Of all fine-tuning for that after the last stage, if there are several."""
 STEPS = 100
@@ -171,29 +176,24 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         f"data: {facts.samples or 'an unknown number of'} samples",
         f"work: {facts.work:.2g} operations a gradient",
     ]
-    budget = named.samples
-    if named.seconds is not None:
-        assert facts.seconds is not None
-        budget = max(1, int(named.seconds / facts.seconds))
-        choices.append(f"{named.seconds:g} s are some {budget} gradients")
-    most = max(1, int(tier.selection_work / (tier.rows**2 * partition.n)))
-    count = 1 if not tier.kept or certify else min(most, _stage_count(sparsity, tier.kept))
     staged = not certify and (tier.tuning_work > 0.0 or stages is not None)
+    budget = _budget(named, facts, choices)
+    row_samples, tuning = _samples(tier, facts, budget)
+    count = 1
     if stages is not None:
         count = stages.count
-    row_samples = max(FEWEST_SAMPLES, int(tier.row_work / facts.work)) / count
-    a_pass = UNKNOWN if facts.samples is None else facts.samples
-    tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / facts.work), tier.passes * a_pass)
-    if budget is not None:
-        if budget < FEWEST_SAMPLES:
-            choices.append(f"a budget of {budget} gradients makes a poor model: {FEWEST_SAMPLES} are few")
-        share = budget / (row_samples * count + tuning)
-        row_samples, tuning = row_samples * share, tuning * share
+    elif tier.kept and not certify:
+        count = max(1, min(_stage_count(sparsity, tier.kept), int(tuning / STAGE_SAMPLES)))
+    gradual = count > 1 and stages is None
+    row_samples /= count
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)
     most_rows = max(tier.rows, int(math.sqrt(SELECTION_WORK / (partition.n * drops))))
-    samples = int(max(1, min(row_samples, available, most_rows * tier.most_per_row)))
+    most_rows, most_per_row = GRADUAL_ROWS if gradual else (most_rows, tier.most_per_row)
+    samples = int(max(1, min(row_samples, available, most_rows * most_per_row)))
     rows = max(1, min(most_rows, samples, max(1, fits)))
+    if budget is not None:
+        tuning = max(tuning, budget - samples * count)
     if samples < FEWEST_SAMPLES and samples == available:
         choices.append(f"all {samples} samples are differentiated, as there are no more")
     compared = int(min(max(COMPARED[0], COMPARED_WORK * BACKWARD / facts.work), COMPARED[1]))
@@ -207,7 +207,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         select=GreedyOBS(drops=drops),
         recalibrate=named.recalibrate,
         choice_samples=compared,
-        selection_damping=1.0 if staged else None,
+        selection_damping=GRADUAL_DAMPING if gradual else 1.0 if staged else None,
         damping=1.0 if staged else 0.1,
     )
     plan = stages or (_stages(count, tuning, available) if staged else None)
@@ -221,8 +221,30 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         choices.append(_said(plan))
     elif certify and tier.tuning_work:
         choices.append("one stage without fine-tuning, as a bound holds for the model of one stage only")
-    recipes = tuple(Recipe.grid(base, update=[Update(scale=scale) for scale in tier.scales]))
+    scales = [] if gradual else [Update(scale=scale) for scale in tier.scales]
+    recipes = tuple(Recipe.grid(base, update=scales or [None]))
     return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, sparsity)
+
+
+def _budget(named: Named, facts: Facts, choices: list[str]) -> int | None:
+    """Return the gradients that the caller allows, None where nothing is said, and tell `choices`."""
+    budget = named.samples
+    if named.seconds is not None:
+        assert facts.seconds is not None
+        budget = max(1, int(named.seconds / facts.seconds))
+        choices.append(f"{named.seconds:g} s are some {budget} gradients")
+    if budget is not None and budget < FEWEST_SAMPLES:
+        choices.append(f"a budget of {budget} gradients makes a poor model: {FEWEST_SAMPLES} are few")
+    return budget
+
+
+def _samples(tier: Tier, facts: Facts, budget: int | None) -> tuple[float, float]:
+    """Return the samples of the rows of all stages, and those of all fine-tuning."""
+    rows = float(max(FEWEST_SAMPLES, int(tier.row_work / facts.work)))
+    a_pass = UNKNOWN if facts.samples is None else facts.samples
+    tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / facts.work), tier.passes * a_pass)
+    share = 1.0 if budget is None else budget / (rows + tuning)
+    return rows * share, tuning * share
 
 
 def _facts(scene: Scene, *, timed: bool) -> Facts:

@@ -244,28 +244,29 @@ class FineTuning:
     ----------
     samples : int
         Training samples differentiated after a stage, drawn again where there are fewer. In the first stage
-        three tenths of them go to the rates below, if there are several; the best one, by the loss on samples
-        set aside, goes on. It is divided by three where steps are not taken, and recovers where they are.
+        some of them, 15 % of those of all stages, go to the rates below, if there are several and this
+        allows 50 steps of each; the best one, by the loss on samples set aside, goes on, else the first one.
+        It is divided by three where steps are not taken, and recovers where they are.
     final_samples : int, optional
         The same after the last stage; by default as many.
     batch_size : int, default 64
         Samples of every step.
-    momentum_rates : tuple of float, default (.5,)
+    momentum_rates : tuple of float, default (.75,)
         Learning rates for steps with Nesterov momentum .9, over the largest eigenvalue of the Fisher matrix
         of the first stage.
-    newton_dampings : tuple of float, default (.1,)
+    newton_dampings : tuple of float, default ()
         For the same steps with the gradient times the inverse of the damped Fisher matrix: what is added to
         it, over its largest eigenvalue.
-    adam_rates : tuple of float, default (.005,)
+    adam_rates : tuple of float, default ()
         Learning rates for steps of Adam, in units of the root mean square of the kept weights.
     """
 
     samples: int
     final_samples: int | None = None
     batch_size: int = 64
-    momentum_rates: tuple[float, ...] = (0.5,)
-    newton_dampings: tuple[float, ...] = (0.1,)
-    adam_rates: tuple[float, ...] = (0.005,)
+    momentum_rates: tuple[float, ...] = (0.75,)
+    newton_dampings: tuple[float, ...] = ()
+    adam_rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."

@@ -24,14 +24,18 @@ from cbs_opt.stages.model import StageModel
 MOMENTUM = 0.9
 WARM_UP = 0.05
 """Share of the steps of a stage over which the rate rises."""
-TRIAL_SHARE = 0.3
-"""Of the samples of a fine-tuning for all rates that are tried."""
+TRIAL_SHARE = 0.15
+"""Of the samples of all fine-tuning for the rates that are tried."""
+TRIAL_MOST = 0.8
+"""Of the samples of the first fine-tuning for them at most."""
+TRIAL_STEPS = 50
+"""Steps of a rate below which nothing is tried: the first rate is taken."""
 NEWTON_STEP = 0.1
 """Of a Newton step at each step: with momentum they add up to a whole one."""
 STEP = 3.0
 """Between a rate and its neighbours."""
-RUN_AWAY = 10.0
-"""How many times the loss before it the loss of a network is that ran away."""
+RUN_AWAY = 0.25
+"""Share of the way to the loss without any weight from which on a network counts as run away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,9 @@ class Span:
         falling = 0.5 * (1.0 + math.cos(math.pi * place))
         return falling * min(1.0, 0.1 + 0.9 * time / WARM_UP)
 
-    def takes(self, after: float, before: float) -> bool:
-        """Whether a network of one loss is to follow one of another."""
-        return after < before if self.end == 1.0 else after <= RUN_AWAY * before
+    def takes(self, after: float, before: float, without: float) -> bool:
+        """Whether a network of one loss is to follow one of another, where there is one `without` weights."""
+        return after < before + (0.0 if self.end == 1.0 else RUN_AWAY * max(0.0, without - before))
 
 
 WHOLE = Span()
@@ -243,13 +247,14 @@ class FineTuner:
         best, used = weights, 0
         tries = [] if rate is None else [rate]
         if rate is None:
-            curvature = largest_eigenvalue(model.rows)
+            curvature = largest_curvature(model.rows)
             # Without any curvature nothing that the rows see depends on the weights.
             tries = rates(self.plan, curvature or 1.0, weights[self.keep])
             samples = samples if curvature > 0.0 else 0
+        share = self._trial(samples, len(tries))
+        tries = tries if share else tries[:1]
         chosen = tries[0]
-        if len(tries) > 1 and samples:
-            share = max(1, int(TRIAL_SHARE * samples / len(tries)))
+        if share:
             losses = []
             for entry in tries:
                 moved, count = self._moved(weights, entry, model, share, WHOLE, advance)
@@ -259,12 +264,14 @@ class FineTuner:
                     value, best = losses[-1], moved
             chosen = tries[losses.index(min(losses))]
         last, following = chosen, chosen
+        # Where the network can be anything but run away, this says what that is.
+        without = 0.0 if self.span.end == 1.0 else _ordered(loss(torch.zeros_like(weights)))
         while used < samples:
             last = following
             moved, count = self._moved(best, last, model, samples - used, self.span, advance)
             used += count
             after = _ordered(loss(moved))
-            if self.span.takes(after, value):
+            if self.span.takes(after, value, without):
                 value, best = after, moved
                 following = last.longer()
             else:
@@ -279,6 +286,12 @@ class FineTuner:
             samples=used,
             tried=len(tries),
         )
+
+    def _trial(self, samples: int, tries: int) -> int:
+        """Return the samples of each rate that is tried, 0 if none is."""
+        whole = samples / (self.span.end - self.span.begin)
+        share = int(min(TRIAL_SHARE * whole, TRIAL_MOST * samples) / tries)
+        return share if tries > 1 and share >= TRIAL_STEPS * self.plan.batch_size else 0
 
     def _moved(
         self,
@@ -310,7 +323,25 @@ def _ordered(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def largest_eigenvalue(rows: Tensor) -> float:
-    """Return the largest eigenvalue of ``rows^T rows``, of rows (m, n), by their Gram matrix."""
+def largest_curvature(rows: Tensor) -> float:
+    """Return the largest eigenvalue of the matrix that ``rows^T rows`` samples, of independent rows (m, n).
+
+    That of ``rows^T rows`` itself is above it by about the trace over m, several times it where rows are few.
+    Here one half of the rows says in which direction, and the other half how much: the mean of both ways.
+    O(m^2 n).
+    """
+    if len(rows) < 2:
+        return float(rows.double().square().sum())
+    halves = rows[::2], rows[1::2]
+    found = [_along_first(first, other) for first, other in (halves, halves[::-1])]
+    return sum(len(rows) / len(other) * value for value, other in zip(found, halves[::-1], strict=True)) / 2
+
+
+def _along_first(rows: Tensor, others: Tensor) -> float:
+    """Return ``|others v|^2`` for the unit vector v that `rows` see most of; 0 if they see nothing."""
     gram = (rows @ rows.mT).double()
-    return float(torch.linalg.eigvalsh(gram)[-1])
+    values, vectors = torch.linalg.eigh(gram)
+    if not float(values[-1]) > 0.0:
+        return 0.0
+    mixed = (others @ rows.mT).double() @ vectors[:, -1]
+    return float(mixed.square().sum() / values[-1])
