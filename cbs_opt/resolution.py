@@ -47,7 +47,9 @@ class Tier:
     `row_work`: of the gradients that the rows of all stages are made of. `rows`: how many those of one stage
     are at most, and `most_per_row` how many samples a row sums up. `tuning_work`: of the gradients of all
     fine-tuning, no more than `passes` over the data. `kept`: share of the weights that a stage keeps, about.
-    `drop`: the same for one drop of greedy OBS. `scales`: step lengths that are tried.
+    `drop`: the same for one drop of greedy OBS. `selection_work`: multiplications, rows^2 x weights x drops,
+    up to which there are more rows. `compared_work`: of the forward passes of the samples set aside.
+    `scales`: step lengths that are tried.
     """
 
     row_work: float
@@ -57,18 +59,22 @@ class Tier:
     passes: float
     kept: float
     drop: float
+    selection_work: float
+    compared_work: float
     scales: tuple[float, ...]
 
 
 TIERS = {
     "fast": Tier(
-        row_work=0.5e12,
+        row_work=0.3e12,
         rows=250,
         most_per_row=8,
         tuning_work=0.0,
         passes=0.0,
         kept=0.0,
         drop=0.7,
+        selection_work=1.5e10,
+        compared_work=0.025e12,
         scales=(0.5, 0.75, 1.0),
     ),
     "balanced": Tier(
@@ -76,9 +82,11 @@ TIERS = {
         rows=320,
         most_per_row=12,
         tuning_work=1.3e12,
-        passes=5.0,
+        passes=20.0,
         kept=0.7,
         drop=0.85,
+        selection_work=5e10,
+        compared_work=0.05e12,
         scales=(0.5, 1.0),
     ),
     "best": Tier(
@@ -89,25 +97,29 @@ TIERS = {
         passes=30.0,
         kept=0.85,
         drop=0.85,
+        selection_work=5e10,
+        compared_work=0.05e12,
         scales=(0.5, 1.0),
     ),
 }
-SELECTION_WORK = 5e10
-"""Multiplications, rows^2 x weights x drops, up to which a stage has more rows than the tier says."""
+OVERHEAD = 4e6
+"""Operations that the time of a step would do beside those of its gradient, for each of its samples."""
 FEWEST_SAMPLES = 1_000
 """Samples for rows, and for fine-tuning, however large the network is; fewer if there are fewer."""
 UNKNOWN = 10_000
 """Samples that a pass counts as for fine-tuning, where nothing tells how many there are."""
 LEAST_STEPS = 20
 """Steps below which there is no fine-tuning."""
-COMPARED_WORK = 0.05e12
-"""Operations of the forward passes of the samples set aside."""
 COMPARED = (64, 2_000)
 """Fewest and most samples set aside."""
 BATCHES = (16, 64)
 """Smallest and largest batch of fine-tuning."""
 STAGE_SAMPLES = 3_200
 """Samples of fine-tuning a stage below which there are fewer stages."""
+GRADUAL_SHARE = 0.5
+"""Of the weights that a stage has to keep, if the selections are to be gradual."""
+SHARP_SHARE = 0.08
+"""Of the weights that a stage keeps at least where they are not."""
 GRADUAL_ROWS = (100, 8)
 """Rows of a stage, and the most samples of each, where there are several stages with fine-tuning."""
 GRADUAL_DAMPING = 10.0
@@ -179,16 +191,15 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     staged = not certify and (tier.tuning_work > 0.0 or stages is not None)
     budget = _budget(named, facts, choices)
     row_samples, tuning = _samples(tier, facts, budget)
-    count = 1
+    count, gradual = 1, False
     if stages is not None:
         count = stages.count
     elif tier.kept and not certify:
-        count = max(1, min(_stage_count(sparsity, tier.kept), int(tuning / STAGE_SAMPLES)))
-    gradual = count > 1 and stages is None
+        count, gradual = _counted(sparsity, tier.kept, tuning)
     row_samples /= count
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)
-    most_rows = max(tier.rows, int(math.sqrt(SELECTION_WORK / (partition.n * drops))))
+    most_rows = max(tier.rows, int(math.sqrt(tier.selection_work / (partition.n * drops))))
     most_rows, most_per_row = GRADUAL_ROWS if gradual else (most_rows, tier.most_per_row)
     samples = int(max(1, min(row_samples, available, most_rows * most_per_row)))
     rows = max(1, min(most_rows, samples, max(1, fits)))
@@ -196,7 +207,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         tuning = max(tuning, budget - samples * count)
     if samples < FEWEST_SAMPLES and samples == available:
         choices.append(f"all {samples} samples are differentiated, as there are no more")
-    compared = int(min(max(COMPARED[0], COMPARED_WORK * BACKWARD / facts.work), COMPARED[1]))
+    compared = int(min(max(COMPARED[0], tier.compared_work * BACKWARD / facts.work), COMPARED[1]))
     per_row = math.ceil(samples / rows)
     curvature = _curvature(facts.form, samples, per_row)
     found = f"rows: {curvature.kind}, {max(1, samples // per_row)} of {samples} samples"
@@ -242,7 +253,7 @@ def _samples(tier: Tier, facts: Facts, budget: int | None) -> tuple[float, float
     """Return the samples of the rows of all stages, and those of all fine-tuning."""
     rows = float(max(FEWEST_SAMPLES, int(tier.row_work / facts.work)))
     a_pass = UNKNOWN if facts.samples is None else facts.samples
-    tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / facts.work), tier.passes * a_pass)
+    tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / (facts.work + OVERHEAD)), tier.passes * a_pass)
     share = 1.0 if budget is None else budget / (rows + tuning)
     return rows * share, tuning * share
 
@@ -295,6 +306,17 @@ def _curvature(form: str | None, samples: int, per_row: int) -> Fisher:
     if form is None:
         return EmpiricalFisher(samples=samples, per_row=per_row)
     return SketchedFisher(samples=samples, per_row=per_row)
+
+
+def _counted(sparsity: float, kept_share: float, tuning: float) -> tuple[int, bool]:
+    """Return how many stages there are, and whether they are gradual.
+
+    They are where none keeps less than `GRADUAL_SHARE` of the weights, with enough of the `tuning` samples.
+    """
+    count = min(_stage_count(sparsity, kept_share), int(tuning / STAGE_SAMPLES))
+    if count > 1 and _stage_count(sparsity, GRADUAL_SHARE) <= count:
+        return count, True
+    return _stage_count(sparsity, SHARP_SHARE), False
 
 
 def _stage_count(sparsity: float, kept_share: float) -> int:

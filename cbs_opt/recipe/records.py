@@ -246,7 +246,7 @@ class FineTuning:
         Training samples differentiated after a stage, drawn again where there are fewer. In the first stage
         some of them, 15 % of those of all stages, go to the rates below, if there are several and this
         allows 50 steps of each; the best one, by the loss on samples set aside, goes on, else the first one.
-        It is divided by three where steps are not taken, and recovers where they are.
+        It is divided by three from then on where steps are not taken.
     final_samples : int, optional
         The same after the last stage; by default as many.
     batch_size : int, default 64

@@ -33,7 +33,7 @@ TRIAL_STEPS = 50
 NEWTON_STEP = 0.1
 """Of a Newton step at each step: with momentum they add up to a whole one."""
 STEP = 3.0
-"""Between a rate and its neighbours."""
+"""Between a rate and the next shorter one."""
 RUN_AWAY = 0.25
 """Share of the way to the loss without any weight from which on a network counts as run away."""
 
@@ -69,12 +69,11 @@ class Rate:
 
     `kind`: "momentum" for Nesterov's method and "adam" for Adam, with the learning rate `value`; "newton" for
     Nesterov's method with gradients times the inverse of the Fisher matrix of the stage, to which `value` is
-    added. Steps never go further than with `longest` in its place.
+    added.
     """
 
     kind: str
     value: float
-    longest: float
 
     @property
     def learning_rate(self) -> float:
@@ -84,12 +83,6 @@ class Rate:
     def shorter(self) -> Rate:
         """Return the rate of shorter steps."""
         return replace(self, value=self.value * STEP if self.kind == "newton" else self.value / STEP)
-
-    def longer(self) -> Rate:
-        """Return the rate of longer steps, or of the longest there are."""
-        if self.kind == "newton":
-            return replace(self, value=max(self.value / STEP, self.longest))
-        return replace(self, value=min(self.value * STEP, self.longest))
 
 
 def rates(plan: FineTuning, curvature: float, weights: Tensor) -> list[Rate]:
@@ -104,7 +97,7 @@ def rates(plan: FineTuning, curvature: float, weights: Tensor) -> list[Rate]:
         "newton": [damping * curvature for damping in plan.newton_dampings],
         "adam": [rate * size for rate in plan.adam_rates],
     }
-    return [Rate(kind=kind, value=value, longest=value) for kind in values for value in values[kind]]
+    return [Rate(kind=kind, value=value) for kind in values for value in values[kind]]
 
 
 class Descent:
@@ -273,7 +266,6 @@ class FineTuner:
             after = _ordered(loss(moved))
             if self.span.takes(after, value, without):
                 value, best = after, moved
-                following = last.longer()
             else:
                 following = last.shorter()
         return FineTuned(

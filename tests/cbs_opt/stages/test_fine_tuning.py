@@ -148,13 +148,19 @@ def test_the_solver_of_a_stage_is_the_inverse_of_its_damped_matrix() -> None:
     torch.testing.assert_close(solved, torch.cat(expected), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["momentum", "newton", "adam"])
-def test_shorter_steps_recover_to_the_longest_and_no_further(kind: str) -> None:
-    rate = Rate(kind=kind, value=0.5, longest=0.5)
-    sign = -1.0 if kind == "newton" else 1.0
-    assert sign * rate.shorter().value < sign * rate.value
-    assert rate.shorter().longer().value == pytest.approx(rate.value)
-    assert rate.longer() == rate
+def test_shorter_steps_have_a_lower_rate_or_a_larger_damping() -> None:
+    before = {kind: Rate(kind=kind, value=0.5) for kind in ("momentum", "newton", "adam")}
+    after = {kind: rate.shorter().value for kind, rate in before.items()}
+    assert after["momentum"] == after["adam"] == pytest.approx(0.5 / 3.0)
+    assert after["newton"] == pytest.approx(1.5)
+
+
+def test_a_rate_that_ran_away_is_not_tried_again() -> None:
+    plan = FineTuning(samples=200, batch_size=16, momentum_rates=(1e4,))
+    first, second, third = steps(tuned(network(), plan, count=3))
+    assert not first.accepted
+    assert third.rate <= second.rate / 3.0 or second.accepted
+    assert second.rate <= first.rate / 3.0
 
 
 @pytest.mark.parametrize("m", [2, 21, 200])
