@@ -83,13 +83,20 @@ def test_budgets_are_kept() -> None:
     assert any("gradients" in choice for choice in prune(network(), recipe=cbs.best(seconds=0.01)).choices)
 
 
-def test_more_work_is_more_stages_only_for_best() -> None:
+def stage_counts(samples: int) -> dict[str, int]:
     counts = {}
     for name in NAMES:
-        request = prune(network(), recipe=name, sparsity=0.8).request
+        request = prune(network(), data(samples), recipe=name, sparsity=0.5).request
         assert request is not None
         counts[name] = 1 if request.stages is None else request.stages.count
-    assert counts == {"fast": 1, "balanced": 1, "best": math.ceil(math.log(0.2) / math.log(0.6))}
+        gradual = counts[name] > 1
+        assert (request.recipes[0].update is None) == gradual
+    return counts
+
+
+def test_stages_are_many_where_samples_are_and_one_where_they_are_few() -> None:
+    assert stage_counts(120) == {"fast": 1, "balanced": 1, "best": 1}
+    assert stage_counts(600) == {"fast": 1, "balanced": 2, "best": math.ceil(math.log(0.5) / math.log(0.85))}
 
 
 def test_stages_and_certificates_go_over_a_name() -> None:
