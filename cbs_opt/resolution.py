@@ -106,7 +106,7 @@ OVERHEAD = 4e6
 """Operations that the time of a step would do beside those of its gradient, for each of its samples."""
 FEWEST_SAMPLES = 1_000
 """Samples for rows, and for fine-tuning, however large the network is; fewer if there are fewer."""
-UNKNOWN = 10_000
+UNKNOWN = 2_000
 """Samples that a pass counts as for fine-tuning, where nothing tells how many there are."""
 LEAST_STEPS = 20
 """Steps below which there is no fine-tuning."""
