@@ -116,6 +116,8 @@ BATCHES = (16, 64)
 """Smallest and largest batch of fine-tuning."""
 STAGE_SAMPLES = 3_200
 """Samples of fine-tuning a stage below which there are fewer stages."""
+STAGE_SHARE = 0.25
+"""The same, over the number of weights: fewer do not make good what a selection without an update costs."""
 GRADUAL_SHARE = 0.5
 """Of the weights that a stage has to keep, if the selections are to be gradual."""
 SHARP_SHARE = 0.08
@@ -195,7 +197,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     if stages is not None:
         count = stages.count
     elif tier.kept and not certify:
-        count, gradual = _counted(sparsity, tier.kept, tuning)
+        count, gradual = _counted(sparsity, tier.kept, tuning / max(STAGE_SAMPLES, STAGE_SHARE * partition.n))
     row_samples /= count
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)
@@ -308,12 +310,12 @@ def _curvature(form: str | None, samples: int, per_row: int) -> Fisher:
     return SketchedFisher(samples=samples, per_row=per_row)
 
 
-def _counted(sparsity: float, kept_share: float, tuning: float) -> tuple[int, bool]:
+def _counted(sparsity: float, kept_share: float, most: float) -> tuple[int, bool]:
     """Return how many stages there are, and whether they are gradual.
 
-    They are where none keeps less than `GRADUAL_SHARE` of the weights, with enough of the `tuning` samples.
+    They are where none keeps less than `GRADUAL_SHARE` of the weights, and samples suffice for so many: `most`.
     """
-    count = min(_stage_count(sparsity, kept_share), int(tuning / STAGE_SAMPLES))
+    count = min(_stage_count(sparsity, kept_share), int(most))
     if count > 1 and _stage_count(sparsity, GRADUAL_SHARE) <= count:
         return count, True
     return _stage_count(sparsity, SHARP_SHARE), False
