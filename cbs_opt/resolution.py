@@ -313,7 +313,7 @@ def _curvature(form: str | None, samples: int, per_row: int) -> Fisher:
 def _counted(sparsity: float, kept_share: float, most: float) -> tuple[int, bool]:
     """Return how many stages there are, and whether they are gradual.
 
-    They are where none keeps less than `GRADUAL_SHARE` of the weights, and samples suffice for so many: `most`.
+    They are where none keeps less than `GRADUAL_SHARE` of the weights, if samples suffice: for `most` stages.
     """
     count = min(_stage_count(sparsity, kept_share), int(most))
     if count > 1 and _stage_count(sparsity, GRADUAL_SHARE) <= count:
