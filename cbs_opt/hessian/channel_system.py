@@ -37,6 +37,8 @@ SINGLE_LIMIT = 1e4
 """Largest diagonal entry of M that single precision is trusted with."""
 CONDITION_LIMIT = 1e5
 """Largest condition of D, by a bound, that single precision is trusted with."""
+SINGLE_RANGE = (1e-25, 1e25)
+"""Dampings whose inverses, and those of matrices so conditioned, single precision can hold."""
 BAND = 256
 """Lines of a triangle that one product takes at once."""
 RESIDUAL = 1e-11
@@ -180,8 +182,9 @@ class ChannelSystem:
         """Return the inverses of D, in one piece of memory: between temporaries they would leave holes."""
         channels = self.channels.channels
         squares = [(channel.stop - channel.start) ** 2 for channel in channels]
-        double = self.channels.norm_bound() > CONDITION_LIMIT * self.damping
-        dtype = torch.float64 if double else self.precision
+        held = SINGLE_RANGE[0] < self.damping < SINGLE_RANGE[1]
+        single = held and self.channels.norm_bound() <= CONDITION_LIMIT * self.damping
+        dtype = self.precision if single else torch.float64
         storage = torch.empty(sum(squares), dtype=dtype, device=self.kept.device)
         shape = len(self.kept), self.rows.shape[0]
         spreads = torch.empty(shape, dtype=self.precision, device=self.kept.device)

@@ -10,6 +10,7 @@ import torch
 from cbs_opt.hessian import channel_system as channel_solve
 from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.hessian.dense import DenseHessian
+from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.select.saliency import obd, obs
 from cbs_opt.update.cbs import cbs_update, cbs_updates, independent_update
 from formulations.errors import NotPositiveDefiniteError
@@ -117,6 +118,24 @@ def test_single_precision_rows_cost_no_accuracy_of_solutions(
     assert system.precision == (torch.float64 if limit == 0.0 else torch.float32)
     torch.testing.assert_close(cbs_update(block, ~pruned), cbs_update(exact, ~pruned), rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(block.inverse_diagonal(), exact.inverse_diagonal(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "damping", "single"), [(1.0, 1.0, True), (1.0, 1e-7, False), (1e-30, 1.0, False)]
+)
+def test_inverses_of_channels_are_single_where_that_holds_them(
+    scale: float, damping: float, single: bool
+) -> None:
+    block = channel_block(dtype=torch.float32)
+    hessian = ChannelHessian(RowsHessian(data_of(block) * scale**0.5), term_of(block).scaled(scale))
+    system = hessian.system(scale * damping, ~some(0.3))
+    assert {part.inverse.dtype for part in system.parts} == {torch.float32 if single else torch.float64}
+    part = system.parts[0]
+    matrix = system.channels.channels[0].matrix() + scale * damping * torch.eye(
+        len(part.kept), dtype=torch.float64
+    )
+    product = part.inverse.double() @ matrix
+    torch.testing.assert_close(product, torch.eye(len(part.kept), dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 def test_refinement_repairs_an_inverse_that_is_only_nearly_right() -> None:
