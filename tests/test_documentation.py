@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -38,6 +40,17 @@ def snippets(page: Path) -> list[tuple[str, str]]:
     return [(found[1], found[2]) for found in FENCE.finditer(with_includes(page.read_text()))]
 
 
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """Give the loggers their levels back, which a page sets."""
+    loggers = [logging.getLogger(name) for name in ("cbs_opt", "cbs_opt.curvature", "formulations")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
 @pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: p.stem)
 def test_the_snippets_of_a_page_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
