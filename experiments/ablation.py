@@ -43,6 +43,7 @@ from cbs_opt.recipe.records import Recipe, Request, Stages, Update, Weights, abs
 from cbs_opt.recipe.select import OBS, GreedyOBS, Magnitude, SwapSearch
 from cbs_opt.report.record import PruneReport
 from experiments.ablation_figure import draw
+from experiments.command_line import add_run_options, experiment_parser
 from experiments.exact_vs_heuristic import Subject, subject
 from experiments.ledger import Ledger, settings_key
 from experiments.protocols import drops
@@ -324,14 +325,11 @@ def _figures(rows: pd.DataFrame, level: float) -> tuple[str, str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    root = argparse.ArgumentParser(prog="python -m experiments.ablation", description=__doc__)
-    root.formatter_class = argparse.RawDescriptionHelpFormatter
+    root = experiment_parser("ablation", __doc__)
     root.add_argument("--network", choices=NETWORKS, default="digits")
     root.add_argument("--sparsity", nargs="+", type=float, default=[0.9])
     root.add_argument("--groups", nargs="+", choices=GROUPS, default=["built", "changed"])
-    root.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
-    root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
-    root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
+    add_run_options(root, seeds=1, out=DEFAULT_OUT)
     return root
 
 

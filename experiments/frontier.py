@@ -57,6 +57,7 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import Weights
 from cbs_opt.system.threads import thread_limit
+from experiments.command_line import add_no_verify, add_run_options, experiment_parser
 from experiments.data_files import DATA_FILES
 from experiments.datasets import load_dataset
 from experiments.ledger import Ledger, settings_key
@@ -311,16 +312,13 @@ def _copied(network: Network) -> Network:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    root = argparse.ArgumentParser(prog="python -m experiments.frontier", description=__doc__)
-    root.formatter_class = argparse.RawDescriptionHelpFormatter
+    root = experiment_parser("frontier", __doc__)
     root.add_argument("--networks", nargs="+", choices=list(PLANS), default=list(PLANS)[:2])
     root.add_argument("--sparsity", nargs="+", type=float, default=(), help="default: those of the plan")
     root.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     root.add_argument("--budgets", nargs="+", type=int, default=(), help="default: those of the plan")
-    root.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
-    root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
-    root.add_argument("--no-verify", action="store_true", help="accept data files with other checksums")
-    root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
+    add_run_options(root, seeds=1, out=DEFAULT_OUT)
+    add_no_verify(root)
     return root
 
 

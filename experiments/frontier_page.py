@@ -8,7 +8,6 @@ replaced. What was not measured is shown as missing.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cbs_opt.report.figure_style import INK, dress, marker, numbered_style, panels_legend
+from experiments.command_line import experiment_parser
 from experiments.frontier import CONTENDERS, DEFAULT_OUT, PLANS, Contender, cells
 from experiments.ledger import Ledger, settings_key
 from experiments.networks import NETWORKS
@@ -92,7 +92,7 @@ def section(rows: pd.DataFrame, network: str) -> str:
         + (f'; "{NO_ROOM}": pruning alone takes the budget' if found["accuracy"].isna().any() else "")
         + f". Before pruning: {NETWORKS[network].dense_accuracy:.2f} %."
     ]
-    if found["accuracy"].notna().any():
+    if comparable(found):
         parts.append(f"![Accuracy against samples and against time](../figures/frontier_{network}.svg)")
     for share in plan.sparsities:
         own = found[found["sparsity"] == share]
@@ -105,8 +105,17 @@ def section(rows: pd.DataFrame, network: str) -> str:
     return "\n\n".join(parts)
 
 
+def comparable(rows: pd.DataFrame) -> bool:
+    """Whether something of ours and something of the rivals was measured, so that there is a picture."""
+    parts = set(rows.dropna(subset="accuracy")["part"])
+    return bool(parts & {"a", "d"}) and bool(parts & {"b", "c"})
+
+
 def figure(rows: pd.DataFrame) -> Figure:
-    """Return accuracy against samples, left, and processor seconds, right; a line of panels a sparsity."""
+    """Return accuracy against samples, left, and processor seconds, right; a line of panels a sparsity.
+
+    Points are joined in the order of budgets.
+    """
     found = means(rows).dropna(subset="accuracy")
     shares = sorted(found["sparsity"].unique())
     drawing = Figure(figsize=(WIDTH, 0.9 + HEIGHT * len(shares)), layout="constrained")
@@ -136,7 +145,7 @@ def _panel(axes: Axes, own: pd.DataFrame, cost: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=7)
     for number, (name, who) in enumerate(CONTENDERS.items()):
-        points = own[own["contender"] == name].sort_values(cost)
+        points = own[own["contender"] == name].sort_values(["budget", cost])
         if points.empty:
             continue
         style = numbered_style(number)
@@ -257,8 +266,7 @@ def _line(entries: Iterable[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replace what the page shows of each network, and its figure; returns the exit code."""
-    root = argparse.ArgumentParser(prog="python -m experiments.frontier_page", description=__doc__)
-    root.formatter_class = argparse.RawDescriptionHelpFormatter
+    root = experiment_parser("frontier_page", __doc__)
     root.add_argument("--ledger", type=Path, default=DEFAULT_OUT / "results.jsonl")
     root.add_argument("--page", type=Path, default=PAGE, help=f"default {PAGE}")
     root.add_argument("--figures", type=Path, default=FIGURES, help=f"default {FIGURES}")
@@ -273,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         rows = measured(ledger, network)
         text = between_marks(text, network, section(rows, network))
-        if rows["accuracy"].notna().any():
+        if comparable(rows):
             picture = io.BytesIO()
             # Names of parts of the file are made from this, so that the same numbers give the same file.
             with mpl.rc_context({"svg.hashsalt": "cbs-opt"}):

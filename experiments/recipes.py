@@ -33,6 +33,7 @@ from cbs_opt.network.evaluation import evaluate
 from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Weights
 from cbs_opt.system.threads import thread_limit
+from experiments.command_line import add_no_verify, add_run_options, experiment_parser
 from experiments.data_files import DATA_FILES
 from experiments.datasets import Dataset, load_dataset
 from experiments.ledger import Ledger, settings_key
@@ -118,16 +119,13 @@ def _range(values: Sequence[float], digits: int) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    root = argparse.ArgumentParser(prog="python -m experiments.recipes", description=__doc__)
-    root.formatter_class = argparse.RawDescriptionHelpFormatter
+    root = experiment_parser("recipes", __doc__)
     root.add_argument("--network", required=True, choices=list(NETWORKS))
     root.add_argument("--recipes", nargs="+", choices=NAMES, default=list(NAMES))
     root.add_argument("--sparsity", nargs="+", type=float, help="default: those of the published table")
-    root.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     root.add_argument("--keep-statistics", action="store_true", help="leave batch-norm statistics alone")
-    root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
-    root.add_argument("--no-verify", action="store_true", help="accept data files with other checksums")
-    root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
+    add_run_options(root, seeds=5, out=DEFAULT_OUT)
+    add_no_verify(root)
     return root
 
 
