@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def balanced(**fields: Any) -> Named:
     **fields
         ``samples``, ``seconds``, ``recalibrate``, ``weights`` and ``changes`` of `Named`.
     """
-    return Named(name="balanced", **fields)
+    return _named("balanced", fields)
 
 
 def best(**fields: Any) -> Named:
@@ -92,4 +93,12 @@ def best(**fields: Any) -> Named:
     **fields
         ``samples``, ``seconds``, ``recalibrate``, ``weights`` and ``changes`` of `Named`.
     """
-    return Named(name="best", **fields)
+    return _named("best", fields)
+
+
+def _named(name: str, fields: Mapping[str, Any]) -> Named:
+    known = [field for field in Named.__dataclass_fields__ if field != "name"]
+    for field in fields:
+        if field not in known:
+            raise ArgumentError(f"recipe.{field}", "no field of a recipe by name", f"use {', '.join(known)}")
+    return Named(name=name, **fields)

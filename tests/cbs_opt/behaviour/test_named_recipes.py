@@ -166,6 +166,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
         (lambda: prune(model, recipe="quick"), "recipe"),
         (lambda: cbs.best(samples=0), "recipe.samples"),
+        (lambda: cbs.best(epochs=3), "recipe.epochs"),
+        (lambda: cbs.balanced(name="best"), "recipe.name"),
         (lambda: cbs.best(seconds=-1.0), "recipe.seconds"),
         (lambda: cbs.best(samples=10, seconds=1.0), "recipe.seconds"),
         (lambda: cbs.balanced(weights="layer"), "recipe.weights"),  # type: ignore[arg-type]
