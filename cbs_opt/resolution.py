@@ -66,8 +66,8 @@ class Tier:
 
 TIERS = {
     "fast": Tier(
-        row_work=0.3e12,
-        rows=250,
+        row_work=0.22e12,
+        rows=180,
         most_per_row=8,
         tuning_work=0.0,
         passes=0.0,
@@ -79,7 +79,7 @@ TIERS = {
     ),
     "balanced": Tier(
         row_work=0.7e12,
-        rows=320,
+        rows=280,
         most_per_row=12,
         tuning_work=1.3e12,
         passes=20.0,
@@ -91,7 +91,7 @@ TIERS = {
     ),
     "best": Tier(
         row_work=4e12,
-        rows=320,
+        rows=280,
         most_per_row=12,
         tuning_work=5e13,
         passes=30.0,
@@ -128,8 +128,11 @@ GRADUAL_DAMPING = 10.0
 """Damping of the selection there.
 
 Long steps between the selections move the kept weights anyway: the model is asked which weights are large
-beside the curvature, not for sets whose members make up for one another, and there are no updates.
+beside the curvature, not for sets whose members make up for one another, and there are no updates while that
+costs no more than `UPDATE_ABOVE`.
 """
+UPDATE_ABOVE = 0.06
+"""Of the way to the loss without weights, what a gradual selection may cost before there are updates."""
 FINAL_SHARE = 0.4
 """Of all fine-tuning for that after the last stage, if there are several."""
 STEPS = 100
@@ -220,10 +223,12 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         select=GreedyOBS(drops=drops),
         recalibrate=named.recalibrate,
         choice_samples=compared,
-        selection_damping=GRADUAL_DAMPING if gradual else 1.0 if staged else None,
+        selection_damping=1.0 if staged else None,
         damping=1.0 if staged else 0.1,
     )
     plan = stages or (_stages(count, tuning, available) if staged else None)
+    if gradual and plan is not None:
+        plan = replace(plan, update_above=UPDATE_ABOVE)
     if staged and stages is None and fits < LEAST_SHARE * min(tier.rows, samples):
         # Rows of a stage stay in memory; those of a single one may go to disk.
         plan = None
@@ -234,8 +239,9 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         choices.append(_said(plan))
     elif certify and tier.tuning_work:
         choices.append("one stage without fine-tuning, as a bound holds for the model of one stage only")
-    scales = [] if gradual else [Update(scale=scale) for scale in tier.scales]
-    recipes = tuple(Recipe.grid(base, update=scales or [None]))
+    recipes = tuple(Recipe.grid(base, update=[Update(scale=scale) for scale in tier.scales]))
+    if gradual:
+        recipes = (replace(base, update=None, selection_damping=GRADUAL_DAMPING), *recipes)
     return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, sparsity)
 
 

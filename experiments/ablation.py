@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,6 @@ from experiments.ablation_figure import draw
 from experiments.command_line import add_run_options, experiment_parser
 from experiments.exact_vs_heuristic import Subject, subject
 from experiments.ledger import Ledger, settings_key
-from experiments.protocols import drops
 from formulations.errors import CbsError
 
 DEFAULT_OUT = Path("runs/ablation")
@@ -61,6 +61,8 @@ SAMPLES: Mapping[str, tuple[int, int]] = {
 """Training samples of the whole recipe, and how many of them a row sketches."""
 CLASSES = 10
 STAGES = 4
+DROP_FACTOR = 0.85
+"""Share of the kept weights that each drop of greedy OBS keeps, about."""
 COLUMNS = (
     "group",
     "sparsity",
@@ -94,6 +96,11 @@ def whole(network: str, sparsity: float) -> Recipe:
         select=GreedyOBS(drops=drops(sparsity)),
         update=Update(),
     )
+
+
+def drops(sparsity: float) -> int:
+    """Return drops of greedy OBS: as many as keep about `DROP_FACTOR` of the weights each."""
+    return max(1, math.ceil(math.log(1.0 - sparsity) / math.log(DROP_FACTOR)))
 
 
 def variants(network: str, sparsity: float) -> Iterator[Variant]:

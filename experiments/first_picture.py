@@ -34,12 +34,12 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, _ = OKABE_ITO
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """How one method is drawn; solid is one stage, dashed several."""
+    """How one method is drawn."""
 
     name: str
     color: str
     marker: str
-    stages: bool = False
+    dashed: bool = False
     ours: bool = False
 
 
@@ -48,9 +48,10 @@ LINES = {
     "woodfisher": Line(name="WoodFisher", color=ORANGE, marker="v"),
     "cbs": Line(name="CBS", color=GREEN, marker="^"),
     "chita": Line(name="CHITA", color=PURPLE, marker="D"),
-    "chita_staged": Line(name="CHITA++, in stages", color=PURPLE, marker="D", stages=True),
-    "joint": Line(name="ours, one stage", color=VERMILION, marker="s", ours=True),
-    "staged": Line(name="ours, in stages", color=VERMILION, marker="s", stages=True, ours=True),
+    "chita_staged": Line(name="CHITA++, in stages", color=PURPLE, marker="D", dashed=True),
+    "fast": Line(name='ours, "fast"', color=SKY, marker="s", ours=True),
+    "balanced": Line(name='ours, "balanced"', color=BLUE, marker="s", ours=True),
+    "best": Line(name='ours, "best"', color=VERMILION, marker="s", ours=True),
 }
 
 
@@ -75,7 +76,7 @@ def draw(results: pd.DataFrame, theme: Theme) -> Figure:
     Parameters
     ----------
     results : pandas.DataFrame
-        Columns "network", "method" (of `LINES`), "sparsity" and "accuracy" in per cent.
+        Columns "network", "method" (of `LINES`), "statistics", "sparsity" and "accuracy" in per cent.
     theme : Theme
 
     Returns
@@ -91,7 +92,7 @@ def draw(results: pd.DataFrame, theme: Theme) -> Figure:
         _panel(axes, results[results["network"] == network], theme)
         axes.set_title(title, loc="left", color=theme.ink, fontsize=11, fontweight="bold")
         axes.set_xlabel("weights pruned, %", color=theme.ink)
-    panels[0].set_ylabel("test accuracy without retraining, %", color=theme.ink)
+    panels[0].set_ylabel("test accuracy, %", color=theme.ink)
     return figure
 
 
@@ -142,14 +143,17 @@ def _panel(axes: Axes, results: pd.DataFrame, theme: Theme) -> None:
     sparsities = np.array(sorted(results["sparsity"].unique()))
     ends = []
     for method, line in LINES.items():
-        rows = results[results["method"] == method].sort_values("sparsity")
+        rows = results[(results["method"] == method) & (results["statistics"] != "kept")]
+        rows = rows.sort_values("sparsity")
+        if rows.empty:
+            continue
         color = theme.ink if method == "magnitude" else line.color
         axes.plot(
             _place(rows["sparsity"]),
             rows["accuracy"],
             color=color,
             alpha=1.0 if line.ours else 0.75,
-            linestyle=(0, (4, 1.6)) if line.stages else "-",
+            linestyle=(0, (4, 1.6)) if line.dashed else "-",
             linewidth=2.4 if line.ours else 1.2,
             marker=line.marker,
             markersize=6 if line.ours else 4,

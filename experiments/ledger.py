@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,17 @@ log = logging.getLogger(__name__)
 
 OLD_START = b"{"
 """How a line without a checksum begins; no checksum does."""
+
+
+def commit() -> str:
+    """Return the commit of the checkout that this module belongs to, with a + if files differ; else ""."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -43,6 +55,10 @@ class Ledger:
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         return self._results[key]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return all results, in the order in which they were added."""
+        return list(self._results.values())
 
     def add(self, key: str, result: Mapping[str, Any]) -> None:
         """Append a result and make sure it is on disk."""

@@ -5,9 +5,8 @@
 Protocol
 --------
 - ``prune(model, (x, y), sparsity=s, recipe=name, seed=k)`` on the training images as they are; which weights
-may
-  go is that of the published tables (all of MLPNet, the 18 block convolutions of ResNet20), nothing else is
-  set. Everything else is chosen by the product on training samples.
+  may go is that of the published tables (all of MLPNet, the 18 block convolutions of ResNet20), nothing else
+  is set. Everything else is chosen by the product on training samples.
 - The test set is read once a cell, whole. Processor seconds are those of `prune`, with one thread.
 - Each cell is appended to ``results.jsonl`` as it is done: the same command goes on where it was stopped.
 
@@ -36,7 +35,7 @@ from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, add_run_options, experiment_parser
 from experiments.data_files import DATA_FILES
 from experiments.datasets import Dataset, load_dataset
-from experiments.ledger import Ledger, settings_key
+from experiments.ledger import Ledger, commit, settings_key
 from experiments.networks import NETWORKS, load_network
 from experiments.published import ACCURACY
 from formulations.errors import CbsError
@@ -85,6 +84,7 @@ def measure(cell: Mapping[str, Any], data: Dataset, data_dir: Path | None, verif
         "peak_memory_bytes": report.peak_memory_bytes,
         "choices": list(report.choices),
         "notes": list(report.notes),
+        "commit": commit(),
     }
 
 

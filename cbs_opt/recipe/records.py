@@ -305,6 +305,10 @@ class Stages:
         Training samples of every gradient; by default as many as the rows of a stage are made of.
     fine_tuning : FineTuning, optional
         Stochastic steps at the end of every stage; by default none.
+    update_above : float, default 0
+        What a selection may cost by itself, as a share of the way from the loss before it to the loss without
+        any weight: up to there the kept weights stay where they are, and what follows moves them. Beyond, and
+        always by default, updates are compared with it.
     on_stage : callable, optional
         Called with a `StageResult` after every stage, and first for those in `run_dir`: its network can be
         evaluated or copied, so that one run serves a whole table of sparsities. Not saved with the recipe.
@@ -317,6 +321,7 @@ class Stages:
     final_updates: int = 4
     gradient_samples: int | None = None
     fine_tuning: FineTuning | None = None
+    update_above: float = 0.0
     on_stage: OnStage | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -324,6 +329,7 @@ class Stages:
         check_fields(self, "stages.", whole_number, "final_updates", least=0)
         check_fields(self, "stages.", _schedule, "schedule")
         check_fields(self, "stages.", checked_sparsity, "start")
+        check_fields(self, "stages.", finite_number, "update_above", most=1.0)
         if not isinstance(self.fine_tuning, FineTuning | None):
             found = f"a {type(self.fine_tuning).__name__}"
             raise ArgumentError("stages.fine_tuning", found, "pass a FineTuning record")

@@ -7,6 +7,7 @@ is taken only as far as the training loss agrees. The network is written to afte
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -185,7 +186,11 @@ class StagedRun:
                 if prunes
                 else trials.updates(expansion, task.request, search.grid())
             )
-            best, losses = trials.judged(proposals, lambda proposal: self._loss_at(proposal.weights, sample))
+            best, losses = trials.judged(
+                proposals,
+                lambda proposal: self._loss_at(proposal.weights, sample),
+                self._affordable(before, sample) if prunes else -math.inf,
+            )
         accepted = prunes or losses[0] < before
         if not accepted:
             search.refused()
@@ -212,6 +217,14 @@ class StagedRun:
             seconds=0.0,
         )
         return best, record
+
+    def _affordable(self, before: float, sample: Sample) -> float:
+        """Return the loss up to which a selection needs no update."""
+        share = self.plan.update_above
+        if share == 0.0:
+            return -math.inf
+        without = self._loss_at(torch.zeros_like(self.task.weights), sample)
+        return before + share * max(0.0, without - before)
 
     def _fine_tuned(
         self, weights: Tensor, model: StageModel, rate: Rate | None, update: int

@@ -203,10 +203,12 @@ def _staying(
     return torch.cat([choice.keep for choice in choices])
 
 
-def judged(proposals: Iterable[Proposal], loss: Callable[[Proposal], float]) -> tuple[Proposal, list[float]]:
+def judged(
+    proposals: Iterable[Proposal], loss: Callable[[Proposal], float], enough: float = -math.inf
+) -> tuple[Proposal, list[float]]:
     """Return the proposal of lowest training loss, of equals the first, and all losses in increasing order.
 
-    NaN is worse than anything.
+    NaN is worse than anything. The first whose loss is `enough` or less ends the search.
     """
     losses: list[float] = []
     best: Proposal | None = None
@@ -216,5 +218,7 @@ def judged(proposals: Iterable[Proposal], loss: Callable[[Proposal], float]) -> 
         if best is None or value < min(losses):
             best = proposal
         losses.append(value)
+        if value <= enough:
+            break
     assert best is not None
     return best, sorted(losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -160,6 +161,26 @@ def test_the_last_network_of_on_stage_is_what_is_written() -> None:
     run(model, on_stage=on_stage)
     assert len(outputs) == 4
     assert outputs[-1].equal(model(x))
+
+
+def test_updates_are_made_where_a_selection_alone_costs_too_much() -> None:
+    model, train = network(), data()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        cross_entropy(model(train[0]), train[1]).backward()
+        optimizer.step()
+    plan = Stages(count=2, updates=1, final_updates=0)
+    shares = (0.0, 1.0)
+    runs = [
+        run(copy.deepcopy(model), train, plan=plan, sparsity=0.5, updates=[Update()], update_above=share)
+        for share in shares
+    ]
+    compared, never = (report.stages for report in runs)
+    assert all(record.update_scale == 0.0 and record.tried == 1 for record in never)
+    assert all(record.update_scale == 1.0 and record.tried == 6 for record in compared)
+    assert [record.sparsity for record in compared] == [record.sparsity for record in never]
+    assert compared[-1].loss < never[-1].loss
 
 
 def test_without_update_kept_weights_stay() -> None:
@@ -325,6 +346,7 @@ def test_the_last_stage_ends_when_nothing_improves() -> None:
         (lambda: {"stages": "two"}, "stages"),
         (lambda: {"plan": Stages(count=0)}, "stages.count"),
         (lambda: {"plan": Stages(count=2.0)}, "stages.count"),
+        (lambda: {"update_above": 1.5}, "stages.update_above"),
         (lambda: {"schedule": "steps"}, "stages.schedule"),
         (lambda: {"schedule": 0.5}, "stages.schedule"),
         (lambda: {"schedule": (0.5, "half", 0.75)}, "stages.schedule"),

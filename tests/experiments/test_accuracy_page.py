@@ -1,0 +1,70 @@
+"""The table of accuracies: published figures as they are, ours with seeds, cost, command and commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments.accuracy_page import COLUMNS, frame, main, table
+from experiments.first_picture import THEMES, draw
+from experiments.ledger import Ledger, commit
+from experiments.published import ACCURACY
+
+
+def cell(accuracy: float, seed: int, recipe: str = "fast", recalibrate: bool = True) -> dict[str, object]:
+    return {
+        "network": "mlpnet_mnist",
+        "recipe": recipe,
+        "recalibrate": recalibrate,
+        "sparsity": 0.9,
+        "seed": seed,
+        "accuracy": accuracy,
+        "samples": 1_000 + seed,
+        "processor_seconds": 2.0 + seed,
+        "commit": "1234567",
+    }
+
+
+def test_figures_are_means_over_seeds_beside_the_published_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = Ledger(tmp_path / "results.jsonl")
+    entries = [cell(92.0, 0), cell(94.0, 1), cell(91.0, 0, recalibrate=False)]
+    for number, entry in enumerate(entries):
+        ledger.add(str(number), entry)
+    out = tmp_path / "accuracy.csv"
+    assert main(["--ledger", str(ledger.path), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert '| `"fast"` |' in text
+    assert '| `"fast"`, statistics kept |' in text
+    assert "93.00 ± 1.41 (2)" in text
+    assert "91.00 (1)" in text
+    figures = pd.read_csv(out)
+    assert tuple(figures.columns) == COLUMNS
+    ours = figures[figures["seeds"] != "published"]
+    assert list(ours["accuracy"]) == [91.0, 93.0]
+    assert all(
+        source.startswith("python -m experiments.recipes --network mlpnet_mnist") for source in ours["source"]
+    )
+    assert len(figures) - len(ours) == sum(
+        len(row) for shares in ACCURACY.values() for row in shares.values()
+    )
+
+
+def test_published_figures_alone_make_a_table_and_a_picture() -> None:
+    figures = frame([])
+    assert "| cbs, published |" in table(figures, "resnet20_cifar10")
+    draw(figures, THEMES["light"]).canvas.draw()
+
+
+def test_no_ledger_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--ledger", str(tmp_path / "none.jsonl")])
+    assert caught.value.code == 2
+    assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_the_checkout() -> None:
+    assert all(letter in "0123456789abcdef+" for letter in commit())
