@@ -200,7 +200,9 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     if stages is not None:
         count = stages.count
     elif tier.kept and not certify:
-        count, gradual = _counted(sparsity, tier.kept, tuning / max(STAGE_SAMPLES, STAGE_SHARE * partition.n))
+        # Rows of many stages are few beside it.
+        spent = tuning if budget is None else budget
+        count, gradual = _counted(sparsity, tier.kept, spent / max(STAGE_SAMPLES, STAGE_SHARE * partition.n))
     row_samples /= count
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)

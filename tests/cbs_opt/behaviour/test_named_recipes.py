@@ -83,6 +83,22 @@ def test_budgets_are_kept() -> None:
     assert any("gradients" in choice for choice in prune(network(), recipe=cbs.best(seconds=0.01)).choices)
 
 
+def test_a_budget_goes_to_fine_tuning_as_without_one() -> None:
+    free = prune(network(), data(600), recipe="best", sparsity=0.5).request
+    assert free is not None
+    assert free.stages is not None
+    assert free.stages.fine_tuning is not None
+    # Rows as large as the work allows would leave next to nothing, and then one sharp stage.
+    spent = (
+        sum(free.stages.fine_tuning.shares(free.stages.count)) + free.recipes[0].samples * free.stages.count
+    )
+    bound = prune(network(), data(600), recipe=cbs.best(samples=spent), sparsity=0.5).request
+    assert bound is not None
+    assert bound.stages is not None
+    assert bound.stages.count == free.stages.count
+    assert bound.recipes[0].update is None
+
+
 def stage_counts(samples: int) -> dict[str, int]:
     counts = {}
     for name in NAMES:
