@@ -477,6 +477,10 @@ def test_fixings_that_leave_no_set_prove_nothing_below_their_cutoff(program):
         # The basis is not proved, so neither is what rests on it.
         assert replace(certificate, basis=basis).lower_bound(problem) == -math.inf
         assert replace(certificate, basis=basis).fixed_below(problem, 0.0) is None
+        # Nor is there a least value of sets that there are not.
+        none_left = Fixing(keep=everything, prune=everything, cutoff=1e9)
+        line = certificate.linearisation(problem, Fixing.by_count(problem))
+        assert certificate._restricted(problem, line, none_left) == math.inf
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
