@@ -903,6 +903,18 @@ def test_a_form_has_the_unit_of_its_costs_or_of_its_slopes_or_none():
         np.testing.assert_allclose(form.linear * scale, slope)
 
 
+@pytest.mark.parametrize("gradient", [None, np.array([0.0, 3.0])])
+def test_a_unit_is_positive_where_weights_leave_nothing_but_costs_below_zero(gradient):
+    """What rounding has made negative in a Hessian may be all that its weights of 0 leave of it."""
+    problem = BlockProblem(
+        weights=np.array([0.0, 1.0]), hessian=np.diag([1.0, -1e-12]), gradient=gradient, n_prune=1
+    )
+    form = selection_form(problem)
+    assert form.scale == 0.5e-12
+    np.testing.assert_allclose(form.matrix * form.scale, np.diag([0.0, -1e-12]))
+    np.testing.assert_allclose(form.linear * form.scale, [0.0, -problem.gradient_or_zero[1]])
+
+
 def test_an_eigenvalue_of_which_no_share_is_confirmed_is_not_known(monkeypatch):
     monkeypatch.setattr("formulations.dense_forms.EIGENVALUES_LARGEST", 0)
     monkeypatch.setattr("formulations.dense_forms._factorises", lambda matrix: False)
