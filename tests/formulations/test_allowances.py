@@ -162,6 +162,12 @@ def test_errors_of_the_free_targets_and_of_the_weights_pass_through_a_reduction(
         assert within(reduction(held, smaller, error=1e-15 * only), least)
 
 
+def test_the_square_of_the_targets_that_are_eliminated_errs_by_twice_their_product():
+    problem, smaller = flat(5, 2, 0.5), flat(3, 2, 0.5)
+    value, error = np.array([3.0, -4.0, 0.0, 0.0, 0.0]), np.array([4e-9, 3e-9, 0.0, 0.0, 0.0])
+    assert within(reduction(problem, smaller, value=value, error=error), 2.0 * 5.0 * 5e-9 / 0.5)
+
+
 def test_the_gradient_that_encodes_a_reduced_block_is_rounded():
     problem = flat(5, 2, 0.5)
     reach = math.sqrt(2.0 * 4.0 / 0.5)
