@@ -76,6 +76,26 @@ def test_a_certificate_names_its_relaxation_and_proves_nothing_of_another_size(p
     assert not dataclasses.replace(certificate, fixing=fixing).proves_fixing(larger)
 
 
+@pytest.mark.parametrize(
+    ("program", "relaxation"), [("joint", None), ("selection", None), ("selection", "rlt")]
+)
+def test_a_certificate_holds_copies_that_nobody_can_change(program, relaxation):
+    certificate = lower_bound(gaussian(), program, relaxation=relaxation).certificate
+    names = [
+        f.name
+        for f in dataclasses.fields(certificate)
+        if isinstance(getattr(certificate, f.name), np.ndarray)
+    ]
+    assert names
+    given = {name: np.array(getattr(certificate, name)) for name in names}
+    remade = dataclasses.replace(certificate, **given)
+    for name in names:
+        given[name][...] = 7.0
+        held = getattr(remade, name)
+        assert not held.flags.writeable
+        np.testing.assert_array_equal(held, getattr(certificate, name))
+
+
 def test_fixings_print_as_counts():
     keep = np.arange(100_000) < 30_000
     shown = repr(Fixing(keep=keep, prune=np.arange(100_000) > 90_000, cutoff=0.25))
