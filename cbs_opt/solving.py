@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.hessian.dense import DenseHessian
-from cbs_opt.hessian.rows import RowsHessian
-from cbs_opt.select.choice import SearchInterruptedError
-from cbs_opt.select.methods import Method, available_methods, find_method
+from cbs_opt.select.methods import available_methods, find_method
+from cbs_opt.select.one_block import select_one
 from cbs_opt.select.preparation import prepare
 from cbs_opt.system.threads import thread_limit
 from formulations.errors import CbsError, UnsupportedProblemError
-from formulations.incumbents import IncumbentPool
-from formulations.problem import BlockProblem, FloatArray, check_program
-from formulations.solution import BlockSolution, Limit, Limits, SolveStats
+from formulations.problem import BlockProblem, check_program
+from formulations.solution import BlockSolution, Limit, Limits
 from formulations.solvers import available_solvers, models_for
 
 if TYPE_CHECKING:
@@ -111,7 +103,15 @@ def solve(
         if program == "joint":
             problem.require_definite()
         if not chosen.blockwise:
-            return _select(chosen, problem, program, limits, incumbent, options)
+            return select_one(
+                chosen.selector(program),
+                problem,
+                program,
+                method=chosen.name,
+                limits=limits,
+                incumbent=incumbent,
+                **options,
+            )
         solution: BlockSolution = chosen.engine(
             problem, program, limits=limits, incumbent=incumbent, **options
         )
@@ -240,47 +240,3 @@ def status_words(solution: BlockSolution) -> str:
     if solution.limit is Limit.INTERRUPTED:
         return f"{words}, {INTERRUPTED}"
     return words if solution.limit is None else f"{words}, {solution.limit.value} limit"
-
-
-def _select(
-    method: Method,
-    problem: BlockProblem,
-    program: str,
-    limits: Limits,
-    incumbent: BlockSolution | None,
-    options: Mapping[str, Any],
-) -> BlockSolution:
-    """Run a `Selector` on one block, evaluated under the program."""
-    began = time.perf_counter()
-    pool = IncumbentPool(problem, program, incumbent)
-    warm = None if pool.keep is None else [torch.from_numpy(pool.keep)]
-    try:
-        select = method.selector(program)
-        choice = select([_as_block(problem)], [problem.n_prune], limits=limits, warm=warm, **options)[0]
-    except SearchInterruptedError as stop:
-        choice = stop.choice
-    pool.offer(choice.keep.numpy())
-    seconds = time.perf_counter() - began
-    stats = SolveStats(seconds=seconds, iterations=choice.iterations, message=choice.status)
-    return pool.solution(method=method.name, limit=choice.limit, stats=stats)
-
-
-def _as_block(problem: BlockProblem) -> FisherBlock:
-    data = problem.rows if problem.rows is not None else problem.hessian
-    assert data is not None
-    matrix = _view(data)
-    return FisherBlock(
-        name=problem.name,
-        weights=_view(problem.weights),
-        hessian=DenseHessian(matrix) if problem.rows is None else RowsHessian(matrix),
-        damping=problem.damping,
-        gradient=None if problem.gradient is None else _view(problem.gradient),
-    )
-
-
-def _view(array: FloatArray) -> Tensor:
-    """Return a tensor on the memory of the array, which the searches only read."""
-    with warnings.catch_warnings():
-        # torch has no read-only tensors, and says so.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(array)

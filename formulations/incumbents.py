@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -31,6 +32,9 @@ ELEMENTS_A_LOOK = 20_000_000
 """Entries of a matrix that greedy elimination updates between two looks at the clock (some milliseconds)."""
 SWAPS_PER_CALL = 16
 """Swaps between two looks at the clock; the joint tableau is rebuilt as often against drift."""
+Heuristic = Callable[..., BlockSolution | None]
+"""``heuristic(problem, program, *, limits, incumbent)``: a solution no worse than `incumbent`, where there is
+one; None where it cannot keep to the limits."""
 
 
 class IncumbentPool:
@@ -309,6 +313,35 @@ def swap_search(
     pool.offer_magnitude_if_empty()
     stats = SolveStats(seconds=time.perf_counter() - started, iterations=swaps)
     return pool.solution(method="swap_search", limit=limit, stats=stats)
+
+
+def offer_searched(
+    heuristic: Heuristic | None,
+    pool: IncumbentPool,
+    starts: tuple[BlockSolution | None, ...],
+    limits: Limits,
+    started: float,
+) -> bool:
+    """Offer the pool what a heuristic makes of each start in the time that is left; whether it made anything.
+
+    None is the start that the heuristic has of its own. Raises `KeyboardInterrupt` where one came within it.
+    """
+    if heuristic is None:
+        return False
+    searched = False
+    for start in starts:
+        if limits.out_of_time(started):
+            break
+        left = replace(limits.left(started), iteration_limit=None)
+        found = heuristic(pool.problem, pool.program, limits=left, incumbent=start)
+        if found is None:
+            continue
+        assert found.keep is not None
+        pool.offer(found.keep)
+        if found.limit is Limit.INTERRUPTED:
+            raise KeyboardInterrupt
+        searched = True
+    return searched
 
 
 def kicked(keep: BoolArray, generator: np.random.Generator, share: float = 0.05) -> BoolArray:

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from formulations.cut_planes import Cut, CutSource, cut_sources
-from formulations.incumbents import swap_search
+from formulations.incumbents import Heuristic, IncumbentPool, offer_searched, swap_search
 from formulations.milp import DUAL_TOLERANCE, Milp, MilpControls, MilpResult, run_milp
 from formulations.models.scaling import scale_block
 from formulations.preparation import prepare
@@ -169,6 +169,7 @@ def outer_approximation(
     *,
     limits: Limits | None = None,
     incumbent: BlockSolution | None = None,
+    heuristic: Heuristic | None = None,
 ) -> BlockSolution:
     """Solve a program to proven optimality by outer approximation on HiGHS.
 
@@ -180,6 +181,8 @@ def outer_approximation(
         `iteration_limit` counts masters solved; `node_limit` their nodes together.
     incumbent : BlockSolution, optional
         Warm start, improved by swaps; the greedy set without one.
+    heuristic : callable, optional
+        As of `branch_and_bound`; where it finds sets, they stand in place of those of swaps.
 
     Returns
     -------
@@ -208,11 +211,13 @@ def outer_approximation(
     if limits.out_of_time(began):
         return conclude(problem, known, limits, began, limit=Limit.TIME)
     try:
-        known, roots = _root(problem, known, limits, began)
+        known, roots = _root(problem, known, limits, began, heuristic, incumbent)
     except KeyboardInterrupt:
         return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)
     floor = max(roots, key=lambda root: -math.inf if root.bound is None else root.bound)
-    if limits.out_of_time(began):
+    # The planes of a large block take longer than its first bound.
+    ahead = roots[0].stats.seconds if problem.n > SPLIT_LARGEST else 0.0
+    if limits.out_of_time(began, ahead):
         bound, evidence = floor.bound, floor.certificate
         return conclude(problem, known, limits, began, bound=bound, certificate=evidence, limit=Limit.TIME)
     search = _prepared(problem, known, roots, limits, began)
@@ -249,7 +254,12 @@ def outer_approximation(
 
 
 def _root(
-    problem: BlockProblem, known: BlockSolution, limits: Limits, began: float
+    problem: BlockProblem,
+    known: BlockSolution,
+    limits: Limits,
+    began: float,
+    heuristic: Heuristic | None,
+    incumbent: BlockSolution | None,
 ) -> tuple[BlockSolution, list[BlockSolution]]:
     """Return the known set improved, and `root_bounds`, whichever is quicker first."""
     program = known.program
@@ -258,7 +268,11 @@ def _root(
     if problem.n > SPLIT_LARGEST:
         roots = list(root_bounds(problem, program, limits=limits.left(began), incumbent=known))
         start = _best((known, *roots))
-        best = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=start)
+        pool = IncumbentPool(problem, program, known)
+        if offer_searched(heuristic, pool, (incumbent, start), limits, began):
+            best = pool.solution(method=METHOD)
+        else:
+            best = swap_search(problem, program, limits=limits.left(began, 0.5), incumbent=start)
     else:
         best = swap_search(problem, program, limits=limits.left(began), incumbent=known)
         roots = list(root_bounds(problem, program, limits=limits.left(began), incumbent=best))

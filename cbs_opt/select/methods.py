@@ -27,7 +27,7 @@ SALIENCY = "cbs_opt.select.saliency"
 SELECTION = "cbs_opt.select.selection_program.selectors"
 JOINT = "cbs_opt.select.joint_program.selectors"
 JOINT_SALIENCY = "cbs_opt.select.joint_program.channel_program:joint_saliency"
-COMMON = ("limits", "incumbent", "warm", "ledger", "tuning")
+COMMON = ("limits", "incumbent", "warm", "ledger", "tuning", "heuristic")
 """Arguments of engines that are no options of the method."""
 
 
@@ -134,6 +134,10 @@ def _dense(name: str, kind: str, summary: str, engine: str) -> Method:
     return Method(name=name, kind=kind, summary=summary, function=f"formulations.{module}:{function or name}")
 
 
+def _searching(name: str, summary: str) -> Method:
+    return Method(name=name, kind="exact", summary=summary, function=f"cbs_opt.select.exact:{name}")
+
+
 SWAPS = "best-improvement swaps to a proved 1-swap optimum"
 GREEDY = "what costs least goes, the rest moves, again; one by one in small blocks"
 THRESHOLDING = "gradient steps on the weights, each keeping the largest"
@@ -157,8 +161,8 @@ BUILT_IN = (
     _dense(
         "enumeration", "exact", "every set: the oracle, n up to about 24", "enumeration:enumerate_optimum"
     ),
-    _dense("branch_and_bound", "exact", "our branch and bound, with certified bounds", "branch_and_bound"),
-    _dense("outer_approximation", "exact", "cuts on a HiGHS integer program", "outer_approximation"),
+    _searching("branch_and_bound", "our branch and bound, with certified bounds"),
+    _searching("outer_approximation", "cuts on a HiGHS integer program"),
     _dense("lower_bound", "bound", "certified relaxation bound and its rounding", "relaxations"),
 )
 """Our methods."""

@@ -13,7 +13,7 @@ from formulations.branch_and_bound.subproblems import Subproblems
 from formulations.branch_and_bound.tree import Search
 from formulations.dense_forms import DenseForm, dense_form
 from formulations.errors import ArgumentError
-from formulations.incumbents import IncumbentPool, descend, greedy_keep, kicked
+from formulations.incumbents import Heuristic, IncumbentPool, descend, greedy_keep, kicked, offer_searched
 from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, check_program
 from formulations.relaxations.bounds import lower_bound
@@ -39,6 +39,7 @@ def branch_and_bound(
     reduction: bool = True,
     diagonal_split: bool = True,
     swaps: bool = True,
+    heuristic: Heuristic | None = None,
 ) -> BlockSolution:
     """Solve a program to proven optimality by branch and bound.
 
@@ -65,6 +66,10 @@ def branch_and_bound(
         Improve the split of ``H``; else the damping is the split.
     swaps : bool, default True
         Swap descents before the root and inside nodes; else greedy and leaves only.
+    heuristic : callable, optional
+        ``heuristic(problem, program, *, limits, incumbent)`` returns a `BlockSolution`, or None where it
+        cannot keep to the limits. On a block of more than 600 weights it is called twice after the first
+        bound, in the time that is left: with `incumbent`, and with the set that the relaxation rounds to.
 
     Returns
     -------
@@ -101,10 +106,14 @@ def branch_and_bound(
         if has_one_set(problem) and limits.time_limit != 0.0:
             return _only_set(pool, limits, started)
         first = _first_bound(pool, limits, started)
-        form = None if limits.out_of_time(started) else dense_form(problem, program)
+        starts = () if first is None else (incumbent, first)
+        searched = offer_searched(heuristic, pool, starts, limits, started)
+        # The dense form of a large block takes longer than its first bound.
+        ahead = 0.0 if first is None else first.stats.seconds
+        form = None if limits.out_of_time(started, ahead) else dense_form(problem, program)
     except KeyboardInterrupt:
         return _without_tree(pool, limits, started, Limit.INTERRUPTED, first)
-    limit = Limit.TIME if form is None else _first_incumbents(form, pool, limits, started, swaps)
+    limit = Limit.TIME if form is None else _first_incumbents(form, pool, limits, started, swaps, searched)
     if form is None or limit is not None:
         return _without_tree(pool, limits, started, limit, first)
     tree = Search(
@@ -161,13 +170,18 @@ def _without_tree(
 
 
 def _first_incumbents(
-    form: DenseForm, pool: IncumbentPool, limits: Limits, started: float, swaps: bool
+    form: DenseForm,
+    pool: IncumbentPool,
+    limits: Limits,
+    started: float,
+    swaps: bool,
+    searched: bool,
 ) -> Limit | None:
-    """Greedy and, with `swaps`, descents from it, from what is known and from perturbed sets."""
+    """Greedy and, with `swaps`, descents from it, from what is not `searched` yet and from perturbed sets."""
     program = pool.program
     try:
-        starts = [] if pool.keep is None else [pool.keep]
-        if not starts or limits.time_limit is None or pool.problem.n <= SPLIT_LARGEST:
+        starts = [] if pool.keep is None or searched else [pool.keep]
+        if pool.keep is None or limits.time_limit is None or pool.problem.n <= SPLIT_LARGEST:
             starts.append(greedy_keep(form, pool.problem.n_prune, program))
         for start in starts:
             pool.offer(start)

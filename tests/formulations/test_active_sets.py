@@ -730,6 +730,37 @@ def test_a_system_that_is_singular_up_to_rounding_has_a_newton_point(unit):
         assert tuple(found) == (False, 0.0)
 
 
+def test_a_newton_point_that_overflows_is_none():
+    place, point = np.full(2, simplex.INSIDE, dtype=np.int64), np.empty(2)
+    for linear in ([1e300, -1e300], [1e300, 0.0]):
+        with np.errstate(all="ignore"):
+            found = simplex.newton_simplex(1e-20 * np.eye(2), np.array(linear), 1, place, point)
+        assert tuple(found) == (False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "solve", "invert"),
+    [
+        (perspective, "solve_perspective", "invert_perspective"),
+        (simplex, "solve_capped_simplex", "invert_simplex"),
+    ],
+)
+def test_no_inverse_is_formed_where_newton_steps_lead_to_the_end(module, solve, invert, monkeypatch):
+    """An inverse takes as long as many Newton steps, and most nodes of a tree need none."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(30, 10))
+    arguments = [rows.T @ rows / 30.0, generator.normal(size=10), 4]
+    if module is simplex:
+        arguments.append(np.ones(10))
+    solver = getattr(module, solve)
+    inverted = []
+    monkeypatch.setattr(module, invert, inverted.append)
+    plain = getattr(solver, "py_func", solver)
+    *_, steps = plain(*arguments, np.zeros(10), np.inf, 100, 1e-9)
+    assert steps == 0
+    assert not inverted
+
+
 def test_an_entry_at_the_very_edge_of_rounding_stays():
     zero, one, inside = simplex.AT_ZERO, simplex.AT_ONE, simplex.INSIDE
     edge = simplex.ON_BOUND

@@ -162,6 +162,12 @@ def test_errors_of_the_free_targets_and_of_the_weights_pass_through_a_reduction(
         assert within(reduction(held, smaller, error=1e-15 * only), least)
 
 
+def test_the_square_of_the_targets_that_are_eliminated_errs_by_twice_their_product():
+    problem, smaller = flat(5, 2, 0.5), flat(3, 2, 0.5)
+    value, error = np.array([3.0, -4.0, 0.0, 0.0, 0.0]), np.array([4e-9, 3e-9, 0.0, 0.0, 0.0])
+    assert within(reduction(problem, smaller, value=value, error=error), 2.0 * 5.0 * 5e-9 / 0.5)
+
+
 def test_the_gradient_that_encodes_a_reduced_block_is_rounded():
     problem = flat(5, 2, 0.5)
     reach = math.sqrt(2.0 * 4.0 / 0.5)
@@ -901,6 +907,18 @@ def test_a_form_has_the_unit_of_its_costs_or_of_its_slopes_or_none():
         assert form.scale == scale
         slope = np.zeros(2) if gradient is None else np.array([-gradient[0], gradient[1]])
         np.testing.assert_allclose(form.linear * scale, slope)
+
+
+@pytest.mark.parametrize("gradient", [None, np.array([0.0, 3.0])])
+def test_a_unit_is_positive_where_weights_leave_nothing_but_costs_below_zero(gradient):
+    """What rounding has made negative in a Hessian may be all that its weights of 0 leave of it."""
+    problem = BlockProblem(
+        weights=np.array([0.0, 1.0]), hessian=np.diag([1.0, -1e-12]), gradient=gradient, n_prune=1
+    )
+    form = selection_form(problem)
+    assert form.scale == 0.5e-12
+    np.testing.assert_allclose(form.matrix * form.scale, np.diag([0.0, -1e-12]))
+    np.testing.assert_allclose(form.linear * form.scale, [0.0, -problem.gradient_or_zero[1]])
 
 
 def test_an_eigenvalue_of_which_no_share_is_confirmed_is_not_known(monkeypatch):

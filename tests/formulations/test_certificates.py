@@ -155,6 +155,10 @@ def test_reducing_needs_fixings_of_this_block():
     with pytest.raises(ArgumentError, match="fixes no weights"):
         reduce_block(problem, lower_bound(problem, "joint"))
     solution = lower_bound(problem, "joint", incumbent=enumerate_optimum(problem, "joint"), fix=True)
+    reduced = reduce_block(problem, solution)
+    assert reduced.certificate is solution.certificate
+    assert solution.certificate.n_fixed > 0
+    assert reduced.free.tolist() == np.flatnonzero(solution.certificate.fixing.free).tolist()
     with pytest.raises(ArgumentError, match="not proved"):
         reduce_block(block("random", 10, 5, seed=2), solution)
 

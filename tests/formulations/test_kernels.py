@@ -77,6 +77,13 @@ def test_every_step_of_greedy_elimination_takes_the_least(kind):
         assert joint_value(form, ~following) == pytest.approx(least, rel=1e-7, abs=1e-9)
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_where_every_cost_overflows_one_weight_goes_all_the_same(place):
+    pruned = np.arange(3) == place
+    prune_joint(np.eye(3), np.full(3, 1e200), pruned, 1)
+    assert pruned.sum() == 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("seed", range(3))

@@ -477,6 +477,21 @@ def test_fixings_that_leave_no_set_prove_nothing_below_their_cutoff(program):
         # The basis is not proved, so neither is what rests on it.
         assert replace(certificate, basis=basis).lower_bound(problem) == -math.inf
         assert replace(certificate, basis=basis).fixed_below(problem, 0.0) is None
+        # Nor is there a least value of sets that there are not.
+        none_left = Fixing(keep=everything, prune=everything, cutoff=1e9)
+        line = certificate.linearisation(problem, Fixing.by_count(problem))
+        assert certificate._restricted(problem, line, none_left) == math.inf
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12, 1.0])
+def test_where_nothing_may_stay_a_singular_block_has_the_bound_of_its_value(damping):
+    """Nothing moves, so that nothing has to be definite."""
+    problem = BlockProblem(
+        weights=np.array([1.0, -2.0, 3.0]), rows=np.ones((1, 3)), damping=damping, n_prune=3
+    )
+    value = objective(problem, np.zeros(3, dtype=bool), "selection")
+    bound = only_set_certificate(problem, "joint").lower_bound(problem)
+    assert value - 1e-12 * value <= bound <= value
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

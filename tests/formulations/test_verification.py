@@ -45,6 +45,66 @@ def test_a_certificate_of_the_other_program_proves_nothing(program, relaxation):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_the_program_of_a_certificate_is_that_of_its_kind_whatever_it_says(program):
+    """One that does not say what it was made for is not believed to be of the program at hand."""
+    problem = gaussian()
+    other = "joint" if program == "selection" else "selection"
+    silent = dataclasses.replace(lower_bound(problem, other).certificate, subject=None)
+    found = verify(problem, dataclasses.replace(greedy(problem, program), certificate=silent))
+    assert found.wrong
+    assert found.bound is None
+    assert [note for note in found.notes if f"for the {other} program" in note]
+
+
+@pytest.mark.parametrize(
+    ("program", "relaxation", "kind"),
+    [
+        ("joint", None, "perspective"),
+        ("selection", None, "capped_simplex"),
+        ("selection", "rlt", "rlt"),
+        ("selection", "mccormick", "mccormick"),
+    ],
+)
+def test_a_certificate_names_its_relaxation_and_proves_nothing_of_another_size(program, relaxation, kind):
+    problem = gaussian()
+    solution = lower_bound(problem, program, relaxation=relaxation)
+    certificate = solution.certificate
+    assert certificate.kind == kind
+    everything = np.ones(11, dtype=bool)
+    larger = BlockProblem(weights=np.ones(11), rows=np.eye(11), damping=0.05, n_prune=5)
+    fixing = Fixing(keep=everything, prune=~everything, cutoff=solution.bound)
+    assert not dataclasses.replace(certificate, fixing=fixing).proves_fixing(larger)
+
+
+@pytest.mark.parametrize(
+    ("program", "relaxation"), [("joint", None), ("selection", None), ("selection", "rlt")]
+)
+def test_a_certificate_holds_copies_that_nobody_can_change(program, relaxation):
+    certificate = lower_bound(gaussian(), program, relaxation=relaxation).certificate
+    names = [
+        f.name
+        for f in dataclasses.fields(certificate)
+        if isinstance(getattr(certificate, f.name), np.ndarray)
+    ]
+    assert names
+    given = {name: np.array(getattr(certificate, name)) for name in names}
+    remade = dataclasses.replace(certificate, **given)
+    for name in names:
+        given[name][...] = 7.0
+        held = getattr(remade, name)
+        assert not held.flags.writeable
+        np.testing.assert_array_equal(held, getattr(certificate, name))
+
+
+def test_fixings_print_as_counts():
+    keep = np.arange(100_000) < 30_000
+    shown = repr(Fixing(keep=keep, prune=np.arange(100_000) > 90_000, cutoff=0.25))
+    assert len(shown) < 100
+    for word in ("30000 kept", "9999 pruned", "100000", "0.25"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_certificate_states_program_count_and_block(program):
     problem = gaussian()
     solution = lower_bound(problem, program)
