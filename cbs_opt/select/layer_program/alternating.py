@@ -116,4 +116,5 @@ class _Shifted:
                 self._inverse = (self._vectors / (self._values + rho)) @ self._vectors.T
         if self._inverse is not None:
             return right @ self._inverse
-        return ((right @ self._vectors) / (self._values + rho)) @ self._vectors.T
+        solved: Tensor = ((right @ self._vectors) / (self._values + rho)) @ self._vectors.T
+        return solved

@@ -31,7 +31,7 @@ ROOM = 48
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Tableaus:
-    """Tableaus (b, n, n) of rows, their levels (b, n): u_i where kept, g_j where pruned, and the sets (b, n)."""
+    """Tableaus (b, n, n) of rows, their sets (b, n), and levels (b, n): u_i where kept, g_j where pruned."""
 
     matrix: Tensor
     levels: Tensor

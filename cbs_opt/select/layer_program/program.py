@@ -92,9 +92,12 @@ class LayerHessian:
 
     @cached_property
     def elimination(self) -> Tensor:
-        """Upper Cholesky factor of ``H^-1``, (n, n) float64: row i divided by entry (i, i) is the OBS step
-        of i with the inverse from which all earlier inputs were removed."""
-        return torch.linalg.cholesky(self.inverse, upper=True)
+        """Upper Cholesky factor of ``H^-1``, (n, n) float64.
+
+        Row i over its entry (i, i) is the OBS step of i by the inverse without all earlier inputs.
+        """
+        factor: Tensor = torch.linalg.cholesky(self.inverse, upper=True)
+        return factor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,19 +141,31 @@ class LayerProgram:
         return self.hessian.of(self.weights.dtype)
 
     def losses(self, weights: Tensor) -> Tensor:
-        """Return the objective of every row at new weights (r, n), (r,) float64, in units of the Gram matrix."""
+        """Return the objective of every row at new weights (r, n), (r,) float64."""
         error = self.weights.double() - weights.double()
         return (0.5 * self.hessian.unit) * ((error @ self.hessian.values) * error).sum(1)
 
     def dense_losses(self) -> Tensor:
-        """Return the objective of every row if all of it goes, (r,) float64: what losses are compared with."""
+        """Return the objective of every row if all of it goes, (r,) float64."""
         return self.losses(torch.zeros_like(self.weights))
+
+    def relative(self, weights: Tensor) -> tuple[float, float]:
+        """Return loss and change of the outputs at new weights (r, n), each relative to pruning everything.
+
+        The change is the loss without the damping: the mean squared error over the mean square of outputs.
+        """
+        error, dense = self.weights.double() - weights.double(), self.weights.double()
+        damping = self.hessian.damping
+        figures = []
+        for e in (error, dense):
+            loss, squares = float(((e @ self.hessian.values) * e).sum()), float(e.square().sum())
+            figures.append((loss, loss - damping * squares))
+        (loss, change), (most, outputs) = figures
+        return (loss / most if most else 0.0), (change / outputs if outputs > 0.0 else 0.0)
 
     def take(self, rows: Tensor) -> LayerProgram:
         """Return the program of some rows."""
-        return LayerProgram(
-            weights=self.weights[rows], hessian=self.hessian, support=self.support.take(rows)
-        )
+        return LayerProgram(weights=self.weights[rows], hessian=self.hessian, support=self.support.take(rows))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -68,7 +68,9 @@ class Support:
         first = torch.arange(0, inputs, size, device=costs.device).view(-1, 1)
         leaving, entering = ((found.indices + first).view(rows, -1) for found in (cheap, dear))
         order = profit.argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).to(order).expand_as(order))
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1]).to(order).expand_as(order)
+        )
         row, pair = ((profit > 0.0) & (rank < limits.view(-1, 1))).nonzero(as_tuple=True)
         return row, leaving[row, pair], entering[row, pair]
 
@@ -111,7 +113,9 @@ class Count(Support):
         return counts
 
     def take(self, rows: Tensor) -> Count:
-        return Count(self.n_keep[rows] if isinstance(self.n_keep, Tensor) and self.n_keep.ndim else self.n_keep)
+        return Count(
+            self.n_keep[rows] if isinstance(self.n_keep, Tensor) and self.n_keep.ndim else self.n_keep
+        )
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,6 @@ def equal_rows(keep: Tensor, number_bytes: int) -> Iterator[tuple[Tensor, Tensor
     """
     together = max(1, BATCH_BYTES // (number_bytes * keep.shape[1] ** 2))
     counts = keep.sum(1)
-    for count in counts.unique().tolist():
+    for count in sorted(set(counts.tolist())):
         for rows in (counts == count).nonzero().squeeze(1).split(together):
             yield rows, keep[rows].nonzero()[:, 1].view(len(rows), count)
