@@ -52,6 +52,7 @@ def descend(program: LayerProgram, keep: Tensor, weights: Tensor, steps: int) ->
 def updated(program: LayerProgram, keep: Tensor, weights: Tensor, steps: int = FINAL_STEPS) -> LayerSolution:
     """Return a set (r, n) with its best new weights by `descend`, begun at `weights`."""
     weights, _ = descend(program, keep, weights, steps)
+    weights = torch.where(keep.all(1, keepdim=True), program.weights, weights)
     return LayerSolution(keep=keep, weights=weights, losses=program.losses(weights))
 
 
@@ -68,7 +69,7 @@ def exact_update(program: LayerProgram, keep: Tensor) -> Tensor:
         right = target[rows].gather(1, kept).unsqueeze(2)
         solved = torch.cholesky_solve(right, factor).squeeze(2)
         weights[rows] = weights[rows].scatter(1, kept, solved)
-    return weights
+    return torch.where(keep.all(1, keepdim=True), program.weights.double(), weights)
 
 
 def equal_rows(keep: Tensor, number_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
