@@ -78,7 +78,9 @@ def prepare(cache: Path, gguf: Path | None, texts: dict[str, Path]) -> None:
     del model.config.quantization_config
     model.config.save_pretrained(cache)
     head = model.get_output_embeddings().weight
-    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor is not head}
+    tensors = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor is not head
+    }
     tensors["model.embed_tokens.weight"] = head
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, cache / "model.safetensors", metadata={"format": "pt"})

@@ -20,7 +20,7 @@ from cbs_opt.layers.record import LayerRecord, LayersReport, PackedMask, packed
 from cbs_opt.network.data import Data, device_of
 from cbs_opt.network.eligible import Globs, LeftOut, unwrapped
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
-from cbs_opt.network.trial import write_layers
+from cbs_opt.network.trial import plain_attention, write_layers
 from cbs_opt.runs.fingerprint import absorb_tensor
 from cbs_opt.runs.folder import Pieces, RunStore
 from cbs_opt.select.layer_program.methods import layer_method
@@ -124,7 +124,7 @@ def prune_layers(
     records: list[LayerRecord] = []
     packs: dict[str, PackedMask] = {}
     with ExitStack() as stack:
-        for context in (kept(network), evaluation_mode(network), torch.no_grad()):
+        for context in (kept(network), evaluation_mode(network), plain_attention(), torch.no_grad()):
             stack.enter_context(context)
         calibration = calibrate(network, found, data, samples=samples, chunk_tokens=chosen.chunk_tokens)
         store: Pieces = Pieces()

@@ -48,7 +48,9 @@ def least_losses(program: LayerProgram, sparsity: float | str) -> Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, "2:4", "1:4"])
-def test_every_method_has_its_count_exactly_and_says_what_it_costs(method: str, sparsity: float | str) -> None:
+def test_every_method_has_its_count_exactly_and_says_what_it_costs(
+    method: str, sparsity: float | str
+) -> None:
     program = layer_program(12, 20, sparsity, dtype=torch.float32)
     solution = layer_method(method)(program)
     assert solution.weights.dtype == torch.float32
@@ -71,7 +73,9 @@ def test_losses_and_updates_are_those_of_the_joint_program_of_a_row(keep_share: 
     for row in range(5):
         one = problem(program, row, keep[row])
         assert np.allclose(weights[row], update(one, keep[row].numpy()), atol=1e-10)
-        assert float(program.losses(weights)[row]) == pytest.approx(joint_loss(one, keep[row].numpy()), rel=1e-9)
+        assert float(program.losses(weights)[row]) == pytest.approx(
+            joint_loss(one, keep[row].numpy()), rel=1e-9
+        )
 
 
 def test_conjugate_gradients_of_alps_end_at_the_exact_update() -> None:
@@ -158,7 +162,9 @@ def test_the_mean_schur_complement_is_what_single_moves_cost() -> None:
         others = keep[0].clone()
         others[index] = False
         inner, across = matrix[others][:, others], matrix[others, index]
-        assert float(schur[index]) == pytest.approx(float(matrix[index, index] - across @ inner.inverse() @ across))
+        assert float(schur[index]) == pytest.approx(
+            float(matrix[index, index] - across @ inner.inverse() @ across)
+        )
 
 
 def test_rows_do_not_depend_on_the_rows_around_them() -> None:
@@ -166,7 +172,9 @@ def test_rows_do_not_depend_on_the_rows_around_them() -> None:
     alone = by_exchanges(program, Exchanges(rounds=0))
     for row in range(6):
         one = program.take(torch.tensor([row]))
-        assert torch.equal(search_swaps(one, alone.keep[[row]]).keep, search_swaps(program, alone.keep).keep[[row]])
+        assert torch.equal(
+            search_swaps(one, alone.keep[[row]]).keep, search_swaps(program, alone.keep).keep[[row]]
+        )
 
 
 def test_ours_is_below_alps_and_alps_below_sparsegpt_on_a_layer_of_many_inputs() -> None:
@@ -210,7 +218,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         layer_method("wanda", Exchanges())
     with pytest.raises(UnknownOptionError, match="Exchanges"):
         layer_method("exchanges", Alternating())
-    with pytest.raises(ArgumentError, match="exchanges.share"):
+    with pytest.raises(ArgumentError, match=r"exchanges\.share"):
         Exchanges(share=0.0)
-    with pytest.raises(ArgumentError, match="alternating.growth"):
+    with pytest.raises(ArgumentError, match=r"alternating\.growth"):
         Alternating(growth=(1.0, 0.5, 1.0))
