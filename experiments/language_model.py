@@ -12,7 +12,7 @@ Protocol
 - Calibration: the first ``--sequences`` times 512 tokens of the validation text of WikiText-2. Blocks are
   pruned in sequence, each fed by the pruned ones before it; damping is 1 % of the mean diagonal.
 - The 210 matrices of the 30 blocks are pruned, the embedding, which is the head as well, is not. Every row
-  has as many zeros; SparseGPT shares them out over rows as its paper does, the same number in each layer.
+  has as many zeros, or, by ``--budgets layer``, the rows of a layer share them, as SparseGPT's always do.
 - Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
 - Processor seconds are those of `prune_layers`, forward passes included, with one thread. Memory is the
   peak over them beyond what the process held before, network and calibration tokens included.
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ from tqdm import tqdm
 import cbs_opt
 from cbs_opt.layers.recipe import LayerRecipe
 from cbs_opt.select.layer_program.methods import METHODS
-from cbs_opt.select.layer_program.support import checked_sparsity
+from cbs_opt.select.layer_program.support import BUDGETS, checked_sparsity
 from cbs_opt.system.memory import resident
 from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, experiment_parser
@@ -59,6 +60,8 @@ TEST_SEQUENCES, TEST_LENGTH = 8, 1_024
 DENSE = "dense"
 SHOWN = (DENSE, "magnitude", "wanda", "sparsegpt", "alps", "exchanges")
 SPARSITIES = ("0.5", "0.7", "2:4")
+SHARING = ("magnitude", "wanda", "alps", "exchanges")
+"""Methods that are measured with zeros shared by the rows of a layer as well."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARK = "language model"
 
@@ -135,7 +138,7 @@ def measure(cache: Path, cell: Cell) -> Cell:
             model,
             calibration,
             sparsity=checked_sparsity(_sparsity(cell["sparsity"])),
-            recipe=LayerRecipe(method=cell["method"]),
+            recipe=LayerRecipe(method=cell["method"], budget=cell.get("budget", "rows")),
         )
         result |= {
             "processor_seconds": report.seconds,
@@ -148,15 +151,19 @@ def measure(cache: Path, cell: Cell) -> Cell:
     return {**result, "perplexity": perplexity(model, tokens["test"])}
 
 
-def cells(methods: Sequence[str], sparsities: Sequence[str], sequences: Sequence[int]) -> list[Cell]:
-    """Return what is measured, the dense network first."""
-    pruned: list[Cell] = [
-        {"method": method, "sparsity": sparsity, "sequences": count}
-        for count in sequences
-        for sparsity in sparsities
-        for method in methods
-        if method != DENSE
-    ]
+def cells(
+    methods: Sequence[str],
+    sparsities: Sequence[str],
+    sequences: Sequence[int],
+    budgets: Sequence[str] = BUDGETS,
+) -> list[Cell]:
+    """Return what is measured, the dense network first; the budget of a layer where a method knows one."""
+    pruned: list[Cell] = []
+    for count, sparsity, budget in itertools.product(sequences, sparsities, budgets):
+        shared: Cell = {} if budget == "rows" else {"budget": budget}
+        for method in methods:
+            if method != DENSE and (not shared or (":" not in sparsity and method in SHARING)):
+                pruned.append({"method": method, "sparsity": sparsity, "sequences": count, **shared})
     return [{"method": DENSE}, *pruned]
 
 
@@ -186,18 +193,26 @@ def table(ledger: Ledger, sequences: int) -> str:
             "| --- |" + " ---: |" * (len(KINDS) + 5),
         ]
         for result in found:
-            means = [
-                np.mean([v for name, v in result["loss"].items() if f".{kind}." in name]) for kind in KINDS
-            ]
-            losses = " | ".join(f"{mean:.4f}" for mean in means)
-            beside = "" if result["extra_bytes"] is None else f"{result['extra_bytes'] / 1e9:.2f}"
-            lines.append(
-                f"| {result['method']} | {result['perplexity']:.1f} | {losses} | "
-                f"{sum(result['loss'].values()):.3f} | {result['processor_seconds']:.0f} | "
-                f"{result['program_seconds']:.0f} | {beside} |"
-            )
+            lines.append(_line(result))
         lines.append("")
     return "\n".join(lines) + "\n"
+
+
+def _line(result: Cell) -> str:
+    """Return the line of a cell in its table."""
+    losses: dict[str, float] = result["loss"]
+    means = [np.mean([loss for name, loss in losses.items() if f".{kind}." in name]) for kind in KINDS]
+    beside = result["extra_bytes"]
+    entries = [
+        result["method"] + (", layer" if "budget" in result else ""),
+        f"{result['perplexity']:.1f}",
+        *(f"{mean:.4f}" for mean in means),
+        f"{sum(losses.values()):.3f}",
+        f"{result['processor_seconds']:.0f}",
+        f"{result['program_seconds']:.0f}",
+        "" if beside is None else f"{beside / 1e9:.2f}",
+    ]
+    return f"| {' | '.join(entries)} |"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -212,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--sparsities", nargs="+", default=SPARSITIES, help="default .5 .7 2:4")
     root.add_argument("--sequences", nargs="+", type=int, default=[16], help="of 512 tokens (default 16)")
+    root.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="default both")
     root.add_argument(
         "--page", type=Path, help="put the tables between the marks of this page, and measure nothing"
     )
@@ -234,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: data_file(file, options.data, verify=not options.no_verify) for name, file in TEXTS.items()
         }
         prepare(options.cache, options.gguf, texts)
-        wanted = cells(options.methods, sparsities, options.sequences)
+        wanted = cells(options.methods, sparsities, options.sequences, options.budgets)
         with thread_limit(1):
             for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):
                 ledger.add(settings_key(cell), measure(options.cache, cell))

@@ -26,7 +26,7 @@ from cbs_opt.runs.folder import Pieces, RunStore
 from cbs_opt.select.layer_program.methods import layer_method
 from cbs_opt.select.layer_program.program import LayerHessian, LayerProgram
 from cbs_opt.select.layer_program.support import Sparsity, checked_sparsity, support_of
-from cbs_opt.system.checks import whole_number
+from cbs_opt.system.checks import whole_number, within
 from cbs_opt.system.memory import peak, reset_peak
 from cbs_opt.system.plain import plain
 from cbs_opt.system.progress import Progress, reporting
@@ -120,7 +120,7 @@ def prune_layers(
     require_usable(model)
     network = unwrapped(model)
     found, left_out = find_blocks(network, blocks, ignore)
-    _check_supports(found, sparsity)
+    _check_supports(found, sparsity, chosen.budget)
     records: list[LayerRecord] = []
     packs: dict[str, PackedMask] = {}
     with ExitStack() as stack:
@@ -161,12 +161,13 @@ def prune_layers(
     )
 
 
-def _check_supports(blocks: Sequence[Block], sparsity: Sparsity) -> None:
+def _check_supports(blocks: Sequence[Block], sparsity: Sparsity, budget: str) -> None:
     """Raise an error that names the layer if a pattern does not fit the inputs of one."""
     for layer in (layer for block in blocks for layer in block.layers):
-        inputs = layer.rows(layer.parameter).shape[1]
+        rows, inputs = layer.rows(layer.parameter).shape
         try:
-            support_of(sparsity, inputs)
+            with within("recipe", "budget"):
+                support_of(sparsity, (rows, inputs), budget)
         except ShapeError as error:
             found = f"{layer.name}: {error.found}"
             remedy = f'leave it out, ignore="{layer.name}", or use an m that divides {inputs}'
@@ -193,7 +194,8 @@ def _pruned(
             hessians[id(total)] = LayerHessian(gram, recipe.damping, name=layer.name), shrinkage
         hessian, shrinkage = hessians[id(total)]
         rows = layer.rows(layer.parameter.detach())
-        program = LayerProgram(weights=rows, hessian=hessian, support=support_of(sparsity, rows.shape[1]))
+        support = support_of(sparsity, (rows.shape[0], rows.shape[1]), recipe.budget)
+        program = LayerProgram(weights=rows, hessian=hessian, support=support)
         solution = method(program)
         new = solution.weights.to(rows.dtype)
         weights[layer.name], masks[layer.name] = layer.rows(new), layer.rows(solution.keep)

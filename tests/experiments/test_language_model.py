@@ -34,7 +34,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_cells_are_measured_once_and_the_page_shows_them(cache: Path, tmp_path: Path) -> None:
     options = ["--cache", str(cache), "--out", str(tmp_path / "out")]
-    wanted = ["--methods", "wanda", "exchanges", "--sparsities", "0.5", "--sequences", "2"]
+    wanted = [
+        "--methods",
+        "wanda",
+        "exchanges",
+        "--sparsities",
+        "0.5",
+        "--sequences",
+        "2",
+        "--budgets",
+        "rows",
+    ]
     assert main([*options, *wanted]) == 0
     ledger = (tmp_path / "out" / "results.jsonl").read_bytes()
     assert ledger.count(b"\n") == 3

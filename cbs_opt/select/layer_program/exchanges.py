@@ -25,7 +25,7 @@ from cbs_opt.select.layer_program.program import LayerProgram, LayerSolution
 from cbs_opt.select.layer_program.update import descend, equal_rows, updated
 from cbs_opt.system.checks import check_fields, finite_number, whole_number
 
-RELAXATION = Alternating(penalty=0.3, growth=(1.3, 1.2, 1.1), iterations=36)
+RELAXATION = Alternating(penalty=0.5, growth=(1.25, 1.2, 1.1), iterations=30)
 SAMPLED = 4
 """Rows whose Schur complements are averaged."""
 FEWER = 4
@@ -74,6 +74,7 @@ def by_exchanges(program: LayerProgram, options: Exchanges = DEFAULT) -> LayerSo
     """Return sets by relaxation and exchanges, with their best new weights; some rows 1-swap optimal."""
     scale = program.hessian.least_scale.sqrt()
     keep, weights = alternating_sets(program, scale, options.relaxation)
+    program = program.settled(keep)
     solution = updated(program, *improved(program, keep, weights, options))
     if not options.examine:
         return solution

@@ -10,7 +10,7 @@ zero on the kept weights of a row where these are the best of its set.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -127,8 +127,7 @@ class LayerProgram:
             raise NonFiniteError("weights", f"NaN or infinity in {name}", "check the network")
         precise = weights.dtype == torch.float64
         object.__setattr__(self, "weights", weights if precise else weights.float())
-        self.support.counts(self.rows, n)
-        self.support.group(n)
+        self.support.total(self.rows, n)
 
     @property
     def rows(self) -> int:
@@ -162,6 +161,10 @@ class LayerProgram:
             figures.append((loss, loss - damping * squares))
         (loss, change), (most, outputs) = figures
         return (loss / most if most else 0.0), (change / outputs if outputs > 0.0 else 0.0)
+
+    def settled(self, keep: Tensor) -> LayerProgram:
+        """Return the program in which every row has the count of its set, where only all rows have one."""
+        return replace(self, support=self.support.settled(keep))
 
     def take(self, rows: Tensor) -> LayerProgram:
         """Return the program of some rows."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.select.layer_program.program import LayerProgram, LayerSolution
-from cbs_opt.select.layer_program.support import Count, NofM
+from cbs_opt.select.layer_program.support import NofM
 
 COLUMNS = 128
 """Inputs whose set is chosen at once, as in the paper."""
@@ -20,21 +20,21 @@ COLUMNS = 128
 def by_sparsegpt(program: LayerProgram) -> LayerSolution:
     """Return the sets and weights of SparseGPT's sweep.
 
-    Under a count the smallest ``w^2 / [H^-1]_ii`` of every `COLUMNS` inputs go over all rows together, as in
-    the paper: the layer has as many zeros as it should, its rows differ. Under n:m each row chooses in each
-    group as the sweep comes to it. O(r n^2).
+    Under a count, of rows or of the layer, the smallest ``w^2 / [H^-1]_ii`` of every `COLUMNS` inputs go over
+    all rows together, as in the paper: the layer has as many zeros as it should, its rows differ. Under n:m
+    each row chooses in each group as the sweep comes to it. O(r n^2).
     """
     support, n = program.support, program.hessian.n
     factor = program.hessian.elimination.to(program.weights.dtype)
     weights = program.weights.clone()
     keep = torch.ones_like(weights, dtype=torch.bool)
     width = support.m * max(1, COLUMNS // support.m) if isinstance(support, NofM) else COLUMNS
-    share = float(support.counts(program.rows, n).double().sum()) / n
+    share = support.total(program.rows, n) / n
     for start in range(0, n, width):
         stop = min(start + width, n)
         panel, chosen = weights[:, start:stop], keep[:, start:stop]
         errors = torch.zeros_like(panel)
-        if isinstance(support, Count):
+        if not isinstance(support, NofM):
             count = round(share * stop) - round(share * start)
             chosen.copy_(_largest(_saliency(panel, factor, start), count))
         for column in range(start, stop):

@@ -1,4 +1,4 @@
-"""What the rows of a layer may keep: a number of inputs each, or n of every m consecutive ones.
+"""What the rows of a layer may keep: a number of inputs each or together, or n of every m consecutive ones.
 
 A support cuts the inputs into groups of one size and keeps a number in each; a count is the case of a single
 group. All functions take every row at once.
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbs_opt.system.checks import finite_number, whole_number
-from formulations.errors import ArgumentError, ShapeError
+from cbs_opt.system.checks import finite_number, one_of, whole_number
+from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
 
 Swaps = tuple[Tensor, Tensor, Tensor]
 """Rows, leaving and entering inputs of a number of swaps, (swaps,) int64 each."""
@@ -36,11 +36,19 @@ class Support:
         """Return the support of some rows."""
         raise NotImplementedError
 
+    def total(self, rows: int, inputs: int) -> int:
+        """Return how many weights all rows keep together."""
+        return int(self.counts(rows, inputs).sum()) * (inputs // self.group(inputs))
+
+    def settled(self, keep: Tensor) -> Support:
+        """Return the support of sets that were found (r, n), in which every row has a count of its own."""
+        return self
+
     def best(self, scores: Tensor) -> Tensor:
         """Return the kept masks of the largest sum of scores (r, n), bool. O(r n log n)."""
         rows, inputs = scores.shape
         size = self.group(inputs)
-        counts = self.counts(rows, inputs)
+        counts = self.counts(rows, inputs).to(scores.device)
         if size == inputs and rows and scores.device.type == "cpu" and bool((counts == counts[0]).all()):
             return _largest(scores, int(counts[0]))
         return _first(scores.reshape(rows, -1, size), counts).view(rows, inputs)
@@ -49,7 +57,8 @@ class Support:
         """Return which kept weights may go while their group still holds more than it has to, (r, n) bool."""
         rows, inputs = keep.shape
         grouped = keep.view(rows, -1, self.group(inputs))
-        more = grouped.sum(-1, keepdim=True) > self.counts(rows, inputs).view(-1, 1, 1)
+        counts = self.counts(rows, inputs).to(keep.device)
+        more = grouped.sum(-1, keepdim=True) > counts.view(-1, 1, 1)
         return (grouped & more).view(rows, inputs)
 
     def exchanges(self, costs: Tensor, gains: Tensor, limits: Tensor) -> Swaps:
@@ -73,6 +82,11 @@ class Support:
         )
         row, pair = ((profit > 0.0) & (rank < limits.view(-1, 1))).nonzero(as_tuple=True)
         return row, leaving[row, pair], entering[row, pair]
+
+
+def _one_by_one() -> UnsupportedProblemError:
+    found = "a method that goes row by row, on rows without counts of their own"
+    return UnsupportedProblemError("support", found, 'choose another method, or budget="rows"')
 
 
 def _first(grouped: Tensor, counts: Tensor) -> Tensor:
@@ -113,9 +127,42 @@ class Count(Support):
         return counts
 
     def take(self, rows: Tensor) -> Count:
-        return Count(
-            self.n_keep[rows] if isinstance(self.n_keep, Tensor) and self.n_keep.ndim else self.n_keep
-        )
+        if not isinstance(self.n_keep, Tensor) or not self.n_keep.ndim:
+            return self
+        return Count(self.n_keep[rows.to(self.n_keep.device)])
+
+
+@dataclass(frozen=True)
+class LayerCount(Support):
+    """All rows together keep `n_keep` weights: one multiplier decides how many each has.
+
+    Sets are chosen over the whole layer; once they are, every row has the count that it was given.
+    """
+
+    n_keep: int
+
+    def group(self, inputs: int) -> int:
+        return inputs
+
+    def counts(self, rows: int, inputs: int) -> Tensor:
+        raise _one_by_one()
+
+    def take(self, rows: Tensor) -> Support:
+        raise _one_by_one()
+
+    def total(self, rows: int, inputs: int) -> int:
+        if not 0 <= self.n_keep <= rows * inputs:
+            found = f"{self.n_keep} of {rows} x {inputs} weights"
+            raise ArgumentError("n_keep", found, f"keep 0 to {rows * inputs} weights")
+        return self.n_keep
+
+    def settled(self, keep: Tensor) -> Count:
+        return Count(keep.sum(1))
+
+    def best(self, scores: Tensor) -> Tensor:
+        count = self.total(*scores.shape)
+        flat = scores.reshape(1, -1)
+        return Count(count).best(flat).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -164,12 +211,27 @@ def checked_sparsity(sparsity: Sparsity) -> Sparsity:
     return finite_number("sparsity", sparsity)
 
 
-def support_of(sparsity: Sparsity, inputs: int) -> Support:
-    """Return what rows of so many inputs keep at a sparsity: ``inputs - round(sparsity inputs)``, or n:m."""
+BUDGETS = ("rows", "layer")
+"""Whether every row of a layer has as many zeros, or all rows together."""
+
+
+def support_of(sparsity: Sparsity, shape: tuple[int, int], budget: str = "rows") -> Support:
+    """Return what a layer of a shape (rows, inputs) keeps at a sparsity.
+
+    n:m; or ``inputs - round(sparsity inputs)`` of every row; or as many on average, by the budget "layer".
+    Raises `ArgumentError` for n:m with that budget: a pattern leaves no choice between rows.
+    """
+    rows, inputs = shape
+    one_of("budget", budget, BUDGETS)
     sparsity = checked_sparsity(sparsity)
     if isinstance(sparsity, str):
+        if budget != "rows":
+            raise ArgumentError(
+                "budget", f"{budget!r} with {sparsity}", 'use "rows": every row has the pattern'
+            )
         n, m = map(int, sparsity.split(":"))
         pattern = NofM(n, m)
         pattern.group(inputs)
         return pattern
-    return Count(inputs - round(sparsity * inputs))
+    kept = inputs - round(sparsity * inputs)
+    return LayerCount(rows * kept) if budget == "layer" else Count(kept)

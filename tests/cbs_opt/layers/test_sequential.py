@@ -275,6 +275,18 @@ def test_blocks_that_do_not_follow_each_other_are_refused() -> None:
             prune_layers(kind(), tokens(), sparsity=0.5)
 
 
+def test_rows_of_a_layer_may_share_their_zeros() -> None:
+    network = Network()
+    recipe = cbs.LayerRecipe(budget="layer")
+    report = prune_layers(network, tokens(), sparsity=0.5, recipe=recipe)
+    assert report.zeros == 0.5
+    assert len(set(report.masks["layers.0.left.weight"].sum(1).tolist())) > 1
+    with pytest.raises(ArgumentError, match=r"recipe\.budget: 'layer' with 2:4"):
+        prune_layers(Network(), tokens(), sparsity="2:4", recipe=recipe)
+    with pytest.raises(ArgumentError, match=r"recipe\.budget: \"layer\" with greedy_obs"):
+        cbs.LayerRecipe(method="greedy_obs", budget="layer")
+
+
 def test_arguments_and_failures_are_named() -> None:
     with pytest.raises(ArgumentError, match="recipe"):
         prune_layers(Network(), tokens(), sparsity=0.5, recipe="swift")

@@ -28,12 +28,15 @@ def layer_program(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     damping: float = 0.01,
+    budget: str = "rows",
 ) -> LayerProgram:
     """A layer of Gaussian weights."""
     generator = torch.Generator().manual_seed(seed + 1)
     weights = torch.randn(rows, inputs, generator=generator, dtype=torch.float64).to(dtype)
     hessian = LayerHessian(gram(inputs, seed=seed), damping)
-    return LayerProgram(weights=weights, hessian=hessian, support=support_of(sparsity, inputs))
+    return LayerProgram(
+        weights=weights, hessian=hessian, support=support_of(sparsity, (rows, inputs), budget)
+    )
 
 
 def every_set(inputs: int, sparsity: float | str) -> list[tuple[int, ...]]:

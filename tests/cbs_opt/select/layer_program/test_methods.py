@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from formulations.errors import (
     NotPositiveDefiniteError,
     ShapeError,
     UnknownOptionError,
+    UnsupportedProblemError,
 )
 from formulations.loss import joint_loss, update
 from formulations.problem import BlockProblem
@@ -62,6 +65,23 @@ def test_every_method_has_its_count_exactly_and_says_what_it_costs(
         assert torch.equal(solution.keep, program.support.best(solution.keep.float()))
     if sparsity == 0.0:
         assert torch.equal(solution.weights, program.weights)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps", "exchanges"])
+def test_a_count_of_the_layer_is_exact_and_never_loses_to_equal_rows(method: str) -> None:
+    program = layer_program(24, 32, dtype=torch.float32, budget="layer")
+    uneven = program.weights * torch.linspace(0.2, 2.0, 24).view(24, 1)
+    program = replace(program, weights=uneven)
+    solution = layer_method(method)(program)
+    assert int(solution.keep.sum()) == 24 * 16
+    assert len(set(solution.keep.sum(1).tolist())) > 4
+    equal = layer_method(method)(replace(program, support=Count(16)))
+    assert float(solution.losses.sum()) <= float(equal.losses.sum())
+
+
+def test_greedy_obs_has_no_count_of_the_layer() -> None:
+    with pytest.raises(UnsupportedProblemError, match='budget="rows"'):
+        layer_method("greedy_obs")(layer_program(4, 8, budget="layer"))
 
 
 @pytest.mark.parametrize("keep_share", [0.3, 0.7])
@@ -122,8 +142,8 @@ def test_exchanges_come_close_to_the_optimum_of_small_rows(sparsity: float | str
     found = by_exchanges(program, Exchanges(examine=40))
     assert found.proved == 40
     assert bool((found.losses >= best * (1.0 - 1e-9)).all())
-    assert float(found.losses.sum()) < 1.05 * float(best.sum())
-    assert float((found.losses < best * (1.0 + 1e-9)).double().mean()) > 0.6
+    assert float(found.losses.sum()) < 1.08 * float(best.sum())
+    assert float((found.losses < best * (1.0 + 1e-9)).double().mean()) > 0.8
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4", "1:4"])

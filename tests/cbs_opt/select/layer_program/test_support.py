@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cbs_opt.select.layer_program.support import Count, NofM, Support, support_of
+from cbs_opt.select.layer_program.support import Count, LayerCount, NofM, Support, support_of
 from formulations.errors import ArgumentError, ShapeError
 from tests.cbs_opt.select.layer_program.layers import every_set, masks
 
@@ -14,7 +14,7 @@ from tests.cbs_opt.select.layer_program.layers import every_set, masks
 def test_the_best_set_has_the_largest_sum_of_all(sparsity: float | str) -> None:
     scores = torch.rand(7, 8, generator=torch.Generator().manual_seed(0))
     sets = masks(every_set(8, sparsity), 8)
-    keep = support_of(sparsity, 8).best(scores)
+    keep = support_of(sparsity, (7, 8)).best(scores)
     sums = scores @ sets.T.to(scores.dtype)
     assert torch.allclose((scores * keep).sum(1), sums.max(1).values)
     assert all(any(torch.equal(row, one) for one in sets) for row in keep)
@@ -27,6 +27,21 @@ def test_every_row_may_have_a_count_of_its_own() -> None:
     assert keep.sum(1).tolist() == [0, 3, 9, 5]
     assert torch.equal(keep[3], Count(5).best(scores)[3])
     assert support.take(torch.tensor([3, 1])).best(scores[[3, 1]]).sum(1).tolist() == [5, 3]
+
+
+def test_a_count_of_the_layer_is_the_best_of_all_rows_together() -> None:
+    scores = torch.rand(6, 10, generator=torch.Generator().manual_seed(3)) * torch.arange(1.0, 7.0).view(6, 1)
+    support = support_of(0.7, (6, 10), "layer")
+    keep = support.best(scores)
+    assert support.total(6, 10) == int(keep.sum()) == 18
+    assert float(scores[keep].min()) >= float(scores[~keep].max())
+    settled = support.settled(keep)
+    assert settled.counts(6, 10).tolist() == keep.sum(1).tolist()
+    assert len(set(keep.sum(1).tolist())) > 1
+    with pytest.raises(ArgumentError, match="budget"):
+        support_of("2:4", (6, 8), "layer")
+    with pytest.raises(ArgumentError, match="keep 0 to 4"):
+        LayerCount(5).best(torch.ones(2, 2))
 
 
 def test_equal_scores_still_give_the_exact_count() -> None:
@@ -67,11 +82,11 @@ def test_droppable_is_what_a_group_has_too_many_of() -> None:
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan"), "4:2", "0:4", "2-4", True, None])
 def test_a_sparsity_that_is_none_is_refused_by_name(sparsity: object) -> None:
     with pytest.raises(ArgumentError, match="sparsity"):
-        support_of(sparsity, 8)  # type: ignore[arg-type]
+        support_of(sparsity, (7, 8))  # type: ignore[arg-type]
 
 
 def test_inputs_that_m_does_not_divide_are_refused_by_name() -> None:
     with pytest.raises(ShapeError, match="10 inputs, which 4 does not divide"):
-        support_of("2:4", 10)
+        support_of("2:4", (2, 10))
     with pytest.raises(ArgumentError, match="n_keep"):
         Count(11).best(torch.ones(2, 10))
