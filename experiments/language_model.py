@@ -16,7 +16,8 @@ Protocol
 - Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
 - Processor seconds are those of `prune_layers`, forward passes included, with one thread. Memory is the
   peak over them beyond what the process held before, network and calibration tokens included.
-- Every cell is appended to ``results.jsonl`` as it is done: the same command goes on where it was stopped.
+- Every cell is appended to ``results.jsonl`` as it is done, every block of the present one is kept beside
+  it: the same command goes on where it was stopped.
 
 Exit codes: 0 done, 1 an error, 2 a usage error.
 """
@@ -28,6 +29,7 @@ import gzip
 import importlib.util
 import itertools
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,8 +127,11 @@ def perplexity(model: Any, tokens: Tensor) -> float:
     return math.exp(total / TEST_SEQUENCES)
 
 
-def measure(cache: Path, cell: Cell) -> Cell:
-    """Return what a cell comes to: perplexity, relative losses of every kind of layer, seconds and bytes."""
+def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
+    """Return what a cell comes to: perplexity, relative losses of every layer, seconds and bytes.
+
+    `run_dir` keeps its blocks, so that it goes on where it was stopped.
+    """
     tokens = load_file(cache / "tokens.safetensors")
     model = load_model(cache)
     result = dict(cell)
@@ -139,6 +144,7 @@ def measure(cache: Path, cell: Cell) -> Cell:
             calibration,
             sparsity=checked_sparsity(_sparsity(cell["sparsity"])),
             recipe=LayerRecipe(method=cell["method"], budget=cell.get("budget", "rows")),
+            run_dir=run_dir,
         )
         result |= {
             "processor_seconds": report.seconds,
@@ -253,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = cells(options.methods, sparsities, options.sequences, options.budgets)
         with thread_limit(1):
             for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):
-                ledger.add(settings_key(cell), measure(options.cache, cell))
+                run_dir = options.out / settings_key(cell)
+                ledger.add(settings_key(cell), measure(options.cache, cell, run_dir))
+                shutil.rmtree(run_dir, ignore_errors=True)
     except (CbsError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

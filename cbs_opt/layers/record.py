@@ -95,7 +95,8 @@ class LayersReport:
     tokens : int
         Calibration tokens.
     seconds : float
-        Processor time of all of it, forward passes included.
+        Processor time of all of it, forward passes included; of blocks that an earlier call did, what these
+        took then.
     peak_memory : int or None
         Largest resident memory in bytes, the network included; None where the system does not say.
     """

@@ -39,11 +39,15 @@ NOT_REACHED = "no calibration token reached it"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Done:
-    """New weights and kept masks of a block in the shapes of its parameters, by name, and their records."""
+    """New weights and kept masks of a block in the shapes of its parameters, by name, and their records.
+
+    `seconds` is the processor time that they took.
+    """
 
     weights: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     records: Sequence[LayerRecord]
+    seconds: float
 
 
 def prune_layers(
@@ -122,6 +126,7 @@ def prune_layers(
     found, left_out = find_blocks(network, blocks, ignore)
     _check_supports(found, sparsity, chosen.budget)
     records: list[LayerRecord] = []
+    earlier = 0.0
     packs: dict[str, PackedMask] = {}
     with ExitStack() as stack:
         for context in (kept(network), evaluation_mode(network), plain_attention(), torch.no_grad()):
@@ -134,7 +139,9 @@ def prune_layers(
         advance = stack.enter_context(report_to.phase("blocks", len(found), unit="block"))
         for number, block in enumerate(found):
             done = _recalled(store, number, device_of(network))
-            if done is None:
+            if done is not None:
+                earlier += done.seconds
+            else:
                 done = _pruned(calibration, number, block, sparsity, chosen)
                 _remember(store, number, done)
             layers = {layer.name: layer for layer in block.layers}
@@ -155,7 +162,7 @@ def prune_layers(
         layers=tuple(records),
         left_out=left_out,
         tokens=calibration.tokens,
-        seconds=time.process_time() - began,
+        seconds=earlier + time.process_time() - began,
         peak_memory=peak(),
         packed=packs,
     )
@@ -178,6 +185,7 @@ def _pruned(
     calibration: Calibration, number: int, block: Block, sparsity: Sparsity, recipe: LayerRecipe
 ) -> _Done:
     """Return what becomes of the layers of a block, which is not changed."""
+    start = time.process_time()
     sums = calibration.grams(number, block)
     method = layer_method(recipe.method, recipe.options)
     hessians: dict[int, tuple[LayerHessian, float]] = {}
@@ -216,7 +224,8 @@ def _pruned(
                 seconds=time.process_time() - began,
             )
         )
-    return _Done(weights=weights, masks=masks, records=records)
+    seconds = time.process_time() - start
+    return _Done(weights=weights, masks=masks, records=records, seconds=seconds)
 
 
 def _remember(store: Pieces, number: int, done: _Done) -> None:
@@ -227,7 +236,8 @@ def _remember(store: Pieces, number: int, done: _Done) -> None:
     for name, new in done.weights.items():
         wide = new if new.dtype == torch.float64 else new.float()
         arrays[f"weights {name}"] = wide.cpu().contiguous().numpy()
-    store.keep(f"block_{number:04d}", {"records": plain(done.records)}, arrays, compress=False)
+    header = {"records": plain(done.records), "seconds": done.seconds}
+    store.keep(f"block_{number:04d}", header, arrays, compress=False)
 
 
 def _recalled(store: Pieces, number: int, device: torch.device) -> _Done | None:
@@ -242,7 +252,7 @@ def _recalled(store: Pieces, number: int, device: torch.device) -> _Done | None:
         for kind in ("weights ", "mask ")
     ]
     records = [LayerRecord(**body) for body in header["records"]]
-    return _Done(weights=kinds[0], masks=kinds[1], records=records)
+    return _Done(weights=kinds[0], masks=kinds[1], records=records, seconds=header["seconds"])
 
 
 def _fingerprint(

@@ -25,6 +25,8 @@ from cbs_opt.select.layer_program.update import equal_rows, exact_update
 
 LEAST_GAIN = 1e-9
 """Of the loss of a row, that a swap must gain; less is rounding."""
+REBUILDS = 50
+"""Tableaus that are made from scratch for a row at most; rounding in one could let two sets take turns."""
 ROOM = 48
 """Bytes that an entry of a tableau takes with what the search for the best swap makes of it."""
 
@@ -94,22 +96,24 @@ def search_swaps(program: LayerProgram, keep: Tensor) -> LayerSolution:
 
     `keep` (r, n) is where to begin; it must have the support of the program. The last look at every swap of a
     row is at a tableau made from scratch: a row that ends there is proved 1-swap optimal, to `LEAST_GAIN`.
-    Weights and losses are exact, in float64. O(n^3) a row, and O(n^2) a swap.
+    One that still swaps after `REBUILDS` of them is not. Weights and losses are exact, in float64. O(n^3) a
+    row, and O(n^2) a swap.
     """
-    keep = keep.clone()
+    keep, proved = keep.clone(), 0
     for rows, kept in equal_rows(keep, ROOM):
         left, inside = rows, kept
-        while len(left):
+        for _ in range(REBUILDS):
             part = program.take(left)
-            changed = _descended(part, _from_scratch(part, inside))
-            keep[left] = changed.keep
-            # Without a swap the tableau is still the one made from scratch.
-            moved = changed.moved
-            left = left[moved]
+            done = _descended(part, _from_scratch(part, inside))
+            keep[left] = done.keep
+            # Where no swap was taken, the tableau that was searched is the one made from scratch.
+            proved += int((~done.moved).sum())
+            left = left[done.moved]
+            if not len(left):
+                break
             inside = keep[left].nonzero()[:, 1].view(len(left), kept.shape[1])
     weights = exact_update(program, keep)
-    losses = program.losses(weights)
-    return LayerSolution(keep=keep, weights=weights, losses=losses, proved=program.rows)
+    return LayerSolution(keep=keep, weights=weights, losses=program.losses(weights), proved=proved)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,22 +125,25 @@ class _Descent:
 
 
 def _descended(program: LayerProgram, tableaus: _Tableaus) -> _Descent:
-    """Swap in every row while a swap lowers its loss by enough."""
+    """Swap in every row while a swap lowers its loss by enough, but no more often than it has inputs."""
     unit = program.hessian.unit
     losses = program.losses(_weights_of(tableaus)) / unit
     keep, moved = tableaus.keep.clone(), torch.zeros_like(tableaus.keep[:, 0])
     left = torch.arange(len(keep), device=keep.device)
-    while len(left):
+    for _ in range(keep.shape[1]):
         gain, leaving, entering = best_swaps(tableaus, program.support.group(program.hessian.n))
         going = gain > LEAST_GAIN * losses
         keep[left] = tableaus.keep
         if not bool(going.all()):
             tableaus, left, losses = tableaus.take(going), left[going], losses[going]
             gain, leaving, entering = gain[going], leaving[going], entering[going]
+        if not len(left):
+            break
         tableaus.flip(leaving)
         tableaus.flip(entering)
         losses = losses - gain
         moved[left] = True
+    keep[left] = tableaus.keep
     return _Descent(keep=keep, moved=moved)
 
 

@@ -139,6 +139,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pyte
         for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True)
     )
     assert [layer.loss for layer in report.layers] == [layer.loss for layer in expected.layers]
+    assert report.seconds >= sum(layer.seconds for layer in report.layers)
     assert all(torch.equal(report.masks[name], keep) for name, keep in expected.masks.items())
 
 
