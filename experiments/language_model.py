@@ -2,6 +2,7 @@
 
     python -m experiments.language_model --cache ~/smollm2
     python -m experiments.language_model --cache ~/smollm2 --methods sparsegpt exchanges --sparsities .5 2:4
+    python -m experiments.language_model --cache ~/smollm2 --blocks 4 20
     python -m experiments.language_model --cache ~/smollm2 --page docs/results/language_model.md
 
 Protocol
@@ -13,6 +14,8 @@ Protocol
   pruned in sequence, each fed by the pruned ones before it; damping is 1 % of the mean diagonal.
 - The 210 matrices of the 30 blocks are pruned, the embedding, which is the head as well, is not. Every row
   has as many zeros, or, by ``--budgets layer``, the rows of a layer share them, as SparseGPT's always do.
+- With ``--blocks`` single blocks are pruned, each fed by the dense network: all methods see the same inputs,
+  and their losses compare. Perplexity is left out.
 - Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
 - Processor seconds are those of `prune_layers`, forward passes included, with one thread. Memory is the
   peak over them beyond what the process held before, network and calibration tokens included.
@@ -66,6 +69,8 @@ SHARING = ("magnitude", "wanda", "alps", "exchanges")
 """Methods that are measured with zeros shared by the rows of a layer as well."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARK = "language model"
+COLUMNS = ("perplexity", *KINDS, "sum", "processor s", "of it programs", "GB beside")
+HEAD = ("| method | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS))
 
 Cell = dict[str, Any]
 
@@ -144,6 +149,7 @@ def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
             calibration,
             sparsity=checked_sparsity(_sparsity(cell["sparsity"])),
             recipe=LayerRecipe(method=cell["method"], budget=cell.get("budget", "rows")),
+            blocks=f"model.layers.{cell['block']}" if "block" in cell else None,
             run_dir=run_dir,
         )
         result |= {
@@ -154,7 +160,9 @@ def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
             "loss": {layer.name: layer.loss for layer in report.layers},
             "output_error": {layer.name: layer.output_error for layer in report.layers},
         }
-    return {**result, "perplexity": perplexity(model, tokens["test"])}
+    if "block" not in cell:
+        result["perplexity"] = perplexity(model, tokens["test"])
+    return result
 
 
 def cells(
@@ -162,45 +170,43 @@ def cells(
     sparsities: Sequence[str],
     sequences: Sequence[int],
     budgets: Sequence[str] = BUDGETS,
+    blocks: Sequence[int] = (),
 ) -> list[Cell]:
-    """Return what is measured, the dense network first; the budget of a layer where a method knows one."""
-    pruned: list[Cell] = []
-    for count, sparsity, budget in itertools.product(sequences, sparsities, budgets):
+    """Return what is measured: single blocks, or the dense network first and then all of it pruned.
+
+    The budget of a layer where a method knows one.
+    """
+    wanted: list[Cell] = [] if blocks else [{"method": DENSE}]
+    places: list[Cell] = [{"block": block} for block in blocks] or [{}]
+    for place, count, sparsity, budget in itertools.product(places, sequences, sparsities, budgets):
         shared: Cell = {} if budget == "rows" else {"budget": budget}
         for method in methods:
             if method != DENSE and (not shared or (":" not in sparsity and method in SHARING)):
-                pruned.append({"method": method, "sparsity": sparsity, "sequences": count, **shared})
-    return [{"method": DENSE}, *pruned]
+                wanted.append({"method": method, "sparsity": sparsity, "sequences": count, **shared, **place})
+    return wanted
 
 
 def _sparsity(text: str) -> float | str:
     return text if ":" in text else float(text)
 
 
-def table(ledger: Ledger, sequences: int) -> str:
-    """Return the results that a ledger holds for so many calibration sequences, as tables of Markdown."""
+def table(ledger: Ledger, sequences: int, blocks: Sequence[int] = ()) -> str:
+    """Return the results that a ledger holds for so many calibration sequences, as tables of Markdown.
+
+    First those of the whole network, then those of single blocks.
+    """
     lines = []
-    dense = {"method": DENSE}
-    if settings_key(dense) in ledger:
-        lines += [f"Dense: perplexity {ledger[settings_key(dense)]['perplexity']:.2f}.", ""]
-    for sparsity in SPARSITIES:
-        found = [
-            ledger[settings_key(cell)]
-            for cell in cells(SHOWN, [sparsity], [sequences])[1:]
-            if settings_key(cell) in ledger
-        ]
-        if not found:
-            continue
-        lines += [f"### {sparsity}, {sequences} x {CALIBRATION_LENGTH} tokens", ""]
-        lines += [
-            "| method | perplexity | "
-            + " | ".join(KINDS)
-            + " | sum | processor s | of it programs | GB beside |",
-            "| --- |" + " ---: |" * (len(KINDS) + 5),
-        ]
-        for result in found:
-            lines.append(_line(result))
-        lines.append("")
+    dense = settings_key({"method": DENSE})
+    if dense in ledger:
+        lines += [f"Dense: perplexity {ledger[dense]['perplexity']:.2f}.", ""]
+    places: list[tuple[str, Sequence[int]]] = [("The whole network", ())]
+    places += [(f"Block {block} alone", (block,)) for block in blocks]
+    for (title, place), sparsity in itertools.product(places, SPARSITIES):
+        keys = [settings_key(cell) for cell in cells(SHOWN, [sparsity], [sequences], blocks=place)]
+        found = [ledger[key] for key in keys if key in ledger and key != dense]
+        if found:
+            lines += [f"### {title}, {sparsity}, {sequences} x {CALIBRATION_LENGTH} tokens", "", *HEAD]
+            lines += [*map(_line, found), ""]
     return "\n".join(lines) + "\n"
 
 
@@ -211,11 +217,11 @@ def _line(result: Cell) -> str:
     beside = result["extra_bytes"]
     entries = [
         result["method"] + (", layer" if "budget" in result else ""),
-        f"{result['perplexity']:.1f}",
+        f"{result['perplexity']:.1f}" if "perplexity" in result else "",
         *(f"{mean:.4f}" for mean in means),
         f"{sum(losses.values()):.3f}",
-        f"{result['processor_seconds']:.0f}",
-        f"{result['program_seconds']:.0f}",
+        f"{result['processor_seconds']:.1f}",
+        f"{result['program_seconds']:.1f}",
         "" if beside is None else f"{beside / 1e9:.2f}",
     ]
     return f"| {' | '.join(entries)} |"
@@ -233,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--sparsities", nargs="+", default=SPARSITIES, help="default .5 .7 2:4")
     root.add_argument("--sequences", nargs="+", type=int, default=[16], help="of 512 tokens (default 16)")
+    root.add_argument("--blocks", nargs="+", type=int, default=[], help="single blocks, by number")
     root.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="default both")
     root.add_argument(
         "--page", type=Path, help="put the tables between the marks of this page, and measure nothing"
@@ -247,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ledger = Ledger(options.out / "results.jsonl")
     try:
         if options.page is not None:
-            tables = "".join(table(ledger, count) for count in options.sequences)
+            tables = "".join(table(ledger, count, options.blocks) for count in options.sequences)
             page = between_marks(options.page.read_text(), MARK, f"\n{tables}\n")
             write_atomically(options.page, page.encode())
             return 0
@@ -256,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: data_file(file, options.data, verify=not options.no_verify) for name, file in TEXTS.items()
         }
         prepare(options.cache, options.gguf, texts)
-        wanted = cells(options.methods, sparsities, options.sequences, options.budgets)
+        wanted = cells(options.methods, sparsities, options.sequences, options.budgets, options.blocks)
         with thread_limit(1):
             for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):
                 run_dir = options.out / settings_key(cell)

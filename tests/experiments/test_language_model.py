@@ -46,17 +46,19 @@ def test_cells_are_measured_once_and_the_page_shows_them(cache: Path, tmp_path: 
         "rows",
     ]
     assert main([*options, *wanted]) == 0
+    assert main([*options, *wanted, "--blocks", "1"]) == 0
     ledger = (tmp_path / "out" / "results.jsonl").read_bytes()
-    assert ledger.count(b"\n") == 3
+    assert ledger.count(b"\n") == 5
     assert main([*options, *wanted]) == 0
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == ledger
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- language model -->\n<!-- end of language model -->\n\nafter\n")
-    assert main([*options, "--page", str(page), "--sequences", "2"]) == 0
+    assert main([*options, "--page", str(page), "--sequences", "2", "--blocks", "1"]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "### 0.5, 2 x 512 tokens" in text
+    whole, block = "### The whole network, 0.5, 2 x 512 tokens", "### Block 1 alone, 0.5, 2 x 512 tokens"
+    assert text.index(whole) < text.index(block)
     assert text.index("| wanda |") < text.index("| exchanges |")
 
 
