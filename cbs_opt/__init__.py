@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from cbs_opt.curvature.rows import Rows
     from cbs_opt.curvature.run_size import RunSize
     from cbs_opt.execution.blocks import solve_blocks
+    from cbs_opt.layers.recipe import LayerRecipe
+    from cbs_opt.layers.record import LayersReport
+    from cbs_opt.layers.sequential import prune_layers
     from cbs_opt.network.batchnorm import recalibrate_batchnorm
     from cbs_opt.network.masks import apply_masks, load_masks, masked, save_masks
     from cbs_opt.network.partition import Partition
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     )
     from cbs_opt.report.files import load_report, save_report
     from cbs_opt.report.record import PruneReport
+    from cbs_opt.select.layer_program.alternating import Alternating
+    from cbs_opt.select.layer_program.exchanges import Exchanges
     from cbs_opt.select.methods import available_methods
     from cbs_opt.solving import compare, solve
     from cbs_opt.system.progress import Progress
@@ -54,6 +59,9 @@ _MODULES = {
     "cbs_opt.curvature.rows": ("Rows",),
     "cbs_opt.curvature.run_size": ("RunSize",),
     "cbs_opt.execution.blocks": ("solve_blocks",),
+    "cbs_opt.layers.recipe": ("LayerRecipe",),
+    "cbs_opt.layers.record": ("LayersReport",),
+    "cbs_opt.layers.sequential": ("prune_layers",),
     "cbs_opt.network.batchnorm": ("recalibrate_batchnorm",),
     "cbs_opt.network.masks": ("apply_masks", "load_masks", "masked", "save_masks"),
     "cbs_opt.network.partition": ("Partition",),
@@ -84,6 +92,8 @@ _MODULES = {
     ),
     "cbs_opt.report.files": ("load_report", "save_report"),
     "cbs_opt.report.record": ("PruneReport",),
+    "cbs_opt.select.layer_program.alternating": ("Alternating",),
+    "cbs_opt.select.layer_program.exchanges": ("Exchanges",),
     "cbs_opt.select.methods": ("available_methods",),
     "cbs_opt.solving": ("compare", "solve"),
     "cbs_opt.system.progress": ("Progress",),
@@ -100,6 +110,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "OBD",
     "OBS",
+    "Alternating",
     "BlockProblem",
     "BlockSolution",
     "CbsError",
@@ -107,10 +118,13 @@ __all__ = [
     "EmpiricalFisher",
     "Exact",
     "ExactFisher",
+    "Exchanges",
     "FineTuning",
     "GradientNorm",
     "GreedyOBS",
     "HardThreshold",
+    "LayerRecipe",
+    "LayersReport",
     "LossPreservation",
     "Magnitude",
     "MonteCarloFisher",
@@ -149,6 +163,7 @@ __all__ = [
     "masked",
     "plan",
     "prune",
+    "prune_layers",
     "pruned",
     "recalibrate_batchnorm",
     "save_masks",

@@ -9,6 +9,10 @@ class NoEligibleWeightsError(ArgumentError):
     """The network has no weight that may be pruned under the given choice."""
 
 
+class BlockListError(ArgumentError):
+    """The network has no list of like blocks that follow one another, or they share a weight."""
+
+
 class UnmatchedPatternError(ArgumentError):
     """A glob matches no parameter of the network."""
 

@@ -59,6 +59,7 @@ _CIFAR_CONTENTS = (
     "minus its left, then minus its upper neighbour, all modulo 256"
 )
 _CIFAR_SOURCE = "CIFAR-10 in the original order, Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html"
+_WIKITEXT = "WikiText-2 raw (wikitext-2-raw-v1), Merity et al., Pointer Sentinel Mixture Models, 2016"
 _WOODFISHER = "https://github.com/IST-DASLab/WoodFisher, checkpoints/"
 _STATE_DICT = "float32 state dict without num_batches_tracked"
 
@@ -102,6 +103,18 @@ DATA_FILES: dict[str, DataFile] = {
             contents=_STATE_DICT,
             source="https://github.com/akamaster/pytorch_resnet_cifar10, "
             "pretrained_models/resnet20-12fca82f.th",
+        ),
+        DataFile(
+            name="wikitext2_raw_valid.txt.gz",
+            sha256="ca53bb3fbc5d94eb22e60bb7d02f963ca9e01eef5eb50cd5c92a2745cd3e3281",
+            contents="UTF-8 text, gzip",
+            source=_WIKITEXT,
+        ),
+        DataFile(
+            name="wikitext2_raw_test.txt.gz",
+            sha256="aeb24039f80f70564e93f5f33f4479ba608581d060818ea7f3efe008b7043f6d",
+            contents="UTF-8 text, gzip",
+            source=_WIKITEXT,
         ),
     )
 }

@@ -91,6 +91,24 @@ def write_back(
     buffers = dict(unwrapped(model).named_buffers())
     tensors |= {name: buffers[name] for name in statistics or ()}
     values |= statistics or {}
+    _replace(tensors, values)
+
+
+def write_layers(values: Mapping[str, tuple[nn.Parameter, Tensor]]) -> None:
+    """Write new values into parameters in place, by name; all of them, or none.
+
+    As `write_back`, for some layers of a network of which no second copy is held.
+    """
+    cast = {name: value.to(parameter.device, parameter.dtype) for name, (parameter, value) in values.items()}
+    for name, value in cast.items():
+        if bad := int((~torch.isfinite(value)).sum()):
+            found = f"{bad} of {value.numel()} new weights of {name} do not fit {value.dtype} or are NaN"
+            raise NonFiniteError("damping", found, "use a larger damping")
+    _replace({name: parameter for name, (parameter, _) in values.items()}, cast)
+
+
+def _replace(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into tensors of the same name, or leave all as they were."""
     backup = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     with torch.no_grad():
         try:

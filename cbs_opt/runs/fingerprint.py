@@ -47,7 +47,7 @@ def run_fingerprint(
     network = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         network.update(name.encode())
-        _absorb(network, tensor)
+        absorb_tensor(network, tensor)
     given = None if isinstance(curvature, Fisher) else _tensors_digest(_tensors(curvature, partition))
     return {
         "format": FORMAT,
@@ -70,10 +70,11 @@ def run_fingerprint(
 def absorb_batch(digest: Any, batch: Batch) -> None:
     """Feed dtypes, shapes and contents of a batch to a hash."""
     for tensor in tensors_of((batch.inputs, batch.labels)):
-        _absorb(digest, tensor)
+        absorb_tensor(digest, tensor)
 
 
-def _absorb(digest: Any, tensor: Tensor) -> None:
+def absorb_tensor(digest: Any, tensor: Tensor) -> None:
+    """Feed dtype, shape and content of a tensor to a hash."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     content = tensor.detach().cpu().contiguous()
     digest.update(content.reshape(-1).view(torch.uint8).numpy().data if content.numel() else b"")
@@ -82,7 +83,7 @@ def _absorb(digest: Any, tensor: Tensor) -> None:
 def _tensors_digest(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        _absorb(digest, tensor)
+        absorb_tensor(digest, tensor)
     return digest.hexdigest()
 
 

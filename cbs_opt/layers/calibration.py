@@ -1,0 +1,302 @@
+"""What the blocks of a network are fed: caught before the first one, carried on from each to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.errors import BatchFormatError, BlockListError, ForwardError
+from cbs_opt.layers.blocks import Block
+from cbs_opt.layers.gram import GramSum
+from cbs_opt.network.data import Batch, Data, device_of, forward, parts, read, tensors_of
+from formulations.errors import ArgumentError
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+"""Keywords by which blocks are handed what earlier tokens left; not wanted here."""
+HIDDEN = "hidden_states"
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is handed besides hidden states: further positions, and keywords."""
+
+
+class _Caught(Exception):
+    """Ends a forward pass once the inputs of the first block are known."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Fed:
+    """What one batch brings to the present block: hidden states, and the arguments that come with them.
+
+    `calls` are the other arguments of every block, one entry if they all take the same. `positions` says
+    which tokens are no padding, where the data say so.
+    """
+
+    hidden: Tensor
+    calls: list[Call]
+    positions: Tensor | None = None
+
+    def run(self, number: int, block: nn.Module) -> Tensor:
+        """Return what block `number` makes of the hidden states."""
+        args, kwargs = self.calls[min(number, len(self.calls) - 1)]
+        if HIDDEN in kwargs:
+            return _hidden_of(block(*args, **{**kwargs, HIDDEN: self.hidden}))
+        return _hidden_of(block(self.hidden, *args, **kwargs))
+
+
+@dataclass(kw_only=True, eq=False)
+class Calibration:
+    """All batches before the present block."""
+
+    batches: list[Fed] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, or of samples where hidden states have no such axis, padding left out."""
+        return sum(
+            int(fed.hidden[..., 0].numel()) if fed.positions is None else int(fed.positions.sum())
+            for fed in self.batches
+        )
+
+    def advance(self, number: int, block: nn.Module) -> None:
+        """Carry the hidden states of all batches through block `number`."""
+        for fed in self.batches:
+            fed.hidden = fed.run(number, block)
+
+    def grams(self, number: int, block: Block) -> dict[str, GramSum]:
+        """Return the sums of what each layer of block `number` is fed, by name.
+
+        Layers that are handed the very same tensor, in all batches, share one sum.
+        """
+        try:
+            return self._recorded(number, block, share=True)
+        except _Differs:
+            return self._recorded(number, block, share=False)
+
+    def _recorded(self, number: int, block: Block, *, share: bool) -> dict[str, GramSum]:
+        recorder = _Recorder(share)
+        with ExitStack() as stack:
+            for layer in block.layers:
+                hook = layer.module.register_forward_pre_hook(recorder.hook(layer.name), with_kwargs=True)
+                stack.callback(hook.remove)
+            for batch, fed in enumerate(self.batches):
+                recorder.begin(batch, fed.positions)
+                fed.run(number, block.module)
+        return recorder.sums
+
+
+class _Differs(Exception):
+    """Layers that shared their inputs in one batch do not in another."""
+
+
+class _Recorder:
+    """Adds up what layers are fed, by hooks before them."""
+
+    def __init__(self, share: bool) -> None:
+        self._share = share
+        self._sums: dict[str, GramSum] = {}
+        self._owners: dict[str, str] = {}
+        self._batch = 0
+        self._positions: Tensor | None = None
+        self._last: Tensor | None = None
+        self._last_name = ""
+
+    @property
+    def sums(self) -> dict[str, GramSum]:
+        """The sums by the name of every layer that ran."""
+        return {name: self._sums[owner] for name, owner in self._owners.items()}
+
+    def begin(self, batch: int, positions: Tensor | None) -> None:
+        """Take note that a batch begins, and of which of its tokens count."""
+        self._batch, self._positions, self._last = batch, positions, None
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """Return the hook of a layer."""
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            owner = self._last_name if self._share and x is self._last else name
+            if self._owners.setdefault(name, owner) != owner:
+                raise _Differs
+            if owner == name:
+                if name not in self._sums:
+                    self._sums[name] = GramSum(x.shape[-1], x.device)
+                self._sums[name].add(self._counted(x), name, self._batch)
+                self._last, self._last_name = x, name
+
+        return look
+
+    def _counted(self, x: Tensor) -> Tensor:
+        if self._positions is not None and x.shape[:-1] == self._positions.shape:
+            return x[self._positions]
+        return x.reshape(-1, x.shape[-1])
+
+
+def calibrate(
+    model: nn.Module, blocks: tuple[Block, ...], data: Data, *, samples: int | None, chunk_tokens: int
+) -> Calibration:
+    """Return what the first block is fed, for every batch of `data`, which are read once and in order.
+
+    On the first batch the whole network runs, to see that the blocks follow each other and what else they
+    are handed; on the others too if blocks are handed different things, else up to the first block.
+
+    Raises `BlockListError` if a block is not fed what the one before it made; `ForwardError` if the network
+    raises; `ArgumentError` for tokens outside of its vocabulary; errors of `read` for the data.
+    """
+    calibration = Calibration()
+    device, known, whole = device_of(model), _vocabulary(model), True
+    for number, batch in enumerate(_chunks(read(data, max_samples=samples), samples, chunk_tokens)):
+        _check_tokens(batch, known, number)
+        fed = _caught(model, blocks, batch.to(device), number, whole=whole)
+        whole = len(fed.calls) > 1
+        calibration.batches.append(fed)
+    return calibration
+
+
+def _chunks(batches: Iterable[Batch], samples: int | None, chunk_tokens: int) -> Iterator[Batch]:
+    """Yield at most `samples` samples, about `chunk_tokens` tokens at a time."""
+    left = samples
+    for batch in batches:
+        part = batch if left is None else batch.take(slice(left))
+        left = None if left is None else left - part.size
+        first = next(tensors_of(part.inputs))
+        tokens = first.shape[1] if first.ndim > 1 else 1
+        yield from parts(part, max(1, chunk_tokens // max(1, tokens)))
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def _check_tokens(batch: Batch, known: int | None, number: int) -> None:
+    """Raise an error for token ids that the network does not know, or that are not cut into sequences."""
+    ids = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else batch.inputs
+    if known is None or not isinstance(ids, Tensor) or ids.is_floating_point():
+        return
+    if ids.ndim == 1:
+        remedy = "cut them into sequences: tokens[: n * length].view(n, length)"
+        raise BatchFormatError("data", f"tokens of shape {tuple(ids.shape)}", remedy)
+    bad = ids[(ids < 0) | (ids >= known)]
+    if bad.numel():
+        found = f"token {int(bad[0])} in batch {number}, and {bad.numel() - 1} more out of range"
+        remedy = f"use the tokenizer of this network, whose tokens are 0 to {known - 1}"
+        raise ArgumentError("data", found, remedy)
+
+
+class _Watch:
+    """Hooks around the blocks that note what each is handed, and see that one feeds the next."""
+
+    def __init__(self, blocks: tuple[Block, ...], *, whole: bool) -> None:
+        self.hidden: list[Tensor] = []
+        self.calls: list[Call] = []
+        self._blocks = blocks
+        self._whole = whole
+        self._made: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a block is handed; end the pass at the first block unless the whole network runs."""
+        at = len(self.calls)
+        if at == len(self._blocks) or self._blocks[at].module is not module:
+            raise self._not_in_sequence(module)
+        hidden, call = _taken_apart(args, kwargs, self._blocks[at].name)
+        if self._made is not None and not _same(self._made, hidden):
+            raise self._not_in_sequence(module)
+        if not self.hidden:
+            self.hidden.append(hidden)
+        self.calls.append(call)
+        if not self._whole:
+            raise _Caught
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note what a block made."""
+        self._made = _hidden_of(output)
+
+    def _not_in_sequence(self, module: nn.Module) -> BlockListError:
+        name = next(block.name for block in self._blocks if block.module is module)
+        found = f"{name} is not fed the output of the block before it, once and in order"
+        return BlockListError("model", found, "name blocks that follow each other by a glob: blocks=...")
+
+
+def _caught(model: nn.Module, blocks: tuple[Block, ...], batch: Batch, number: int, *, whole: bool) -> Fed:
+    """Return what the first block is fed by a batch; run all of them if `whole`."""
+    watch = _Watch(blocks, whole=whole)
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.module.register_forward_pre_hook(watch.before, with_kwargs=True).remove)
+            stack.callback(block.module.register_forward_hook(watch.after).remove)
+        stack.enter_context(_without_cache(model))
+        try:
+            forward(model, batch.inputs)
+        except (_Caught, ArgumentError) as ended:
+            if isinstance(ended, ArgumentError):
+                raise
+        except Exception as error:
+            found = f"raised {type(error).__name__} at batch {number}: {error}"
+            raise ForwardError("model, data", found, "pass inputs that the network takes") from error
+    calls = watch.calls
+    if not calls or (whole and len(calls) < len(blocks)):
+        found = f"{blocks[len(calls)].name} did not run, though it is among the blocks"
+        raise BlockListError("model", found, "name the blocks that run, in order, by a glob: blocks=...")
+    if all(_equal_calls(calls[0], other) for other in calls[1:]):
+        calls = calls[:1]
+    return Fed(hidden=watch.hidden[0], calls=calls, positions=_positions(batch))
+
+
+def _positions(batch: Batch) -> Tensor | None:
+    """Return which tokens are no padding, (B, T) bool; None where nothing says so."""
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Tensor, Call]:
+    """Return the hidden states among the arguments of a block, and the others without caches."""
+    others = {key: None if key in CACHES else value for key, value in kwargs.items()}
+    if "use_cache" in others:
+        others["use_cache"] = False
+    if args and isinstance(args[0], Tensor):
+        return args[0].detach(), (args[1:], others)
+    if isinstance(kwargs.get(HIDDEN), Tensor):
+        return kwargs[HIDDEN].detach(), (args, {**others, HIDDEN: None})
+    found = f"{name} takes no tensor first, nor one named {HIDDEN}"
+    raise BlockListError("model", found, "name blocks that take hidden states by a glob: blocks=...")
+
+
+def _hidden_of(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(first, Tensor):
+        found = f"a block that returns a {type(first).__name__}"
+        raise BlockListError("model", found, "name blocks that return hidden states by a glob: blocks=...")
+    return first.detach()
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and (left.data_ptr() == right.data_ptr() or torch.equal(left, right))
+
+
+def _equal_calls(left: Any, right: Any) -> bool:
+    """Return whether two blocks are handed the same besides their hidden states."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return isinstance(left, Tensor) and isinstance(right, Tensor) and _same(left, right)
+    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+        return len(left) == len(right) and all(map(_equal_calls, left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_equal_calls(left[key], right[key]) for key in left)
+    return left is right or bool(left == right)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Run a network of transformers without a cache of keys and values, where it has one by default."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "use_cache", None):
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True

