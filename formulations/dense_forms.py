@@ -259,8 +259,11 @@ def _selection_rounding(
     problem: BlockProblem, matrix: FloatArray, linear: FloatArray, scale: float
 ) -> Rounding:
     n = problem.n
-    reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - problem.n_prune :].sum()
-    gamma = error_factor(2 * _height(problem) + 12 * n + 64)
+    # Groups may be of unequal size, and are summed over before anything else.
+    tied = problem.sets.unit is not None
+    most = n if tied else problem.n_prune
+    reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - most :].sum()
+    gamma = error_factor(2 * _height(problem) + (14 if tied else 12) * n + 64)
     fixed = 2.0 * float(reach * reach + np.abs(linear).sum())
     dip = _dip(problem)
     # A relaxation that is indefinite by rounding overestimates by 1/2 dip (y - z).A_ii (y - z) at most.

@@ -31,6 +31,7 @@ from formulations.relaxations.bounds import root_bounds
 from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
+from formulations.support import require_support
 
 METHOD = "outer_approximation"
 LP_ROUNDS = 60
@@ -195,6 +196,7 @@ def outer_approximation(
         If the incumbent does not fit the block.
     """
     check_program(program)
+    require_support(problem.support, METHOD)
     prepare(METHOD, program)
     began = time.perf_counter()
     limits = limits or Limits()

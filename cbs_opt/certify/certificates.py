@@ -33,7 +33,7 @@ from formulations.instances import read_solution, write_instance, write_solution
 from formulations.loss import objective, solved_weights
 from formulations.problem import BlockProblem, BoolArray
 from formulations.relaxations import lower_bound
-from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination, stated_support
 from formulations.verification import verify
 
 PathLike = str | os.PathLike[str]
@@ -167,7 +167,13 @@ def _evaluated(
     weights, value = solved_weights(problem, keep, program), objective(problem, keep, program)
     stats = SolveStats(message=message)
     return BlockSolution(
-        keep=keep, weights=weights, objective=value, program=program, method=method, stats=stats
+        keep=keep,
+        weights=weights,
+        objective=value,
+        program=program,
+        method=method,
+        support=stated_support(problem),
+        stats=stats,
     )
 
 

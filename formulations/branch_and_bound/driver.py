@@ -20,6 +20,7 @@ from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.only_set import has_one_set, only_set_certificate
 from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats
+from formulations.support import require_support
 
 SEARCHES = ("best", "depth")
 KICKS = 10
@@ -92,6 +93,7 @@ def branch_and_bound(
     check_program(program)
     if search not in SEARCHES:
         raise ArgumentError("search", f"{search!r}", 'use "best" or "depth"')
+    require_support(problem.support, "branch_and_bound")
     limits = limits or Limits()
     prepare("branch_and_bound", program)
     started = time.perf_counter()

@@ -24,6 +24,7 @@ from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertif
 from formulations.relaxations.split_relaxation import relax_with_split
 from formulations.relaxations.tightening import SPLIT_LARGEST, SPLIT_ROUNDS, tightened
 from formulations.solution import BlockSolution, Limits, SolveStats, Subject
+from formulations.support import require_support
 
 DENSE_LARGEST = 2000
 """Largest block for which ``H`` is formed although rows are given; from `SPLIT_LARGEST` on it is the second
@@ -84,6 +85,7 @@ def lower_bound(
         If the relaxation is unknown or not one of the program.
     """
     _check_relaxation(program, relaxation, fix)
+    require_support(problem.support, "lower_bound")
     limits = limits or Limits()
     prepare("lower_bound", program)
     started = time.perf_counter()

@@ -28,6 +28,7 @@ from formulations.preparation import prepare
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
+from formulations.support import require_support
 
 Item = TypeVar("Item")
 
@@ -253,6 +254,7 @@ class Solver:
         """
         from formulations.models.translation import standard_form
 
+        require_support(problem.support, self.name)
         prepare("greedy_obs", check_program(program))
         began = time.perf_counter()
         limits = limits or Limits()

@@ -1,0 +1,246 @@
+"""Supports: counts, n of every m, groups. Every claim of theirs against all subsets of a small block."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from formulations import BlockProblem, objective, verify
+from formulations.enumeration import enumerate_optimum
+from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
+from formulations.incumbents import greedy, kicked, magnitude_keep, swap_search
+from formulations.instances import read_instance, read_solution, write_instance, write_solution
+from formulations.problem import PROGRAMS
+from formulations.solution import Limits
+from formulations.support import KINDS, TAKEN, Count, Groups, NofM, require_support, support_from_json
+
+N = 8
+SUPPORTS = (
+    Count(3),
+    NofM(1, 4),
+    NofM(2, 4),
+    NofM(1, 2),
+    NofM(3, 8),
+    NofM(0, 4),
+    NofM(4, 4),
+    Groups([0, 0, 1, 2, 2, 2, 3, 3], 2),
+    Groups([7, 3, 7, 3, 2, 2, 2, 9], 3),
+    Groups([0, 1] * 4, 0),
+    Groups([0, 1] * 4, 2),
+)
+SUBSETS = [np.array(bits) for bits in itertools.product([False, True], repeat=N)]
+
+
+def supported(support, seed=0, *, damping=0.1, hessian=False, gradient=True) -> BlockProblem:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(2 * N if hessian else 5, N))
+    data = {"hessian": rows.T @ rows / N} if hessian else {"rows": rows}
+    slope = 0.1 * rng.normal(size=N) if gradient else None
+    return BlockProblem(weights=rng.normal(size=N), support=support, damping=damping, gradient=slope, **data)
+
+
+def inside(problem) -> list[np.ndarray]:
+    return [keep for keep in SUBSETS if problem.sets.contains(keep)]
+
+
+def optimum(problem, program) -> float:
+    return min(objective(problem, keep, program) for keep in inside(problem))
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_membership_number_rounding_and_bound_agree_with_all_subsets(support):
+    sets = [keep for keep in SUBSETS if support.contains(keep)]
+    assert len(sets) == support.n_sets(N) >= 1
+    assert max(int(keep.sum()) for keep in sets) == support.n_keep_of(N)
+    rng = np.random.default_rng(1)
+    for scores in (rng.normal(size=N), rng.integers(0, 3, N).astype(float), -np.ones(N)):
+        most = max(scores[keep].sum() for keep in sets)
+        best = support.best(scores)
+        assert support.contains(best)
+        assert scores[best].sum() == pytest.approx(most, abs=1e-12)
+        assert support.largest_sum(scores) == pytest.approx(most, abs=1e-12)
+
+
+def test_membership_by_definition():
+    for keep in SUBSETS:
+        assert Count(3).contains(keep) == (keep.sum() == 3)
+        assert NofM(2, 4).contains(keep) == (keep[:4].sum() == keep[4:].sum() == 2)
+        whole = all(len(set(keep[i : i + 2])) == 1 for i in range(0, N, 2))
+        assert Groups(np.arange(N) // 2, 3).contains(keep) == (whole and keep.sum() == 6)
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_swaps_lead_to_every_set_that_differs_by_one_exchange(support):
+    units = support.unit if support.unit is not None else np.arange(N)
+
+    def distance(a, b):
+        return len(set(units[a & ~b])) + len(set(units[b & ~a]))
+
+    sets = [keep for keep in SUBSETS if support.contains(keep)]
+    for keep in sets[:20]:
+        reached = set()
+        for out, into in support.swaps(keep):
+            moved = keep.copy()
+            moved[out], moved[into] = False, True
+            assert support.contains(moved)
+            reached.add(moved.tobytes())
+        assert reached == {other.tobytes() for other in sets if distance(keep, other) == 2}
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_json_and_files_give_the_support_back(support, tmp_path):
+    again = support_from_json(json.loads(json.dumps(support.as_json())))
+    assert again == support
+    assert hash(again) == hash(support)
+    problem = supported(support)
+    write_instance(tmp_path / "block.npz", problem)
+    read, _ = read_instance(tmp_path / "block.npz")
+    assert read.sets == support
+    assert read.fingerprint() == problem.fingerprint()
+    solution = greedy(problem, "joint")
+    write_solution(tmp_path / "solution.npz", problem, solution)
+    back = read_solution(tmp_path / "solution.npz", read)
+    assert back.support == solution.support
+    np.testing.assert_array_equal(back.keep, solution.keep)
+    assert not verify(read, back).wrong
+
+
+def test_a_count_is_n_prune_and_another_support_another_fingerprint():
+    by_count, plain = supported(Count(4)), dataclasses.replace(supported(Count(4)), n_prune=4)
+    assert by_count.support is None
+    assert by_count.n_prune == 4
+    assert by_count.sets == Count(4)
+    assert by_count.fingerprint() == plain.fingerprint()
+    posed = (Count(4), NofM(2, 4), NofM(1, 2), Groups(np.arange(N) // 2, 2), Groups(np.arange(N) % 4, 2))
+    assert len({supported(support).fingerprint() for support in posed}) == len(posed)
+    assert {supported(support).n_prune for support in posed} == {4}
+
+
+def test_groups_are_equal_whatever_their_names():
+    assert Groups([5, 5, -1, 9], 2) == Groups([1, 1, 0, 2], 2)
+    assert Groups([0, 0, 1], 1) != Groups([0, 1, 1], 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "said"),
+    [
+        (lambda: NofM(5, 4), ArgumentError, "from 0 to 4"),
+        (lambda: NofM(1, 0), ArgumentError, "m: 0"),
+        (lambda: NofM(1.5, 4), ArgumentError, "n: 1.5"),
+        (lambda: Count(-1), ArgumentError, "n_keep: -1"),
+        (lambda: Groups([0, 1], 3), ArgumentError, "3 of 2 groups"),
+        (lambda: Groups([0.5, 1.0], 1), ArgumentError, "whole numbers"),
+        (lambda: Groups([[0], [1]], 1), ShapeError, "one label"),
+        (lambda: supported(NofM(2, 3)), ArgumentError, "remainder of 2"),
+        (lambda: supported(Groups([0, 1], 1)), ShapeError, "2 weights for 8"),
+        (lambda: supported(Count(9)), ArgumentError, "from 0 to 8"),
+        (lambda: supported("2:4"), ArgumentError, "a str"),
+        (lambda: supported(None), ArgumentError, "neither given"),
+        (lambda: dataclasses.replace(supported(NofM(2, 4)), n_prune=3), ArgumentError, "prunes 4 of 8"),
+        (lambda: support_from_json({"kind": "stripes"}), ArgumentError, "count, n_of_m, groups"),
+        (lambda: support_from_json({"kind": "n_of_m", "n": 2}), ArgumentError, "without 'm'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(make, kind, said):
+    with pytest.raises(kind, match=said):
+        make()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_enumeration_finds_the_optimum_of_the_support(support, program):
+    for seed in range(4):
+        problem = supported(support, seed, hessian=seed % 2 == 1, gradient=seed < 2)
+        least = optimum(problem, program)
+        found = enumerate_optimum(problem, program)
+        assert found.objective == pytest.approx(least, rel=1e-9, abs=1e-12)
+        assert found.proved
+        assert found.bound <= least + 1e-12
+        assert found.support == (None if isinstance(support, Count) else str(support))
+        assert not verify(problem, found).wrong
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_searches_end_inside_where_no_exchange_gains(support, program):
+    for seed in range(3):
+        problem = supported(support, seed, hessian=seed == 1)
+        least = optimum(problem, program)
+        first = greedy(problem, program)
+        local = swap_search(problem, program, restarts=2)
+        for found in (first, local):
+            assert problem.allows(found.keep)
+            assert found.objective >= least - 1e-10
+            assert not verify(problem, found).wrong
+        assert local.objective <= first.objective + 1e-12
+        for out, into in problem.sets.swaps(local.keep):
+            moved = local.keep.copy()
+            moved[out], moved[into] = False, True
+            assert objective(problem, moved, program) >= local.objective * (1.0 - 1e-8) - 1e-10
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_a_search_without_time_still_gives_a_set_of_the_support(support, program):
+    problem = supported(support)
+    for search in (greedy, swap_search):
+        found = search(problem, program, limits=Limits(time_limit=0.0))
+        assert problem.allows(found.keep)
+    assert problem.allows(magnitude_keep(problem))
+
+
+def test_greedy_takes_the_unit_that_costs_least_of_those_with_room():
+    """Without couplings the cheapest of each cell go, and the cheapest groups."""
+    weights = np.array([1.0, 2.0, 3.0, 4.0, 10.0, 30.0, 20.0, 40.0])
+    for support, kept in ((NofM(2, 4), [2, 3, 5, 7]), (Groups([0, 1, 1, 2, 0, 1, 2, 2], 1), [3, 6, 7])):
+        problem = BlockProblem(weights=weights, hessian=np.eye(N), support=support)
+        for program in PROGRAMS:
+            assert np.flatnonzero(greedy(problem, program).keep).tolist() == kept
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_kicked_sets_stay_inside_and_leave_the_start_alone(support):
+    generator = np.random.default_rng(0)
+    start = support.best(generator.normal(size=N))
+    before = start.copy()
+    seen = {kicked(start, generator, support=support).tobytes() for _ in range(30)}
+    np.testing.assert_array_equal(start, before)
+    assert all(support.contains(np.frombuffer(each, dtype=bool)) for each in seen)
+    assert len(seen) > 1 or support.n_sets(N) == 1
+
+
+def test_a_solution_of_another_support_is_wrong():
+    """A set of 2:4 is one of a count too: what was claimed is compared."""
+    pattern, count = supported(NofM(2, 4)), supported(Count(4))
+    found = greedy(pattern, "joint")
+    assert not verify(pattern, found).wrong
+    assert verify(count, found).wrong
+    assert any("2:4" in note for note in verify(count, found).notes)
+    relabelled = dataclasses.replace(found, support=None)
+    assert verify(pattern, relabelled).wrong
+    outside = dataclasses.replace(greedy(count, "joint"), support="2:4")
+    keep = np.arange(N) < 4
+    outside = dataclasses.replace(outside, keep=keep)
+    assert not verify(pattern, outside).feasible
+
+
+def test_a_warm_start_outside_the_support_is_refused():
+    pattern = supported(NofM(2, 4))
+    start = dataclasses.replace(greedy(supported(Count(4)), "joint"), keep=np.arange(N) < 4)
+    with pytest.raises(ArgumentError, match="keep 2:4"):
+        swap_search(pattern, "joint", incumbent=start)
+
+
+def test_a_method_that_cannot_take_a_support_names_those_that_can():
+    for kind, support in zip(KINDS, (Count(4), NofM(2, 4), Groups(np.arange(N) // 2, 2)), strict=True):
+        able = [name for name, kinds in TAKEN.items() if kind in kinds]
+        assert {"enumeration", "greedy_obs", "swap_search"} <= set(able)
+        for name in able:
+            require_support(support, name)
+        if kind != "count":
+            with pytest.raises(UnsupportedProblemError, match=", ".join(able)):
+                require_support(support, "a stranger")
