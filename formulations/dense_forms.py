@@ -19,6 +19,7 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
 
 from formulations.problem import BlockProblem, FloatArray
+from formulations.support import Support
 
 UNIT_ROUNDOFF = float(np.finfo(np.float64).eps) / 2.0
 EIGENVALUES_LARGEST = 600
@@ -296,3 +297,10 @@ def _dip(problem: BlockProblem) -> float:
 def dense_form(problem: BlockProblem, program: str) -> DenseForm:
     """Return the scaled dense form of `program`, "selection" or "joint"."""
     return joint_form(problem) if program == "joint" else selection_form(problem)
+
+
+def folded_form(form: DenseForm, support: Support | None) -> tuple[FloatArray, FloatArray]:
+    """Return matrix and linear term of a selection form in units of a support; None is a count."""
+    if support is None:
+        return form.matrix, form.linear
+    return support.folded_matrix(form.matrix), support.folded(form.linear)

@@ -8,10 +8,10 @@ import time
 import numpy as np
 
 from formulations.compiled import CUBE, INDEX_ROWS, INDICES, INTEGER, MATRIX, VECTOR, compiled, entry
-from formulations.dense_forms import DenseForm, dense_form
+from formulations.dense_forms import DenseForm, dense_form, folded_form
 from formulations.errors import UnsupportedProblemError
 from formulations.group_search import every_set
-from formulations.incumbents import IncumbentPool, folded_form
+from formulations.incumbents import IncumbentPool
 from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, BoolArray, FloatArray, IntArray, check_program
 from formulations.relaxations.only_set import has_one_set, only_set_certificate

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from formulations.dense_forms import DenseForm, dense_form
+from formulations.dense_forms import DenseForm, dense_form, folded_form
 from formulations.errors import ArgumentError, ShapeError
 from formulations.group_search import greedy_groups, swap_groups
 from formulations.loss import solved_weights, step_loss, trivial_bound
@@ -267,15 +267,6 @@ def _without_cheapest(costs: FloatArray, pruned: BoolArray, count: int, support:
     keep = ~pruned
     keep[np.argsort(np.where(pruned, np.inf, costs), kind="stable")[:count]] = False
     return keep
-
-
-def folded_form(form: DenseForm, support: Support | None) -> tuple[FloatArray, FloatArray]:
-    """Return matrix and linear term of a selection form in units: sums over the weights of either unit."""
-    if support is None or support.unit is None:
-        return form.matrix, form.linear
-    member = np.zeros((support.n_units(form.linear.size), form.linear.size))
-    member[support.unit, np.arange(form.linear.size)] = 1.0
-    return np.ascontiguousarray(member @ form.matrix @ member.T), member @ form.linear
 
 
 def swap_search(

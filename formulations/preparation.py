@@ -29,6 +29,8 @@ BOUND = {
     "joint": (
         f"{REDUCTION}:reduce_joint",
         f"{SPLIT}:barrier_step",
+        f"{NORM}:held_sum",
+        f"{NORM}:shrink_support",
         f"{NORM}:largest_sum",
         f"{NORM}:prox_support_norm",
         f"{JOINT_BOUND}:begin_perspective",
@@ -39,7 +41,7 @@ BOUND = {
     "selection": (
         f"{REDUCTION}:reduce_selection",
         f"{SPLIT}:barrier_step",
-        f"{SELECTION_BOUND}:project_capped_simplex",
+        f"{SELECTION_BOUND}:project_simplices",
         f"{SELECTION_BOUND}:shift_slopes",
         f"{SELECTION_BOUND}:smallest_sum",
         f"{SELECTION_BOUND}:begin_simplex",

@@ -93,6 +93,18 @@ class Support(ABC):
         """Return for each weight the entry of its unit; the adjoint of `folded`."""
         return values if self.unit is None else values[self.unit]
 
+    def mean(self, values: FloatArray) -> FloatArray:
+        """Return the mean of `values`, (n,), over each unit."""
+        return values if self.unit is None else self.folded(values) / self.folded(np.ones(values.size))
+
+    def folded_matrix(self, matrix: FloatArray) -> FloatArray:
+        """Return the sums of `matrix`, (n, n), over the weights of either unit, (u, u)."""
+        if self.unit is None:
+            return matrix
+        member = np.zeros((self.n_units(self.unit.size), self.unit.size))
+        member[self.unit, np.arange(self.unit.size)] = 1.0
+        return np.ascontiguousarray(member @ matrix @ member.T)
+
     def unit_keep(self, keep: BoolArray) -> BoolArray:
         """Return which units a kept set keeps, (u,): those of which it keeps a weight."""
         if self.unit is None:
@@ -370,8 +382,8 @@ TAKEN: Mapping[str, tuple[str, ...]] = {
     "enumeration": KINDS,
     "greedy_obs": KINDS,
     "swap_search": KINDS,
-    "lower_bound": (COUNT,),
-    "branch_and_bound": (COUNT,),
+    "lower_bound": KINDS,
+    "branch_and_bound": KINDS,
     "outer_approximation": (COUNT,),
 }
 """Kinds of support that each method of this package takes; what is not listed takes counts."""
@@ -400,6 +412,16 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def kept_size(support: Support, n: int) -> Size | Groups:
+    """Return what relaxations of the joint program take: how many units are kept, groups as they are."""
+    return support if isinstance(support, Groups) else support.kept(n)
+
+
+def pruned_size(support: Support, n: int) -> Size | Groups:
+    """Return what relaxations of the selection program take: how many units go, groups as they are."""
+    return support if isinstance(support, Groups) else support.pruned(n)
+
+
 def counts_of(size: Size) -> IntArray:
     """Return how many units are chosen in each cell."""
     return np.array([size]) if isinstance(size, int) else size.quota
@@ -424,6 +446,13 @@ def largest_in(values: FloatArray, size: Size, free: BoolArray) -> BoolArray:
     cell = np.searchsorted(size.start, order, side="right") - 1
     chosen[order[rank < size.quota[cell]]] = True
     return chosen
+
+
+def as_cells(size: Size, n_units: int) -> Cells:
+    """Return a size as cells: one of all units where it is a number."""
+    if isinstance(size, Cells):
+        return size
+    return Cells(np.array([0, n_units]), np.array([size]))
 
 
 def ranked_in(values: FloatArray, size: Cells, free: BoolArray) -> tuple[IntArray, IntArray]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
-from formulations.preparation import prepare
+from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, FloatArray, check_program
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
 from formulations.relaxations.certificate import RelaxationCertificate
@@ -24,7 +24,7 @@ from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertif
 from formulations.relaxations.split_relaxation import relax_with_split
 from formulations.relaxations.tightening import SPLIT_LARGEST, SPLIT_ROUNDS, tightened
 from formulations.solution import BlockSolution, Limits, SolveStats, Subject
-from formulations.support import require_support
+from formulations.support import counts_of, require_support
 
 DENSE_LARGEST = 2000
 """Largest block for which ``H`` is formed although rows are given; from `SPLIT_LARGEST` on it is the second
@@ -45,8 +45,9 @@ def lower_bound(
 ) -> BlockSolution:
     """Bound a program from below by its continuous relaxation.
 
-    Joint: perspective relaxation. Selection: capped simplex after a diagonal shift. The bound in the
-    result is what its certificate recomputes, never the solver's own figure. Blocks with rows and more
+    Joint: perspective relaxation. Selection: capped simplex after a diagonal shift. Either for any support:
+    so many of all, n of every m, whole groups. The bound in the result is what its certificate recomputes,
+    never the solver's own figure. Blocks with rows and more
     than 600 weights are solved without forming ``H``, in memory for the rows, one square matrix of order
     min(m, n) and the rows of the kept weights; up to 2000 weights the dense solver then finishes.
 
@@ -66,7 +67,8 @@ def lower_bound(
         blocks of at most 600 weights, also those that fixing leaves.
     fix : bool, default False
         Fix weights by the bound and the incumbent (``certificate.fixing``), relax what is left with a
-        better split where it is small enough, and repeat. Sharper the better the incumbent is.
+        better split where it is small enough, and repeat. Sharper the better the incumbent is. Only counts
+        are relaxed again on what is left.
     relaxation : str, optional
         "perspective" (joint), "capped_simplex" (selection) or, for comparison on small selection
         blocks, the linear programs "mccormick" and "rlt". Default: the first that fits.
@@ -82,12 +84,12 @@ def lower_bound(
     NotPositiveDefiniteError
         If the program is joint and ``H`` is singular.
     UnsupportedProblemError
-        If the relaxation is unknown or not one of the program.
+        If the relaxation is unknown or not one of the program, or linear and the support no count.
     """
     _check_relaxation(program, relaxation, fix)
-    require_support(problem.support, "lower_bound")
+    require_support(problem.support, "lower_bound" if relaxation is None else relaxation)
     limits = limits or Limits()
-    prepare("lower_bound", program)
+    prepare_for(problem, "lower_bound", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     wanted = pool.objective - limits.rel_gap * max(abs(pool.objective), 1e-12)
@@ -201,17 +203,18 @@ def _from_rows(
     if pool.program == "joint":
         joint = JointRows(problem)
         best, gram = solve_rows(joint, stop, start)
-        pool.offer(round_joint(joint.linear - best.product, problem.n_keep))
+        pool.offer(round_joint(joint.linear - best.product, problem.n_keep, problem.support))
         unscaled = None if gram is None else gram * problem.damping
         split = np.full(problem.n, problem.damping * (1.0 - SPLIT_MARGIN))
         shape = asdict(fisher_shape(problem, unscaled, rank=False))
         subject = Subject.of(problem, "joint")
         return PerspectiveCertificate(subject=subject, point=best.point / joint.root, split=split, **shape)
-    selection = SelectionRows(problem)
-    uniform = np.full(problem.n, problem.n_prune / problem.n)
-    best, _ = solve_rows(selection, stop, uniform if start is None else start)
-    point = best.point / selection.root
-    pool.offer(round_selection(point, problem.n_prune))
+    selection, support = SelectionRows(problem), problem.sets
+    units = support.n_units(problem.n)
+    uniform = np.full(units, int(counts_of(support.pruned(problem.n)).sum()) / units)
+    best, _ = solve_rows(selection, stop, uniform if start is None else support.mean(start))
+    point = support.spread(best.point / selection.root)
+    pool.offer(round_selection(point, problem.n_prune, problem.support))
     affordable = min(problem.rows.shape) <= GRAM_LARGEST and not stop.out_of_time()
     return CappedSimplexCertificate(
         subject=Subject.of(problem, "selection"),

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from formulations import BlockProblem, objective, verify
+from formulations.branch_and_bound import branch_and_bound
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
 from formulations.incumbents import greedy, kicked, magnitude_keep, swap_search
 from formulations.instances import read_instance, read_solution, write_instance, write_solution
 from formulations.problem import PROGRAMS
+from formulations.relaxations import lower_bound
 from formulations.solution import Limits
 from formulations.support import KINDS, TAKEN, Count, Groups, NofM, require_support, support_from_json
 
@@ -233,6 +235,134 @@ def test_a_warm_start_outside_the_support_is_refused():
     start = dataclasses.replace(greedy(supported(Count(4)), "joint"), keep=np.arange(N) < 4)
     with pytest.raises(ArgumentError, match="keep 2:4"):
         swap_search(pattern, "joint", incumbent=start)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_bounds_lie_below_the_optimum_and_prove_what_they_say(support, program):
+    for seed in range(3):
+        problem = supported(support, seed, hessian=seed == 1, damping=0.3)
+        least = optimum(problem, program)
+        best = [keep for keep in inside(problem) if objective(problem, keep, program) <= least * (1.0 + 1e-9)]
+        for options in ({}, {"diagonal_split": False}, {"fix": True}):
+            found = lower_bound(problem, program, **options)
+            assert found.bound <= least + 1e-12
+            assert found.objective >= least - 1e-12
+            assert problem.allows(found.keep)
+            assert verify(problem, found).ok
+            fixing = found.certificate.fixing
+            for keep in best if fixing is not None else []:
+                assert (keep >= fixing.keep).all()
+                assert not (keep & fixing.prune).any()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", [support for support in SUPPORTS if support.n_sets(N) > 1], ids=str)
+def test_relaxations_are_solved_to_a_small_gap(support, program):
+    """With the damping as the split: what their certificate proves is the least value that they have."""
+    problem = supported(support, 5, hessian=True, damping=0.5)
+    found = lower_bound(problem, program, diagonal_split=False)
+    value = relaxed_value(problem, program, found.certificate)
+    assert found.bound <= value + 1e-9 * abs(value)
+    assert found.bound == pytest.approx(value, rel=2e-3, abs=1e-6)
+
+
+def relaxed_value(problem, program, certificate) -> float:
+    """Value of the relaxation at shares that the linear underestimate at the certificate's point prefers.
+
+    Frank-Wolfe steps from there, with sets of the support as corners: an upper bound on its optimum.
+    """
+    corners = np.array(inside(problem), dtype=float)
+    hessian, w, g = problem.dense_hessian(), problem.weights, problem.gradient_or_zero
+
+    def joint(z):
+        """Least value of the perspective form at shares z, and its slope in them."""
+        used = z > 1e-9
+        matrix = (hessian - np.diag(certificate.split))[np.ix_(used, used)]
+        matrix = matrix + np.diag(certificate.split[used] / z[used])
+        u = np.zeros(N)
+        u[used] = np.linalg.solve(matrix, problem.linear_term()[used])
+        residual = problem.linear_term() - (hessian - np.diag(certificate.split)) @ u
+        value = problem.constant_term() - 0.5 * float(problem.linear_term() @ u)
+        return value, -0.5 * residual**2 / certificate.split
+
+    def selection(z):
+        y = 1.0 - z
+        costs = w[:, None] * hessian * w - np.diag(certificate.shift)
+        slope = costs @ y - g * w + 0.5 * certificate.shift
+        return float(0.5 * y @ costs @ y + (0.5 * certificate.shift - g * w) @ y), -slope
+
+    function = joint if program == "joint" else selection
+    shares = corners.mean(axis=0)
+    best = np.inf
+    for step in range(400):
+        value, slope = function(shares)
+        best = min(best, value)
+        shares += 2.0 / (step + 4.0) * (corners[np.argmin(corners @ slope)] - shares)
+    return best
+
+
+def test_a_bound_of_one_support_is_none_of_another():
+    """A certificate is computed anew for the support at hand, and says which one it was made for."""
+    pattern, count = supported(NofM(2, 4), 3), supported(Count(4), 3)
+    for program in PROGRAMS:
+        found = lower_bound(pattern, program)
+        assert lower_bound(count, program).bound <= found.bound + 1e-12
+        assert found.certificate.subject.support == "2:4"
+        assert found.certificate.lower_bound(count) <= optimum(count, program)
+        foreign = dataclasses.replace(found, support=None)
+        assert verify(count, foreign).wrong
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", [NofM(2, 4), NofM(1, 8), Groups(np.arange(704) // 8, 40)], ids=str)
+def test_large_blocks_are_bounded_from_their_rows(support, program):
+    rng = np.random.default_rng(7)
+    rows = rng.normal(size=(30, 704)) / np.sqrt(30)
+    problem = BlockProblem(weights=rng.normal(size=704), rows=rows, damping=0.5, support=support)
+    found = lower_bound(problem, program, limits=Limits(iteration_limit=40))
+    assert verify(problem, found).ok
+    assert 0.0 < found.bound <= found.objective
+    assert found.gap < 0.6
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_branch_and_bound_proves_the_optimum(support, program):
+    for seed, options in enumerate(({}, {"search": "depth"}, {"reduction": False}, {"swaps": False})):
+        problem = supported(support, seed, hessian=seed % 2 == 1, damping=0.02)
+        least = optimum(problem, program)
+        found = branch_and_bound(problem, program, **options)
+        assert found.proved
+        assert found.objective == pytest.approx(least, rel=1e-6, abs=1e-12)
+        assert found.bound <= least + 1e-12
+        assert not verify(problem, found).wrong
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_branch_and_bound_agrees_with_enumeration_on_larger_blocks(program):
+    for seed in range(6):
+        rng = np.random.default_rng([seed, 3])
+        labels = rng.integers(0, 7, 16)
+        support = (NofM(2, 4), NofM(1, 4), NofM(4, 8), NofM(1, 2), Groups(labels, 3), Groups(labels, 5))[seed]
+        problem = BlockProblem(
+            weights=rng.normal(size=16), rows=rng.normal(size=(9, 16)), damping=0.01, support=support
+        )
+        least = enumerate_optimum(problem, program).objective
+        found = branch_and_bound(problem, program)
+        assert found.proved
+        assert found.objective == pytest.approx(least, rel=1e-6)
+
+
+def test_limits_leave_a_set_of_the_support_and_a_valid_bound():
+    for support in (NofM(2, 4), Groups(np.arange(N) // 2, 2)):
+        problem = supported(support, 2, damping=1e-3)
+        for program in PROGRAMS:
+            least = optimum(problem, program)
+            for limits in (Limits(time_limit=0.0), Limits(node_limit=0), Limits(node_limit=2)):
+                found = branch_and_bound(problem, program, limits=limits)
+                assert problem.allows(found.keep)
+                assert found.bound is None or found.bound <= least + 1e-12
 
 
 def test_a_method_that_cannot_take_a_support_names_those_that_can():
