@@ -85,6 +85,7 @@ def solve(
     Raises
     ------
     UnknownMethodError, UnknownOptionError, UnsupportedProblemError, SolverUnavailableError
+        The third also where the method does not take the support of the block; it names those that do.
     NotPositiveDefiniteError
         If the joint program is asked for and ``H`` is singular.
 
@@ -96,7 +97,7 @@ def solve(
     >>> solve(block, "branch_and_bound", program="joint").proved
     True
     """
-    chosen = find_method(method, program)
+    chosen = find_method(method, program).for_support(problem.support)
     chosen.check_options(options, program)
     prepare(method, program)
     limits = Limits(
@@ -250,10 +251,15 @@ def _select(
     incumbent: BlockSolution | None,
     options: Mapping[str, Any],
 ) -> BlockSolution:
-    """Run a `Selector` on one block, evaluated under the program."""
+    """Run a `Selector` on one block, or round a saliency to its support; evaluated under the program."""
     began = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     warm = None if pool.keep is None else [torch.from_numpy(pool.keep)]
+    if problem.support is not None:
+        # A saliency, of which the best set of the support is what stays.
+        scores = method.score(_as_block(problem)).double().cpu().numpy()
+        pool.offer(problem.support.best(scores))
+        return pool.solution(method=method.name, stats=SolveStats(seconds=time.perf_counter() - began))
     try:
         select = method.selector(program)
         choice = select([_as_block(problem)], [problem.n_prune], limits=limits, warm=warm, **options)[0]
