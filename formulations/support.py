@@ -138,6 +138,35 @@ class Support(ABC):
         """Return the largest sum of `values`, (n,), over a kept set: what bounds a linear function."""
         return float(values[self.best(values)].sum())
 
+    def best_mean(self, scores: FloatArray) -> BoolArray:
+        """Return the kept set of largest total score where a unit counts once, whatever its size."""
+        return self.best(scores / self.spread(self.folded(np.ones(scores.size))))
+
+    def most_pruned(self, n: int) -> int:
+        """Return how many of `n` weights are pruned; the most of them where sets differ in size."""
+        return n - int(-self.largest_sum(-np.ones(n)))
+
+    def largest_pruned_sum(self, values: FloatArray) -> float:
+        """Return the largest sum of `values`, (n,), over the weights that a set prunes."""
+        return float(values[~self.best(-values)].sum())
+
+    def equations(self, n: int, kept: bool) -> list[tuple[IntArray, FloatArray, float]]:
+        """Return the rows that binaries of the weights obey, 1 where kept, or where pruned if not `kept`.
+
+        Each row is the weights in it, their coefficients and the right-hand side: how many units of a cell
+        are 1, and that the weights of a unit are equal.
+        """
+        size = as_cells(self.kept(n) if kept else self.pruned(n), self.n_units(n))
+        unit = np.arange(n) if self.unit is None else self.unit
+        _, first = np.unique(unit, return_index=True)
+        rows = [
+            (first[start:stop], np.ones(int(stop - start)), float(quota))
+            for start, stop, quota in zip(size.start[:-1], size.start[1:], size.quota, strict=True)
+        ]
+        for i in np.flatnonzero(first[unit] != np.arange(n)) if n else ():
+            rows.append((np.array([first[unit[i]], i]), np.array([-1.0, 1.0]), 0.0))
+        return rows
+
     def contains(self, keep: BoolArray) -> bool:
         """Whether a kept set is one of these."""
         units, size = self.unit_keep(keep), self.kept(keep.size)
@@ -384,7 +413,7 @@ TAKEN: Mapping[str, tuple[str, ...]] = {
     "swap_search": KINDS,
     "lower_bound": KINDS,
     "branch_and_bound": KINDS,
-    "outer_approximation": (COUNT,),
+    "outer_approximation": KINDS,
 }
 """Kinds of support that each method of this package takes; what is not listed takes counts."""
 

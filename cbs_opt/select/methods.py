@@ -217,6 +217,7 @@ def _on_solver(name: str) -> Method | None:
         programs=(MODELS[model].program,) if model in MODELS else PROGRAMS,
         free_options=True,
         backend=solver,
+        supports=KINDS,
     )
 
 

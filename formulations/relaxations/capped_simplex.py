@@ -189,8 +189,7 @@ def relax_selection(
 def round_selection(point: FloatArray, n_prune: int, support: Support | None = None) -> BoolArray:
     """Kept set once the `n_prune` largest entries of the relaxation are pruned, inside `support` if given."""
     if support is not None:
-        # A group counts once, however many weights it has.
-        return support.best(-point / support.spread(support.folded(np.ones(point.size))))
+        return support.best_mean(-point)
     keep = np.ones(point.size, dtype=np.bool_)
     keep[np.argsort(-point, kind="stable")[:n_prune]] = False
     return keep

@@ -14,10 +14,14 @@ from formulations.branch_and_bound import branch_and_bound
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
 from formulations.incumbents import greedy, kicked, magnitude_keep, swap_search
-from formulations.instances import read_instance, read_solution, write_instance, write_solution
+from formulations.instances import export_model, read_instance, read_solution, write_instance, write_solution
+from formulations.models import MODELS
+from formulations.models.translation import standard_form
+from formulations.outer_approximation import outer_approximation
 from formulations.problem import PROGRAMS
 from formulations.relaxations import lower_bound
 from formulations.solution import Limits
+from formulations.solvers import available_solvers, models_for, solve_with
 from formulations.support import KINDS, TAKEN, Count, Groups, NofM, require_support, support_from_json
 
 N = 8
@@ -363,6 +367,59 @@ def test_limits_leave_a_set_of_the_support_and_a_valid_bound():
                 found = branch_and_bound(problem, program, limits=limits)
                 assert problem.allows(found.keep)
                 assert found.bound is None or found.bound <= least + 1e-12
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_outer_approximation_proves_the_optimum(support, program):
+    problem = supported(support, 4, damping=0.3)
+    least = optimum(problem, program)
+    found = outer_approximation(problem, program)
+    assert problem.allows(found.keep)
+    assert found.objective == pytest.approx(least, rel=1e-5, abs=1e-9)
+    assert found.bound is None or found.bound <= least + 1e-9
+    assert not verify(problem, found).wrong
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_the_rows_of_a_support_hold_for_its_sets_alone(support):
+    for kept in (True, False):
+        rows = support.equations(N, kept)
+        for keep in SUBSETS:
+            ones = keep if kept else ~keep
+            holds = all(float(value @ ones[index]) == right for index, value, right in rows)
+            assert holds == support.contains(keep)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_model_has_the_optimum_of_the_support(name):
+    """Of the models that HiGHS or SCIP takes: the others share their rows with these."""
+    spec = MODELS[name]
+    solvers = [solver for solver in ("highs", "scip") if name in models_for(solver, spec.program)]
+    available = {info.name for info in available_solvers() if info.available}
+    solver = next((solver for solver in solvers if solver in available), None)
+    if solver is None:
+        pytest.skip("no solver for it")
+    rng = np.random.default_rng(6)
+    rows, weights = rng.normal(size=(3, 4)), rng.normal(size=4)
+    for support in (NofM(1, 2), Groups([0, 1, 0, 2], 2)):
+        problem = BlockProblem(weights=weights, rows=rows, damping=0.5, support=support)
+        form = standard_form(spec.build(problem))
+        size = spec.size(problem)
+        assert form.matrix.shape[0] <= size.linear_rows
+        assert form.n_columns <= size.variables
+        least = enumerate_optimum(problem, spec.program).objective
+        found = solve_with(solver, problem, spec.program, model=name, limits=Limits(rel_gap=1e-4))
+        assert problem.allows(found.keep)
+        assert found.objective == pytest.approx(least, rel=1e-3, abs=1e-9)
+        assert found.bound is None or found.bound <= least * (1.0 + 1e-4) + 1e-9
+        assert not verify(problem, found).wrong
+
+
+def test_an_exported_model_has_a_row_for_every_cell(tmp_path):
+    written = export_model(supported(NofM(2, 4)), "selection_qp", tmp_path / "model.mps")
+    assert written.linear_rows == 2
+    assert export_model(supported(Count(4)), "selection_qp", tmp_path / "count.mps").linear_rows == 1
 
 
 def test_a_method_that_cannot_take_a_support_names_those_that_can():
