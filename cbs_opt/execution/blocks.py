@@ -31,6 +31,7 @@ from formulations.errors import ArgumentError, CbsError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, check_program
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination, stated_support
+from formulations.support import Support
 
 BlockMethod = str | Callable[..., BlockSolution]
 """The name of a method, or ``method(problem, program, *, limits, incumbent, **options)``."""
@@ -162,7 +163,7 @@ def by_workers(
 
     def select(
         blocks: Sequence[FisherBlock],
-        counts: Sequence[int],
+        counts: Sequence[int | Support],
         *,
         limits: Limits,
         warm: Sequence[Tensor] | None = None,
