@@ -134,11 +134,11 @@ def certify_blocks(
     The blocks have the damping and the gradient of the program; `chosen` are the kept set (n,) of each, True
     = kept, and a bound that an exact method proved while choosing, by `method`; with a support, as `Chosen`,
     the bound is over its sets. The time limit, in seconds, is for all blocks: each gets an even share of what
-    is left; blocks without a share have no bound. `block_dir` is made if missing, and gets the data of every block, see `cbs_opt.certify.files`. `path_of`
-    leads from the number of a block to the file of its certified solution, which is read if it is there and
-    of this very block, and else written. Raises `KeyboardInterrupt` if interrupted; nothing but files in
-    `block_dir` has changed. Memory beyond the rows: one block in float64 and what its relaxation takes, and
-    three vectors a block for its certificate.
+    is left; blocks without a share have no bound. `block_dir` is made if missing, and gets the data of every
+    block, see `cbs_opt.certify.files`. `path_of` leads from the number of a block to the file of its
+    certified solution, which is read if it is there and of this very block, and else written. Raises
+    `KeyboardInterrupt` if interrupted; nothing but files in `block_dir` has changed. Memory beyond the rows:
+    one block in float64 and what its relaxation takes, and three vectors a block for its certificate.
     """
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     if block_dir is not None:
