@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.solution import never
@@ -27,11 +27,22 @@ def members(support: Support) -> list[IntArray]:
     return [np.flatnonzero(unit == group) for group in range(support.n_units(unit.size))]
 
 
+def solved(matrix: FloatArray, right: FloatArray) -> FloatArray:
+    """Return ``M^-1 right`` of a small definite matrix; in its range where rounding made it singular."""
+    if matrix.size == 0:
+        return right
+    try:
+        return np.asarray(cho_solve(cho_factor(matrix, check_finite=False), right, check_finite=False))
+    except LinAlgError:
+        values, vectors = np.linalg.eigh(matrix)
+        used = values > matrix.shape[0] * np.finfo(np.float64).eps * np.abs(values).max()
+        inside = vectors[:, used]
+        return np.asarray(inside @ ((inside.T @ right).T / values[used]).T)
+
+
 def quadratic_gain(matrix: FloatArray, vector: FloatArray) -> float:
-    """Return ``1/2 v.M^-1 v`` of a small definite matrix; 0 of an empty one."""
-    if vector.size == 0:
-        return 0.0
-    return 0.5 * float(vector @ cho_solve(cho_factor(matrix, check_finite=False), vector, check_finite=False))
+    """Return ``1/2 v.M^-1 v`` of a small definite matrix."""
+    return 0.5 * float(vector @ solved(matrix, vector))
 
 
 def greedy_groups(
@@ -57,10 +68,9 @@ def greedy_groups(
         going = order[: len(left) - most] if stopped() else order[:1]
         for q in sorted(going.tolist(), reverse=True):
             index = groups[left.pop(q)]
-            factor = cho_factor(inverse[np.ix_(index, index)], check_finite=False)
-            rows = inverse[index].copy()
-            minimiser -= rows.T @ cho_solve(factor, minimiser[index], check_finite=False)
-            inverse -= rows.T @ cho_solve(factor, rows, check_finite=False)
+            pivot, rows = inverse[np.ix_(index, index)], inverse[index].copy()
+            minimiser -= rows.T @ solved(pivot, minimiser[index])
+            inverse -= rows.T @ solved(pivot, rows)
     keep = np.zeros(minimiser.size, dtype=np.bool_)
     for q in left:
         keep[groups[q]] = True
@@ -80,12 +90,12 @@ def swap_groups(table: FloatArray, state: FloatArray, keep: BoolArray, support: 
     best = 0.0
     pair: tuple[IntArray, IntArray] | None = None
     for out in inside:
-        factor = cho_factor(-table[np.ix_(out, out)], check_finite=False)
-        step = cho_solve(factor, state[out], check_finite=False)
+        pivot = -table[np.ix_(out, out)]
+        step = solved(pivot, state[out])
         cost = 0.5 * float(state[out] @ step)
         for into in outside:
             across = table[np.ix_(into, out)]
-            schur = table[np.ix_(into, into)] + across @ cho_solve(factor, across.T, check_finite=False)
+            schur = table[np.ix_(into, into)] + across @ solved(pivot, across.T)
             change = cost - quadratic_gain(schur, state[into] + across @ step)
             if change < -GAIN * cost and change < best:
                 best, pair = change, (out, into)

@@ -20,7 +20,8 @@ from formulations.models.translation import standard_form
 from formulations.outer_approximation import outer_approximation
 from formulations.problem import PROGRAMS
 from formulations.relaxations import lower_bound
-from formulations.solution import Limits
+from formulations.relaxations.block_split import relax_in_blocks
+from formulations.solution import Limits, never
 from formulations.solvers import available_solvers, models_for, solve_with
 from formulations.support import KINDS, TAKEN, Count, Groups, NofM, require_support, support_from_json
 
@@ -304,6 +305,71 @@ def relaxed_value(problem, program, certificate) -> float:
         best = min(best, value)
         shares += 2.0 / (step + 4.0) * (corners[np.argmin(corners @ slope)] - shares)
     return best
+
+
+@pytest.mark.parametrize("support", [NofM(2, 4), NofM(1, 4), NofM(3, 8), NofM(1, 2)], ids=str)
+def test_a_split_in_blocks_is_tighter_and_proved(support):
+    gains = []
+    for seed in range(4):
+        rng = np.random.default_rng([seed, 9])
+        rows = rng.normal(size=(20, 16)) @ np.diag(rng.uniform(0.3, 2.0, 16))
+        problem = BlockProblem(
+            weights=rng.normal(size=16), hessian=rows.T @ rows / 20, damping=0.05, support=support
+        )
+        least = enumerate_optimum(problem, "joint").objective
+        plain = lower_bound(problem, "joint", relaxation="perspective")
+        found = lower_bound(problem, "joint")
+        assert plain.bound <= found.bound <= least
+        assert verify(problem, found).ok
+        gains.append((found.bound - plain.bound) / max(least - plain.bound, 1e-12))
+    assert max(gains) > (0.02 if support.m > 2 else -1.0)
+
+
+def blocks_found():
+    problem = supported(NofM(2, 4), 8, hessian=True)
+    plain = lower_bound(problem, "joint", relaxation="perspective").certificate
+    found = relax_in_blocks(problem, plain, optimum(problem, "joint"), never)
+    assert found is not None
+    return problem, plain, found
+
+
+def test_diagonal_blocks_prove_what_a_diagonal_split_does():
+    problem, plain, found = blocks_found()
+    diagonal = plain.split.reshape(2, 4)[:, :, None] * np.eye(4)
+    same = dataclasses.replace(found, point=plain.point, blocks=diagonal)
+    assert same.lower_bound(problem) == pytest.approx(plain.lower_bound(problem), rel=1e-9)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        moved = dataclasses.replace(found, point=found.point + rng.normal(size=N))
+        assert moved.lower_bound(problem) <= optimum(problem, "joint")
+
+
+def test_blocks_that_prove_nothing_are_refused():
+    problem, plain, found = blocks_found()
+    bound = found.lower_bound(problem)
+    assert plain.lower_bound(problem) < bound <= optimum(problem, "joint")
+    wrong = found.blocks.copy()
+    wrong[0, 0, 1] *= 1.5
+    sunk = found.blocks - 2.0 * np.linalg.eigvalsh(found.blocks).max() * np.eye(4)
+    changes = ({"blocks": 1.2 * found.blocks}, {"blocks": wrong}, {"blocks": sunk}, {"basis": plain})
+    for change in (*changes, {"blocks": found.blocks[:1]}, {"point": found.point[:4]}):
+        assert dataclasses.replace(found, **change).lower_bound(problem) == -np.inf
+    for support in (Count(4), NofM(1, 2), Groups(np.arange(N) // 4, 1)):
+        assert found.lower_bound(supported(support, 8, hessian=True)) == -np.inf
+
+
+def test_a_split_in_blocks_goes_through_a_file(tmp_path):
+    problem, _, _ = blocks_found()
+    found = lower_bound(problem, "joint")
+    assert found.certificate.kind == "block_perspective"
+    write_solution(tmp_path / "bound.npz", problem, found)
+    back = read_solution(tmp_path / "bound.npz", problem)
+    assert back.certificate.kind == "block_perspective"
+    assert verify(problem, back).ok
+    for support, relaxation in ((Count(4), "block_perspective"), (NofM(2, 4), "rlt")):
+        program = "joint" if relaxation == "block_perspective" else "selection"
+        with pytest.raises(UnsupportedProblemError, match=relaxation):
+            lower_bound(supported(support), program, relaxation=relaxation)
 
 
 def test_a_bound_of_one_support_is_none_of_another():
