@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from formulations.relaxations.bounds import lower_bound
     from formulations.solution import BlockSolution, Termination
     from formulations.solvers import available_solvers
+    from formulations.support import Count, Groups, NofM
     from formulations.verification import verify
 
     __version__: str
@@ -103,6 +104,7 @@ _MODULES = {
     "formulations.relaxations.bounds": ("lower_bound",),
     "formulations.solution": ("BlockSolution", "Termination"),
     "formulations.solvers": ("available_solvers",),
+    "formulations.support": ("Count", "Groups", "NofM"),
     "formulations.verification": ("verify",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -115,6 +117,7 @@ __all__ = [
     "BlockSolution",
     "CbsError",
     "Certify",
+    "Count",
     "EmpiricalFisher",
     "Exact",
     "ExactFisher",
@@ -122,6 +125,7 @@ __all__ = [
     "FineTuning",
     "GradientNorm",
     "GreedyOBS",
+    "Groups",
     "HardThreshold",
     "LayerRecipe",
     "LayersReport",
@@ -129,6 +133,7 @@ __all__ = [
     "Magnitude",
     "MonteCarloFisher",
     "Named",
+    "NofM",
     "Partition",
     "Progress",
     "PruneReport",

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cbs_opt.select.methods import available_methods, find_method
-from cbs_opt.select.one_block import select_one
+from cbs_opt.select.one_block import rounded_one, select_one
 from cbs_opt.select.preparation import prepare
 from cbs_opt.system.threads import thread_limit
 from formulations.errors import CbsError, UnsupportedProblemError
@@ -77,6 +77,7 @@ def solve(
     Raises
     ------
     UnknownMethodError, UnknownOptionError, UnsupportedProblemError, SolverUnavailableError
+        The third also where the method does not take the support of the block; it names those that do.
     NotPositiveDefiniteError
         If the joint program is asked for and ``H`` is singular.
 
@@ -88,7 +89,7 @@ def solve(
     >>> solve(block, "branch_and_bound", program="joint").proved
     True
     """
-    chosen = find_method(method, program)
+    chosen = find_method(method, program).for_support(problem.support)
     chosen.check_options(options, program)
     prepare(method, program)
     limits = Limits(
@@ -102,6 +103,8 @@ def solve(
     with thread_limit(limits.threads):
         if program == "joint":
             problem.require_definite()
+        if not chosen.blockwise and problem.support is not None:
+            return rounded_one(chosen.score, problem, program, method=chosen.name, incumbent=incumbent)
         if not chosen.blockwise:
             return select_one(
                 chosen.selector(program),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Termination,
         TracePoint,
     )
+    from formulations.support import Count, Groups, NofM, Support
     from formulations.verification import Verdict, Verification, verify
 
 _HOME = {
@@ -30,10 +31,14 @@ _HOME = {
     "BlockSolution": "solution",
     "CbsError": "errors",
     "Certificate": "solution",
+    "Count": "support",
+    "Groups": "support",
     "Limit": "solution",
     "Limits": "solution",
+    "NofM": "support",
     "SolveStats": "solution",
     "Subject": "solution",
+    "Support": "support",
     "Termination": "solution",
     "TracePoint": "solution",
     "Verdict": "verification",
@@ -52,10 +57,14 @@ __all__ = [
     "BlockSolution",
     "CbsError",
     "Certificate",
+    "Count",
+    "Groups",
     "Limit",
     "Limits",
+    "NofM",
     "SolveStats",
     "Subject",
+    "Support",
     "Termination",
     "TracePoint",
     "Verdict",

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numba
+from numba import types
 from numba.core import event
+
+from formulations.support import Cells
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -23,11 +26,24 @@ CUBE = numba.float64[:, :, ::1]
 MATRIX = numba.float64[:, ::1]
 VECTOR = numba.float64[::1]
 INDICES = numba.int64[::1]
+INDEX_ROWS = numba.int64[:, ::1]
 FLAGS = numba.boolean[::1]
 FLAG_ROWS = numba.boolean[:, ::1]
 REAL = numba.float64
 INTEGER = numba.int64
 SWITCH = numba.boolean
+CELLS = types.NamedTuple((INDICES, INDICES), Cells)  # type: ignore[no-untyped-call]
+
+
+class BySize(NamedTuple):
+    """A type that differs where sizes are `Cells` instead of a number."""
+
+    count: Any
+    cells: Any
+
+
+SIZE = BySize(INTEGER, CELLS)
+"""Of how many units are chosen: of all, or in each cell."""
 
 SAVING_TRIES = 100
 """Kernels within a kernel whose saving may fail on a full disk before the error counts."""
@@ -61,45 +77,53 @@ def entry(*types: Any) -> Callable[[Callable[Arguments, Result]], Callable[Argum
     """Declare the types that Python calls a kernel with, so that `make_ready` can compile it for them."""
 
     def declare(kernel: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        kernel.entry_types = types  # type: ignore[attr-defined]
+        for name in BySize._fields:
+            chosen = tuple(getattr(kind, name) if isinstance(kind, BySize) else kind for kind in types)
+            setattr(kernel, f"{name}_types", chosen)
         return kernel
 
     return declare
 
 
-def make_ready(kernels: Sequence[Callable[..., Any]], purpose: str) -> None:
+def make_ready(kernels: Sequence[Callable[..., Any]], purpose: str, cells: bool = False) -> None:
     """Compile the kernels that are not compiled yet, or load them from disk.
 
     Parameters
     ----------
     kernels : sequence of kernels with an `entry`
+    cells : bool
+        Whether for sizes that are `Cells` instead of a number.
     purpose : str
         What they are for, as in "branch_and_bound (joint)". A warning says so if one has to be
         compiled; loading is silent, and takes some tenths of a second.
     """
-    waiting: list[Any] = [kernel for kernel in kernels if not _is_ready(kernel)]
+    waiting: list[Any] = [kernel for kernel in kernels if not _is_ready(kernel, cells)]
     if not waiting:
         return
     with event.install_listener("numba:compile", _Announcement(purpose, waiting)):
         for kernel in waiting:
-            _compile(kernel)
+            _compile(kernel, cells)
 
 
-def _is_ready(kernel: Any) -> bool:
-    return bool(getattr(numba.config, "DISABLE_JIT", False)) or kernel.entry_types in kernel.overloads
+def _types(kernel: Any, cells: bool) -> Any:
+    return kernel.cells_types if cells else kernel.count_types
 
 
-def _compile(kernel: Any) -> None:
+def _is_ready(kernel: Any, cells: bool) -> bool:
+    return bool(getattr(numba.config, "DISABLE_JIT", False)) or _types(kernel, cells) in kernel.overloads
+
+
+def _compile(kernel: Any, cells: bool) -> None:
     """Compile one kernel; what cannot be saved stays in memory."""
     for _ in range(SAVING_TRIES):
         try:
-            kernel.compile(kernel.entry_types)
+            kernel.compile(_types(kernel, cells))
         except OSError as error:
             # Each try has compiled one more of the kernels that this one calls.
             logger.warning("%s cannot be kept on disk and will be compiled again: %s", kernel.__name__, error)
-        if _is_ready(kernel):
+        if _is_ready(kernel, cells):
             return
-    kernel.compile(kernel.entry_types)
+    kernel.compile(_types(kernel, cells))
 
 
 class _Announcement(event.Listener):

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
 
 from formulations.problem import BlockProblem, FloatArray
+from formulations.support import Support
 
 UNIT_ROUNDOFF = float(np.finfo(np.float64).eps) / 2.0
 EIGENVALUES_LARGEST = 600
@@ -259,8 +260,11 @@ def _selection_rounding(
     problem: BlockProblem, matrix: FloatArray, linear: FloatArray, scale: float
 ) -> Rounding:
     n = problem.n
-    reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - problem.n_prune :].sum()
-    gamma = error_factor(2 * _height(problem) + 12 * n + 64)
+    # Groups may be of unequal size, and are summed over before anything else.
+    tied = problem.sets.unit is not None
+    most = n if tied else problem.n_prune
+    reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - most :].sum()
+    gamma = error_factor(2 * _height(problem) + (14 if tied else 12) * n + 64)
     fixed = 2.0 * float(reach * reach + np.abs(linear).sum())
     dip = _dip(problem)
     # A relaxation that is indefinite by rounding overestimates by 1/2 dip (y - z).A_ii (y - z) at most.
@@ -293,3 +297,10 @@ def _dip(problem: BlockProblem) -> float:
 def dense_form(problem: BlockProblem, program: str) -> DenseForm:
     """Return the scaled dense form of `program`, "selection" or "joint"."""
     return joint_form(problem) if program == "joint" else selection_form(problem)
+
+
+def folded_form(form: DenseForm, support: Support | None) -> tuple[FloatArray, FloatArray]:
+    """Return matrix and linear term of a selection form in units of a support; None is a count."""
+    if support is None:
+        return form.matrix, form.linear
+    return support.folded_matrix(form.matrix), support.folded(form.linear)

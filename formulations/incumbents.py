@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from formulations.dense_forms import DenseForm, dense_form
+from formulations.dense_forms import DenseForm, dense_form, folded_form
 from formulations.errors import ArgumentError, ShapeError
+from formulations.group_search import greedy_groups, swap_groups
 from formulations.loss import solved_weights, step_loss, trivial_bound
-from formulations.preparation import prepare
+from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import (
     BlockSolution,
@@ -24,9 +25,18 @@ from formulations.solution import (
     Termination,
     TracePoint,
     never,
+    stated_support,
     status_of,
 )
-from formulations.swap_kernels import prune_joint, prune_selection, swap_joint, swap_selection, sweep
+from formulations.support import Support
+from formulations.swap_kernels import (
+    NO_CELLS,
+    prune_joint,
+    prune_selection,
+    swap_joint,
+    swap_selection,
+    sweep,
+)
 
 ELEMENTS_A_LOOK = 20_000_000
 """Entries of a matrix that greedy elimination updates between two looks at the clock (some milliseconds)."""
@@ -52,7 +62,7 @@ class IncumbentPool:
     ShapeError
         If the warm start belongs to a block of another size.
     ArgumentError
-        If the warm start does not prune exactly `n_prune` weights.
+        If the warm start is no set of the support.
     NotPositiveDefiniteError
         If the program is joint and ``H`` is singular to rounding: decided here for every method.
     """
@@ -72,8 +82,8 @@ class IncumbentPool:
             self.offer(checked_incumbent(problem, incumbent))
 
     def offer(self, keep: BoolArray) -> bool:
-        """Take `keep` if it is of the right size and better than what is here; whether it was taken."""
-        if int(keep.sum()) != self.problem.n_keep:
+        """Take `keep` if the support has it and it is better than what is here; whether it was taken."""
+        if not self.problem.allows(keep):
             return False
         weights = solved_weights(self.problem, keep, self.program)
         value = step_loss(self.problem, weights - self.problem.weights)
@@ -136,6 +146,7 @@ class IncumbentPool:
             limit=limit,
             program=self.program,
             method=method,
+            support=stated_support(self.problem),
             rel_gap=rel_gap if termination is Termination.OPTIMAL else None,
             certificate=certificate,
             stats=stats or SolveStats(),
@@ -149,14 +160,17 @@ def checked_incumbent(problem: BlockProblem, incumbent: BlockSolution) -> BoolAr
         raise ArgumentError("incumbent", "it has no set", "pass a solution with one, or None")
     if incumbent.keep.shape != (problem.n,):
         raise ShapeError("incumbent", f"{incumbent.keep.size} weights", f"pass one of {problem.n}")
-    pruned = problem.n - int(incumbent.keep.sum())
-    if pruned != problem.n_prune:
-        raise ArgumentError("incumbent", f"prunes {pruned} weights", f"prune {problem.n_prune}")
+    if not problem.allows(incumbent.keep):
+        pruned = problem.n - int(incumbent.keep.sum())
+        asked = f"prune {problem.n_prune}" if problem.support is None else f"keep {problem.support}"
+        raise ArgumentError("incumbent", f"prunes {pruned} weights", asked)
     return incumbent.keep
 
 
 def magnitude_keep(problem: BlockProblem) -> BoolArray:
-    """Keep the weights of largest magnitude; ties by index."""
+    """Keep the weights of largest magnitude, in total where they are kept in groups; ties by index."""
+    if problem.support is not None:
+        return problem.support.best(np.abs(problem.weights))
     keep = np.ones(problem.n, dtype=np.bool_)
     keep[np.argsort(np.abs(problem.weights), kind="stable")[: problem.n_prune]] = False
     return keep
@@ -171,7 +185,9 @@ def greedy(
 ) -> BlockSolution:
     """Remove one weight after another, each time the one that costs least.
 
-    Joint is greedy OBS with exact downdates of the inverse; selection keeps ``A y`` up to date.
+    Where the support keeps so many of every few, only weights of cells that have not lost all theirs yet are
+    looked at; groups go whole. Joint is greedy OBS with exact downdates of the inverse; selection keeps
+    ``A y`` up to date.
 
     Parameters
     ----------
@@ -199,13 +215,13 @@ def greedy(
     """
     limits = limits or Limits()
     check_program(program)
-    prepare("greedy_obs", program)
+    prepare_for(problem, "greedy_obs", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     stopped = partial(limits.out_of_time, started)
     if not stopped():
         form = dense_form(problem, program)
-        pool.offer(greedy_keep(form, problem.n_prune, program, stopped))
+        pool.offer(greedy_keep(form, problem.n_prune, program, stopped, problem.support))
     limit = Limit.TIME if stopped() else None
     pool.offer_magnitude_if_empty()
     stats = SolveStats(seconds=time.perf_counter() - started)
@@ -213,33 +229,45 @@ def greedy(
 
 
 def greedy_keep(
-    form: DenseForm, n_prune: int, program: str, stopped: Callable[[], bool] = never
+    form: DenseForm,
+    n_prune: int,
+    program: str,
+    stopped: Callable[[], bool] = never,
+    support: Support | None = None,
 ) -> BoolArray:
     """Kept set of the greedy elimination on a dense form.
 
     Once `stopped` says so, what is left to remove in the joint program goes at once, by its cost then.
     """
-    if program == "selection":
-        return np.asarray(~prune_selection(form.matrix, form.linear, n_prune))
     n = form.linear.size
+    size = n_prune if support is None else support.pruned(n)
+    if program == "selection":
+        matrix, linear = folded_form(form, support)
+        keep = np.asarray(~prune_selection(matrix, linear, size))
+        return keep if support is None else support.spread(keep)
     if n == 0:
         return np.zeros(0, dtype=np.bool_)
     if stopped():
-        return _without_cheapest(form.linear**2, np.zeros(n, dtype=np.bool_), n_prune)
+        return _without_cheapest(form.linear**2, np.zeros(n, dtype=np.bool_), n_prune, support)
     inverse: FloatArray = np.linalg.inv(form.matrix).astype(np.float64)
     inverse = 0.5 * (inverse + inverse.T)
     minimiser = inverse @ form.linear
     pruned = np.zeros(n, dtype=np.bool_)
+    if support is not None and support.unit is not None:
+        return greedy_groups(inverse, minimiser, support, stopped)
     period = max(1, ELEMENTS_A_LOOK // (n * n))
     for done in range(0, n_prune, period):
         if stopped():
-            return _without_cheapest(minimiser**2 / np.diagonal(inverse), pruned, n_prune - done)
-        prune_joint(inverse, minimiser, pruned, min(period, n_prune - done))
+            return _without_cheapest(minimiser**2 / np.diagonal(inverse), pruned, n_prune - done, support)
+        prune_joint(inverse, minimiser, pruned, min(period, n_prune - done), size)
     return ~pruned
 
 
-def _without_cheapest(costs: FloatArray, pruned: BoolArray, count: int) -> BoolArray:
+def _without_cheapest(costs: FloatArray, pruned: BoolArray, count: int, support: Support | None) -> BoolArray:
     """Return the kept set once the `count` cheapest of the weights that are not pruned go too."""
+    if support is not None:
+        # What is pruned already is the cheapest.
+        return support.best(np.where(pruned, -1.0, costs))
     keep = ~pruned
     keep[np.argsort(np.where(pruned, np.inf, costs), kind="stable")[:count]] = False
     return keep
@@ -255,6 +283,9 @@ def swap_search(
 ) -> BlockSolution:
     """Best-improvement 1-swap local search from the warm start (or the greedy set).
 
+    A swap is one kept for one pruned weight, of the same cell where the support keeps so many of every few;
+    where it keeps groups, one group for another.
+
     Parameters
     ----------
     problem : BlockProblem
@@ -269,8 +300,7 @@ def swap_search(
     Returns
     -------
     BlockSolution
-        FEASIBLE, without a bound. Without a limit no swap of one kept for one pruned weight
-        improves it by more than rounding.
+        FEASIBLE, without a bound. Without a limit no swap improves it by more than rounding.
 
     Raises
     ------
@@ -288,7 +318,7 @@ def swap_search(
         raise ArgumentError("restarts", f"{restarts}", "pass 0 or more")
     limits = limits or Limits()
     check_program(program)
-    prepare("swap_search", program)
+    prepare_for(problem, "swap_search", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     swaps = 0
@@ -298,14 +328,14 @@ def swap_search(
         form = dense_form(problem, program)
         start = pool.keep
         if start is None:
-            start = greedy_keep(form, problem.n_prune, program, stopped)
+            start = greedy_keep(form, problem.n_prune, program, stopped, problem.support)
         pool.offer(start)
         generator = np.random.default_rng(limits.seed)
         for attempt in range(restarts + 1):
             best = pool.keep
             assert best is not None
-            keep = start if attempt == 0 else kicked(best, generator)
-            keep, steps, limit = descend(form, keep, program, limits, started, swaps)
+            keep = start if attempt == 0 else kicked(best, generator, support=problem.support)
+            keep, steps, limit = descend(form, keep, program, limits, started, swaps, support=problem.support)
             swaps += steps
             pool.offer(keep)
             if limit is not None:
@@ -344,14 +374,34 @@ def offer_searched(
     return searched
 
 
-def kicked(keep: BoolArray, generator: np.random.Generator, share: float = 0.05) -> BoolArray:
+def kicked(
+    keep: BoolArray, generator: np.random.Generator, share: float = 0.05, *, support: Support | None = None
+) -> BoolArray:
     """Return a copy of `keep` with a few random kept and pruned weights exchanged."""
+    if support is not None:
+        return _kicked_inside(keep, generator, share, support)
     kept, pruned = np.flatnonzero(keep), np.flatnonzero(~keep)
     count = min(kept.size, pruned.size, max(2, round(share * min(kept.size, pruned.size))))
     changed = keep.copy()
     changed[generator.choice(kept, count, replace=False)] = False
     changed[generator.choice(pruned, count, replace=False)] = True
     return changed
+
+
+def _kicked_inside(
+    keep: BoolArray, generator: np.random.Generator, share: float, support: Support
+) -> BoolArray:
+    """Return a set of the support that differs from `keep` by a few random exchanges of units."""
+    units = support.unit_keep(keep).copy()
+    start = support.cell_starts(keep.size)
+    few = max(2, round(share * min(int(units.sum()), int((~units).sum()))))
+    for _ in range(few if units.any() else 0):
+        leave = int(generator.choice(np.flatnonzero(units)))
+        cell = int(np.searchsorted(start, leave, side="right")) - 1
+        others = start[cell] + np.flatnonzero(~units[start[cell] : start[cell + 1]])
+        if others.size:
+            units[leave], units[int(generator.choice(others))] = False, True
+    return support.spread(units)
 
 
 def descend(
@@ -361,12 +411,21 @@ def descend(
     limits: Limits,
     started: float,
     swaps_done: int = 0,
+    *,
+    support: Support | None = None,
 ) -> tuple[BoolArray, int, Limit | None]:
     """Swap until no swap improves or a limit comes: the set, the swaps made, the limit.
 
     Where ``H`` is close to singular the gains that a sweep carries along are rounding, and swaps may go round
     in a circle: a call that leaves no lower value, computed afresh, is undone and ends the search.
     """
+    size = NO_CELLS if support is None else support.kept(keep.size)
+    tied = None if support is None or support.unit is None else support
+    matrix, linear = form.matrix, form.linear
+    if tied is not None and program == "selection":
+        # In units a support of groups is a count.
+        matrix, linear = folded_form(form, tied)
+        keep = tied.unit_keep(keep)
     keep = keep.copy()
     swaps = 0
     limit: Limit | None = None
@@ -381,26 +440,37 @@ def descend(
         if limits.out_of_time(started):
             limit = Limit.TIME
             break
-        if program == "selection":
-            chosen = np.flatnonzero(~keep)
-            value = 0.5 * float(form.matrix[np.ix_(chosen, chosen)].sum()) + float(form.linear[chosen].sum())
-        else:
-            table, state = joint_tableau(form.matrix, form.linear, keep)
-            value = -0.5 * float(form.linear[keep] @ state[keep])
+        value, table, state = _valued(matrix, linear, keep, program)
         if not value < least:
             keep = best
             break
         least, best = value, keep.copy()
         if program == "selection":
             pruned = ~keep
-            made = swap_selection(form.matrix, form.linear, pruned, allowed)
+            made = swap_selection(matrix, linear, pruned, allowed, size)
             keep = ~pruned
+        elif tied is not None:
+            # One exchange: the tableau is made anew for the next.
+            allowed = 1
+            made = swap_groups(table, state, keep, tied)
         else:
-            made = swap_joint(table, state, keep, allowed)
+            made = swap_joint(table, state, keep, allowed, size)
         swaps += made
         if made < allowed:
             break
-    return keep, swaps, limit
+    return (tied.spread(keep) if tied is not None and program == "selection" else keep), swaps, limit
+
+
+def _valued(
+    matrix: FloatArray, linear: FloatArray, keep: BoolArray, program: str
+) -> tuple[float, FloatArray, FloatArray]:
+    """Return the form value of a set, and what the next swaps of the joint program start from."""
+    if program == "selection":
+        chosen = np.flatnonzero(~keep)
+        value = 0.5 * float(matrix[np.ix_(chosen, chosen)].sum()) + float(linear[chosen].sum())
+        return value, matrix, linear
+    table, state = joint_tableau(matrix, linear, keep)
+    return -0.5 * float(linear[keep] @ state[keep]), table, state
 
 
 def joint_tableau(matrix: FloatArray, linear: FloatArray, keep: BoolArray) -> tuple[FloatArray, FloatArray]:

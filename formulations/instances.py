@@ -23,12 +23,15 @@ from formulations.models import model_spec
 from formulations.problem import BlockProblem
 from formulations.relaxations.storage import certificate_entries, restored_certificate
 from formulations.solution import BlockSolution, Limit, SolveStats, Termination
+from formulations.support import Support, support_from_json
 
 BLOCK_FORMAT = "cbs-opt block"
 SOLUTION_FORMAT = "cbs-opt solution"
 VERSION = 2
 MAX_BYTES = 2**34
 """Largest file content read by default, 16 GiB of arrays."""
+LABELS = "groups"
+"""Array of a block's file that holds the group of each weight."""
 LIBRARY = resources.files("formulations") / "library"
 
 
@@ -55,6 +58,7 @@ def write_instance(
         "version": VERSION,
         "name": problem.name,
         "n_prune": problem.n_prune,
+        "support": _support_entry(problem),
         "damping": problem.damping,
         "fingerprint": problem.fingerprint(),
         "metadata": _plain_json(metadata or {}),
@@ -64,7 +68,26 @@ def write_instance(
         for tag in ("weights", "rows", "hessian", "gradient")
         if (array := getattr(problem, tag)) is not None
     }
+    if problem.support is not None and problem.support.unit is not None:
+        # A header has a largest size; whole numbers of this size are exact in float64.
+        arrays[LABELS] = problem.support.unit.astype("<f8")
     write_container(path, header, arrays)
+
+
+def _support_entry(problem: BlockProblem) -> dict[str, Any] | None:
+    """Return what the header says of the support: None for a count, of groups all but the labels."""
+    if problem.support is None:
+        return None
+    return {name: value for name, value in problem.support.as_json().items() if name != LABELS}
+
+
+def _support_of(header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> Support | None:
+    """Return the support of a header, its labels taken out of `arrays`; None for a count, as in old files."""
+    entry, labels = header.get("support"), arrays.pop(LABELS, None)
+    if entry is None and labels is None:
+        return None
+    whole = {**(entry or {}), **({} if labels is None else {LABELS: labels.astype(np.int64)})}
+    return support_from_json(whole)
 
 
 def _plain_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,14 +113,18 @@ def read_instance(
         with the fingerprint that was written.
     """
     header, arrays = read_container(path, BLOCK_FORMAT, VERSION, max_bytes)
-    unknown = set(arrays) - {"weights", "rows", "hessian", "gradient"}
+    unknown = set(arrays) - {"weights", "rows", "hessian", "gradient", LABELS}
     if unknown or "weights" not in arrays:
         raise InstanceFormatError("path", f"{path}: arrays {sorted(arrays)}", "write the file again")
     for array in arrays.values():
         array.flags.writeable = False
     try:
         problem = BlockProblem(
-            n_prune=header["n_prune"], damping=header["damping"], name=str(header["name"]), **arrays
+            n_prune=header["n_prune"],
+            support=_support_of(header, arrays),
+            damping=header["damping"],
+            name=str(header["name"]),
+            **arrays,
         )
         expected, metadata = header["fingerprint"], dict(header["metadata"])
     except (KeyError, TypeError, ValueError, CbsError) as error:
@@ -141,6 +168,7 @@ def write_solution(
         "limit": None if solution.limit is None else solution.limit.value,
         "program": solution.program,
         "method": solution.method,
+        "support": solution.support,
         "rel_gap": solution.rel_gap,
         "stats": stats,
         "certificate": chain[0]["kind"] if chain else None,
@@ -183,6 +211,7 @@ def read_solution(
             limit=None if header["limit"] is None else Limit(header["limit"]),
             program=str(header["program"]),
             method=str(header["method"]),
+            support=None if header.get("support") is None else str(header["support"]),
             rel_gap=_optional_number(header["rel_gap"]),
             certificate=restored_certificate(_chain(header), arrays),
             stats=SolveStats(**stats),
@@ -277,7 +306,7 @@ def library() -> list[str]:
 def load_library(name: str) -> tuple[BlockProblem, dict[str, Any]]:
     """Return a shipped block and its metadata: origin, and for each program its optimum or best bound.
 
-    Blocks that differ in `n_prune` alone share a file; the index has the count of each.
+    Blocks that differ in what they keep alone share a file; the index has the count or the support of each.
 
     Raises
     ------
@@ -290,7 +319,11 @@ def load_library(name: str) -> tuple[BlockProblem, dict[str, Any]]:
     entry = index[name]
     with resources.as_file(LIBRARY / str(entry["file"])) as path:
         data, metadata = read_instance(path)
-    problem = replace(data, n_prune=entry["n_prune"], name=name)
+    support = entry.get("support")
+    posed = {"n_prune": entry["n_prune"]} if support is None else {"n_prune": None}
+    problem = replace(
+        data, **posed, support=None if support is None else support_from_json(support), name=name
+    )
     return problem, {**metadata, **{key: value for key, value in entry.items() if key != "file"}}
 
 

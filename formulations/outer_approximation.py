@@ -25,12 +25,13 @@ from formulations.cut_planes import Cut, CutSource, cut_sources
 from formulations.incumbents import Heuristic, IncumbentPool, offer_searched, swap_search
 from formulations.milp import DUAL_TOLERANCE, Milp, MilpControls, MilpResult, run_milp
 from formulations.models.scaling import scale_block
-from formulations.preparation import prepare
+from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.relaxations.bounds import root_bounds
 from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
+from formulations.support import counts_of
 
 METHOD = "outer_approximation"
 LP_ROUNDS = 60
@@ -94,8 +95,9 @@ class _Search:
 
     @property
     def count(self) -> int:
-        """How many binaries are 1."""
-        return self.problem.n_keep if self.one_means_kept else self.problem.n_prune
+        """How many binaries are 1; the most of them where sets differ in size."""
+        problem = self.problem
+        return problem.n_keep if self.one_means_kept else problem.sets.most_pruned(problem.n)
 
     @property
     def one_means_kept(self) -> bool:
@@ -123,7 +125,13 @@ class _Search:
     def add(self, cut: Cut) -> None:
         """Add a cut and the bound that it proves on its own."""
         self.cuts.append(cut)
-        cheapest = float(np.partition(cut.slopes, self.count - 1)[: self.count].sum())
+        support = self.problem.support
+        if support is None:
+            cheapest = float(np.partition(cut.slopes, self.count - 1)[: self.count].sum())
+        elif self.one_means_kept:
+            cheapest = -support.largest_sum(-cut.slopes)
+        else:
+            cheapest = -support.largest_pruned_sum(-cut.slopes)
         self.raise_bound(cut.constant + cheapest - CONSTANT_ERROR * self._size(cut))
 
     def raise_bound(self, bound: float) -> None:
@@ -157,7 +165,9 @@ class _Search:
         return True
 
     def keep_of(self, point: FloatArray) -> BoolArray:
-        """Kept set with the right size that is nearest to `point`."""
+        """Kept set of the support that is nearest to `point`."""
+        if self.problem.support is not None:
+            return self.problem.support.best_mean(point if self.one_means_kept else -point)
         chosen = np.zeros(point.size, dtype=np.bool_)
         chosen[np.argsort(-point, kind="stable")[: self.count]] = True
         return chosen if self.one_means_kept else ~chosen
@@ -198,7 +208,7 @@ def outer_approximation(
         If the incumbent does not fit the block.
     """
     check_program(program)
-    prepare(METHOD, program)
+    prepare_for(problem, METHOD, program)
     began = time.perf_counter()
     limits = limits or Limits()
     if program == "joint":
@@ -313,8 +323,9 @@ def _linear_phase(search: _Search) -> None:
     fewer rounds than Kelley's corners. The phase ends when the function at that point is within a
     small share of the open gap of the master's value.
     """
-    n = search.problem.n
-    centre = np.full(n, search.count / n)
+    n, support = search.problem.n, search.problem.sets
+    size = support.kept(n) if search.one_means_kept else support.pruned(n)
+    centre = np.full(n, int(counts_of(size).sum()) / support.n_units(n))
     for _ in range(LP_ROUNDS):
         if search.done or search.stopped():
             break
@@ -375,14 +386,18 @@ def _integer_phase(search: _Search) -> str:
 def _solve_master(
     search: _Search, *, integer: bool, rel_gap: float, proposals: list[FloatArray] | None = None
 ) -> MilpResult:
-    """Solve ``min t`` over the cuts and the cardinality, below the best set if `integer`."""
+    """Solve ``min t`` over the cuts and the rows of the support, below the best set if `integer`."""
     n = search.problem.n
     slopes = np.array([cut.slopes for cut in search.cuts]) / search.unit
     # Every set pays at least what each cut says: t - slopes.x >= constant.
     cut_rows = np.hstack([-slopes, np.ones((len(search.cuts), 1))])
-    # The set has the right size.
     least = np.array([cut.constant for cut in search.cuts]) / search.unit
-    size_row = np.append(np.ones(n), 0.0)
+    # The set is one of the support.
+    equations = search.problem.sets.equations(n, search.one_means_kept)
+    size_rows = np.zeros((len(equations), n + 1))
+    for row, (index, value, _) in enumerate(equations):
+        size_rows[row, index] = value
+    right = np.array([right for _, _, right in equations])
     ceiling = (search.value - 0.5 * search.wanted_gap if integer else search.value) / search.unit
     floor = search.bound / search.unit
     milp = Milp(
@@ -390,9 +405,9 @@ def _solve_master(
         lower=np.append(np.zeros(n), floor),
         upper=np.append(np.ones(n), max(ceiling, floor)),
         integer=np.append(np.full(n, integer), False),
-        matrix=csr_matrix(np.vstack([size_row, cut_rows])),
-        row_lower=np.append(search.count, least),
-        row_upper=np.append(search.count, np.full(len(search.cuts), np.inf)),
+        matrix=csr_matrix(np.vstack([size_rows, cut_rows])),
+        row_lower=np.append(right, least),
+        row_upper=np.append(right, np.full(len(search.cuts), np.inf)),
     )
     nodes = search.limits.node_limit
     left = search.seconds_left()

@@ -8,7 +8,9 @@ A package declares in its ``pyproject.toml``::
     [project.entry-points."cbs_opt.solvers"]
     my_solver = "my_package:SOLVER"          # a formulations.solvers.base.Solver
 
-and takes part in `solve`, `compare`, studies and reports under that name.
+and takes part in `solve`, `compare`, studies and reports under that name. A function is given blocks that
+keep any so many weights; a `Method` says with `supports` which other kinds of `formulations.support` it
+takes, and what it returns then states the support of the block, as `formulations.solution.stated_support`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from functools import cache
 from importlib import import_module
 
 from formulations.compiled import make_ready
+from formulations.problem import BlockProblem
+from formulations.support import Cells
 
 SWAPS = "formulations.swap_kernels"
 REDUCTION = "formulations.reduction"
@@ -27,6 +29,8 @@ BOUND = {
     "joint": (
         f"{REDUCTION}:reduce_joint",
         f"{SPLIT}:barrier_step",
+        f"{NORM}:held_sum",
+        f"{NORM}:shrink_support",
         f"{NORM}:largest_sum",
         f"{NORM}:prox_support_norm",
         f"{JOINT_BOUND}:begin_perspective",
@@ -37,7 +41,7 @@ BOUND = {
     "selection": (
         f"{REDUCTION}:reduce_selection",
         f"{SPLIT}:barrier_step",
-        f"{SELECTION_BOUND}:project_capped_simplex",
+        f"{SELECTION_BOUND}:project_simplices",
         f"{SELECTION_BOUND}:shift_slopes",
         f"{SELECTION_BOUND}:smallest_sum",
         f"{SELECTION_BOUND}:begin_simplex",
@@ -63,7 +67,7 @@ KERNELS: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
 
 
 @cache
-def prepare(method: str, program: str) -> None:
+def prepare(method: str, program: str, cells: bool = False) -> None:
     """Have the kernels of a method ready, so that no compilation falls into its time limit.
 
     Parameters
@@ -72,13 +76,20 @@ def prepare(method: str, program: str) -> None:
         A method of this package, or "greedy_obs" for what only needs a first set, as the bridges to
         solvers do. Another name has no kernels here.
     program : {"selection", "joint"}
+    cells : bool
+        Whether for a support that keeps so many in each of several cells.
 
     Notes
     -----
     Compiles once an installation, which a warning says; loads in some tenths of a second in every
     other process; costs nothing after that.
     """
-    make_ready_named(kernel_names(method, program), method, program)
+    make_ready_named(kernel_names(method, program), method, program, cells)
+
+
+def prepare_for(problem: BlockProblem, method: str, program: str) -> None:
+    """Have the kernels of a method ready for the support of a block."""
+    prepare(method, program, isinstance(problem.sets.kept(problem.n), Cells))
 
 
 def kernel_names(method: str, program: str) -> list[str]:
@@ -86,10 +97,10 @@ def kernel_names(method: str, program: str) -> list[str]:
     return [name for group in KERNELS.get(method, ()) for name in group.get(program, ())]
 
 
-def make_ready_named(names: Iterable[str], method: str, program: str) -> None:
+def make_ready_named(names: Iterable[str], method: str, program: str, cells: bool = False) -> None:
     """Import kernels by "module:name" and have them ready for `method`."""
     kernels = []
     for name in names:
         module, _, kernel = name.partition(":")
         kernels.append(getattr(import_module(module), kernel))
-    make_ready(kernels, f"the kernels of {method} ({program})")
+    make_ready(kernels, f"the kernels of {method} ({program}{', in cells' if cells else ''})", cells)

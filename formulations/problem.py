@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import LinAlgError, cholesky
 
 from formulations.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
+from formulations.support import Count, Support
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -80,14 +82,19 @@ class BlockProblem:
     """One block of weights and the second-order model of the loss around it.
 
     The model is ``dL(d) = g.d + 1/2 d.H d`` with ``H = rows^T rows + damping I`` or
-    ``H = hessian + damping I``; `n_prune` of the weights are to become zero.
+    ``H = hessian + damping I``; `support` says which weights may stay, or `n_prune` how many are to
+    become zero.
 
     Parameters
     ----------
     weights : (n,) array_like
         Trained weights.
-    n_prune : int
-        Number of weights to remove, ``0 <= n_prune <= n``.
+    n_prune : int, optional
+        Number of weights to remove, ``0 <= n_prune <= n``: short for ``support=Count(n - n_prune)``. Where
+        a support is given it follows from that; for groups of unequal size it is the least number.
+    support : Support, optional
+        What may be kept: `Count`, `NofM` or `Groups`. A count is held as `n_prune`, and None here; `sets`
+        is the support in either case.
     rows : (m, n) array_like, optional
         Scaled gradient rows ``R = G / sqrt(m)``. Exactly one of `rows` and `hessian` is given.
     hessian : (n, n) array_like, optional
@@ -102,7 +109,8 @@ class BlockProblem:
     Raises
     ------
     ArgumentError
-        If an argument is missing, of the wrong shape, no number or not finite, if `hessian` is not
+        If an argument is missing, of the wrong shape, no number or not finite, if `support` does not fit
+        the number of weights or contradicts `n_prune`, if `hessian` is not
         symmetric positive semidefinite (that test costs one Cholesky factorisation, O(n^3)), or if
         curvatures or costs leave the range 1e-140 to 1e140 in which float64 keeps its digits.
 
@@ -113,7 +121,8 @@ class BlockProblem:
     """
 
     weights: FloatArray
-    n_prune: int
+    n_prune: int = None  # type: ignore[assignment]  # an int once it is made
+    support: Support | None = None
     rows: FloatArray | None = None
     hessian: FloatArray | None = None
     damping: float = 0.0
@@ -126,7 +135,9 @@ class BlockProblem:
         if (self.rows is None) == (self.hessian is None):
             found = "neither" if self.rows is None else "both"
             raise ArgumentError("rows, hessian", f"{found} given", "pass exactly one of them")
-        put(self, "n_prune", _checked_count(self.n_prune, self.n))
+        n_prune, support = _checked_support(self.n_prune, self.support, self.n)
+        put(self, "n_prune", n_prune)
+        put(self, "support", support)
         put(self, "damping", _checked_damping(self.damping))
         if self.rows is not None:
             put(self, "rows", frozen_array("rows", self.rows, 2))
@@ -148,7 +159,8 @@ class BlockProblem:
     def __repr__(self) -> str:
         data = f"rows={self.rows.shape}" if self.rows is not None else "hessian"
         label = f"{self.name!r}, " if self.name else ""
-        return f"BlockProblem({label}n={self.n}, n_prune={self.n_prune}, {data}, damping={self.damping:g})"
+        kept = f"n_prune={self.n_prune}" if self.support is None else f"support={self.support}"
+        return f"BlockProblem({label}n={self.n}, {kept}, {data}, damping={self.damping:g})"
 
     @property
     def n(self) -> int:
@@ -157,8 +169,19 @@ class BlockProblem:
 
     @property
     def n_keep(self) -> int:
-        """Number of weights that stay."""
+        """Number of weights that stay; the most of them where sets differ in size."""
         return self.n - self.n_prune
+
+    @property
+    def sets(self) -> Support:
+        """The support: `Count` where none but a count was given."""
+        return Count(self.n_keep) if self.support is None else self.support
+
+    def allows(self, keep: BoolArray) -> bool:
+        """Whether a kept set, (n,), is one that the block asks for."""
+        if self.support is None:
+            return int(keep.sum()) == self.n_keep
+        return self.support.contains(keep)
 
     @property
     def gradient_or_zero(self) -> FloatArray:
@@ -272,6 +295,8 @@ class BlockProblem:
         if known is not None:
             return known
         digest = hashlib.sha256(f"{self.n} {self.n_prune} {self.damping.hex()}".encode())
+        if self.support is not None:
+            digest.update(json.dumps(self.support.as_json(), sort_keys=True).encode())
         for tag in ("weights", "rows", "hessian", "gradient"):
             array = getattr(self, tag)
             if array is not None:
@@ -284,6 +309,22 @@ class BlockProblem:
     def _hessian(self) -> FloatArray:
         assert self.hessian is not None
         return self.hessian
+
+
+def _checked_support(n_prune: Any, support: Any, n: int) -> tuple[int, Support | None]:
+    """Return the number of weights to prune, and the support unless it is a count."""
+    if support is None and n_prune is None:
+        raise ArgumentError("n_prune, support", "neither given", "pass one of them")
+    if support is None:
+        return _checked_count(n_prune, n), None
+    if not isinstance(support, Support):
+        raise ArgumentError("support", f"a {type(support).__name__}", "pass a Count, NofM or Groups")
+    support.check(n)
+    implied = n - support.n_keep_of(n)
+    if n_prune is not None and _checked_count(n_prune, n) != implied:
+        found = f"{n_prune} to prune, and a support ({support}) that prunes {implied} of {n}"
+        raise ArgumentError("n_prune, support", found, "pass one of them, the other as None")
+    return implied, None if isinstance(support, Count) else support
 
 
 def _checked_count(n_prune: Any, n: int) -> int:

@@ -125,7 +125,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a certificate is about: one program on one block with one count.
+    """What a certificate is about: one program on one block with one support.
 
     Attributes
     ----------
@@ -133,16 +133,29 @@ class Subject:
     n_keep : int
     fingerprint : str
         `BlockProblem.fingerprint`.
+    support : str or None
+        The support in words, as "2:4"; None for a count, which `n_keep` states.
     """
 
     program: str
     n_keep: int
     fingerprint: str
+    support: str | None = None
 
     @staticmethod
     def of(problem: BlockProblem, program: str) -> Subject:
         """Return the subject of `program` on `problem`."""
-        return Subject(program=program, n_keep=problem.n_keep, fingerprint=problem.fingerprint())
+        return Subject(
+            program=program,
+            n_keep=problem.n_keep,
+            fingerprint=problem.fingerprint(),
+            support=stated_support(problem),
+        )
+
+
+def stated_support(problem: BlockProblem) -> str | None:
+    """Return the support of a block as its solutions and certificates state it; None for a count."""
+    return None if problem.support is None else str(problem.support)
 
 
 @runtime_checkable
@@ -233,6 +246,8 @@ class BlockSolution:
     program : str
         "selection" or "joint".
     method : str
+    support : str or None
+        The support that it was found for, in words, as "2:4"; None for a count.
     rel_gap : float or None
         The gap asked for, which `Termination.OPTIMAL` has met.
     certificate : Certificate or None
@@ -249,6 +264,7 @@ class BlockSolution:
     limit: Limit | None = None
     program: str
     method: str
+    support: str | None = None
     rel_gap: float | None = None
     certificate: Certificate | None = None
     stats: SolveStats = field(default_factory=SolveStats)

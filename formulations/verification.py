@@ -11,7 +11,14 @@ import numpy as np
 from formulations.loss import step_loss, trivial_bound
 from formulations.problem import PROGRAMS, BlockProblem
 from formulations.relaxations.certified import bounded_value
-from formulations.solution import BlockSolution, Certificate, Subject, Termination, relative_gap
+from formulations.solution import (
+    BlockSolution,
+    Certificate,
+    Subject,
+    Termination,
+    relative_gap,
+    stated_support,
+)
 
 OBJECTIVE_TOLERANCE = 1e-7
 """Relative difference at which a stated objective counts as the recomputed one."""
@@ -37,7 +44,7 @@ class Verification:
     verdict : Verdict
         Of set, weights, objective, bound, gap and status together.
     feasible : bool
-        The set has exactly the right size and pruned weights are exactly 0.
+        The set is one of the support and pruned weights are exactly 0.
     objective : float or None
         The objective recomputed in float64.
     bound : float or None
@@ -92,7 +99,8 @@ def verify(problem: BlockProblem, solution: BlockSolution) -> Verification:
     Returns
     -------
     Verification
-        Wrong when the program is unknown, the set has the wrong size, weights disagree with the set, the
+        Wrong when the program or the support is another, the set is not one of the support, weights
+        disagree with the set, the
         objective differs from the recomputed one by more than rounding and 1e-7 relative, a bound is no
         number or exceeds the objective, the certificate is for another program, count or block or lists
         a weight as fixed that it does not prove fixed, or the status is not what set, bound and gap
@@ -105,6 +113,9 @@ def verify(problem: BlockProblem, solution: BlockSolution) -> Verification:
     findings = _Findings()
     if solution.program not in PROGRAMS:
         findings.wrong.append(f"no program is called {solution.program!r}")
+    if solution.support != stated_support(problem):
+        words = [said or "a count" for said in (solution.support, stated_support(problem))]
+        findings.wrong.append(f"the solution is for {words[0]}, the problem asks for {words[1]}")
     feasible, value, ceiling = _check_set(problem, solution, findings)
     bound, checked = _check_bound(problem, solution, ceiling, findings)
     _check_status(solution, findings)
@@ -134,8 +145,9 @@ def _check_set(
         wrong.append("weights that are not finite")
         return False, None, math.inf
     infeasible = []
-    if int(solution.keep.sum()) != problem.n_keep:
-        infeasible.append(f"keeps {int(solution.keep.sum())} weights, the problem asks for {problem.n_keep}")
+    if not problem.allows(solution.keep):
+        asked = problem.n_keep if problem.support is None else problem.support
+        infeasible.append(f"keeps {int(solution.keep.sum())} weights, the problem asks for {asked}")
     if np.any(solution.weights[~solution.keep] != 0.0):
         infeasible.append("a pruned weight is not exactly 0")
     kept = solution.weights[solution.keep]
@@ -205,7 +217,8 @@ def _check_status(solution: BlockSolution, findings: _Findings) -> None:
     status = solution.termination
     empty = solution.keep is None
     if status is Termination.INFEASIBLE:
-        findings.wrong.append("infeasible, although every count from 0 to n has a set")
+        every = "count from 0 to n" if solution.support is None else "support"
+        findings.wrong.append(f"infeasible, although every {every} has a set")
     if status in (Termination.OPTIMAL, Termination.FEASIBLE) and empty:
         findings.wrong.append(f"termination is {status.value} but there is no set")
     if status is Termination.NO_SOLUTION and not empty:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +34,8 @@ from formulations.instances import read_solution, write_instance, write_solution
 from formulations.loss import objective, solved_weights
 from formulations.problem import BlockProblem, BoolArray
 from formulations.relaxations import lower_bound
-from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination, stated_support
+from formulations.support import Support
 from formulations.verification import verify
 
 PathLike = str | os.PathLike[str]
@@ -104,9 +106,21 @@ def certify_block(
     return CertifiedBlock(solution=replace(solution, stats=stats), fingerprint=problem.fingerprint())
 
 
+class Chosen(NamedTuple):
+    """The kept set of a block, (n,), True = kept.
+
+    `proved` is a bound that an exact method proved while choosing, `support` what the set was chosen from
+    where that was no count.
+    """
+
+    keep: Tensor
+    proved: float | None = None
+    support: Support | None = None
+
+
 def certify_blocks(
     blocks: Sequence[FisherBlock],
-    chosen: Sequence[tuple[Tensor, float | None]],
+    chosen: Sequence[Chosen | tuple[Tensor, float | None]],
     program: str,
     *,
     method: str = "",
@@ -118,22 +132,22 @@ def certify_blocks(
     """Bound every block of a pruned network, one after another.
 
     The blocks have the damping and the gradient of the program; `chosen` are the kept set (n,) of each, True
-    = kept, and a bound that an exact method proved while choosing, by `method`. The time limit, in seconds,
-    is for all blocks: each gets an even share of what is left; blocks without a share have no bound.
-    `block_dir` is made if missing, and gets the data of every block, see `cbs_opt.certify.files`. `path_of`
-    leads from the number of a block to the file of its certified solution, which is read if it is there and
-    of this very block, and else written. Raises `KeyboardInterrupt` if interrupted; nothing but files in
-    `block_dir` has changed. Memory beyond the rows: one block in float64 and what its relaxation takes, and
-    three vectors a block for its certificate.
+    = kept, and a bound that an exact method proved while choosing, by `method`; with a support, as `Chosen`,
+    the bound is over its sets. The time limit, in seconds, is for all blocks: each gets an even share of what
+    is left; blocks without a share have no bound. `block_dir` is made if missing, and gets the data of every
+    block, see `cbs_opt.certify.files`. `path_of` leads from the number of a block to the file of its
+    certified solution, which is read if it is there and of this very block, and else written. Raises
+    `KeyboardInterrupt` if interrupted; nothing but files in `block_dir` has changed. Memory beyond the rows:
+    one block in float64 and what its relaxation takes, and three vectors a block for its certificate.
     """
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     if block_dir is not None:
         Path(block_dir).mkdir(parents=True, exist_ok=True)
 
     def certified(number: int) -> CertifiedBlock:
-        kept, proved = chosen[number]
+        kept, proved, support = Chosen(*chosen[number])
         keep: BoolArray = kept.cpu().numpy()
-        problem = blocks[number].to_problem(int((~keep).sum()))
+        problem = blocks[number].to_problem(int((~keep).sum()) if support is None else support)
         if block_dir is not None:
             write_instance(block_path(block_dir, number), problem)
         left = deadline - time.monotonic()
@@ -167,7 +181,13 @@ def _evaluated(
     weights, value = solved_weights(problem, keep, program), objective(problem, keep, program)
     stats = SolveStats(message=message)
     return BlockSolution(
-        keep=keep, weights=weights, objective=value, program=program, method=method, stats=stats
+        keep=keep,
+        weights=weights,
+        objective=value,
+        program=program,
+        method=method,
+        support=stated_support(problem),
+        stats=stats,
     )
 
 

@@ -284,6 +284,7 @@ def _solution_values(problem: BlockProblem, solution: BlockSolution, checked: Ve
         "block": problem.name,
         "n": problem.n,
         "n_prune": problem.n_prune,
+        "support": solution.support,
         **{name: getattr(solution, name) for name in answer},
         "gap": None if solution.bound is None else solution.gap,
         "pruned": None if solution.keep is None else solution.pruned.tolist(),
@@ -309,8 +310,9 @@ def _solution_lines(
         "effective rank": MISSING if rank is None else f"{rank:.3g} (n is {ratio:.3g} times that)",
         "fixed": f"{values['n_fixed']} of {problem.n} weights",
     }
+    kept = f"{problem.n_prune} pruned" if problem.support is None else f"{problem.support} kept"
     return {
-        "block": f"{problem.name or 'unnamed'}: {problem.n} weights, {problem.n_prune} pruned",
+        "block": f"{problem.name or 'unnamed'}: {problem.n} weights, {kept}",
         "program": solution.program,
         "method": solution.method,
         "status": solving.status_words(solution),

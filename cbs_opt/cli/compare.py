@@ -116,18 +116,21 @@ def library(as_json: AsJson = False) -> None:
     with reported(debug=False):
         from formulations import instances
         from formulations.problem import PROGRAMS
+        from formulations.solution import stated_support
 
         listed, rows = [], []
         for name in instances.library():
             problem, known = instances.load_library(name)
             optima = {program: known[program] for program in PROGRAMS}
-            listed.append({"name": name, "n": problem.n, "n_prune": problem.n_prune, **optima})
-            rows.append([name, str(problem.n), str(problem.n_prune)])
+            support = stated_support(problem)
+            described = {"name": name, "n": problem.n, "n_prune": problem.n_prune, "support": support}
+            listed.append({**described, **optima})
+            rows.append([name, str(problem.n), support or str(problem.n_prune)])
             for program in PROGRAMS:
                 objective, bound = known[program]["objective"], known[program]["bound"]
                 gap = (objective - bound) / max(abs(objective), 1e-12)
                 rows[-1] += [number(objective), f"{gap:.1g}", yes_no(known[program]["proved"])]
-        headings = ["name", "weights", "pruned"]
+        headings = ["name", "weights", "pruned, or support"]
         for program in PROGRAMS:
             headings += [f"{program} objective", "gap", "proved"]
         show(listed, text_table(headings, rows), as_json)

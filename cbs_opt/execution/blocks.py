@@ -30,7 +30,8 @@ from cbs_opt.system.threads import limit_numba, limit_thread, thread_limit
 from formulations.errors import ArgumentError, CbsError
 from formulations.incumbents import IncumbentPool
 from formulations.problem import BlockProblem, check_program
-from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination
+from formulations.solution import BlockSolution, Limit, Limits, SolveStats, Termination, stated_support
+from formulations.support import Support
 
 BlockMethod = str | Callable[..., BlockSolution]
 """The name of a method, or ``method(problem, program, *, limits, incumbent, **options)``."""
@@ -162,7 +163,7 @@ def by_workers(
 
     def select(
         blocks: Sequence[FisherBlock],
-        counts: Sequence[int],
+        counts: Sequence[int | Support],
         *,
         limits: Limits,
         warm: Sequence[Tensor] | None = None,
@@ -281,6 +282,7 @@ def _unsolved(
         limit=limit,
         program=call.program,
         method=call.label,
+        support=stated_support(problem),
         stats=stats,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from cbs_opt.hessian.operators import Factor, Hessian
 from formulations.errors import ShapeError
 from formulations.problem import BlockProblem
+from formulations.support import Support
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,17 +81,18 @@ class FisherBlock:
         """Return the block whose Hessian has no term over channels."""
         return replace(self, hessian=self.hessian.without_channels())
 
-    def to_problem(self, n_prune: int) -> BlockProblem:
-        """Return the block as a `BlockProblem` that removes `n_prune` weights.
+    def to_problem(self, n_prune: int | Support) -> BlockProblem:
+        """Return the block as a `BlockProblem` that removes `n_prune` weights, or keeps to a support.
 
         Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared, not copied,
         so do not write to them while the problem is in use. With a channel term the Hessian is formed,
         O(m n^2): `UnsupportedProblemError` if the block is too large for that.
         """
         plain = self.hessian.plain(f"block {self.name!r} as one problem")
+        kept: dict[str, Any] = {"support" if isinstance(n_prune, Support) else "n_prune": n_prune}
         return BlockProblem(
             weights=_read_only(self.weights),
-            n_prune=n_prune,
+            **kept,
             rows=_read_only(plain.data) if plain.by_rows else None,
             hessian=None if plain.by_rows else _read_only(plain.data),
             gradient=None if self.gradient is None else _read_only(self.gradient),

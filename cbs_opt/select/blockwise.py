@@ -11,6 +11,7 @@ from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, Selector, one_by_one
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solution import BlockSolution, Limits
+from formulations.support import Support
 
 DENSE_BLOCK = 4_096
 """Largest block that is handed to a dense method."""
@@ -21,7 +22,7 @@ def by_solver(solver: Callable[..., BlockSolution], name: str, program: str) -> 
 
     def select(
         blocks: Sequence[FisherBlock],
-        counts: Sequence[int],
+        counts: Sequence[int | Support],
         *,
         limits: Limits,
         warm: Sequence[Tensor] | None = None,

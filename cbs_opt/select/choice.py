@@ -12,6 +12,7 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.system.progress import SILENT, Progress
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
+from formulations.support import Support
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -176,7 +177,7 @@ class Selector(Protocol):
     def __call__(
         self,
         blocks: Sequence[FisherBlock],
-        counts: Sequence[int],
+        counts: Sequence[int | Support],
         *,
         limits: Limits,
         warm: Sequence[Tensor] | None = None,
@@ -185,9 +186,10 @@ class Selector(Protocol):
     ) -> list[Choice]:
         """Return one choice a block, in order.
 
-        So many weights go in each block; the limits are for all blocks together, and the options are those of
-        the method. A search starts from the kept set (n,) that `warm` has for each block. A selector that
-        takes a block at a time leaves out the blocks that have a choice in the ledger, and adds the others as
-        they are done.
+        So many weights go in each block, or what a `formulations.support.Support` says may stay: a method
+        that cannot keep to it refuses it by name before any work. The limits are for all blocks together, and
+        the options are those of the method. A search starts from the kept set (n,) that `warm` has for each
+        block. A selector that takes a block at a time leaves out the blocks that have a choice in the ledger,
+        and adds the others as they are done.
         """
         ...

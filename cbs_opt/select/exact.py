@@ -42,8 +42,11 @@ def swapped(
 ) -> BlockSolution | None:
     """Return the solution of the swap search of `program`.
 
-    None where it would begin with an eigendecomposition that the time limit has no room for.
+    None where it would begin with an eigendecomposition that the time limit has no room for, and for supports
+    other than counts, which the search by rows of a single block does not take.
     """
+    if problem.support is not None:
+        return None
     if program == "joint" and limits.time_limit is not None and problem.n > DENSE_JOINT:
         by_rows = problem.rows is not None and len(problem.rows) <= problem.n and problem.damping > 0.0
         if not by_rows and limits.time_limit < DECOMPOSITION * problem.n**3:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from formulations.errors import UnknownMethodError, UnknownOptionError, UnsupportedProblemError
 from formulations.plugins import METHODS, checked_solver, load_plugins
 from formulations.problem import PROGRAMS, check_program
+from formulations.support import COUNT, KINDS, TAKEN, Support
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,11 @@ SALIENCY = "cbs_opt.select.saliency"
 SELECTION = "cbs_opt.select.selection_program.selectors"
 JOINT = "cbs_opt.select.joint_program.selectors"
 JOINT_SALIENCY = "cbs_opt.select.joint_program.channel_program:joint_saliency"
+DENSE_SEARCHES = {
+    "swap_search": "formulations.incumbents:swap_search",
+    "greedy_obs": "formulations.incumbents:greedy",
+}
+"""What the searches on the blocks of a network are on one dense block."""
 COMMON = ("limits", "incumbent", "warm", "ledger", "tuning", "heuristic")
 """Arguments of engines that are no options of the method."""
 
@@ -46,6 +52,9 @@ class Method:
     `randomized` says whether another seed gives another set, `needs_curvature` is False for methods that look
     at the weights alone. With `free_options` the engine checks its options itself; they cannot be listed
     here. `backend` is the name of the solver that a model is handed to, empty for methods that are none.
+
+    `supports` are the kinds of `formulations.support` that it takes on one `BlockProblem`. Where `dense` is
+    given, it is the engine on one dense block for those that are no count; a saliency rounds its scores.
     """
 
     name: str
@@ -59,11 +68,26 @@ class Method:
     needs_curvature: bool = True
     free_options: bool = False
     backend: str = ""
+    supports: tuple[str, ...] = (COUNT,)
+    dense: str = ""
 
     @property
     def engine(self) -> Callable[..., Any]:
         """The callable that does the work, imported if it is not yet."""
         return _imported(self.function)
+
+    def for_support(self, support: Support | None) -> Method:
+        """Return the method as it is on a block with `support`; None is a count.
+
+        Raises `UnsupportedProblemError`, naming the methods that take it, if this one does not.
+        """
+        if support is not None and support.kind not in self.supports:
+            able = dict.fromkeys(each.name for each in available_methods() if support.kind in each.supports)
+            found = f"{support} ({support.kind}), which {self.name} does not take"
+            raise UnsupportedProblemError("support", found, f"use one of: {', '.join(able)}")
+        if support is None or not self.dense:
+            return self
+        return replace(self, function=self.dense, blockwise=True)
 
     def selector(self, program: str) -> Selector:
         """Return what chooses the sets of all blocks under `program`, one after another where `blockwise`."""
@@ -113,6 +137,7 @@ def _saliency(name: str, summary: str) -> Method:
         blockwise=False,
         scoring=f"{SALIENCY}:{name}",
         needs_curvature=name != "magnitude",
+        supports=KINDS,
     )
 
 
@@ -126,16 +151,20 @@ def _search(name: str, program: str, summary: str, function: str) -> Method:
         blockwise=False,
         scoring=f"{SALIENCY}:magnitude" if program == "selection" else JOINT_SALIENCY,
         randomized=name == "swap_search",
+        supports=TAKEN.get(name, (COUNT,)),
+        dense=DENSE_SEARCHES.get(name, ""),
     )
 
 
 def _dense(name: str, kind: str, summary: str, engine: str) -> Method:
     module, _, function = engine.partition(":")
-    return Method(name=name, kind=kind, summary=summary, function=f"formulations.{module}:{function or name}")
+    engine = f"formulations.{module}:{function or name}"
+    return Method(name=name, kind=kind, summary=summary, function=engine, supports=TAKEN[name])
 
 
 def _searching(name: str, summary: str) -> Method:
-    return Method(name=name, kind="exact", summary=summary, function=f"cbs_opt.select.exact:{name}")
+    engine = f"cbs_opt.select.exact:{name}"
+    return Method(name=name, kind="exact", summary=summary, function=engine, supports=TAKEN[name])
 
 
 SWAPS = "best-improvement swaps to a proved 1-swap optimum"
@@ -148,6 +177,7 @@ BUILT_IN = (
         name="randomized_magnitude",
         function=f"{SCORES}:by_randomized_magnitude",
         randomized=True,
+        supports=(COUNT,),
     ),
     _saliency("obd", "Optimal Brain Damage: 1/2 H_ii w_i^2"),
     _saliency("obs", "Optimal Brain Surgeon: w_i^2 / (2 [H^-1]_ii)"),
@@ -192,6 +222,7 @@ def _on_solver(name: str) -> Method | None:
         programs=(MODELS[model].program,) if model in MODELS else PROGRAMS,
         free_options=True,
         backend=solver,
+        supports=KINDS,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ def select_one(
     seconds = time.perf_counter() - began
     stats = SolveStats(seconds=seconds, iterations=choice.iterations, message=choice.status)
     return pool.solution(method=method, limit=choice.limit, stats=stats)
+
+
+def rounded_one(
+    score: Callable[[FisherBlock], Tensor],
+    problem: BlockProblem,
+    program: str,
+    *,
+    method: str,
+    incumbent: BlockSolution | None,
+) -> BlockSolution:
+    """Keep the set of the block's support with the largest saliencies; never worse than `incumbent`."""
+    began = time.perf_counter()
+    pool = IncumbentPool(problem, program, incumbent)
+    scores = score(_as_block(problem)).double().cpu().numpy()
+    pool.offer(problem.sets.best(scores))
+    return pool.solution(method=method, stats=SolveStats(seconds=time.perf_counter() - began))
 
 
 def _as_block(problem: BlockProblem) -> FisherBlock:

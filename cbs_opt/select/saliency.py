@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
 from formulations.errors import ArgumentError
+from formulations.support import Support
 
 
 def magnitude(block: FisherBlock) -> Tensor:
@@ -61,8 +62,14 @@ SALIENCIES: dict[str, Callable[[FisherBlock], Tensor]] = {
 }
 
 
-def without_lowest(scores: Tensor, n_prune: int) -> Tensor:
-    """Return the set (n,) that keeps all but the `n_prune` lowest scores; of equals the first go."""
+def without_lowest(scores: Tensor, n_prune: int | Support) -> Tensor:
+    """Return the set (n,) that keeps all but the `n_prune` lowest scores; of equals the first go.
+
+    Of a support it is the set of largest total score.
+    """
+    if isinstance(n_prune, Support):
+        best = n_prune.best(scores.detach().double().cpu().numpy())
+        return torch.tensor(best, device=scores.device)
     keep = torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
     keep[scores.argsort(stable=True)[:n_prune]] = False
     return keep

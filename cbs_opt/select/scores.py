@@ -12,8 +12,9 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger
 from cbs_opt.select.saliency import SALIENCIES, without_lowest
-from formulations.errors import ArgumentError
+from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solution import Limits
+from formulations.support import Support
 
 STARTS = (*SALIENCIES, "randomized_magnitude")
 
@@ -48,15 +49,25 @@ def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, 
     return keep.to(weights.device)
 
 
-def start_set(name: str, block: FisherBlock, count: int, seed: int, spread: float) -> Tensor:
+def required_count(count: int | Support, method: str) -> int:
+    """Return a count; refuse a support by name."""
+    if isinstance(count, Support):
+        found = f"{count} ({count.kind}), which {method} does not take"
+        remedy = f"use one of: {', '.join(SALIENCIES)}, greedy_obs, swap_search"
+        raise UnsupportedProblemError("support", found, remedy)
+    return count
+
+
+def start_set(name: str, block: FisherBlock, count: int | Support, seed: int, spread: float) -> Tensor:
     """Return the kept set of a start of `STARTS`."""
     if name == "randomized_magnitude":
+        count = required_count(count, name)
         return randomized_magnitude(block.weights, count, spread=spread, seed=seed)
     return without_lowest(SALIENCIES[name](block), count)
 
 
 def start_sets(
-    name: str, blocks: Sequence[FisherBlock], counts: Sequence[int], seed: int, spread: float
+    name: str, blocks: Sequence[FisherBlock], counts: Sequence[int | Support], seed: int, spread: float
 ) -> list[Tensor]:
     """Return that start of every block, each with a seed of its own."""
     return [start_set(name, block, counts[i], seed + i, spread) for i, block in enumerate(blocks)]
@@ -71,7 +82,7 @@ class BySaliency:
     def __call__(
         self,
         blocks: Sequence[FisherBlock],
-        counts: Sequence[int],
+        counts: Sequence[int | Support],
         *,
         limits: Limits,
         warm: Sequence[Tensor] | None = None,
@@ -81,7 +92,7 @@ class BySaliency:
         each = (self._choice(block, count) for block, count in zip(blocks, counts, strict=True))
         return ledger.progress.collect("blocks", each, len(blocks), unit="block")
 
-    def _choice(self, block: FisherBlock, count: int) -> Choice:
+    def _choice(self, block: FisherBlock, count: int | Support) -> Choice:
         began = time.perf_counter()
         keep = without_lowest(self.score(block), count)
         return Choice(keep=keep, seconds=time.perf_counter() - began)
@@ -92,7 +103,7 @@ by_magnitude, by_obd, by_obs, by_loss_preservation, by_gradient_norm = map(BySal
 
 def by_randomized_magnitude(
     blocks: Sequence[FisherBlock],
-    counts: Sequence[int],
+    counts: Sequence[int | Support],
     *,
     limits: Limits,
     spread: float = 0.1,

@@ -11,15 +11,16 @@ import numpy as np
 from formulations.branch_and_bound.root import solve_from_root
 from formulations.branch_and_bound.subproblems import Subproblems
 from formulations.branch_and_bound.tree import Search
-from formulations.dense_forms import DenseForm, dense_form
+from formulations.dense_forms import DenseForm, dense_form, folded_form
 from formulations.errors import ArgumentError
 from formulations.incumbents import Heuristic, IncumbentPool, descend, greedy_keep, kicked, offer_searched
-from formulations.preparation import prepare
+from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, BoolArray, check_program
 from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.only_set import has_one_set, only_set_certificate
 from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats
+from formulations.support import Groups
 
 SEARCHES = ("best", "depth")
 KICKS = 10
@@ -43,10 +44,12 @@ def branch_and_bound(
 ) -> BlockSolution:
     """Solve a program to proven optimality by branch and bound.
 
-    Each node drops its pruned weights and eliminates its kept ones by a Schur complement, bounds what
-    is left by the perspective relaxation (joint) or the capped simplex (selection) under a diagonal
-    split that barrier Newton steps improve, fixes every weight whose other value would lift the bound
-    to the incumbent, and branches where the relaxation is estimated to rise most in both children.
+    For any support: where so many of every few are kept, a cell that has all it may keep or prune decides the
+    rest of it; groups are decided whole. Each node drops its pruned weights and eliminates its kept ones by a
+    Schur complement, bounds what is left by the perspective relaxation (joint) or the capped simplex
+    (selection) under a diagonal split that barrier Newton steps improve, fixes every weight whose other
+    value would lift the bound to the incumbent, and branches where the relaxation is estimated to rise most
+    in both children.
 
     Parameters
     ----------
@@ -98,7 +101,7 @@ def branch_and_bound(
     if search not in SEARCHES:
         raise ArgumentError("search", f"{search!r}", 'use "best" or "depth"')
     limits = limits or Limits()
-    prepare("branch_and_bound", program)
+    prepare_for(problem, "branch_and_bound", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     first: BlockSolution | None = None
@@ -182,7 +185,7 @@ def _first_incumbents(
     try:
         starts = [] if pool.keep is None or searched else [pool.keep]
         if pool.keep is None or limits.time_limit is None or pool.problem.n <= SPLIT_LARGEST:
-            starts.append(greedy_keep(form, pool.problem.n_prune, program))
+            starts.append(greedy_keep(form, pool.problem.n_prune, program, support=pool.problem.support))
         for start in starts:
             pool.offer(start)
         if swaps:
@@ -198,11 +201,12 @@ def _descend_from(starts: list[BoolArray], form: DenseForm, pool: IncumbentPool,
     """Offer what descents from `starts` and from perturbed best sets come to, within limits of their own."""
     began = time.perf_counter()
     for start in starts:
-        pool.offer(descend(form, start, pool.program, limits, began)[0])
+        pool.offer(descend(form, start, pool.program, limits, began, support=pool.problem.support)[0])
     generator = np.random.default_rng(limits.seed)
     for _ in range(KICKS):
         assert pool.keep is not None
-        keep, _, stopped = descend(form, kicked(pool.keep, generator), pool.program, limits, began)
+        start = kicked(pool.keep, generator, support=pool.problem.support)
+        keep, _, stopped = descend(form, start, pool.program, limits, began, support=pool.problem.support)
         pool.offer(keep)
         if stopped is not None:
             break
@@ -212,15 +216,19 @@ def whole_block(
     problem: BlockProblem, program: str, form: DenseForm, *, fixing: bool, diagonal_split: bool
 ) -> Subproblems:
     """Return the subproblems of a block in which nothing is decided."""
+    support, joint = problem.sets, program == "joint"
+    matrix, linear = (form.matrix, form.linear) if joint else folded_form(form, problem.support)
     return Subproblems(
         program=program,
         form=form,
-        matrix=form.matrix,
-        linear=form.linear,
+        matrix=matrix,
+        linear=linear,
         constant=form.constant,
-        count=problem.n_keep if program == "joint" else problem.n_prune,
-        index=np.arange(problem.n),
-        decided_kept=np.zeros(problem.n, dtype=np.bool_),
+        count=(support.kept if joint else support.pruned)(problem.n),
+        index=np.arange(linear.size),
+        decided_kept=np.zeros(linear.size, dtype=np.bool_),
+        support=problem.support,
+        tied=support if joint and isinstance(support, Groups) else None,
         fixing=fixing,
         diagonal_split=diagonal_split,
     )

@@ -24,6 +24,7 @@ from formulations.relaxations.split_relaxation import (
     selection_shift,
 )
 from formulations.solution import Certificate, Limit
+from formulations.support import kept_size, pruned_size
 
 LARGEST_SHARE_LEFT = 0.9
 """A pass at the root is the last if it leaves more than this share of the indices free and brings no
@@ -32,7 +33,7 @@ better set."""
 
 def solve_from_root(tree: Search, problem: BlockProblem, *, reduction: bool, swaps: bool) -> Limit | None:
     """Process the root and then the tree; the limit that came."""
-    status = np.zeros(problem.n, dtype=np.int8)
+    status = np.zeros(tree.subproblems.index.size, dtype=np.int8)
     tree.current = Node(-math.inf, status, np.empty(0), np.empty(0))
     if tree.certificate is not None and (limit := tree.reached()) is not None:
         return limit
@@ -73,7 +74,7 @@ def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> None:
         )
         _, node.warm, _, node.split = relax_joint(
             form,
-            problem.n_keep,
+            kept_size(problem.sets, problem.n),
             joint_split(problem, form),
             cutoff=tree.cutoff,
             stopped=stopped,
@@ -82,15 +83,16 @@ def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> None:
         certificate = joint_certificate(problem, form, node.warm, node.split, root)
     else:
         start = near.point if isinstance(near, CappedSimplexCertificate) else None
-        _, node.warm, node.split = relax_selection(
+        _, point, shift = relax_selection(
             form,
-            problem.n_prune,
+            pruned_size(problem.sets, problem.n),
             selection_shift(problem, form),
             cutoff=tree.cutoff,
             stopped=stopped,
             start=start,
         )
-        certificate = selection_certificate(problem, form, node.warm, node.split)
+        certificate = selection_certificate(problem, form, point, shift)
+        node.warm, node.split = problem.sets.mean(point), problem.sets.folded(shift)
     node.bound = certificate.lower_bound(problem) / tree.scale
     tree.prove(certificate)
 

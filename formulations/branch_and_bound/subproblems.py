@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
+from formulations.branch_and_bound.groups import evaluate_groups
 from formulations.branch_and_bound.joint import evaluate_joint, improve_joint
 from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.node_rules import NodeRules
 from formulations.branch_and_bound.outcomes import BRANCH, FAILED
 from formulations.branch_and_bound.selection import evaluate_selection, improve_selection
+from formulations.cells import size_left
 from formulations.dense_forms import DenseForm
 from formulations.errors import NotPositiveDefiniteError
 from formulations.incumbents import descend
@@ -19,6 +22,7 @@ from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint, reduce_selection
 from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import Limits
+from formulations.support import Groups, Size, Support, largest_in
 
 NODE_SPLIT_ROUNDS = 1
 """Barrier steps on the diagonal split in a node of the tree."""
@@ -43,12 +47,16 @@ class Subproblems:
         Of the whole block; values of sets are computed from it.
     matrix, linear, constant
         The form on the indices still open.
-    count : int
-        How many of them to choose: to keep (joint) or to prune (selection).
+    count : int or Cells
+        How many of them to choose, of all or in each cell: to keep (joint) or to prune (selection).
     index : (m,) int64 array
-        Place of the open indices in the block.
+        Place of the open indices in the block; in its groups where the selection program has such.
     decided_kept : (n,) bool array
-        Indices of the block decided as kept.
+        Indices of the block, or groups, decided as kept.
+    support : Support or None
+        Of the block; None for a count.
+    tied : Groups or None
+        In the joint program, the groups that the open indices make up.
     fixing, diagonal_split : bool
         Switches of the search.
     """
@@ -58,21 +66,24 @@ class Subproblems:
     matrix: FloatArray
     linear: FloatArray
     constant: float
-    count: int
+    count: Size
     index: IntArray
     decided_kept: BoolArray
+    support: Support | None = None
+    tied: Groups | None = None
     fixing: bool = True
     diagonal_split: bool = True
 
     def evaluate(self, node: Node, cutoff: float, rounds: int, patience: int) -> tuple[int, int, bool]:
         """Raise ``node.bound``; the outcome, the index to branch on, whether to keep it first."""
-        kernel = evaluate_joint if self.program == "joint" else evaluate_selection
+        kernel: Any = evaluate_joint if self.program == "joint" else evaluate_selection
+        kernel = kernel if self.tied is None else evaluate_groups
         status = node.status.astype(np.int64)
         node.split, node.warm = node.split.copy(), node.warm.copy()
         outcome, bound, index, keep_first = kernel(
             self.matrix,
             self.linear,
-            self.count,
+            self.count if self.tied is None else self.tied,
             status,
             node.split,
             node.warm,
@@ -109,21 +120,25 @@ class Subproblems:
         if outcome == BRANCH:
             for value in (PRUNED, KEPT) if keep_first else (KEPT, PRUNED):
                 status = node.status.copy()
-                status[index] = value
+                status[index if self.tied is None else self.tied.unit == self.tied.unit[index]] = value
                 children.append(Node(node.bound, status, node.split, node.warm, node.depth + 1))
         return outcome, children
 
     def compacted(self, node: Node) -> tuple[Subproblems, Node]:
         """Return the same search on the indices that `node` leaves free, and its root."""
         kept, pruned, free = (np.flatnonzero(node.status == value) for value in (KEPT, PRUNED, FREE))
+        tied = self.tied
         if self.program == "joint":
             definite, matrix, linear, constant = reduce_joint(self.matrix, self.linear, kept, free)
             if not definite:
                 raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use more")
-            count = self.count - kept.size
+            count = size_left(self.count, node.status == KEPT, free)
+            if tied is not None:
+                count = tied.n_keep - int(tied.unit_keep(node.status == KEPT).sum())
+                tied = Groups(tied.unit[free], count)
         else:
             matrix, linear, constant = reduce_selection(self.matrix, self.linear, pruned, free)
-            count = self.count - pruned.size
+            count = size_left(self.count, node.status == PRUNED, free)
         decided = self.decided_kept.copy()
         decided[self.index[kept]] = True
         smaller = replace(
@@ -132,6 +147,7 @@ class Subproblems:
             linear=linear,
             constant=self.constant + constant,
             count=count,
+            tied=tied,
             index=self.index[free],
             decided_kept=decided,
         )
@@ -145,12 +161,13 @@ class Subproblems:
     def improve(self, node: Node, limits: Limits, started: float) -> BoolArray:
         """Return a kept set from rounding the node's relaxation and swaps.
 
-        The swaps are inside the node, in one kernel; in a large block in all of it, so that the clock of
-        `limits` is looked at between them.
+        The swaps are inside the node, in one kernel; in a large block, and of groups in the joint program, in
+        all of it, so that the clock of `limits` is looked at between them.
         """
-        if node.status.size > SPLIT_LARGEST:
+        if node.status.size > SPLIT_LARGEST or self.tied is not None:
             few = replace(limits, iteration_limit=IMPROVING_SWAPS)
-            return descend(self.form, self.rounded(node), self.program, few, started)[0]
+            start = self.rounded(node)
+            return descend(self.form, start, self.program, few, started, support=self.support)[0]
         kernel = improve_joint if self.program == "joint" else improve_selection
         return self.lifted(
             kernel(
@@ -168,8 +185,13 @@ class Subproblems:
         joint = self.program == "joint"
         chosen = node.status == (KEPT if joint else PRUNED)
         free = np.flatnonzero(node.status == FREE)
-        order = np.argsort(-np.abs(node.warm[free]), kind="stable")
-        chosen[free[order[: self.count - int(chosen.sum())]]] = True
+        if self.tied is not None:
+            # Decided groups first, then those of the longest points.
+            lengths = np.where(chosen, np.inf, np.where(node.status == FREE, node.warm**2, -1.0))
+            return self.lifted(self.tied.best(lengths))
+        size = size_left(self.count, chosen, free)
+        taken = largest_in(np.abs(node.warm[free]), size, np.ones(free.size, dtype=np.bool_))
+        chosen[free[taken]] = True
         return self.lifted(chosen if joint else ~chosen)
 
     def value(self, keep: BoolArray) -> float:
@@ -189,4 +211,6 @@ class Subproblems:
         """Kept set of the block from one of the open indices."""
         full = self.decided_kept.copy()
         full[self.index[keep]] = True
+        if self.program == "selection" and self.support is not None:
+            return np.asarray(self.support.spread(full))
         return full

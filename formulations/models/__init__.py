@@ -80,8 +80,10 @@ class ModelSpec:
         return build(problem, stopped=stopped, **known)
 
     def size(self, problem: BlockProblem) -> ModelSize:
-        """Upper bound on the size of the model, without building it; O(1)."""
+        """Upper bound on the size of the model, without building it; O(n)."""
         variables, linear_rows, quadratic_rows = self._size(problem.n)
+        rows = len(problem.sets.equations(problem.n, kept=True))
+        linear_rows += (rows - 1) * (1 + (problem.n if self.name == "selection_rlt" else 0))
         return ModelSize(
             variables=variables,
             linear_rows=linear_rows,

@@ -11,7 +11,7 @@ from pyomo.core.expr import LinearExpression
 
 from formulations.models.building import asking, fill
 from formulations.models.scaling import ScaledBlock
-from formulations.problem import FloatArray
+from formulations.problem import FloatArray, IntArray
 from formulations.solution import never
 
 Pairs = Sequence[tuple[int, int]]
@@ -47,8 +47,8 @@ def add_pruned_set(model: Any, block: ScaledBlock) -> None:
     model.objective_scale = pyo.Param(initialize=block.objective_scale)
     model.weights = pyo.RangeSet(0, block.n - 1)
     model.pruned = pyo.Var(model.weights, domain=pyo.Binary)
-    # Exactly k weights are pruned.
-    model.count = pyo.Constraint(expr=linear(np.ones(block.n), model.pruned) == block.n_prune)
+    # Exactly k weights are pruned, or what the support says instead.
+    _add_support(model, block, model.pruned, kept=False)
 
 
 def add_pairs(
@@ -86,8 +86,24 @@ def add_kept_set(model: Any, block: ScaledBlock) -> None:
     model.objective_scale = pyo.Param(initialize=block.objective_scale)
     model.weights = pyo.RangeSet(0, block.n - 1)
     model.kept = pyo.Var(model.weights, domain=pyo.Binary)
-    # Exactly n - k weights are kept.
-    model.count = pyo.Constraint(expr=linear(np.ones(block.n), model.kept) == block.n - block.n_prune)
+    # Exactly n - k weights are kept, or what the support says instead.
+    _add_support(model, block, model.kept, kept=True)
+
+
+def _add_support(model: Any, block: ScaledBlock, binaries: Any, *, kept: bool) -> None:
+    """Declare the rows of the support on the binaries: one, or one for each cell, and ties within groups."""
+    model.support = block.support
+    rows = block.support.equations(block.n, kept)
+    bodies = [_row(index, value, binaries) == right for index, value, right in rows]
+    if len(bodies) == 1:
+        model.count = pyo.Constraint(expr=bodies[0])
+    else:
+        model.count = pyo.Constraint(range(len(bodies)), rule=lambda _, row: bodies[row])
+
+
+def _row(index: IntArray, value: FloatArray, variables: Any) -> Any:
+    """Return a linear expression from some of the variables."""
+    return LinearExpression(linear_coefs=value.tolist(), linear_vars=[variables[i] for i in index.tolist()])
 
 
 def add_new_weights(model: Any, lower: FloatArray, upper: FloatArray) -> None:

@@ -19,6 +19,7 @@ from formulations.incumbents import checked_incumbent, greedy
 from formulations.loss import joint_loss
 from formulations.problem import BlockProblem, FloatArray
 from formulations.solution import BlockSolution
+from formulations.support import Support
 
 RANK_TOLERANCE = 1e-13
 """Eigenvalues below this share of the largest (times n) are rounding and are left out of a factor."""
@@ -36,6 +37,8 @@ class ScaledBlock:
     Attributes
     ----------
     n_prune : int
+    support : Support
+        What may be kept.
     weights : (n,) float64 array
         Weights divided by `weight_scale`.
     hessian : (n, n) float64 array
@@ -48,6 +51,7 @@ class ScaledBlock:
     """
 
     n_prune: int
+    support: Support
     weights: FloatArray
     hessian: FloatArray
     gradient: FloatArray
@@ -94,6 +98,7 @@ def scale_block(problem: BlockProblem) -> ScaledBlock:
     hessian_scale = _positive_or_one(float(np.mean(np.diagonal(hessian))) if problem.n else 0.0)
     return ScaledBlock(
         n_prune=problem.n_prune,
+        support=problem.sets,
         weights=problem.weights / weight_scale,
         hessian=hessian / hessian_scale,
         gradient=problem.gradient_or_zero / (hessian_scale * weight_scale),

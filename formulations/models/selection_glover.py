@@ -7,7 +7,7 @@
 
 ``h_i`` stands for ``y_i sum_{j>i} A_ij y_j``. Valid: ``L_i`` is the sum of the (at most) k - 1
 smallest negative and ``U_i`` of the k largest positive ``A_ij, j > i``, hence bounds of that sum over
-sets of the right size. Source: Glover (1975), with the cardinality used in the constants.
+sets that prune at most k. Source: Glover (1975), with the cardinality used in the constants.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
     """Return the Pyomo model; O(n) variables and constraints with O(n^2) nonzeros."""
     block = scale_block(problem)
     costs = block.pair_costs
-    k = block.n_prune
+    k = block.support.most_pruned(block.n)
     later = np.triu(costs, 1)
     ordered = np.sort(later, axis=1)
     lowest = np.minimum(ordered[:, : max(k - 1, 0)], 0.0).sum(axis=1)

@@ -31,13 +31,20 @@ def build(problem: BlockProblem, *, stopped: Callable[[], bool] = never) -> pyo.
     algebra.add_pruned_set(model, block)
     pairs = list(combinations(range(block.n), 2))
     algebra.add_pairs(model, pairs, counted=pairs, limited=pairs, stopped=stopped)
-    # A pruned weight forms pairs with exactly k - 1 others, a kept one with none.
-    model.degree = pyo.Constraint(
-        model.weights,
-        rule=lambda m, i: (
-            pyo.quicksum(m.both[min(i, j), max(i, j)] for j in range(block.n) if j != i)
-            == (block.n_prune - 1) * m.pruned[i]
-        ),
-    )
+    # A pruned weight forms pairs with exactly k - 1 others, a kept one with none; so for every row of the
+    # support, of which the weight itself is none.
+    rows = block.support.equations(block.n, kept=False)
+
+    def degree(m: Any, i: int, row: int = 0) -> Any:
+        index, value, right = rows[row]
+        terms = dict(zip(index.tolist(), value.tolist(), strict=True))
+        own = terms.pop(i, 0.0)
+        pairs_of = pyo.quicksum(c * m.both[min(i, j), max(i, j)] for j, c in terms.items())
+        return pairs_of == (right - own) * m.pruned[i]
+
+    if len(rows) == 1:
+        model.degree = pyo.Constraint(model.weights, rule=degree)
+    else:
+        model.degree = pyo.Constraint(model.weights, range(len(rows)), rule=degree)
     algebra.add_pair_loss(model, block, pairs, stopped)
     return model

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.support import Support
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +60,8 @@ class StandardForm:
         Columns of the binaries, in the order of the weights.
     one_means_kept : bool
         Whether a binary at 1 keeps its weight (joint models) or prunes it (selection models).
+    support : Support
+        What may be kept; its rows are among the others.
     objective_scale : float
         Loss increase per unit of the model's objective.
     """
@@ -79,7 +82,7 @@ class StandardForm:
     indicators: tuple[Indicator, ...]
     decision: IntArray
     one_means_kept: bool
-    n_keep: int
+    support: Support
     objective_scale: float
 
     @property
@@ -98,14 +101,11 @@ class StandardForm:
         return float(np.sum(self.upper - self.lower))
 
     def keep(self, x: FloatArray) -> BoolArray:
-        """Kept set of a solver's point, (n,) bool: the `n_keep` weights it leans most to keep.
+        """Kept set of a solver's point, (n,) bool: the set of the support that it leans most to keep.
 
-        Exact for a point that is integral to any tolerance below 1/2, and always of the right size.
+        Exact for a point that is integral to any tolerance below 1/2, and always inside.
         """
-        score = x[self.decision] if self.one_means_kept else -x[self.decision]
-        kept = np.zeros(self.decision.size, dtype=np.bool_)
-        kept[np.argsort(-score, kind="stable")[: self.n_keep]] = True
-        return kept
+        return self.support.best_mean(x[self.decision] if self.one_means_kept else -x[self.decision])
 
     def objective(self, x: FloatArray) -> float:
         """Objective of the model at `x`, in the model's units."""

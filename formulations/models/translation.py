@@ -83,16 +83,9 @@ def standard_form(model: pyo.ConcreteModel, stopped: Callable[[], bool] = never)
         indicators=tuple(indicators),
         decision=np.array(decision, dtype=np.int64),
         one_means_kept=hasattr(model, "kept"),
-        n_keep=_cardinality(model),
+        support=model.support,
         objective_scale=float(pyo.value(model.objective_scale)),
     )
-
-
-def _cardinality(model: Any) -> int:
-    from pyomo.environ import value
-
-    count: int = round(value(model.count.upper))
-    return count if hasattr(model, "kept") else len(model.weights) - count
 
 
 def _column_arrays(variables: list[Any]) -> dict[str, Any]:

@@ -11,8 +11,14 @@ import numpy as np
 
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
-from formulations.preparation import prepare
+from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, FloatArray, check_program
+from formulations.relaxations.block_split import (
+    MOST_ENTRIES,
+    MOST_SUPPORTS,
+    relax_in_blocks,
+    takes_blocks,
+)
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
 from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.first_order import StopRule
@@ -24,12 +30,14 @@ from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertif
 from formulations.relaxations.split_relaxation import relax_with_split
 from formulations.relaxations.tightening import SPLIT_LARGEST, SPLIT_ROUNDS, tightened
 from formulations.solution import BlockSolution, Limits, SolveStats, Subject
+from formulations.support import counts_of
 
 DENSE_LARGEST = 2000
 """Largest block for which ``H`` is formed although rows are given; from `SPLIT_LARGEST` on it is the second
 step, from the point that the rows alone have led to."""
 RowCertificate = PerspectiveCertificate | CappedSimplexCertificate
 OWN_RELAXATION = {"joint": "perspective", "selection": "capped_simplex"}
+IN_BLOCKS = "block_perspective"
 
 
 def lower_bound(
@@ -44,8 +52,9 @@ def lower_bound(
 ) -> BlockSolution:
     """Bound a program from below by its continuous relaxation.
 
-    Joint: perspective relaxation. Selection: capped simplex after a diagonal shift. The bound in the
-    result is what its certificate recomputes, never the solver's own figure. Blocks with rows and more
+    Joint: perspective relaxation. Selection: capped simplex after a diagonal shift. Either for any support:
+    so many of all, n of every m, whole groups. The bound in the result is what its certificate recomputes,
+    never the solver's own figure. Blocks with rows and more
     than 600 weights are solved without forming ``H``, in memory for the rows, one square matrix of order
     min(m, n) and the rows of the kept weights; up to 2000 weights the dense solver then finishes.
 
@@ -65,10 +74,13 @@ def lower_bound(
         blocks of at most 600 weights, also those that fixing leaves.
     fix : bool, default False
         Fix weights by the bound and the incumbent (``certificate.fixing``), relax what is left with a
-        better split where it is small enough, and repeat. Sharper the better the incumbent is.
+        better split where it is small enough, and repeat. Sharper the better the incumbent is. Only counts
+        are relaxed again on what is left.
     relaxation : str, optional
         "perspective" (joint), "capped_simplex" (selection) or, for comparison on small selection
-        blocks, the linear programs "mccormick" and "rlt". Default: the first that fits.
+        blocks, the linear programs "mccormick" and "rlt". Where n of every m weights are kept, also
+        "block_perspective" (joint), whose split has a block for every cell and begins at the diagonal one.
+        Default: the first that fits, or on such blocks of at most 600 weights the tighter of the two.
 
     Returns
     -------
@@ -81,11 +93,11 @@ def lower_bound(
     NotPositiveDefiniteError
         If the program is joint and ``H`` is singular.
     UnsupportedProblemError
-        If the relaxation is unknown or not one of the program.
+        If the relaxation is unknown or not one of the program, or linear and the support no count.
     """
-    _check_relaxation(program, relaxation, fix)
+    _check_relaxation(problem, program, relaxation, fix)
     limits = limits or Limits()
-    prepare("lower_bound", program)
+    prepare_for(problem, "lower_bound", program)
     started = time.perf_counter()
     pool = IncumbentPool(problem, program, incumbent)
     wanted = pool.objective - limits.rel_gap * max(abs(pool.objective), 1e-12)
@@ -98,6 +110,8 @@ def lower_bound(
         certificate = relax_linear(problem, relaxation, limits, pool)
     else:
         certificate = _relaxed(problem, pool, stop, incumbent, diagonal_split, fix)
+        if relaxation == IN_BLOCKS or (relaxation is None and diagonal_split is not False):
+            certificate = _in_blocks(problem, pool, stop, certificate)
     bound = certificate.lower_bound(problem)
     return pool.solution(
         method="lower_bound",
@@ -125,9 +139,9 @@ def root_bounds(
         yield lower_bound(problem, program, limits=limits.left(started), incumbent=incumbent)
 
 
-def _check_relaxation(program: str, relaxation: str | None, fix: bool) -> None:
+def _check_relaxation(problem: BlockProblem, program: str, relaxation: str | None, fix: bool) -> None:
     own = OWN_RELAXATION[check_program(program)]
-    known = (own, *LINEAR_RELAXATIONS) if program == "selection" else (own,)
+    known = (own, *LINEAR_RELAXATIONS) if program == "selection" else (own, IN_BLOCKS)
     if relaxation is not None and relaxation not in known:
         found = f"{relaxation!r} for the {program} program"
         if relaxation in LINEAR_RELAXATIONS:
@@ -135,6 +149,26 @@ def _check_relaxation(program: str, relaxation: str | None, fix: bool) -> None:
         raise UnsupportedProblemError("relaxation", found, f"use one of: {', '.join(known)}")
     if fix and relaxation in LINEAR_RELAXATIONS:
         raise UnsupportedProblemError("fix", f"with relaxation {relaxation!r}", f"use {own!r}")
+    if relaxation in LINEAR_RELAXATIONS and problem.support is not None:
+        found = f"{problem.support} ({problem.support.kind}), which {relaxation!r} does not take"
+        raise UnsupportedProblemError("support", found, f"use {own!r}")
+    if relaxation == IN_BLOCKS and not takes_blocks(problem):
+        asked = "a count" if problem.support is None else f"{problem.support}"
+        found = f"{relaxation!r} for {asked} of {problem.n} weights"
+        limits = f"at most {MOST_SUPPORTS} supports a cell and {MOST_ENTRIES} entries of all blocks"
+        remedy = f"use {own!r}: this one takes n of every m, {limits}"
+        raise UnsupportedProblemError("relaxation", found, remedy)
+
+
+def _in_blocks(
+    problem: BlockProblem, pool: IncumbentPool, stop: StopRule, plain: RelaxationCertificate
+) -> RelaxationCertificate:
+    """Return the certificate of a split in blocks where that is tighter than `plain`."""
+    if pool.program != "joint" or not takes_blocks(problem) or not isinstance(plain, PerspectiveCertificate):
+        return plain
+    enough = pool.objective - stop.limits.rel_gap * max(abs(pool.objective), 1e-12)
+    better = relax_in_blocks(problem, plain, enough, stop.out_of_time)
+    return plain if better is None else better
 
 
 def _relaxed(
@@ -199,17 +233,18 @@ def _from_rows(
     if pool.program == "joint":
         joint = JointRows(problem)
         best, gram = solve_rows(joint, stop, start)
-        pool.offer(round_joint(joint.linear - best.product, problem.n_keep))
+        pool.offer(round_joint(joint.linear - best.product, problem.n_keep, problem.support))
         unscaled = None if gram is None else gram * problem.damping
         split = np.full(problem.n, problem.damping * (1.0 - SPLIT_MARGIN))
         shape = asdict(fisher_shape(problem, unscaled, rank=False))
         subject = Subject.of(problem, "joint")
         return PerspectiveCertificate(subject=subject, point=best.point / joint.root, split=split, **shape)
-    selection = SelectionRows(problem)
-    uniform = np.full(problem.n, problem.n_prune / problem.n)
-    best, _ = solve_rows(selection, stop, uniform if start is None else start)
-    point = best.point / selection.root
-    pool.offer(round_selection(point, problem.n_prune))
+    selection, support = SelectionRows(problem), problem.sets
+    units = support.n_units(problem.n)
+    uniform = np.full(units, int(counts_of(support.pruned(problem.n)).sum()) / units)
+    best, _ = solve_rows(selection, stop, uniform if start is None else support.mean(start))
+    point = support.spread(best.point / selection.root)
+    pool.offer(round_selection(point, problem.n_prune, problem.support))
     affordable = min(problem.rows.shape) <= GRAM_LARGEST and not stop.out_of_time()
     return CappedSimplexCertificate(
         subject=Subject.of(problem, "selection"),

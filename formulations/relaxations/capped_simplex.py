@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from formulations.dense_forms import DenseForm, error_factor
+from formulations.dense_forms import DenseForm, error_factor, folded_form
 from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray, frozen_array
 from formulations.relaxations.ascent import BEST, ascend
 from formulations.relaxations.capped_simplex_kernels import (
@@ -24,6 +24,7 @@ from formulations.relaxations.certificate import Fixing, Linearisation, Relaxati
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
 from formulations.solution import Stopped, never
+from formulations.support import Groups, Size, Support, counts_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +33,8 @@ class CappedSimplexCertificate(RelaxationCertificate):
 
     With ``diag(w) H diag(w) - diag(u)`` positive semidefinite, ``x = w y`` and
     ``r = w (H x) - u y - g w + u / 2``:
-    ``optimum >= -1/2 x.H x + 1/2 u.y^2 + (sum of the n_prune smallest r_i)``. Weights given as pruned
+    ``optimum >= -1/2 x.H x + 1/2 u.y^2 + (sum of the n_prune smallest r_i)``, or the smallest sum over what
+    the support prunes. Weights given as pruned
     have ``y_i = 1`` and are in the sum by all means; those given as kept have ``y_i = 0``.
 
     Attributes
@@ -108,7 +110,7 @@ class CappedSimplexCertificate(RelaxationCertificate):
 
 def relax_selection(
     form: DenseForm,
-    n_prune: int,
+    n_prune: Size | Groups,
     shift: FloatArray,
     *,
     cutoff: float = math.inf,
@@ -121,8 +123,8 @@ def relax_selection(
     Parameters
     ----------
     form : DenseForm
-    n_prune : int
-        Between 1 and n - 1.
+    n_prune : int, Cells or Groups
+        Between 1 and n - 1, of all or in each cell; or the groups that are pruned whole.
     shift : (n,) float64 array
         ``u`` with ``form.matrix - diag(u)`` positive semidefinite.
     cutoff : float
@@ -141,18 +143,26 @@ def relax_selection(
     """
     n = form.linear.size
     current = shift.copy()
-    # A copy can be written to, which is what the kernel is compiled for.
-    start = np.full(n, n_prune / n) if start is None else start.copy()
-    metric = METRIC_SHARE * (np.diagonal(form.matrix) + METRIC_FLOOR)
+    groups = n_prune if isinstance(n_prune, Groups) else None
+    size = n_prune.pruned(n) if isinstance(n_prune, Groups) else n_prune
+    matrix, linear = folded_form(form, groups)
+    units = linear.size
+    if start is None:
+        start = np.full(units, int(counts_of(size).sum()) / units)
+    else:
+        # A copy can be written to, which is what the kernel is compiled for.
+        start = (start if groups is None else groups.mean(start)).copy()
+    metric = METRIC_SHARE * (np.diagonal(matrix) + METRIC_FLOOR)
     best: tuple[float, FloatArray, FloatArray] | None = None
     stalled = 0
     for attempt in count():
-        smooth = form.matrix.copy()
-        smooth[np.diag_indices(n)] -= current
+        folded = current if groups is None else groups.folded(current)
+        smooth = matrix.copy()
+        smooth[np.diag_indices(units)] -= folded
         state = begin_simplex(
             smooth,
-            form.linear + 0.5 * current,
-            n_prune,
+            linear + 0.5 * folded,
+            size,
             metric,
             start,
             float(cutoff - form.constant),
@@ -163,20 +173,23 @@ def relax_selection(
         start = state.point
         bound = float(state.figures[BEST]) + form.constant
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
+        spread = start if groups is None else groups.spread(start)
         if best is None or bound > best[0]:
-            best = bound, start.copy(), current.copy()
+            best = bound, spread.copy(), current.copy()
         if attempt == split_rounds or bound >= cutoff or stalled >= 8 or stopped():
             break
         gap = cutoff - bound if cutoff < math.inf else 0.2 * 0.8**attempt * abs(bound)
         if attempt == 0:
             current = interior_split(form.matrix, current, False)
-        barrier_step(form.matrix, current, shift_slopes(start), 0.1 * max(gap, 1e-12) / n, False)
+        barrier_step(form.matrix, current, shift_slopes(spread), 0.1 * max(gap, 1e-12) / n, False)
     assert best is not None
     return best
 
 
-def round_selection(point: FloatArray, n_prune: int) -> BoolArray:
-    """Kept set once the `n_prune` largest entries of the relaxation are pruned."""
+def round_selection(point: FloatArray, n_prune: int, support: Support | None = None) -> BoolArray:
+    """Kept set once the `n_prune` largest entries of the relaxation are pruned, inside `support` if given."""
+    if support is not None:
+        return support.best_mean(-point)
     keep = np.ones(point.size, dtype=np.bool_)
     keep[np.argsort(-point, kind="stable")[:n_prune]] = False
     return keep

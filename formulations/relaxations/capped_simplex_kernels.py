@@ -6,7 +6,9 @@ On binary ``y`` the form ``1/2 y.A y + c.y`` equals ``1/2 y.B y + q.y`` with ``B
 
     optimum >= -1/2 y.B y + (sum of the k smallest r_i).
 
-Source of the shift: Hammer & Rubin (1970); Billionnet, Elloumi & Plateau (2009).
+Where so many are pruned in each of several cells, each cell has its simplex and its sum; a size is a number
+or `formulations.support.Cells`. Source of the shift: Hammer & Rubin (1970); Billionnet, Elloumi & Plateau
+(2009).
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, VECTOR, compiled, entry
+from formulations.cells import cell_range, n_cells
+from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, SIZE, VECTOR, BySize, compiled, entry
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
 from formulations.relaxations.ascent import (
@@ -39,7 +42,8 @@ from formulations.relaxations.ascent import (
     rises,
 )
 from formulations.relaxations.perspective_kernels import ROUNDOFF
-from formulations.relaxations.support_norm import copy_into, largest_sum
+from formulations.relaxations.support_norm import copy_into, held_sum
+from formulations.support import Size
 
 AT_ZERO = 0
 AT_ONE = 1
@@ -81,16 +85,25 @@ def project_capped_simplex(point: FloatArray, metric: FloatArray, count: int, im
         image[i] = min(max(point[i] - theta / metric[i], 0.0), 1.0)
 
 
-@entry(VECTOR, INTEGER)
+@entry(VECTOR, VECTOR, SIZE, VECTOR)
 @compiled
-def smallest_sum(values: FloatArray, count: int) -> float:
-    """Sum of the `count` smallest of `values`."""
-    return -largest_sum(-values, count)
+def project_simplices(point: FloatArray, metric: FloatArray, size: Size, image: FloatArray) -> None:
+    """`project_capped_simplex` in each cell."""
+    for cell in range(n_cells(size)):
+        first, stop, count = cell_range(size, cell, point.size)
+        project_capped_simplex(point[first:stop], metric[first:stop], count, image[first:stop])
+
+
+@entry(VECTOR, SIZE)
+@compiled
+def smallest_sum(values: FloatArray, count: Size) -> float:
+    """Sum of the `count` smallest of `values`, or of so many in each cell."""
+    return -held_sum(-values, count)
 
 
 @compiled
 def linearisation_rounding(
-    smooth: FloatArray, linear: FloatArray, point: FloatArray, slope: FloatArray, count: int
+    smooth: FloatArray, linear: FloatArray, point: FloatArray, slope: FloatArray, count: Size
 ) -> float:
     """Bound on the rounding error of the linearisation bound, and on an indefinite rounded ``B``; O(n).
 
@@ -105,28 +118,27 @@ def linearisation_rounding(
         root[i] = np.sqrt(max(smooth[i, i], 0.0))
         reach += root[i] * abs(point[i])
     terms = root * reach + np.abs(linear) + np.abs(slope)
-    both = reach + largest_sum(root, count)
-    return 1.01 * gamma * (reach * reach + largest_sum(terms, count) + both * both)
+    both = reach + held_sum(root, count)
+    return 1.01 * gamma * (reach * reach + held_sum(terms, count) + both * both)
 
 
 @compiled
 def newton_simplex(
-    smooth: FloatArray, linear: FloatArray, count: int, place: IntArray, point: FloatArray
-) -> tuple[bool, float]:
-    """Minimiser with the entries placed at 0 or 1 held there and the sum held at `count`.
+    smooth: FloatArray, linear: FloatArray, count: Size, place: IntArray, point: FloatArray
+) -> tuple[bool, FloatArray]:
+    """Minimiser with the entries placed at 0 or 1 held there and the sum of each cell held at `count`.
 
-    Returns whether `point` was written, and the multiplier of the sum: the slope common to the
-    entries inside. One linear system in those.
+    Returns whether `point` was written, and the multiplier of each sum: the slope common to the
+    entries inside, NaN in a cell that has none. One linear system in those, one more in the sums.
     """
-    n = place.size
     inside = np.nonzero(place == INSIDE)[0]
     size = inside.size
+    multipliers = np.zeros(n_cells(count))
     if size == 0:
-        return False, 0.0
-    rest = float(count)
-    for i in range(n):
-        point[i] = 1.0 if place[i] == AT_ONE else 0.0
-        rest -= point[i]
+        return False, multipliers
+    possible, rest, begin = hold_places(count, place, point)
+    if not possible:
+        return False, multipliers
     slope = linear + np.dot(smooth, point)
     system = np.empty((size, size))
     target = np.empty(size)
@@ -138,20 +150,83 @@ def newton_simplex(
         system[p, p] += 1e-13 * (1.0 + system[p, p])
     factor = np.empty((size, size))
     if not cholesky_factor(system, factor):
-        return False, 0.0
+        return False, multipliers
     particular = solve_factored(factor, target)
-    along = solve_factored(factor, np.ones(size))
-    weight = (rest - particular.sum()) / along.sum()
-    if not np.isfinite(weight):
-        return False, 0.0
+    if n_cells(count) == 1:
+        along = solve_factored(factor, np.ones(size))
+        weight = (rest[0] - particular.sum()) / along.sum()
+        if not np.isfinite(weight):
+            return False, multipliers
+        for p in range(size):
+            point[inside[p]] = particular[p] + weight * along[p]
+        multipliers[0] = weight
+        return True, multipliers
+    solved = weigh_cells(factor, particular, rest, begin, multipliers)
     for p in range(size):
-        point[inside[p]] = particular[p] + weight * along[p]
-    return True, weight
+        point[inside[p]] = particular[p]
+    return solved, multipliers
+
+
+@compiled
+def hold_places(count: Size, place: IntArray, point: FloatArray) -> tuple[bool, FloatArray, IntArray]:
+    """Write 0 and 1 where they are held; what is left of each sum, and where each cell's inside begins.
+
+    Comes back False if something is left of the sum of a cell that has nothing inside.
+    """
+    possible = True
+    rest = np.empty(n_cells(count))
+    begin = np.zeros(n_cells(count) + 1, dtype=np.int64)
+    for cell in range(n_cells(count)):
+        first, stop, chosen = cell_range(count, cell, place.size)
+        rest[cell] = float(chosen)
+        begin[cell + 1] = begin[cell]
+        for i in range(first, stop):
+            point[i] = 1.0 if place[i] == AT_ONE else 0.0
+            rest[cell] -= point[i]
+            begin[cell + 1] += 1 if place[i] == INSIDE else 0
+        possible = possible and (begin[cell + 1] > begin[cell] or rest[cell] == 0.0)
+    return possible, rest, begin
+
+
+@compiled
+def weigh_cells(
+    factor: FloatArray, particular: FloatArray, rest: FloatArray, begin: IntArray, multipliers: FloatArray
+) -> bool:
+    """Add to `particular` what brings the sum of each cell to its rest, and name the multipliers.
+
+    ``begin[c]`` is where cell ``c`` begins in `particular`; one that is empty has the multiplier NaN.
+    """
+    size = particular.size
+    cells = np.nonzero(begin[1:] > begin[:-1])[0]
+    along = np.empty((cells.size, size))
+    system = np.empty((cells.size, cells.size))
+    lacking = np.empty(cells.size)
+    for p in range(cells.size):
+        first, stop = begin[cells[p]], begin[cells[p] + 1]
+        ones = np.zeros(size)
+        ones[first:stop] = 1.0
+        along[p] = solve_factored(factor, ones)
+        lacking[p] = rest[cells[p]] - particular[first:stop].sum()
+    for p in range(cells.size):
+        for q in range(cells.size):
+            system[p, q] = along[q, begin[cells[p]] : begin[cells[p] + 1]].sum()
+    small = np.empty((cells.size, cells.size))
+    if not cholesky_factor(system, small):
+        return False
+    weights = solve_factored(small, lacking)
+    multipliers[:] = np.nan
+    for p in range(cells.size):
+        if not np.isfinite(weights[p]):
+            return False
+        multipliers[cells[p]] = weights[p]
+        for i in range(size):
+            particular[i] += weights[p] * along[p, i]
+    return True
 
 
 @compiled
 def move_places(point: FloatArray, slope: FloatArray, multiplier: float, place: IntArray) -> int:
-    """Primal-dual active-set move: hold what left the box, free what wants to enter; how many."""
+    """Primal-dual active-set move in one cell: hold what left the box, free what wants to enter; how many."""
     moved = 0
     tolerance = 1e-10 * (1.0 + abs(multiplier))
     for i in range(point.size):
@@ -167,6 +242,32 @@ def move_places(point: FloatArray, slope: FloatArray, multiplier: float, place: 
         ):
             place[i] = INSIDE
             moved += 1
+    return moved
+
+
+@compiled
+def move_cells(
+    point: FloatArray, slope: FloatArray, multipliers: FloatArray, size: Size, place: IntArray
+) -> int:
+    """`move_places` in each cell; how many moved.
+
+    A cell with nothing inside has no multiplier: it is taken from between what is at 1 and what is at 0.
+    """
+    moved = 0
+    for cell in range(n_cells(size)):
+        first, stop, _ = cell_range(size, cell, point.size)
+        multiplier = multipliers[cell]
+        if np.isnan(multiplier):
+            highest, lowest = -np.inf, np.inf
+            for i in range(first, stop):
+                if place[i] == AT_ONE:
+                    highest = max(highest, slope[i])
+                else:
+                    lowest = min(lowest, slope[i])
+            if not highest > lowest:
+                continue
+            multiplier = 0.5 * (highest + lowest)
+        moved += move_places(point[first:stop], slope[first:stop], multiplier, place[first:stop])
     return moved
 
 
@@ -187,7 +288,7 @@ class SimplexAscent(NamedTuple):
     Attributes
     ----------
     smooth, linear, n_prune
-        ``B``, ``q`` and the number of weights to prune.
+        ``B``, ``q`` and the number of weights to prune, of all or in each cell.
     metric : (n,) float64 array
         ADMM works in its norm.
     cutoff : float
@@ -210,7 +311,7 @@ class SimplexAscent(NamedTuple):
 
     smooth: FloatArray
     linear: FloatArray
-    n_prune: int
+    n_prune: Size
     metric: FloatArray
     cutoff: float
     tolerance: float
@@ -224,12 +325,17 @@ class SimplexAscent(NamedTuple):
     counts: IntArray
 
 
-ASCENT = types.NamedTuple(  # type: ignore[no-untyped-call]
-    (
-        *(MATRIX, VECTOR, INTEGER, VECTOR, REAL, REAL, INTEGER),
-        *(VECTOR, VECTOR, VECTOR, VECTOR, INDICES, VECTOR, INDICES),
-    ),
-    SimplexAscent,
+ASCENT = BySize(
+    *(
+        types.NamedTuple(  # type: ignore[no-untyped-call]
+            (
+                *(MATRIX, VECTOR, size, VECTOR, REAL, REAL, INTEGER),
+                *(VECTOR, VECTOR, VECTOR, VECTOR, INDICES, VECTOR, INDICES),
+            ),
+            SimplexAscent,
+        )
+        for size in SIZE
+    )
 )
 """Its type in a kernel."""
 
@@ -241,7 +347,7 @@ def newton_step(ascent: SimplexAscent) -> int:
     Point and slope are replaced when the bound rises.
     """
     newton = np.empty(ascent.linear.size)
-    solved, multiplier = newton_simplex(ascent.smooth, ascent.linear, ascent.n_prune, ascent.place, newton)
+    solved, multipliers = newton_simplex(ascent.smooth, ascent.linear, ascent.n_prune, ascent.place, newton)
     if not solved:
         return GIVEN_UP
     product = np.dot(ascent.smooth, newton)
@@ -256,7 +362,7 @@ def newton_step(ascent: SimplexAscent) -> int:
         copy_into(ascent.slope, slope)
     if ascent.figures[BEST] >= ascent.cutoff:
         return OPTIMAL
-    if move_places(newton, slope, multiplier, ascent.place) == 0:
+    if move_cells(newton, slope, multipliers, ascent.n_prune, ascent.place) == 0:
         return OPTIMAL
     return ONGOING if ascent.counts[MISSES] < NEWTON_MISSES else GIVEN_UP
 
@@ -282,16 +388,16 @@ def admm_step(ascent: SimplexAscent, inverse: FloatArray) -> None:
             copy_into(ascent.point, solved)
             copy_into(ascent.slope, slope)
     relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * guess
-    project_capped_simplex(relaxed + dual, metric, ascent.n_prune, guess)
+    project_simplices(relaxed + dual, metric, ascent.n_prune, guess)
     dual += relaxed - guess
 
 
-@entry(MATRIX, VECTOR, INTEGER, VECTOR, VECTOR, REAL, INTEGER, REAL)
+@entry(MATRIX, VECTOR, SIZE, VECTOR, VECTOR, REAL, INTEGER, REAL)
 @compiled
 def begin_simplex(
     smooth: FloatArray,
     linear: FloatArray,
-    count: int,
+    count: Size,
     metric: FloatArray,
     start: FloatArray,
     cutoff: float,
@@ -323,7 +429,7 @@ def begin_simplex(
     if ascent.figures[BEST] >= cutoff:
         ascent.counts[PHASE] = ENDED
     else:
-        project_capped_simplex(start, metric, count, ascent.guess)
+        project_simplices(start, metric, count, ascent.guess)
         places_of(ascent.guess, ascent.place)
     return ascent
 
@@ -344,7 +450,7 @@ def advance_simplex(ascent: SimplexAscent, inverse: FloatArray, work: int) -> No
             if outcome == ONGOING:
                 continue
             if counts[STEPS] == 0:
-                project_capped_simplex(ascent.point, ascent.metric, ascent.n_prune, ascent.guess)
+                project_simplices(ascent.point, ascent.metric, ascent.n_prune, ascent.guess)
                 copy_into(ascent.dual, -ascent.slope / ascent.metric)
             end_climb(ascent.figures, counts, outcome, ascent.cutoff, ascent.tolerance, ascent.max_steps)
         elif counts[PHASE] == SPLITTING and inverse.size > 0:
@@ -366,12 +472,12 @@ def invert_simplex(ascent: SimplexAscent) -> FloatArray:
     return np.linalg.inv(shifted)  # type: ignore[return-value]
 
 
-@entry(MATRIX, VECTOR, INTEGER, VECTOR, VECTOR, REAL, INTEGER, REAL)
+@entry(MATRIX, VECTOR, SIZE, VECTOR, VECTOR, REAL, INTEGER, REAL)
 @compiled
 def solve_capped_simplex(
     smooth: FloatArray,
     linear: FloatArray,
-    count: int,
+    count: Size,
     metric: FloatArray,
     start: FloatArray,
     cutoff: float,

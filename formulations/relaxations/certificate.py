@@ -5,7 +5,7 @@ the pruned ones (selection),
 
     value of a set >= base + (sum of cost_i over the chosen weights of the set).
 
-The bound is the minimum over all sets of the right size. Forcing one weight in or out exchanges two
+The bound is the minimum over all sets of the support. Forcing one weight in or out exchanges two
 costs; if that lifts the bound above the value of a known set, every set at least as good has the weight
 the other way: it is *fixed*.
 """
@@ -19,10 +19,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from formulations.cells import size_left
 from formulations.dense_forms import UNDERFLOW, error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray
 from formulations.relaxations.certified import largest_sum
 from formulations.solution import Subject
+from formulations.support import Cells, Support, as_cells, largest_in, ranked_in
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,6 +174,8 @@ class RelaxationCertificate(ABC):
         line = None if given is None else self.linearisation(problem, given)
         if line is None or given is None or not cutoff <= given.cutoff:
             return None
+        if problem.support is not None:
+            return self._fixed_inside(problem, line, given, cutoff)
         chosen, others, free, count = self._parts(problem, given)
         index = np.flatnonzero(free)
         chosen, others = chosen.copy(), others.copy()
@@ -199,6 +203,56 @@ class RelaxationCertificate(ABC):
             return None
         return self.basis.fixing
 
+    def _choice(self, problem: BlockProblem, given: Fixing) -> _Choice:
+        """Return what `given` leaves of a support that is no count."""
+        chosen, others = (given.keep, given.prune) if self.chosen_are_kept else (given.prune, given.keep)
+        return _Choice.of(problem.sets, chosen, others, self.chosen_are_kept)
+
+    def _restricted_inside(
+        self, problem: BlockProblem, line: Linearisation, given: Fixing, caution: float
+    ) -> float:
+        """`_restricted` for a support that is no count: sums over units, so many in each cell."""
+        choice, support = self._choice(problem, given), problem.sets
+        if not choice.possible:
+            return math.inf
+        cost, size_of, error = (support.folded(x) for x in (line.cost, np.abs(line.cost), line.error))
+        total = float(cost[choice.chosen].sum()) - choice.largest(-cost)
+        magnitude = float(size_of[choice.chosen].sum()) + choice.largest(size_of)
+        lost = line.lost + float(error[choice.chosen].sum()) + choice.largest(error)
+        # Units are summed over before their costs are.
+        lost += error_factor(2 * problem.n + 16) * magnitude + UNDERFLOW
+        return line.base + total - caution * lost
+
+    def _fixed_inside(
+        self, problem: BlockProblem, line: Linearisation, given: Fixing, cutoff: float
+    ) -> Fixing | None:
+        """`fixed_below` for a support that is no count: exchanges within each cell."""
+        choice, support = self._choice(problem, given), problem.sets
+        if not choice.possible:
+            return None
+        bound = self._restricted_inside(problem, line, given, 2.0)
+        cost = support.folded(line.cost)
+        order, rank = ranked_in(-cost[choice.free], choice.size, np.ones(int(choice.free.sum()), np.bool_))
+        units, ranked = np.flatnonzero(choice.free)[order], cost[choice.free][order]
+        cell = np.searchsorted(choice.size.start, order, side="right") - 1
+        first, quota = choice.size.start[cell], choice.size.quota[cell]
+        inside = rank < quota
+        # Where a cell has one way only nothing can be exchanged: both places are its own.
+        last_in = ranked[np.clip(first + quota - 1, first, None)]
+        first_out = ranked[np.minimum(first + quota, choice.size.start[cell + 1] - 1)]
+        one_way = (quota == 0) | (quota == choice.size.start[cell + 1] - first)
+        new, old = np.where(inside, first_out, ranked), np.where(inside, ranked, last_in)
+        # Sums over groups have been rounded too.
+        slack = error_factor(2 * problem.n + 16) * (np.abs(new) + np.abs(old))
+        fixed = one_way | (_rise(bound, new, old) - slack > cutoff)
+        chosen = choice.chosen.copy()
+        others = ~choice.chosen & ~choice.free
+        chosen[units[fixed & inside]] = True
+        others[units[fixed & ~inside]] = True
+        masks = support.spread(chosen), support.spread(others)
+        keep, prune = masks if self.chosen_are_kept else masks[::-1]
+        return Fixing(keep=keep, prune=prune, cutoff=cutoff)
+
     def _parts(self, problem: BlockProblem, given: Fixing) -> tuple[BoolArray, BoolArray, BoolArray, int]:
         """Chosen, not chosen and free weights under `given`, and how many free ones to choose."""
         if self.chosen_are_kept:
@@ -209,6 +263,8 @@ class RelaxationCertificate(ABC):
         self, problem: BlockProblem, line: Linearisation, given: Fixing, caution: float = 2.0
     ) -> float:
         """Minimum of the underestimate over the sets that obey `given`, rounded down."""
+        if problem.support is not None:
+            return self._restricted_inside(problem, line, given, caution)
         chosen, _, free, count = self._parts(problem, given)
         if not 0 <= count <= int(free.sum()):
             return math.inf
@@ -219,6 +275,43 @@ class RelaxationCertificate(ABC):
         # A sum of n terms in any order, and the additions around it.
         lost += error_factor(problem.n + 16) * magnitude + UNDERFLOW
         return line.base + total - caution * lost
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What fixings leave of a support: free units, and how many of each cell are still to be chosen.
+
+    Attributes
+    ----------
+    chosen, free : (u,) bool arrays
+    size : Cells
+        Of the free units, in their order.
+    possible : bool
+        Whether a set obeys the fixings.
+    """
+
+    chosen: BoolArray
+    free: BoolArray
+    size: Cells
+    possible: bool
+
+    @staticmethod
+    def of(support: Support, chosen: BoolArray, others: BoolArray, kept: bool) -> _Choice:
+        """Return what is left once some weights are chosen, which means kept or pruned, and others not."""
+        n = chosen.size
+        picked, left_out = support.unit_keep(chosen), support.unit_keep(others)
+        free = ~(picked | left_out)
+        whole = as_cells(support.kept(n) if kept else support.pruned(n), picked.size)
+        size = size_left(whole, picked, np.flatnonzero(free))
+        assert isinstance(size, Cells)
+        room = np.diff(size.start)
+        possible = not bool((picked & left_out).any() or (size.quota < 0).any() or (size.quota > room).any())
+        return _Choice(picked, free, size, possible)
+
+    def largest(self, values: FloatArray) -> float:
+        """Return the largest sum of the values of free units that can be chosen."""
+        rest = values[self.free]
+        return float(rest[largest_in(rest, self.size, np.ones(rest.size, dtype=np.bool_))].sum())
 
 
 def _rise(bound: float, new: FloatArray | float, old: FloatArray | float) -> FloatArray:

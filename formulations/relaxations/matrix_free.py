@@ -14,7 +14,7 @@ from formulations.problem import BlockProblem, FloatArray
 from formulations.relaxations.capped_simplex_kernels import (
     METRIC_FLOOR,
     METRIC_SHARE,
-    project_capped_simplex,
+    project_simplices,
     smallest_sum,
 )
 from formulations.relaxations.first_order import (
@@ -24,9 +24,11 @@ from formulations.relaxations.first_order import (
     proximal_gradient,
     starting_point,
 )
+from formulations.relaxations.group_norm import shrink_groups
 from formulations.relaxations.shifted_inverse import ShiftedInverse, scaled_gram
-from formulations.relaxations.support_norm import largest_sum, prox_support_norm
+from formulations.relaxations.support_norm import held_sum, shrink_support
 from formulations.solution import Limits
+from formulations.support import Groups
 
 GRAM_LARGEST = 8192
 """Largest order of a Gram matrix that is formed (0.5 GiB); beyond it, proximal gradient."""
@@ -42,43 +44,58 @@ class JointRows:
         self.scale = np.full(problem.n, 1.0 / self.root)
         self.linear = problem.linear_term() / self.root
         self._constant = problem.constant_term()
-        self._size = problem.n_keep
+        self._support = problem.sets
+        self._size = self._support.kept(problem.n)
         self._order = np.empty(problem.n, dtype=np.int64)
 
     def bound(self, point: FloatArray, product: FloatArray) -> float:
-        """``constant - 1/2 t.Q t - 1/2 (sum of the n_keep largest squares of l - Q t)``."""
-        square = (self.linear - product) ** 2
-        return self._constant - 0.5 * float(point @ product) - 0.5 * largest_sum(square, self._size)
+        """``constant - 1/2 t.Q t - 1/2 (largest sum of squares of l - Q t that the support can hold)``."""
+        square = self._support.folded((self.linear - product) ** 2)
+        return self._constant - 0.5 * float(point @ product) - 0.5 * held_sum(square, self._size)
 
     def shrink(self, target: FloatArray, penalty: float, image: FloatArray) -> None:
         """Proximal map of half the squared support norm."""
-        prox_support_norm(target, self._size, 1.0 / penalty, self._order, image)
+        if isinstance(self._support, Groups):
+            image[:] = shrink_groups(target, self._support, 1.0 / penalty)[0]
+        else:
+            shrink_support(target, self._size, 1.0 / penalty, self._order, image)
 
 
 class SelectionRows:
-    """The capped-simplex relaxation with the shift ``damping w^2``, in ``t = sqrt(metric) y``."""
+    """The capped-simplex relaxation with the shift ``damping w^2``, in ``t = sqrt(metric) y``.
+
+    Where groups are pruned whole ``y`` has an entry a group, and rows and costs are summed over each.
+    """
 
     def __init__(self, problem: BlockProblem) -> None:
         assert problem.rows is not None
-        self.rows = problem.rows
-        w = problem.weights
+        support, w = problem.sets, problem.weights
+        self.rows, removed = problem.rows, w
         diagonal = problem.hessian_diagonal() * w**2
+        cost = 0.5 * problem.damping * w**2 - problem.gradient_or_zero * w
+        if support.unit is not None:
+            units = support.n_units(problem.n)
+            self.rows = np.zeros((problem.rows.shape[0], units))
+            np.add.at(self.rows.T, support.unit, (problem.rows * w).T)
+            removed = np.ones(units)
+            # The curvature of a group, beside its share of the damping.
+            diagonal = np.einsum("ij,ij->j", self.rows, self.rows) + support.folded(problem.damping * w**2)
+            cost = support.folded(cost)
         self._unit = float(diagonal.mean()) or 1.0
         self._metric = METRIC_SHARE * (diagonal / self._unit + METRIC_FLOOR)
         self.root = np.sqrt(self._metric)
-        self.scale = w / (self.root * math.sqrt(self._unit))
-        cost = 0.5 * problem.damping * w**2 - problem.gradient_or_zero * w
+        self.scale = removed / (self.root * math.sqrt(self._unit))
         self.linear = -cost / (self._unit * self.root)
-        self._count = problem.n_prune
+        self._count = support.pruned(problem.n)
 
     def bound(self, point: FloatArray, product: FloatArray) -> float:
-        """``-1/2 t.Q t + (sum of the n_prune smallest slopes)``."""
+        """``-1/2 t.Q t + (smallest sum of slopes that the support can prune)``."""
         slope = self.root * (product - self.linear)
         return self._unit * (-0.5 * float(point @ product) + smallest_sum(slope, self._count))
 
     def shrink(self, target: FloatArray, penalty: float, image: FloatArray) -> None:
         """Projection onto the capped simplex in the metric; any `penalty`."""
-        project_capped_simplex(target / self.root, self._metric, self._count, image)
+        project_simplices(target / self.root, self._metric, self._count, image)
         image *= self.root
 
 

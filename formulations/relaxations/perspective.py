@@ -19,6 +19,7 @@ from formulations.relaxations.ascent import BEST, ascend
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
+from formulations.relaxations.group_norm import ascend_groups, group_slopes
 from formulations.relaxations.perspective_kernels import (
     advance_perspective,
     begin_perspective,
@@ -26,6 +27,7 @@ from formulations.relaxations.perspective_kernels import (
     split_slopes,
 )
 from formulations.solution import Stopped, never
+from formulations.support import Groups, Size, Support
 
 SPLIT_MARGIN = 1e-9
 """Relative shrinking of a split, so that ``H - D`` stays semidefinite under rounding."""
@@ -36,7 +38,8 @@ class PerspectiveCertificate(RelaxationCertificate):
     """A point ``u`` and a split ``D`` that prove a lower bound on the joint program.
 
     With ``H = Q + D``, ``Q`` positive semidefinite, ``b = H w - g`` and ``h = b - Q u``:
-    ``optimum >= 1/2 w.H w - g.w - 1/2 u.Q u - 1/2 (sum of the n_keep largest h_i^2 / D_i)``. Weights
+    ``optimum >= 1/2 w.H w - g.w - 1/2 u.Q u - 1/2 (sum of the n_keep largest h_i^2 / D_i)``, or the
+    largest sum that the support can hold: the n largest of every m, the largest sums over groups. Weights
     given as pruned drop out of everything; those given as kept are in the sum by all means.
 
     Attributes
@@ -108,7 +111,7 @@ class PerspectiveCertificate(RelaxationCertificate):
 
 def relax_joint(
     form: DenseForm,
-    n_keep: int,
+    n_keep: Size | Groups,
     split: FloatArray,
     *,
     cutoff: float = math.inf,
@@ -121,8 +124,8 @@ def relax_joint(
     Parameters
     ----------
     form : DenseForm
-    n_keep : int
-        Between 1 and n - 1.
+    n_keep : int, Cells or Groups
+        Between 1 and n - 1, of all or in each cell; or the groups of which so many are kept.
     split : (n,) float64 array
         A valid positive split of ``form.matrix``.
     cutoff : float
@@ -147,13 +150,11 @@ def relax_joint(
         root = np.sqrt(current)
         smooth = form.matrix / root[:, None] / root[None, :]
         smooth[np.diag_indices(root.size)] -= 1.0
-        state = begin_perspective(
-            smooth, form.linear / root, n_keep, start * root, float(cutoff - form.constant), 300, 1e-5
+        value, point, residual = _ascended(
+            smooth, form.linear / root, n_keep, start * root, float(cutoff - form.constant), stopped
         )
-        ascend(state, advance_perspective, invert_perspective, stopped)
-        point, residual = state.point, state.residual
         start = point / root
-        bound = float(state.figures[BEST]) + form.constant
+        bound = value + form.constant
         stalled = stalled + 1 if best is not None and bound < best[0] + 1e-4 * abs(best[0]) else 0
         if best is None or bound > best[0]:
             best = bound, start, residual, current.copy()
@@ -166,7 +167,7 @@ def relax_joint(
         barrier_step(
             form.matrix,
             current,
-            split_slopes(start, point, residual, n_keep),
+            slopes_of(start, point, residual, n_keep),
             0.1 * max(gap, 1e-12) / start.size,
             True,
         )
@@ -174,8 +175,36 @@ def relax_joint(
     return best
 
 
-def round_joint(residual: FloatArray, n_keep: int) -> BoolArray:
-    """Kept set of the `n_keep` largest residuals of the relaxation, the dual's own choice."""
+def _ascended(
+    smooth: FloatArray,
+    linear: FloatArray,
+    size: Size | Groups,
+    start: FloatArray,
+    cutoff: float,
+    stopped: Stopped,
+) -> tuple[float, FloatArray, FloatArray]:
+    """Return the best bound of the relaxation in scaled coordinates, its point and its residual."""
+    if isinstance(size, Groups):
+        return ascend_groups(smooth, linear, size, start, cutoff, 300, 1e-5, stopped)
+    state = begin_perspective(smooth, linear, size, start, cutoff, 300, 1e-5)
+    ascend(state, advance_perspective, invert_perspective, stopped)
+    return float(state.figures[BEST]), state.point, state.residual
+
+
+def slopes_of(u: FloatArray, point: FloatArray, residual: FloatArray, size: Size | Groups) -> FloatArray:
+    """Supergradient of the bound in the split, for any support."""
+    if isinstance(size, Groups):
+        return group_slopes(u, point, residual, size)
+    return split_slopes(u, point, residual, size)
+
+
+def round_joint(residual: FloatArray, n_keep: int, support: Support | None = None) -> BoolArray:
+    """Kept set of the `n_keep` largest residuals of the relaxation, the dual's own choice.
+
+    Of the largest squares that `support` can hold where it is no count.
+    """
+    if support is not None:
+        return support.best(residual * residual)
     keep = np.zeros(residual.size, dtype=np.bool_)
     keep[np.argsort(-np.abs(residual), kind="stable")[:n_keep]] = True
     return keep

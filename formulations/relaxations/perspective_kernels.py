@@ -8,6 +8,9 @@ and the last term is half the squared s-support norm of ``t = sqrt(D) u`` (Argyr
 2012). Every ``u`` gives a lower bound: with ``g = l - Q u``,
 
     optimum >= -1/2 u.Q u - 1/2 (sum of the s largest g_i^2 / D_i).
+
+Where so many are kept in each of several cells, norm and sum are those of each cell, added up; `size` is a
+number or `formulations.support.Cells`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, VECTOR, compiled, entry
+from formulations.cells import cell_range, n_cells
+from formulations.compiled import INDICES, INTEGER, MATRIX, REAL, SIZE, VECTOR, BySize, compiled, entry
 from formulations.factorisation import cholesky_factor, solve_factored
 from formulations.problem import FloatArray, IntArray
 from formulations.relaxations.ascent import (
@@ -39,7 +43,8 @@ from formulations.relaxations.ascent import (
     end_step,
     rises,
 )
-from formulations.relaxations.support_norm import copy_into, largest_sum, prox_support_norm
+from formulations.relaxations.support_norm import copy_into, held_sum, prox_support_norm
+from formulations.support import Size
 
 ROUNDOFF = 1.2e-16
 """A little above the unit roundoff of float64."""
@@ -49,15 +54,17 @@ WHOLE = 2
 
 
 @compiled
-def dual_value(u: FloatArray, product: FloatArray, linear: FloatArray, split: FloatArray, size: int) -> float:
+def dual_value(
+    u: FloatArray, product: FloatArray, linear: FloatArray, split: FloatArray, size: Size
+) -> float:
     """Return the lower bound that `u` proves; `product` = ``Q u``."""
     residual = linear - product
-    return -0.5 * float(np.dot(u, product)) - 0.5 * largest_sum(residual * residual / split, size)
+    return -0.5 * float(np.dot(u, product)) - 0.5 * held_sum(residual * residual / split, size)
 
 
 @compiled
 def dual_rounding(
-    smooth: FloatArray, linear: FloatArray, point: FloatArray, residual: FloatArray, size: int
+    smooth: FloatArray, linear: FloatArray, point: FloatArray, residual: FloatArray, size: Size
 ) -> float:
     """Bound on the rounding error of `dual_value` in scaled coordinates; O(n).
 
@@ -73,7 +80,7 @@ def dual_rounding(
     for i in range(n):
         error = np.sqrt(max(smooth[i, i], 0.0)) * reach + abs(linear[i]) + abs(residual[i])
         terms[i] = error * (abs(residual[i]) + gamma * error)
-    return 1.01 * gamma * (reach * reach + largest_sum(terms, size))
+    return 1.01 * gamma * (reach * reach + held_sum(terms, size))
 
 
 @compiled
@@ -98,27 +105,39 @@ def indefinite_rounding(
 def newton_support(
     smooth: FloatArray,
     linear: FloatArray,
-    size: int,
+    size: Size,
     place: IntArray,
     sign: FloatArray,
     point: FloatArray,
-) -> tuple[bool, float]:
+) -> tuple[bool, FloatArray]:
     """Minimiser for fixed active sets, in scaled coordinates (``D = I``).
 
     WHOLE entries have ``z = 1``, SHARED ones split what is left of `size` and keep their `sign`, the
-    others are zero. Returns whether `point` was written, and the level: the magnitude of the residual
-    common to the shared entries. One linear system in the non-zeros.
+    others are zero. Returns whether `point` was written, and the level of each cell: the magnitude of the
+    residual common to its shared entries. One linear system in the non-zeros.
     """
     whole = np.nonzero(place == WHOLE)[0]
     shared = np.nonzero(place == SHARED)[0]
     left, right = whole.size, whole.size + shared.size
-    units = size - left
-    if right == 0 or units < 0 or (units == 0) != (shared.size == 0):
-        return False, 0.0
+    levels = np.zeros(n_cells(size))
+    shares = np.zeros(n_cells(size))
+    # Where the shared entries of a cell begin among all of them.
+    begin = np.zeros(n_cells(size) + 1, dtype=np.int64)
+    for cell in range(n_cells(size)):
+        first, stop, units = cell_range(size, cell, place.size)
+        begin[cell + 1] = begin[cell]
+        for i in range(first, stop):
+            units -= 1 if place[i] == WHOLE else 0
+            begin[cell + 1] += 1 if place[i] == SHARED else 0
+        if units < 0 or (units == 0) != (begin[cell + 1] == begin[cell]):
+            return False, levels
+        shares[cell] = 1.0 / units if units > 0 else 0.0
+    if right == 0:
+        return False, levels
     order = np.concatenate((whole, shared))
     system = np.empty((right, right))
     target = np.empty(right)
-    share = 1.0 / units if units > 0 else 0.0
+    cell = 0
     for p in range(right):
         i = order[p]
         source = smooth[i]
@@ -128,29 +147,35 @@ def newton_support(
                 system[p, q] = source[order[q]]
             system[p, p] += 1.0
         else:
-            for q in range(left):
+            while p - left >= begin[cell + 1]:
+                cell += 1
+            share = shares[cell]
+            own = left + begin[cell]
+            for q in range(own):
                 system[p, q] = source[order[q]]
-            for q in range(left, p + 1):
+            for q in range(own, p + 1):
                 system[p, q] = source[order[q]] + share * sign[i] * sign[order[q]]
             system[p, p] += 1e-13 * (1.0 + source[i])
     factor = np.empty((right, right))
     if not cholesky_factor(system, factor):
-        return False, 0.0
+        return False, levels
     solution = solve_factored(factor, target)
     point[:] = 0.0
-    level = 0.0
     for p in range(right):
         point[order[p]] = solution[p]
-        if p >= left:
-            level += share * sign[order[p]] * solution[p]
-    return bool(np.isfinite(level)), level
+    finite = True
+    for cell in range(n_cells(size)):
+        for p in range(left + begin[cell], left + begin[cell + 1]):
+            levels[cell] += shares[cell] * sign[order[p]] * solution[p]
+        finite = finite and bool(np.isfinite(levels[cell]))
+    return finite, levels
 
 
 @compiled
 def move_support(
     point: FloatArray, residual: FloatArray, level: float, size: int, place: IntArray, sign: FloatArray
 ) -> int:
-    """Primal-dual active-set move between whole, shared and zero entries; how many moved."""
+    """Primal-dual active-set move between whole, shared and zero entries of one cell; how many moved."""
     n = point.size
     whole, shared = 0, 0
     smallest = np.inf
@@ -200,16 +225,37 @@ def move_support(
 
 
 @compiled
+def move_supports(
+    point: FloatArray, residual: FloatArray, levels: FloatArray, size: Size, place: IntArray, sign: FloatArray
+) -> int:
+    """`move_support` in each cell; how many moved."""
+    moved = 0
+    for cell in range(n_cells(size)):
+        first, stop, count = cell_range(size, cell, point.size)
+        moved += move_support(
+            point[first:stop],
+            residual[first:stop],
+            levels[cell],
+            count,
+            place[first:stop],
+            sign[first:stop],
+        )
+    return moved
+
+
+@compiled
 def name_places(
-    point: FloatArray, size: int, order: IntArray, image: FloatArray, place: IntArray, sign: FloatArray
+    point: FloatArray, size: Size, order: IntArray, image: FloatArray, place: IntArray, sign: FloatArray
 ) -> None:
     """Active sets of the proximal map of ``1/2`` the squared support norm at `point`."""
-    left, right = prox_support_norm(point, size, 1.0, order, image)
     place[:] = ZERO
-    for q in range(right):
-        i = order[q]
-        place[i] = WHOLE if q < left else SHARED
-        sign[i] = 1.0 if image[i] >= 0.0 else -1.0
+    for cell in range(n_cells(size)):
+        first, stop, count = cell_range(size, cell, point.size)
+        left, right = prox_support_norm(point[first:stop], count, 1.0, order[first:stop], image[first:stop])
+        for q in range(right):
+            i = first + order[first + q]
+            place[i] = WHOLE if q < left else SHARED
+            sign[i] = 1.0 if image[i] >= 0.0 else -1.0
 
 
 class PerspectiveAscent(NamedTuple):
@@ -218,7 +264,7 @@ class PerspectiveAscent(NamedTuple):
     Attributes
     ----------
     smooth, linear, size
-        ``Q``, ``l`` and the number of weights to keep.
+        ``Q``, ``l`` and the number of weights to keep, of all or in each cell.
     cutoff : float
         A bound that is good enough.
     tolerance : float
@@ -240,7 +286,7 @@ class PerspectiveAscent(NamedTuple):
 
     smooth: FloatArray
     linear: FloatArray
-    size: int
+    size: Size
     cutoff: float
     tolerance: float
     max_steps: int
@@ -255,12 +301,17 @@ class PerspectiveAscent(NamedTuple):
     counts: IntArray
 
 
-ASCENT = types.NamedTuple(  # type: ignore[no-untyped-call]
-    (
-        *(MATRIX, VECTOR, INTEGER, REAL, REAL, INTEGER),
-        *(VECTOR, VECTOR, VECTOR, VECTOR, INDICES, INDICES, VECTOR, VECTOR, INDICES),
-    ),
-    PerspectiveAscent,
+ASCENT = BySize(
+    *(
+        types.NamedTuple(  # type: ignore[no-untyped-call]
+            (
+                *(MATRIX, VECTOR, size, REAL, REAL, INTEGER),
+                *(VECTOR, VECTOR, VECTOR, VECTOR, INDICES, INDICES, VECTOR, VECTOR, INDICES),
+            ),
+            PerspectiveAscent,
+        )
+        for size in SIZE
+    )
 )
 """Its type in a kernel."""
 
@@ -272,7 +323,7 @@ def newton_step(ascent: PerspectiveAscent) -> int:
     Point and residual are replaced when the bound rises.
     """
     newton = np.empty(ascent.linear.size)
-    solved, level = newton_support(
+    solved, levels = newton_support(
         ascent.smooth, ascent.linear, ascent.size, ascent.place, ascent.sign, newton
     )
     if not solved:
@@ -289,7 +340,7 @@ def newton_step(ascent: PerspectiveAscent) -> int:
         copy_into(ascent.residual, residual)
     if ascent.figures[BEST] >= ascent.cutoff:
         return OPTIMAL
-    if move_support(newton, residual, level, ascent.size, ascent.place, ascent.sign) == 0:
+    if move_supports(newton, residual, levels, ascent.size, ascent.place, ascent.sign) == 0:
         return OPTIMAL
     return ONGOING if ascent.counts[MISSES] < NEWTON_MISSES else GIVEN_UP
 
@@ -320,12 +371,12 @@ def admm_step(ascent: PerspectiveAscent, inverse: FloatArray) -> None:
     dual += relaxed - shrunk
 
 
-@entry(MATRIX, VECTOR, INTEGER, VECTOR, REAL, INTEGER, REAL)
+@entry(MATRIX, VECTOR, SIZE, VECTOR, REAL, INTEGER, REAL)
 @compiled
 def begin_perspective(
     smooth: FloatArray,
     linear: FloatArray,
-    size: int,
+    size: Size,
     start: FloatArray,
     cutoff: float,
     max_steps: int,
@@ -397,12 +448,12 @@ def invert_perspective(ascent: PerspectiveAscent) -> FloatArray:
     return np.linalg.inv(shifted)  # type: ignore[return-value]
 
 
-@entry(MATRIX, VECTOR, INTEGER, VECTOR, REAL, INTEGER, REAL)
+@entry(MATRIX, VECTOR, SIZE, VECTOR, REAL, INTEGER, REAL)
 @compiled
 def solve_perspective(
     smooth: FloatArray,
     linear: FloatArray,
-    size: int,
+    size: Size,
     start: FloatArray,
     cutoff: float,
     max_steps: int,
@@ -426,20 +477,23 @@ def solve_perspective(
     return ascent.figures[BEST], ascent.point, ascent.residual, ascent.counts[STEPS]
 
 
-@entry(VECTOR, VECTOR, VECTOR, INTEGER)
+@entry(VECTOR, VECTOR, VECTOR, SIZE)
 @compiled
-def split_slopes(u: FloatArray, point: FloatArray, residual: FloatArray, size: int) -> FloatArray:
+def split_slopes(u: FloatArray, point: FloatArray, residual: FloatArray, size: Size) -> FloatArray:
     """Supergradient of the bound in the split, ``1/2 u_i^2 (1 / z_i - 1)``."""
     m = u.size
     order = np.empty(m, dtype=np.int64)
     image = np.empty(m)
-    left, right = prox_support_norm(point + residual, size, 1.0, order, image)
+    both = point + residual
     slopes = np.zeros(m)
-    level = 0.0
-    for q in range(left, right):
-        level += abs(image[order[q]])
-    level /= max(size - left, 1)
-    for q in range(left, right):
-        i = order[q]
-        slopes[i] = 0.5 * u[i] * u[i] * max(level / max(abs(image[i]), 1e-12 * level) - 1.0, 0.0)
+    for cell in range(n_cells(size)):
+        first, stop, count = cell_range(size, cell, m)
+        left, right = prox_support_norm(both[first:stop], count, 1.0, order[first:stop], image[first:stop])
+        level = 0.0
+        for q in range(left, right):
+            level += abs(image[first + order[first + q]])
+        level /= max(count - left, 1)
+        for q in range(left, right):
+            i = first + order[first + q]
+            slopes[i] = 0.5 * u[i] * u[i] * max(level / max(abs(image[i]), 1e-12 * level) - 1.0, 0.0)
     return slopes

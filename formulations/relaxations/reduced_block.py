@@ -25,6 +25,7 @@ from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.certified import BoundedVector, bounded_product, column_norms
 from formulations.relaxations.reduction_rounding import joint_allowance, selection_allowance
 from formulations.solution import BlockSolution, Termination
+from formulations.support import require_support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,7 @@ def reduce_block(problem: BlockProblem, solution: BlockSolution) -> ReducedBlock
     ArgumentError
         If the certificate fixes nothing, or belongs to another block.
     """
+    require_support(problem.support, "reduce_block")
     certificate = solution.certificate
     if not isinstance(certificate, RelaxationCertificate) or certificate.fixing is None:
         raise ArgumentError("solution", "its certificate fixes no weights", "use lower_bound(..., fix=True)")

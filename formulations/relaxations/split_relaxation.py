@@ -19,6 +19,7 @@ from formulations.relaxations.perspective import (
     round_joint,
 )
 from formulations.solution import Stopped, Subject, never
+from formulations.support import kept_size, pruned_size
 
 
 def relax_with_split(
@@ -55,26 +56,27 @@ def relax_with_split(
         root = np.sqrt(problem.hessian_diagonal())
         _, point, residual, split = relax_joint(
             form,
-            problem.n_keep,
+            kept_size(problem.sets, problem.n),
             joint_split(problem, form),
             cutoff=cutoff / form.scale,
             split_rounds=split_rounds,
             stopped=stopped,
             start=None if start is None else start * root / math.sqrt(form.scale),
         )
-        keep = round_joint(residual, problem.n_keep)
+        keep = round_joint(residual, problem.n_keep, problem.support)
         return joint_certificate(problem, form, point, split, root), keep
     form = selection_form(problem)
     _, point, shift = relax_selection(
         form,
-        problem.n_prune,
+        pruned_size(problem.sets, problem.n),
         selection_shift(problem, form),
         cutoff=cutoff / form.scale,
         split_rounds=split_rounds,
         stopped=stopped,
         start=start,
     )
-    return selection_certificate(problem, form, point, shift), round_selection(point, problem.n_prune)
+    keep = round_selection(point, problem.n_prune, problem.support)
+    return selection_certificate(problem, form, point, shift), keep
 
 
 def joint_split(problem: BlockProblem, form: DenseForm) -> FloatArray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from formulations.relaxations.block_split import BlockSplitCertificate
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.linear import LinearCertificate
@@ -16,6 +17,7 @@ from formulations.solution import Certificate, Subject
 
 CERTIFICATES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "perspective": (PerspectiveCertificate, ("point", "split")),
+    "block_perspective": (BlockSplitCertificate, ("point", "blocks")),
     "capped_simplex": (CappedSimplexCertificate, ("point", "shift")),
     "mccormick": (LinearCertificate, ("above", "below", "degree")),
     "rlt": (LinearCertificate, ("above", "below", "degree")),

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from formulations.compiled import INDICES, INTEGER, REAL, VECTOR, compiled, entry
+from formulations.cells import cell_range, n_cells
+from formulations.compiled import INDICES, INTEGER, REAL, SIZE, VECTOR, compiled, entry
 from formulations.problem import FloatArray, IntArray
+from formulations.support import Size
 
 
 @entry(VECTOR, INTEGER, REAL, INDICES, VECTOR)
@@ -109,3 +111,23 @@ def largest_sum(values: FloatArray, count: int) -> float:
     for q in range(count):
         total += work[q]
     return total
+
+
+@entry(VECTOR, SIZE)
+@compiled
+def held_sum(values: FloatArray, size: Size) -> float:
+    """Largest sum of `values` that so many of all, or so many in each cell, can have; O(n) on average."""
+    total = 0.0
+    for cell in range(n_cells(size)):
+        first, stop, count = cell_range(size, cell, values.size)
+        total += largest_sum(values[first:stop], count)
+    return total
+
+
+@entry(VECTOR, SIZE, REAL, INDICES, VECTOR)
+@compiled
+def shrink_support(point: FloatArray, size: Size, step: float, order: IntArray, image: FloatArray) -> None:
+    """`prox_support_norm` in each cell; `order` is in places of the cell."""
+    for cell in range(n_cells(size)):
+        first, stop, count = cell_range(size, cell, point.size)
+        prox_support_norm(point[first:stop], count, step, order[first:stop], image[first:stop])

@@ -98,8 +98,13 @@ def _relaxed_again(
     improve_split: bool,
     stopped: Stopped,
 ) -> RelaxationCertificate | None:
-    """Return a certificate on the weights left free, or None where that cannot help or costs too much."""
+    """Return a certificate on the weights left free, or None where that cannot help or costs too much.
+
+    What fixings leave of a support that is no count is none of the same kind.
+    """
     free = int(fixing.free.sum())
+    if problem.support is not None:
+        return None
     joint = pool.program == "joint"
     if free > SPLIT_LARGEST or (joint and problem.n - int(fixing.prune.sum()) > KEPT_LARGEST):
         return None

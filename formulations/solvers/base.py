@@ -24,7 +24,7 @@ from formulations.milp import DUAL_TOLERANCE
 from formulations.models import MODELS, ModelSize, ModelSpec, model_spec
 from formulations.models.building import BuildingStopped, asking
 from formulations.models.standard_form import StandardForm
-from formulations.preparation import prepare
+from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
@@ -253,7 +253,7 @@ class Solver:
         """
         from formulations.models.translation import standard_form
 
-        prepare("greedy_obs", check_program(program))
+        prepare_for(problem, "greedy_obs", check_program(program))
         began = time.perf_counter()
         limits = limits or Limits()
         self._check_program(program)

@@ -25,6 +25,7 @@ from formulations.solution import (
     SolveStats,
     Termination,
     TracePoint,
+    stated_support,
     status_of,
 )
 
@@ -63,6 +64,7 @@ def _solution(
         objective=step_loss(problem, weights - problem.weights),
         program=program,
         method=method,
+        support=stated_support(problem),
         **fields,
     )
 
@@ -155,6 +157,7 @@ def conclude(
         limit=limit,
         program=known.program,
         method=known.method,
+        support=known.support,
         rel_gap=limits.rel_gap if termination is Termination.OPTIMAL else None,
         certificate=certificate,
         stats=SolveStats(seconds=seconds, **details),

@@ -101,7 +101,7 @@ def _configure(solver: Any, task: Task, options: dict[str, Any]) -> None:
 def _rounding_error(form: StandardForm, rounded: FloatArray) -> float:
     """Return the most by which rounded costs can exceed the true ones at a set of the right size."""
     excess = np.maximum(rounded - form.linear, 0.0)
-    n_prune = form.decision.size - form.n_keep
+    n_prune = form.support.most_pruned(form.decision.size)
     single = np.sort(excess[form.decision])[::-1][:n_prune]
     pairs = np.sort(np.delete(excess, form.decision))[::-1][: n_prune * (n_prune - 1) // 2]
     return float(single.sum() + pairs.sum())

@@ -11,7 +11,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from formulations.preparation import prepare
+from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, check_program
 from formulations.solution import BlockSolution, Limit, Limits
 from formulations.solvers.conclusion import conclude, known_set
@@ -46,7 +46,7 @@ def solve_isolated(
     CbsError
         Whatever the bridge raises.
     """
-    prepare("greedy_obs", check_program(program))
+    prepare_for(problem, "greedy_obs", check_program(program))
     began = time.perf_counter()
     limits = limits or Limits()
     method = ":".join((name, model) if model else (name,))

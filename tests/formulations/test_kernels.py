@@ -314,7 +314,7 @@ def test_newton_points_are_stationary_on_their_entries():
         place[order[:whole]] = perspective.WHOLE
         place[order[whole : whole + shared]] = perspective.SHARED
         sign, point = np.sign(rng.normal(size=n)), np.full(n, 7.0)
-        written, level = perspective.newton_support(smooth, linear, size, place, sign, point)
+        written, (level,) = perspective.newton_support(smooth, linear, size, place, sign, point)
         assert written
         residual = linear - smooth @ point
         full, part = place == perspective.WHOLE, place == perspective.SHARED
@@ -334,7 +334,7 @@ def test_newton_points_of_the_capped_simplex_keep_their_sum():
         smooth = smooth @ smooth.T / n
         linear, point = rng.normal(size=n), np.empty(n)
         place = rng.permutation([0, 1, 2, 2, 2, int(rng.integers(0, 3))]).astype(np.int64)
-        written, level = simplex.newton_simplex(smooth, linear, count, place, point)
+        written, (level,) = simplex.newton_simplex(smooth, linear, count, place, point)
         assert written
         inside = place == simplex.INSIDE
         slope = smooth @ point + linear

@@ -22,6 +22,7 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.channel_system import ChannelHessian, ChannelSystem
 from cbs_opt.select.joint_program.program import JointProgram, Program, exchange
+from formulations.support import NofM
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +66,8 @@ class ChannelProgram(Program[ChannelSet]):
 
     offset = 0.0
 
-    def __init__(self, block: FisherBlock) -> None:
+    def __init__(self, block: FisherBlock, support: NofM | None = None) -> None:
+        self.support = support
         assert isinstance(block.hessian, ChannelHessian)
         self.block, self.hessian = block, block.hessian
         self.anchor = block.weights.double()
@@ -128,12 +130,12 @@ class ChannelProgram(Program[ChannelSet]):
         return kept.slope[~kept.keep].square() / kept.system.schur_diagonal()
 
 
-def joint_program(block: FisherBlock) -> JointProgram | ChannelProgram:
+def joint_program(block: FisherBlock, support: NofM | None = None) -> JointProgram | ChannelProgram:
     """Return the joint program of a block in the space where its Hessian is factored.
 
-    Raises `NotPositiveDefiniteError` if ``H`` is singular.
+    Exchanges keep to `support` where one is given. Raises `NotPositiveDefiniteError` if ``H`` is singular.
     """
-    return ChannelProgram(block) if block.hessian.by_channels else JointProgram(block)
+    return (ChannelProgram if block.hessian.by_channels else JointProgram)(block, support)
 
 
 def joint_saliency(block: FisherBlock) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from cbs_opt.hessian import products
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.rows import RowsHessian
+from formulations.support import NofM
 
 
 class Evaluated(Protocol):
@@ -47,13 +48,15 @@ Kept = TypeVar("Kept", bound=Evaluated)
 class Program(ABC, Generic[Kept]):
     """The joint program of a block, as the searches see it.
 
-    `offset` is taken off at the end of an evaluation, which then has its rounding. `made` is when making the
-    program began and ended, by `time.monotonic`, where that took an eigendecomposition.
+    `support` is what exchanges keep to, None where they keep to the count. `offset` is taken off at the end
+    of an evaluation, which then has its rounding. `made` is when making the program began and ended, by
+    `time.monotonic`, where that took an eigendecomposition.
     """
 
     block: FisherBlock
     anchor: Tensor
     offset: float
+    support: NofM | None = None
     made: tuple[float, float] | None = None
 
     @property
@@ -130,7 +133,8 @@ class JointProgram(Program[KeptSet]):
     Raises `NotPositiveDefiniteError` if ``H`` is singular.
     """
 
-    def __init__(self, block: FisherBlock) -> None:
+    def __init__(self, block: FisherBlock, support: NofM | None = None) -> None:
+        self.support = support
         plain = block.hessian.plain("this search of the joint program")
         began = time.monotonic()
         self.rows, self.damping = plain.row_form(block.damping, block.name)

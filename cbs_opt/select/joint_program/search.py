@@ -20,8 +20,10 @@ from torch import Tensor
 
 from cbs_opt.select.choice import NO_JOURNAL, SearchJournal, SearchResult
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet
+from cbs_opt.select.joint_program.inside import improving_pairs_inside, paired_inside
 from cbs_opt.select.joint_program.pairs import ImprovingPairs, Scores, improving_pairs
 from cbs_opt.select.joint_program.program import JointProgram, Kept, KeptSet, Program
+from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import swap_search
 from formulations.problem import BlockProblem
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
@@ -59,8 +61,9 @@ def joint_search(
     ``tolerance * |objective|``, `TOLERANCE` by default. Beside a channel term a round of exchanges that
     brings no more than that is the last one, `CHANNEL_TOLERANCE` by default. Restarts are descents of the
     core from randomly changed sets by `seed`, each time the search has come to a 1-swap optimum; it ends when
-    they bring nothing. They are of no use beside a channel term. The deadline, a reading of `time.monotonic`,
-    is looked at between products with the rows.
+    they bring nothing. They are of no use beside a channel term. Where the program has a support, of which
+    `start` is a set, swaps are within its cells, and restarts are refused by name. The deadline, a reading of
+    `time.monotonic`, is looked at between products with the rows.
     The journal has the state before each exchange, and a search goes on from the one that it has: `start` and
     `seed` are then those of the search that kept it.
 
@@ -68,6 +71,9 @@ def joint_search(
     `Limit.INTERRUPTED`. O(m^2 n) for the leverages whenever many weights changed, O(m^2 b + m^3) to try b
     swaps. Memory beyond the rows: O(m^2 + n) and some columns of the rows.
     """
+    if program.support is not None and restarts:
+        found = f"{restarts} with a support of {program.support}: a core has no cells"
+        raise UnsupportedProblemError("restarts", found, "pass 0")
     arguments = (start, tolerance, max_swaps, deadline, journal)
     if isinstance(program, ChannelProgram):
         return ChannelSearch(program, *arguments).result(restarts, seed)
@@ -90,6 +96,7 @@ class Search(ABC, Generic[Kept]):
         journal: SearchJournal,
     ) -> None:
         self.began = time.monotonic()
+        self.support = program.support
         self.program, self.tolerance, self.least_yield = program, *self.tolerances(tolerance)
         self.max_swaps, self.deadline, self.journal = max_swaps, deadline, journal
         self.limit: Limit | None = None
@@ -245,6 +252,8 @@ class RowSearch(Search[KeptSet]):
         if self._batch is None:
             self._batch, self._batch_is_old = self._leverages(), False
         scores, keep = self._scores(self._batch), self.kept.keep
+        if self.support is not None:
+            return paired_inside(scores.costs, scores.gains, most, self.support)
         size = min(int(keep.sum()), int((~keep).sum()), most)
         costs, leaving = scores.costs.topk(size, largest=False)
         gains, entering = scores.gains.topk(size)
@@ -294,7 +303,10 @@ class RowSearch(Search[KeptSet]):
 
     def _scan(self) -> ImprovingPairs:
         scores = self._scores(self._leverages(torch.float64))
-        return improving_pairs(self.program, self.kept, scores, self.threshold, self.deadline)
+        arguments = (self.program, self.kept, scores, self.threshold, self.deadline)
+        if self.support is not None:
+            return improving_pairs_inside(*arguments, self.support)
+        return improving_pairs(*arguments)
 
     def _scores(self, leverages: Tensor) -> Scores:
         return Scores.of(self.program, self.kept, self.program.levels(self.kept), leverages)
@@ -331,6 +343,12 @@ class ChannelSearch(Search[ChannelSet]):
 
     def _singles(self, most: int) -> tuple[Tensor, Tensor]:
         inside, outside = self.kept.keep.nonzero().squeeze(1), (~self.kept.keep).nonzero().squeeze(1)
+        if self.support is not None:
+            everywhere = torch.full((self.program.n,), torch.inf, dtype=torch.float64, device=inside.device)
+            costs, gains = everywhere.clone(), torch.full_like(everywhere, -1.0)
+            costs[inside] = self.program.costs(self.kept)
+            gains[outside] = self.program.gains(self.kept)
+            return paired_inside(costs, gains, most, self.support)
         size = min(most, len(inside), len(outside))
         costs, leaving = self.program.costs(self.kept).topk(size, largest=False)
         gains, entering = self.program.gains(self.kept).topk(size)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchJournal, ending, one_by_one
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, joint_program
+from cbs_opt.select.joint_program.inside import in_cells, number_pruned
 from cbs_opt.select.joint_program.program import JointProgram, Program
 from cbs_opt.select.joint_program.search import joint_search, warm_start
 from cbs_opt.select.joint_program.starts import (
@@ -29,6 +30,7 @@ from formulations import incumbents
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.problem import BlockProblem
 from formulations.solution import Limit, Limits
+from formulations.support import Support
 
 DENSE_JOINT = 1_024
 """Largest block whose Hessian is formed for a joint search."""
@@ -37,7 +39,7 @@ JOINT_STARTS = ("relaxation", "greedy_obs", "iterative_hard_threshold", *STARTS)
 
 def by_joint_swap_search(
     blocks: Sequence[FisherBlock],
-    counts: Sequence[int],
+    counts: Sequence[int | Support],
     *,
     limits: Limits,
     start: str | Sequence[str] | None = None,
@@ -60,10 +62,12 @@ def by_joint_swap_search(
     `NotPositiveDefiniteError` if the Hessian of a block is singular; `SearchInterruptedError` after Ctrl-C: a
     `KeyboardInterrupt` with what was found for the block at hand.
 
-    Blocks of up to `dense_limit` weights: `formulations.incumbents.swap_search`, O(n^3). Larger ones:
-    `cbs_opt.select.joint_program.search`, O(m^2 n) whenever many weights have changed. A Hessian without
-    rows, and more rows than weights, cost an eigendecomposition there. Larger ones with a layer-input term:
-    the same from greedy OBS or a saliency, by batches of swaps without a proof and without restarts.
+    Where a count is a support of n of every m weights, swaps are within its cells; blocks with groups are
+    searched up to `dense_limit`. Blocks of up to `dense_limit` weights:
+    `formulations.incumbents.swap_search`, O(n^3). Larger ones: `cbs_opt.select.joint_program.search`,
+    O(m^2 n) whenever many weights have changed. A Hessian without rows, and more rows than weights, cost an
+    eigendecomposition there. Larger ones with a layer-input term: the same from greedy OBS or a saliency, by
+    batches of swaps without a proof and without restarts.
     """
     names = (start,) if isinstance(start, str) else tuple(start or ())
     if (start is not None and not names) or any(name not in JOINT_STARTS for name in names):
@@ -93,7 +97,7 @@ def by_joint_swap_search(
 
 def by_joint_greedy_obs(
     blocks: Sequence[FisherBlock],
-    counts: Sequence[int],
+    counts: Sequence[int | Support],
     *,
     limits: Limits,
     drops: int = DROPS,
@@ -124,7 +128,7 @@ def by_joint_greedy_obs(
 
 def by_iterative_hard_threshold(
     blocks: Sequence[FisherBlock],
-    counts: Sequence[int],
+    counts: Sequence[int | Support],
     *,
     limits: Limits,
     steps: int = THRESHOLD_STEPS,
@@ -153,7 +157,7 @@ def _require_at_least(least: int, **option: int) -> None:
 
 def _each(
     blocks: Sequence[FisherBlock],
-    counts: Sequence[int],
+    counts: Sequence[int | Support],
     limits: Limits,
     ledger: Ledger,
     method: Callable[[FisherBlock, int, float | None], Choice],
@@ -182,7 +186,7 @@ class _Search(ABC):
     """One block that is searched from several starts, with the options of `by_joint_swap_search`."""
 
     block: FisherBlock
-    count: int
+    count: int | Support
     deadline: float | None
     starts: tuple[str, ...]
     warm: Tensor | None
@@ -228,7 +232,7 @@ class _Search(ABC):
         if isinstance(program, ChannelProgram) and name not in ("greedy_obs", *STARTS):
             found = f"{name!r} on {block.n} weights with a layer-input term"
             raise UnsupportedProblemError("start", found, f"use greedy_obs, or one of {', '.join(STARTS)}")
-        if left == 0.0 or count in (0, block.n):
+        if left == 0.0 or number_pruned(count, block.n) in (0, block.n):
             return without_lowest(magnitude(block), count)
         if name == "greedy_obs":
             return greedy_obs_set(program, count, drops=self.drops, **options)
@@ -244,7 +248,7 @@ class _LargeSearch(_Search):
 
     @cached_property
     def program(self) -> JointProgram | ChannelProgram:
-        return joint_program(self.block)
+        return joint_program(self.block, in_cells(self.count, self.block.n, "swap_search"))
 
     @property
     def default_start(self) -> str:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from cbs_opt.hessian.products import image
 from cbs_opt.select.choice import NO_JOURNAL, SearchJournal
+from cbs_opt.select.joint_program.inside import cheapest_inside, in_cells, number_pruned
 from cbs_opt.select.joint_program.program import JointProgram, KeptSet, Program
 from cbs_opt.select.saliency import without_lowest
 from formulations.relaxations.matrix_free import relax_joint_rows
 from formulations.solution import Limits
+from formulations.support import Support
 
 DROPS = 12
 SLOWING = 1.5
@@ -25,7 +27,7 @@ HALVINGS = 30
 
 def greedy_obs_set(
     program: Program[Any],
-    count: int,
+    count: int | Support,
     *,
     drops: int = DROPS,
     deadline: float | None = None,
@@ -39,9 +41,11 @@ def greedy_obs_set(
     and the one that it has is gone on from.
     O(m^2 s) a drop of s kept weights. The scores, ``u_i^2 / (2 [H_KK^-1]_ii)`` of the moved weights u, are
     those of Hassibi & Stork (1993); one weight at a time would be their method. The weights are those of the
-    trained network throughout: the model stays one quadratic, only the kept set shrinks.
+    trained network throughout: the model stays one quadratic, only the kept set shrinks. Where n of every m
+    weights are to stay, those go that cost least of what their cells can spare.
     """
     n, state = program.n, journal.recall()
+    support, count = in_cells(count, n, "greedy_obs"), number_pruned(count, n)
     first = state.get("drop", 1)
     kept = program.restored(state) if state else None
     keep = torch.ones(n, dtype=torch.bool, device=program.anchor.device) if kept is None else kept.keep
@@ -57,7 +61,11 @@ def greedy_obs_set(
                 elif len(leaving):
                     kept = program.dropped(kept, leaving)
                 journal.keep({"drop": drop, **program.state(kept)})
-                leaving = program.cheapest(kept, size - goal)
+                if support is None:
+                    leaving = program.cheapest(kept, size - goal)
+                else:
+                    index = kept.keep.nonzero().squeeze(1)
+                    leaving = cheapest_inside(program.costs(kept), index, size - goal, support)
                 keep = keep.clone()
                 keep[leaving] = False
                 size = goal
@@ -73,7 +81,7 @@ def kept_after(drop: int, drops: int, n: int, count: int) -> int:
 
 def hard_threshold_set(
     program: JointProgram,
-    count: int,
+    count: int | Support,
     *,
     steps: int = THRESHOLD_STEPS,
     deadline: float | None = None,
@@ -106,7 +114,9 @@ def hard_threshold_set(
     return kept.keep
 
 
-def _thresholded(program: JointProgram, before: KeptSet, count: int, deadline: float | None) -> KeptSet:
+def _thresholded(
+    program: JointProgram, before: KeptSet, count: int | Support, deadline: float | None
+) -> KeptSet:
     """Return the set after a step that lowers the objective; `before` itself if there is none, or no time."""
     levels = program.levels(before)
     slope = torch.where(before.keep, 0.0, program.damping * levels)
@@ -133,7 +143,11 @@ def _thresholded(program: JointProgram, before: KeptSet, count: int, deadline: f
 
 
 def relaxed_set(
-    program: JointProgram, count: int, *, steps: int = RELAXATION_STEPS, time_limit: float | None = None
+    program: JointProgram,
+    count: int | Support,
+    *,
+    steps: int = RELAXATION_STEPS,
+    time_limit: float | None = None,
 ) -> Tensor:
     """Return the perspective relaxation rounded: keep its largest residuals or its largest weights.
 

@@ -11,16 +11,17 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.on_demand import mapped
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchJournal, SearchResult
-from cbs_opt.select.scores import STARTS, start_sets
+from cbs_opt.select.scores import STARTS, required_count, start_sets
 from cbs_opt.select.selection_program.program import TUNING, SelectionProgram, SwapTuning
 from cbs_opt.select.selection_program.swap_search import swap_search_batch
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
+from formulations.support import Support
 
 
 def by_swap_search(
     blocks: Sequence[FisherBlock],
-    counts: Sequence[int],
+    counts: Sequence[int | Support],
     *,
     limits: Limits,
     start: str | Sequence[str] = "magnitude",
@@ -36,11 +37,13 @@ def by_swap_search(
     Blocks, counts, warm and ledger are as of `Selector`: blocks are searched all at once; of large ones the
     ledger keeps the states. The time limit is for all blocks and starts together. The options are those of
     `cbs_opt.recipe.select.SwapSearch`, the tolerance is that of `swap_search_batch`.
-    Raises `ArgumentError` if a start is unknown.
+    Raises `ArgumentError` if a start is unknown, `UnsupportedProblemError` if a count is a support: that of
+    a single block is searched by `cbs_opt.solve`.
     """
     names = [start] if isinstance(start, str) else list(start)
     if not names or any(name not in STARTS for name in names):
         raise ArgumentError("start", f"{start!r}", f"choose among {', '.join(STARTS)}")
+    counts = [required_count(count, "swap_search on the selection program") for count in counts]
     programs = mapped(SelectionProgram, blocks)
     deadline = None if limits.time_limit is None else time.monotonic() + limits.time_limit
     ends: list[list[SearchResult]] = []

@@ -27,10 +27,12 @@ from cbs_opt.report.files import load_report, save_report
 from cbs_opt.report.parts import MEANING
 from cbs_opt.report.record import PruneReport
 from cbs_opt.report.verification import check_certificates
-from formulations import BlockProblem, verify
+from cbs_opt.select.saliency import magnitude, without_lowest
+from formulations import BlockProblem, NofM, verify
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, InstanceFormatError
 from formulations.loss import objective
+from tests.cbs_opt.fisher import fisher_block
 from tests.cbs_opt.recipes import arguments
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
@@ -326,3 +328,26 @@ def test_a_proved_bound_is_capped(program: str) -> None:
     above = math.nextafter(best.objective, math.inf)
     certified = certify_block(problem, best.keep, program, proved=above).solution
     assert certified.bound == certified.objective
+
+
+def test_blocks_with_a_support_are_bounded_over_its_sets(tmp_path: Path) -> None:
+    """A bound over 2:4 is no lower than one over all sets of as many weights, and its file says so."""
+    blocks = [fisher_block("flat", n, 10, seed=n) for n in (12, 16)]
+    support = NofM(2, 4)
+    kept = [without_lowest(magnitude(block), support) for block in blocks]
+    for program in PROGRAMS:
+        chosen = [certification.Chosen(keep, support=support) for keep in kept]
+
+        def path_of(number: int, program: str = program) -> Path:
+            return tmp_path / f"{program}_{number}.npz"
+
+        found = certification.certify_blocks(blocks, chosen, program, path_of=path_of)
+        plain = certification.certify_blocks(blocks, [(keep, None) for keep in kept], program)
+        again = certification.certify_blocks(blocks, chosen, program, path_of=path_of)
+        for block, each, by_count, stored in zip(blocks, found, plain, again, strict=True):
+            problem = block.to_problem(support)
+            assert each.solution.support == "2:4"
+            assert by_count.solution.bound <= each.solution.bound + 1e-12
+            assert each.solution.bound <= enumerate_optimum(problem, program).objective + 1e-12
+            assert not verify(problem, each.solution).wrong
+            assert stored.solution.bound == each.solution.bound
