@@ -66,13 +66,13 @@ class Tier:
 
 TIERS = {
     "fast": Tier(
-        row_work=0.22e12,
-        rows=180,
-        most_per_row=8,
+        row_work=0.3e12,
+        rows=100,
+        most_per_row=12,
         tuning_work=0.0,
         passes=0.0,
         kept=0.0,
-        drop=0.7,
+        drop=0.8,
         selection_work=1.5e10,
         compared_work=0.025e12,
         scales=(0.5, 0.75, 1.0),
@@ -133,6 +133,10 @@ costs no more than `UPDATE_ABOVE`.
 """
 UPDATE_ABOVE = 0.06
 """Of the way to the loss without weights, what a gradual selection may cost before there are updates."""
+ONE_SHOT_DAMPING = 0.03
+"""Damping of one selection and update with nothing after it."""
+BOUND_DAMPING = 0.1
+"""The same where there is to be a bound, which is the tighter the larger the damping is."""
 FINAL_SHARE = 0.4
 """Of all fine-tuning for that after the last stage, if there are several."""
 STEPS = 100
@@ -226,7 +230,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         recalibrate=named.recalibrate,
         choice_samples=compared,
         selection_damping=1.0 if staged else None,
-        damping=1.0 if staged else 0.1,
+        damping=1.0 if staged else BOUND_DAMPING if certify else ONE_SHOT_DAMPING,
     )
     plan = stages or (_stages(count, tuning, available) if staged else None)
     if gradual and plan is not None:
