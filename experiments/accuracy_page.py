@@ -108,7 +108,7 @@ def _measured(
 
 def table(figures: pd.DataFrame, network: str) -> str:
     """Return the Markdown table of a network: a line a method, a column a sparsity, then the cost."""
-    own = figures[figures["network"] == network]
+    own = figures[figures["network"] == network].fillna({"statistics": ""})
     shares = sorted(own["sparsity"].unique())
     lines = [_line(["", *(f"{share:g}" for share in shares), "samples", "processor seconds"])]
     lines.append(_line(["---"] * (len(shares) + 3)))
