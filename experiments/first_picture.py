@@ -76,7 +76,7 @@ def draw(results: pd.DataFrame, theme: Theme) -> Figure:
     Parameters
     ----------
     results : pandas.DataFrame
-        Columns "network", "method" (of `LINES`), "statistics", "sparsity" and "accuracy" in per cent.
+        Columns of `experiments.accuracy_page`; see `drawn` for what is shown.
     theme : Theme
 
     Returns
@@ -86,6 +86,7 @@ def draw(results: pd.DataFrame, theme: Theme) -> Figure:
     """
     figure = Figure(figsize=(10.6, 3.9), layout="constrained")
     figure.patch.set_alpha(0.0)
+    results = drawn(results)
     panels = figure.subplots(1, len(PANELS))
     for axes, (network, title) in zip(panels, PANELS.items(), strict=True):
         _dress(axes, theme)
@@ -94,6 +95,13 @@ def draw(results: pd.DataFrame, theme: Theme) -> Figure:
         axes.set_xlabel("weights pruned, %", color=theme.ink)
     panels[0].set_ylabel("test accuracy, %", color=theme.ink)
     return figure
+
+
+def drawn(results: pd.DataFrame) -> pd.DataFrame:
+    """Return what the picture shows: sparsities of published figures, statistics as recipes say."""
+    shown = results[results["network"].isin(list(PANELS)) & (results["statistics"] != "kept")]
+    published = shown.loc[shown["seeds"] == "published", ["network", "sparsity"]].drop_duplicates()
+    return shown.merge(published, on=["network", "sparsity"])
 
 
 def spread(heights: Sequence[float], spacing: float) -> list[float]:
@@ -143,8 +151,7 @@ def _panel(axes: Axes, results: pd.DataFrame, theme: Theme) -> None:
     sparsities = np.array(sorted(results["sparsity"].unique()))
     ends = []
     for method, line in LINES.items():
-        rows = results[(results["method"] == method) & (results["statistics"] != "kept")]
-        rows = rows.sort_values("sparsity")
+        rows = results[results["method"] == method].sort_values("sparsity")
         if rows.empty:
             continue
         color = theme.ink if method == "magnitude" else line.color

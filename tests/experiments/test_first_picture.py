@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.first_picture import LINES, PANELS, RESULTS, THEMES, draw, main, spread
+from experiments.first_picture import LINES, PANELS, RESULTS, THEMES, draw, drawn, main, spread
 from experiments.published import published_accuracy
 
 ROOT = Path(__file__).parents[2]
@@ -37,13 +37,22 @@ def test_lines_have_the_points_of_the_table_and_names_do_not_overlap(theme: str)
     figure = draw(TABLE, THEMES[theme])
     figure.canvas.draw()
     for axes, network in zip(figure.axes, PANELS, strict=True):
-        rows = TABLE[(TABLE["network"] == network) & (TABLE["statistics"] != "kept")]
-        drawn = [float(value) for line in axes.lines for value in line.get_ydata()]
-        assert sorted(drawn) == sorted(rows["accuracy"])
+        rows = drawn(TABLE)
+        heights = [float(value) for line in axes.lines for value in line.get_ydata()]
+        assert sorted(heights) == sorted(rows["accuracy"][rows["network"] == network])
         boxes = [text.get_window_extent() for text in axes.texts]
         boxes += [label.get_window_extent() for label in axes.get_xticklabels()]
         for number, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+def test_the_picture_shows_what_there_is_a_published_figure_beside() -> None:
+    shown = drawn(TABLE)
+    beyond = TABLE[(TABLE["network"] == "resnet20_cifar10") & (TABLE["sparsity"] > 0.9)]
+    assert set(shown["method"]) == set(LINES)
+    assert not beyond.empty
+    assert float(shown.loc[shown["network"] == "resnet20_cifar10", "sparsity"].max()) == 0.9
+    assert "kept" not in set(shown["statistics"])
 
 
 @settings(deadline=None)
