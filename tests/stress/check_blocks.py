@@ -26,7 +26,7 @@ from formulations.outer_approximation import outer_approximation
 from formulations.relaxations import lower_bound
 from formulations.solvers import solve_with
 from tests.stress.exact import ExactBlock
-from tests.stress.regimes import draw
+from tests.stress.regimes import draw, draw_with_support
 
 REL_GAP = 1e-6
 LIMITS = Limits(rel_gap=REL_GAP, node_limit=300)
@@ -53,11 +53,11 @@ SLOW_METHODS: dict[str, Method] = {
 }
 
 
-def faults(seed: int, *, slow: bool = False) -> tuple[list[str], Counter[str]]:
+def faults(seed: int, *, slow: bool = False, supports: bool = False) -> tuple[list[str], Counter[str]]:
     """Return what is wrong with any method on the block of `seed`, and counts of what happened."""
     counts: Counter[str] = Counter()
     try:
-        problem = BlockProblem(**draw(seed))
+        problem = BlockProblem(**(draw_with_support if supports else draw)(seed))
     except CbsError as error:
         counts[f"refused block: {error.args[0].split(':')[0]}"] += 1
         return [], counts
@@ -95,8 +95,8 @@ def _wrong(
     if solution.keep is None or solution.weights is None or solution.objective is None:
         return ["no set"]
     found = []
-    if int(solution.keep.sum()) != problem.n_keep:
-        found.append(f"keeps {int(solution.keep.sum())} instead of {problem.n_keep}")
+    if not problem.allows(solution.keep):
+        found.append(f"keeps {int(solution.keep.sum())}, which is no set of {problem.sets}")
     if np.any(solution.weights[~solution.keep] != 0.0) or not np.isfinite(solution.weights).all():
         found.append("weights that do not fit the set")
         return found
@@ -133,6 +133,9 @@ def main() -> None:
     parser.add_argument("blocks", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slow", action="store_true", help="also outer approximation and solvers")
+    parser.add_argument(
+        "--supports", action="store_true", help="n of every m, and groups, in place of counts"
+    )
     parser.add_argument("--show", type=int, default=40, help="faults printed at most")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -145,7 +148,7 @@ def main() -> None:
         done = seed - arguments.seed
         if done and done % REPORTED_EVERY == 0:
             say(f"{done} blocks in {time.process_time():.0f} s of the processor, {kinds.total()} faults")
-        wrong, counted = faults(seed, slow=arguments.slow)
+        wrong, counted = faults(seed, slow=arguments.slow, supports=arguments.supports)
         counts += counted
         for fault in wrong:
             kinds[re.sub(r"[-+]?\d[\w.+-]*", "#", fault)[:60]] += 1

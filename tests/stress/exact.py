@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import product
 from operator import mul
 
+import numpy as np
+
 from formulations import BlockProblem
+
+Keep = tuple[bool, ...]
+"""Which weights stay."""
 
 
 class ExactBlock:
@@ -19,6 +25,10 @@ class ExactBlock:
 
     def __init__(self, problem: BlockProblem) -> None:
         self.n, self.n_keep, self.n_prune = problem.n, problem.n_keep, problem.n_prune
+        self.keeps: list[Keep] | None = None
+        if problem.support is not None:
+            every = product((False, True), repeat=problem.n)
+            self.keeps = [keep for keep in every if problem.allows(np.array(keep, dtype=bool))]
         self.weights = _rational(problem.weights.tolist())
         self.gradient = _rational(problem.gradient_or_zero.tolist())
         if problem.rows is not None:
@@ -52,8 +62,18 @@ class ExactBlock:
         return Fraction(quadratic + 2 * unit * _dot(self._gradient, whole), 2 * self._unit * unit * unit)
 
     def optimum(self, program: str) -> Fraction | None:
-        """Least value over all sets of the right size; None if it is minus infinity."""
+        """Least value over all sets of the support; None if it is minus infinity."""
+        if self.keeps is not None:
+            value = self._selection_value if program == "selection" else self._kept_value
+            values = [value(keep) for keep in self.keeps]
+            return None if None in values else min(found for found in values if found is not None)
         return self._selection() if program == "selection" else self._joint(range(self.n), self.n_keep)
+
+    def _selection_value(self, keep: Keep) -> Fraction:
+        return self.loss([0.0 if not kept else float(w) for kept, w in zip(keep, self.weights, strict=True)])
+
+    def _kept_value(self, keep: Keep) -> Fraction | None:
+        return self.joint_value([i for i, kept in enumerate(keep) if kept])
 
     def _product(self, vector: list[Fraction]) -> list[Fraction]:
         return [sum((h * x for h, x in zip(row, vector, strict=True)), Fraction(0)) for row in self.hessian]

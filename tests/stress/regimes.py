@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from formulations.support import Groups, NofM, Support
+
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 SIZE_SHARES = (0.02, 0.06, 0.12, 0.2, 0.2, 0.14, 0.1, 0.07, 0.04, 0.02, 0.015, 0.015)
 SMALLEST_NUMBER = 5e-324
@@ -43,6 +45,22 @@ def draw(seed: int) -> dict[str, Any]:
     if rng.random() < 0.05:
         arguments |= _special(rng, arguments)
     return arguments
+
+
+def draw_with_support(seed: int) -> dict[str, Any]:
+    """Arguments of `BlockProblem` for the block of `draw` with n of every m, or with groups."""
+    arguments = draw(seed)
+    rng = np.random.default_rng([seed, 18])
+    size = arguments["weights"].size
+    support: Support
+    if rng.random() < 0.5:
+        m = int(rng.choice([divisor for divisor in range(1, size + 1) if size % divisor == 0]))
+        support = NofM(int(rng.integers(0, m + 1)), m)
+    else:
+        labels = rng.integers(0, int(rng.integers(1, size + 1)), size)
+        support = Groups(labels.tolist(), int(rng.integers(0, np.unique(labels).size + 1)))
+    del arguments["n_prune"]
+    return arguments | {"support": support}
 
 
 def _special(rng: np.random.Generator, arguments: dict[str, Any]) -> dict[str, Any]:

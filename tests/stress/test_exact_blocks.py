@@ -17,6 +17,12 @@ def test_no_method_claims_what_is_not_so(start: int) -> None:
     assert not {seed: wrong for seed, wrong in found.items() if wrong}
 
 
+def test_no_method_claims_what_is_not_so_of_a_support() -> None:
+    with np.errstate(all="ignore"):
+        found = {seed: faults(seed, supports=True)[0] for seed in range(20)}
+    assert not {seed: wrong for seed, wrong in found.items() if wrong}
+
+
 def test_the_exact_optimum_is_the_least_value_of_all_sets() -> None:
     from fractions import Fraction
     from itertools import combinations
