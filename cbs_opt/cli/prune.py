@@ -238,8 +238,7 @@ def requested(
         raise typer.BadParameter("give one, or a recipe file that has one", param_hint="--sparsity")
     elif recipe is not None or not how:
         counts = [entry for entry in ours if entry.startswith(f"{STAGES}=")]
-        # What the sparsity allows is looked at with the recipe.
-        stages = with_fields(Request(sparsity=0.0), counts).stages
+        stages = with_fields(Request(sparsity=sparsity), counts).stages  # type: ignore[arg-type]
         changes = tuple(entry for entry in ours if entry not in counts)
         return Asked(
             sparsity=sparsity,
