@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.certify.certificates import CertifiedBlock, certify_blocks, relative_gap
+from cbs_opt.certify.certificates import CertifiedBlock, Chosen, certify_blocks, relative_gap
 from cbs_opt.curvature.kinds import Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.hessian.block import FisherBlock
@@ -67,6 +67,7 @@ def describe(
         by_rows=selects_by_rows(recipe),
     )
     keep = {name: mask.cpu() for name, mask in partition.keep_by_parameter(best.keep).items()}
+    axes = {span.name: span.axes for span in partition.parameters}
     dtypes = {name: tensor.dtype for name, tensor in partition.tensors(task.model).items()}
     old, new = partition.split(task.weights), partition.split(best.weights)
     selection = [block.selection_loss for block in blocks if block.selection_loss is not None]
@@ -95,10 +96,13 @@ def describe(
         partition=recipe.weights.blocks or "global",
         budget=recipe.weights.budget,
         requested_sparsity=request.sparsity,
+        pattern="" if request.pattern is None else str(request.pattern),
         n=partition.n,
         n_prune=int((~best.keep).sum()),
         layers=tuple(
-            LayerSummary.from_weights(name, old[name].to(dtypes[name]).cpu(), new[name].cpu(), mask)
+            LayerSummary.from_weights(
+                name, old[name].to(dtypes[name]).cpu(), new[name].cpu(), mask, axes[name]
+            )
             for name, mask in keep.items()
         ),
         blocks=blocks,
@@ -170,7 +174,8 @@ def certified(task: Task, best: Candidate, model: LossModel, report: PruneReport
             # The sets were chosen for another Hessian than the one that the update minimises.
             proved = [None] * len(proved)
     layer_inputs = 0.0 if selects_by_rows(recipe) else term_of(recipe)
-    chosen = [(choice.keep, bound) for choice, bound in zip(best.choices, proved, strict=True)]
+    support = task.request.pattern
+    chosen = [Chosen(choice.keep, bound, support) for choice, bound in zip(best.choices, proved, strict=True)]
     with task.clock.phase("certificates"), within("weights", partition="blocks"):
         bounded = certify_blocks(
             model.blocks(damping, layer_inputs, gradient=recipe.gradient),

@@ -40,6 +40,7 @@ from cbs_opt.system.resources import Resources
 from cbs_opt.update.cbs import cbs_updates, independent_updates
 from formulations.errors import ArgumentError
 from formulations.solution import Limits
+from formulations.support import Support
 
 Sample = list[Batch]
 """Batches that networks are compared on."""
@@ -207,7 +208,7 @@ def selects_by_rows(recipe: Recipe) -> bool:
 def choose(
     recipe: Recipe,
     blocks: Sequence[FisherBlock],
-    counts: list[int],
+    counts: Sequence[int | Support],
     *,
     seed: int,
     resources: Resources,
@@ -321,7 +322,9 @@ def _selecting(recipe: Recipe) -> Any:
     return recipe.damping if recipe.selection_damping is None else recipe.selection_damping
 
 
-def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> list[int]:
+def _counts(task: Task, model: LossModel, recipe: Recipe, damping: float) -> Sequence[int | Support]:
+    if task.request.pattern is not None:
+        return [task.request.pattern] * len(task.partition.blocks)
     scores = None
     budget = recipe.weights.budget
     if budget != "uniform" and len(task.partition.blocks) > 1:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.budget.counts import checked_sparsity, removed_by
+from cbs_opt.budget.counts import checked_sparsity, checked_target, removed_by
 from cbs_opt.curvature.kinds import ExactFisher, Fisher
 from cbs_opt.curvature.layer_inputs import default_layer_inputs
 from cbs_opt.curvature.rows import Rows
@@ -54,7 +54,7 @@ from cbs_opt.runs.fingerprint import run_fingerprint
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.runs.progress import RunProgress
 from cbs_opt.select.joint_program.selectors import DENSE_JOINT
-from cbs_opt.select.methods import available_methods
+from cbs_opt.select.methods import Method, available_methods
 from cbs_opt.select.preparation import prepare
 from cbs_opt.stages.staged import Passes, StagedRun
 from cbs_opt.system.checks import path, within
@@ -63,6 +63,7 @@ from cbs_opt.system.progress import Progress, reporting
 from cbs_opt.system.resources import Resources
 from cbs_opt.system.threads import fitting_limit
 from formulations.errors import ArgumentError, UnknownMethodError, UnsupportedProblemError
+from formulations.support import NofM, n_of_m
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def prune(
     model: nn.Module,
     data: Data | None,
     *,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | str | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | Named | str = "balanced",
     loss_fn: LossFunction | None = None,
     stages: Stages | int | None = None,
@@ -102,9 +103,11 @@ def prune(
         are its own.
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
         Training data. None is allowed for methods that need no curvature, without update.
-    sparsity : float or mapping of str to float
+    sparsity : float, str or mapping of str to float
         Share of the eligible weights to remove, in [0, 1); met exactly, ``n_prune = round(sparsity * n)``. A
         mapping has the share of every parameter by glob, the first that matches; others are left as they are.
+        A pattern such as "2:4" keeps 2 of every 4 consecutive inputs of each output, at each place of a
+        kernel; layers whose inputs 4 does not divide are left out.
     recipe : {"fast", "balanced", "best"}, Named, Recipe or sequence of Recipe, default "balanced"
         How to prune. A name becomes a concrete recipe for this network, its loss and its data, which
         ``report.recipe`` shows with what it was chosen by; `fast`, `balanced` and `best` make names with a
@@ -262,7 +265,7 @@ def plan(
     model: nn.Module,
     data: Data | None,
     *,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | str | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | Named | str = "balanced",
     loss_fn: LossFunction | None = None,
     stages: Stages | int | None = None,
@@ -313,7 +316,7 @@ class _Prepared:
 def _prepared(
     model: nn.Module,
     data: Data | None,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | str | Mapping[str, float],
     recipe: Recipe | Sequence[Recipe] | Named | str,
     stages: Stages | int | None,
     certify: Certify | bool,
@@ -331,9 +334,9 @@ def _prepared(
         named = Named(name=recipe) if isinstance(recipe, str) else recipe
         recipes, stages, choices = _by_name(named, model, data, sparsity, stages, certify, objective)
     if isinstance(sparsity, Mapping):
-        sparsity, recipes = _by_pattern(model, sparsity, Request(sparsity=0.0, recipes=recipes).recipes)
+        sparsity, recipes = _by_glob(model, sparsity, Request(sparsity=0.0, recipes=recipes).recipes)
     request = Request(
-        sparsity=sparsity,
+        sparsity=sparsity,  # type: ignore[arg-type]
         recipes=recipes,
         stages=stages,  # type: ignore[arg-type]
         certify=certify,  # type: ignore[arg-type]
@@ -345,7 +348,7 @@ def _prepared(
         remedy = "use one stage, or leave it out"
         raise ArgumentError("resources.row_memory", "given for a run in stages", remedy)
     weights = request.recipes[0].weights
-    partition = _partition(model, weights, weights.blocks or weights.default_blocks)
+    partition = _partition(model, weights, weights.blocks or weights.default_blocks, request.pattern)
     _check_budget(request, partition)
     notes: list[str] = []
     recipes = tuple(_with_layer_inputs(entry, request, partition, notes) for entry in request.recipes)
@@ -363,7 +366,7 @@ def _by_name(
     named: Named,
     model: nn.Module,
     data: Data | None,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | str | Mapping[str, float],
     stages: Stages | int | None,
     certify: Certify | bool,
     objective: Objective,
@@ -371,13 +374,13 @@ def _by_name(
     """Return recipes and stages that a name stands for here, and what they were chosen by."""
     weights = named.with_changes(Recipe(weights=named.weights)).weights
     if isinstance(sparsity, Mapping):
-        sparsity = _by_pattern(model, sparsity, (Recipe(weights=weights),))[0]
-    target = checked_sparsity("sparsity", sparsity)
+        sparsity = _by_glob(model, sparsity, (Recipe(weights=weights),))[0]
+    target, pattern = checked_target("sparsity", sparsity)
+    asked = Request(sparsity=target, pattern=pattern, stages=stages).stages  # type: ignore[arg-type]
     if data is None:
         # Whether it can be done without is found out later.
-        recipe = named.with_changes(Recipe(weights=weights))
-        return (recipe,), Request(sparsity=target, stages=stages).stages, ()  # type: ignore[arg-type]
-    partition = _partition(model, weights, weights.blocks or weights.default_blocks)
+        return (named.with_changes(Recipe(weights=weights)),), asked, ()
+    partition = _partition(model, weights, weights.blocks or weights.default_blocks, pattern)
     found = resolved(
         named,
         Scene(
@@ -386,7 +389,8 @@ def _by_name(
             objective=objective,
             partition=partition,
             sparsity=target,
-            stages=Request(sparsity=target, stages=stages).stages,  # type: ignore[arg-type]
+            pattern=pattern,
+            stages=asked,
             certify=certify is not False,
             free=_free(model),
         ),
@@ -394,7 +398,7 @@ def _by_name(
     return found.recipes, found.stages, found.choices
 
 
-def _by_pattern(
+def _by_glob(
     model: nn.Module, sparsity: Mapping[str, float], recipes: tuple[Recipe, ...]
 ) -> tuple[float, tuple[Recipe, ...]]:
     """Return the sparsity that a mapping comes to, and the recipes with a budget that says the same."""
@@ -402,8 +406,12 @@ def _by_pattern(
     if weights.budget != "global":
         remedy = "leave weights.budget out: the mapping says what it would"
         raise ArgumentError("sparsity", "a mapping beside weights.budget", remedy)
+    for glob, share in sparsity.items():
+        if isinstance(share, str) and n_of_m(share) is not None:
+            remedy = f"pass sparsity={share!r}, and name its parameters in weights.target"
+            raise UnsupportedProblemError(f"sparsity[{glob!r}]", f"{share!r} in a mapping", remedy)
     shares = {str(glob): checked_sparsity(f"sparsity[{glob!r}]", share) for glob, share in sparsity.items()}
-    partition = _partition(model, weights, "layer")
+    partition = _partition(model, weights, "layer", None)
     try:
         removed = removed_by(partition, 0.0, shares)
     except UnmatchedPatternError as error:
@@ -437,7 +445,7 @@ def _fitted(model: nn.Module, request: Request, resources: Resources, data: Data
     # A limit of the caller is met by cutting blocks, or not at all.
     averages = can_average and asked.per_row == 1 and resources.row_memory is None
 
-    cut = cache(lambda blocks: _partition(model, weights, blocks))
+    cut = cache(lambda blocks: _partition(model, weights, blocks, request.pattern))
 
     def at(way: Way) -> tuple[Request, Partition, Resources, RunSize]:
         partition = cut(way.blocks)
@@ -479,9 +487,10 @@ def _free(model: nn.Module) -> int:
     return free_memory()
 
 
-def _partition(model: nn.Module, weights: Weights, rule: BlockRule) -> Partition:
+def _partition(model: nn.Module, weights: Weights, rule: BlockRule, pattern: NofM | None) -> Partition:
+    chosen: dict[str, Any] = {"target": weights.target, "ignore": weights.ignore, "pattern": pattern}
     with within("weights", "target", "ignore", "blocks", **{"target, ignore": "target, ignore"}):
-        return Partition.from_model(model, target=weights.target, ignore=weights.ignore, blocks=rule)
+        return Partition.from_model(model, blocks=rule, **chosen)
 
 
 def _size(
@@ -536,6 +545,8 @@ def _check_methods(request: Request, resources: Resources) -> None:
         select = select_of(recipe)
         with within("select", "method", "program"):
             method = method_of(recipe)
+        if request.pattern is not None:
+            _check_pattern(select, method, request.pattern)
         for name, value in select.method_options.items():
             with within("select", method_options=option_field(select, name)):
                 method.check_options({name: value}, select.program)
@@ -552,6 +563,16 @@ def _check_methods(request: Request, resources: Resources) -> None:
             found = f"given for {method.name} on program {select.program!r}, which takes all blocks at once"
             remedy = 'leave it out, or use a method that takes a block at a time, such as "branch_and_bound"'
             raise ArgumentError("resources.workers", found, remedy)
+
+
+def _check_pattern(select: Select, method: Method, pattern: NofM) -> None:
+    """Raise `UnsupportedProblemError` if a method cannot keep to a pattern."""
+    with within("select", support="method"):
+        method.for_support(pattern)
+    starts = getattr(select, "start", None) or ()
+    if "randomized_magnitude" in ((starts,) if isinstance(starts, str) else starts):
+        found = f"'randomized_magnitude' for {pattern}"
+        raise UnsupportedProblemError("select.start", found, "start from a saliency or greedy_obs")
 
 
 def _has_kernels(select: Select, partition: Partition) -> bool:

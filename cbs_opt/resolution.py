@@ -31,6 +31,7 @@ from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages, Update
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.system.memory import readable
+from formulations.support import NofM
 
 BACKWARD = 3
 """Operations of a gradient over those of the forward pass."""
@@ -172,7 +173,8 @@ class Scene:
     """What a recipe is made concrete for.
 
     `stages`: those that the caller asks for in place of those of the name. `certify`: bounds are of one
-    stage, so that there are then no others. `free`: bytes of memory that the run may take.
+    stage, so that there are then no others. `free`: bytes of memory that the run may take. `pattern`:
+    where the sparsity is that of n of every m inputs.
     """
 
     model: nn.Module
@@ -183,6 +185,7 @@ class Scene:
     stages: Stages | None
     certify: bool
     free: int
+    pattern: NofM | None = None
 
 
 def resolved(named: Named, scene: Scene) -> Resolved:
@@ -206,7 +209,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     elif tier.kept and not certify:
         # Rows of many stages are few beside it.
         spent = tuning if budget is None else budget
-        count, gradual = _counted(sparsity, tier.kept, spent / max(STAGE_SAMPLES, STAGE_SHARE * partition.n))
+        most = spent / max(STAGE_SAMPLES, STAGE_SHARE * partition.n)
+        count, gradual = _counted(sparsity, tier.kept, most, scene.pattern)
     row_samples /= count
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)
@@ -248,7 +252,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     recipes = tuple(Recipe.grid(base, update=[Update(scale=scale) for scale in tier.scales]))
     if gradual:
         recipes = (replace(base, update=None, selection_damping=GRADUAL_DAMPING), *recipes)
-    return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, sparsity)
+    return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, scene)
 
 
 def _budget(named: Named, facts: Facts, choices: list[str]) -> int | None:
@@ -322,11 +326,13 @@ def _curvature(form: str | None, samples: int, per_row: int) -> Fisher:
     return SketchedFisher(samples=samples, per_row=per_row)
 
 
-def _counted(sparsity: float, kept_share: float, most: float) -> tuple[int, bool]:
+def _counted(sparsity: float, kept_share: float, most: float, pattern: NofM | None) -> tuple[int, bool]:
     """Return how many stages there are, and whether they are gradual.
 
     They are where none keeps less than `GRADUAL_SHARE` of the weights, if samples suffice: for `most` stages.
+    Of a pattern each stage takes at least one more of every m weights.
     """
+    most = most if pattern is None else min(most, pattern.m - pattern.n)
     count = min(_stage_count(sparsity, kept_share), int(most))
     if count > 1 and _stage_count(sparsity, GRADUAL_SHARE) <= count:
         return count, True
@@ -366,10 +372,12 @@ def _said(plan: Stages) -> str:
     return f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
 
 
-def _changed(found: Resolved, named: Named, sparsity: float) -> Resolved:
+def _changed(found: Resolved, named: Named, scene: Scene) -> Resolved:
     """Return the recipe with the fields that the caller set."""
     if not named.changes:
         return found
-    request = named.changed(Request(sparsity=sparsity, recipes=found.recipes, stages=found.stages))
+    request = named.changed(
+        Request(sparsity=scene.sparsity, pattern=scene.pattern, recipes=found.recipes, stages=found.stages)
+    )
     choices = (*found.choices, f"set by the caller: {', '.join(named.changes)}")
     return replace(found, recipes=request.recipes, stages=request.stages, choices=choices)

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import cbs_opt
+from cbs_opt.cli.prune import target
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Weights
@@ -43,7 +44,9 @@ from formulations.errors import CbsError
 DEFAULT_OUT = Path("runs/recipes")
 
 
-def settings(network: str, recipe: str, sparsity: float, seed: int, recalibrate: bool) -> dict[str, Any]:
+def settings(
+    network: str, recipe: str, sparsity: float | str, seed: int, recalibrate: bool
+) -> dict[str, Any]:
     """Return everything that decides a cell, as plain values."""
     return {
         "network": network,
@@ -90,8 +93,9 @@ def measure(cell: Mapping[str, Any], data: Dataset, data_dir: Path | None, verif
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table: a line a network and recipe, accuracy by sparsity, then the cost."""
-    sparsities = sorted({entry["sparsity"] for entry in results})
-    head = ["network", "recipe", *(f"{share:g}" for share in sparsities), "samples", "processor seconds"]
+    # Patterns such as "2:4" come after shares.
+    sparsities = sorted({entry["sparsity"] for entry in results}, key=lambda s: (isinstance(s, str), s))
+    head = ["network", "recipe", *map(str, sparsities), "samples", "processor seconds"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for (network, recipe), group in itertools.groupby(results, key=lambda e: (e["network"], e["recipe"])):
         entries = list(group)
@@ -122,7 +126,8 @@ def parser() -> argparse.ArgumentParser:
     root = experiment_parser("recipes", __doc__)
     root.add_argument("--network", required=True, choices=list(NETWORKS))
     root.add_argument("--recipes", nargs="+", choices=NAMES, default=list(NAMES))
-    root.add_argument("--sparsity", nargs="+", type=float, help="default: those of the published table")
+    shares = "shares, or patterns such as 2:4; default: those of the published table"
+    root.add_argument("--sparsity", nargs="+", type=target, help=shares)
     root.add_argument("--keep-statistics", action="store_true", help="leave batch-norm statistics alone")
     add_run_options(root, seeds=5, out=DEFAULT_OUT)
     add_no_verify(root)

@@ -9,6 +9,7 @@ a linear function, membership, exchanges and the number of sets follow from that
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -384,6 +385,14 @@ class Groups(Support):
     def as_json(self) -> dict[str, Any]:
         """Return the support as a JSON object."""
         return {"kind": self.kind, "groups": list(self.groups), "n_keep": self.n_keep}
+
+
+def n_of_m(text: str) -> NofM | None:
+    """Return the support that "n:m" names, such as "2:4"; None unless 1 <= n <= m."""
+    found = re.fullmatch(r"(\d+):(\d+)", text.replace(" ", ""))
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        return None
+    return NofM(int(found[1]), int(found[2]))
 
 
 def support_from_json(entry: Mapping[str, Any]) -> Support:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cbs_opt.network.eligible import unmatched
 from cbs_opt.network.partition import BlockSpan, ParameterSpan, Partition
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
+from formulations.support import NofM, n_of_m
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,22 @@ def checked_sparsity(argument: str, sparsity: Any) -> float:
         found = f"{sparsity!r}" if number else f"{sparsity!r} ({type(sparsity).__name__})"
         raise ArgumentError(argument, found, "pass a number, 0 <= sparsity < 1")
     return float(sparsity)
+
+
+def checked_target(argument: str, sparsity: Any) -> tuple[float, NofM | None]:
+    """Return the share of weights to prune, and the pattern where `sparsity` is one, such as "2:4"."""
+    if not isinstance(sparsity, str):
+        return checked_sparsity(argument, sparsity), None
+    pattern = n_of_m(sparsity)
+    if pattern is None:
+        remedy = 'pass a number in [0, 1), or "n:m" with 1 <= n <= m, such as "2:4"'
+        raise ArgumentError(argument, f"{sparsity!r}", remedy)
+    return share_of(pattern), pattern
+
+
+def share_of(pattern: NofM) -> float:
+    """Return the share of the weights that a pattern prunes."""
+    return (pattern.m - pattern.n) / pattern.m
 
 
 def _protected(partition: Partition, share: float, scores: Tensor, floor: float) -> Tensor:

@@ -12,6 +12,15 @@ from cbs_opt.budget.counts import Budget, allocate
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.network.partition import Partition
 from cbs_opt.select.methods import Method
+from formulations.support import NofM
+
+
+def pattern_left(keep: Tensor, pattern: NofM) -> NofM:
+    """Return what a pattern leaves of the weights that a looser one of the same m kept, `keep` (n,).
+
+    The weights still there lie cell by cell, as many of each: those are the cells of what is returned.
+    """
+    return NofM(pattern.n, int(keep.sum()) * pattern.m // len(keep))
 
 
 def counts_left(

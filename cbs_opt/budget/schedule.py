@@ -8,6 +8,7 @@ from itertools import pairwise
 from cbs_opt.budget.counts import checked_sparsity
 from cbs_opt.system.checks import whole_number
 from formulations.errors import ArgumentError
+from formulations.support import NofM
 
 Schedule = str | Sequence[float]
 """A rule of `SCHEDULES`, or the sparsities themselves."""
@@ -39,6 +40,31 @@ def sparsity_schedule(
     if first > last:
         raise ArgumentError("start", f"{first:g} for a target of {last:g}", "start at or below the target")
     return (*(_between(schedule, first, last, t / (stages - 1)) for t in range(stages - 1)), last)
+
+
+def pattern_schedule(pattern: NofM, sparsities: Sequence[float], *, exact: bool) -> tuple[float, ...]:
+    """Return the sparsity of every stage of a pattern n:m, each that of a looser pattern of the same m.
+
+    Every stage takes at least one weight more of each m than the one before, else as close to `sparsities` as
+    there are patterns; `exact` ones are those of patterns already. Raises `ArgumentError` if there are more
+    stages than that, or exact ones are none of patterns.
+    """
+    kept = [(1.0 - share) * pattern.m for share in sparsities]
+    if exact:
+        if any(abs(count - round(count)) > 1e-6 for count in kept):
+            found = f"{list(sparsities)} for {pattern}"
+            remedy = f"give shares k / {pattern.m}, whose patterns lead to {pattern}"
+            raise ArgumentError("schedule", found, remedy)
+        return tuple((pattern.m - round(count)) / pattern.m for count in kept)
+    stages, most = len(sparsities), max(1, pattern.m - pattern.n)
+    if stages > most:
+        found = f"{stages} for {pattern}, where each takes at least one more of every {pattern.m} weights"
+        raise ArgumentError("stages", found, f"use at most {most}")
+    counts = [pattern.m]
+    for number, count in enumerate(kept, 1):
+        counts.append(min(counts[-1] - 1, max(pattern.n + stages - number, round(count))))
+    counts[-1] = pattern.n
+    return tuple((pattern.m - count) / pattern.m for count in counts[1:])
 
 
 def _between(schedule: str, first: float, last: float, time: float) -> float:

@@ -37,8 +37,11 @@ Source = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Directory for the pruned weights, masks and report.")]
 Sparsity = Annotated[
-    float | None,
-    typer.Option(help="Share of the weights to set to zero, in [0, 1); a recipe file may have it."),
+    str | None,
+    typer.Option(
+        help="Share of the weights to set to zero, in [0, 1), or a pattern such as 2:4, which keeps 2 of "
+        "every 4 inputs; a recipe file may have it."
+    ),
 ]
 Weights = Annotated[
     Path | None,
@@ -159,7 +162,7 @@ def run(
 
         values = (method, program, samples, damping, stages)
         typed = [f"{name}={value}" for name, value in zip(FLAGGED, values, strict=True) if value is not None]
-        asked = requested(recipe, sparsity, seed, typed + (fields or []))
+        asked = requested(recipe, target(sparsity), seed, typed + (fields or []))
         loading.require_free(out, force, resume)
         state = out / loading.STATE if resume and run_dir is None else run_dir
         if save_blocks and not (certify or asked.certify):
@@ -192,7 +195,7 @@ def run(
 class Asked:
     """What the options ask for, as `cbs_opt.prune` takes it."""
 
-    sparsity: float
+    sparsity: float | str
     recipe: Named | tuple[Recipe, ...]
     stages: Any
     certify: Any
@@ -200,7 +203,19 @@ class Asked:
     resources: Resources
 
 
-def requested(recipe: str | None, sparsity: float | None, seed: int | None, assignments: list[str]) -> Asked:
+def target(text: str | None) -> float | str | None:
+    """Return a share as a number, and anything else as it is: a pattern, or what will be refused."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def requested(
+    recipe: str | None, sparsity: float | str | None, seed: int | None, assignments: list[str]
+) -> Asked:
     """Return what the options ask for: a recipe, and the fields that were set over it.
 
     A name stays one; without a name or file, fields that say how are set over a plain recipe.
@@ -223,7 +238,7 @@ def requested(recipe: str | None, sparsity: float | None, seed: int | None, assi
         raise typer.BadParameter("give one, or a recipe file that has one", param_hint="--sparsity")
     elif recipe is not None or not how:
         counts = [entry for entry in ours if entry.startswith(f"{STAGES}=")]
-        stages = with_fields(Request(sparsity=sparsity), counts).stages
+        stages = with_fields(Request(sparsity=sparsity), counts).stages  # type: ignore[arg-type]
         changes = tuple(entry for entry in ours if entry not in counts)
         return Asked(
             sparsity=sparsity,
@@ -234,10 +249,10 @@ def requested(recipe: str | None, sparsity: float | None, seed: int | None, assi
             resources=resources,
         )
     else:
-        request = Request(sparsity=sparsity)
+        request = Request(sparsity=sparsity)  # type: ignore[arg-type]
     request = with_fields(request, ours)
     return Asked(
-        sparsity=request.sparsity,
+        sparsity=request.sparsity if request.pattern is None else str(request.pattern),
         recipe=request.recipes,
         stages=request.stages,
         certify=request.certify,

@@ -182,8 +182,10 @@ def input_moments(
         if not bool(torch.isfinite(total).all()):
             found = f"the inputs of {name} are NaN or infinite"
             raise NonFiniteError("model, data", found, "check the data and the weights")
+    spans = {span.name: span for span in partition.parameters}
     # Products are symmetric only to rounding.
-    return {name: (total + total.mT) / (2 * seen) for name, total in totals.items()}
+    means = {name: (total + total.mT) / (2 * seen) for name, total in totals.items()}
+    return {name: spans[name].reordered(mean) for name, mean in means.items()}
 
 
 def _expected(data: Data) -> int:

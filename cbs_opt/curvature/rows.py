@@ -249,6 +249,10 @@ class Rows:
         if self.shape[1] != partition.n:
             found = f"rows of shape {self.shape} for {partition.n} weights"
             raise ShapeError("curvature", found, "compute them with the same target and ignore")
+        orders = [[span.axes for span in each.parameters] for each in (self.partition, partition)]
+        if orders[0] != orders[1]:
+            found = "rows of weights in another order"
+            raise ShapeError("curvature", found, "compute them with the same pattern of the partition")
         if self.on_disk and self.partition.blocks != partition.blocks:
             raise ShapeError("curvature", "rows on disk in other blocks", "use one partition for both")
 

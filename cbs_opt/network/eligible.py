@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from cbs_opt.errors import NoEligibleWeightsError, UnmatchedPatternError
 from cbs_opt.network.state import require_usable
 from formulations.errors import ArgumentError
+from formulations.support import NofM
 
 Globs = str | Sequence[str]
 Names = Mapping[nn.Parameter, list[str]]
@@ -44,7 +45,9 @@ BIAS = "bias"
 EMBEDDING = "embedding"
 EMPTY = "empty"
 FROZEN = "frozen"
+GROUPED = "transposed in groups"
 IGNORED = "ignored"
+INDIVISIBLE = "inputs that m does not divide"
 MASKED = "masked by torch.nn.utils.prune"
 NORM = "normalisation"
 PARAMETRISED = "parametrised"
@@ -60,6 +63,8 @@ REMEDIES = {
     BIAS: "name it in target",
     EMBEDDING: "name it in target",
     FROZEN: "call requires_grad_(True) on what may be pruned",
+    GROUPED: "prune it by a share: its inputs are not side by side",
+    INDIVISIBLE: "choose a pattern whose m divides them, prune it by a share, or pad the layer",
     MASKED: "make the mask permanent by torch.nn.utils.prune.remove",
     NORM: "name it in target",
     PARAMETRISED: "call torch.nn.utils.parametrize.remove_parametrizations, or remove_spectral_norm, first",
@@ -70,13 +75,16 @@ REMEDIES = {
     WEIGHT_NORM: "call remove_weight_norm, or parametrize.remove_parametrizations, first",
 }
 """What to do to have a weight pruned that is left out, by reason."""
-IMPOSSIBLE = (EMPTY, FROZEN, MASKED, PARAMETRISED, QUANTISED, SHARED, WEIGHT_NORM)
+IMPOSSIBLE = (EMPTY, FROZEN, GROUPED, INDIVISIBLE, MASKED, PARAMETRISED, QUANTISED, SHARED, WEIGHT_NORM)
 """Reasons that `target` does not override."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A parameter that is not pruned: its first name, its shape, and the reason in a word or two."""
+    """A parameter that is not pruned: its first name, its shape, and the reason in a word or two.
+
+    Figures of the reason follow a colon.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -90,7 +98,12 @@ class LeftOut:
     @property
     def remedy(self) -> str:
         """What to do to have it pruned; empty where nothing helps."""
-        return REMEDIES.get(self.reason, "")
+        return REMEDIES.get(self.kind, "")
+
+    @property
+    def kind(self) -> str:
+        """The reason without its figures."""
+        return self.reason.partition(":")[0]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -113,14 +126,19 @@ def names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def eligible_parameters(
-    model: nn.Module, names: Names, target: Globs | None = None, ignore: Globs = ()
+    model: nn.Module,
+    names: Names,
+    target: Globs | None = None,
+    ignore: Globs = (),
+    pattern: NofM | None = None,
 ) -> tuple[list[nn.Parameter], tuple[LeftOut, ...]]:
     """Return the parameters that may be pruned, and all others with the reason, both in network order.
 
     By default every trainable floating-point parameter of two or more axes may be, but for embeddings (and
     heads tied to them), normalisations and adapters. `target` names parameters instead, of any kind but those
     that cannot be pruned as such: quantised, parametrised, masked, or sharing memory with another one. In a
-    network with adapters (LoRA) the frozen weights may be pruned. `names`: see `names_by_parameter`.
+    network with adapters (LoRA) the frozen weights may be pruned. `names`: see `names_by_parameter`. Where n
+    of every m inputs are to stay by a `pattern`, m has to divide the inputs.
 
     Raises `NoEligibleWeightsError` if nothing is left, or `target` names a parameter in full that cannot be
     pruned; `UnmatchedPatternError` if a glob matches no parameter; `ArgumentError` if it is no glob, or the
@@ -136,6 +154,8 @@ def eligible_parameters(
         reason = reasons.of(parameter, target is not None)
         reason = reason if parameter in wanted else UNTARGETED
         reason = IGNORED if parameter in ignored else reason
+        if reason is None and pattern is not None:
+            reason = reasons.against(parameter, pattern)
         if reason is None:
             chosen.append(parameter)
         else:
@@ -162,7 +182,7 @@ def _check_named(target: Globs | None, left_out: Sequence[LeftOut]) -> None:
     """Raise `NoEligibleWeightsError` if `target` has the full name of a parameter that cannot be pruned."""
     named = [] if target is None else [glob for glob in _globs(target) if not set(GLOB) & set(glob)]
     for entry in left_out:
-        if entry.reason in IMPOSSIBLE and entry.name in named:
+        if entry.kind in IMPOSSIBLE and entry.name in named:
             raise NoEligibleWeightsError("target", f"{entry.name}: {entry.reason}", entry.remedy)
 
 
@@ -211,13 +231,37 @@ class _Reasons:
         reasons = (reason for reason, holds in cases if holds)
         return next((reason for reason in reasons if not asked or reason in IMPOSSIBLE), None)
 
+    def against(self, parameter: nn.Parameter, pattern: NofM) -> str | None:
+        """Return why a parameter that may be pruned cannot have a pattern; None if it can."""
+        path, _, leaf = self._names[parameter][0].rpartition(".")
+        owner, shape = self._modules[path], tuple(parameter.shape)
+        columns = leaf == "weight" and by_columns(owner)
+        if leaf == "weight" and _transposed(owner) and not columns:
+            return GROUPED
+        axis = input_axis(shape, columns)
+        inputs = 1 if axis is None else shape[axis]
+        cells, rest = divmod(inputs, pattern.m)
+        return f"{INDIVISIBLE}: {inputs} = {cells} x {pattern.m} + {rest}" if rest else None
+
 
 def by_columns(module: nn.Module) -> bool:
     """Return whether the output channels of a layer's weight are its second axis."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd) or _class_name(module) in TRANSPOSED:
+    if _transposed(module):
         return getattr(module, "groups", None) == 1
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def input_axis(shape: Sequence[int], columns: bool) -> int | None:
+    """Return the axis of a parameter along which its inputs lie; None if it has one axis.
+
+    The second one, in transposed convolutions and `Conv1D` of transformers (`columns`) the first one.
+    """
+    return None if len(shape) < 2 else 0 if columns else 1
+
+
+def _transposed(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvTransposeNd) or _class_name(module) in TRANSPOSED
 
 
 def _class_name(module: nn.Module) -> str:
@@ -295,11 +339,12 @@ def _nothing(names: Names, left_out: Sequence[LeftOut]) -> NoEligibleWeightsErro
     if not left_out:
         return NoEligibleWeightsError("model", "the network has no parameters", "pass a network with weights")
     groups = by_reason(left_out)
+    kinds = [entries[0].kind for entries in groups.values()]
     parts = (f"{reason} ({_listed([e.name for e in entries], 3)})" for reason, entries in groups.items())
     found = f"no parameter is left to prune: {', '.join(parts)}"
     if IGNORED in groups or UNTARGETED in groups:
         return NoEligibleWeightsError("target, ignore", found, f"choose among {_listed(_all(names))}")
-    remedies = (REMEDIES[reason] for reason in groups if reason in IMPOSSIBLE and reason in REMEDIES)
+    remedies = (REMEDIES[kind] for kind in kinds if kind in IMPOSSIBLE and kind in REMEDIES)
     remedy = next(remedies, f"name what may be pruned in target: {_listed(_all(names))}")
     return NoEligibleWeightsError("model", found, remedy)
 

@@ -21,6 +21,7 @@ from cbs_opt.network.eligible import (
     unwrapped,
 )
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
+from formulations.support import NofM
 
 BlockRule = str | int
 """How a partition forms blocks: "global", "layer", "row", or a block size."""
@@ -31,7 +32,8 @@ class ParameterSpan:
     """One parameter tensor and its range ``start:stop`` in the flat vector, output channel by output channel.
 
     `aliases` are the further names of the same tensor where a network ties it. Output channels are its first
-    axis; the second one `by_columns`: in transposed convolutions and `Conv1D` of transformers.
+    axis; the second one `by_columns`: in transposed convolutions and `Conv1D` of transformers. With
+    `inputs_last` the inputs of a channel at one place of the kernel lie side by side in the flat vector.
     """
 
     name: str
@@ -40,6 +42,17 @@ class ParameterSpan:
     stop: int
     aliases: tuple[str, ...] = ()
     by_columns: bool = False
+    inputs_last: bool = False
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the parameter in the order of the flat vector, the slowest first."""
+        order = list(range(len(self.shape)))
+        if self.by_columns:
+            order[:2] = [1, 0]
+        if self.inputs_last:
+            order.append(order.pop(1))
+        return tuple(order)
 
     @property
     def channels(self) -> int:
@@ -54,16 +67,21 @@ class ParameterSpan:
     def flat(self, values: Tensor) -> Tensor:
         """Return values of the parameter, (..., *shape), in the order of the flat vector, (..., n)."""
         first = values.ndim - len(self.shape)
-        if self.by_columns:
-            values = values.transpose(first, first + 1)
+        values = values.permute(*range(first), *(first + axis for axis in self.axes))
         return values.reshape(*values.shape[:first], self.stop - self.start)
 
     def shaped(self, vector: Tensor) -> Tensor:
         """Return a view of its part (n,) of a flat vector in the shape of the parameter."""
-        if not self.by_columns:
-            return vector.view(self.shape)
-        rows, columns, *kernel = self.shape
-        return vector.view(columns, rows, *kernel).transpose(0, 1)
+        places = [self.axes.index(axis) for axis in range(len(self.shape))]
+        return vector.view([self.shape[axis] for axis in self.axes]).permute(places)
+
+    def reordered(self, moment: Tensor) -> Tensor:
+        """Return a matrix (..., f, f) over the weights of a channel, given inputs first, as they lie here."""
+        if not self.inputs_last:
+            return moment
+        inputs = self.shape[0 if self.by_columns else 1]
+        place = torch.arange(self.fan_in, device=moment.device).view(inputs, -1).T.flatten()
+        return moment.index_select(-2, place).index_select(-1, place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +120,13 @@ class Partition:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, *, target: Globs | None = None, ignore: Globs = (), blocks: BlockRule = "layer"
+        cls,
+        model: nn.Module,
+        *,
+        target: Globs | None = None,
+        ignore: Globs = (),
+        blocks: BlockRule = "layer",
+        pattern: NofM | None = None,
     ) -> Partition:
         """Choose the weights of `model` that may be pruned and cut them into blocks.
 
@@ -122,6 +146,9 @@ class Partition:
         blocks : {"global", "layer", "row"} or int, default "layer"
             One block in all, one a parameter, one an output channel (first axis), or blocks of at
             most that many weights cut within each parameter in flat order.
+        pattern : NofM, optional
+            Order the flat vector such that every `m` consecutive weights are fed by consecutive inputs of one
+            output, at one place of a kernel. Parameters whose inputs `m` does not divide are left out.
 
         Raises
         ------
@@ -130,12 +157,14 @@ class Partition:
         UnmatchedPatternError
             If a glob matches no parameter name.
         ArgumentError
-            If `blocks` is none of the above.
+            If `blocks` is none of the above, or would cut through the `m` weights of a pattern.
         """
         rule = checked_rule("blocks", blocks)
+        if pattern is not None and isinstance(rule, int) and rule % pattern.m:
+            raise ArgumentError("blocks", f"{rule} weights for {pattern}", f"use a multiple of {pattern.m}")
         model = unwrapped(model)
         names = names_by_parameter(model)
-        chosen, left_out = eligible_parameters(model, names, target, ignore)
+        chosen, left_out = eligible_parameters(model, names, target, ignore, pattern)
         modules = dict(model.named_modules(remove_duplicate=False))
         spans: list[ParameterSpan] = []
         stop = 0
@@ -150,6 +179,7 @@ class Partition:
                 stop=stop,
                 aliases=tuple(aliases),
                 by_columns=leaf == "weight" and by_columns(modules[path]),
+                inputs_last=pattern is not None and parameter.ndim > 2,
             )
             spans.append(span)
         whole = (BlockSpan(name="global", start=0, stop=stop),)

@@ -30,7 +30,8 @@ TOP = ("format", "sparsity", "seed", "recipe", "stages", "certify")
 
 def request_to_plain(request: Request) -> dict[str, Any]:
     """Return the request as numbers, strings, lists and mappings; what is None is left out."""
-    document: dict[str, Any] = {"format": FORMAT, "sparsity": request.sparsity, "seed": request.seed}
+    sparsity = request.sparsity if request.pattern is None else str(request.pattern)
+    document: dict[str, Any] = {"format": FORMAT, "sparsity": sparsity, "seed": request.seed}
     for name in ("stages", "certify"):
         record = getattr(request, name)
         if record is not None:
@@ -43,7 +44,7 @@ def request_to_plain(request: Request) -> dict[str, Any]:
     return document
 
 
-def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = None) -> Request:
+def request_from_plain(document: Mapping[str, Any], *, sparsity: float | str | None = None) -> Request:
     """Return the request that `request_to_plain` wrote, at another sparsity if one is given.
 
     Raises `RecipeFileError` if the document is of another version, or lacks the sparsity; `ArgumentError`
@@ -62,7 +63,7 @@ def request_from_plain(document: Mapping[str, Any], *, sparsity: float | None = 
     if not isinstance(recipes, list) or not all(isinstance(entry, Mapping) for entry in recipes):
         raise RecipeFileError("recipe", f"{recipes!r}", "write [recipe], or [[recipe]] for each of several")
     return Request(
-        sparsity=sparsity,
+        sparsity=sparsity,  # type: ignore[arg-type]
         recipes=tuple(_numbered(number, recipes) for number in range(len(recipes))),
         stages=_optional("stages", Stages, _staged(document.get("stages"))),
         certify=_optional("certify", Certify, document.get("certify")),
@@ -75,7 +76,7 @@ def save_request(request: Request, path: str | Path) -> None:
     write_atomically(Path(path), (HEAD + to_toml(request_to_plain(request))).encode())
 
 
-def load_request(path: str | Path, *, sparsity: float | None = None) -> Request:
+def load_request(path: str | Path, *, sparsity: float | str | None = None) -> Request:
     """Read a request from a TOML file, at another sparsity if one is given.
 
     Raises `RecipeFileError` if the file cannot be read, is no TOML, is of another version, or has a field
@@ -97,10 +98,10 @@ def load_recipe(path: str | Path) -> list[Recipe]:
     return list(load_request(path).recipes)
 
 
-def save_recipe(recipe: Recipe | Iterable[Recipe], path: str | Path, *, sparsity: float) -> None:
+def save_recipe(recipe: Recipe | Iterable[Recipe], path: str | Path, *, sparsity: float | str) -> None:
     """Write recipes as a TOML file for `load_recipe` and the command line."""
     recipes = (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)
-    save_request(Request(sparsity=sparsity, recipes=recipes), path)
+    save_request(Request(sparsity=sparsity, recipes=recipes), path)  # type: ignore[arg-type]
 
 
 def with_fields(request: Request, assignments: Iterable[str]) -> Request:

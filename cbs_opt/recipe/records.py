@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from cbs_opt.budget.counts import Budget, checked_sparsity
-from cbs_opt.budget.schedule import SCHEDULES, Schedule, sparsity_schedule
+from cbs_opt.budget.counts import Budget, checked_sparsity, checked_target, share_of
+from cbs_opt.budget.schedule import SCHEDULES, Schedule, pattern_schedule, sparsity_schedule
 from cbs_opt.curvature.kinds import FISHERS, EmpiricalFisher, Fisher
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.eligible import Globs
@@ -18,6 +18,7 @@ from cbs_opt.network.partition import BlockRule, checked_rule
 from cbs_opt.recipe.select import Select, select_by_name
 from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, path, whole_number, within
 from formulations.errors import ArgumentError
+from formulations.support import NofM
 
 DAMPING = 0.1
 """Damping by default, in units of the mean diagonal of the Fisher matrix."""
@@ -336,10 +337,16 @@ class Stages:
         if self.on_stage is not None and not callable(self.on_stage):
             raise ArgumentError("stages.on_stage", f"{self.on_stage!r}", "pass a function of a StageResult")
 
-    def sparsities(self, target: float) -> tuple[float, ...]:
-        """Return the sparsity of every stage that prunes, the last one `target`."""
+    def sparsities(self, target: float, pattern: NofM | None = None) -> tuple[float, ...]:
+        """Return the sparsity of every stage that prunes, the last one `target`.
+
+        Those before a `pattern` are of looser ones, such as 3:4 before 2:4.
+        """
         with within("stages", "schedule", "start", stages="count"):
-            return sparsity_schedule(target, stages=self.count, schedule=self.schedule, start=self.start)
+            shares = sparsity_schedule(target, stages=self.count, schedule=self.schedule, start=self.start)
+            if pattern is None:
+                return shares
+            return pattern_schedule(pattern, shares, exact=not isinstance(self.schedule, str))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -381,13 +388,16 @@ class Request:
 
     Parameters
     ----------
-    sparsity : float
-        Share of the eligible weights to remove, in [0, 1).
+    sparsity : float or str
+        Share of the eligible weights to remove, in [0, 1); or a pattern such as "2:4", in whose place is then
+        its share.
     recipes : tuple of Recipe
         At least one; the one with the lowest training loss wins.
     stages : Stages, optional
     certify : Certify, optional
     seed : int, default 0
+    pattern : NofM, optional
+        How many of every m consecutive inputs are kept, where the sparsity is that of a pattern.
     """
 
     sparsity: float
@@ -395,9 +405,16 @@ class Request:
     stages: Stages | None = None
     certify: Certify | None = None
     seed: int = 0
+    pattern: NofM | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "", checked_sparsity, "sparsity")
+        share, pattern = checked_target("sparsity", self.sparsity)
+        pattern = self.pattern if pattern is None else pattern
+        if pattern is not None and share != share_of(pattern):
+            remedy = f"pass sparsity={str(pattern)!r} alone"
+            raise ArgumentError("pattern", f"{pattern} beside a sparsity of {share:g}", remedy)
+        object.__setattr__(self, "sparsity", share)
+        object.__setattr__(self, "pattern", pattern)
         check_fields(self, "", _recipes, "recipes")
         check_fields(self, "", _stages, "stages")
         check_fields(self, "", _certify, "certify")
@@ -409,11 +426,24 @@ class Request:
                     found = f"{other!r}, where the first recipe has {first!r}"
                     remedy = "give recipes that are tried in one call the same, or call prune for each"
                     raise ArgumentError(f"recipe[{number}].{name}", found, remedy)
+        if self.pattern is not None:
+            self._check_pattern(self.pattern)
         if self.stages is not None:
             self._check_stages(self.stages)
 
+    def _check_pattern(self, pattern: NofM) -> None:
+        weights = self.recipes[0].weights
+        for name in ("budget", "budget_score"):
+            value = getattr(weights, name)
+            if value not in ("global", "uniform", None):
+                remedy = "leave it out: a pattern prunes the same share everywhere"
+                raise ArgumentError(f"weights.{name}", f"{value!r} beside sparsity={str(pattern)!r}", remedy)
+        if isinstance(weights.blocks, int) and weights.blocks % pattern.m:
+            remedy = f"use a multiple of {pattern.m}"
+            raise ArgumentError("weights.blocks", f"{weights.blocks} weights for {pattern}", remedy)
+
     def _check_stages(self, stages: Stages) -> None:
-        stages.sparsities(self.sparsity)
+        stages.sparsities(self.sparsity, self.pattern)
         first = self.recipes[0]
         if not isinstance(first.curvature, Fisher):
             remedy = "name a curvature: every stage needs rows at its own weights"
@@ -436,6 +466,12 @@ class Request:
                 found = f"None with {stages.updates} updates a stage and {stages.final_updates} at the end"
                 remedy = "use Stages(updates=1, final_updates=0)"
                 raise ArgumentError("recipe.update", found, remedy)
+
+    def pattern_at(self, sparsity: float) -> NofM | None:
+        """Return the pattern of a stage of so high a sparsity, None where the run has none."""
+        if self.pattern is None:
+            return None
+        return NofM(self.pattern.m - round(sparsity * self.pattern.m), self.pattern.m)
 
     @property
     def candidates(self) -> int:

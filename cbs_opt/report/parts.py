@@ -49,7 +49,8 @@ class LayerSummary:
 
     `name`, `shape`, `dtype`: of the parameter. `n`, `n_prune`: number of weights, and of those set to zero.
     `weight_histogram_before` and `weight_histogram_after`: both over the same bins; the second counts kept
-    weights only.
+    weights only. `axes`: those of the parameter in the order of the blocks, the slowest first; empty for
+    that of its memory.
     """
 
     name: str
@@ -59,9 +60,12 @@ class LayerSummary:
     dtype: str = ""
     weight_histogram_before: Histogram | None = None
     weight_histogram_after: Histogram | None = None
+    axes: tuple[int, ...] = ()
 
     @classmethod
-    def from_weights(cls, name: str, before: Tensor, after: Tensor, keep: Tensor) -> LayerSummary:
+    def from_weights(
+        cls, name: str, before: Tensor, after: Tensor, keep: Tensor, axes: tuple[int, ...] = ()
+    ) -> LayerSummary:
         """Return the summary of a parameter from its values before and after and its boolean `keep`."""
         old, new = shared_histograms(before, after[keep])
         return cls(
@@ -72,6 +76,7 @@ class LayerSummary:
             dtype=str(before.dtype).removeprefix("torch."),
             weight_histogram_before=old,
             weight_histogram_after=new,
+            axes=axes,
         )
 
     @property

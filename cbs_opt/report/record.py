@@ -61,6 +61,8 @@ class PruneReport:
         How the weights were cut into blocks, and the pruned count was spread over them.
     requested_sparsity : float
         What was asked for.
+    pattern : str
+        Such as "2:4", where so many of every m consecutive inputs of an output were to stay; else empty.
     n, n_prune : int
         Weights that might be pruned, and those that were.
     left_out : tuple of LeftOut
@@ -132,6 +134,7 @@ class PruneReport:
     notes: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    pattern: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -243,7 +246,8 @@ class PruneReport:
         """Return a few lines for a terminal."""
         inputs = f", layer inputs {self.layer_inputs:g}" if self.layer_inputs else ""
         lines = [
-            f"{self.label}: {self.n_prune} of {self.n} weights pruned, sparsity {self.sparsity:.4f}"
+            f"{self.label}: {self.n_prune} of {self.n} weights pruned, "
+            f"{f'pattern {self.pattern}, ' if self.pattern else ''}sparsity {self.sparsity:.4f}"
             f"{self._of_network()}",
             f"{self.curvature}, {self._sampled()}, damping {self.damping:g}"
             f"{inputs}; partition {self.partition} ({len(self.blocks)} blocks)",

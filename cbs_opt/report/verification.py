@@ -82,7 +82,8 @@ def _flat_masks(report: PruneReport) -> BoolArray | None:
     """Return the masks as one array in the order of the blocks; None if there are none."""
     if not report.masks:
         return None
-    flat = [report.masks[layer.name].numpy().ravel() for layer in report.layers if layer.name in report.masks]
+    pairs = ((report.masks[layer.name], layer.axes) for layer in report.layers if layer.name in report.masks)
+    flat = [(keep.permute(axes) if axes else keep).numpy().ravel() for keep, axes in pairs]
     return np.concatenate(flat) if flat else np.zeros(0, dtype=np.bool_)
 
 

@@ -90,6 +90,13 @@ def ending(locally_optimal: bool, limit: Limit | None) -> str:
     return f"stopped: {limit.value} limit"
 
 
+def warm_start(keep: Tensor, program: str) -> BlockSolution:
+    """Return a kept set as what `formulations` starts from."""
+    return BlockSolution(
+        keep=keep.cpu().numpy(), weights=None, objective=None, program=program, method="start"
+    )
+
+
 class SearchInterruptedError(KeyboardInterrupt):
     """Ctrl-C during a selection, with the choice for the block at which it came."""
 

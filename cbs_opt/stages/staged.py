@@ -74,7 +74,7 @@ class StagedRun:
         assert task.request.stages is not None
         self.task = task
         self.plan: Stages = task.request.stages
-        self.sparsities = self.plan.sparsities(task.request.sparsity)
+        self.sparsities = self.plan.sparsities(task.request.sparsity, task.request.pattern)
         self.passes = passes
         self._drawing: Drawing | None = None
         if self.plan.fine_tuning is not None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from cbs_opt import oneshot
-from cbs_opt.budget.remaining import counts_left
+from cbs_opt.budget.remaining import counts_left, pattern_left
 from cbs_opt.recipe.records import Absolute, Damping, Recipe, Request, in_units
 from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.stages.model import StageModel
 from cbs_opt.system.resources import Resources
+from formulations.support import Support
 
 LedgerOf = Callable[[Sequence[int]], ChoiceLedger]
 """What gives the ledger of the next selection for the sizes of its blocks."""
@@ -182,16 +183,21 @@ def _staying(
         blocks = model.blocks(*place)
     else:
         blocks = model.around_minimum(*place, factorised=method.name == "obs")
-    with oneshot.budget_fields():
-        counts = counts_left(
-            model.partition,
-            model.keep,
-            sparsity,
-            request.sparsity,
-            budget=recipe.weights.budget,
-            scoring=oneshot.scoring_of(recipe),
-            blocks=blocks,
-        )
+    counts: Sequence[int | Support]
+    pattern = request.pattern_at(sparsity)
+    if pattern is not None:
+        counts = [pattern_left(model.keep, pattern)] * len(blocks)
+    else:
+        with oneshot.budget_fields():
+            counts = counts_left(
+                model.partition,
+                model.keep,
+                sparsity,
+                request.sparsity,
+                budget=recipe.weights.budget,
+                scoring=oneshot.scoring_of(recipe),
+                blocks=blocks,
+            )
     choices = oneshot.choose(
         recipe,
         blocks,

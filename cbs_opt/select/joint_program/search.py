@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic
 import torch
 from torch import Tensor
 
-from cbs_opt.select.choice import NO_JOURNAL, SearchJournal, SearchResult
+from cbs_opt.select.choice import NO_JOURNAL, SearchJournal, SearchResult, warm_start
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, ChannelSet
 from cbs_opt.select.joint_program.inside import improving_pairs_inside, paired_inside
 from cbs_opt.select.joint_program.pairs import ImprovingPairs, Scores, improving_pairs
@@ -26,7 +26,7 @@ from cbs_opt.select.joint_program.program import JointProgram, Kept, KeptSet, Pr
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import swap_search
 from formulations.problem import BlockProblem
-from formulations.solution import BlockSolution, Limit, Limits, TracePoint
+from formulations.solution import Limit, Limits, TracePoint
 
 TOLERANCE = 1e-9
 """Relative improvement that counts, by rows."""
@@ -396,15 +396,8 @@ def open_core(program: JointProgram, kept: KeptSet, scores: Scores, size: int = 
 def restarted_core(core: Core, restarts: int, limits: Limits) -> tuple[Tensor, Tensor]:
     """Run descents of the core from randomly changed sets: which weights then leave and which enter."""
     solution = swap_search(
-        core.problem, "joint", limits=limits, incumbent=warm_start(core.keep), restarts=restarts
+        core.problem, "joint", limits=limits, incumbent=warm_start(core.keep, "joint"), restarts=restarts
     )
     assert solution.keep is not None
     keep = torch.tensor(solution.keep, device=core.index.device)
     return core.index[core.keep & ~keep], core.index[~core.keep & keep]
-
-
-def warm_start(keep: Tensor) -> BlockSolution:
-    """Return a kept set as what `formulations` starts from."""
-    return BlockSolution(
-        keep=keep.cpu().numpy(), weights=None, objective=None, program="joint", method="start"
-    )

@@ -12,11 +12,19 @@ from typing import Any
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
-from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger, SearchJournal, ending, one_by_one
+from cbs_opt.select.choice import (
+    NO_LEDGER,
+    Choice,
+    Ledger,
+    SearchJournal,
+    ending,
+    one_by_one,
+    warm_start,
+)
 from cbs_opt.select.joint_program.channel_program import ChannelProgram, joint_program
 from cbs_opt.select.joint_program.inside import in_cells, number_pruned
 from cbs_opt.select.joint_program.program import JointProgram, Program
-from cbs_opt.select.joint_program.search import joint_search, warm_start
+from cbs_opt.select.joint_program.search import joint_search
 from cbs_opt.select.joint_program.starts import (
     DROPS,
     THRESHOLD_STEPS,
@@ -293,7 +301,7 @@ class _DenseSearch(_Search):
             self.problem,
             "joint",
             limits=Limits(time_limit=_left(self.deadline), iteration_limit=self.max_swaps, seed=self.seed),
-            incumbent=None if start is None else warm_start(start),
+            incumbent=None if start is None else warm_start(start, "joint"),
             restarts=self.restarts,
         )
         assert solution.objective is not None

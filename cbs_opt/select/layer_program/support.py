@@ -6,7 +6,6 @@ group. All functions take every row at once.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from numbers import Real
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from cbs_opt.system.checks import finite_number, one_of, whole_number
 from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
+from formulations.support import n_of_m
 
 Swaps = tuple[Tensor, Tensor, Tensor]
 """Rows, leaving and entering inputs of a number of swaps, (swaps,) int64 each."""
@@ -201,11 +201,11 @@ Sparsity = float | str
 def checked_sparsity(sparsity: Sparsity) -> Sparsity:
     """Return a sparsity as a float in [0, 1) or as "n:m", else raise `ArgumentError`."""
     if isinstance(sparsity, str):
-        found = re.fullmatch(r"(\d+):(\d+)", sparsity.replace(" ", ""))
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        pattern = n_of_m(sparsity)
+        if pattern is None:
             remedy = 'pass a number in [0, 1), or "n:m" with 1 <= n <= m, such as "2:4"'
             raise ArgumentError("sparsity", f"{sparsity!r}", remedy)
-        return f"{int(found[1])}:{int(found[2])}"
+        return str(pattern)
     if not isinstance(sparsity, Real) or isinstance(sparsity, bool) or not 0.0 <= sparsity < 1.0:
         raise ArgumentError("sparsity", f"{sparsity!r}", 'pass a number in [0, 1), or "n:m", such as "2:4"')
     return finite_number("sparsity", sparsity)

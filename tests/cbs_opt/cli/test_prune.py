@@ -105,6 +105,22 @@ def test_prune_writes_weights_masks_and_report_that_agree() -> None:
 
 
 @pytest.mark.usefixtures("work")
+def test_a_pattern_is_a_sparsity_and_its_recipe_runs_again() -> None:
+    method = "--method", "magnitude"
+    result = prune(*method, sparsity="2:4")
+    assert result.exit_code == 0, result.output
+    assert "pattern 2:4" in result.output
+    assert "6 = 1 x 4 + 2" in result.output
+    masks = load_masks("run/masks.safetensors")
+    assert set(masks["2.weight"].view(-1, 4).sum(1).tolist()) == {2}
+    recipe = "--recipe", "run/recipe.toml"
+    again = invoke("prune", *COMMON[:4], *recipe, "--out", "again")
+    assert again.exit_code == 0, again.output
+    assert load_report("again").pattern == "2:4"
+    assert load_masks("again/masks.safetensors")["2.weight"].equal(masks["2.weight"])
+
+
+@pytest.mark.usefixtures("work")
 def test_prune_takes_a_loader_a_loss_and_the_options_of_prune() -> None:
     fields = fields_set(
         'update=none weights.blocks=layer weights.ignore="2.*" weights.budget=uniform',
