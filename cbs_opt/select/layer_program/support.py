@@ -224,14 +224,14 @@ def support_of(sparsity: Sparsity, shape: tuple[int, int], budget: str = "rows")
     rows, inputs = shape
     one_of("budget", budget, BUDGETS)
     sparsity = checked_sparsity(sparsity)
-    if isinstance(sparsity, str):
+    stated = n_of_m(sparsity) if isinstance(sparsity, str) else None
+    if stated is not None:
         if budget != "rows":
             raise ArgumentError(
                 "budget", f"{budget!r} with {sparsity}", 'use "rows": every row has the pattern'
             )
-        n, m = map(int, sparsity.split(":"))
-        pattern = NofM(n, m)
+        pattern = NofM(stated.n, stated.m)
         pattern.group(inputs)
         return pattern
-    kept = inputs - round(sparsity * inputs)
+    kept = inputs - round(float(sparsity) * inputs)
     return LayerCount(rows * kept) if budget == "layer" else Count(kept)
