@@ -13,12 +13,13 @@ import numpy as np
 from cbs_opt.certify.certificates import relative_gap
 from cbs_opt.certify.files import CERTIFICATES, block_path
 from cbs_opt.report.files import load_report
-from cbs_opt.report.parts import BlockSummary, CertifiedSum
+from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary
 from cbs_opt.report.record import PruneReport
 from formulations.errors import ArgumentError, InstanceFormatError
 from formulations.instances import read_instance
 from formulations.problem import BlockProblem, BoolArray
 from formulations.solution import BlockSolution
+from formulations.support import NofM
 from formulations.verification import Verdict, verify
 
 
@@ -82,9 +83,19 @@ def _flat_masks(report: PruneReport) -> BoolArray | None:
     """Return the masks as one array in the order of the blocks; None if there are none."""
     if not report.masks:
         return None
-    pairs = ((report.masks[layer.name], layer.axes) for layer in report.layers if layer.name in report.masks)
-    flat = [(keep.permute(axes) if axes else keep).numpy().ravel() for keep, axes in pairs]
+    layers = [layer for layer in report.layers if layer.name in report.masks]
+    flat = [
+        (report.masks[layer.name].permute(layer.axes) if _ordered(layer) else report.masks[layer.name])
+        .numpy()
+        .ravel()
+        for layer in layers
+    ]
     return np.concatenate(flat) if flat else np.zeros(0, dtype=np.bool_)
+
+
+def _ordered(layer: LayerSummary) -> bool:
+    """Whether a layer states an order of its axes that can be one."""
+    return bool(layer.axes) and sorted(layer.axes) == list(range(len(layer.shape)))
 
 
 def _contradictions(report: PruneReport) -> list[str]:
@@ -97,6 +108,11 @@ def _contradictions(report: PruneReport) -> list[str]:
         parts = [sum(getattr(part, name) for part in part_of) for part_of in (report.blocks, report.layers)]
         if parts != [stated, stated]:
             wrong.append(f"{name} is {stated}, that of the blocks {parts[0]}, that of the layers {parts[1]}")
+    wrong += [
+        f"the axes of {layer.name} are {layer.axes}, which is no order of {len(layer.shape)}"
+        for layer in report.layers
+        if layer.axes and not _ordered(layer)
+    ]
     if report.masks:
         stated_layers = {layer.name: (layer.shape, layer.n, layer.n_prune) for layer in report.layers}
         masks = {
@@ -127,6 +143,7 @@ def _differences(
         "number of weights": (summary.n, problem.n),
         "number of pruned weights": (summary.n_prune, problem.n_prune),
         "name": (summary.name, problem.name or summary.name),
+        "pattern": (report.pattern, str(problem.support) if isinstance(problem.support, NofM) else ""),
     }
     recipes = () if report.request is None else report.request.recipes
     if report.program == "joint" or not any(recipe.selection_damping is not None for recipe in recipes):

@@ -61,9 +61,18 @@ from formulations.solution import relative_gap
 from tests.stress.exact import ExactBlock
 
 PROGRAMS = ("selection", "joint")
-CLAIMED = ("program", "damping", "n", "n_prune", "certified", "blocks", "layers")
+CLAIMED = ("program", "pattern", "damping", "n", "n_prune", "certified", "blocks", "layers")
 """What a report claims of its run and blocks; times, histograms and versions prove nothing."""
-DESCRIPTIVE = ("rho", "effective_rank", "seconds", "status", "certificate_status", "certificate_seconds")
+DESCRIPTIVE = (
+    "rho",
+    "effective_rank",
+    "seconds",
+    "status",
+    "certificate_status",
+    "certificate_seconds",
+    "dtype",
+)
+"""The dtype of a parameter among them: the folder holds masks and float64 blocks, which do not say it."""
 PREDICTED = ("selection_loss", "updated_loss", "initial_loss", "iterations", "locally_optimal")
 HISTOGRAMS = ("weight_histogram_before", "weight_histogram_after")
 RESULTS = ("refused", "wrong", "unchecked", "true", "passed")
@@ -608,7 +617,7 @@ def _change_claim(document: dict[str, Any], rng: Generator) -> None:
     elif isinstance(old, str):
         place[key] = "selection" if key == "program" else f"{old}x"
     else:
-        place[key] = old[::-1] if len(old) > 1 else []
+        place[key] = old[::-1] if len(old) > 1 else [*old, 0]
 
 
 def _edit_container(path: Path, rng: Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,14 @@ def test_certificates_of_a_convolution_are_checked_against_its_masks(tmp_path: P
     assert load_report(folder).pattern == "2:4"
     verdicts = [block.verdict for block in check_certificates(folder)]
     assert verdicts == [Verdict.OK] * len(report.blocks)
+    swapped = [replace(layer, axes=(0, 0)) for layer in report.layers]
+    for forged in (
+        replace(report, pattern="1:4"),
+        replace(report, pattern=""),
+        replace(report, layers=swapped),
+    ):
+        save_report(forged, folder)
+        assert {block.verdict for block in check_certificates(folder)} == {Verdict.WRONG}
 
 
 @pytest.mark.parametrize("fields", [{}, {"layer_inputs": 0.0}], ids=["layer inputs", "rows"])
