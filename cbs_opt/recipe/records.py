@@ -260,6 +260,11 @@ class FineTuning:
         it, over its largest eigenvalue.
     adam_rates : tuple of float, default ()
         Learning rates for steps of Adam, in units of the root mean square of the kept weights.
+    decay : float, default 5e-5
+        Weight decay: steps go down the loss and ``1/2 lambda |w|^2`` of the kept weights, with lambda this
+        share of the largest eigenvalue of the Fisher matrix of the first stage. It keeps predictions from
+        becoming surer than they are right where fine-tuning is long (thousands of steps); a few hundred
+        steps hardly feel it.
     """
 
     samples: int
@@ -268,10 +273,12 @@ class FineTuning:
     momentum_rates: tuple[float, ...] = (0.75,)
     newton_dampings: tuple[float, ...] = ()
     adam_rates: tuple[float, ...] = ()
+    decay: float = 5e-5
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."
         check_fields(self, prefix, whole_number, "samples", "final_samples", "batch_size")
+        check_fields(self, prefix, finite_number, "decay")
         check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
         if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
             raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")

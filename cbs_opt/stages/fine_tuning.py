@@ -69,11 +69,12 @@ class Rate:
 
     `kind`: "momentum" for Nesterov's method and "adam" for Adam, with the learning rate `value`; "newton" for
     Nesterov's method with gradients times the inverse of the Fisher matrix of the stage, to which `value` is
-    added.
+    added. Whatever the kind, gradients are those of the loss and ``1/2 decay |w|^2`` of the kept weights w.
     """
 
     kind: str
     value: float
+    decay: float = 0.0
 
     @property
     def learning_rate(self) -> float:
@@ -92,19 +93,19 @@ def rates(plan: FineTuning, curvature: float, weights: Tensor) -> list[Rate]:
     kept `weights`, of whose root mean square a step of Adam is a share.
     """
     size = float(weights.square().mean().sqrt())
+    decay = plan.decay * curvature
     values = {
         "momentum": [rate / curvature for rate in plan.momentum_rates],
         "newton": [damping * curvature for damping in plan.newton_dampings],
         "adam": [rate * size for rate in plan.adam_rates],
     }
-    return [Rate(kind=kind, value=value) for kind in values for value in values[kind]]
+    return [Rate(kind=kind, value=value, decay=decay) for kind in values for value in values[kind]]
 
 
 class Descent:
     """The kept weights of a network on their way down.
 
-    `weights` (n,) float64 with zeros where not `keep` (n,) bool; `rate` is the learning rate of steps of
-    `kind`.
+    `weights` (n,) float64 with zeros where not `keep` (n,) bool. `precondition` is applied to gradients.
     """
 
     def __init__(
@@ -115,20 +116,19 @@ class Descent:
         *,
         weights: Tensor,
         keep: Tensor,
-        kind: str,
-        rate: float,
+        rate: Rate,
         precondition: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._network = model, partition, objective
         self._keep = keep
-        self._flat = weights.to(self._function(weights).dtype)
+        self._flat = weights.to(self._function(weights).dtype, copy=True)
         self._theta = self._flat[keep].requires_grad_()
         self._rate = rate
         self._precondition = precondition
         self._optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam([self._theta], lr=rate)
-            if kind == "adam"
-            else torch.optim.SGD([self._theta], lr=rate, momentum=MOMENTUM, nesterov=True)
+            torch.optim.Adam([self._theta], lr=rate.learning_rate)
+            if rate.kind == "adam"
+            else torch.optim.SGD([self._theta], lr=rate.learning_rate, momentum=MOMENTUM, nesterov=True)
         )
 
     @property
@@ -154,7 +154,7 @@ class Descent:
         used = 0
         while used < samples and bool(torch.isfinite(self._theta.detach()).all()):
             size = min(batch_size, samples - used)
-            used += self._step(batches, size, self._rate * span.rate(used / samples), advance)
+            used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
         return used
 
     def _function(self, weights: Tensor) -> NetworkFunction:
@@ -181,7 +181,7 @@ class Descent:
             if objective.in_batches:
                 break
         if mass > 0.0:
-            gradient = total[self._keep].div_(mass)
+            gradient = total[self._keep].div_(mass).add_(self._theta.detach(), alpha=self._rate.decay)
             self._theta.grad = gradient if self._precondition is None else self._precondition(gradient)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
@@ -301,8 +301,7 @@ class FineTuner:
             self.objective,
             weights=weights,
             keep=self.keep,
-            kind=rate.kind,
-            rate=rate.learning_rate,
+            rate=rate,
             precondition=model.solver(rate.value) if rate.kind == "newton" else None,
         )
         size = self.plan.batch_size

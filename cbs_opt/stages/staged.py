@@ -142,7 +142,7 @@ class StagedRun:
                     model = model.restricted(best.keep)
             if refused == PATIENCE and stage == len(self.sparsities):
                 break
-        rate = Rate(kind=state.rate_kind, value=state.rate) if state.rate_kind else None
+        rate = Rate(kind=state.rate_kind, value=state.rate, decay=state.decay) if state.rate_kind else None
         if self.plan.fine_tuning is not None and stage < len(self.sparsities):
             weights, rate, record = self._fine_tuned(weights, model, rate, len(records))
             records.append(record)
@@ -154,6 +154,7 @@ class StagedRun:
             update_damping=updating.centre,
             rate_kind="" if rate is None else rate.kind,
             rate=0.0 if rate is None else rate.value,
+            decay=0.0 if rate is None else rate.decay,
             passes=self.passes.count,
             samples=self.passes.samples,
             records=(*state.records, *records),

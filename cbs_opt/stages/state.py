@@ -15,7 +15,7 @@ from cbs_opt.system.plain import plain, rebuilt
 
 log = logging.getLogger(__name__)
 
-FIELDS = ("stages", "damping", "update_damping", "rate_kind", "rate", "passes", "samples")
+FIELDS = ("stages", "damping", "update_damping", "rate_kind", "rate", "decay", "passes", "samples")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,8 +24,8 @@ class StageState:
 
     `weights` (n,) are float64, `keep` (n,) is True where kept. `damping` and `update_damping` are the centres
     of the next grids, for steps that prune and for updates alone, in the units of the run's options; None
-    before the first step. `rate_kind` and `rate` are the `Rate` of the next fine-tuning,
-    empty and 0 before the first one. `passes` counts how often the data were read, `samples` those
+    before the first step. `rate_kind`, `rate` and `decay` are the `Rate` of the next fine-tuning, empty and 0
+    before the first one. `passes` counts how often the data were read, `samples` those
     differentiated.
     """
 
@@ -36,6 +36,7 @@ class StageState:
     update_damping: float | None = None
     rate_kind: str = ""
     rate: float = 0.0
+    decay: float = 0.0
     passes: int = 0
     samples: int = 0
     records: tuple[StageRecord, ...] = ()

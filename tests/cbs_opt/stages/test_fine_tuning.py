@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.curvature.kinds import SketchedFisher
+from cbs_opt.network.data import Batch
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
 from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.report.record import PruneReport
-from cbs_opt.stages.fine_tuning import Rate, Span, largest_curvature, rates
+from cbs_opt.stages.fine_tuning import Descent, Rate, Span, largest_curvature, rates
 from cbs_opt.stages.model import StageModel
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
@@ -148,11 +151,46 @@ def test_the_solver_of_a_stage_is_the_inverse_of_its_damped_matrix() -> None:
     torch.testing.assert_close(solved, torch.cat(expected), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_steps_go_down_the_loss_and_the_penalty_of_the_kept_weights(kind: str) -> None:
+    model, oracle = network(dtype=torch.float64), network(dtype=torch.float64)
+    x, y = data(16, dtype=torch.float64)
+    partition = Partition.from_model(model, target=["0.weight"])
+    keep = torch.arange(partition.n) % 3 > 0
+    objective = Objective(nn.CrossEntropyLoss())
+    start = torch.where(keep, partition.flatten(model), 0.0)
+    before = start.clone()
+    rate = Rate(kind=kind, value=0.05, decay=0.3)
+    descent = Descent(model, partition, objective, weights=start, keep=keep, rate=rate)
+    batch = Batch(inputs=x, labels=y)
+    descent.run(repeat(batch), samples=160, batch_size=16, span=Span(), advance=lambda _: None)
+    assert start.equal(before)
+
+    weight = oracle.get_parameter("0.weight")
+    with torch.no_grad():
+        weight.copy_(start.view_as(weight))
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam([weight], lr=1.0)
+        if kind == "adam"
+        else torch.optim.SGD([weight], lr=1.0, momentum=0.9, nesterov=True)
+    )
+    for step in range(10):
+        optimizer.param_groups[0]["lr"] = 0.05 * Span().rate(step / 10)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(oracle(x), y) + 0.15 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None
+        weight.grad.mul_(keep.view_as(weight))
+        optimizer.step()
+    torch.testing.assert_close(descent.weights, weight.detach().flatten(), rtol=1e-9, atol=1e-12)
+
+
 def test_shorter_steps_have_a_lower_rate_or_a_larger_damping() -> None:
-    before = {kind: Rate(kind=kind, value=0.5) for kind in ("momentum", "newton", "adam")}
+    before = {kind: Rate(kind=kind, value=0.5, decay=0.1) for kind in ("momentum", "newton", "adam")}
     after = {kind: rate.shorter().value for kind, rate in before.items()}
     assert after["momentum"] == after["adam"] == pytest.approx(0.5 / 3.0)
     assert after["newton"] == pytest.approx(1.5)
+    assert before["momentum"].shorter().decay == 0.1
 
 
 def test_a_rate_that_ran_away_is_not_tried_again() -> None:
@@ -208,6 +246,8 @@ def test_rates_go_by_the_scale_of_the_problem(factor: float) -> None:
     assert larger["adam"] == pytest.approx(before["adam"] * factor)
     assert curved["adam"] == before["adam"]
     assert larger["momentum"] == before["momentum"]
+    decays = [rate.decay for rate in rates(plan, 2.0 * factor, weights)]
+    assert decays == pytest.approx([2.0 * factor * plan.decay] * 3)
 
 
 def test_records_are_checked_and_travel() -> None:
@@ -217,6 +257,7 @@ def test_records_are_checked_and_travel() -> None:
     bad: list[dict[str, Any]] = [
         {"samples": 0},
         {"samples": 10, "batch_size": 0},
+        {"samples": 10, "decay": -1e-4},
         {"samples": 10, "momentum_rates": (-1.0,)},
         {"samples": 10, "adam_rates": "fast"},
         {"samples": 10, "momentum_rates": (), "newton_dampings": (), "adam_rates": ()},
