@@ -60,7 +60,7 @@ from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, add_run_options, experiment_parser
 from experiments.data_files import DATA_FILES
 from experiments.datasets import load_dataset
-from experiments.ledger import Ledger, settings_key
+from experiments.ledger import Ledger, commit, settings_key
 from experiments.networks import NETWORKS, Network, load_network
 from experiments.rivals_training import (
     GRADUAL,
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench = Bench(network, ledger, given.data, verify=not given.no_verify)
             with thread_limit(1):
                 for cell in tqdm(todo, desc=network, disable=None):
-                    ledger.add(settings_key(cell), bench.measure(cell))
+                    ledger.add(settings_key(cell), {**bench.measure(cell), "commit": commit()})
     except CbsError as error:
         sys.stderr.write(f"{error}\n")
         return 1

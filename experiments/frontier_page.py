@@ -51,20 +51,22 @@ def part(who: Contender) -> str:
 def measured(ledger: Ledger, network: str) -> pd.DataFrame:
     """Return a row for every cell of the plan and every seed in the ledger.
 
-    Columns are "sparsity", "contender", "part", "budget" (0 without one), "seed", "accuracy" in per cent (NaN
-    where the budget had no room), "samples" and "processor_seconds".
+    Columns are "sparsity", "contender", "part", "budget" (0 without one), "seed", "commit" ("" where the
+    ledger has none), "accuracy" in per cent (NaN where the budget had no room), "samples" and
+    "processor_seconds".
     """
     rows = [
         {
             **{name: cell[name] for name in ("sparsity", "contender", "seed")},
             "part": part(CONTENDERS[cell["contender"]]),
             "budget": cell["budget"] or 0,
+            "commit": ledger[settings_key(cell)].get("commit", ""),
             **{name: ledger[settings_key(cell)][name] for name in ("accuracy", *COSTS)},
         }
         for cell in cells(network, seeds=SEEDS)
         if settings_key(cell) in ledger
     ]
-    columns = ["sparsity", "contender", "seed", "part", "budget", "accuracy", *COSTS]
+    columns = ["sparsity", "contender", "seed", "part", "budget", "commit", "accuracy", *COSTS]
     return pd.DataFrame(rows, columns=columns).astype({"accuracy": float})
 
 
@@ -86,11 +88,13 @@ def section(rows: pd.DataFrame, network: str) -> str:
     expected = [(cell["sparsity"], cell["contender"], cell["budget"] or 0) for cell in cells(network)]
     found = means(rows)
     seeds = rows["seed"].nunique()
+    commits = sorted(set(rows["commit"]) - {""})
     parts = [
         f"{len(found)} of {len(expected)} cells were measured"
         + (f", with {seeds} seeds at most" if seeds > 1 else ", with one seed")
         + (f'; "{NO_ROOM}": pruning alone takes the budget' if found["accuracy"].isna().any() else "")
         + f". Before pruning: {NETWORKS[network].dense_accuracy:.2f} %."
+        + (f" Commits: {', '.join(commits)}." if commits else "")
     ]
     if comparable(found):
         parts.append(f"![Accuracy against samples and against time](../figures/frontier_{network}.svg)")

@@ -274,6 +274,7 @@ def ledger_with(path: Path, accuracies: dict[tuple[str, int | None], float | Non
         cell = frontier.settings("mlpnet_mnist", contender, 0.95, budget)
         samples = budget or 50_000
         entry = {**cell, "accuracy": accuracy, "samples": samples, "processor_seconds": samples / 1000}
+        entry["commit"] = "abc1234" if contender == "balanced" else ""
         ledger.add(settings_key(cell), entry)
     return ledger
 
@@ -311,6 +312,7 @@ def test_the_page_says_who_is_ahead_and_what_is_missing(tmp_path: Path) -> None:
     assert cells['"best"'] == [missing] * 6
     assert "ahead of both rivals at 30 000, 60 000 samples, and not at 120 000 samples" in before
     assert text.startswith(f"{len(MEASURED)} of ")
+    assert "Commits: abc1234." in text
     assert "Nothing was measured" in after
     assert "Nothing was measured" not in before
 
