@@ -22,14 +22,17 @@ from cbs_opt.curvature.fisher import add_gradient
 from cbs_opt.curvature.gradients import NetworkFunction, require_evaluation_mode
 from cbs_opt.curvature.kinds import EmpiricalFisher, Fisher, SketchedFisher
 from cbs_opt.network.data import Batch, Data, device_of, forward, peeked, read, sample_count
+from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import PEEKED, Objective
 from cbs_opt.network.operations import OperationCounter
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.state import kept
-from cbs_opt.network.trial import plain_attention
+from cbs_opt.network.trial import TrialNetwork, plain_attention
+from cbs_opt.oneshot import draw_sample
 from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages, Update
 from cbs_opt.recipe.select import GreedyOBS
+from cbs_opt.select.saliency import without_lowest
 from cbs_opt.system.memory import readable
 from formulations.support import NofM
 
@@ -138,6 +141,12 @@ ONE_SHOT_DAMPING = 0.03
 """Damping of one selection and update with nothing after it."""
 BOUND_DAMPING = 0.1
 """The same where there is to be a bound, which is the tighter the larger the damping is."""
+PROBED = 500
+"""Samples that magnitude pruning is tried on."""
+LITTLE = 0.15
+"""Of the way to the loss without weights, what magnitude pruning may cost for fine-tuning to be left out."""
+ROWS_FOR_TUNING = 0.7
+"""Samples of rows that take the place of one of fine-tuning: each makes the selection longer too."""
 FINAL_SHARE = 0.4
 """Of all fine-tuning for that after the last stage, if there are several."""
 STEPS = 100
@@ -166,6 +175,23 @@ class Facts:
     work: float
     samples: int | None
     seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How the gradients of a run are divided.
+
+    `row_samples`: those of the rows of one stage, `most_per_row` how many a row sums up at most. `tuning`:
+    those of all fine-tuning. `count`: stages, `gradual` if they take few weights each. `staged`: whether
+    there are stages at all, if only one, and not rows, a set and an update once.
+    """
+
+    row_samples: float
+    tuning: float
+    count: int
+    gradual: bool
+    staged: bool
+    most_per_row: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,25 +226,16 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         f"data: {facts.samples or 'an unknown number of'} samples",
         f"work: {facts.work:.2g} operations a gradient",
     ]
-    staged = not certify and (tier.tuning_work > 0.0 or stages is not None)
     budget = _budget(named, facts, choices)
-    row_samples, tuning = _samples(tier, facts, budget)
-    count, gradual = 1, False
-    if stages is not None:
-        count = stages.count
-    elif tier.kept and not certify:
-        # Rows of many stages are few beside it.
-        spent = tuning if budget is None else budget
-        most = spent / max(STAGE_SAMPLES, STAGE_SHARE * partition.n)
-        count, gradual = _counted(sparsity, tier.kept, most, scene.pattern)
-    row_samples /= count
+    division = _division(tier, scene, facts, budget, choices)
+    count, gradual, staged, tuning = division.count, division.gradual, division.staged, division.tuning
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)
     most_rows = max(tier.rows, int(math.sqrt(tier.selection_work / (partition.n * drops))))
-    most_rows, most_per_row = GRADUAL_ROWS if gradual else (most_rows, tier.most_per_row)
-    samples = int(max(1, min(row_samples, available, most_rows * most_per_row)))
+    most_rows, most_per_row = GRADUAL_ROWS if gradual else (most_rows, division.most_per_row)
+    samples = int(max(1, min(division.row_samples, available, most_rows * most_per_row)))
     rows = max(1, min(most_rows, samples, max(1, fits)))
-    if budget is not None:
+    if budget is not None and staged:
         tuning = max(tuning, budget - samples * count)
     if samples < FEWEST_SAMPLES and samples == available:
         choices.append(f"all {samples} samples are differentiated, as there are no more")
@@ -236,7 +253,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         selection_damping=1.0 if staged else None,
         damping=1.0 if staged else BOUND_DAMPING if certify else ONE_SHOT_DAMPING,
     )
-    plan = stages or (_stages(count, tuning, available) if staged else None)
+    plan = stages or (_stages(count, tuning, available, gradual) if staged else None)
     if gradual and plan is not None:
         plan = replace(plan, update_above=UPDATE_ABOVE)
     if staged and stages is None and fits < LEAST_SHARE * min(tier.rows, samples):
@@ -253,6 +270,43 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     if gradual:
         recipes = (replace(base, update=None, selection_damping=GRADUAL_DAMPING), *recipes)
     return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, scene)
+
+
+def _division(tier: Tier, scene: Scene, facts: Facts, budget: int | None, choices: list[str]) -> Division:
+    """Divide the gradients of a run among rows and fine-tuning, and those among stages; tell `choices`."""
+    staged = not scene.certify and (tier.tuning_work > 0.0 or scene.stages is not None)
+    row_samples, tuning = _samples(tier, facts, budget)
+    count, gradual = 1, False
+    if scene.stages is not None:
+        count = scene.stages.count
+    elif tier.kept and staged:
+        # Rows of many stages are few beside it.
+        spent = tuning if budget is None else budget
+        most = spent / max(STAGE_SAMPLES, STAGE_SHARE * scene.partition.n)
+        count, gradual = _counted(scene.sparsity, tier.kept, most, scene.pattern)
+    found = Division(
+        row_samples=row_samples / count,
+        tuning=tuning,
+        count=count,
+        gradual=gradual,
+        staged=staged,
+        most_per_row=tier.most_per_row,
+    )
+    short = tuning < (UNKNOWN if facts.samples is None else facts.samples)
+    if not staged or scene.stages is not None or count > 1 or not short or (harm := _harm(scene)) > LITTLE:
+        return found
+    # Less than a pass over the data repairs damage, if there is some.
+    choices.append(
+        f"without its smallest weights the network is {harm:.1%} of the way to none at all: little to "
+        "repair, so that rows take the place of fine-tuning"
+    )
+    return replace(
+        found,
+        row_samples=row_samples + ROWS_FOR_TUNING * tuning,
+        tuning=0.0,
+        staged=False,
+        most_per_row=2 * tier.most_per_row,
+    )
 
 
 def _budget(named: Named, facts: Facts, choices: list[str]) -> int | None:
@@ -274,6 +328,20 @@ def _samples(tier: Tier, facts: Facts, budget: int | None) -> tuple[float, float
     tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / (facts.work + OVERHEAD)), tier.passes * a_pass)
     share = 1.0 if budget is None else budget / (rows + tuning)
     return rows * share, tuning * share
+
+
+def _harm(scene: Scene) -> float:
+    """Return what pruning by magnitude costs, as a share of the way to the loss without weights."""
+    model, partition = scene.model, scene.partition
+    weights = partition.flatten(model).double()
+    keep = without_lowest(weights.abs(), round(scene.sparsity * partition.n))
+    sample = draw_sample(model, scene.data, PROBED, seed=0)
+    dense, pruned, none = (
+        evaluate(TrialNetwork(model, partition, tried), sample, scene.objective).loss
+        for tried in (weights, weights * keep, 0.0 * weights)
+    )
+    share = (pruned - dense) / (none - dense) if none > dense else math.inf
+    return math.inf if math.isnan(share) else share
 
 
 def _facts(scene: Scene, *, timed: bool) -> Facts:
@@ -349,7 +417,7 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
     return max(1, math.ceil(math.log1p(-sparsity) / stages / math.log(share) - 1e-9))
 
 
-def _stages(count: int, tuning: float, available: float) -> Stages:
+def _stages(count: int, tuning: float, available: float, gradual: bool) -> Stages:
     """Return `count` stages with so many samples of fine-tuning."""
     each = int(tuning if count == 1 else (1.0 - FINAL_SHARE) * tuning / (count - 1))
     final = int(tuning if count == 1 else FINAL_SHARE * tuning)
@@ -357,10 +425,10 @@ def _stages(count: int, tuning: float, available: float) -> Stages:
         min(max(BATCHES[0], 2 ** round(math.log2(max(1, each / STEPS)))), BATCHES[1], max(1, available))
     )
     enough = final >= LEAST_STEPS * size
-    record = (
-        FineTuning(samples=max(1, each), final_samples=max(1, final), batch_size=size) if enough else None
+    record = FineTuning(
+        samples=max(1, each), final_samples=max(1, final), batch_size=size, rest=count > 1 and not gradual
     )
-    return Stages(count=count, updates=1, final_updates=0, fine_tuning=record)
+    return Stages(count=count, updates=1, final_updates=0, fine_tuning=record if enough else None)
 
 
 def _said(plan: Stages) -> str:

@@ -236,7 +236,7 @@ class FineTuning:
     """Stochastic gradient steps on the kept weights at the end of every stage.
 
     Their rate falls over all stages together, so that the network comes to rest at the end of the last one;
-    there it must have gained, on samples set aside, and before it must not have run away.
+    there it must have gained, on samples set aside, and before it must not have run away. `rest` changes it.
 
     Raises `ArgumentError` if a field is out of its range; the message names it as
     ``stages.fine_tuning.<field>``.
@@ -265,6 +265,10 @@ class FineTuning:
         share of the largest eigenvalue of the Fisher matrix of the first stage. It keeps predictions from
         becoming surer than they are right where fine-tuning is long (thousands of steps); a few hundred
         steps hardly feel it.
+    rest : bool, default False
+        Whether the network comes to rest at the end of every stage, where it must have gained, and finds its
+        rate anew in each: for stages that prune so much that the curvature before one says little about that
+        after it.
     """
 
     samples: int
@@ -274,11 +278,13 @@ class FineTuning:
     newton_dampings: tuple[float, ...] = ()
     adam_rates: tuple[float, ...] = ()
     decay: float = 5e-5
+    rest: bool = False
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."
         check_fields(self, prefix, whole_number, "samples", "final_samples", "batch_size")
         check_fields(self, prefix, finite_number, "decay")
+        check_fields(self, prefix, flag, "rest")
         check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
         if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
             raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")

@@ -26,7 +26,7 @@ from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages import trials
-from cbs_opt.stages.fine_tuning import FineTuner, Rate, Span
+from cbs_opt.stages.fine_tuning import WHOLE, FineTuner, Rate, Span
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
 
@@ -237,6 +237,7 @@ class StagedRun:
         began = time.perf_counter()
         shares = plan.shares(len(self.sparsities))
         samples = shares[stage]
+        span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         tuner = FineTuner(
             model=task.model,
             partition=task.partition,
@@ -246,7 +247,7 @@ class StagedRun:
             batches=self._drawing.batches(
                 task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
             ),
-            span=Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares)),
+            span=WHOLE if plan.rest else span,
         )
         sample = self.sample()
         with (
@@ -256,7 +257,7 @@ class StagedRun:
             tuned = tuner.best(
                 weights,
                 model=model,
-                rate=rate,
+                rate=None if plan.rest else rate,
                 samples=samples,
                 loss=lambda weights: self._loss_at(weights, sample),
                 advance=advance,

@@ -14,11 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cbs_opt as cbs
 import cbs_opt.pruning
+from cbs_opt import resolution
+from cbs_opt.network.objective import Objective
+from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Recipe, Stages
 from cbs_opt.recipe.select import OBS, GreedyOBS
-from cbs_opt.resolution import TIERS, UNKNOWN
+from cbs_opt.resolution import TIERS, UNKNOWN, Facts, Scene
 from formulations.errors import ArgumentError, CbsError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
@@ -243,3 +246,31 @@ def test_too_little_memory_leaves_one_stage(monkeypatch: pytest.MonkeyPatch) -> 
     report = prune(model, x)
     assert any("a row of 72 weights" in choice for choice in report.choices)
     assert report.stages == ()
+
+
+@pytest.mark.parametrize(("sparsity", "repaired"), [(0.02, False), (0.95, True)])
+def test_where_little_is_to_repair_rows_take_the_place_of_a_short_fine_tuning(
+    monkeypatch: pytest.MonkeyPatch, sparsity: float, repaired: bool
+) -> None:
+    # A network of which a gradient is so much work that fine-tuning is short of a pass over its data.
+    facts = Facts(form=None, work=1e9, samples=1_000_000)
+    monkeypatch.setattr(resolution, "_facts", lambda *_, **__: facts)
+    model, (x, _) = network(), data(300)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    scene = Scene(
+        model=model,
+        data=(x, labels),
+        objective=Objective(None),
+        partition=Partition.from_model(model),
+        sparsity=sparsity,
+        stages=None,
+        certify=False,
+        free=10**9,
+    )
+    found = resolution.resolved(Named(name="balanced"), scene)
+    assert (found.stages is not None) == repaired
+    assert any("little to repair" in choice for choice in found.choices) != repaired
+    samples = [recipe.curvature.samples for recipe in found.recipes]
+    assert samples == [samples[0]] * len(found.recipes)
+    assert samples[0] <= TIERS["balanced"].rows * TIERS["balanced"].most_per_row * (1 if repaired else 2)

@@ -90,6 +90,13 @@ def test_rates_are_tried_once_where_there_are_steps_for_it() -> None:
     assert report.samples == 2 * 40 + 4_000
 
 
+def test_a_network_that_rests_finds_its_rate_anew_and_gains_in_every_stage() -> None:
+    plan = FineTuning(samples=2_000, batch_size=2, momentum_rates=(0.5, 0.05), rest=True)
+    found = steps(tuned(network(), plan))
+    assert [record.tried for record in found] == [2, 2]
+    assert all(record.loss <= record.loss_before for record in found)
+
+
 def test_the_same_seed_gives_the_same_bits() -> None:
     models = [network(), network(), network()]
     for model, seed in zip(models, (1, 1, 2), strict=True):
@@ -258,6 +265,7 @@ def test_records_are_checked_and_travel() -> None:
         {"samples": 0},
         {"samples": 10, "batch_size": 0},
         {"samples": 10, "decay": -1e-4},
+        {"samples": 10, "rest": 1},
         {"samples": 10, "momentum_rates": (-1.0,)},
         {"samples": 10, "adam_rates": "fast"},
         {"samples": 10, "momentum_rates": (), "newton_dampings": (), "adam_rates": ()},
