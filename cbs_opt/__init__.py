@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cbs_opt.curvature.rows import Rows
     from cbs_opt.curvature.run_size import RunSize
     from cbs_opt.execution.blocks import solve_blocks
+    from cbs_opt.layers.divergence import Divergence
     from cbs_opt.layers.recipe import LayerRecipe
     from cbs_opt.layers.record import LayersReport
     from cbs_opt.layers.sequential import prune_layers
@@ -60,6 +61,7 @@ _MODULES = {
     "cbs_opt.curvature.rows": ("Rows",),
     "cbs_opt.curvature.run_size": ("RunSize",),
     "cbs_opt.execution.blocks": ("solve_blocks",),
+    "cbs_opt.layers.divergence": ("Divergence",),
     "cbs_opt.layers.recipe": ("LayerRecipe",),
     "cbs_opt.layers.record": ("LayersReport",),
     "cbs_opt.layers.sequential": ("prune_layers",),
@@ -118,6 +120,7 @@ __all__ = [
     "CbsError",
     "Certify",
     "Count",
+    "Divergence",
     "EmpiricalFisher",
     "Exact",
     "ExactFisher",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cbs_opt.layers.divergence import DivergenceRecord
 from cbs_opt.layers.recipe import LayerRecipe
 from cbs_opt.network.eligible import LeftOut, unwrapped
 from cbs_opt.network.masks import save_masks
@@ -99,6 +100,11 @@ class LayersReport:
         took then.
     peak_memory : int or None
         Largest resident memory in bytes, the network included; None where the system does not say.
+    moved : tuple of DivergenceRecord
+        What moving the kept weights on the divergence came to in each stage; () without it. `layers` are
+        those of the last stage, with losses before their weights moved.
+    scale_tokens : int
+        Tokens that were differentiated to find out what the outputs of layers matter.
     """
 
     sparsity: Sparsity
@@ -108,6 +114,8 @@ class LayersReport:
     tokens: int
     seconds: float
     peak_memory: int | None
+    moved: tuple[DivergenceRecord, ...]
+    scale_tokens: int
     packed: Mapping[str, PackedMask]
     """Shape and bits of every mask, by name."""
 
@@ -123,6 +131,11 @@ class LayersReport:
         return sum(layer.pruned for layer in self.layers) / max(1, size)
 
     @property
+    def differentiated(self) -> int:
+        """Tokens that were differentiated in all, each counted as often as it was."""
+        return self.scale_tokens + sum(step.tokens for step in self.moved)
+
+    @property
     def table(self) -> pd.DataFrame:
         """One line a layer, with the fields of `LayerRecord` as columns."""
         return pd.DataFrame([plain(layer) for layer in self.layers])
@@ -131,10 +144,13 @@ class LayersReport:
         rows, proved = (sum(getattr(layer, name) for layer in self.layers) for name in ("rows", "proved"))
         loss = np.mean([layer.loss for layer in self.layers])
         memory = "" if self.peak_memory is None else f", {readable(self.peak_memory)} at most"
+        moved = "".join(f"{step}\n" for step in self.moved)
         return (
             f"{len(self.layers)} layers at {self.sparsity} by {self.recipe.method}: {self.zeros:.4f} zeros, "
             f"mean relative loss {loss:.4f}; {proved} of {rows} rows proved 1-swap optimal, the others not "
-            f"examined; {self.tokens} tokens, {self.seconds:.1f} s of processor time{memory}.\n{ZEROS}"
+            f"examined; {self.tokens} tokens, {self.differentiated} differentiated, "
+            f"{self.seconds:.1f} s of processor time{memory}.\n"
+            f"{moved}{ZEROS}"
         )
 
     def save(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
@@ -164,6 +180,8 @@ class LayersReport:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
+            "moved": plain(self.moved),
+            "scale_tokens": self.scale_tokens,
             "note": ZEROS,
         }
         write_atomically(path / REPORT_FILE, sealed_json(document))
