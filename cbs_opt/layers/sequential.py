@@ -37,8 +37,8 @@ from cbs_opt.select.layer_program.methods import LayerMethod, layer_method
 from cbs_opt.select.layer_program.program import LayerHessian, LayerProgram, LayerSolution
 from cbs_opt.select.layer_program.support import (
     LayerCount,
+    LayerSupport,
     Sparsity,
-    Support,
     checked_sparsity,
     support_of,
 )
@@ -203,7 +203,7 @@ class _Plan:
     kept: Mapping[str, int] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def support(self, name: str, shape: tuple[int, int]) -> Support:
+    def support(self, name: str, shape: tuple[int, int]) -> LayerSupport:
         """Return what a layer may keep."""
         if name in self.kept:
             return LayerCount(self.kept[name])
