@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cbs_opt.layers.certificates import LayerBounds
 from cbs_opt.layers.divergence import DivergenceRecord
 from cbs_opt.layers.recipe import LayerRecipe
 from cbs_opt.network.eligible import LeftOut, unwrapped
@@ -64,6 +65,8 @@ class LayerRecord:
         Inputs that were zero on all tokens.
     seconds : float
         Processor time of its program. What layers share by their Gram matrix counts with the first of them.
+    bounds : LayerBounds, optional
+        How far from optimal a sample of its rows can be; before weights moved on the divergence.
     """
 
     name: str
@@ -78,6 +81,7 @@ class LayerRecord:
     shrinkage: float
     dead: int
     seconds: float
+    bounds: LayerBounds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,20 +141,41 @@ class LayersReport:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One line a layer, with the fields of `LayerRecord` as columns."""
-        return pd.DataFrame([plain(layer) for layer in self.layers])
+        """One line a layer, with the fields of `LayerRecord` as columns.
+
+        In the place of `bounds` are "bounded" rows, "gap", the mean of these, and "largest_gap".
+        """
+        lines = []
+        for layer in self.layers:
+            line = plain(layer)
+            bounds = layer.bounds
+            del line["bounds"]
+            line["bounded"] = 0 if bounds is None else len(bounds.rows)
+            line["gap"] = np.nan if bounds is None else bounds.mean
+            line["largest_gap"] = np.nan if bounds is None else bounds.largest
+            lines.append(line)
+        return pd.DataFrame(lines)
 
     def __str__(self) -> str:
         rows, proved = (sum(getattr(layer, name) for layer in self.layers) for name in ("rows", "proved"))
         loss = np.mean([layer.loss for layer in self.layers])
         memory = "" if self.peak_memory is None else f", {readable(self.peak_memory)} at most"
+        bounded = [layer.bounds for layer in self.layers if layer.bounds is not None]
+        sampled = ""
+        if bounded:
+            gaps = np.concatenate([bounds.gaps for bounds in bounded])
+            sampled = (
+                f"{gaps.size} rows drawn at random from {len(bounded)} layers and bounded: at most "
+                f"{gaps.mean():.1%} of the loss of their layer programs could be saved on average, "
+                f"{gaps.max():.1%} in one row; for all rows of a layer see layers[i].bounds.interval.\n"
+            )
         moved = "".join(f"{step}\n" for step in self.moved)
         return (
             f"{len(self.layers)} layers at {self.sparsity} by {self.recipe.method}: {self.zeros:.4f} zeros, "
             f"mean relative loss {loss:.4f}; {proved} of {rows} rows proved 1-swap optimal, the others not "
             f"examined; {self.tokens} tokens, {self.differentiated} differentiated, "
             f"{self.seconds:.1f} s of processor time{memory}.\n"
-            f"{moved}{ZEROS}"
+            f"{sampled}{moved}{ZEROS}"
         )
 
     def save(self, folder: str | os.PathLike[str], model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cbs_opt.layers.blocks import Block, find_blocks
 from cbs_opt.layers.calibration import Calibration, calibrate, copied, first_tokens, limited
+from cbs_opt.layers.certificates import RowSample, bound_rows
 from cbs_opt.layers.divergence import (
     DivergenceRecord,
     Predictions,
@@ -75,6 +76,7 @@ def prune_layers(
     blocks: str | None = None,
     ignore: Globs = (),
     samples: int | None = None,
+    certify: RowSample | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     progress: Progress | bool = True,
 ) -> LayersReport:
@@ -107,6 +109,9 @@ def prune_layers(
         else outside of the blocks are left out in any case; the report lists them.
     samples : int, optional
         Samples of the data to use; all by default.
+    certify : RowSample, optional
+        Bound a random sample of the rows of every layer: how far above the optimum of its layer program each
+        can be. By default none.
     run_dir : path-like, optional
         Folder that keeps every block that is done. The same call on the same dense network goes on after
         the last of them.
@@ -159,11 +164,14 @@ def prune_layers(
         calibration = calibrate(network, found, data, samples=samples, chunk_tokens=chosen.chunk_tokens)
         store: Pieces = Pieces()
         if run_dir is not None:
-            wanted = _fingerprint(network, found, calibration, sparsity, chosen)
+            wanted = _fingerprint(network, found, calibration, sparsity, chosen) | {
+                "certify": plain(certify and (certify.rows, certify.seed, certify.time_limit))
+            }
             store = stack.enter_context(RunStore(run_dir, wanted))
         run = _Run(network=network, blocks=found, recipe=chosen, store=store, progress=report_to)
         scales = run.scales(batches) if chosen.budget == "network" else None
         plans = run.plans(sparsity, scales)
+        plans[-1] = replace(plans[-1], certify=certify)
         if chosen.divergence is None:
             run.sweep(calibration, plans[0])
             moved: tuple[DivergenceRecord, ...] = ()
@@ -195,13 +203,15 @@ class _Plan:
     """What a sweep leaves of every layer.
 
     Where the layers of the network share a budget, `kept` is how many weights each keeps and `scales` (r,)
-    what a change of each output matters, relative and as a factor of the outputs.
+    what a change of each output matters, relative and as a factor of the outputs. `certify`: which rows are
+    bounded.
     """
 
     sparsity: Sparsity
     budget: str
     kept: Mapping[str, int] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    certify: RowSample | None = None
 
     def support(self, name: str, shape: tuple[int, int]) -> LayerSupport:
         """Return what a layer may keep."""
@@ -355,7 +365,7 @@ def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, re
     weights: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     records = []
-    for layer in block.layers:
+    for index, layer in enumerate(block.layers):
         if layer.name not in sums:
             continue
         began = time.process_time()
@@ -371,6 +381,10 @@ def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, re
         new = solution.weights.to(rows.dtype)
         weights[layer.name], masks[layer.name] = layer.rows(new), layer.rows(solution.keep)
         loss, error = program.relative(new)
+        spent = time.process_time() - began
+        bounds = None
+        if plan.certify is not None:
+            bounds = bound_rows(program, solution.keep, new, plan.certify, (number, index), layer.name)
         records.append(
             LayerRecord(
                 name=layer.name,
@@ -384,7 +398,8 @@ def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, re
                 tokens=total.tokens,
                 shrinkage=shrinkage,
                 dead=hessian.dead,
-                seconds=time.process_time() - began,
+                seconds=spent,
+                bounds=bounds,
             )
         )
     seconds = time.process_time() - start
@@ -418,7 +433,7 @@ def _recalled(store: Pieces, name: str, device: torch.device) -> _Done | None:
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in ("weights ", "mask ")
     ]
-    records = [LayerRecord(**body) for body in header["records"]]
+    records = [rebuilt(LayerRecord, body) for body in header["records"]]
     return _Done(weights=kinds[0], masks=kinds[1], records=records, seconds=header["seconds"])
 
 
