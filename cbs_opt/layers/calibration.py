@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import BatchFormatError, BlockListError, ForwardError
 from cbs_opt.layers.blocks import Block
-from cbs_opt.layers.gram import GramSum
+from cbs_opt.layers.gram import FEW, GramSum
 from cbs_opt.network.data import Batch, Data, device_of, forward, map_tensors, parts, read, tensors_of
 from formulations.errors import ArgumentError
 
@@ -67,18 +67,19 @@ class Calibration:
         for fed in self.batches:
             fed.hidden = fed.run(number, block)
 
-    def grams(self, number: int, block: Block) -> dict[str, GramSum]:
+    def grams(self, number: int, block: Block, *, hold: bool = False) -> dict[str, GramSum]:
         """Return the sums of what each layer of block `number` is fed, by name.
 
-        Layers that are handed the very same tensor, in all batches, share one sum.
+        Layers that are handed the very same tensor, in all batches, share one sum. With `hold` some tokens
+        are set aside in sums of layers that have few tokens for their inputs.
         """
+        few = self.tokens / FEW if hold else 0.0
         try:
-            return self._recorded(number, block, share=True)
+            return self._recorded(number, block, _Recorder(few, share=True))
         except _Differs:
-            return self._recorded(number, block, share=False)
+            return self._recorded(number, block, _Recorder(few, share=False))
 
-    def _recorded(self, number: int, block: Block, *, share: bool) -> dict[str, GramSum]:
-        recorder = _Recorder(share)
+    def _recorded(self, number: int, block: Block, recorder: _Recorder) -> dict[str, GramSum]:
         with ExitStack() as stack:
             for layer in block.layers:
                 hook = layer.module.register_forward_pre_hook(recorder.hook(layer.name), with_kwargs=True)
@@ -94,9 +95,10 @@ class _Differs(Exception):
 
 
 class _Recorder:
-    """Adds up what layers are fed, by hooks before them."""
+    """Adds up what layers are fed, by hooks before them; more inputs than `few` are many for the tokens."""
 
-    def __init__(self, share: bool) -> None:
+    def __init__(self, few: float, *, share: bool) -> None:
+        self._few = few
         self._share = share
         self._sums: dict[str, GramSum] = {}
         self._owners: dict[str, str] = {}
@@ -124,7 +126,8 @@ class _Recorder:
                 raise _Differs
             if owner == name:
                 if name not in self._sums:
-                    self._sums[name] = GramSum(x.shape[-1], x.device)
+                    hold = 0.0 < self._few < x.shape[-1]
+                    self._sums[name] = GramSum(x.shape[-1], x.device, hold=hold)
                 self._sums[name].add(counted(x, self._positions), name, self._batch)
                 self._last, self._last_name = x, name
 

@@ -37,7 +37,8 @@ class LayerRecipe:
         Of the mean diagonal of each Gram matrix.
     shrinkage : float in [0, 1], optional
         Share of each Gram matrix that gives way to a multiple of the identity of the same trace. By default
-        that of Ledoit and Wolf where a layer sees fewer tokens than it has inputs, else none.
+        none, but where a layer sees fewer tokens than it has inputs: there the share at which rows lose
+        least on a quarter of the tokens, which is set aside for this and counts again afterwards.
     chunk_tokens : int, default 2048
         Tokens that run through a block at once, or one sample of more.
     divergence : Divergence, optional

@@ -28,6 +28,7 @@ from cbs_opt.layers.divergence import (
 from cbs_opt.layers.recipe import LayerRecipe, layer_recipe
 from cbs_opt.layers.record import LayerRecord, LayersReport, PackedMask, packed, unpacked
 from cbs_opt.layers.shares import SCALE_TOKENS, Scales, kept_counts, measure_scales, row_factors
+from cbs_opt.layers.shrinkage import chosen_shrinkage
 from cbs_opt.network.data import Batch, Data, device_of, read
 from cbs_opt.network.eligible import Globs, LeftOut, unwrapped
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
@@ -359,7 +360,7 @@ def _check_supports(blocks: Sequence[Block], sparsity: Sparsity, budget: str) ->
 def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, recipe: LayerRecipe) -> _Done:
     """Return what becomes of the layers of a block, which is not changed."""
     start = time.process_time()
-    sums = calibration.grams(number, block)
+    sums = calibration.grams(number, block, hold=recipe.shrinkage is None)
     method = layer_method(recipe.method, recipe.options)
     hessians: dict[int, tuple[LayerHessian, float]] = {}
     weights: dict[str, Tensor] = {}
@@ -370,12 +371,15 @@ def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, re
             continue
         began = time.process_time()
         total = sums[layer.name]
-        if id(total) not in hessians:
-            gram, shrinkage = total.mean(recipe.shrinkage)
-            hessians[id(total)] = LayerHessian(gram, recipe.damping, name=layer.name), shrinkage
-        hessian, shrinkage = hessians[id(total)]
         rows = layer.rows(layer.parameter.detach())
         support = plan.support(layer.name, (rows.shape[0], rows.shape[1]))
+        if id(total) not in hessians:
+            wanted = recipe.shrinkage
+            if wanted is None and total.held:
+                wanted = chosen_shrinkage(total, rows, support, recipe.damping)
+            gram, shrinkage = total.mean(wanted)
+            hessians[id(total)] = LayerHessian(gram, recipe.damping, name=layer.name), shrinkage
+        hessian, shrinkage = hessians[id(total)]
         program = LayerProgram(weights=rows, hessian=hessian, support=support)
         solution = plan.solution(layer.name, program, method)
         new = solution.weights.to(rows.dtype)
