@@ -258,7 +258,7 @@ def _caught(model: nn.Module, blocks: Sequence[Block], batch: Batch, number: int
         for block in blocks:
             stack.callback(block.module.register_forward_pre_hook(watch.before, with_kwargs=True).remove)
             stack.callback(block.module.register_forward_hook(watch.after).remove)
-        stack.enter_context(_without_cache(model))
+        stack.enter_context(without_cache(model))
         try:
             forward(model, batch.inputs)
         except (_Caught, ArgumentError) as ended:
@@ -319,7 +319,7 @@ def _equal_calls(left: Any, right: Any) -> bool:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Run a network of transformers without a cache of keys and values, where it has one by default."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "use_cache", None):

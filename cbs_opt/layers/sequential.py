@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cbs_opt.layers.blocks import Block, find_blocks
-from cbs_opt.layers.calibration import Calibration, calibrate, copied, first_tokens, limited
+from cbs_opt.layers.calibration import Calibration, calibrate, copied, first_tokens, limited, without_cache
 from cbs_opt.layers.certificates import RowSample, bound_rows
 from cbs_opt.layers.divergence import (
     DivergenceRecord,
@@ -155,7 +155,8 @@ def prune_layers(
     found, left_out = find_blocks(network, blocks, ignore)
     _check_supports(found, sparsity, chosen.budget)
     with ExitStack() as stack:
-        for context in (kept(network), evaluation_mode(network), plain_attention(), torch.no_grad()):
+        stack.enter_context(kept(network))
+        for context in (evaluation_mode(network), plain_attention(), without_cache(network), torch.no_grad()):
             stack.enter_context(context)
         batches: list[Batch] = []
         if chosen.differentiates:
