@@ -32,6 +32,7 @@ from cbs_opt.layers.calibration import HIDDEN, counted, token_positions
 from cbs_opt.layers.divergence import token_scores
 from cbs_opt.network.data import Batch, device_of, forward
 from cbs_opt.system.progress import Advance
+from formulations.errors import NonFiniteError
 
 PART = 0.6
 """Of the way from equal shares of the layers to those of one threshold."""
@@ -68,7 +69,8 @@ def measure_scales(
     """Return the scales of the network as it is, over all tokens of the batches that count.
 
     One forward and one backward pass of each sample, without gradients of weights. Nothing is left in the
-    network. `advance` is told of samples.
+    network. `advance` is told of samples. Raises `NonFiniteError` for predictions that are NaN or infinite,
+    `ArgumentError` for a network that returns no scores of classes.
     """
     sums = _Sums()
     draw = torch.Generator(device_of(network)).manual_seed(seed)
@@ -79,11 +81,15 @@ def measure_scales(
         stack.callback(first.register_forward_pre_hook(_differentiable, with_kwargs=True).remove)
         for layer in (layer for block in blocks for layer in block.layers):
             stack.callback(layer.module.register_forward_hook(sums.hook(layer.name), with_kwargs=True).remove)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             here = batch.to(device_of(network))
             sums.begin(token_positions(here))
             output = forward(network, here.inputs)
             predicted = token_scores(output, token_positions(here), "recipe.budget").log_softmax(-1)
+            if not bool(predicted.isfinite().all()):
+                found = f"NaN or infinity among the predictions of sample {number}"
+                remedy = "check the tokens and the weights, or run the network in float32 or bfloat16"
+                raise NonFiniteError("model, data", found, remedy)
             with torch.no_grad():
                 labels = torch.multinomial(predicted.exp(), 1, generator=draw)
             sums.end(predicted.gather(1, labels).sum())
@@ -96,7 +102,7 @@ def kept_counts(weights: Mapping[str, Tensor], scales: Scales, sparsity: float) 
     """Return how many weights each layer keeps, ``size - round(sparsity size)`` of all together.
 
     `weights` are (r, n) by name; layers without scales keep the share of the network. O(weights) for each of
-    some sixty steps.
+    some sixty steps, and one number beside each weight.
     """
     size = sum(weight.numel() for weight in weights.values())
     known = {name: weight for name, weight in weights.items() if name in scales.layers}

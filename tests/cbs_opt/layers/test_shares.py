@@ -12,7 +12,7 @@ from cbs_opt.layers.sequential import prune_layers
 from cbs_opt.layers.shares import LayerScales, Scales, kept_counts, measure_scales
 from cbs_opt.network.data import Batch
 from cbs_opt.system.progress import ignored
-from formulations.errors import ArgumentError
+from formulations.errors import ArgumentError, NonFiniteError
 from tests.cbs_opt.layers.networks import LENGTH, Network, tokens
 
 
@@ -92,6 +92,16 @@ def test_seeds_decide() -> None:
     ]
     counts = [[layer.pruned for layer in report.layers] for report in reports]
     assert counts[0] == counts[1] != counts[2]
+
+
+def test_predictions_that_are_nan_are_named_by_their_sample_and_nothing_changes() -> None:
+    network, x = Network(), tokens()
+    with torch.no_grad():
+        network.embedding.weight[x[3, 0]] = torch.inf
+    before = network.layers[0].left.weight.detach().clone()
+    with pytest.raises(NonFiniteError, match=r"predictions of sample [0-3];"):
+        prune_layers(network, x, sparsity=0.5, recipe="balanced")
+    assert torch.equal(network.layers[0].left.weight, before)
 
 
 def test_a_pattern_leaves_no_choice_of_budgets() -> None:
