@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from cbs_opt.curvature.rows import Rows
     from cbs_opt.curvature.run_size import RunSize
     from cbs_opt.execution.blocks import solve_blocks
+    from cbs_opt.layers.certificates import RowSample, check_layers
+    from cbs_opt.layers.divergence import Divergence
     from cbs_opt.layers.recipe import LayerRecipe
     from cbs_opt.layers.record import LayersReport
     from cbs_opt.layers.sequential import prune_layers
@@ -60,6 +62,8 @@ _MODULES = {
     "cbs_opt.curvature.rows": ("Rows",),
     "cbs_opt.curvature.run_size": ("RunSize",),
     "cbs_opt.execution.blocks": ("solve_blocks",),
+    "cbs_opt.layers.certificates": ("RowSample", "check_layers"),
+    "cbs_opt.layers.divergence": ("Divergence",),
     "cbs_opt.layers.recipe": ("LayerRecipe",),
     "cbs_opt.layers.record": ("LayersReport",),
     "cbs_opt.layers.sequential": ("prune_layers",),
@@ -118,6 +122,7 @@ __all__ = [
     "CbsError",
     "Certify",
     "Count",
+    "Divergence",
     "EmpiricalFisher",
     "Exact",
     "ExactFisher",
@@ -141,6 +146,7 @@ __all__ = [
     "Recipe",
     "Request",
     "Resources",
+    "RowSample",
     "Rows",
     "RunSize",
     "SketchedFisher",
@@ -156,6 +162,7 @@ __all__ = [
     "available_solvers",
     "balanced",
     "best",
+    "check_layers",
     "compare",
     "fast",
     "fisher_blocks",

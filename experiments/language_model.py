@@ -2,6 +2,7 @@
 
     python -m experiments.language_model --cache ~/smollm2
     python -m experiments.language_model --cache ~/smollm2 --methods sparsegpt exchanges --sparsities .5 2:4
+    python -m experiments.language_model --cache ~/smollm2 --methods wanda --passes 0 1 2
     python -m experiments.language_model --cache ~/smollm2 --blocks 4 20
     python -m experiments.language_model --cache ~/smollm2 --page docs/results/language_model.md
 
@@ -13,7 +14,11 @@ Protocol
 - Calibration: the first ``--sequences`` times 512 tokens of the validation text of WikiText-2. Blocks are
   pruned in sequence, each fed by the pruned ones before it; damping is 1 % of the mean diagonal.
 - The 210 matrices of the 30 blocks are pruned, the embedding, which is the head as well, is not. Every row
-  has as many zeros, or, by ``--budgets layer``, the rows of a layer share them, as SparseGPT's always do.
+  has as many zeros, or the rows of a layer share them (``--budgets layer``), as SparseGPT's always do, or the
+  layers of the network as well (``network``).
+- With ``--passes`` kept weights then move by masked AdamW on the divergence from the dense network's
+  predictions, over so many passes of the calibration text less an eighth, which is set aside; ``--stages``
+  of pruning share the passes. "differentiated" counts tokens, those for the budget of the network included.
 - With ``--blocks`` single blocks are pruned, each fed by the dense network: all methods see the same inputs,
   and their losses compare. Perplexity is left out.
 - Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
@@ -45,10 +50,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cbs_opt
-from cbs_opt.layers.recipe import LayerRecipe
+from cbs_opt.layers.divergence import Divergence
+from cbs_opt.layers.recipe import ALL_BUDGETS, LayerRecipe
 from cbs_opt.select.layer_program.methods import METHODS
-from cbs_opt.select.layer_program.support import BUDGETS, checked_sparsity
+from cbs_opt.select.layer_program.support import checked_sparsity
 from cbs_opt.system.memory import resident
+from cbs_opt.system.plain import plain
 from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, experiment_parser
 from experiments.data_files import data_file
@@ -65,11 +72,12 @@ TEST_SEQUENCES, TEST_LENGTH = 8, 1_024
 DENSE = "dense"
 SHOWN = (DENSE, "magnitude", "wanda", "sparsegpt", "alps", "exchanges")
 SPARSITIES = ("0.5", "0.7", "2:4")
-SHARING = ("magnitude", "wanda", "alps", "exchanges")
-"""Methods that are measured with zeros shared by the rows of a layer as well."""
+SHARING = {"layer": ("magnitude", "wanda", "alps", "exchanges"), "network": SHOWN[1:]}
+"""Methods that are measured with zeros shared by the rows of a layer, or by all layers, as well."""
+PASSES = (0, 1, 2, 3)
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARK = "language model"
-COLUMNS = ("perplexity", *KINDS, "sum", "processor s", "of it programs", "GB beside")
+COLUMNS = ("perplexity", "differentiated", *KINDS, "sum", "processor s", "of it programs", "GB beside")
 HEAD = ("| method | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS))
 
 Cell = dict[str, Any]
@@ -148,7 +156,7 @@ def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
             model,
             calibration,
             sparsity=checked_sparsity(_sparsity(cell["sparsity"])),
-            recipe=LayerRecipe(method=cell["method"], budget=cell.get("budget", "rows")),
+            recipe=_recipe(cell),
             blocks=f"model.layers.{cell['block']}" if "block" in cell else None,
             run_dir=run_dir,
         )
@@ -157,6 +165,8 @@ def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
             "program_seconds": sum(layer.seconds for layer in report.layers),
             "extra_bytes": None if report.peak_memory is None else report.peak_memory - before,
             "zeros": report.zeros,
+            "differentiated": report.differentiated,
+            "moved": plain(report.moved),
             "loss": {layer.name: layer.loss for layer in report.layers},
             "output_error": {layer.name: layer.output_error for layer in report.layers},
         }
@@ -165,12 +175,21 @@ def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
     return result
 
 
+def _recipe(cell: Cell) -> LayerRecipe:
+    divergence = None
+    if "passes" in cell:
+        divergence = Divergence(passes=cell["passes"], stages=cell.get("stages", 1))
+    return LayerRecipe(method=cell["method"], budget=cell.get("budget", "rows"), divergence=divergence)
+
+
 def cells(
     methods: Sequence[str],
     sparsities: Sequence[str],
     sequences: Sequence[int],
-    budgets: Sequence[str] = BUDGETS,
+    budgets: Sequence[str] = ALL_BUDGETS,
     blocks: Sequence[int] = (),
+    passes: Sequence[int] = (0,),
+    stages: int = 1,
 ) -> list[Cell]:
     """Return what is measured: single blocks, or the dense network first and then all of it pruned.
 
@@ -178,11 +197,19 @@ def cells(
     """
     wanted: list[Cell] = [] if blocks else [{"method": DENSE}]
     places: list[Cell] = [{"block": block} for block in blocks] or [{}]
-    for place, count, sparsity, budget in itertools.product(places, sequences, sparsities, budgets):
+    budgets = [budget for budget in budgets if not (blocks and budget == "network")]
+    for place, count, sparsity, times, budget in itertools.product(
+        places, sequences, sparsities, passes, budgets
+    ):
+        if times and (blocks or times < stages):
+            continue
         shared: Cell = {} if budget == "rows" else {"budget": budget}
+        moved: Cell = {"passes": times} | ({"stages": stages} if stages > 1 else {}) if times else {}
         for method in methods:
-            if method != DENSE and (not shared or (":" not in sparsity and method in SHARING)):
-                wanted.append({"method": method, "sparsity": sparsity, "sequences": count, **shared, **place})
+            sharing = not shared or (":" not in sparsity and method in SHARING[budget])
+            if method != DENSE and sharing:
+                cell = {"method": method, "sparsity": sparsity, "sequences": count}
+                wanted.append(cell | shared | moved | place)
     return wanted
 
 
@@ -202,7 +229,10 @@ def table(ledger: Ledger, sequences: int, blocks: Sequence[int] = ()) -> str:
     places: list[tuple[str, Sequence[int]]] = [("The whole network", ())]
     places += [(f"Block {block} alone", (block,)) for block in blocks]
     for (title, place), sparsity in itertools.product(places, SPARSITIES):
-        keys = [settings_key(cell) for cell in cells(SHOWN, [sparsity], [sequences], blocks=place)]
+        shown = [
+            cells(SHOWN, [sparsity], [sequences], blocks=place, passes=PASSES, stages=n) for n in (1, 2, 3)
+        ]
+        keys = list(dict.fromkeys(settings_key(cell) for cell in itertools.chain(*shown)))
         found = [ledger[key] for key in keys if key in ledger and key != dense]
         if found:
             lines += [f"### {title}, {sparsity}, {sequences} x {CALIBRATION_LENGTH} tokens", "", *HEAD]
@@ -216,8 +246,9 @@ def _line(result: Cell) -> str:
     means = [np.mean([loss for name, loss in losses.items() if f".{kind}." in name]) for kind in KINDS]
     beside = result["extra_bytes"]
     entries = [
-        result["method"] + (", layer" if "budget" in result else ""),
+        _label(result),
         f"{result['perplexity']:.1f}" if "perplexity" in result else "",
+        str(result.get("differentiated", 0)),
         *(f"{mean:.4f}" for mean in means),
         f"{sum(losses.values()):.3f}",
         f"{result['processor_seconds']:.1f}",
@@ -225,6 +256,14 @@ def _line(result: Cell) -> str:
         "" if beside is None else f"{beside / 1e9:.2f}",
     ]
     return f"| {' | '.join(entries)} |"
+
+
+def _label(result: Cell) -> str:
+    """Return what a line is about: the method, who shares its zeros, and how its weights moved."""
+    label: str = result["method"] + (f", {result['budget']}" if "budget" in result else "")
+    if "passes" in result:
+        label += f", {result['passes']} passes" if result["passes"] > 1 else ", 1 pass"
+    return label + (f" in {result['stages']} stages" if "stages" in result else "")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -240,7 +279,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--sparsities", nargs="+", default=SPARSITIES, help="default .5 .7 2:4")
     root.add_argument("--sequences", nargs="+", type=int, default=[16], help="of 512 tokens (default 16)")
     root.add_argument("--blocks", nargs="+", type=int, default=[], help="single blocks, by number")
-    root.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="default both")
+    root.add_argument("--budgets", nargs="+", choices=ALL_BUDGETS, default=ALL_BUDGETS, help="default all")
+    root.add_argument("--passes", nargs="+", type=int, default=[0], help="on the divergence (default 0)")
+    root.add_argument("--stages", type=int, default=1, help="of prunings between the passes (default 1)")
     root.add_argument(
         "--page", type=Path, help="put the tables between the marks of this page, and measure nothing"
     )
@@ -263,7 +304,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: data_file(file, options.data, verify=not options.no_verify) for name, file in TEXTS.items()
         }
         prepare(options.cache, options.gguf, texts)
-        wanted = cells(options.methods, sparsities, options.sequences, options.budgets, options.blocks)
+        wanted = cells(
+            options.methods,
+            sparsities,
+            options.sequences,
+            options.budgets,
+            options.blocks,
+            options.passes,
+            options.stages,
+        )
         with thread_limit(1):
             for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):
                 run_dir = options.out / settings_key(cell)

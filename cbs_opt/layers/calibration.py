@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import BatchFormatError, BlockListError, ForwardError
 from cbs_opt.layers.blocks import Block
-from cbs_opt.layers.gram import GramSum
-from cbs_opt.network.data import Batch, Data, device_of, forward, parts, read, tensors_of
+from cbs_opt.layers.gram import FEW, GramSum
+from cbs_opt.network.data import Batch, Data, device_of, forward, map_tensors, parts, read, tensors_of
 from formulations.errors import ArgumentError
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -66,18 +67,19 @@ class Calibration:
         for fed in self.batches:
             fed.hidden = fed.run(number, block)
 
-    def grams(self, number: int, block: Block) -> dict[str, GramSum]:
+    def grams(self, number: int, block: Block, *, hold: bool = False) -> dict[str, GramSum]:
         """Return the sums of what each layer of block `number` is fed, by name.
 
-        Layers that are handed the very same tensor, in all batches, share one sum.
+        Layers that are handed the very same tensor, in all batches, share one sum. With `hold` some tokens
+        are set aside in sums of layers that have few tokens for their inputs.
         """
+        few = self.tokens / FEW if hold else 0.0
         try:
-            return self._recorded(number, block, share=True)
+            return self._recorded(number, block, _Recorder(few, share=True))
         except _Differs:
-            return self._recorded(number, block, share=False)
+            return self._recorded(number, block, _Recorder(few, share=False))
 
-    def _recorded(self, number: int, block: Block, *, share: bool) -> dict[str, GramSum]:
-        recorder = _Recorder(share)
+    def _recorded(self, number: int, block: Block, recorder: _Recorder) -> dict[str, GramSum]:
         with ExitStack() as stack:
             for layer in block.layers:
                 hook = layer.module.register_forward_pre_hook(recorder.hook(layer.name), with_kwargs=True)
@@ -93,9 +95,10 @@ class _Differs(Exception):
 
 
 class _Recorder:
-    """Adds up what layers are fed, by hooks before them."""
+    """Adds up what layers are fed, by hooks before them; more inputs than `few` are many for the tokens."""
 
-    def __init__(self, share: bool) -> None:
+    def __init__(self, few: float, *, share: bool) -> None:
+        self._few = few
         self._share = share
         self._sums: dict[str, GramSum] = {}
         self._owners: dict[str, str] = {}
@@ -123,20 +126,23 @@ class _Recorder:
                 raise _Differs
             if owner == name:
                 if name not in self._sums:
-                    self._sums[name] = GramSum(x.shape[-1], x.device)
-                self._sums[name].add(self._counted(x), name, self._batch)
+                    hold = 0.0 < self._few < x.shape[-1]
+                    self._sums[name] = GramSum(x.shape[-1], x.device, hold=hold)
+                self._sums[name].add(counted(x, self._positions), name, self._batch)
                 self._last, self._last_name = x, name
 
         return look
 
-    def _counted(self, x: Tensor) -> Tensor:
-        if self._positions is not None and x.shape[:-1] == self._positions.shape:
-            return x[self._positions]
-        return x.reshape(-1, x.shape[-1])
+
+def counted(x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return what belongs to the tokens that are no padding, (tokens, n), of a tensor (B, T, n)."""
+    if positions is not None and x.shape[:-1] == positions.shape:
+        return x[positions]
+    return x.reshape(-1, x.shape[-1])
 
 
 def calibrate(
-    model: nn.Module, blocks: tuple[Block, ...], data: Data, *, samples: int | None, chunk_tokens: int
+    model: nn.Module, blocks: Sequence[Block], data: Data, *, samples: int | None, chunk_tokens: int
 ) -> Calibration:
     """Return what the first block is fed, for every batch of `data`, which are read once and in order.
 
@@ -148,7 +154,9 @@ def calibrate(
     """
     calibration = Calibration()
     device, known, whole = device_of(model), _vocabulary(model), True
-    for number, batch in enumerate(_chunks(read(data, max_samples=samples), samples, chunk_tokens)):
+    wanted = limited(read(data, max_samples=samples), samples)
+    chunks = chain.from_iterable(by_tokens(batch, chunk_tokens) for batch in wanted)
+    for number, batch in enumerate(chunks):
         _check_tokens(batch, known, number)
         fed = _caught(model, blocks, batch.to(device), number, whole=whole)
         whole = len(fed.calls) > 1
@@ -156,15 +164,37 @@ def calibrate(
     return calibration
 
 
-def _chunks(batches: Iterable[Batch], samples: int | None, chunk_tokens: int) -> Iterator[Batch]:
-    """Yield at most `samples` samples, about `chunk_tokens` tokens at a time."""
+def limited(batches: Iterable[Batch], samples: int | None) -> Iterator[Batch]:
+    """Yield batches of at most `samples` samples together, of all without a number."""
     left = samples
     for batch in batches:
         part = batch if left is None else batch.take(slice(left))
         left = None if left is None else left - part.size
-        first = next(tensors_of(part.inputs))
-        tokens = first.shape[1] if first.ndim > 1 else 1
-        yield from parts(part, max(1, chunk_tokens // max(1, tokens)))
+        yield part
+
+
+def first_tokens(batches: Iterable[Batch], tokens: int) -> list[Batch]:
+    """Return single samples from the first on, until there are so many tokens, or all."""
+    found: list[Batch] = []
+    for sample in chain.from_iterable(by_tokens(batch, 1) for batch in batches):
+        if tokens <= 0:
+            break
+        found.append(sample)
+        first = next(tensors_of(sample.inputs))
+        tokens -= first.shape[1] if first.ndim > 1 else 1
+    return found
+
+
+def copied(batch: Batch) -> Batch:
+    """Return a batch whose inputs nobody else holds, without labels."""
+    return replace(batch, inputs=map_tensors(Tensor.clone, batch.inputs), labels=None)
+
+
+def by_tokens(batch: Batch, tokens: int) -> Iterator[Batch]:
+    """Yield the samples of a batch in parts of at most so many tokens, or of one sample."""
+    first = next(tensors_of(batch.inputs))
+    length = first.shape[1] if first.ndim > 1 else 1
+    return parts(batch, max(1, tokens // max(1, length)))
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -190,7 +220,7 @@ def _check_tokens(batch: Batch, known: int | None, number: int) -> None:
 class _Watch:
     """Hooks around the blocks that note what each is handed, and see that one feeds the next."""
 
-    def __init__(self, blocks: tuple[Block, ...], *, whole: bool) -> None:
+    def __init__(self, blocks: Sequence[Block], *, whole: bool) -> None:
         self.hidden: list[Tensor] = []
         self.calls: list[Call] = []
         self._blocks = blocks
@@ -221,14 +251,14 @@ class _Watch:
         return BlockListError("model", found, "name blocks that follow each other by a glob: blocks=...")
 
 
-def _caught(model: nn.Module, blocks: tuple[Block, ...], batch: Batch, number: int, *, whole: bool) -> Fed:
+def _caught(model: nn.Module, blocks: Sequence[Block], batch: Batch, number: int, *, whole: bool) -> Fed:
     """Return what the first block is fed by a batch; run all of them if `whole`."""
     watch = _Watch(blocks, whole=whole)
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.module.register_forward_pre_hook(watch.before, with_kwargs=True).remove)
             stack.callback(block.module.register_forward_hook(watch.after).remove)
-        stack.enter_context(_without_cache(model))
+        stack.enter_context(without_cache(model))
         try:
             forward(model, batch.inputs)
         except (_Caught, ArgumentError) as ended:
@@ -243,10 +273,10 @@ def _caught(model: nn.Module, blocks: tuple[Block, ...], batch: Batch, number: i
         raise BlockListError("model", found, "name the blocks that run, in order, by a glob: blocks=...")
     if all(_equal_calls(calls[0], other) for other in calls[1:]):
         calls = calls[:1]
-    return Fed(hidden=watch.hidden[0], calls=calls, positions=_positions(batch))
+    return Fed(hidden=watch.hidden[0], calls=calls, positions=token_positions(batch))
 
 
-def _positions(batch: Batch) -> Tensor | None:
+def token_positions(batch: Batch) -> Tensor | None:
     """Return which tokens are no padding, (B, T) bool; None where nothing says so."""
     mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -289,7 +319,7 @@ def _equal_calls(left: Any, right: Any) -> bool:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Run a network of transformers without a cache of keys and values, where it has one by default."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "use_cache", None):

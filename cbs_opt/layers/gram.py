@@ -7,16 +7,25 @@ from torch import Tensor
 
 from formulations.errors import NonFiniteError
 
+FEW = 1
+"""Tokens an input, below which some are set aside to choose the shrinkage by; with as many none is best."""
+HELD = 0.25
+"""Share of the tokens that are set aside, the last ones of every batch."""
+
 
 class GramSum:
     """The sum of ``x x^T`` over inputs x (n,) of one layer, and what its shrinkage is told from.
 
-    Products are in float32, or in float64 where those overflow; sums are in float64.
+    Products are in float32, or in float64 where those overflow; sums are in float64. With `hold` the sum over
+    some of the tokens, `HELD` of them, is kept apart as well.
     """
 
-    def __init__(self, inputs: int, device: torch.device) -> None:
+    def __init__(self, inputs: int, device: torch.device, *, hold: bool = False) -> None:
         self.tokens = 0
         """Number of inputs so far."""
+        self.held = 0
+        """How many of them are set aside."""
+        self._held_sum = torch.zeros(inputs, inputs, dtype=torch.float64, device=device) if hold else None
         self._sum = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self._fourth = 0.0
 
@@ -41,23 +50,45 @@ class GramSum:
         self._sum += product
         self._fourth += float(x.double().square().sum(1).square().sum())
         self.tokens += len(x)
+        if self._held_sum is not None:
+            last = x[len(x) - int(HELD * len(x)) :]
+            self._held_sum += last.T @ last
+            self.held += len(last)
 
     def mean(self, shrinkage: float | None = None) -> tuple[Tensor, float]:
         """Return the Gram matrix ``E[x x^T]``, (n, n) float64, and the share of it that was shrunk.
 
         With share s it is ``(1 - s) G + s mean(diag G) I``. Without one s is zero if there are as many tokens
-        as inputs, else it has the least expected squared error: Ledoit, Wolf, "A well-conditioned estimator
-        for large-dimensional covariance matrices" (2004), for moments about zero.
+        as inputs, else that of `ledoit_wolf`.
+        """
+        gram = self._sum / max(1, self.tokens)
+        if shrinkage is None:
+            shrinkage = self.ledoit_wolf() if 0 < self.tokens < len(gram) else 0.0
+        return shrunk(gram, shrinkage), shrinkage
+
+    def ledoit_wolf(self) -> float:
+        """Return the share of shrinkage with the least expected squared error of the matrix.
+
+        Source: Ledoit, Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004),
+        for moments about zero.
         """
         gram = self._sum / max(1, self.tokens)
         level = gram.diagonal().mean()
-        if shrinkage is None:
-            shrinkage = 0.0
-            if 0 < self.tokens < len(gram):
-                squares = float(gram.square().sum())
-                noise = max(0.0, self._fourth / self.tokens - squares) / self.tokens
-                distance = squares - len(gram) * float(level) ** 2
-                shrinkage = min(1.0, noise / distance) if distance > 0.0 else 1.0
-        gram = (1.0 - shrinkage) * gram
-        gram.diagonal().add_(shrinkage * level)
-        return gram, shrinkage
+        squares = float(gram.square().sum())
+        noise = max(0.0, self._fourth / self.tokens - squares) / self.tokens
+        distance = squares - len(gram) * float(level) ** 2
+        return min(1.0, noise / distance) if distance > 0.0 else 1.0
+
+    def parted(self) -> tuple[Tensor, Tensor]:
+        """Return the Gram matrices of the tokens that are not set aside, and of those that are."""
+        assert self._held_sum is not None
+        fitted = (self._sum - self._held_sum) / max(1, self.tokens - self.held)
+        return fitted, self._held_sum / max(1, self.held)
+
+
+def shrunk(gram: Tensor, share: float) -> Tensor:
+    """Return ``(1 - s) G + s mean(diag G) I`` of a Gram matrix, as a new one."""
+    level = gram.diagonal().mean()
+    gram = (1.0 - share) * gram
+    gram.diagonal().add_(share * level)
+    return gram

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cbs_opt.layers.divergence import Divergence
 from cbs_opt.select.layer_program.alternating import Alternating
 from cbs_opt.select.layer_program.exchanges import Exchanges
 from cbs_opt.select.layer_program.methods import layer_method
 from cbs_opt.select.layer_program.program import DAMPING
-from cbs_opt.select.layer_program.support import BUDGETS
+from cbs_opt.select.layer_program.support import BUDGETS, Sparsity
 from cbs_opt.system.checks import check_fields, finite_number, one_of, whole_number
 from formulations.errors import ArgumentError
+
+ALL_BUDGETS = (*BUDGETS, "network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +28,24 @@ class LayerRecipe:
         "exchanges" by default, which is ours.
     options : Exchanges or Alternating, optional
         Of "exchanges" and of "alps".
-    budget : {"rows", "layer"}, default "rows"
-        Whether every row of a layer has as many zeros, or all rows together, so that those that lose more
-        by a zero have fewer. Not with n:m, nor with "greedy_obs". "sparsegpt" goes over the whole layer in
-        any case, as in its paper.
+    budget : {"rows", "layer", "network"}, default "rows"
+        Whether every row of a layer has as many zeros; or all rows together, so that those that lose more
+        by a zero have fewer; or all layers together, by what their outputs matter to the network's
+        predictions, see `cbs_opt.layers.shares`: this takes gradients of the whole network. Only "rows" with
+        n:m and with "greedy_obs". "sparsegpt" goes over the whole layer in any case, as in its paper.
     damping : float, default 0.01
         Of the mean diagonal of each Gram matrix.
     shrinkage : float in [0, 1], optional
         Share of each Gram matrix that gives way to a multiple of the identity of the same trace. By default
-        that of Ledoit and Wolf where a layer sees fewer tokens than it has inputs, else none.
+        none, but where a layer sees fewer tokens than it has inputs: there the share at which rows lose
+        least on a quarter of the tokens, which is set aside for this and counts again afterwards.
     chunk_tokens : int, default 2048
         Tokens that run through a block at once, or one sample of more.
+    divergence : Divergence, optional
+        Move the kept weights of all blocks on the divergence from the dense network's predictions, after the
+        layer programs or between them in stages. This takes gradients of the whole network.
+    seed : int, default 0
+        Of the labels that are drawn from the network's predictions for the budget "network".
     """
 
     method: str = "exchanges"
@@ -44,26 +54,48 @@ class LayerRecipe:
     damping: float = DAMPING
     shrinkage: float | None = None
     chunk_tokens: int = 2_048
+    divergence: Divergence | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         layer_method(self.method, self.options)
-        one_of("recipe.budget", self.budget, BUDGETS)
-        if self.budget == "layer" and self.method == "greedy_obs":
-            remedy = 'use "rows", or another method'
-            raise ArgumentError("recipe.budget", '"layer" with greedy_obs, which goes row by row', remedy)
+        one_of("recipe.budget", self.budget, ALL_BUDGETS)
+        if self.budget != "rows" and self.method == "greedy_obs":
+            found = f'"{self.budget}" with greedy_obs, which goes row by row'
+            raise ArgumentError("recipe.budget", found, 'use "rows", or another method')
         check_fields(self, "recipe.", finite_number, "damping")
         check_fields(self, "recipe.", finite_number, "shrinkage", most=1.0)
         check_fields(self, "recipe.", whole_number, "chunk_tokens")
+        check_fields(self, "recipe.", whole_number, "seed", least=0)
+        check_fields(self, "recipe.", _divergence, "divergence")
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether gradients of the network are needed."""
+        return self.budget == "network" or self.divergence is not None
 
 
-NAMED = {"fast": LayerRecipe()}
+def _divergence(argument: str, value: object) -> Divergence:
+    """Return how weights move, else raise `ArgumentError`."""
+    if not isinstance(value, Divergence):
+        raise ArgumentError(argument, f"a {type(value).__name__}", "pass a Divergence, or None")
+    return value
 
 
-def layer_recipe(recipe: str | LayerRecipe) -> LayerRecipe:
-    """Return a recipe as it is, or the one of a name."""
+NAMED = {
+    "fast": LayerRecipe(),
+    "balanced": LayerRecipe(budget="network"),
+    # Sets of better layer losses are no better to begin the passes from, and take far longer.
+    "best": LayerRecipe(method="wanda", budget="network", divergence=Divergence()),
+}
+
+
+def layer_recipe(recipe: str | LayerRecipe, sparsity: Sparsity) -> LayerRecipe:
+    """Return a recipe as it is, or the one of a name for a sparsity: n:m leaves no choice of budgets."""
     if isinstance(recipe, LayerRecipe):
         return recipe
     if not isinstance(recipe, str):
         remedy = f"pass a LayerRecipe, or one of {', '.join(NAMED)}"
         raise ArgumentError("recipe", f"a {type(recipe).__name__}", remedy)
-    return NAMED[one_of("recipe", recipe, NAMED)]
+    named = NAMED[one_of("recipe", recipe, NAMED)]
+    return replace(named, budget="rows") if isinstance(sparsity, str) else named

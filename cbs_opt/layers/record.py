@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cbs_opt.layers.certificates import LayerBounds
+from cbs_opt.layers.divergence import DivergenceRecord
 from cbs_opt.layers.recipe import LayerRecipe
 from cbs_opt.network.eligible import LeftOut, unwrapped
 from cbs_opt.network.masks import save_masks
@@ -63,6 +65,8 @@ class LayerRecord:
         Inputs that were zero on all tokens.
     seconds : float
         Processor time of its program. What layers share by their Gram matrix counts with the first of them.
+    bounds : LayerBounds, optional
+        How far from optimal a sample of its rows can be; before weights moved on the divergence.
     """
 
     name: str
@@ -77,6 +81,7 @@ class LayerRecord:
     shrinkage: float
     dead: int
     seconds: float
+    bounds: LayerBounds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,6 +104,11 @@ class LayersReport:
         took then.
     peak_memory : int or None
         Largest resident memory in bytes, the network included; None where the system does not say.
+    moved : tuple of DivergenceRecord
+        What moving the kept weights on the divergence came to in each stage; () without it. `layers` are
+        those of the last stage, with losses before their weights moved.
+    scale_tokens : int
+        Tokens that were differentiated to find out what the outputs of layers matter.
     """
 
     sparsity: Sparsity
@@ -108,6 +118,8 @@ class LayersReport:
     tokens: int
     seconds: float
     peak_memory: int | None
+    moved: tuple[DivergenceRecord, ...]
+    scale_tokens: int
     packed: Mapping[str, PackedMask]
     """Shape and bits of every mask, by name."""
 
@@ -123,18 +135,47 @@ class LayersReport:
         return sum(layer.pruned for layer in self.layers) / max(1, size)
 
     @property
+    def differentiated(self) -> int:
+        """Tokens that were differentiated in all, each counted as often as it was."""
+        return self.scale_tokens + sum(step.tokens for step in self.moved)
+
+    @property
     def table(self) -> pd.DataFrame:
-        """One line a layer, with the fields of `LayerRecord` as columns."""
-        return pd.DataFrame([plain(layer) for layer in self.layers])
+        """One line a layer, with the fields of `LayerRecord` as columns.
+
+        In the place of `bounds` are "bounded" rows, "gap", the mean of these, and "largest_gap".
+        """
+        lines = []
+        for layer in self.layers:
+            line = plain(layer)
+            bounds = layer.bounds
+            del line["bounds"]
+            line["bounded"] = 0 if bounds is None else len(bounds.rows)
+            line["gap"] = np.nan if bounds is None else bounds.mean
+            line["largest_gap"] = np.nan if bounds is None else bounds.largest
+            lines.append(line)
+        return pd.DataFrame(lines)
 
     def __str__(self) -> str:
         rows, proved = (sum(getattr(layer, name) for layer in self.layers) for name in ("rows", "proved"))
         loss = np.mean([layer.loss for layer in self.layers])
         memory = "" if self.peak_memory is None else f", {readable(self.peak_memory)} at most"
+        bounded = [layer.bounds for layer in self.layers if layer.bounds is not None]
+        sampled = ""
+        if bounded:
+            gaps = np.concatenate([bounds.gaps for bounds in bounded])
+            sampled = (
+                f"{gaps.size} rows drawn at random from {len(bounded)} layers and bounded: at most "
+                f"{gaps.mean():.1%} of the loss of their layer programs could be saved on average, "
+                f"{gaps.max():.1%} in one row; for all rows of a layer see layers[i].bounds.interval.\n"
+            )
+        moved = "".join(f"{step}\n" for step in self.moved)
         return (
             f"{len(self.layers)} layers at {self.sparsity} by {self.recipe.method}: {self.zeros:.4f} zeros, "
             f"mean relative loss {loss:.4f}; {proved} of {rows} rows proved 1-swap optimal, the others not "
-            f"examined; {self.tokens} tokens, {self.seconds:.1f} s of processor time{memory}.\n{ZEROS}"
+            f"examined; {self.tokens} tokens, {self.differentiated} differentiated, "
+            f"{self.seconds:.1f} s of processor time{memory}.\n"
+            f"{sampled}{moved}{ZEROS}"
         )
 
     def save(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
@@ -164,6 +205,8 @@ class LayersReport:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
+            "moved": plain(self.moved),
+            "scale_tokens": self.scale_tokens,
             "note": ZEROS,
         }
         write_atomically(path / REPORT_FILE, sealed_json(document))

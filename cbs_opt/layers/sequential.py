@@ -7,28 +7,46 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cbs_opt.layers.blocks import Block, find_blocks
-from cbs_opt.layers.calibration import Calibration, calibrate
+from cbs_opt.layers.calibration import Calibration, calibrate, copied, first_tokens, limited, without_cache
+from cbs_opt.layers.certificates import RowSample, bound_rows
+from cbs_opt.layers.divergence import (
+    DivergenceRecord,
+    Predictions,
+    move,
+    predictions,
+    stage_passes,
+    stage_sparsity,
+)
 from cbs_opt.layers.recipe import LayerRecipe, layer_recipe
-from cbs_opt.layers.record import LayerRecord, LayersReport, PackedMask, packed
-from cbs_opt.network.data import Data, device_of
+from cbs_opt.layers.record import LayerRecord, LayersReport, PackedMask, packed, unpacked
+from cbs_opt.layers.shares import SCALE_TOKENS, Scales, kept_counts, measure_scales, row_factors
+from cbs_opt.layers.shrinkage import chosen_shrinkage
+from cbs_opt.network.data import Batch, Data, device_of, read
 from cbs_opt.network.eligible import Globs, LeftOut, unwrapped
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
 from cbs_opt.network.trial import plain_attention, write_layers
 from cbs_opt.runs.fingerprint import absorb_tensor
 from cbs_opt.runs.folder import Pieces, RunStore
-from cbs_opt.select.layer_program.methods import layer_method
-from cbs_opt.select.layer_program.program import LayerHessian, LayerProgram
-from cbs_opt.select.layer_program.support import Sparsity, checked_sparsity, support_of
+from cbs_opt.select.layer_program.methods import LayerMethod, layer_method
+from cbs_opt.select.layer_program.program import LayerHessian, LayerProgram, LayerSolution
+from cbs_opt.select.layer_program.support import (
+    LayerCount,
+    LayerSupport,
+    Sparsity,
+    checked_sparsity,
+    support_of,
+)
 from cbs_opt.system.checks import whole_number, within
 from cbs_opt.system.memory import peak, reset_peak
-from cbs_opt.system.plain import plain
+from cbs_opt.system.plain import plain, rebuilt
 from cbs_opt.system.progress import Progress, reporting
 from cbs_opt.system.versions import LIBRARIES, versions
 from formulations.errors import ShapeError
@@ -59,14 +77,18 @@ def prune_layers(
     blocks: str | None = None,
     ignore: Globs = (),
     samples: int | None = None,
+    certify: RowSample | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     progress: Progress | bool = True,
 ) -> LayersReport:
     """Prune the linear layers of a network of blocks in place, by what each layer is fed.
 
-    For networks whose gradients do not fit: only forward passes are made, of one block at a time. Each row of
-    a weight is pruned so that the layer's outputs change least on the calibration data (see
-    `cbs_opt.select.layer_program`). Blocks go in order, each is fed by the pruned ones before it.
+    Each row of a weight is pruned so that the layer's outputs change least on the calibration data (see
+    `cbs_opt.select.layer_program`). Blocks go in order, each is fed by the pruned ones before it. The recipe
+    "fast" makes only forward passes, of one block at a time, for networks whose gradients do not fit;
+    "balanced" differentiates the network on a few samples first, and gives more weights to the layers and
+    rows that matter more to its predictions (`cbs_opt.layers.shares`); "best" then moves the kept weights of
+    all blocks towards the dense network's predictions (`cbs_opt.layers.divergence`).
 
     Parameters
     ----------
@@ -79,7 +101,8 @@ def prune_layers(
         in order.
     sparsity : float in [0, 1), or "n:m"
         Share of zeros in every layer, or how many of m consecutive inputs each row keeps ("2:4").
-    recipe : "fast" or LayerRecipe, default "fast"
+    recipe : "fast", "balanced", "best" or LayerRecipe, default "fast"
+        With n:m "balanced" is "fast", as every row has the pattern.
     blocks : str, optional
         Glob of module names, such as "model.layers.*". By default the longest list of like modules.
     ignore : str or sequence of str, optional
@@ -87,6 +110,9 @@ def prune_layers(
         else outside of the blocks are left out in any case; the report lists them.
     samples : int, optional
         Samples of the data to use; all by default.
+    certify : RowSample, optional
+        Bound a random sample of the rows of every layer: how far above the optimum of its layer program each
+        can be. By default none.
     run_dir : path-like, optional
         Folder that keeps every block that is done. The same call on the same dense network goes on after
         the last of them.
@@ -105,7 +131,8 @@ def prune_layers(
     NonFiniteError
         If a layer is fed NaN or infinity; the layer and the batch are named.
     ArgumentError
-        For tokens that the network does not know, and arguments out of their range.
+        For tokens that the network does not know, and arguments out of their range; for a network that
+        returns no scores of classes, or fewer than two samples, where the recipe needs them.
     DataLoaderError, BatchFormatError, EmptyDataError, ForwardError
         If the data cannot be read, or the network cannot run on them.
     RunMismatchError, RunInUseError
@@ -115,57 +142,207 @@ def prune_layers(
     -----
     Beside the network there are the hidden states of all tokens, and for one block a Gram matrix of every
     input in float64 and some ten arrays of the size of its largest weight. Two forward passes a block, then
-    the method; `LayerRecipe` names what each costs.
+    the method; `LayerRecipe` names what each costs. Gradients take a pass of the whole network with what it
+    keeps for going back, of one sample at a time, and moving weights five copies of those that move.
     """
     began = time.process_time()
     reset_peak()
-    sparsity, chosen, report_to = checked_sparsity(sparsity), layer_recipe(recipe), reporting(progress)
+    sparsity, report_to = checked_sparsity(sparsity), reporting(progress)
+    chosen = layer_recipe(recipe, sparsity)
     samples = None if samples is None else whole_number("samples", samples)
     require_usable(model)
     network = unwrapped(model)
     found, left_out = find_blocks(network, blocks, ignore)
     _check_supports(found, sparsity, chosen.budget)
-    records: list[LayerRecord] = []
-    earlier = 0.0
-    packs: dict[str, PackedMask] = {}
     with ExitStack() as stack:
-        for context in (kept(network), evaluation_mode(network), plain_attention(), torch.no_grad()):
+        stack.enter_context(kept(network))
+        for context in (evaluation_mode(network), plain_attention(), without_cache(network), torch.no_grad()):
             stack.enter_context(context)
+        batches: list[Batch] = []
+        if chosen.differentiates:
+            # A loader may fill one and the same tensor again and again.
+            batches = [copied(batch) for batch in limited(read(data, max_samples=samples), samples)]
+            data = batches
         calibration = calibrate(network, found, data, samples=samples, chunk_tokens=chosen.chunk_tokens)
         store: Pieces = Pieces()
         if run_dir is not None:
-            wanted = _fingerprint(network, found, calibration, sparsity, chosen)
+            wanted = _fingerprint(network, found, calibration, sparsity, chosen) | {
+                "certify": plain(certify and (certify.rows, certify.seed, certify.time_limit))
+            }
             store = stack.enter_context(RunStore(run_dir, wanted))
-        advance = stack.enter_context(report_to.phase("blocks", len(found), unit="block"))
-        for number, block in enumerate(found):
-            done = _recalled(store, number, device_of(network))
-            if done is not None:
-                earlier += done.seconds
-            else:
-                done = _pruned(calibration, number, block, sparsity, chosen)
-                _remember(store, number, done)
-            layers = {layer.name: layer for layer in block.layers}
-            write_layers({name: (layers[name].parameter, new) for name, new in done.weights.items()})
-            packs |= {name: packed(keep) for name, keep in done.masks.items()}
-            records += done.records
-            left_out += tuple(
-                LeftOut(name=name, shape=tuple(layer.parameter.shape), reason=NOT_REACHED)
-                for name, layer in layers.items()
-                if name not in done.weights
-            )
-            if number + 1 < len(found):
-                calibration.advance(number, block.module)
-            advance(1)
+        run = _Run(network=network, blocks=found, recipe=chosen, store=store, progress=report_to)
+        scales = run.scales(batches) if chosen.budget == "network" else None
+        plans = run.plans(sparsity, scales)
+        plans[-1] = replace(plans[-1], certify=certify)
+        if chosen.divergence is None:
+            run.sweep(calibration, plans[0])
+            moved: tuple[DivergenceRecord, ...] = ()
+        else:
+            moved = run.moved(batches, calibration, plans)
+    reached = {layer.name for layer in run.records}
+    left_out += tuple(
+        LeftOut(name=layer.name, shape=tuple(layer.parameter.shape), reason=NOT_REACHED)
+        for block in found
+        for layer in block.layers
+        if layer.name not in reached
+    )
     return LayersReport(
         sparsity=sparsity,
         recipe=chosen,
-        layers=tuple(records),
+        layers=tuple(run.records),
         left_out=left_out,
         tokens=calibration.tokens,
-        seconds=earlier + time.process_time() - began,
+        seconds=run.earlier + time.process_time() - began,
         peak_memory=peak(),
-        packed=packs,
+        moved=moved,
+        scale_tokens=0 if scales is None else scales.tokens,
+        packed=run.packs,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """What a sweep leaves of every layer.
+
+    Where the layers of the network share a budget, `kept` is how many weights each keeps and `scales` (r,)
+    what a change of each output matters, relative and as a factor of the outputs. `certify`: which rows are
+    bounded.
+    """
+
+    sparsity: Sparsity
+    budget: str
+    kept: Mapping[str, int] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    certify: RowSample | None = None
+
+    def support(self, name: str, shape: tuple[int, int]) -> LayerSupport:
+        """Return what a layer may keep."""
+        if name in self.kept:
+            return LayerCount(self.kept[name])
+        return support_of(self.sparsity, shape, self.budget)
+
+    def solution(self, name: str, program: LayerProgram, method: LayerMethod) -> LayerSolution:
+        """Return what a method makes of a layer whose outputs matter as they do here."""
+        if name not in self.scales:
+            return method(program)
+        scale = self.scales[name].to(program.weights).unsqueeze(1)
+        solution = method(replace(program, weights=program.weights * scale))
+        weights = solution.weights / scale.to(solution.weights)
+        return replace(solution, weights=weights, losses=program.losses(weights))
+
+
+@dataclass(kw_only=True, eq=False)
+class _Run:
+    """A run on one network: what it has done so far, and where that is kept.
+
+    `records` and `packs`, shape and bits of the masks, are those of the last sweep over the blocks; `earlier`
+    is the processor time that calls before took for what is recalled.
+    """
+
+    network: nn.Module
+    blocks: Sequence[Block]
+    recipe: LayerRecipe
+    store: Pieces
+    progress: Progress
+    records: list[LayerRecord] = field(default_factory=list)
+    packs: dict[str, PackedMask] = field(default_factory=dict)
+    earlier: float = 0.0
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Present weights of all layers by name, not copied."""
+        return {layer.name: layer.parameter.detach() for block in self.blocks for layer in block.layers}
+
+    def scales(self, batches: Sequence[Batch]) -> Scales:
+        """Return what the outputs of every layer matter to the predictions of the network as it is."""
+        few = first_tokens(batches, SCALE_TOKENS)
+        with self.progress.phase("scales", sum(batch.size for batch in few), unit="sample") as advance:
+            return measure_scales(self.network, self.blocks, few, self.recipe.seed, advance)
+
+    def plans(self, sparsity: Sparsity, scales: Scales | None) -> list[_Plan]:
+        """Return what each stage leaves of every layer of the network as it is."""
+        options = self.recipe.divergence
+        shares = [sparsity]
+        if options is not None:
+            shares = [stage_sparsity(sparsity, options, stage) for stage in range(options.stages)]
+        if scales is None:
+            return [_Plan(sparsity=share, budget=self.recipe.budget) for share in shares]
+        layers = [layer for block in self.blocks for layer in block.layers]
+        rows = {layer.name: layer.rows(layer.parameter.detach()) for layer in layers}
+        return [
+            _Plan(
+                sparsity=share,
+                budget="layer",
+                kept=kept_counts(rows, scales, float(share)),
+                scales={name: row_factors(layer.rows) for name, layer in scales.layers.items()},
+            )
+            for share in shares
+        ]
+
+    def sweep(self, calibration: Calibration, plan: _Plan, stage: int = 0) -> None:
+        """Prune all blocks in order, in place."""
+        self.records.clear()
+        self.packs.clear()
+        with self.progress.phase("blocks", len(self.blocks), unit="block") as advance:
+            for number, block in enumerate(self.blocks):
+                name = f"stage_{stage:02d}_block_{number:04d}"
+                done = _recalled(self.store, name, device_of(self.network))
+                if done is not None:
+                    self.earlier += done.seconds
+                else:
+                    done = _pruned(calibration, number, block, plan, self.recipe)
+                    _remember(self.store, name, done)
+                layers = {layer.name: layer for layer in block.layers}
+                write_layers({layer: (layers[layer].parameter, new) for layer, new in done.weights.items()})
+                self.packs.update((layer, packed(keep)) for layer, keep in done.masks.items())
+                self.records += done.records
+                if number + 1 < len(self.blocks):
+                    calibration.advance(number, block.module)
+                advance(1)
+
+    def moved(
+        self, batches: Sequence[Batch], calibration: Calibration, plans: Sequence[_Plan]
+    ) -> tuple[DivergenceRecord, ...]:
+        """Prune in stages, after each of which the kept weights of all blocks move."""
+        options = self.recipe.divergence
+        assert options is not None
+        parameters = {layer.name: layer.parameter for block in self.blocks for layer in block.layers}
+        dense = {name: weight.clone() for name, weight in self.weights.items()}
+        aim = predictions(self.network, dense, batches, options)
+        records = []
+        for stage, plan in enumerate(plans):
+            if stage:
+                tokens = self.recipe.chunk_tokens
+                calibration = calibrate(self.network, self.blocks, batches, samples=None, chunk_tokens=tokens)
+            self.sweep(calibration, plan, stage)
+            name = f"stage_{stage:02d}_moved"
+            piece = self.store.recall(name)
+            if piece is None:
+                records.append(self._move(aim, parameters, stage, name))
+                continue
+            header, arrays = piece
+            write_layers({key: (parameters[key], torch.from_numpy(a)) for key, a in arrays.items()})
+            self.earlier += header["seconds"]
+            records.append(rebuilt(DivergenceRecord, header["record"]))
+        return tuple(records)
+
+    def _move(
+        self, aim: Predictions, parameters: Mapping[str, nn.Parameter], stage: int, name: str
+    ) -> DivergenceRecord:
+        """Move the kept weights after the sweep of a stage, and keep them under a name."""
+        began = time.process_time()
+        options = self.recipe.divergence
+        assert options is not None
+        masks = {layer: unpacked(*pack).to(parameters[layer].device) for layer, pack in self.packs.items()}
+        moving = {layer: parameters[layer] for layer in masks}
+        steps = stage_passes(options, stage) * len(aim.moving)
+        with self.progress.phase("divergence", steps, unit="step") as advance:
+            record = move(aim, moving, masks, options, stage, advance)
+        if self.store.writes:
+            header = {"record": plain(record), "seconds": time.process_time() - began}
+            arrays = {layer: _wide(parameter.detach()) for layer, parameter in moving.items()}
+            self.store.keep(name, header, arrays, compress=False)
+        return record
 
 
 def _check_supports(blocks: Sequence[Block], sparsity: Sparsity, budget: str) -> None:
@@ -174,40 +351,45 @@ def _check_supports(blocks: Sequence[Block], sparsity: Sparsity, budget: str) ->
         rows, inputs = layer.rows(layer.parameter).shape
         try:
             with within("recipe", "budget"):
-                support_of(sparsity, (rows, inputs), budget)
+                support_of(sparsity, (rows, inputs), "layer" if budget == "network" else budget)
         except ShapeError as error:
             found = f"{layer.name}: {error.found}"
             remedy = f'leave it out, ignore="{layer.name}", or use an m that divides {inputs}'
             raise ShapeError("sparsity", found, remedy) from None
 
 
-def _pruned(
-    calibration: Calibration, number: int, block: Block, sparsity: Sparsity, recipe: LayerRecipe
-) -> _Done:
+def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, recipe: LayerRecipe) -> _Done:
     """Return what becomes of the layers of a block, which is not changed."""
     start = time.process_time()
-    sums = calibration.grams(number, block)
+    sums = calibration.grams(number, block, hold=recipe.shrinkage is None)
     method = layer_method(recipe.method, recipe.options)
     hessians: dict[int, tuple[LayerHessian, float]] = {}
     weights: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     records = []
-    for layer in block.layers:
+    for index, layer in enumerate(block.layers):
         if layer.name not in sums:
             continue
         began = time.process_time()
         total = sums[layer.name]
+        rows = layer.rows(layer.parameter.detach())
+        support = plan.support(layer.name, (rows.shape[0], rows.shape[1]))
         if id(total) not in hessians:
-            gram, shrinkage = total.mean(recipe.shrinkage)
+            wanted = recipe.shrinkage
+            if wanted is None and total.held:
+                wanted = chosen_shrinkage(total, rows, support, recipe.damping)
+            gram, shrinkage = total.mean(wanted)
             hessians[id(total)] = LayerHessian(gram, recipe.damping, name=layer.name), shrinkage
         hessian, shrinkage = hessians[id(total)]
-        rows = layer.rows(layer.parameter.detach())
-        support = support_of(sparsity, (rows.shape[0], rows.shape[1]), recipe.budget)
         program = LayerProgram(weights=rows, hessian=hessian, support=support)
-        solution = method(program)
+        solution = plan.solution(layer.name, program, method)
         new = solution.weights.to(rows.dtype)
         weights[layer.name], masks[layer.name] = layer.rows(new), layer.rows(solution.keep)
         loss, error = program.relative(new)
+        spent = time.process_time() - began
+        bounds = None
+        if plan.certify is not None:
+            bounds = bound_rows(program, solution.keep, new, plan.certify, (number, index), layer.name)
         records.append(
             LayerRecord(
                 name=layer.name,
@@ -221,28 +403,33 @@ def _pruned(
                 tokens=total.tokens,
                 shrinkage=shrinkage,
                 dead=hessian.dead,
-                seconds=time.process_time() - began,
+                seconds=spent,
+                bounds=bounds,
             )
         )
     seconds = time.process_time() - start
     return _Done(weights=weights, masks=masks, records=records, seconds=seconds)
 
 
-def _remember(store: Pieces, number: int, done: _Done) -> None:
-    """Write a block that is done, its weights in float32 or float64, which hold those of every parameter."""
+def _wide(tensor: Tensor) -> NDArray[Any]:
+    """Return an array in float32 or float64, which hold the values of every parameter."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return wide.cpu().contiguous().numpy()
+
+
+def _remember(store: Pieces, piece: str, done: _Done) -> None:
+    """Write a block that is done."""
     if not store.writes:
         return
     arrays = {f"mask {name}": keep.cpu().contiguous().numpy() for name, keep in done.masks.items()}
-    for name, new in done.weights.items():
-        wide = new if new.dtype == torch.float64 else new.float()
-        arrays[f"weights {name}"] = wide.cpu().contiguous().numpy()
+    arrays |= {f"weights {name}": _wide(new) for name, new in done.weights.items()}
     header = {"records": plain(done.records), "seconds": done.seconds}
-    store.keep(f"block_{number:04d}", header, arrays, compress=False)
+    store.keep(piece, header, arrays, compress=False)
 
 
-def _recalled(store: Pieces, number: int, device: torch.device) -> _Done | None:
+def _recalled(store: Pieces, name: str, device: torch.device) -> _Done | None:
     """Return a block that was done before, None if it was not."""
-    piece = store.recall(f"block_{number:04d}")
+    piece = store.recall(name)
     if piece is None:
         return None
     header, arrays = piece
@@ -251,7 +438,7 @@ def _recalled(store: Pieces, number: int, device: torch.device) -> _Done | None:
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in ("weights ", "mask ")
     ]
-    records = [LayerRecord(**body) for body in header["records"]]
+    records = [rebuilt(LayerRecord, body) for body in header["records"]]
     return _Done(weights=kinds[0], masks=kinds[1], records=records, seconds=header["seconds"])
 
 

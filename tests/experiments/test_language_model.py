@@ -73,6 +73,35 @@ def test_a_cell_has_perplexity_losses_and_costs(cache: Path) -> None:
     assert 0.0 < found["program_seconds"] <= found["processor_seconds"]
 
 
+def test_cells_move_and_share_and_say_so(cache: Path, tmp_path: Path) -> None:
+    options = [
+        "--cache",
+        str(cache),
+        "--out",
+        str(tmp_path / "out"),
+        "--sequences",
+        "2",
+        "--sparsities",
+        "0.5",
+    ]
+    wanted = ["--methods", "wanda", "--budgets", "network", "--passes", "0", "2", "--stages", "2"]
+    assert main([*options, *wanted]) == 0
+    page = tmp_path / "page.md"
+    page.write_text("<!-- language model -->\n<!-- end of language model -->\n")
+    assert main([*options[:4], "--page", str(page), "--sequences", "2"]) == 0
+    text = page.read_text()
+    assert text.index("| wanda, network |") < text.index("| wanda, network, 2 passes in 2 stages |")
+    assert f"| {2 * CALIBRATION_LENGTH} |" in text
+    assert f"| {2 * CALIBRATION_LENGTH + 2 * CALIBRATION_LENGTH} |" in text
+
+
+def test_patterns_and_single_blocks_have_no_budgets_to_share() -> None:
+    some = language_model.cells(["wanda", "sparsegpt"], ["0.5", "2:4"], [16], passes=(0, 1))
+    assert [cell["sparsity"] for cell in some if cell.get("budget")] == ["0.5"] * 6
+    blocks = language_model.cells(["wanda"], ["0.5"], [16], blocks=(4,), passes=(0, 1))
+    assert [cell.get("budget") for cell in blocks] == [None, "layer"]
+
+
 def test_a_missing_package_and_a_page_without_marks_are_named(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cbs_opt.select.layer_program.support import Support
+from cbs_opt.select.layer_program.support import LayerSupport
 from formulations.errors import NonFiniteError, NotPositiveDefiniteError, ShapeError
 
 DAMPING = 0.01
@@ -111,12 +111,12 @@ class LayerProgram:
     weights : (r, n) Tensor
         Float32 or float64, which is the precision that methods work in.
     hessian : LayerHessian
-    support : Support
+    support : LayerSupport
     """
 
     weights: Tensor
     hessian: LayerHessian
-    support: Support
+    support: LayerSupport
 
     def __post_init__(self) -> None:
         weights, n, name = self.weights, self.hessian.n, self.hessian.name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.select.layer_program.program import LayerProgram, LayerSolution
-from cbs_opt.select.layer_program.support import NofM
+from cbs_opt.select.layer_program.support import RowPattern
 
 COLUMNS = 128
 """Inputs whose set is chosen at once, as in the paper."""
@@ -28,20 +28,21 @@ def by_sparsegpt(program: LayerProgram) -> LayerSolution:
     factor = program.hessian.elimination.to(program.weights.dtype)
     weights = program.weights.clone()
     keep = torch.ones_like(weights, dtype=torch.bool)
-    width = support.m * max(1, COLUMNS // support.m) if isinstance(support, NofM) else COLUMNS
+    group = support.pattern.m if isinstance(support, RowPattern) else 0
+    width = group * max(1, COLUMNS // group) if group else COLUMNS
     share = support.total(program.rows, n) / n
     for start in range(0, n, width):
         stop = min(start + width, n)
         panel, chosen = weights[:, start:stop], keep[:, start:stop]
         errors = torch.zeros_like(panel)
-        if not isinstance(support, NofM):
+        if not group:
             count = round(share * stop) - round(share * start)
             chosen.copy_(_largest(_saliency(panel, factor, start), count))
         for column in range(start, stop):
             at = column - start
-            if isinstance(support, NofM) and column % support.m == 0:
-                group = slice(at, at + support.m)
-                chosen[:, group] = support.best(_saliency(panel[:, group], factor, column))
+            if group and column % group == 0:
+                cell = slice(at, at + group)
+                chosen[:, cell] = support.best(_saliency(panel[:, cell], factor, column))
             wrong = torch.where(chosen[:, at], 0.0, panel[:, at]) / factor[column, column]
             panel[:, at:] -= wrong.unsqueeze(1) * factor[column, column:stop]
             errors[:, at] = wrong

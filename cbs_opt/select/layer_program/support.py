@@ -6,6 +6,7 @@ group. All functions take every row at once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Real
 
@@ -13,36 +14,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbs_opt.system.checks import finite_number, one_of, whole_number
+from cbs_opt.system.checks import finite_number, one_of
 from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
-from formulations.support import n_of_m
+from formulations.support import Count, NofM, Support, n_of_m
 
 Swaps = tuple[Tensor, Tensor, Tensor]
 """Rows, leaving and entering inputs of a number of swaps, (swaps,) int64 each."""
 
 
-class Support:
-    """A set of kept masks that is closed under swaps within groups of consecutive inputs."""
+class LayerSupport(ABC):
+    """What every row of a layer may keep: `formulations.support`, for all rows at once in torch.
 
+    Kept masks are closed under swaps within groups of consecutive inputs.
+    """
+
+    @abstractmethod
     def group(self, inputs: int) -> int:
         """Return the number of inputs in a group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self, rows: int, inputs: int) -> Tensor:
         """Return how many weights each row keeps of every group, (rows,) int64."""
-        raise NotImplementedError
 
-    def take(self, rows: Tensor) -> Support:
+    @abstractmethod
+    def take(self, rows: Tensor) -> LayerSupport:
         """Return the support of some rows."""
-        raise NotImplementedError
 
     def total(self, rows: int, inputs: int) -> int:
         """Return how many weights all rows keep together."""
         return int(self.counts(rows, inputs).sum()) * (inputs // self.group(inputs))
 
-    def settled(self, keep: Tensor) -> Support:
+    def settled(self, keep: Tensor) -> LayerSupport:
         """Return the support of sets that were found (r, n), in which every row has a count of its own."""
         return self
+
+    def of_row(self, kept: int) -> Support:
+        """Return what one row may keep that keeps so many, as the programs of `formulations` take it."""
+        return Count(kept)
 
     def best(self, scores: Tensor) -> Tensor:
         """Return the kept masks of the largest sum of scores (r, n), bool. O(r n log n)."""
@@ -111,7 +119,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Count(Support):
+class RowCounts(LayerSupport):
     """Every row keeps `n_keep` inputs, or a number of its own where that is a tensor (r,) int64."""
 
     n_keep: int | Tensor
@@ -126,14 +134,14 @@ class Count(Support):
             raise ArgumentError("n_keep", found, f"keep 0 to {inputs} inputs of every row")
         return counts
 
-    def take(self, rows: Tensor) -> Count:
+    def take(self, rows: Tensor) -> RowCounts:
         if not isinstance(self.n_keep, Tensor) or not self.n_keep.ndim:
             return self
-        return Count(self.n_keep[rows.to(self.n_keep.device)])
+        return RowCounts(self.n_keep[rows.to(self.n_keep.device)])
 
 
 @dataclass(frozen=True)
-class LayerCount(Support):
+class LayerCount(LayerSupport):
     """All rows together keep `n_keep` weights: one multiplier decides how many each has.
 
     Sets are chosen over the whole layer; once they are, every row has the count that it was given.
@@ -147,7 +155,7 @@ class LayerCount(Support):
     def counts(self, rows: int, inputs: int) -> Tensor:
         raise _one_by_one()
 
-    def take(self, rows: Tensor) -> Support:
+    def take(self, rows: Tensor) -> LayerSupport:
         raise _one_by_one()
 
     def total(self, rows: int, inputs: int) -> int:
@@ -156,42 +164,36 @@ class LayerCount(Support):
             raise ArgumentError("n_keep", found, f"keep 0 to {rows * inputs} weights")
         return self.n_keep
 
-    def settled(self, keep: Tensor) -> Count:
-        return Count(keep.sum(1))
+    def settled(self, keep: Tensor) -> RowCounts:
+        return RowCounts(keep.sum(1))
 
     def best(self, scores: Tensor) -> Tensor:
         count = self.total(*scores.shape)
         flat = scores.reshape(1, -1)
-        return Count(count).best(flat).view(scores.shape)
+        return RowCounts(count).best(flat).view(scores.shape)
 
 
 @dataclass(frozen=True)
-class NofM(Support):
-    """Every row keeps `n` of each `m` consecutive inputs: 2:4 is ``NofM(2, 4)``.
+class RowPattern(LayerSupport):
+    """Every row keeps n of each m consecutive inputs, as a `NofM` says."""
 
-    Raises `ArgumentError` unless ``1 <= n <= m``.
-    """
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        for name in ("n", "m"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        if self.n > self.m:
-            raise ArgumentError("n", f"{self.n} of {self.m} inputs", "keep at most m inputs of every m")
+    pattern: NofM
 
     def group(self, inputs: int) -> int:
-        if inputs % self.m:
-            found = f"{self.n}:{self.m} on {inputs} inputs, which {self.m} does not divide"
+        m = self.pattern.m
+        if inputs % m:
+            found = f"{self.pattern} on {inputs} inputs, which {m} does not divide"
             raise ShapeError("sparsity", found, f"leave this layer out, or use an m that divides {inputs}")
-        return self.m
+        return m
 
     def counts(self, rows: int, inputs: int) -> Tensor:
-        return torch.full((rows,), self.n)
+        return torch.full((rows,), self.pattern.n)
 
-    def take(self, rows: Tensor) -> NofM:
+    def take(self, rows: Tensor) -> RowPattern:
         return self
+
+    def of_row(self, kept: int) -> NofM:
+        return self.pattern
 
 
 Sparsity = float | str
@@ -215,7 +217,7 @@ BUDGETS = ("rows", "layer")
 """Whether every row of a layer has as many zeros, or all rows together."""
 
 
-def support_of(sparsity: Sparsity, shape: tuple[int, int], budget: str = "rows") -> Support:
+def support_of(sparsity: Sparsity, shape: tuple[int, int], budget: str = "rows") -> LayerSupport:
     """Return what a layer of a shape (rows, inputs) keeps at a sparsity.
 
     n:m; or ``inputs - round(sparsity inputs)`` of every row; or as many on average, by the budget "layer".
@@ -230,8 +232,8 @@ def support_of(sparsity: Sparsity, shape: tuple[int, int], budget: str = "rows")
             raise ArgumentError(
                 "budget", f"{budget!r} with {sparsity}", 'use "rows": every row has the pattern'
             )
-        pattern = NofM(stated.n, stated.m)
+        pattern = RowPattern(stated)
         pattern.group(inputs)
         return pattern
     kept = inputs - round(float(sparsity) * inputs)
-    return LayerCount(rows * kept) if budget == "layer" else Count(kept)
+    return LayerCount(rows * kept) if budget == "layer" else RowCounts(kept)

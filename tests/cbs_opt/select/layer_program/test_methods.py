@@ -14,7 +14,7 @@ from cbs_opt.select.layer_program.exchanges import Exchanges, by_exchanges, impr
 from cbs_opt.select.layer_program.methods import METHODS, layer_method
 from cbs_opt.select.layer_program.one_swaps import search_swaps
 from cbs_opt.select.layer_program.program import LayerHessian, LayerProgram
-from cbs_opt.select.layer_program.support import Count, NofM
+from cbs_opt.select.layer_program.support import RowCounts, RowPattern
 from cbs_opt.select.layer_program.update import descend, exact_update
 from formulations import incumbents
 from formulations.errors import (
@@ -61,7 +61,7 @@ def test_every_method_has_its_count_exactly_and_says_what_it_costs(
     assert torch.allclose(solution.losses, program.losses(solution.weights))
     counts = program.support.counts(12, 20) * (20 // program.support.group(20))
     assert int(solution.keep.sum()) == int(counts.sum())
-    if method != "sparsegpt" or isinstance(program.support, NofM):
+    if method != "sparsegpt" or isinstance(program.support, RowPattern):
         assert torch.equal(solution.keep, program.support.best(solution.keep.float()))
     if sparsity == 0.0:
         assert torch.equal(solution.weights, program.weights)
@@ -75,7 +75,7 @@ def test_a_count_of_the_layer_is_exact_and_never_loses_to_equal_rows(method: str
     solution = layer_method(method)(program)
     assert int(solution.keep.sum()) == 24 * 16
     assert len(set(solution.keep.sum(1).tolist())) > 4
-    equal = layer_method(method)(replace(program, support=Count(16)))
+    equal = layer_method(method)(replace(program, support=RowCounts(16)))
     assert float(solution.losses.sum()) <= float(equal.losses.sum())
 
 
@@ -123,7 +123,7 @@ def test_sparsegpt_is_obs_in_the_order_of_the_inputs(sparsity: float | str) -> N
 def test_wanda_ranks_by_the_norm_of_the_inputs_without_damping() -> None:
     program = layer_program(4, 10, damping=0.3)
     norms = gram(10).diagonal().sqrt()
-    assert torch.equal(layer_method("wanda")(program).keep, Count(5).best(program.weights.abs() * norms))
+    assert torch.equal(layer_method("wanda")(program).keep, RowCounts(5).best(program.weights.abs() * norms))
 
 
 def test_greedy_obs_is_the_dense_method_row_by_row() -> None:
@@ -209,10 +209,10 @@ def test_dead_inputs_are_pruned_first_and_change_nothing_else() -> None:
     hessian = LayerHessian(moment)
     assert hessian.dead == 1
     weights = layer_program(5, 12).weights
-    program = LayerProgram(weights=weights, hessian=hessian, support=Count(6))
+    program = LayerProgram(weights=weights, hessian=hessian, support=RowCounts(6))
     live = [index for index in range(12) if index != 3]
     without = LayerProgram(
-        weights=weights[:, live], hessian=LayerHessian(moment[live][:, live]), support=Count(6)
+        weights=weights[:, live], hessian=LayerHessian(moment[live][:, live]), support=RowCounts(6)
     )
     ours, theirs = by_exchanges(program), by_exchanges(without)
     assert not bool(ours.keep[:, 3].any())
@@ -225,9 +225,9 @@ def test_dead_inputs_are_pruned_first_and_change_nothing_else() -> None:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     hessian = LayerHessian(gram(8), name="head")
     with pytest.raises(ShapeError, match="head"):
-        LayerProgram(weights=torch.ones(2, 9), hessian=hessian, support=Count(4))
+        LayerProgram(weights=torch.ones(2, 9), hessian=hessian, support=RowCounts(4))
     with pytest.raises(NonFiniteError, match="head"):
-        LayerProgram(weights=torch.full((2, 8), torch.nan), hessian=hessian, support=Count(4))
+        LayerProgram(weights=torch.full((2, 8), torch.nan), hessian=hessian, support=RowCounts(4))
     with pytest.raises(NonFiniteError, match="gram"):
         LayerHessian(torch.full((3, 3), torch.inf))
     with pytest.raises(ShapeError, match="gram"):

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cbs_opt.select.layer_program.support import Count, LayerCount, NofM, Support, support_of
+from cbs_opt.select.layer_program.support import (
+    LayerCount,
+    LayerSupport,
+    RowCounts,
+    RowPattern,
+    support_of,
+)
 from formulations.errors import ArgumentError, ShapeError
+from formulations.support import NofM
 from tests.cbs_opt.select.layer_program.layers import every_set, masks
 
 
@@ -22,10 +29,10 @@ def test_the_best_set_has_the_largest_sum_of_all(sparsity: float | str) -> None:
 
 def test_every_row_may_have_a_count_of_its_own() -> None:
     scores = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    support = Count(torch.tensor([0, 3, 9, 5]))
+    support = RowCounts(torch.tensor([0, 3, 9, 5]))
     keep = support.best(scores)
     assert keep.sum(1).tolist() == [0, 3, 9, 5]
-    assert torch.equal(keep[3], Count(5).best(scores)[3])
+    assert torch.equal(keep[3], RowCounts(5).best(scores)[3])
     assert support.take(torch.tensor([3, 1])).best(scores[[3, 1]]).sum(1).tolist() == [5, 3]
 
 
@@ -46,13 +53,13 @@ def test_a_count_of_the_layer_is_the_best_of_all_rows_together() -> None:
 
 def test_equal_scores_still_give_the_exact_count() -> None:
     scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 0.0]])
-    assert Count(2).best(scores).sum(1).tolist() == [2, 2]
-    assert NofM(1, 2).best(scores).view(2, 2, 2).sum(-1).tolist() == [[1, 1], [1, 1]]
+    assert RowCounts(2).best(scores).sum(1).tolist() == [2, 2]
+    assert RowPattern(NofM(1, 2)).best(scores).view(2, 2, 2).sum(-1).tolist() == [[1, 1], [1, 1]]
 
 
-@pytest.mark.parametrize("support", [Count(6), NofM(2, 4), NofM(1, 2)])
+@pytest.mark.parametrize("support", [RowCounts(6), RowPattern(NofM(2, 4)), RowPattern(NofM(1, 2))])
 @pytest.mark.parametrize("limit", [1, 2, 100])
-def test_exchanges_stay_inside_the_support_and_pay(support: Support, limit: int) -> None:
+def test_exchanges_stay_inside_the_support_and_pay(support: LayerSupport, limit: int) -> None:
     generator = torch.Generator().manual_seed(2)
     scores = torch.rand(30, 12, generator=generator)
     keep = support.best(torch.rand(30, 12, generator=generator))
@@ -68,15 +75,15 @@ def test_exchanges_stay_inside_the_support_and_pay(support: Support, limit: int)
     moved[row, entering] = True
     size = support.group(12)
     assert torch.equal(moved.view(30, -1, size).sum(-1), keep.view(30, -1, size).sum(-1))
-    if isinstance(support, Count) and limit == 100:
+    if isinstance(support, RowCounts) and limit == 100:
         assert torch.equal(moved, support.best(scores))
 
 
 def test_droppable_is_what_a_group_has_too_many_of() -> None:
     keep = torch.tensor([[True, True, True, False, True, True, False, False]])
-    assert NofM(2, 4).droppable(keep).tolist() == [[True, True, True] + [False] * 5]
-    assert torch.equal(Count(4).droppable(keep), keep)
-    assert not bool(Count(5).droppable(keep).any())
+    assert RowPattern(NofM(2, 4)).droppable(keep).tolist() == [[True, True, True] + [False] * 5]
+    assert torch.equal(RowCounts(4).droppable(keep), keep)
+    assert not bool(RowCounts(5).droppable(keep).any())
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan"), "4:2", "0:4", "2-4", True, None])
@@ -89,4 +96,14 @@ def test_inputs_that_m_does_not_divide_are_refused_by_name() -> None:
     with pytest.raises(ShapeError, match="10 inputs, which 4 does not divide"):
         support_of("2:4", (2, 10))
     with pytest.raises(ArgumentError, match="n_keep"):
-        Count(11).best(torch.ones(2, 10))
+        RowCounts(11).best(torch.ones(2, 10))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9, "1:4", "2:4", "4:8"])
+def test_each_row_has_the_support_of_formulations(sparsity: float | str) -> None:
+    scores = torch.rand(7, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    support = support_of(sparsity, (7, 8))
+    for row, keep in zip(scores, support.best(scores), strict=True):
+        own = support.of_row(int(keep.sum()))
+        assert own.contains(keep.numpy())
+        assert own.best(row.numpy()).tolist() == keep.tolist()
