@@ -1,0 +1,1 @@
+"""Other systems of pruning, written here from their papers, on the networks and data of this project."""
