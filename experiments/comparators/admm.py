@@ -3,7 +3,7 @@
     python -m experiments.comparators.admm
     python -m experiments.comparators.page admm
 
-Sources, written from their texts: Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating
+Sources: Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating
 Direction Method of Multipliers", ECCV 2018; Ma et al., "ResNet Can Be Pruned 60x: Introducing Network
 Purification and Unused Path Removal (P-RM) after Weight Pruning", 2019.
 

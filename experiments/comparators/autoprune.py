@@ -4,7 +4,7 @@
     python -m experiments.comparators.page autoprune
 
 Source: Xiao, Wang, Rajasekaran, "AutoPrune: Automatic Network Pruning by Regularizing Auxiliary Parameters",
-NeurIPS 2019, written from its text.
+NeurIPS 2019. Learning rates, budgets and initial values are ours.
 
 Every weight w has an auxiliary parameter m; the network computes with t = w h(m), where h(m) = 1 for m > 0
 and 0 otherwise. The derivative of h is replaced by a coarse one, h'. With g = dL/dt:
@@ -103,7 +103,7 @@ class AutoPrune:
 
 
 class Gate(torch.autograd.Function):
-    """t = w h(m), whose derivatives are those of the paper: g h(m) for w, sgn(w) g h'(m) for m."""
+    """t = w h(m), whose derivatives are those of the method: g h(m) for w, sgn(w) g h'(m) for m."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, auxiliary: Tensor, coarse: str) -> Tensor:

@@ -3,7 +3,7 @@
     python -m experiments.comparators.gradient_flow
     python -m experiments.comparators.page gradient_flow
 
-Sources, written from their texts: Lubana and Dick, "A Gradient Flow Framework For Analyzing Network Pruning",
+Sources: Lubana and Dick, "A Gradient Flow Framework For Analyzing Network Pruning",
 ICLR 2021; signed GraSP: Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient
 Flow", ICLR 2020. Under gradient flow, dw/dt = -g, the measures belong to the norm of the weights and to its
 first and second derivative in time.

@@ -4,7 +4,7 @@
     python -m experiments.comparators.page incremental
 
 Source: Hyder, Shao, Hou, Markopoulos, Prater-Bennette, Asif, "Incremental Task Learning with Incremental Rank
-Updates", ECCV 2022, written from its text.
+Updates", ECCV 2022. Budgets and initial values are ours.
 
 Task 0 is the one that the network was trained and pruned for. Task t adds to every layer l a term of low rank
 and a selector, a number for each term that there is:

@@ -1,4 +1,4 @@
-"""AutoPrune: gradients are those of the paper, weights come back, the price decides how many stay."""
+"""AutoPrune: gradients are those of the method, weights come back, the price decides how many stay."""
 
 from __future__ import annotations
 
