@@ -63,6 +63,8 @@ STEPS = 60
 
 SHARES = (0.35, 0.2, 0.1)
 """Of the rows of each layer, where the command line says nothing."""
+SAMPLES = 275_000
+"""Images differentiated in all, where the command line says nothing."""
 
 Projection = Callable[[str, Tensor], Tensor]
 """Of the name of a weight and a tensor in its shape, the nearest point of a set."""
@@ -380,13 +382,14 @@ def admm(subject: Subject, chain: Sequence[Units], method: Admm) -> Outcome:
 
 
 def cells(
-    network: str, *, shares: Sequence[float], bits: Sequence[int], seeds: int
+    network: str, *, shares: Sequence[float], bits: Sequence[int], samples: int = SAMPLES, seeds: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Yield the settings of all cells."""
+    """Yield the settings of all cells; two fifths of `samples` go to stage 1, as many to retraining."""
+    images = {"samples": 2 * samples // 5, "retraining": 2 * samples // 5, "quantising": samples // 5}
     for seed in range(seeds):
         for share in shares:
             for number in bits:
-                method = Admm(share=share, bits=number, seed=seed)
+                method = Admm(share=share, bits=number, seed=seed, **images)
                 yield {"network": network, "contender": "admm", "seed": seed, "method": asdict(method)}
 
 
@@ -410,6 +413,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     root = comparator_parser("admm", __doc__, CHAINS)
     root.add_argument("--shares", nargs="+", type=float, default=SHARES, help=f"of units, default {SHARES}")
+    root.add_argument("--samples", type=int, default=SAMPLES, help=f"images in all, default {SAMPLES}")
     root.add_argument("--bits", nargs="+", type=int, default=(8,), help="default 8")
     return root
 
@@ -422,7 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dense = load_subject(given.network, given.out, given.data, verify=not given.no_verify)
         return lambda cell: measure(dense, cell)
 
-    wanted = cells(given.network, shares=given.shares, bits=given.bits, seeds=given.seeds)
+    wanted = cells(
+        given.network, shares=given.shares, bits=given.bits, samples=given.samples, seeds=given.seeds
+    )
     return measure_cells(given.out / "admm.jsonl", wanted, bench)
 
 

@@ -60,7 +60,7 @@ TIMES = (50.0, 100.0, 200.0)
 RATE = 0.03
 """Learning rate of the rivals at first."""
 SAMPLES = 495_000
-"""Of the rivals: as many as `AutoPrune` differentiates."""
+"""Images differentiated in all, of AutoPrune and of rivals alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,22 +216,30 @@ def _sparsity(subject: Subject) -> float:
 
 
 def cells(
-    network: str, *, prices: Sequence[float], coarse: Sequence[str], times: Sequence[float], seeds: int
+    network: str,
+    *,
+    prices: Sequence[float],
+    coarse: Sequence[str],
+    times: Sequence[float],
+    samples: int = SAMPLES,
+    seeds: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the settings of all cells; others than `autoprune` leave every number of times fewer weights."""
+    """Yield the settings of all cells; others than `autoprune` leave every number of times fewer weights.
+
+    A third of `samples` are for the weights while the set changes, a third for m, and a third for what stays.
+    """
+    part = samples // 3
     for seed in range(seeds):
         for price, function in itertools.product(prices, coarse):
-            method = AutoPrune(price=price, coarse=function, seed=seed)
+            method = AutoPrune(price=price, coarse=function, samples=part, retraining=part, seed=seed)
             yield {"network": network, "contender": "autoprune", "seed": seed, "method": asdict(method)}
         for fewer, contender in itertools.product(times, CONTENDERS[1:]):
             cell = {"network": network, "contender": contender, "seed": seed, "sparsity": 1.0 - 1.0 / fewer}
             if contender in RECIPES:
                 yield {**cell, "version": __version__}
             else:
-                yield {
-                    **cell,
-                    "training": asdict(Training(rate=RATE, samples=SAMPLES, seed=seed, batch_size=64)),
-                }
+                training = Training(rate=RATE, samples=samples, seed=seed, batch_size=64)
+                yield {**cell, "training": asdict(training)}
 
 
 def measure(dense: Subject, cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,6 +295,7 @@ def parser() -> argparse.ArgumentParser:
     root = comparator_parser("autoprune", __doc__, SPECS)
     root.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     root.add_argument("--prices", nargs="*", type=float, default=PRICES, help=f"default {PRICES}")
+    root.add_argument("--samples", type=int, default=SAMPLES, help=f"images in all, default {SAMPLES}")
     root.add_argument("--coarse", nargs="+", choices=COARSE, default=COARSE)
     root.add_argument(
         "--times", nargs="*", type=float, default=TIMES, help="times fewer weights, of the others"
@@ -298,7 +307,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parser().parse_args(arguments)
     every = cells(
-        given.network, prices=given.prices, coarse=given.coarse, times=given.times, seeds=given.seeds
+        given.network,
+        prices=given.prices,
+        coarse=given.coarse,
+        times=given.times,
+        samples=given.samples,
+        seeds=given.seeds,
     )
     wanted = [cell for cell in every if cell["contender"] in given.contenders]
 

@@ -24,7 +24,7 @@ from formulations.files import write_atomically
 
 HELD_OUT = 5_000
 """Training images, the last ones, that weights are not trained on."""
-LENET_EPOCHS = 6
+LENET_EPOCHS = 2
 """Over all training images that are not held out."""
 
 

@@ -122,11 +122,9 @@ def test_the_command_measures_each_cell_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_mnist(tmp_path, train=60, test=10)
-    fast = {"samples": 64, "retraining": 64}
-    monkeypatch.setattr(module, "AutoPrune", lambda **fields: AutoPrune(**(fields | fast)))
-    monkeypatch.setattr(module, "SAMPLES", 64)
     command = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--no-verify", "--prices", "1e-3"]
-    command += ["--coarse", "softplus", "--times", "50", "--contenders", "autoprune", "gradual_sgd"]
+    command += ["--coarse", "softplus", "--times", "50", "--samples", "192"]
+    command += ["--contenders", "autoprune", "gradual_sgd"]
     assert module.main(command) == 0
     path = tmp_path / "out" / "autoprune.jsonl"
     first = path.read_bytes()
