@@ -301,11 +301,11 @@ def table(titles: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _facts(rows: pd.DataFrame) -> str:
+    """Return how the rows came about."""
     seeds = rows["seed"].nunique()
     commits = ", ".join(sorted(set(rows["commit"])))
-    network = ", ".join(sorted(rows["network"].unique()))
-    dense = f", dense {rows['dense_accuracy'].mean():.2f} %" if "dense_accuracy" in rows else ""
-    return f"{network}{dense}; {seeds} seed{'s' if seeds > 1 else ''}; commit {commits}."
+    dense = f"Dense {rows['dense_accuracy'].mean():.2f} %; " if "dense_accuracy" in rows else ""
+    return f"{dense}{seeds} seed{'s' if seeds > 1 else ''}; commit {commits}."
 
 
 def _line(axes: Axes, number: int, x: Any, y: Any, label: str) -> None:
@@ -326,18 +326,21 @@ def _count(number: float) -> str:
     return f"{number:,.0f}".replace(",", " ")
 
 
-def written(name: str, results: Sequence[Mapping[str, Any]], page: str) -> tuple[str, bytes | None]:
-    """Return the text of a page with its measured part replaced, and its picture as SVG, if there is one."""
-    shown = PAGE[name]
-    rows = pd.DataFrame([dict(entry) for entry in results])
-    if rows.empty:
-        return between_marks(page, name, NOTHING), None
-    picture = io.BytesIO()
-    # Names of parts of the file are made from this, so that the same numbers give the same file.
-    with mpl.rc_context({"svg.hashsalt": SEED}):
-        shown.draw(rows).savefig(picture, format="svg", metadata={"Date": None})
-    text = f"{shown.section(rows)}\n\n![{shown.caption}](../figures/{name}.svg)\n\n{shown.caption}."
-    return between_marks(page, name, text), picture.getvalue()
+def written(name: str, results: Sequence[Mapping[str, Any]], page: str) -> tuple[str, dict[str, bytes]]:
+    """Return a page with its measured part replaced, and its pictures as SVG by file name, one a network."""
+    shown, parts, pictures = PAGE[name], [], {}
+    networks = dict.fromkeys(entry["network"] for entry in results)
+    for network in networks:
+        rows = pd.DataFrame([dict(entry) for entry in results if entry["network"] == network])
+        picture = io.BytesIO()
+        # Names of parts of the file are made from this, so that the same numbers give the same file.
+        with mpl.rc_context({"svg.hashsalt": SEED}):
+            shown.draw(rows).savefig(picture, format="svg", metadata={"Date": None})
+        file = f"{name}_{network}.svg"
+        pictures[file] = picture.getvalue()
+        parts += [f"## {network}", shown.section(rows)]
+        parts += [f"![{shown.caption}](../figures/{file})", f"{shown.caption}."]
+    return between_marks(page, name, "\n\n".join(parts) or NOTHING), pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -358,10 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 1
         path = given.pages / f"{name}.md"
-        text, picture = written(name, Ledger(ledger).results(), path.read_text(encoding="utf-8"))
-        if picture is not None:
-            given.figures.mkdir(parents=True, exist_ok=True)
-            write_atomically(given.figures / f"{name}.svg", picture)
+        text, pictures = written(name, Ledger(ledger).results(), path.read_text(encoding="utf-8"))
+        given.figures.mkdir(parents=True, exist_ok=True)
+        for file, picture in pictures.items():
+            write_atomically(given.figures / file, picture)
         write_atomically(path, text.encode())
     return 0
 

@@ -78,7 +78,7 @@ def test_a_page_shows_its_ledger_and_the_same_rows_give_the_same_files(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [name, "--ledgers", str(tmp_path), "--pages", str(tmp_path), "--figures", str(tmp_path / "svg")]
-    page, picture = tmp_path / f"{name}.md", tmp_path / "svg" / f"{name}.svg"
+    page = tmp_path / f"{name}.md"
     by_hand = (ROOT / module.PAGES / f"{name}.md").read_text()
     page.write_text(by_hand)
     assert module.main(command) == 1
@@ -88,17 +88,26 @@ def test_a_page_shows_its_ledger_and_the_same_rows_give_the_same_files(
     for result in make():
         ledger.add(settings_key({"is": result}), result)
     assert module.main(command) == 0
+    (picture,) = (tmp_path / "svg").glob("*.svg")
     first = page.read_text(), picture.read_bytes()
     assert first[0].partition(f"<!-- {name} -->")[0] == by_hand.partition(f"<!-- {name} -->")[0]
     assert all(line in first[0] for line in lines), first[0]
-    assert f"../figures/{name}.svg" in first[0]
+    assert f"../figures/{picture.name}" in first[0]
     assert module.main(command) == 0
     assert (page.read_text(), picture.read_bytes()) == first
 
 
 @pytest.mark.parametrize("name", PAGE)
 def test_without_results_a_page_says_so(name: str) -> None:
-    text, picture = written(name, [], f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\n")
+    text, pictures = written(name, [], f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\n")
     assert NOTHING in text
     assert "old" not in text
-    assert picture is None
+    assert pictures == {}
+
+
+def test_networks_have_sections_and_pictures_of_their_own() -> None:
+    results = admm_results()
+    other = [{**result, "network": "mlpnet_mnist"} for result in results]
+    text, pictures = written("admm", results + other, "<!-- admm -->\n<!-- end of admm -->\n")
+    assert text.index("## lenet5") < text.index("admm_lenet5.svg") < text.index("## mlpnet_mnist")
+    assert list(pictures) == ["admm_lenet5.svg", "admm_mlpnet_mnist.svg"]
