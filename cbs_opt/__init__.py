@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from cbs_opt.select.layer_program.exchanges import Exchanges
     from cbs_opt.select.methods import available_methods
     from cbs_opt.solving import compare, solve
+    from cbs_opt.structure.attention import HeadAttention
+    from cbs_opt.structure.groups import Structure, groups
+    from cbs_opt.structure.removal import Shrinkage, shrink
     from cbs_opt.system.progress import Progress
     from cbs_opt.system.resources import Resources
     from formulations.errors import CbsError
@@ -101,6 +104,9 @@ _MODULES = {
     "cbs_opt.select.layer_program.exchanges": ("Exchanges",),
     "cbs_opt.select.methods": ("available_methods",),
     "cbs_opt.solving": ("compare", "solve"),
+    "cbs_opt.structure.attention": ("HeadAttention",),
+    "cbs_opt.structure.groups": ("Structure", "groups"),
+    "cbs_opt.structure.removal": ("Shrinkage", "shrink"),
     "cbs_opt.system.progress": ("Progress",),
     "cbs_opt.system.resources": ("Resources",),
     "formulations.errors": ("CbsError",),
@@ -132,6 +138,7 @@ __all__ = [
     "GreedyOBS",
     "Groups",
     "HardThreshold",
+    "HeadAttention",
     "LayerRecipe",
     "LayersReport",
     "LossPreservation",
@@ -149,8 +156,10 @@ __all__ = [
     "RowSample",
     "Rows",
     "RunSize",
+    "Shrinkage",
     "SketchedFisher",
     "Stages",
+    "Structure",
     "SwapSearch",
     "Termination",
     "Update",
@@ -167,6 +176,7 @@ __all__ = [
     "fast",
     "fisher_blocks",
     "gradient_rows",
+    "groups",
     "load_masks",
     "load_recipe",
     "load_report",
@@ -181,6 +191,7 @@ __all__ = [
     "save_masks",
     "save_recipe",
     "save_report",
+    "shrink",
     "solve",
     "solve_blocks",
     "verify",

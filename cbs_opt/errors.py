@@ -99,3 +99,7 @@ class RowMemoryError(ArgumentError):
 
 class RecipeFileError(ArgumentError):
     """A recipe file is no TOML, of another version, or has a field that does not exist."""
+
+
+class StructureError(ArgumentError):
+    """A network cannot be made smaller as asked: what was to go is stated somewhere in its code."""

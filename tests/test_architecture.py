@@ -26,7 +26,7 @@ def test_every_module_of_the_package_has_a_floor() -> None:
     entries = [path for path in (ROOT / "cbs_opt").iterdir() if path.suffix == ".py" or path.is_dir()]
     present = {path.stem for path in entries} - {"__init__", "__pycache__"}
     assert sorted(listed) == sorted(present)
-    assert len(present - {"__main__"}) <= 24
+    assert len(present - {"__main__"}) <= 25
 
 
 def test_the_page_on_the_architecture_shows_the_floors_of_the_contract() -> None:
