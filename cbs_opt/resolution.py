@@ -149,6 +149,8 @@ ROWS_FOR_TUNING = 0.7
 """Samples of rows that take the place of one of fine-tuning: each makes the selection longer too."""
 FINAL_SHARE = 0.4
 """Of all fine-tuning for that after the last stage, if there are several."""
+SHARP_FINAL_SHARE = 0.6
+"""The same where each stage prunes much, the last one what is missed most."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""
 
@@ -419,15 +421,14 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
 
 def _stages(count: int, tuning: float, available: float, gradual: bool) -> Stages:
     """Return `count` stages with so many samples of fine-tuning."""
-    each = int(tuning if count == 1 else (1.0 - FINAL_SHARE) * tuning / (count - 1))
-    final = int(tuning if count == 1 else FINAL_SHARE * tuning)
+    share = 1.0 if count == 1 else FINAL_SHARE if gradual else SHARP_FINAL_SHARE
+    each = int(tuning if count == 1 else (1.0 - share) * tuning / (count - 1))
+    final = int(share * tuning)
     size = int(
         min(max(BATCHES[0], 2 ** round(math.log2(max(1, each / STEPS)))), BATCHES[1], max(1, available))
     )
     enough = final >= LEAST_STEPS * size
-    record = FineTuning(
-        samples=max(1, each), final_samples=max(1, final), batch_size=size, rest=count > 1 and not gradual
-    )
+    record = FineTuning(samples=max(1, each), final_samples=max(1, final), batch_size=size, rest=not gradual)
     return Stages(count=count, updates=1, final_updates=0, fine_tuning=record if enough else None)
 
 

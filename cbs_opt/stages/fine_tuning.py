@@ -30,6 +30,12 @@ TRIAL_MOST = 0.8
 """Of the samples of the first fine-tuning for them at most."""
 TRIAL_STEPS = 50
 """Steps of a rate below which nothing is tried: the first rate is taken."""
+PROBE_SHARE = 0.05
+"""Of the samples of a fine-tuning that comes to rest, for each rate until one gains."""
+PROBES = 5
+"""Rates of which that is found out at most."""
+PROBE_STEPS = 20
+"""Steps of a probe below which there is none."""
 NEWTON_STEP = 0.1
 """Of a Newton step at each step: with momentum they add up to a whole one."""
 STEP = 3.0
@@ -233,8 +239,9 @@ class FineTuner:
         """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
 
         `model` is that of the stage, `loss` that on samples set aside. Rates that are tried come to rest on a
-        few samples each. What `Span.takes` refuses is not taken: the rest of the samples is then spent on
-        shorter steps.
+        few samples each. Where the plan rests after every stage, shorter steps are tried in that way until
+        some gain: the model was made before the stage took its weights. What `Span.takes` refuses is not
+        taken: the rest of the samples is then spent on shorter steps.
         """
         before = value = _ordered(loss(weights))
         best, used = weights, 0
@@ -256,6 +263,18 @@ class FineTuner:
                 if losses[-1] < value:
                     value, best = losses[-1], moved
             chosen = tries[losses.index(min(losses))]
+        probe = int(PROBE_SHARE * samples)
+        if self.plan.rest and not share and probe >= PROBE_STEPS * self.plan.batch_size:
+            tries = []
+            for _ in range(PROBES):
+                tries.append(chosen)
+                moved, count = self._moved(best, chosen, model, probe, WHOLE, advance)
+                used += count
+                after = _ordered(loss(moved))
+                if after < value:
+                    value, best = after, moved
+                    break
+                chosen = chosen.shorter()
         last, following = chosen, chosen
         # Where the network can be anything but run away, this says what that is.
         without = 0.0 if self.span.end == 1.0 else _ordered(loss(torch.zeros_like(weights)))

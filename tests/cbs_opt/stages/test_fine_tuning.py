@@ -19,7 +19,7 @@ from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.report.record import PruneReport
-from cbs_opt.stages.fine_tuning import Descent, Rate, Span, largest_curvature, rates
+from cbs_opt.stages.fine_tuning import PROBES, Descent, Rate, Span, largest_curvature, rates
 from cbs_opt.stages.model import StageModel
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
@@ -95,6 +95,16 @@ def test_a_network_that_rests_finds_its_rate_anew_and_gains_in_every_stage() -> 
     found = steps(tuned(network(), plan))
     assert [record.tried for record in found] == [2, 2]
     assert all(record.loss <= record.loss_before for record in found)
+
+
+def test_steps_that_are_too_long_after_a_sharp_stage_are_shortened_by_probes() -> None:
+    plan = FineTuning(samples=8_000, batch_size=4, momentum_rates=(100.0,), rest=True)
+    (found,) = steps(tuned(network(), plan, count=1))
+    assert found.accepted
+    assert 1 < found.tried <= PROBES
+    blind = steps(tuned(network(), replace(plan, rest=False), count=1))[0]
+    assert blind.tried == 1
+    assert found.loss < blind.loss
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
