@@ -84,8 +84,8 @@ class Admm:
         Of a weight.
     rate : float, default 0.01
         Learning rate of each stage at first; it falls like half a cosine.
-    rho : float, default 1e-3
-        At first.
+    rho : float, default 0.01
+        At first. It has to have grown before the learning rate has fallen: from .001 on, W stayed far from Z.
     growth : float, default 1.5
         Of rho with every update of Z, at most up to `most_rho`.
     most_rho : float, default 0.3
@@ -106,7 +106,7 @@ class Admm:
     share: float
     bits: int = 8
     rate: float = 0.01
-    rho: float = 1e-3
+    rho: float = 0.01
     growth: float = 1.5
     most_rho: float = 0.3
     samples: int = 110_000

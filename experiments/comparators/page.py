@@ -110,10 +110,10 @@ def _autoprune_series(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def admm_section(rows: pd.DataFrame) -> str:
-    """Return a table of stages for each share of rows that stays."""
+    """Return a table of stages for each share of rows that stays, and for each rho."""
     titles = ["after", "weights", "times fewer", "bits", "accuracy", "below dense"]
     parts = [_facts(rows)]
-    for (share, bits), own in _by_method(rows, "share", "bits"):
+    for (share, rho, bits), own in _by_method(rows, "share", "rho", "bits"):
         lines = [
             [
                 name,
@@ -128,7 +128,7 @@ def admm_section(rows: pd.DataFrame) -> str:
         distances = pd.DataFrame(list(own["distances"])).mean()
         units = pd.DataFrame(list(own["units"])).mean()
         left = ", ".join(f"{name.removesuffix('.weight')} {count:.0f}" for name, count in units.items())
-        parts.append(f"### A share of {share:g} of the rows, {bits} bits")
+        parts.append(f"### A share of {share:g} of the rows, rho from {rho:g}, {bits} bits")
         parts.append(table(titles, lines))
         seconds = f"{own['processor_seconds'].mean():.0f} processor seconds"
         parts.append(
@@ -143,7 +143,7 @@ def admm_figure(rows: pd.DataFrame) -> Figure:
     """Return accuracy against the number of times that there are fewer weights, by stage."""
     figure, axes = single(3.0)
     points: dict[str, list[tuple[float, float]]] = {}
-    for _, own in _by_method(rows, "share", "bits"):
+    for _, own in _by_method(rows, "share", "rho", "bits"):
         for name, stages in _stages(own):
             fewer = float(own["n"].mean() / stages["weights"].mean())
             points.setdefault(name, []).append((fewer, float(stages["accuracy"].mean())))
