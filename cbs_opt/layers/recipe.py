@@ -85,7 +85,6 @@ def _divergence(argument: str, value: object) -> Divergence:
 NAMED = {
     "fast": LayerRecipe(),
     "balanced": LayerRecipe(budget="network"),
-    # Sets of better layer losses are no better to begin the passes from, and take far longer.
     "best": LayerRecipe(method="wanda", budget="network", divergence=Divergence()),
 }
 
