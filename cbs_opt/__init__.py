@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from cbs_opt.solving import compare, solve
     from cbs_opt.structure.attention import HeadAttention
     from cbs_opt.structure.groups import Structure, groups
+    from cbs_opt.structure.pruning import GroupRecipe, GroupReport, prune_groups
     from cbs_opt.structure.removal import Shrinkage, shrink
+    from cbs_opt.structure.widths import Cost, Widths, choose_widths
     from cbs_opt.system.progress import Progress
     from cbs_opt.system.resources import Resources
     from formulations.errors import CbsError
@@ -106,7 +108,9 @@ _MODULES = {
     "cbs_opt.solving": ("compare", "solve"),
     "cbs_opt.structure.attention": ("HeadAttention",),
     "cbs_opt.structure.groups": ("Structure", "groups"),
+    "cbs_opt.structure.pruning": ("GroupRecipe", "GroupReport", "prune_groups"),
     "cbs_opt.structure.removal": ("Shrinkage", "shrink"),
+    "cbs_opt.structure.widths": ("Cost", "Widths", "choose_widths"),
     "cbs_opt.system.progress": ("Progress",),
     "cbs_opt.system.resources": ("Resources",),
     "formulations.errors": ("CbsError",),
@@ -127,6 +131,7 @@ __all__ = [
     "BlockSolution",
     "CbsError",
     "Certify",
+    "Cost",
     "Count",
     "Divergence",
     "EmpiricalFisher",
@@ -136,6 +141,8 @@ __all__ = [
     "FineTuning",
     "GradientNorm",
     "GreedyOBS",
+    "GroupRecipe",
+    "GroupReport",
     "Groups",
     "HardThreshold",
     "HeadAttention",
@@ -164,6 +171,7 @@ __all__ = [
     "Termination",
     "Update",
     "Weights",
+    "Widths",
     "__version__",
     "absolute",
     "apply_masks",
@@ -172,6 +180,7 @@ __all__ = [
     "balanced",
     "best",
     "check_layers",
+    "choose_widths",
     "compare",
     "fast",
     "fisher_blocks",
@@ -185,6 +194,7 @@ __all__ = [
     "masked",
     "plan",
     "prune",
+    "prune_groups",
     "prune_layers",
     "pruned",
     "recalibrate_batchnorm",

@@ -157,7 +157,7 @@ class Structure:
     def flops_of(self, keep: Mapping[str, BoolArray]) -> float:
         """Return the operations of the network when only some groups are kept; sets not named are whole."""
         kept = self._kept_units(keep)
-        return float(sum(_share_of(entry, kept) for entry in self._products))
+        return float(sum(_share_of(entry, kept) for entry in self.priced_axes))
 
     def parameters_of(self, keep: Mapping[str, BoolArray]) -> int:
         """Return the number of parameters when only some groups are kept; sets not named are whole."""
@@ -197,7 +197,8 @@ class Structure:
         return np.where(atoms == NONE, none, self.units[atoms])
 
     @cached_property
-    def _products(self) -> list[tuple[int, list[IntArray]]]:
+    def priced_axes(self) -> list[tuple[int, list[IntArray]]]:
+        """Operations of every product, and the group of each index along the axes that they grow with."""
         return [(entry.flops, self._axes(entry)) for entry in self.trace.products]
 
     def _axes(self, product: Product) -> list[IntArray]:

@@ -1,0 +1,435 @@
+"""`prune_groups`: groups chosen by the quadratic program of their readers, taken out, the rest refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.errors import UnmatchedPatternError
+from cbs_opt.network.data import Batch, Data, LossFunction, device_of, forward, iterate
+from cbs_opt.network.eligible import unwrapped
+from cbs_opt.network.objective import Objective
+from cbs_opt.network.state import evaluation_mode, kept
+from cbs_opt.solving import solve
+from cbs_opt.structure.groups import READS, BoolArray, GroupSet, Structure, groups
+from cbs_opt.structure.reading import (
+    Moments,
+    columns_of,
+    inputs_of,
+    layers_that_read,
+    moments,
+    watching,
+)
+from cbs_opt.structure.removal import Shrinkage, shrink
+from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
+from cbs_opt.structure.widths import Cost, Widths, choose_widths
+from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, whole_number
+from formulations.errors import ArgumentError
+
+CHOICES = 16
+"""Widths of a set that a budget of operations chooses among."""
+BATCH = 128
+"""Samples that run at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecipe:
+    """How groups are chosen, and what the others do.
+
+    Parameters
+    ----------
+    metric : {"loss", "outputs"}
+        What a change of a layer's outputs costs: by the second moments of the gradients of the loss, or all
+        the same, as in layer-wise reconstruction.
+    swaps : int
+        Rounds of exchanges after the greedy choice.
+    refit : bool
+        Fit every layer that reads groups, in network order, to what it gave before, on the inputs that it has
+        now (least squares, with a bias). Otherwise the others move as the quadratic model says.
+    samples : int
+    damping : float
+        Share of the mean diagonal that is added to second moments.
+    exact_seconds : float
+        Where above 0, branch and bound has so long for every set, and reports a bound; for sets of up to a
+        thousand weights or so.
+    """
+
+    metric: str = "loss"
+    swaps: int = 3
+    refit: bool = True
+    samples: int = 1024
+    damping: float = 0.01
+    exact_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "recipe.", one_of, "metric", choices=("loss", "outputs"))
+        check_fields(self, "recipe.", whole_number, "swaps", least=0)
+        check_fields(self, "recipe.", whole_number, "samples", least=2)
+        check_fields(self, "recipe.", flag, "refit")
+        check_fields(self, "recipe.", finite_number, "exact_seconds")
+        check_fields(self, "recipe.", finite_number, "damping", above=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetChoice:
+    """What was chosen of one set: groups kept and there, the model's loss, and a lower bound if proved."""
+
+    n_keep: int
+    n_groups: int
+    loss: float
+    bound: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupReport:
+    """What `prune_groups` did.
+
+    Attributes
+    ----------
+    choices : mapping of str to SetChoice
+        By the names of `groups`. Losses are those of the quadratic model of each set by itself.
+    shrinkage : Shrinkage
+    widths : Widths or None
+        The knapsack's answer, where a budget of operations was asked for.
+    notes : tuple of str
+        Sets that were left whole because a layer of theirs is ignored.
+    """
+
+    choices: Mapping[str, SetChoice]
+    shrinkage: Shrinkage
+    widths: Widths | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def summary(self) -> str:
+        """Return what was taken out, with the model's losses and their bounds."""
+        lines = []
+        for name, entry in self.choices.items():
+            bound = "" if entry.bound is None else f", bound {entry.bound:.6g}"
+            lines.append(f"{name}: {entry.n_keep} of {entry.n_groups} kept, loss {entry.loss:.6g}{bound}")
+        return "\n".join([*lines, *self.shrinkage.summary().splitlines()[-2:], *self.notes])
+
+
+def prune_groups(
+    model: nn.Module,
+    data: Data,
+    *,
+    keep: float | Mapping[str, float] | None = None,
+    flops: float | None = None,
+    ignore: str | Sequence[str] = (),
+    recipe: GroupRecipe | None = None,
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, GroupReport]:
+    """Return a smaller network without the channels, neurons or heads that the loss misses least.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode; not changed.
+    data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
+        Training data, as for `prune`.
+    keep : float or mapping of str to float, optional
+        Share of the groups of every set to keep, ``max(1, round(keep * n))`` of them; a mapping has it by
+        glob over the names of `groups`, the first that matches, and the others are left whole.
+    flops : float, optional
+        Share of the operations to keep; widths are then chosen by a knapsack over the models' losses, solved
+        exactly. Either this or `keep`.
+    ignore : str or sequence of str
+        Globs of layers. A set in which one of them has a part is left whole, and a note says so.
+    recipe : GroupRecipe, optional
+    loss_fn : callable, optional
+        As for `prune`.
+    seed : int, default 0
+
+    Returns
+    -------
+    tuple of nn.Module and GroupReport
+
+    Raises
+    ------
+    ArgumentError
+        If not exactly one of `keep` and `flops` is given, or nothing can be taken out.
+    UnmatchedPatternError
+        If a glob matches nothing.
+    UnsupportedProblemError
+        If a set is read by a layer that is neither linear nor a plain convolution, which is named.
+    StructureError, ForwardError
+        As `shrink`.
+
+    Examples
+    --------
+    >>> small, report = prune_groups(model, (x, y), flops=0.5)  # doctest: +SKIP
+    """
+    if (keep is None) == (flops is None):
+        found = "neither given" if keep is None else "both given"
+        raise ArgumentError("keep, flops", found, "pass exactly one of them")
+    if flops is not None:
+        finite_number("flops", flops, most=1.0, above=True)
+    recipe = GroupRecipe() if recipe is None else recipe
+    if not isinstance(recipe, GroupRecipe):
+        raise ArgumentError("recipe", f"a {type(recipe).__name__}", "pass a GroupRecipe")
+    model = unwrapped(model)
+    objective = Objective.of(loss_fn)
+    source = iterate(data, batch_size=BATCH, max_samples=recipe.samples, seed=seed, device=device_of(model))
+    batches = list(source)
+    run = partial(forward, model)
+    with kept(model), evaluation_mode(model):
+        objective.settle(model, run, batches[0])
+    batches = [objective.prepared(batch) for batch in batches]
+    example = batches[0].take(slice(2)).inputs
+    structure = groups(model, example)
+    sets, notes = _chosen_sets(structure, ignore)
+    shares = {part.name: 1.0 for part in sets} if keep is None else _shares(sets, keep)
+    sets = [part for part in sets if part.name in shares]
+    if not sets:
+        raise ArgumentError("model", "no groups that may be taken out", "print cbs.groups for the reasons")
+    layers = layers_that_read(model, structure, sets)
+    measured = moments(model, layers, batches, lambda output, batch: objective.loss(output, batch))
+    programs = {part.name: _program(model, part, measured, recipe) for part in sets}
+    widths = None
+    if flops is None:
+        counts = {part.name: max(1, round(shares[part.name] * part.n_groups)) for part in sets}
+    else:
+        counts, widths = _widths(structure, sets, programs, flops)
+    masks, choices = {}, {}
+    for part in sets:
+        masks[part.name], choices[part.name] = _choose(programs[part.name], counts[part.name], recipe)
+    work = deepcopy(model)
+    _write(work, sets, programs, masks)
+    if recipe.refit:
+        every = [part for part in structure.sets if _is_plain_set(model, structure, part)]
+        _refit(model, work, layers_that_read(model, structure, every), batches, recipe.damping)
+    small, shrinkage = shrink(work, example, keep=masks)
+    report = GroupReport(choices=choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
+    return small, report
+
+
+def _chosen_sets(structure: Structure, ignore: str | Sequence[str]) -> tuple[list[GroupSet], list[str]]:
+    """Return the sets without an ignored layer, and notes on the others."""
+    globs = names("ignore", ignore)
+    chosen: list[GroupSet] = []
+    notes: list[str] = []
+    matched: set[str] = set()
+    for part in structure.sets:
+        layers = {entry.name.rpartition(".")[0] or entry.name for entry in part.members}
+        hit = sorted({(glob, layer) for glob in globs for layer in layers if fnmatchcase(layer, glob)})
+        matched.update(glob for glob, _ in hit)
+        if hit:
+            notes.append(f"{part.name} is left whole: {', '.join(layer for _, layer in hit)} is ignored")
+        else:
+            chosen.append(part)
+    for glob in globs:
+        if glob not in matched:
+            remedy = (
+                f"use names of layers such as {structure.sets[0].name}" if structure.sets else "leave it out"
+            )
+            raise UnmatchedPatternError("ignore", f"{glob!r} matches no layer with groups", remedy)
+    return chosen, notes
+
+
+def _shares(sets: Sequence[GroupSet], keep: float | Mapping[str, float]) -> dict[str, float]:
+    """Return the share to keep of every set that is to lose groups."""
+    if not isinstance(keep, Mapping):
+        share = finite_number("keep", keep, most=1.0, above=True)
+        return {part.name: share for part in sets}
+    shares: dict[str, float] = {}
+    for glob, share in keep.items():
+        finite_number(f"keep[{glob!r}]", share, most=1.0, above=True)
+        hits = [part.name for part in sets if fnmatchcase(part.name, glob)]
+        if not hits:
+            remedy = f"choose among {', '.join(part.name for part in sets)}"
+            raise UnmatchedPatternError("keep", f"{glob!r} matches no groups", remedy)
+        for name in hits:
+            shares.setdefault(name, float(share))
+    return shares
+
+
+def _program(
+    model: nn.Module, part: GroupSet, found: Mapping[str, Moments], recipe: GroupRecipe
+) -> GroupProgram:
+    readers = []
+    for member in part.members:
+        if member.role == READS:
+            layer = member.name.rpartition(".")[0]
+            module = model.get_submodule(layer)
+            weight = _affine(module)[:, :-1]
+            gram = _damped(found[layer].gram, recipe.damping)
+            outputs = found[layer].outputs if recipe.metric == "loss" else np.eye(len(weight))
+            columns = columns_of(module, member.index)
+            readers.append(Reader(weight=weight, gram=gram, outputs=outputs, columns=columns))
+    return GroupProgram(readers)
+
+
+def _damped(gram: FloatArray, share: float) -> FloatArray:
+    level = share * float(np.trace(gram)) / len(gram)
+    return np.asarray(gram + max(level, 1e-12) * np.eye(len(gram)))
+
+
+def _choose(program: GroupProgram, n_keep: int, recipe: GroupRecipe) -> tuple[BoolArray, SetChoice]:
+    """Return which groups of a set are kept, with the model's loss and its bound."""
+    bound = None
+    mask, _ = program.greedy(n_keep)
+    mask, loss = program.swaps(mask, recipe.swaps)
+    if recipe.exact_seconds and 0 < n_keep < program.n_groups:
+        problem = program.problem(n_keep)
+        found = solve(problem, "branch_and_bound", program="joint", time_limit=recipe.exact_seconds)
+        bound = found.bound
+        if found.keep is not None:
+            better = np.zeros(program.n_groups, dtype=np.bool_)
+            unit = problem.sets.unit
+            assert unit is not None
+            better[unit[found.keep]] = True
+            if program.loss(better) < loss:
+                mask, loss = better, program.loss(better)
+    n = program.n_groups
+    return mask, SetChoice(n_keep=int(mask.sum()), n_groups=n, loss=loss, bound=bound)
+
+
+def _widths(
+    structure: Structure, sets: Sequence[GroupSet], programs: Mapping[str, GroupProgram], share: float
+) -> tuple[dict[str, int], Widths]:
+    """Return how many groups of each set are kept for a share of the operations."""
+    offered = {
+        part.name: np.unique(np.ceil(np.arange(1, CHOICES + 1) / CHOICES * part.n_groups).astype(int))
+        for part in sets
+    }
+    errors = {}
+    for part in sets:
+        _, losses = programs[part.name].greedy(1)
+        errors[part.name] = losses[part.n_groups - offered[part.name]]
+    fixed, costs = operation_costs(structure, offered)
+    found = choose_widths(errors, costs, share * structure.flops, fixed=fixed)
+    return {name: int(offered[name][place]) for name, place in found.choice.items()}, found
+
+
+def operation_costs(structure: Structure, offered: Mapping[str, Any]) -> tuple[float, list[Cost]]:
+    """Return the operations of a network as tables over widths: what is fixed, and a table for each layer.
+
+    `offered` has the widths of each set that may shrink. Raises `ArgumentError` if a product depends on more
+    than two of them.
+    """
+    starts, start = {}, 0
+    for part in structure.sets:
+        starts[part.name] = (start, start + part.n_groups)
+        start += part.n_groups
+    fixed = 0.0
+    tables: dict[tuple[str, ...], FloatArray] = {}
+    for flops, axes in structure.priced_axes:
+        shares = []
+        for units in axes:
+            parts = {
+                name: float(((units >= low) & (units < high)).mean())
+                for name, (low, high) in starts.items()
+                if name in offered
+            }
+            named: list[tuple[str | None, float]] = [(name, part) for name, part in parts.items() if part]
+            shares.append([*named, (None, 1.0 - sum(parts.values()))])
+        for term in product(*shares):
+            involved = tuple(dict.fromkeys(name for name, _ in term if name is not None))
+            weight = flops * float(np.prod([part for _, part in term]))
+            if not involved:
+                fixed += weight
+                continue
+            if len(involved) > 2:
+                found = f"a product that depends on {', '.join(involved)}"
+                raise ArgumentError("flops", found, "use keep, or ignore one of them")
+            grid = np.full([len(offered[name]) for name in involved], weight)
+            for name, _ in term:
+                if name is not None:
+                    low, high = starts[name]
+                    shape = [-1 if other == name else 1 for other in involved]
+                    grid = grid * (np.asarray(offered[name]) / (high - low)).reshape(shape)
+            known = tables.get(involved)
+            tables[involved] = grid if known is None else known + grid
+    return fixed, [Cost(sets=involved, table=table) for involved, table in tables.items()]
+
+
+def _write(
+    work: nn.Module,
+    sets: Sequence[GroupSet],
+    programs: Mapping[str, GroupProgram],
+    masks: Mapping[str, BoolArray],
+) -> None:
+    """Write the weights of the readers as the quadratic model moves them, and zeros for what goes."""
+    with torch.no_grad():
+        for part in sets:
+            readers = [entry for entry in part.members if entry.role == READS]
+            for member, weight in zip(readers, programs[part.name].updated(masks[part.name]), strict=True):
+                parameter = work.get_parameter(member.name)
+                parameter.copy_(torch.from_numpy(weight).reshape(parameter.shape))
+
+
+def _is_plain_set(model: nn.Module, structure: Structure, part: GroupSet) -> bool:
+    try:
+        layers_that_read(model, structure, [part])
+    except ArgumentError:
+        return False
+    return True
+
+
+def _refit(
+    model: nn.Module, work: nn.Module, layers: Sequence[str], batches: Sequence[Batch], damping: float
+) -> None:
+    """Fit every layer, in the order in which they run, to what it gave in the network as it was."""
+    order: list[str] = []
+    noted = watching(model, layers, lambda name, *_: order.append(name))
+    with torch.no_grad(), kept(model), evaluation_mode(model), noted:
+        forward(model, batches[0].take(slice(2)).inputs)
+    for name in dict.fromkeys(order):
+        gram, cross = _regression(model, work, name, batches)
+        module = work.get_submodule(name)
+        wanted, now = _affine(model.get_submodule(name)), _affine(module)
+        used = np.append(np.abs(now[:, :-1]).any(0), True)
+        level = damping * float(np.trace(gram)) / len(gram)
+        system = gram[np.ix_(used, used)] + level * np.eye(int(used.sum()))
+        fitted = np.zeros_like(now)
+        fitted[:, used] = np.linalg.solve(system, (wanted @ cross)[:, used].T + level * now[:, used].T).T
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(fitted[:, :-1]).reshape(weight.shape))
+            bias = nn.Parameter(torch.from_numpy(fitted[:, -1]).to(weight))
+            module.bias = bias
+
+
+def _affine(module: nn.Module) -> FloatArray:
+    """Return weight and bias of a linear layer or convolution side by side, (out, p + 1)."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    last = bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+    return np.asarray(torch.cat([weight.flatten(1), last[:, None]], 1).detach().double().cpu().numpy())
+
+
+def _regression(
+    model: nn.Module, work: nn.Module, name: str, batches: Sequence[Batch]
+) -> tuple[FloatArray, FloatArray]:
+    """Return ``E[s s^T]`` and ``E[d s^T]`` of what a layer reads now (s) and read before (d), with a one."""
+    seen: list[Tensor] = []
+
+    def told(_: str, module: nn.Module, x: Tensor, __: Tensor) -> None:
+        rows = inputs_of(module, x).double()
+        seen.append(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
+
+    total: list[Any] = [0.0, 0.0]
+    count = 0
+    for batch in batches:
+        seen.clear()
+        for network in (model, work):
+            with torch.no_grad(), kept(network), evaluation_mode(network), watching(network, [name], told):
+                forward(network, batch.inputs)
+        half = len(seen) // 2
+        before, now = torch.cat(seen[:half]), torch.cat(seen[half:])
+        total[0] = total[0] + now.T @ now
+        total[1] = total[1] + before.T @ now
+        count += len(now)
+    gram, cross = (entry.cpu().numpy() / count for entry in total)
+    return gram, cross

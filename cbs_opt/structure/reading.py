@@ -1,0 +1,142 @@
+"""What the layers that read groups are fed, and how much the loss feels their outputs: Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cbs_opt.network.data import Batch, forward
+from cbs_opt.network.state import evaluation_mode, kept
+from cbs_opt.structure.groups import READS, GroupSet, Structure
+from formulations.errors import ArgumentError, UnsupportedProblemError
+
+FloatArray = NDArray[np.float64]
+
+Hook = Callable[[str, nn.Module, Tensor, Tensor], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Moments:
+    """Second moments of a layer: ``gram`` of its inputs, ``outputs`` of the gradients at its outputs."""
+
+    gram: FloatArray
+    outputs: FloatArray
+
+
+def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[GroupSet]) -> list[str]:
+    """Return the layers that read some sets, in network order.
+
+    Raises `UnsupportedProblemError`, which names it, if one is no linear layer or plain convolution.
+    """
+    names = {entry.name for part in sets for entry in part.members if entry.role == READS}
+    found = []
+    for path, module in model.named_modules():
+        if f"{path}.weight".lstrip(".") in names:
+            names.discard(f"{path}.weight".lstrip("."))
+            if not _is_plain(module):
+                names.add(f"{path}.weight")
+            found.append(path)
+    if names:
+        told = f"{', '.join(sorted(names))}: read groups, and belong to no linear layer or plain convolution"
+        raise UnsupportedProblemError("model", told, "name the groups that they read in ignore")
+    return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear)
+
+
+def columns_of(module: nn.Module, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the columns of the flattened weight that input channels own, (n_groups, k)."""
+    places = 1 if isinstance(module, nn.Linear) else int(np.prod(module.kernel_size))  # type: ignore[arg-type]
+    return np.asarray((index[:, :, None] * places + np.arange(places)).reshape(len(index), -1))
+
+
+def inputs_of(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what a layer multiplies its flattened weight with, (tokens, p)."""
+    if isinstance(module, nn.Conv1d):
+        x, kernel = x[:, :, None], (1, *module.kernel_size)
+        options = [(1, *module.dilation), (0, *_padding(module)), (1, *module.stride)]
+        return F.unfold(x, kernel, *options).transpose(1, 2).flatten(0, 1)
+    if isinstance(module, nn.Conv2d):
+        padded = F.pad(x, module._reversed_padding_repeated_twice)
+        unfolded = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
+        return unfolded.transpose(1, 2).flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _padding(module: nn.Conv1d) -> tuple[int, ...]:
+    if isinstance(module.padding, str):
+        raise UnsupportedProblemError("model", f"padding {module.padding!r}", "give padding as a number")
+    return tuple(module.padding)
+
+
+def outputs_of(y: Tensor, module: nn.Module) -> Tensor:
+    """Return outputs, or gradients at them, as (tokens, out)."""
+    if isinstance(module, nn.Linear):
+        return y.reshape(-1, y.shape[-1])
+    return y.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+@contextmanager
+def watching(model: nn.Module, layers: Sequence[str], told: Hook) -> Iterator[None]:
+    """Tell of the inputs and outputs of layers while they run: ``told(name, module, x, y)``."""
+
+    def hook(name: str) -> Any:
+        return lambda module, args, output: told(name, module, args[0], output)
+
+    hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for entry in hooks:
+            entry.remove()
+
+
+def moments(
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], loss: Callable[[Any, Batch], Tensor]
+) -> Mapping[str, Moments]:
+    """Return the moments of layers over samples, at the labels of the data.
+
+    `loss` gives the mean loss of a batch. Inputs are summed over the places of a sample, gradients averaged
+    over them, both averaged over samples: their product is the Fisher matrix if the two are independent
+    (Grosse and Martens 2016). One forward and one backward pass.
+
+    Raises `ArgumentError`, which names it, if a layer did not run.
+    """
+    gram: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    samples = sum(batch.size for batch in batches)
+    scale = 1
+
+    def told(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        rows = inputs_of(module, x.detach()).double()
+        gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows / samples
+
+        def gradient(g: Tensor) -> None:
+            flat = outputs_of(g.detach(), module).double() * scale
+            places = max(flat.shape[0] // scale, 1)
+            outputs[name] = outputs.get(name, torch.zeros(())) + flat.T @ flat / samples / places
+
+        y.register_hook(gradient)  # type: ignore[no-untyped-call]
+
+    with kept(model), evaluation_mode(model), torch.enable_grad(), watching(model, layers, told):
+        for batch in batches:
+            scale = batch.size
+            value = loss(forward(model, batch.inputs), batch)
+            torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    missing = [name for name in layers if name not in outputs]
+    if missing:
+        found = f"{', '.join(missing)} did not run, or do not reach the loss"
+        raise ArgumentError("model", found, "name the groups that they read in ignore")
+    return {name: Moments(gram=gram[name].numpy(), outputs=outputs[name].numpy()) for name in layers}

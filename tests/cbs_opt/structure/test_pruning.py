@@ -1,0 +1,126 @@
+"""Groups are pruned for a share of themselves or of the operations, and what is asked wrongly is named."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cbs_opt as cbs
+from cbs_opt.errors import UnmatchedPatternError
+from cbs_opt.network.evaluation import evaluate
+from formulations.errors import ArgumentError, UnsupportedProblemError
+from tests.cbs_opt.structure.networks import built
+
+FEW = cbs.GroupRecipe(samples=60)
+
+
+def data(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs, torch.randint(0, 3, (len(inputs),), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_share_of_every_set_is_kept_and_the_network_is_not_touched() -> None:
+    model, _ = built("mlp")
+    before = copy.deepcopy(model.state_dict())
+    small, report = cbs.prune_groups(model, data(torch.randn(60, 7)), keep=0.5, recipe=FEW)
+    assert [(part.n_keep, part.n_groups) for part in report.choices.values()] == [(6, 12), (4, 9)]
+    assert [tuple(entry.shape) for entry in small.parameters() if entry.ndim == 2] == [(6, 7), (4, 6), (3, 4)]
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert all(entry.grad is None for entry in model.parameters())
+    assert "0: 6 of 12 kept" in report.summary()
+
+
+def test_the_same_call_gives_the_same_network() -> None:
+    model, _ = built("mlp")
+    samples = data(torch.randn(90, 7))
+    one, other = (cbs.prune_groups(model, samples, keep=0.5, recipe=FEW, seed=3)[0] for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_copies_of_neurons_are_taken_out_without_loss() -> None:
+    model, _ = built("mlp")
+    with torch.no_grad():
+        model[0].weight[6:] = model[0].weight[:6]
+        model[0].bias[6:] = model[0].bias[:6]
+    x = torch.randn(60, 7)
+    recipe = cbs.GroupRecipe(samples=60, damping=1e-7)
+    small, report = cbs.prune_groups(model, data(x), keep={"0": 0.5}, recipe=recipe)
+    with torch.no_grad():
+        assert torch.allclose(small(x), model(x), atol=1e-3)
+    assert report.choices["0"].loss < 1e-4
+
+
+def test_operations_are_within_the_budget_and_the_choice_is_proved() -> None:
+    model, _ = built("residual")
+    x = torch.randn(60, 3, 10, 10)
+    small, report = cbs.prune_groups(model, data(x), flops=0.5, recipe=FEW)
+    assert report.widths is not None
+    assert report.widths.gap <= 1e-6 * max(report.widths.error, 1.0)
+    before, after = report.shrinkage.flops
+    assert after <= 0.5 * before
+    assert after == pytest.approx(report.widths.cost)
+    assert evaluate(small, data(x)).accuracy is not None
+
+
+def test_branch_and_bound_proves_a_small_layer() -> None:
+    model, _ = built("mlp")
+    recipe = cbs.GroupRecipe(samples=60, exact_seconds=60.0, refit=False)
+    _, report = cbs.prune_groups(model, data(torch.randn(60, 7)), keep={"2": 0.5}, recipe=recipe)
+    (choice,) = report.choices.values()
+    assert choice.bound is not None
+    assert choice.bound <= choice.loss * (1 + 1e-9)
+    assert choice.loss == pytest.approx(choice.bound, rel=1e-3)
+
+
+def test_a_set_with_an_ignored_layer_is_left_whole_and_noted() -> None:
+    model, _ = built("residual")
+    x = torch.randn(60, 3, 10, 10)
+    _, report = cbs.prune_groups(model, data(x), keep=0.5, ignore="first.conv2", recipe=FEW)
+    assert "stem" not in report.choices
+    assert "stem is left whole: first.conv2 is ignored" in report.notes
+    assert list(report.choices) == ["second.conv1", "second.conv2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({}, ArgumentError, "keep, flops: neither given"),
+        ({"keep": 0.5, "flops": 0.5}, ArgumentError, "keep, flops: both given"),
+        ({"keep": 1.5}, ArgumentError, "keep: 1.5"),
+        ({"keep": {"4": 0.5}}, UnmatchedPatternError, "'4' matches no groups; choose among 0, 2"),
+        ({"keep": 0.5, "ignore": "x*"}, UnmatchedPatternError, "'x\\*' matches no layer"),
+        ({"keep": 0.5, "ignore": "*"}, ArgumentError, "no groups that may be taken out"),
+        ({"flops": 1e-4}, ArgumentError, "budget: .* and the cheapest choice costs"),
+        ({"keep": 0.5, "recipe": "fast"}, ArgumentError, "recipe: a str"),
+    ],
+)
+def test_what_cannot_be_done_is_named(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    model, _ = built("mlp")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind, match=message):
+        cbs.prune_groups(model, data(torch.randn(60, 7)), **options)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_reader_that_is_no_plain_layer_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3), nn.Flatten()).eval()
+    with pytest.raises(UnsupportedProblemError, match=r"2\.weight: read groups"):
+        cbs.prune_groups(model, data(torch.randn(60, 3, 5, 5)), keep=0.5, recipe=FEW)
+
+
+def test_a_recipe_is_checked() -> None:
+    for options in (
+        {"metric": "x"},
+        {"samples": 1},
+        {"damping": 0.0},
+        {"swaps": -1},
+        {"exact_seconds": -1.0},
+    ):
+        with pytest.raises(ArgumentError, match="recipe"):
+            cbs.GroupRecipe(**options)
+    assert np.isfinite(cbs.GroupRecipe().damping)
