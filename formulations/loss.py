@@ -150,7 +150,9 @@ def _woodbury(rows: FloatArray, term: ChannelTerm, damping: float, right: FloatA
 
     def whitened(x: FloatArray, transposed: bool) -> FloatArray:
         pieces = [
-            solve_triangular(factor, x[part], lower=True, trans=int(transposed), check_finite=False)
+            solve_triangular(
+                factor, x[part], lower=True, trans="T" if transposed else "N", check_finite=False
+            )
             for part, factor in zip(parts, factors, strict=True)
         ]
         return np.concatenate(pieces)

@@ -159,8 +159,8 @@ def low_rank_factor(problem: BlockProblem, block: ScaledBlock, split: FloatArray
     the damping: what is left of that is dropped like an eigenvalue that is rounding.
     """
     rows = problem.rows
-    alone = rows is not None and problem.channels is None
-    few = alone and rows.shape[0] < problem.n and problem.n > EIGENVALUES_LARGEST
+    few = rows is not None and rows.shape[0] < problem.n and problem.n > EIGENVALUES_LARGEST
+    few = few and problem.channels is None
     if few and bool((split <= block.damping).all()):
         assert rows is not None
         return np.asarray(rows / math.sqrt(block.hessian_scale))

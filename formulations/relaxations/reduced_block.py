@@ -176,8 +176,8 @@ def _reduced_joint(problem: BlockProblem, fixing: Fixing, ridge: float) -> Reduc
     # The linear term b = H w - g of the program in the new weights.
     target = BoundedVector(product.value - gradient, product.error + blur)
     rows = problem.rows
-    in_rows = rows is not None and problem.channels is None
-    in_rows = in_rows and problem.damping > 0.0 and rows.shape[0] <= problem.n
+    in_rows = rows is not None and problem.damping > 0.0 and rows.shape[0] <= problem.n
+    in_rows = in_rows and problem.channels is None
     eliminate = _eliminate_in_rows if in_rows else _eliminate_dense
     try:
         left = eliminate(problem, target.value, kept, free, ridge)
