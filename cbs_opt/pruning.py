@@ -22,7 +22,6 @@ from cbs_opt.curvature.rows import Rows
 from cbs_opt.curvature.run_size import RunSize, Way, check_fits, fitting, run_size, ways
 from cbs_opt.describe import certified, describe
 from cbs_opt.errors import UnmatchedPatternError
-from cbs_opt.hessian.channel_system import DENSE_LIMIT
 from cbs_opt.network.data import Data, LossFunction, device_of, sample_count
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
@@ -357,7 +356,6 @@ def _prepared(
     rows = request.recipes[0].curvature
     if isinstance(rows, Rows):
         rows.check(prepared.partition)
-    _check_certifiable(prepared.request, prepared.partition)
     _check_searches(prepared.request, prepared.partition)
     return replace(prepared, notes=(*prepared.size.changes, *dict.fromkeys(notes)), choices=choices)
 
@@ -581,16 +579,6 @@ def _has_kernels(select: Select, partition: Partition) -> bool:
         return True
     limit = DENSE_JOINT if select.dense_limit is None else select.dense_limit
     return any(block.stop - block.start <= limit for block in partition.blocks)
-
-
-def _check_certifiable(request: Request, partition: Partition) -> None:
-    """Raise `UnsupportedProblemError` if bounds for the largest block would need its whole Hessian."""
-    largest = max(block.stop - block.start for block in partition.blocks)
-    for recipe in request.recipes if request.certify is not None else ():
-        if recipe.layer_inputs and not selects_by_rows(recipe) and largest > DENSE_LIMIT:
-            found = f"True with a layer-input term and a block of {largest} weights"
-            remedy = f"cut blocks of at most {DENSE_LIMIT} (weights.blocks), or use layer_inputs=0"
-            raise UnsupportedProblemError("certify", found, remedy)
 
 
 def _check_searches(request: Request, partition: Partition) -> None:

@@ -156,11 +156,11 @@ def _joint_rounding(
     n = problem.n
     gradient = np.abs(problem.gradient_or_zero)
     # Sums over samples, then over weights, then the eliminations.
-    gamma = error_factor(2 * _height(problem) + 12 * n + 64)
+    gamma = error_factor(2 * summed_entries(problem) + 12 * n + 64)
     reach = float(root @ np.abs(problem.weights))
     fixed = (reach * reach + float(gradient @ np.abs(problem.weights))) / scale + UNDERFLOW / scale / gamma
     known = 0.0
-    if problem.rows is not None and problem.rows.shape[0] < n:
+    if problem.rows is not None and problem.channels is None and problem.rows.shape[0] < n:
         # Without rows for all directions this is nearly all there is.
         known = problem.damping / float(root.max()) ** 2 * (1.0 - 1e-9)
     lowest, minimiser = _lowest_and_minimiser(matrix, linear, known)
@@ -222,8 +222,10 @@ def _factorises(matrix: FloatArray) -> bool:
     return True
 
 
-def _height(problem: BlockProblem) -> int:
-    return problem.rows.shape[0] if problem.rows is not None else 1
+def summed_entries(problem: BlockProblem) -> int:
+    """Return of how many terms an entry of ``H`` is the sum, the damping left out."""
+    height = problem.rows.shape[0] if problem.rows is not None else 1
+    return height if problem.channels is None else height + 2
 
 
 def selection_form(problem: BlockProblem) -> DenseForm:
@@ -264,7 +266,7 @@ def _selection_rounding(
     tied = problem.sets.unit is not None
     most = n if tied else problem.n_prune
     reach = np.sort(np.sqrt(np.maximum(np.diagonal(matrix), 0.0)))[n - most :].sum()
-    gamma = error_factor(2 * _height(problem) + (14 if tied else 12) * n + 64)
+    gamma = error_factor(2 * summed_entries(problem) + (14 if tied else 12) * n + 64)
     fixed = 2.0 * float(reach * reach + np.abs(linear).sum())
     dip = _dip(problem)
     # A relaxation that is indefinite by rounding overestimates by 1/2 dip (y - z).A_ii (y - z) at most.

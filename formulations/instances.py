@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from formulations.channels import ChannelTerm
 from formulations.errors import CbsError, InstanceFormatError, UnsupportedProblemError
 from formulations.files import read_container, write_atomically, write_container
 from formulations.models import model_spec
@@ -32,6 +33,8 @@ MAX_BYTES = 2**34
 """Largest file content read by default, 16 GiB of arrays."""
 LABELS = "groups"
 """Array of a block's file that holds the group of each weight."""
+CHANNELS = "channels_"
+"""Beginning of the names of the arrays that make up the term over channels."""
 LIBRARY = resources.files("formulations") / "library"
 
 
@@ -68,6 +71,8 @@ def write_instance(
         for tag in ("weights", "rows", "hessian", "gradient")
         if (array := getattr(problem, tag)) is not None
     }
+    if problem.channels is not None:
+        arrays |= {CHANNELS + tag: array.astype("<f8") for tag, array in problem.channels.arrays().items()}
     if problem.support is not None and problem.support.unit is not None:
         # A header has a largest size; whole numbers of this size are exact in float64.
         arrays[LABELS] = problem.support.unit.astype("<f8")
@@ -113,10 +118,11 @@ def read_instance(
         with the fingerprint that was written.
     """
     header, arrays = read_container(path, BLOCK_FORMAT, VERSION, max_bytes)
+    parts = {tag[len(CHANNELS) :]: arrays.pop(tag) for tag in list(arrays) if tag.startswith(CHANNELS)}
     unknown = set(arrays) - {"weights", "rows", "hessian", "gradient", LABELS}
     if unknown or "weights" not in arrays:
         raise InstanceFormatError("path", f"{path}: arrays {sorted(arrays)}", "write the file again")
-    for array in arrays.values():
+    for array in (*arrays.values(), *parts.values()):
         array.flags.writeable = False
     try:
         problem = BlockProblem(
@@ -124,6 +130,7 @@ def read_instance(
             support=_support_of(header, arrays),
             damping=header["damping"],
             name=str(header["name"]),
+            channels=ChannelTerm.of_arrays(parts) if parts else None,
             **arrays,
         )
         expected, metadata = header["fingerprint"], dict(header["metadata"])

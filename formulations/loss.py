@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky, solve_triangular
 
+from formulations.channels import ChannelTerm
 from formulations.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 from formulations.problem import LARGEST_FACTORISED, BlockProblem, BoolArray, FloatArray, check_program
+
+LARGEST_RESIDUAL = 1e-9
+"""Relative residual up to which a solve by Woodbury stands, where the kept block can be formed."""
 
 
 def step_loss(problem: BlockProblem, step: ArrayLike) -> float:
@@ -24,6 +28,8 @@ def step_loss(problem: BlockProblem, step: ArrayLike) -> float:
         quadratic += image @ image
     else:
         quadratic += d @ (problem._hessian @ d)
+    if problem.channels is not None:
+        quadratic += d @ problem.channels.product(d)
     linear = 0.0 if problem.gradient is None else problem.gradient @ d
     return float(linear + 0.5 * quadratic)
 
@@ -72,6 +78,8 @@ def update(problem: BlockProblem, keep: ArrayLike) -> FloatArray:
 def solve_kept_block(problem: BlockProblem, index: np.ndarray, right: FloatArray) -> FloatArray:
     """Solve ``H_KK x = right`` by Cholesky, with Woodbury when the kept block is the larger."""
     try:
+        if problem.channels is not None:
+            return _solve_by_channels(problem, index, right)
         if problem.rows is not None:
             block = problem.rows[:, index]
             m = block.shape[0]
@@ -94,6 +102,70 @@ def solve_kept_block(problem: BlockProblem, index: np.ndarray, right: FloatArray
     except LinAlgError:
         found = f"{problem.damping:g}: the kept block of H is singular"
         raise NotPositiveDefiniteError("damping", found, "use a larger damping") from None
+
+
+def _solve_by_channels(problem: BlockProblem, index: np.ndarray, right: FloatArray) -> FloatArray:
+    """Solve ``H_KK x = right`` by Woodbury, or formed where few are kept or the channels alone are singular.
+
+    Raises `LinAlgError` if H_KK is singular.
+    """
+    assert problem.rows is not None
+    assert problem.channels is not None
+    rows, term = problem.rows[:, index], problem.channels.restricted(index)
+    if index.size > len(rows):
+        try:
+            solution = _woodbury(rows, term, problem.damping, right)
+        except LinAlgError:
+            if index.size > LARGEST_FACTORISED:
+                raise
+        else:
+            left = right - rows.T @ (rows @ solution) - term.product(solution) - problem.damping * solution
+            if (
+                index.size > LARGEST_FACTORISED
+                or np.abs(left).max() <= LARGEST_RESIDUAL * np.abs(right).max()
+            ):
+                return solution
+    kept = rows.T @ rows + term.dense()
+    kept[np.diag_indices(index.size)] += problem.damping
+    return np.asarray(cho_solve(cho_factor(kept), right))
+
+
+def _woodbury(rows: FloatArray, term: ChannelTerm, damping: float, right: FloatArray) -> FloatArray:
+    """Return ``(R^T R + C + damping I)^-1 right`` by the Cholesky factors of the channels, refined once.
+
+    With ``C + damping I = L L^T`` and ``Z = L^-1 R^T`` the inverse is ``L^-T (I - Z M^-1 Z^T) L^-1``, where
+    ``M = I + Z^T Z``.
+    """
+    parts, factors = list(term.spans()), []
+    for channel in range(len(term)):
+        matrix = term.matrix(channel)
+        matrix[np.diag_indices(len(matrix))] += damping
+        factors.append(cholesky(matrix, lower=True, overwrite_a=True, check_finite=False))
+    seen = np.empty((term.n, len(rows)))
+    for part, factor in zip(parts, factors, strict=True):
+        seen[part] = solve_triangular(factor, rows[:, part].T, lower=True, check_finite=False)
+    inner = seen.T @ seen
+    inner[np.diag_indices(len(rows))] += 1.0
+    inner_factor = cho_factor(inner, overwrite_a=True) if len(rows) else None
+
+    def whitened(x: FloatArray, transposed: bool) -> FloatArray:
+        pieces = [
+            solve_triangular(
+                factor, x[part], lower=True, trans="T" if transposed else "N", check_finite=False
+            )
+            for part, factor in zip(parts, factors, strict=True)
+        ]
+        return np.concatenate(pieces)
+
+    def solved(x: FloatArray) -> FloatArray:
+        x = whitened(x, False)
+        if inner_factor is not None:
+            x = x - seen @ cho_solve(inner_factor, seen.T @ x)
+        return whitened(x, True)
+
+    solution = solved(right)
+    left = right - rows.T @ (rows @ solution) - term.product(solution) - damping * solution
+    return np.asarray(solution + solved(left))
 
 
 def trivial_bound(problem: BlockProblem) -> float | None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import LinAlgError, cholesky
 
+from formulations.channels import ChannelTerm
 from formulations.errors import ArgumentError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 from formulations.support import Count, Support
 
@@ -81,7 +82,7 @@ def frozen_array(name: str, value: ArrayLike, ndim: int) -> FloatArray:
 class BlockProblem:
     """One block of weights and the second-order model of the loss around it.
 
-    The model is ``dL(d) = g.d + 1/2 d.H d`` with ``H = rows^T rows + damping I`` or
+    The model is ``dL(d) = g.d + 1/2 d.H d`` with ``H = rows^T rows + channels + damping I`` or
     ``H = hessian + damping I``; `support` says which weights may stay, or `n_prune` how many are to
     become zero.
 
@@ -99,6 +100,8 @@ class BlockProblem:
         Scaled gradient rows ``R = G / sqrt(m)``. Exactly one of `rows` and `hessian` is given.
     hessian : (n, n) array_like, optional
         Symmetric positive semidefinite matrix, without the damping.
+    channels : ChannelTerm, optional
+        Beside rows: a term of ``H`` that is block-diagonal over output channels, and never formed whole.
     damping : float, default 0
         Added to the diagonal; non-negative.
     gradient : (n,) array_like, optional
@@ -128,6 +131,7 @@ class BlockProblem:
     damping: float = 0.0
     gradient: FloatArray | None = None
     name: str = ""
+    channels: ChannelTerm | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -144,6 +148,8 @@ class BlockProblem:
             _check_width("rows", self.rows, self.n)
         if self.hessian is not None:
             put(self, "hessian", _checked_hessian(self.hessian, self.n, self.damping))
+        if self.channels is not None:
+            _check_channels(self.channels, self.n, self.rows)
         if self.gradient is not None:
             put(self, "gradient", frozen_array("gradient", self.gradient, 1))
             _check_width("gradient", self.gradient, self.n)
@@ -158,6 +164,7 @@ class BlockProblem:
 
     def __repr__(self) -> str:
         data = f"rows={self.rows.shape}" if self.rows is not None else "hessian"
+        data += "" if self.channels is None else f", channels={len(self.channels)}"
         label = f"{self.name!r}, " if self.name else ""
         kept = f"n_prune={self.n_prune}" if self.support is None else f"support={self.support}"
         return f"BlockProblem({label}n={self.n}, {kept}, {data}, damping={self.damping:g})"
@@ -192,6 +199,8 @@ class BlockProblem:
         """``H x`` for `x` of shape (n,) or (n, p); O(m n p) with rows, O(n^2 p) with a Hessian."""
         x = np.asarray(x, dtype=np.float64)
         product = self.rows.T @ (self.rows @ x) if self.rows is not None else self._hessian @ x
+        if self.channels is not None:
+            product += self.channels.product(x)
         return np.asarray(product + self.damping * x, dtype=np.float64)
 
     def hessian_diagonal(self) -> FloatArray:
@@ -200,6 +209,8 @@ class BlockProblem:
             diagonal = np.einsum("ij,ij->j", self.rows, self.rows)
         else:
             diagonal = np.diagonal(self._hessian).copy()
+        if self.channels is not None:
+            diagonal += self.channels.diagonal()
         return np.asarray(diagonal + self.damping, dtype=np.float64)
 
     def hessian_columns(self, index: ArrayLike) -> FloatArray:
@@ -209,12 +220,17 @@ class BlockProblem:
             block = self.rows.T @ self.rows[:, columns]
         else:
             block = self._hessian[:, columns].copy()
+        if self.channels is not None:
+            block += self.channels.columns(columns)
         block[columns, np.arange(columns.size)] += self.damping
         return np.asarray(block, dtype=np.float64)
 
     def dense_hessian(self) -> FloatArray:
         """``H`` as a new writable (n, n) array; O(m n^2) with rows."""
         hessian = self._hessian.copy() if self.rows is None else self.rows.T @ self.rows
+        if self.channels is not None:
+            for channel, span in enumerate(self.channels.spans()):
+                hessian[span, span] += self.channels.matrix(channel)
         hessian[np.diag_indices(self.n)] += self.damping
         return np.asarray(hessian, dtype=np.float64)
 
@@ -233,43 +249,46 @@ class BlockProblem:
 
         Negative eigenvalues down to 1e-10 of the mean diagonal are accepted as rounding.
         """
+        if self.channels is not None:
+            small = all(_two_by_two(moment, np.diagonal(moment)) for moment in self.channels.moments)
+            return 0.0 if small else max(-self.curvature_floor(), 0.0)
         if self.hessian is None or self.n == 0:
             return 0.0
         diagonal = self.hessian_diagonal()
-        squares = np.maximum(diagonal, 0.0)
-        inside = np.abs(self.hessian) <= np.sqrt(squares)[:, None] * np.sqrt(squares) * (1.0 + 1e-7)
-        np.fill_diagonal(inside, diagonal >= 0.0)
-        return 0.0 if bool(inside.all()) else max(-self.curvature_floor(), 0.0)
+        return 0.0 if _two_by_two(self.hessian, diagonal) else max(-self.curvature_floor(), 0.0)
 
     def curvature_floor(self) -> float:
         """Return what every eigenvalue of ``H`` is proved to exceed without a factorisation; may be negative.
 
-        With rows it is the damping. A Hessian matrix is known to be semidefinite up to rounding only.
+        With rows it is the damping. A Hessian matrix, or the moments of channels, are known to be
+        semidefinite up to rounding only.
         """
+        if self.channels is not None:
+            scales = zip(self.channels.largest_scales(), self.channels.moments, strict=True)
+            return self.damping - max((scale * _dip_of(moment) for scale, moment in scales), default=0.0)
         if self.hessian is None or self.n == 0:
             return self.damping
-        largest = float(np.abs(self.hessian).max())
-        rounding = self.n * np.finfo(np.float64).eps * largest * (self.n + 8)
-        return self.damping - 2.0 * DEFINITENESS_TOLERANCE * _size_of(self.hessian) - rounding
+        return self.damping - _dip_of(self.hessian)
 
     def require_definite(self) -> None:
         """Raise `NotPositiveDefiniteError` if ``H`` is singular to rounding (joint needs its inverse).
 
         The one decision for all methods: scaled to a unit diagonal, the smallest eigenvalue of ``H``
         must exceed ``8 n eps``. Free where the damping alone says so; otherwise one Cholesky
-        factorisation, or the damping alone again where rows are given and ``n > 4096``.
+        factorisation, or the damping alone again where rows are given and ``n > 4096``. With channels it is
+        enough that each of them passes.
         """
-        if self.n == 0:
+        least = self.n * SINGULAR_TO_ROUNDING
+        if self.n == 0 or (self.channels is not None and self._channels_definite(least)):
             return
         remedy = "use a larger damping"
         diagonal = self.hessian_diagonal()
-        least = self.n * SINGULAR_TO_ROUNDING
         floor, largest = self.curvature_floor(), float(diagonal.max())
         if floor > least * largest:
             return
         if self.damping == 0.0:
             remedy = "add damping > 0"
-            if self.rows is not None and self.rows.shape[0] < self.n:
+            if self.rows is not None and self.channels is None and self.rows.shape[0] < self.n:
                 found = f"0 with {self.rows.shape[0]} rows for {self.n} weights: H is singular"
                 raise NotPositiveDefiniteError("damping", found, remedy)
         found = f"{self.damping:g} and H is singular to rounding"
@@ -289,6 +308,23 @@ class BlockProblem:
         except LinAlgError:
             raise NotPositiveDefiniteError("damping", found, remedy) from None
 
+    def _channels_definite(self, least: float) -> bool:
+        """Whether every channel, scaled to a unit diagonal, is positive definite with `least` to spare."""
+        assert self.channels is not None
+        for channel, _ in enumerate(self.channels.spans()):
+            matrix = self.channels.matrix(channel)
+            matrix[np.diag_indices(len(matrix))] += self.damping
+            root = np.sqrt(np.diagonal(matrix))
+            if not bool((root > 0.0).all()):
+                return False
+            matrix = matrix / root[:, None] / root[None, :]
+            matrix[np.diag_indices(len(matrix))] = 1.0 - least
+            try:
+                cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
+            except LinAlgError:
+                return False
+        return True
+
     def fingerprint(self) -> str:
         """SHA-256 of the data (not of the name), as 64 hex digits; computed once."""
         known: str | None = self.__dict__.get("_digest")
@@ -302,6 +338,9 @@ class BlockProblem:
             if array is not None:
                 digest.update(f"{tag} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array, dtype="<f8").data)
+        for tag, array in {} if self.channels is None else self.channels.arrays().items():
+            digest.update(f"channels.{tag} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array, dtype="<f8").data)
         object.__setattr__(self, "_digest", digest.hexdigest())
         return digest.hexdigest()
 
@@ -346,24 +385,24 @@ def _check_width(name: str, array: FloatArray, n: int) -> None:
         raise ShapeError(name, f"shape {array.shape} for {n} weights", f"make its last axis {n}")
 
 
-def _checked_hessian(value: ArrayLike, n: int, damping: float) -> FloatArray:
-    hessian = frozen_array("hessian", value, 2)
+def _checked_hessian(value: ArrayLike, n: int, damping: float, name: str = "hessian") -> FloatArray:
+    hessian = frozen_array(name, value, 2)
     if hessian.shape != (n, n):
-        raise ShapeError("hessian", f"shape {hessian.shape} for {n} weights", f"pass ({n}, {n})")
+        raise ShapeError(name, f"shape {hessian.shape} for {n} weights", f"pass ({n}, {n})")
     if n == 0:
         return hessian
     asymmetry = float(np.abs(hessian - hessian.T).max())
     if asymmetry > SYMMETRY_TOLERANCE * float(np.abs(hessian).max()):
         remedy = "pass (H + H^T) / 2 if the difference is rounding"
-        raise NotPositiveDefiniteError("hessian", f"not symmetric (differs by {asymmetry:.3g})", remedy)
+        raise NotPositiveDefiniteError(name, f"not symmetric (differs by {asymmetry:.3g})", remedy)
     if asymmetry > 0.0:
         hessian = 0.5 * (hessian + hessian.T)
         hessian.flags.writeable = False
-    _check_semidefinite(hessian, damping)
+    _check_semidefinite(hessian, damping, name)
     return hessian
 
 
-def _check_semidefinite(hessian: FloatArray, damping: float) -> None:
+def _check_semidefinite(hessian: FloatArray, damping: float, name: str) -> None:
     n = hessian.shape[0]
     shifted = hessian.copy()
     shifted[np.diag_indices(n)] += DEFINITENESS_TOLERANCE * _size_of(hessian) + np.finfo(np.float64).tiny
@@ -373,7 +412,37 @@ def _check_semidefinite(hessian: FloatArray, damping: float) -> None:
         lowest = float(np.linalg.eigvalsh(hessian)[0])
         found = f"indefinite: smallest eigenvalue {lowest:.3g} before damping {damping:g}"
         remedy = "pass a positive semidefinite model such as a Fisher or Gauss-Newton matrix"
-        raise NotPositiveDefiniteError("hessian", found, remedy) from None
+        raise NotPositiveDefiniteError(name, found, remedy) from None
+
+
+def _check_channels(channels: Any, n: int, rows: FloatArray | None) -> None:
+    if not isinstance(channels, ChannelTerm):
+        raise ArgumentError("channels", f"a {type(channels).__name__}", "pass a ChannelTerm")
+    if channels.n != n:
+        raise ShapeError("channels", f"a term of {channels.n} weights beside {n}", "pass that of the block")
+    if rows is None:
+        found = "given beside a hessian"
+        raise ArgumentError("channels", found, "add it to the hessian, or pass rows (0 of them, if none)")
+    for moment in channels.moments:
+        # Asymmetry cannot be repaired here: channels share moments with other blocks.
+        if not np.array_equal(_checked_hessian(moment, len(moment), 0.0, "channels.moments"), moment):
+            raise NotPositiveDefiniteError("channels.moments", "not symmetric", "pass (A + A^T) / 2")
+
+
+def _two_by_two(matrix: FloatArray, diagonal: FloatArray) -> bool:
+    """Whether the 2 x 2 blocks of a matrix are semidefinite up to what norms are rounded up by."""
+    root = np.sqrt(np.maximum(diagonal, 0.0))
+    inside = np.abs(matrix) <= root[:, None] * root * (1.0 + 1e-7)
+    np.fill_diagonal(inside, diagonal >= 0.0)
+    return bool(inside.all())
+
+
+def _dip_of(matrix: FloatArray) -> float:
+    """How far below 0 the eigenvalues of a matrix that was accepted as semidefinite may be."""
+    order = len(matrix)
+    largest = float(np.abs(matrix).max(initial=0.0))
+    rounding = order * np.finfo(np.float64).eps * largest * (order + 8)
+    return 2.0 * DEFINITENESS_TOLERANCE * _size_of(matrix) + rounding if order else 0.0
 
 
 def _size_of(hessian: FloatArray) -> float:

@@ -138,7 +138,8 @@ def certify_blocks(
     block, see `cbs_opt.certify.files`. `path_of` leads from the number of a block to the file of its
     certified solution, which is read if it is there and of this very block, and else written. Raises
     `KeyboardInterrupt` if interrupted; nothing but files in `block_dir` has changed. Memory beyond the rows:
-    one block in float64 and what its relaxation takes, and three vectors a block for its certificate.
+    one block in float64 and what its relaxation takes, and three vectors a block for its certificate. A term
+    over channels is not formed where the block is large: the checker takes the problem `by_channels`.
     """
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     if block_dir is not None:
@@ -147,7 +148,8 @@ def certify_blocks(
     def certified(number: int) -> CertifiedBlock:
         kept, proved, support = Chosen(*chosen[number])
         keep: BoolArray = kept.cpu().numpy()
-        problem = blocks[number].to_problem(int((~keep).sum()) if support is None else support)
+        kept_to = int((~keep).sum()) if support is None else support
+        problem = blocks[number].to_problem(kept_to, by_channels=True)
         if block_dir is not None:
             write_instance(block_path(block_dir, number), problem)
         left = deadline - time.monotonic()

@@ -81,14 +81,17 @@ class FisherBlock:
         """Return the block whose Hessian has no term over channels."""
         return replace(self, hessian=self.hessian.without_channels())
 
-    def to_problem(self, n_prune: int | Support) -> BlockProblem:
+    def to_problem(self, n_prune: int | Support, *, by_channels: bool = False) -> BlockProblem:
         """Return the block as a `BlockProblem` that removes `n_prune` weights, or keeps to a support.
 
         Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared, not copied,
         so do not write to them while the problem is in use. With a channel term the Hessian is formed,
-        O(m n^2): `UnsupportedProblemError` if the block is too large for that.
+        O(m n^2): `UnsupportedProblemError` if the block is too large for that, unless `by_channels` allows
+        the problem to have the term beside its rows, which only `formulations.lower_bound` and `verify` take
+        at any size.
         """
-        plain = self.hessian.plain(f"block {self.name!r} as one problem")
+        parts = self.hessian.parts() if by_channels else None
+        plain = self.hessian.plain(f"block {self.name!r} as one problem") if parts is None else parts[0]
         kept: dict[str, Any] = {"support" if isinstance(n_prune, Support) else "n_prune": n_prune}
         return BlockProblem(
             weights=_read_only(self.weights),
@@ -98,6 +101,7 @@ class FisherBlock:
             gradient=None if self.gradient is None else _read_only(self.gradient),
             damping=self.damping,
             name=self.name,
+            channels=None if parts is None else parts[1].to_arrays(),
         )
 
 

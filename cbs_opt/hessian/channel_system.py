@@ -84,6 +84,9 @@ class ChannelHessian(Hessian):
             raise UnsupportedProblemError("partition", found, f'{remedy}, program="joint"')
         return DenseHessian(self.dense())
 
+    def parts(self) -> tuple[PlainHessian, ChannelTerm] | None:
+        return (self.base, self.channels) if self.n > DENSE_LIMIT and self.base.by_rows else None
+
     def without_channels(self) -> Hessian:
         return self.base
 

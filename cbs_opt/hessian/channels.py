@@ -17,8 +17,11 @@ import itertools
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+import formulations.channels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,6 +148,41 @@ class ChannelTerm:
                 entries[a:row_end, b:column_end] = channel.scale * channel.moment[above][:, across]
             a, b = row_end, column_end
         return entries
+
+    def to_arrays(self) -> formulations.channels.ChannelTerm:
+        """Return the term in float64 on the CPU, moments symmetric to the last bit."""
+        places: dict[int, int] = {}
+        moments: list[Tensor] = []
+        for channel in self.channels:
+            if places.setdefault(id(channel.moment), len(moments)) == len(moments):
+                moments.append(0.5 * (channel.moment + channel.moment.T))
+        lines = [torch.arange(len(c.moment))[c.inputs] if c.index is None else c.index for c in self.channels]
+        return formulations.channels.ChannelTerm(
+            moments=tuple(moment.double().cpu().numpy() for moment in moments),
+            start=np.array([0, *(channel.stop for channel in self.channels)]),
+            moment=np.array([places[id(channel.moment)] for channel in self.channels], dtype=np.int64),
+            scale=np.array([channel.scale for channel in self.channels], dtype=np.float64),
+            inputs=torch.cat([torch.zeros(0, dtype=torch.int64), *(line.cpu() for line in lines)]).numpy(),
+        )
+
+    @staticmethod
+    def of_arrays(term: formulations.channels.ChannelTerm) -> ChannelTerm:
+        """Return the term of a `BlockProblem`, in new tensors."""
+        moments = [torch.tensor(moment) for moment in term.moments]
+        return ChannelTerm(
+            channels=tuple(
+                Channel(
+                    start=span.start,
+                    stop=span.stop,
+                    moment=moments[moment],
+                    scale=scale,
+                    index=torch.tensor(term.inputs[span]),
+                )
+                for span, moment, scale in zip(
+                    term.spans(), term.moment.tolist(), term.scale.tolist(), strict=True
+                )
+            )
+        )
 
     def dense(self) -> Tensor:
         """Return the matrix itself, (n, n) float64: for small blocks."""

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from cbs_opt.hessian.channels import ChannelTerm
 from cbs_opt.hessian.products import image
 
 
@@ -68,6 +69,10 @@ class Hessian(ABC):
         Raises `UnsupportedProblemError` if the matrix would have to be formed and is too large; `purpose`
         says what for.
         """
+
+    def parts(self) -> tuple[PlainHessian, ChannelTerm] | None:
+        """Return rows and the term over channels, where A is their sum and too large to be formed."""
+        return None
 
     @abstractmethod
     def factored(

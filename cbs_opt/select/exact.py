@@ -49,6 +49,7 @@ def swapped(
         return None
     if program == "joint" and limits.time_limit is not None and problem.n > DENSE_JOINT:
         by_rows = problem.rows is not None and len(problem.rows) <= problem.n and problem.damping > 0.0
+        by_rows = by_rows and problem.channels is None
         if not by_rows and limits.time_limit < DECOMPOSITION * problem.n**3:
             return None
     select = find_method("swap_search", program).selector(program)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.channel_system import ChannelHessian
+from cbs_opt.hessian.channels import ChannelTerm
 from cbs_opt.hessian.dense import DenseHessian
+from cbs_opt.hessian.operators import Hessian
 from cbs_opt.hessian.rows import RowsHessian
 from cbs_opt.select.choice import SearchInterruptedError, Selector
 from formulations.incumbents import IncumbentPool
@@ -63,10 +66,14 @@ def _as_block(problem: BlockProblem) -> FisherBlock:
     data = problem.rows if problem.rows is not None else problem.hessian
     assert data is not None
     matrix = _view(data)
+    hessian: Hessian = DenseHessian(matrix) if problem.rows is None else RowsHessian(matrix)
+    if problem.channels is not None:
+        assert isinstance(hessian, RowsHessian)
+        hessian = ChannelHessian(hessian, ChannelTerm.of_arrays(problem.channels))
     return FisherBlock(
         name=problem.name,
         weights=_view(problem.weights),
-        hessian=DenseHessian(matrix) if problem.rows is None else RowsHessian(matrix),
+        hessian=hessian,
         damping=problem.damping,
         gradient=None if problem.gradient is None else _view(problem.gradient),
     )

@@ -160,6 +160,7 @@ def low_rank_factor(problem: BlockProblem, block: ScaledBlock, split: FloatArray
     """
     rows = problem.rows
     few = rows is not None and rows.shape[0] < problem.n and problem.n > EIGENVALUES_LARGEST
+    few = few and problem.channels is None
     if few and bool((split <= block.damping).all()):
         assert rows is not None
         return np.asarray(rows / math.sqrt(block.hessian_scale))

@@ -21,6 +21,7 @@ from formulations.relaxations.block_split import (
 )
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
 from formulations.relaxations.certificate import RelaxationCertificate
+from formulations.relaxations.channel_relaxation import relax_by_channels
 from formulations.relaxations.first_order import StopRule
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.linear import LINEAR_RELAXATIONS, relax_linear
@@ -71,7 +72,8 @@ def lower_bound(
         its certificate is where a matrix-free solve starts.
     diagonal_split : bool, optional
         Optimise the split of ``H`` (O(n^3) a step, much tighter where damping is small). Default: for
-        blocks of at most 600 weights, also those that fixing leaves.
+        blocks of at most 600 weights, also those that fixing leaves, and channel by channel, O(k^3) a step
+        for k weights, where the block has a term over channels.
     fix : bool, default False
         Fix weights by the bound and the incumbent (``certificate.fixing``), relax what is left with a
         better split where it is small enough, and repeat. Sharper the better the incumbent is. Only counts
@@ -183,8 +185,13 @@ def _relaxed(
     split_here = problem.n <= SPLIT_LARGEST if diagonal_split is None else diagonal_split
     rounds = SPLIT_ROUNDS if split_here else 0
     certificate: RelaxationCertificate
-    by_rows = problem.rows is not None and problem.damping > 0.0 and not rounds
-    if by_rows and problem.n > SPLIT_LARGEST:
+    by_rows = problem.rows is not None and problem.channels is None
+    by_rows = by_rows and problem.damping > 0.0 and not rounds
+    if problem.channels is not None and problem.n > SPLIT_LARGEST:
+        improved = diagonal_split is not False
+        certificate, keep = relax_by_channels(problem, pool, stop, improve_split=improved)
+        pool.offer(keep)
+    elif by_rows and problem.n > SPLIT_LARGEST:
         certificate = _from_rows(problem, pool, stop, _earlier_point(problem, pool.program, incumbent))
         if problem.n <= DENSE_LARGEST and stop.limit is None:
             certificate = _finished(problem, pool, stop, certificate)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import LinAlgError, cholesky
 
-from formulations.dense_forms import error_factor
-from formulations.problem import BlockProblem, BoolArray, FloatArray
+from formulations.dense_forms import error_factor, summed_entries
+from formulations.problem import LARGEST_FACTORISED, BlockProblem, BoolArray, FloatArray, IntArray
 
 CHUNK = 256
 """Columns summed by one matrix product: shorter sums have smaller error bounds."""
@@ -55,13 +55,20 @@ def bounded_product(problem: BlockProblem, x: FloatArray, norms: FloatArray) -> 
     length = CHUNK + -(-problem.n // CHUNK) + 8
     moved = error_factor(length) * float(columns @ np.abs(x)) * 1.01
     moved += error_factor(height + 8) * float(np.linalg.norm(image)) * 1.01
-    return BoundedVector(value, columns * moved + error_factor(8) * (np.abs(value) + np.abs(ridge)))
+    error = columns * moved
+    if problem.channels is not None:
+        by_channel = problem.channels.product(x)
+        width = max((len(moment) for moment in problem.channels.moments), default=0)
+        # Of the sum of magnitudes, which is itself computed.
+        error += 1.01 * error_factor(width + 8) * problem.channels.absolute.product(np.abs(x))
+        error += error_factor(8) * (np.abs(value) + np.abs(by_channel))
+        value = value + by_channel
+    return BoundedVector(value, error + error_factor(8) * (np.abs(value) + np.abs(ridge)))
 
 
 def definiteness_margin(problem: BlockProblem, order: int) -> float:
     """``eta``: what forming and factorising `order` rows of ``H`` may lose of ``diag(H)`` by rounding."""
-    height = problem.rows.shape[0] if problem.rows is not None else 1
-    return 4.0 * order * (error_factor(height + 4) + error_factor(order + 4))
+    return 4.0 * order * (error_factor(summed_entries(problem) + 4) + error_factor(order + 4))
 
 
 def provable_split(problem: BlockProblem, split: FloatArray) -> FloatArray:
@@ -70,7 +77,7 @@ def provable_split(problem: BlockProblem, split: FloatArray) -> FloatArray:
     A damping that came with a Hessian proves nothing by itself: the split gives way for the rounding of a
     Cholesky factorisation, twice, and may no longer be positive then.
     """
-    if problem.rows is not None and bool((split <= problem.damping).all()):
+    if _damping_proves(problem, split):
         return split
     return np.asarray(split - 2.0 * definiteness_margin(problem, problem.n) * column_norms(problem) ** 2)
 
@@ -78,20 +85,28 @@ def provable_split(problem: BlockProblem, split: FloatArray) -> FloatArray:
 def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, part: BoolArray) -> bool:
     """Whether ``H - diag(split)`` restricted to the indices in `part` is proved semidefinite.
 
-    Free where rows are given and the split is at most the damping. Otherwise a Cholesky
+    Free where rows alone are given and the split is at most the damping. Otherwise a Cholesky
     factorisation of ``H - diag(split) - eta diag(H)`` must succeed, ``eta`` covering the rounding of
-    forming and factorising it; O(m q^2 + q^3) for q indices.
+    forming and factorising it; O(m q^2 + q^3) for q indices. With channels it is enough that each of
+    them, without the rows, passes that test; the whole of ``H`` is asked where it is small enough.
     """
     index = np.flatnonzero(part)
-    if problem.rows is not None and bool((split[index] <= problem.damping).all()):
+    if _damping_proves(problem, split[index]):
         return True
     n = index.size
     if n == 0:
         return True
+    if problem.channels is not None:
+        if _channels_prove(problem, split, norms, index):
+            return True
+        if n > LARGEST_FACTORISED:
+            return False
     margin = definiteness_margin(problem, n)
     if problem.rows is not None:
         columns = problem.rows[:, index]
         shifted = columns.T @ columns
+        if problem.channels is not None:
+            shifted += problem.channels.restricted(index).dense()
     else:
         assert problem.hessian is not None
         shifted = problem.hessian[np.ix_(index, index)]
@@ -101,6 +116,28 @@ def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, 
         cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
     except LinAlgError:
         return False
+    return True
+
+
+def _damping_proves(problem: BlockProblem, split: FloatArray) -> bool:
+    """Whether ``H - D`` is semidefinite because rows alone are beside a damping of at least `split`."""
+    alone = problem.rows is not None and problem.channels is None
+    return alone and bool((split <= problem.damping).all())
+
+
+def _channels_prove(problem: BlockProblem, split: FloatArray, norms: FloatArray, index: IntArray) -> bool:
+    """Whether the channels, damped, less the split on `index` are proved semidefinite one by one."""
+    assert problem.channels is not None
+    term = problem.channels.restricted(index)
+    less, squares = split[index] - problem.damping, norms[index] ** 2
+    for channel, span in enumerate(term.spans()):
+        shifted = term.matrix(channel)
+        margin = definiteness_margin(problem, len(shifted))
+        shifted[np.diag_indices(len(shifted))] -= less[span] + margin * squares[span]
+        try:
+            cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
+        except LinAlgError:
+            return False
     return True
 
 

@@ -116,14 +116,20 @@ class StopRule:
         self.limit = Limit.TIME
         return True
 
+    def out_of_steps(self) -> bool:
+        """Whether so many steps have been made as the limits allow."""
+        limit = self.limits.iteration_limit
+        if limit is None or self.steps < limit:
+            return False
+        self.limit = Limit.ITERATION
+        return True
+
     def reached(self, best: BestPoint, most: int, patience: int) -> bool:
         """Whether to stop at `best`: after `most` steps at the latest, or `patience` idle periods."""
         self.steps = best.steps
         if best.bound >= self.cutoff or self.out_of_time():
             return True
-        limit = self.limits.iteration_limit
-        if limit is not None and best.steps >= limit:
-            self.limit = Limit.ITERATION
+        if self.out_of_steps():
             return True
         if best.steps >= most:
             return True

@@ -52,6 +52,8 @@ def fisher_shape(problem: BlockProblem, gram: FloatArray | None = None, *, rank:
     """
     if problem.hessian is not None:
         gram = problem.hessian
+    elif problem.channels is not None:
+        return _with_channels(problem, rank)
     elif gram is None and rank:
         assert problem.rows is not None
         m, n = problem.rows.shape
@@ -68,3 +70,22 @@ def fisher_shape(problem: BlockProblem, gram: FloatArray | None = None, *, rank:
     # Scaled by the trace first: squares of small entries would vanish.
     flat = gram.ravel() / trace
     return FisherShape(rho=rho, effective_rank=1.0 / float(flat @ flat))
+
+
+def _with_channels(problem: BlockProblem, rank: bool) -> FisherShape:
+    """Return the figures of ``F = R^T R + C``: ``tr(F^2) = |R R^T|^2 + 2 tr(R C R^T) + |C|^2``."""
+    assert problem.rows is not None
+    assert problem.channels is not None
+    trace = float(problem.hessian_diagonal().sum()) - problem.n * problem.damping
+    if not (problem.n and trace > 0.0):
+        return FisherShape(rho=None, effective_rank=None)
+    rho = problem.damping * problem.n / trace
+    if not rank:
+        return FisherShape(rho=rho, effective_rank=None)
+    rows, square = problem.rows, 0.0
+    gram = (rows @ rows.T if len(rows) <= problem.n else rows.T @ rows).ravel() / trace
+    square += float(gram @ gram)
+    for channel, span in enumerate(problem.channels.spans()):
+        matrix, part = problem.channels.matrix(channel) / trace, rows[:, span]
+        square += float((matrix * matrix).sum()) + 2.0 * float(((part @ matrix) * part).sum()) / trace
+    return FisherShape(rho=rho, effective_rank=1.0 / square)

@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.sparse import coo_matrix
 
-from formulations.dense_forms import error_factor
+from formulations.dense_forms import error_factor, summed_entries
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.milp import Milp, MilpControls, run_milp
@@ -81,7 +81,7 @@ class LinearCertificate(RelaxationCertificate):
         w, g, nu = problem.weights, problem.gradient_or_zero, self.degree
         costs = problem.dense_hessian() * w[:, None] * w[None, :]
         reach = column_norms(problem) * np.abs(w)
-        height = 1 if problem.rows is None else problem.rows.shape[0]
+        height = summed_entries(problem)
         # |dA_ij| <= gamma a_i a_j, the rounding of the sum over samples and of the scaling.
         gamma = error_factor(height + 8)
         alpha, beta, back = self.above[first, second], self.below[first, second], self.below[second, first]

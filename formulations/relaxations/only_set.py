@@ -8,6 +8,7 @@ from formulations.dense_forms import joint_form
 from formulations.loss import update
 from formulations.problem import BlockProblem
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
+from formulations.relaxations.channel_splits import ChannelSplits
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate
 from formulations.relaxations.split_relaxation import joint_certificate, joint_split
 from formulations.solution import Subject
@@ -38,6 +39,9 @@ def only_set_certificate(
     if problem.n_keep == 0:
         return PerspectiveCertificate(point=zero, split=np.ones(problem.n), subject=subject)
     point = update(problem, np.ones(problem.n, dtype=np.bool_))
+    if problem.channels is not None:
+        split = ChannelSplits(problem).start
+        return PerspectiveCertificate(point=point, split=split, subject=subject)
     if problem.rows is not None and problem.damping > 0.0:
         split = np.full(problem.n, problem.damping * (1.0 - SPLIT_MARGIN))
         return PerspectiveCertificate(point=point, split=split, subject=subject)

@@ -150,6 +150,7 @@ def _reduced_selection(problem: BlockProblem, fixing: Fixing) -> ReducedBlock:
         weights=problem.weights[free],
         rows=None if problem.rows is None else problem.rows[:, free],
         hessian=None if problem.hessian is None else problem.hessian[np.ix_(free, free)],
+        channels=None if problem.channels is None else problem.channels.restricted(free),
         damping=problem.damping,
         # A free pair with a pruned weight costs as soon as its free weight is pruned.
         gradient=(gradient - image)[free],
@@ -176,6 +177,7 @@ def _reduced_joint(problem: BlockProblem, fixing: Fixing, ridge: float) -> Reduc
     target = BoundedVector(product.value - gradient, product.error + blur)
     rows = problem.rows
     in_rows = rows is not None and problem.damping > 0.0 and rows.shape[0] <= problem.n
+    in_rows = in_rows and problem.channels is None
     eliminate = _eliminate_in_rows if in_rows else _eliminate_dense
     try:
         left = eliminate(problem, target.value, kept, free, ridge)

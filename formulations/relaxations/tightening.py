@@ -100,10 +100,11 @@ def _relaxed_again(
 ) -> RelaxationCertificate | None:
     """Return a certificate on the weights left free, or None where that cannot help or costs too much.
 
-    What fixings leave of a support that is no count is none of the same kind.
+    What fixings leave of a support that is no count is none of the same kind, and what they leave of channels
+    has none.
     """
     free = int(fixing.free.sum())
-    if problem.support is not None:
+    if problem.support is not None or problem.channels is not None:
         return None
     joint = pool.program == "joint"
     if free > SPLIT_LARGEST or (joint and problem.n - int(fixing.prune.sum()) > KEPT_LARGEST):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from cbs_opt.hessian.channel_system import ChannelHessian
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.records import Recipe, Weights, absolute
 from cbs_opt.recipe.select import OBD, OBS, Magnitude, SwapSearch
+from cbs_opt.report.files import save_report
+from cbs_opt.report.verification import check_certificates
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from tests.cbs_opt.recipes import arguments
 
@@ -215,20 +219,28 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
     assert block.to_problem(5).n == block.n
     with pytest.raises(UnsupportedProblemError, match="layer-input term"):
         with_term.to_problem(5)
+    beside = with_term.to_problem(5, by_channels=True)
+    assert beside.channels is not None
+    np.testing.assert_allclose(
+        beside.dense_hessian(), with_term.hessian.dense() + block.damping * torch.eye(block.n)
+    )
 
 
-class Never:
-    """Data that nobody may read."""
-
-    def __iter__(self) -> Iterator[Any]:
-        pytest.fail("begun")
-
-
-def test_certificates_of_large_blocks_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cbs_opt.pruning.DENSE_LIMIT", 20)
-    never = Never()
-    with pytest.raises(UnsupportedProblemError, match="certify"):
-        pruned(recipe=grid((0.0, 1.0), select=OBS()), certify=True, data=never)
+@pytest.mark.parametrize("select", [OBS(), OBS(program="selection")])
+def test_large_blocks_are_certified_channel_by_channel(
+    select: OBS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No Hessian is formed, and the files prove the bounds."""
+    monkeypatch.setattr("cbs_opt.hessian.channel_system.DENSE_LIMIT", 20)
+    monkeypatch.setattr("formulations.relaxations.bounds.SPLIT_LARGEST", 20)
+    certify = cbs.Certify(block_dir=tmp_path / "certificates")
+    report = pruned(recipe=grid((1.0,), select=select), certify=certify)[1]
+    assert report.layer_inputs == 1.0
+    assert report.certified is not None
+    assert report.certified.gap is not None
+    assert 0.0 <= report.certified.gap < 0.9
+    save_report(report, tmp_path)
+    assert all(block.ok and block.proved for block in check_certificates(tmp_path))
 
 
 def test_searches_of_the_selection_program_are_certified_for_the_rows_they_went_by() -> None:

@@ -1,0 +1,128 @@
+"""Solves with ``H + shift`` for gradient rows and a term over channels, in single precision.
+
+Channels with the same lines of one moment A differ by a factor: with ``A + sigma diag(A) = V L V^T`` their
+matrix ``scale (A + sigma diag(A)) + damping I`` has the eigenvectors V, whatever the factor is. So one
+eigendecomposition a layer serves all its channels, as matrix products; the rows come in by Woodbury.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+
+from formulations.channels import ChannelTerm
+from formulations.problem import BlockProblem, FloatArray, IntArray
+
+SINGLE = np.float32
+LEAST_SHARE = 1e-7
+"""Eigenvalues count as at least this share of the largest: what single precision can tell from 0."""
+PANEL = 2**24
+"""Entries of rows that one product takes at once."""
+
+SingleArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Channels that differ by a factor alone: those with the same lines of one moment.
+
+    Attributes
+    ----------
+    channels : (r,) int64 array
+    place : (r, k) int64 array
+        Where their weights are in the block.
+    """
+
+    channels: IntArray
+    place: IntArray
+
+    def singly(self) -> list[Alike]:
+        """Return each channel as a group of its own."""
+        return [Alike(self.channels[[i]], self.place[[i]]) for i in range(len(self.channels))]
+
+
+def alike(term: ChannelTerm) -> list[Alike]:
+    """Return all channels in groups that differ by a factor alone."""
+    groups: dict[tuple[int, bytes], list[int]] = {}
+    for channel, span in enumerate(term.spans()):
+        key = int(term.moment[channel]), term.inputs[span].tobytes()
+        groups.setdefault(key, []).append(channel)
+    found = []
+    for members in groups.values():
+        channels = np.array(members)
+        first = term.start[channels]
+        width = int(term.start[members[0] + 1] - first[0])
+        found.append(Alike(channels, first[:, None] + np.arange(width)))
+    return found
+
+
+def unit_matrix(term: ChannelTerm, group: Alike) -> FloatArray:
+    """Return what the channels of a group are multiples of, (k, k)."""
+    lines = term.inputs[group.place[0]]
+    return np.asarray(term.moments[term.moment[group.channels[0]]][np.ix_(lines, lines)])
+
+
+class ShiftedChannels:
+    """``(H + shift)^-1``, ``shift = sigma diag(C)`` with C the term over channels.
+
+    Attributes
+    ----------
+    shift : (n,) float64 array
+        What is added to the diagonal of H.
+
+    Notes
+    -----
+    O(k^3) an eigendecomposition of order k, O(m k n + m^2 n) for the rows; a solve is O((m + k) n). Memory
+    beyond the rows in single precision: an order-k matrix a group and one of order m.
+    """
+
+    def __init__(self, problem: BlockProblem, sigma: float) -> None:
+        assert problem.channels is not None
+        assert problem.rows is not None
+        term = problem.channels
+        self.rows: SingleArray = problem.rows.astype(SINGLE)
+        self.shift = sigma * term.diagonal()
+        self._parts: list[tuple[IntArray, SingleArray, SingleArray]] = []
+        for group in alike(term):
+            matrix = unit_matrix(term, group)
+            matrix[np.diag_indices(len(matrix))] *= 1.0 + sigma
+            values, vectors = np.linalg.eigh(matrix)
+            spectrum = term.scale[group.channels, None] * np.maximum(values, 0.0) + problem.damping
+            least = LEAST_SHARE * float(spectrum.max(initial=0.0)) or 1.0
+            inverse = (1.0 / np.maximum(spectrum, least)).astype(SINGLE)
+            self._parts.append((group.place, vectors.astype(SINGLE), inverse))
+        seen = np.zeros((len(self.rows), len(self.rows)))
+        for panel in self._whitened_rows():
+            seen += panel @ panel.T
+        seen[np.diag_indices(len(seen))] += 1.0
+        self._inner = cho_factor(seen, overwrite_a=True) if len(seen) else None
+
+    def solve(self, right: FloatArray) -> FloatArray:
+        """Return ``(H + shift)^-1 right`` to single precision, (n,) float64."""
+        alone = self._by_channel(right.astype(SINGLE))
+        if self._inner is None:
+            return alone.astype(np.float64)
+        inner = cho_solve(self._inner, (self.rows @ alone).astype(np.float64), check_finite=False)
+        seen = self._by_channel(self.rows.T @ inner.astype(SINGLE))
+        return (alone - seen).astype(np.float64)
+
+    def _by_channel(self, x: SingleArray) -> SingleArray:
+        result = np.empty_like(x)
+        for place, vectors, inverse in self._parts:
+            result[place] = ((x[place] @ vectors) * inverse) @ vectors.T
+        return result
+
+    def _whitened_rows(self) -> Iterator[SingleArray]:
+        """Yield panels of ``R (C + shift + damping I)^-1/2``, up to a rotation."""
+        m = len(self.rows)
+        for place, vectors, inverse in self._parts:
+            many = max(1, PANEL // max(1, m * place.shape[1]))
+            for first in range(0, len(place) if m else 0, many):
+                part = slice(first, first + many)
+                panel = self.rows[:, place[part]] @ vectors
+                panel *= np.sqrt(inverse[part])
+                yield panel.reshape(m, -1)
