@@ -33,6 +33,7 @@ from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages, Update
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.select.saliency import without_lowest
+from cbs_opt.stages.fine_tuning import probe_samples
 from cbs_opt.system.memory import readable
 from formulations.support import NofM
 
@@ -151,6 +152,8 @@ FINAL_SHARE = 0.4
 """Of all fine-tuning for that after the last stage, if there are several."""
 SHARP_FINAL_SHARE = 0.6
 """The same where each stage prunes much, the last one what is missed most."""
+BLIND_RATE = 0.35
+"""Learning rate over the largest curvature, where the network is far from rest and no rate can be tried."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""
 
@@ -429,6 +432,8 @@ def _stages(count: int, tuning: float, available: float, gradual: bool) -> Stage
     )
     enough = final >= LEAST_STEPS * size
     record = FineTuning(samples=max(1, each), final_samples=max(1, final), batch_size=size, rest=not gradual)
+    if record.rest and not probe_samples(record, final):
+        record = replace(record, momentum_rates=(BLIND_RATE,))
     return Stages(count=count, updates=1, final_updates=0, fine_tuning=record if enough else None)
 
 

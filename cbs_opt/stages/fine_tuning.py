@@ -108,6 +108,12 @@ def rates(plan: FineTuning, curvature: float, weights: Tensor) -> list[Rate]:
     return [Rate(kind=kind, value=value, decay=decay) for kind in values for value in values[kind]]
 
 
+def probe_samples(plan: FineTuning, samples: int) -> int:
+    """Return the samples of a probe of one rate; 0 without rest, and where steps are too few for any."""
+    probe = int(PROBE_SHARE * samples)
+    return probe if plan.rest and probe >= PROBE_STEPS * plan.batch_size else 0
+
+
 class Descent:
     """The kept weights of a network on their way down.
 
@@ -235,10 +241,12 @@ class FineTuner:
         samples: int,
         loss: Callable[[Tensor], float],
         advance: Callable[[int], object],
+        rows: Tensor | None = None,
     ) -> FineTuned:
         """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
 
-        `model` is that of the stage, `loss` that on samples set aside. Rates that are tried come to rest on a
+        `model` is that of the stage, `loss` that on samples set aside. The largest curvature is that of
+        `rows` (m, n_kept), by default those of the model. Rates that are tried come to rest on a
         few samples each. Where the plan rests after every stage, shorter steps are tried in that way until
         some gain: the model was made before the stage took its weights. What `Span.takes` refuses is not
         taken: the rest of the samples is then spent on shorter steps.
@@ -247,7 +255,7 @@ class FineTuner:
         best, used = weights, 0
         tries = [] if rate is None else [rate]
         if rate is None:
-            curvature = largest_curvature(model.rows)
+            curvature = largest_curvature(model.rows if rows is None else rows)
             # Without any curvature nothing that the rows see depends on the weights.
             tries = rates(self.plan, curvature or 1.0, weights[self.keep])
             samples = samples if curvature > 0.0 else 0
@@ -263,8 +271,8 @@ class FineTuner:
                 if losses[-1] < value:
                     value, best = losses[-1], moved
             chosen = tries[losses.index(min(losses))]
-        probe = int(PROBE_SHARE * samples)
-        if self.plan.rest and not share and probe >= PROBE_STEPS * self.plan.batch_size:
+        probe = probe_samples(self.plan, samples)
+        if probe and not share:
             tries = []
             for _ in range(PROBES):
                 tries.append(chosen)

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cbs_opt.curvature.fisher import mean_gradient
+from cbs_opt.curvature.fisher import gradient_rows, mean_gradient
+from cbs_opt.curvature.kinds import Fisher, SketchedFisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.evaluation import evaluate
@@ -26,7 +27,7 @@ from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages import trials
-from cbs_opt.stages.fine_tuning import WHOLE, FineTuner, Rate, Span
+from cbs_opt.stages.fine_tuning import WHOLE, FineTuner, Rate, Span, probe_samples
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
 
@@ -34,6 +35,10 @@ PATIENCE = 2
 """Updates refused in a row that end the final stage."""
 INPUT_SAMPLES = 256
 """Samples of the layer inputs at every stage: a quarter of what one stage has, as the term is a metric."""
+CURVATURE = (256, 4)
+"""Samples of the largest curvature after a sharp stage, and how many a sketched row sums up."""
+FEWEST_PER_CURVATURE = 8
+"""Times so many samples of fine-tuning below which the rows of the stage serve for that."""
 PASS_SEED_STEP = 1_000_003
 """Between the seeds of two passes over the data."""
 
@@ -236,7 +241,10 @@ class StagedRun:
         assert self._drawing is not None
         began = time.perf_counter()
         shares = plan.shares(len(self.sparsities))
-        samples = shares[stage]
+        samples, rows = shares[stage], None
+        if plan.rest and not probe_samples(plan, samples) and samples >= FEWEST_PER_CURVATURE * CURVATURE[0]:
+            rows = self._rows_at(weights, model.keep)
+            samples -= CURVATURE[0]
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         tuner = FineTuner(
             model=task.model,
@@ -261,6 +269,7 @@ class StagedRun:
                 samples=samples,
                 loss=lambda weights: self._loss_at(weights, sample),
                 advance=advance,
+                rows=rows,
             )
         self.passes.samples += tuned.samples
         kept = int(model.keep.sum())
@@ -283,6 +292,34 @@ class StagedRun:
             rate=tuned.rate.value,
         )
         return tuned.weights, tuned.next_rate, record
+
+    def _rows_at(self, weights: Tensor, keep: Tensor) -> Tensor:
+        """Return a few rows at `weights` of those kept, (m, n_kept), for the largest curvature there."""
+        task = self.task
+        kind, (samples, per_row) = task.recipe.curvature, CURVATURE
+        assert isinstance(kind, Fisher)
+        assert task.data is not None
+        few = (
+            replace(kind, samples=samples, per_row=per_row)
+            if isinstance(kind, SketchedFisher)
+            else replace(kind, samples=samples // per_row)
+        )
+        with task.clock.phase("fine-tuning"):
+            found = gradient_rows(
+                task.model,
+                task.data,
+                task.loss_fn,
+                task.partition,
+                curvature=few,
+                resources=task.resources,
+                seed=self.passes.seed(),
+                weights=weights,
+                keep=keep,
+                gradient=False,
+                progress=task.progress,
+            )
+        self.passes.samples += found.samples
+        return found.rows
 
     def sample(self) -> Sample:
         """Return the samples on which networks are compared: those set aside, or fresh ones."""
