@@ -8,6 +8,7 @@ Contenders
 ----------
 - ``ours``: `cbs_opt.prune_groups`. For a share of the operations it chooses widths, and all others prune to
   these.
+- ``ours_outputs``: the same with ``metric="outputs"``, for which all outputs of a layer count alike.
 - ``reconstruction``: greedy least squares layer by layer, in the manner of Meng, Chen, Wang and Mazumder,
   "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization", ICML
   2024, written from the paper. In network order, on inputs of the network as pruned so far, the inputs go
@@ -58,7 +59,9 @@ from experiments.studies_page import between_marks
 from formulations.files import write_atomically
 
 EVEN = "_even"
-CONTENDERS = ("ours", "reconstruction", "magnitude_fitted", "magnitude")
+OURS = ("ours", "ours_outputs")
+RIVALS = ("reconstruction", "magnitude_fitted", "magnitude")
+CONTENDERS = (*OURS, *RIVALS)
 BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "mlpnet_mnist": (("keep", 0.5), ("keep", 0.25)),
     "resnet20_cifar10": (("flops", 0.5), ("flops", 0.33)),
@@ -75,6 +78,7 @@ OUT = Path("runs/structured")
 PAGE = Path("docs/results/structure.md")
 LABELS = {
     "ours": "ours",
+    "ours_outputs": "ours, outputs alike",
     "reconstruction": "greedy reconstruction",
     "magnitude_fitted": "magnitude, fitted",
     "magnitude": "magnitude",
@@ -205,7 +209,7 @@ class Bench:
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return what a contender made of the network."""
         model, data = self.network.model, self.data
-        if cell["contender"] != "ours" and not cell["contender"].endswith(EVEN):
+        if cell["contender"] not in OURS and not cell["contender"].endswith(EVEN):
             self._ours(cell)
         start = time.process_time()
         small = self._small(cell)
@@ -232,8 +236,9 @@ class Bench:
         model, contender = self.network.model, cell["contender"]
         recipe = GroupRecipe(samples=cell["samples"])
         pair = self.data.train_x, self.data.train_y
-        if contender == "ours":
-            return deepcopy(self._ours(cell)[0])
+        if contender in OURS:
+            metric = "loss" if contender == "ours" else "outputs"
+            return deepcopy(self._ours(cell, metric)[0])
         batches = list(iterate(pair, batch_size=BATCH, max_samples=recipe.samples, seed=cell["seed"]))
         example = batches[0].take(slice(2)).inputs
         structure = groups(model, example)
@@ -252,13 +257,13 @@ class Bench:
             refit(model, work, fitted_layers(model, structure, ()), batches, recipe.damping)
         return shrink(work, example, keep=masks)[0]
 
-    def _ours(self, cell: Cell) -> tuple[nn.Module, dict[str, BoolArray]]:
-        key = tuple(cell[name] for name in ("budget", "share", "samples", "seed"))
+    def _ours(self, cell: Cell, metric: str = "loss") -> tuple[nn.Module, dict[str, BoolArray]]:
+        key = (metric, *(cell[name] for name in ("budget", "share", "samples", "seed")))
         if key not in self.chosen:
             small, report = cbs_opt.prune_groups(
                 self.network.model,
                 (self.data.train_x, self.data.train_y),
-                recipe=GroupRecipe(samples=cell["samples"]),
+                recipe=GroupRecipe(samples=cell["samples"], metric=metric),
                 seed=cell["seed"],
                 **{cell["budget"]: cell["share"]},
             )
@@ -283,7 +288,7 @@ def cells(network: str, *, samples: int | None = None, seeds: int = 1) -> list[C
     for budget, share in BUDGETS[network]:
         names = list(CONTENDERS)
         if budget == "flops":
-            names += [name + EVEN for name in CONTENDERS[1:]]
+            names += [name + EVEN for name in RIVALS]
         found += [
             {
                 "network": network,
@@ -335,7 +340,7 @@ TITLES = (
 
 
 def _names(own: Sequence[Mapping[str, Any]]) -> list[str]:
-    every = [*CONTENDERS, *(name + EVEN for name in CONTENDERS)]
+    every = [*CONTENDERS, *(name + EVEN for name in RIVALS)]
     return [name for name in every if any(entry["contender"] == name for entry in own)]
 
 

@@ -20,6 +20,7 @@ from experiments.ledger import Ledger, settings_key
 from experiments.structured import (
     CONTENDERS,
     EVEN,
+    RIVALS,
     Bench,
     cells,
     estimate_statistics,
@@ -51,7 +52,7 @@ def bench() -> Bench:
     return Bench(network=tiny_network(), data=images())
 
 
-@pytest.mark.parametrize("contender", [*CONTENDERS, *(name + EVEN for name in CONTENDERS[1:])])
+@pytest.mark.parametrize("contender", [*CONTENDERS, *(name + EVEN for name in RIVALS)])
 def test_every_contender_is_within_the_budget(bench: Bench, contender: str) -> None:
     before = copy.deepcopy(bench.network.model.state_dict())
     found = bench.measure(cell(contender))
@@ -131,7 +132,7 @@ def written(folder: Path) -> Ledger:
 def test_the_page_has_a_table_for_each_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = section(written(tmp_path).results())
     assert text.count("## resnet20_cifar10") == 2
-    row = "| greedy reconstruction, equal shares | 84.00 | 0.5000 | 0.500 | 0.400 | 9.00 | 6.00 | 1.50 | 7 |"
+    row = "| greedy reconstruction, equal shares | 85.00 | 0.5000 | 0.500 | 0.400 | 9.00 | 6.00 | 1.50 | 7 |"
     assert row in text
     page = tmp_path / "structure.md"
     page.write_text((ROOT / "docs/results/structure.md").read_text(encoding="utf-8"), encoding="utf-8")
