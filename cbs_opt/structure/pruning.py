@@ -23,17 +23,18 @@ from cbs_opt.solving import solve
 from cbs_opt.structure.groups import READS, BoolArray, GroupSet, Structure, groups
 from cbs_opt.structure.reading import (
     Moments,
+    affine,
     columns_of,
-    inputs_of,
     layers_that_read,
     moments,
+    regression,
     watching,
 )
 from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
 from cbs_opt.structure.widths import Cost, Widths, choose_widths
 from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, whole_number
-from formulations.errors import ArgumentError
+from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
 CHOICES = 16
 """Widths of a set that a budget of operations chooses among."""
@@ -57,7 +58,7 @@ class GroupRecipe:
         now (least squares, with a bias). Otherwise the others move as the quadratic model says.
     samples : int
     damping : float
-        Share of the mean diagonal that is added to second moments.
+        Share of the mean diagonal that is added to second moments, of inputs and of gradients.
     exact_seconds : float
         Where above 0, branch and bound has so long for every set, and reports a bound; for sets of up to a
         thousand weights or so.
@@ -206,8 +207,7 @@ def prune_groups(
     work = deepcopy(model)
     _write(work, sets, programs, masks)
     if recipe.refit:
-        every = [part for part in structure.sets if _is_plain_set(model, structure, part)]
-        _refit(model, work, layers_that_read(model, structure, every), batches, recipe.damping)
+        refit(model, work, fitted_layers(model, structure, ignore), batches, recipe.damping)
     small, shrinkage = shrink(work, example, keep=masks)
     report = GroupReport(choices=choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
     return small, report
@@ -261,9 +261,12 @@ def _program(
         if member.role == READS:
             layer = member.name.rpartition(".")[0]
             module = model.get_submodule(layer)
-            weight = _affine(module)[:, :-1]
+            weight = affine(module)[:, :-1]
             gram = _damped(found[layer].gram, recipe.damping)
-            outputs = found[layer].outputs if recipe.metric == "loss" else np.eye(len(weight))
+            outputs = np.eye(len(weight))
+            if recipe.metric == "loss":
+                # Gradients of a softmax add up to zero: without damping their moments are singular.
+                outputs = _damped(found[layer].outputs, recipe.damping)
             columns = columns_of(module, member.index)
             readers.append(Reader(weight=weight, gram=gram, outputs=outputs, columns=columns))
     return GroupProgram(readers)
@@ -271,7 +274,7 @@ def _program(
 
 def _damped(gram: FloatArray, share: float) -> FloatArray:
     level = share * float(np.trace(gram)) / len(gram)
-    return np.asarray(gram + max(level, 1e-12) * np.eye(len(gram)))
+    return np.asarray(gram + (level if level > 0.0 else 1e-12) * np.eye(len(gram)))
 
 
 def _choose(program: GroupProgram, n_keep: int, recipe: GroupRecipe) -> tuple[BoolArray, SetChoice]:
@@ -281,7 +284,12 @@ def _choose(program: GroupProgram, n_keep: int, recipe: GroupRecipe) -> tuple[Bo
     mask, loss = program.swaps(mask, recipe.swaps)
     if recipe.exact_seconds and 0 < n_keep < program.n_groups:
         problem = program.problem(n_keep)
-        found = solve(problem, "branch_and_bound", program="joint", time_limit=recipe.exact_seconds)
+        try:
+            found = solve(problem, "branch_and_bound", program="joint", time_limit=recipe.exact_seconds)
+        except NotPositiveDefiniteError as error:
+            singular = f"{recipe.damping:g}, with which a program is singular to rounding"
+            remedy = "raise it (0.01 is the default), or leave exact_seconds at 0"
+            raise ArgumentError("recipe.damping", singular, remedy) from error
         bound = found.bound
         if found.keep is not None:
             better = np.zeros(program.n_groups, dtype=np.bool_)
@@ -368,15 +376,20 @@ def _write(
                 parameter.copy_(torch.from_numpy(weight).reshape(parameter.shape))
 
 
-def _is_plain_set(model: nn.Module, structure: Structure, part: GroupSet) -> bool:
-    try:
-        layers_that_read(model, structure, [part])
-    except ArgumentError:
-        return False
-    return True
+def fitted_layers(model: nn.Module, structure: Structure, ignore: str | Sequence[str]) -> list[str]:
+    """Return the layers that read groups and may change: plain ones that no glob of `ignore` names."""
+    globs = names("ignore", ignore)
+    found: set[str] = set()
+    for part in structure.sets:
+        try:
+            found.update(layers_that_read(model, structure, [part]))
+        except ArgumentError:
+            continue
+    free = {layer for layer in found if not any(fnmatchcase(layer, glob) for glob in globs)}
+    return [path for path, _ in model.named_modules() if path in free]
 
 
-def _refit(
+def refit(
     model: nn.Module, work: nn.Module, layers: Sequence[str], batches: Sequence[Batch], damping: float
 ) -> None:
     """Fit every layer, in the order in which they run, to what it gave in the network as it was."""
@@ -385,9 +398,9 @@ def _refit(
     with torch.no_grad(), kept(model), evaluation_mode(model), noted:
         forward(model, batches[0].take(slice(2)).inputs)
     for name in dict.fromkeys(order):
-        gram, cross = _regression(model, work, name, batches)
+        gram, cross = regression(model, work, name, batches)
         module = work.get_submodule(name)
-        wanted, now = _affine(model.get_submodule(name)), _affine(module)
+        wanted, now = affine(model.get_submodule(name)), affine(module)
         used = np.append(np.abs(now[:, :-1]).any(0), True)
         level = damping * float(np.trace(gram)) / len(gram)
         system = gram[np.ix_(used, used)] + level * np.eye(int(used.sum()))
@@ -399,37 +412,3 @@ def _refit(
             weight.copy_(torch.from_numpy(fitted[:, :-1]).reshape(weight.shape))
             bias = nn.Parameter(torch.from_numpy(fitted[:, -1]).to(weight))
             module.bias = bias
-
-
-def _affine(module: nn.Module) -> FloatArray:
-    """Return weight and bias of a linear layer or convolution side by side, (out, p + 1)."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    last = bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
-    return np.asarray(torch.cat([weight.flatten(1), last[:, None]], 1).detach().double().cpu().numpy())
-
-
-def _regression(
-    model: nn.Module, work: nn.Module, name: str, batches: Sequence[Batch]
-) -> tuple[FloatArray, FloatArray]:
-    """Return ``E[s s^T]`` and ``E[d s^T]`` of what a layer reads now (s) and read before (d), with a one."""
-    seen: list[Tensor] = []
-
-    def told(_: str, module: nn.Module, x: Tensor, __: Tensor) -> None:
-        rows = inputs_of(module, x).double()
-        seen.append(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
-
-    total: list[Any] = [0.0, 0.0]
-    count = 0
-    for batch in batches:
-        seen.clear()
-        for network in (model, work):
-            with torch.no_grad(), kept(network), evaluation_mode(network), watching(network, [name], told):
-                forward(network, batch.inputs)
-        half = len(seen) // 2
-        before, now = torch.cat(seen[:half]), torch.cat(seen[half:])
-        total[0] = total[0] + now.T @ now
-        total[1] = total[1] + before.T @ now
-        count += len(now)
-    gram, cross = (entry.cpu().numpy() / count for entry in total)
-    return gram, cross

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.state import evaluation_mode, kept
+from cbs_opt.network.trial import plain_attention
 from cbs_opt.structure.groups import READS, GroupSet, Structure
 from formulations.errors import ArgumentError, UnsupportedProblemError
 
@@ -34,7 +35,8 @@ class Moments:
 def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[GroupSet]) -> list[str]:
     """Return the layers that read some sets, in network order.
 
-    Raises `UnsupportedProblemError`, which names it, if one is no linear layer or plain convolution.
+    Raises `UnsupportedProblemError`, which names it, if one is no linear layer or plain convolution, or
+    belongs to an `nn.MultiheadAttention`, which multiplies with its weights itself.
     """
     names = {entry.name for part in sets for entry in part.members if entry.role == READS}
     found = []
@@ -44,10 +46,20 @@ def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[Grou
             if not _is_plain(module):
                 names.add(f"{path}.weight")
             found.append(path)
+    within = [path for path in found if isinstance(_owner(model, path), nn.MultiheadAttention)]
+    if within:
+        told = f"heads of nn.MultiheadAttention ({', '.join(within)}), whose inputs no hook sees"
+        owners = [path.rpartition(".")[0] for path in within]
+        remedy = f"pass ignore={owners}, or choose heads yourself and take them out by shrink(keep=...)"
+        raise UnsupportedProblemError("model", told, remedy)
     if names:
         told = f"{', '.join(sorted(names))}: read groups, and belong to no linear layer or plain convolution"
         raise UnsupportedProblemError("model", told, "name the groups that they read in ignore")
     return found
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -90,14 +102,18 @@ def outputs_of(y: Tensor, module: nn.Module) -> Tensor:
 
 @contextmanager
 def watching(model: nn.Module, layers: Sequence[str], told: Hook) -> Iterator[None]:
-    """Tell of the inputs and outputs of layers while they run: ``told(name, module, x, y)``."""
+    """Tell of the inputs and outputs of layers while they run: ``told(name, module, x, y)``.
+
+    Transformers of torch run by the modules that they are made of.
+    """
 
     def hook(name: str) -> Any:
         return lambda module, args, output: told(name, module, args[0], output)
 
     hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
     try:
-        yield
+        with plain_attention():
+            yield
     finally:
         for entry in hooks:
             entry.remove()
@@ -140,3 +156,37 @@ def moments(
         found = f"{', '.join(missing)} did not run, or do not reach the loss"
         raise ArgumentError("model", found, "name the groups that they read in ignore")
     return {name: Moments(gram=gram[name].numpy(), outputs=outputs[name].numpy()) for name in layers}
+
+
+def affine(module: nn.Module) -> FloatArray:
+    """Return weight and bias of a linear layer or convolution side by side, (out, p + 1)."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    last = bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+    return np.asarray(torch.cat([weight.flatten(1), last[:, None]], 1).detach().double().cpu().numpy())
+
+
+def regression(
+    model: nn.Module, work: nn.Module, name: str, batches: Sequence[Batch]
+) -> tuple[FloatArray, FloatArray]:
+    """Return ``E[s s^T]`` and ``E[d s^T]`` of what a layer reads now (s) and read before (d), with a one."""
+    seen: list[Tensor] = []
+
+    def told(_: str, module: nn.Module, x: Tensor, __: Tensor) -> None:
+        rows = inputs_of(module, x).double()
+        seen.append(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
+
+    total: list[Any] = [0.0, 0.0]
+    count = 0
+    for batch in batches:
+        seen.clear()
+        for network in (model, work):
+            with torch.no_grad(), kept(network), evaluation_mode(network), watching(network, [name], told):
+                forward(network, batch.inputs)
+        half = len(seen) // 2
+        before, now = torch.cat(seen[:half]), torch.cat(seen[half:])
+        total[0] = total[0] + now.T @ now
+        total[1] = total[1] + before.T @ now
+        count += len(now)
+    gram, cross = (entry.cpu().numpy() / count for entry in total)
+    return gram, cross

@@ -68,12 +68,19 @@ def test_operations_are_within_the_budget_and_the_choice_is_proved() -> None:
 
 def test_branch_and_bound_proves_a_small_layer() -> None:
     model, _ = built("mlp")
-    recipe = cbs.GroupRecipe(samples=60, exact_seconds=60.0, refit=False)
+    recipe = cbs.GroupRecipe(samples=60, exact_seconds=30.0, refit=False)
     _, report = cbs.prune_groups(model, data(torch.randn(60, 7)), keep={"2": 0.5}, recipe=recipe)
     (choice,) = report.choices.values()
     assert choice.bound is not None
     assert choice.bound <= choice.loss * (1 + 1e-9)
     assert choice.loss == pytest.approx(choice.bound, rel=1e-3)
+
+
+def test_a_program_too_singular_to_prove_names_the_damping() -> None:
+    model, _ = built("mlp")
+    recipe = cbs.GroupRecipe(samples=60, exact_seconds=30.0, damping=1e-12)
+    with pytest.raises(ArgumentError, match=r"recipe\.damping: 1e-12, with which a program is singular"):
+        cbs.prune_groups(model, data(torch.randn(60, 7)), keep={"2": 0.5}, recipe=recipe)
 
 
 def test_a_set_with_an_ignored_layer_is_left_whole_and_noted() -> None:
@@ -111,6 +118,68 @@ def test_a_reader_that_is_no_plain_layer_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3), nn.Flatten()).eval()
     with pytest.raises(UnsupportedProblemError, match=r"2\.weight: read groups"):
         cbs.prune_groups(model, data(torch.randn(60, 3, 5, 5)), keep=0.5, recipe=FEW)
+
+
+def test_heads_of_torch_are_refused_with_a_remedy_that_works() -> None:
+    model, _ = built("transformer")
+    samples = torch.randn(60, 5, 24)
+    targets = torch.randn(60, 5, 24)
+    options: dict[str, Any] = {"keep": 0.5, "recipe": FEW, "loss_fn": torch.nn.functional.mse_loss}
+    with pytest.raises(UnsupportedProblemError, match=r"layers\.0\.self_attn\.out_proj") as raised:
+        cbs.prune_groups(model, (samples, targets), **options)
+    owners = ["layers.0.self_attn", "layers.1.self_attn"]
+    assert f"ignore={owners}" in str(raised.value)
+    small, report = cbs.prune_groups(model, (samples, targets), ignore=owners, **options)
+    assert small.layers[1].linear2.weight.shape == (24, 20)
+    assert small.layers[1].self_attn.out_proj.weight.equal(model.layers[1].self_attn.out_proj.weight)
+    assert len(report.notes) == 2
+    # The refit reaches layers that a fast path would hide.
+    kept = report.shrinkage.keep["layers.1.linear1"]
+    assert not small.layers[1].linear2.bias.equal(model.layers[1].linear2.bias)
+    assert kept.sum() == 20
+
+
+def layer_errors(model: nn.Module, small: nn.Module, x: Tensor) -> list[float]:
+    """The squared error of what each layer but the first gives, before and after."""
+    errors = []
+    with torch.no_grad():
+        for end in (3, 5):
+            errors.append(float((model[:end](x) - small[:end](x)).square().mean()))
+    return errors
+
+
+def test_refitting_brings_the_last_layer_nearer_to_what_it_gave() -> None:
+    model, _ = built("mlp")
+    x = torch.randn(300, 7)
+    errors = []
+    for refit in (False, True):
+        recipe = cbs.GroupRecipe(samples=300, refit=refit, damping=1e-6)
+        small, _ = cbs.prune_groups(model, data(x), keep={"0": 0.5}, recipe=recipe)
+        errors.append(layer_errors(model, small, x))
+    moved, refitted = errors
+    assert refitted[0] < 0.98 * moved[0]
+    assert refitted[1] < 0.98 * moved[1]
+
+
+def test_a_refitted_layer_is_the_least_squares_solution() -> None:
+    model, _ = built("mlp")
+    x = torch.randn(300, 7)
+    recipe = cbs.GroupRecipe(samples=300, damping=1e-9)
+    small, _ = cbs.prune_groups(model, data(x), keep={"2": 0.5}, recipe=recipe)
+    with torch.no_grad():
+        rows = torch.cat([small[:4](x), torch.ones(300, 1)], 1).double()
+        wanted = torch.linalg.lstsq(rows, model(x).double()).solution
+        found = torch.cat([small[4].weight, small[4].bias[:, None]], 1).T.double()
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_ignored_layers_are_not_refitted() -> None:
+    model, _ = built("mlp")
+    small, report = cbs.prune_groups(model, data(torch.randn(60, 7)), keep=0.5, ignore="4", recipe=FEW)
+    assert "2 is left whole: 4 is ignored" in report.notes
+    assert small[0].weight.shape == (6, 7)
+    assert small[4].weight.equal(model[4].weight)
+    assert small[4].bias.equal(model[4].bias)
 
 
 def test_a_recipe_is_checked() -> None:

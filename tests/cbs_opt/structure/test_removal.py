@@ -259,13 +259,7 @@ class Drawn(nn.Module):
 KINDS = ("plain", "depthwise", "grouped", "bottleneck", "residual", "transposed")
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from(KINDS), min_size=1, max_size=5),
-    st.sampled_from([4, 6, 8]),
-    st.integers(0, 2**16),
-)
-def test_networks_of_any_architecture(kinds: list[str], width: int, seed: int) -> None:
+def require_agreement(kinds: list[str], width: int, seed: int) -> None:
     torch.manual_seed(seed)
     model = randomised(Drawn(kinds, width))
     inputs = torch.randn(SAMPLES, 3, 5, 5)
@@ -275,6 +269,26 @@ def test_networks_of_any_architecture(kinds: list[str], width: int, seed: int) -
     with masking(model, structure, keep):
         assert relative(output(model, inputs), output(small, inputs)) < 1e-5
     assert record.parameters[1] < record.parameters[0]
+
+
+ARCHITECTURES = (
+    st.lists(st.sampled_from(KINDS), min_size=1, max_size=5),
+    st.sampled_from([4, 6, 8]),
+    st.integers(0, 2**16),
+)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(*ARCHITECTURES)
+def test_networks_of_any_architecture(kinds: list[str], width: int, seed: int) -> None:
+    require_agreement(kinds, width, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(*ARCHITECTURES)
+def test_networks_of_any_architecture_at_length(kinds: list[str], width: int, seed: int) -> None:
+    require_agreement(kinds, width, seed)
 
 
 def test_masks_of_single_weights_lose_no_output() -> None:

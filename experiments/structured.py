@@ -1,0 +1,401 @@
+"""Channels and neurons taken out of trained networks without retraining: accuracy and measured time.
+
+    python -m experiments.structured --network mlpnet_mnist
+    python -m experiments.structured --network resnet20_cifar10
+    python -m experiments.structured --page
+
+Contenders
+----------
+- ``ours``: `cbs_opt.prune_groups`. For a share of the operations it chooses widths, and all others prune to
+  these.
+- ``ours_outputs``: the same with ``metric="outputs"``, for which all outputs of a layer count alike.
+- ``reconstruction``: greedy least squares layer by layer, in the manner of Meng, Chen, Wang and Mazumder,
+  "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization", ICML
+  2024, written from the paper. In network order, on inputs of the network as pruned so far, the inputs go
+  whose loss raises the squared error of the layer's outputs least, one after another, followed by
+  exchanges. Where channels are coupled by additions, the errors of all layers that read them are added up.
+- ``magnitude``: the filters of smallest norm go, all layers of a coupled set together (Li et al., "Pruning
+  Filters for Efficient ConvNets", ICLR 2017); nothing else moves.
+- ``magnitude_fitted``: the same filters, and the layers that read them fitted as ours are.
+- ``..._even``: for a share of the operations, the same share of every set instead of the widths of ours, the
+  largest that is within the budget.
+
+Statistics of batch norm are estimated anew on the same training images for all of them. Milliseconds are the
+least processor time of several passes of one batch on one core, dense and shrunk by turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import cbs_opt
+from cbs_opt import GroupRecipe
+from cbs_opt.network.data import Batch, iterate
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.structure.groups import MAKES, READS, BoolArray, GroupSet, Structure, groups, tensor_named
+from cbs_opt.structure.pruning import BATCH, fitted_layers, refit
+from cbs_opt.structure.reading import affine, columns_of, regression
+from cbs_opt.structure.removal import shrink
+from cbs_opt.structure.selection import GroupProgram, Reader
+from experiments.command_line import add_no_verify, add_run_options, experiment_parser
+from experiments.comparators.page import NOTHING, table
+from experiments.comparators.running import Cell, measure_cells
+from experiments.datasets import Dataset, load_dataset
+from experiments.ledger import Ledger
+from experiments.networks import Network, load_network
+from experiments.studies_page import between_marks
+from formulations.files import write_atomically
+
+EVEN = "_even"
+OURS = ("ours", "ours_outputs")
+RIVALS = ("reconstruction", "magnitude_fitted", "magnitude")
+CONTENDERS = (*OURS, *RIVALS)
+BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
+    "mlpnet_mnist": (("keep", 0.5), ("keep", 0.25)),
+    "resnet20_cifar10": (("flops", 0.5), ("flops", 0.33)),
+}
+"""What is kept: a share of the groups of every set, or of the operations."""
+SAMPLES: Mapping[str, int] = {"mlpnet_mnist": 1024, "resnet20_cifar10": 256}
+"""Training images that choices and fits see, where the command line says nothing."""
+STATISTICS = 1024
+"""Training images that batch norm is estimated on."""
+TIMED = 64
+"""Images of the batch that is timed."""
+PASSES = 9
+OUT = Path("runs/structured")
+PAGE = Path("docs/results/structure.md")
+LABELS = {
+    "ours": "ours",
+    "ours_outputs": "ours, outputs alike",
+    "reconstruction": "greedy reconstruction",
+    "magnitude_fitted": "magnitude, fitted",
+    "magnitude": "magnitude",
+}
+
+
+def even_keep(structure: Structure, share: float) -> float:
+    """Return the largest share of every set, in 64ths, with at most a share of the operations.
+
+    Raises `ArgumentError` of `Structure.checked` if not even the smallest one is a network.
+    """
+    for step in range(64, 0, -1):
+        masks = {name: np.arange(size) < count for name, size, count in _counts(structure, step / 64)}
+        if structure.flops_of(structure.checked(masks)) <= share * structure.flops:
+            return step / 64
+    return 1 / 64
+
+
+def _counts(structure: Structure, share: float) -> list[tuple[str, int, int]]:
+    """Return name, groups and groups kept of every set, as `prune_groups` rounds them."""
+    return [(part.name, part.n_groups, max(1, round(share * part.n_groups))) for part in structure.sets]
+
+
+def magnitude_masks(
+    model: nn.Module, sets: Sequence[GroupSet], counts: Mapping[str, int]
+) -> dict[str, BoolArray]:
+    """Return which groups are kept by the norm of the weights that make them, of equals the first ones."""
+    masks = {}
+    for part in sets:
+        norms = np.zeros(part.n_groups)
+        for member in part.members:
+            if member.role == MAKES:
+                rows = tensor_named(model, member.name).detach().movedim(member.axis, 0).flatten(1)
+                norms += rows.double().square().sum(1).cpu().numpy()[member.index].sum(1)
+        masks[part.name] = _largest(norms, counts[part.name])
+    return masks
+
+
+def _largest(values: NDArray[np.float64], count: int) -> BoolArray:
+    keep = np.zeros(values.size, dtype=np.bool_)
+    keep[np.argsort(-values, kind="stable")[:count]] = True
+    return keep
+
+
+def reconstruction_masks(
+    model: nn.Module,
+    sets: Sequence[GroupSet],
+    counts: Mapping[str, int],
+    batches: Sequence[Batch],
+    recipe: GroupRecipe,
+) -> tuple[dict[str, BoolArray], nn.Module]:
+    """Return which groups are kept by greedy least squares with exchanges, and the network fitted so far."""
+    work = deepcopy(model)
+    masks = {}
+    for part in sets:
+        members = [entry for entry in part.members if entry.role == READS]
+        program = GroupProgram([_reader(model, work, entry, batches, recipe.damping) for entry in members])
+        mask, _ = program.greedy(counts[part.name])
+        masks[part.name], _ = program.swaps(mask, recipe.swaps)
+        with torch.no_grad():
+            for member, weight in zip(members, program.updated(masks[part.name]), strict=True):
+                parameter = work.get_parameter(member.name)
+                parameter.copy_(torch.from_numpy(weight[:, :-1]).reshape(parameter.shape))
+                layer = work.get_submodule(member.name.rpartition(".")[0])
+                layer.bias = nn.Parameter(torch.from_numpy(weight[:, -1]).to(parameter))
+    return masks, work
+
+
+def _reader(
+    model: nn.Module, work: nn.Module, member: Any, batches: Sequence[Batch], damping: float
+) -> Reader:
+    """Return the least-squares problem of a layer: its outputs as they were, its inputs as they are."""
+    name = member.name.rpartition(".")[0]
+    gram, cross = regression(model, work, name, batches)
+    level = damping * float(np.trace(gram)) / len(gram)
+    system = gram + level * np.eye(len(gram))
+    now, wanted = affine(work.get_submodule(name)), affine(model.get_submodule(name))
+    best = np.linalg.solve(system, (wanted @ cross + level * now).T).T
+    return Reader(
+        weight=best,
+        gram=system,
+        outputs=np.eye(len(best)),
+        columns=columns_of(model.get_submodule(name), member.index),
+    )
+
+
+def estimate_statistics(model: nn.Module, images: Tensor) -> None:
+    """Estimate the statistics of batch norm anew, as plain means over batches."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [module.momentum for module in norms]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None
+        module.train()
+    with torch.no_grad():
+        for part in images.split(BATCH) if norms else ():
+            model(part)
+    for module, momentum in zip(norms, before, strict=True):
+        module.momentum = momentum
+        module.eval()
+
+
+def milliseconds(models: Sequence[nn.Module], images: Tensor, passes: int = PASSES) -> list[float]:
+    """Return the least processor time of a pass for each network, which take turns; one core."""
+    least = [float("inf")] * len(models)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in range(passes + 1):
+                for number, model in enumerate(models):
+                    start = time.process_time()
+                    model(images)
+                    least[number] = min(least[number], time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return [1e3 * seconds for seconds in least]
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """A network with its data, on which cells are measured; what `ours` chose is kept for the others."""
+
+    network: Network
+    data: Dataset
+    chosen: dict[tuple[Any, ...], tuple[nn.Module, dict[str, BoolArray]]] = field(default_factory=dict)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Return what a contender made of the network."""
+        model, data = self.network.model, self.data
+        if cell["contender"] not in OURS and not cell["contender"].endswith(EVEN):
+            self._ours(cell)
+        start = time.process_time()
+        small = self._small(cell)
+        seconds = time.process_time() - start
+        generator = torch.Generator().manual_seed(cell["seed"])
+        images = data.train_x[torch.randperm(len(data.train_x), generator=generator)[:STATISTICS]]
+        estimate_statistics(small, images)
+        example = data.train_x[:2]
+        before, after = groups(model, example), groups(small, example)
+        dense, shrunk = milliseconds((model, small), data.test_x[:TIMED])
+        found = evaluate(small, (data.test_x, data.test_y), nn.functional.cross_entropy)
+        return {
+            "accuracy": 100.0 * (found.accuracy or 0.0),
+            "loss": found.loss,
+            "dense_accuracy": self.network.dense_accuracy,
+            "parameters": [before.parameters, after.parameters],
+            "flops": [before.flops, after.flops],
+            "milliseconds": [dense, shrunk],
+            "processor_seconds": seconds,
+        }
+
+    def _small(self, cell: Cell) -> nn.Module:
+        """Return the smaller network of a contender."""
+        model, contender = self.network.model, cell["contender"]
+        recipe = GroupRecipe(samples=cell["samples"])
+        pair = self.data.train_x, self.data.train_y
+        if contender in OURS:
+            metric = "loss" if contender == "ours" else "outputs"
+            return deepcopy(self._ours(cell, metric)[0])
+        batches = list(iterate(pair, batch_size=BATCH, max_samples=recipe.samples, seed=cell["seed"]))
+        example = batches[0].take(slice(2)).inputs
+        structure = groups(model, example)
+        if contender.endswith(EVEN):
+            share = even_keep(structure, cell["share"])
+            counts = {name: count for name, _, count in _counts(structure, share)}
+        else:
+            counts = {name: int(mask.sum()) for name, mask in self._ours(cell)[1].items()}
+        sets = [part for part in structure.sets if part.name in counts]
+        if contender.startswith("reconstruction"):
+            masks, work = reconstruction_masks(model, sets, counts, batches, recipe)
+        else:
+            masks, work = magnitude_masks(model, sets, counts), deepcopy(model)
+        if contender.removesuffix(EVEN) != "magnitude":
+            _blank(work, sets, masks)
+            refit(model, work, fitted_layers(model, structure, ()), batches, recipe.damping)
+        return shrink(work, example, keep=masks)[0]
+
+    def _ours(self, cell: Cell, metric: str = "loss") -> tuple[nn.Module, dict[str, BoolArray]]:
+        key = (metric, *(cell[name] for name in ("budget", "share", "samples", "seed")))
+        if key not in self.chosen:
+            small, report = cbs_opt.prune_groups(
+                self.network.model,
+                (self.data.train_x, self.data.train_y),
+                recipe=GroupRecipe(samples=cell["samples"], metric=metric),
+                seed=cell["seed"],
+                **{cell["budget"]: cell["share"]},
+            )
+            masks = {name: report.shrinkage.keep[name] for name in report.choices}
+            self.chosen[key] = small, masks
+        return self.chosen[key]
+
+
+def _blank(work: nn.Module, sets: Sequence[GroupSet], masks: Mapping[str, BoolArray]) -> None:
+    """Zero the weights that read groups which go."""
+    with torch.no_grad():
+        for part in sets:
+            for member in part.members:
+                if member.role == READS:
+                    index = torch.from_numpy(member.index[~masks[part.name]].reshape(-1))
+                    work.get_parameter(member.name).movedim(member.axis, 0)[index] = 0.0
+
+
+def cells(network: str, *, samples: int | None = None, seeds: int = 1) -> list[Cell]:
+    """Return the cells of a network."""
+    found = []
+    for budget, share in BUDGETS[network]:
+        names = list(CONTENDERS)
+        if budget == "flops":
+            names += [name + EVEN for name in RIVALS]
+        found += [
+            {
+                "network": network,
+                "budget": budget,
+                "share": share,
+                "contender": name,
+                "samples": SAMPLES[network] if samples is None else samples,
+                "seed": seed,
+                "version": 1,
+            }
+            for seed in range(seeds)
+            for name in names
+        ]
+    return found
+
+
+def section(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table for every network and budget that was measured."""
+    parts = []
+    keys = dict.fromkeys((entry["network"], entry["budget"], entry["share"]) for entry in results)
+    for network, budget, share in keys:
+        own = [
+            entry
+            for entry in results
+            if (entry["network"], entry["budget"], entry["share"]) == (network, budget, share)
+        ]
+        what = "of every set of groups" if budget == "keep" else "of the operations"
+        commits = ", ".join(sorted({entry["commit"] for entry in own}))
+        samples = ", ".join(str(count) for count in sorted({entry["samples"] for entry in own}))
+        seeds = len({entry["seed"] for entry in own})
+        facts = f"Dense {own[0]['dense_accuracy']:.2f} %; {samples} training images; {seeds} seed"
+        parts.append(f"## {network}, {share:g} {what}")
+        parts.append(f"{facts}{'s' if seeds > 1 else ''}; commit {commits}.")
+        parts.append(table(TITLES, [_line(name, own) for name in _names(own)]))
+    return "\n\n".join(parts) or NOTHING
+
+
+TITLES = (
+    "",
+    "accuracy",
+    "loss",
+    "parameters",
+    "operations",
+    "ms dense",
+    "ms shrunk",
+    "times faster",
+    "seconds",
+)
+
+
+def _names(own: Sequence[Mapping[str, Any]]) -> list[str]:
+    every = [*CONTENDERS, *(name + EVEN for name in RIVALS)]
+    return [name for name in every if any(entry["contender"] == name for entry in own)]
+
+
+def _line(name: str, own: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [entry for entry in own if entry["contender"] == name]
+
+    def mean(of: Callable[[Mapping[str, Any]], float]) -> float:
+        return float(np.mean([of(row) for row in rows]))
+
+    dense, shrunk = (mean(lambda row, place=place: row["milliseconds"][place]) for place in (0, 1))
+    return [
+        LABELS[name.removesuffix(EVEN)] + (", equal shares" if name.endswith(EVEN) else ""),
+        f"{mean(lambda row: row['accuracy']):.2f}",
+        f"{mean(lambda row: row['loss']):.4f}",
+        f"{mean(lambda row: row['parameters'][1] / row['parameters'][0]):.3f}",
+        f"{mean(lambda row: row['flops'][1] / row['flops'][0]):.3f}",
+        f"{dense:.2f}",
+        f"{shrunk:.2f}",
+        f"{dense / shrunk:.2f}",
+        f"{mean(lambda row: row['processor_seconds']):.0f}",
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    root = experiment_parser("structured", __doc__)
+    root.add_argument("--network", choices=list(BUDGETS), default="mlpnet_mnist", help="default mlpnet_mnist")
+    root.add_argument("--samples", type=int, help="training images; by default so many as the network has")
+    root.add_argument("--page", action="store_true", help=f"write the ledger's tables into {PAGE}, and stop")
+    add_run_options(root, seeds=1, out=OUT)
+    add_no_verify(root)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = parser().parse_args(arguments)
+    path = given.out / "structured.jsonl"
+    if given.page:
+        if not path.is_file():
+            sys.stderr.write(f"--out: no file {path}; python -m experiments.structured makes it\n")
+            return 1
+        text = section(Ledger(path).results())
+        page = between_marks(PAGE.read_text(encoding="utf-8"), "structured", text)
+        write_atomically(PAGE, page.encode())
+        return 0
+
+    def bench() -> Callable[[Cell], dict[str, Any]]:
+        verify = not given.no_verify
+        network = load_network(given.network, given.data, verify=verify)
+        data = load_dataset(network.dataset, given.data, mean=network.mean, std=network.std, verify=verify)
+        return Bench(network=network, data=data).measure
+
+    return measure_cells(path, cells(given.network, samples=given.samples, seeds=given.seeds), bench)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
