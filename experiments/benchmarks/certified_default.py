@@ -91,7 +91,7 @@ def measure(cell: Mapping[str, Any], data_dir: Path | None, verify: bool) -> dic
             )
         seconds = time.process_time() - began
         certified = [
-            _block(read_instance(block_path(folder, number)), report.blocks[number], solution)
+            _block(read_instance(block_path(folder, number))[0], report.blocks[number], solution)
             for number, solution in enumerate(report.certificates)
         ]
     assert report.certified is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments.benchmarks import certified_default
-from experiments.networks import MLPNet
+from experiments.networks import MLPNet, load_network
 from tests.experiments.tiny_data import write_mnist, write_network
 
 
@@ -18,12 +19,14 @@ def test_cells_verify_and_are_gone_on_with(
     torch.manual_seed(0)
     write_mnist(tmp_path, train=60, test=20)
     write_network(tmp_path, "mlpnet_mnist", MLPNet())
-    command = ["--network", "mlpnet_mnist", "--sparsity", ".98", "--blocks", "layer"]
+    small = replace(load_network("mlpnet_mnist", tmp_path, verify=False), target=("fc[23].weight",))
+    monkeypatch.setattr(certified_default, "load_network", lambda *_, **__: small)
+    command = ["--network", "mlpnet_mnist", "--sparsity", ".8", "--blocks", "layer"]
     command += ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--no-verify"]
     assert certified_default.main(command) == 0
     first = capsys.readouterr().out
     lines = first.splitlines()[2:]
-    assert [line.split(" | ")[1] for line in lines] == ["sum of 3", "fc1.weight", "fc2.weight", "fc3.weight"]
+    assert [line.split(" | ")[1] for line in lines] == ["sum of 2", "fc2.weight", "fc3.weight"]
     assert all(line.endswith("yes |") for line in lines)
     monkeypatch.setattr(certified_default, "measure", None)
     assert certified_default.main(command) == 0
