@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from formulations.channels import ChannelTerm
     from formulations.errors import ArgumentError, CbsError
     from formulations.loss import joint_loss, objective, selection_loss, step_loss, update
     from formulations.problem import BlockProblem
@@ -31,6 +32,7 @@ _HOME = {
     "BlockSolution": "solution",
     "CbsError": "errors",
     "Certificate": "solution",
+    "ChannelTerm": "channels",
     "Count": "support",
     "Groups": "support",
     "Limit": "solution",
@@ -57,6 +59,7 @@ __all__ = [
     "BlockSolution",
     "CbsError",
     "Certificate",
+    "ChannelTerm",
     "Count",
     "Groups",
     "Limit",
