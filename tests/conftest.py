@@ -7,6 +7,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# No test is timed.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 # Small cases start many short parallel regions. Threads that wait for the next one in a busy loop
 # take several times the processor time of the tests themselves where cores are shared.

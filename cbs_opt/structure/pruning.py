@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -117,6 +118,9 @@ class GroupReport:
             bound = "" if entry.bound is None else f", bound {entry.bound:.6g}"
             lines.append(f"{name}: {entry.n_keep} of {entry.n_groups} kept, loss {entry.loss:.6g}{bound}")
         return "\n".join([*lines, *self.shrinkage.summary().splitlines()[-2:], *self.notes])
+
+    def __str__(self) -> str:
+        return self.summary()
 
 
 def prune_groups(
@@ -310,6 +314,12 @@ def _widths(
         part.name: np.unique(np.ceil(np.arange(1, CHOICES + 1) / CHOICES * part.n_groups).astype(int))
         for part in sets
     }
+    narrowest = {part.name: np.arange(part.n_groups) < offered[part.name][0] for part in sets}
+    least = structure.flops_of(narrowest) / structure.flops
+    if share < least:
+        needed = math.ceil(1000.0 * least) / 1000.0
+        found = f"{share:g} of the operations, and the smallest network has {needed:g}"
+        raise ArgumentError("flops", found, "allow that much, or ignore fewer layers")
     errors = {}
     for part in sets:
         _, losses = programs[part.name].greedy(1)

@@ -75,6 +75,9 @@ class Shrinkage:
             lines.append(f"{what}: {before} -> {after} ({after / max(before, 1):.1%})")
         return "\n".join([*lines, *self.notes])
 
+    def __str__(self) -> str:
+        return self.summary()
+
 
 def shrink(
     model: nn.Module,

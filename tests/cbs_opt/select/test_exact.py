@@ -43,7 +43,8 @@ def test_no_worse_than_the_search_from_either_start(method: str, program: str, n
     found = solve(problem, method, program=program, node_limit=0, iteration_limit=0)
     assert found.bound is not None
     assert relaxed.bound is not None
-    assert found.bound >= relaxed.bound
+    # The same relaxation from another start, to rounding.
+    assert found.bound >= relaxed.bound - 1e-9 * abs(relaxed.bound)
     for start in (None, relaxed):
         searched = solve(problem, "swap_search", program=program, incumbent=start)
         assert found.objective <= searched.objective  # type: ignore[operator]
