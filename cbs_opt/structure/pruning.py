@@ -318,8 +318,8 @@ def _widths(
     least = structure.flops_of(narrowest) / structure.flops
     if share < least:
         needed = math.ceil(1000.0 * least) / 1000.0
-        found = f"{share:g} of the operations, and the smallest network has {needed:g}"
-        raise ArgumentError("flops", found, "allow that much, or ignore fewer layers")
+        short = f"{share:g} of the operations, and the smallest network has {needed:g}"
+        raise ArgumentError("flops", short, "allow that much, or ignore fewer layers")
     errors = {}
     for part in sets:
         _, losses = programs[part.name].greedy(1)
