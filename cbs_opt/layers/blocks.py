@@ -103,7 +103,8 @@ def _longest(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
             continue
         if len({_kind(part) for part in module}) > 1:
-            unlike.append(f"{name} ({', '.join(sorted({type(part).__name__ for part in module}))})")
+            kinds = ", ".join(sorted({type(part).__name__ for part in module}))
+            unlike.append(f"{name or 'the network itself'} ({kinds})")
         elif next(module.parameters(), None) is not None and (best is None or len(module) > len(best[1])):  # type: ignore[arg-type]
             best = name, module
     if best is None:

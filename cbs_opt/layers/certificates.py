@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -224,9 +224,9 @@ def check_layers(directory: str | os.PathLike[str]) -> Iterator[CheckedRow]:
     directory : path-like
         ``RowSample(evidence_dir=...)`` of the run.
 
-    Yields
-    ------
-    CheckedRow
+    Returns
+    -------
+    iterator of CheckedRow
 
     Raises
     ------
@@ -240,6 +240,10 @@ def check_layers(directory: str | os.PathLike[str]) -> Iterator[CheckedRow]:
     if not files:
         remedy = "pass the folder of RowSample(evidence_dir=...)"
         raise ArgumentError("directory", f"no bounded rows in {directory}", remedy)
+    return _checked(folder, files)
+
+
+def _checked(folder: Path, files: Sequence[Path]) -> Iterator[CheckedRow]:
     for file in files:
         header, arrays = read_container(file, KIND, VERSION, MOST_BYTES)
         stem = file.name.removesuffix(DATA)

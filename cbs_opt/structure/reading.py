@@ -17,7 +17,7 @@ from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import plain_attention
 from cbs_opt.structure.groups import READS, GroupSet, Structure
-from formulations.errors import ArgumentError, UnsupportedProblemError
+from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
 
 FloatArray = NDArray[np.float64]
 
@@ -128,7 +128,7 @@ def moments(
     over them, both averaged over samples: their product is the Fisher matrix if the two are independent
     (Grosse and Martens 2016). One forward and one backward pass.
 
-    Raises `ArgumentError`, which names it, if a layer did not run.
+    Raises `ArgumentError`, which names it, if a layer did not run, and `NonFiniteError` for NaN or infinity.
     """
     gram: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -155,6 +155,10 @@ def moments(
     if missing:
         found = f"{', '.join(missing)} did not run, or do not reach the loss"
         raise ArgumentError("model", found, "name the groups that they read in ignore")
+    for name in layers:
+        if not bool(gram[name].isfinite().all() and outputs[name].isfinite().all()):
+            found = f"NaN or infinity in what {name} reads, or in the gradients of what it makes"
+            raise NonFiniteError("model, data", found, "check the data, the loss and the weights")
     return {name: Moments(gram=gram[name].numpy(), outputs=outputs[name].numpy()) for name in layers}
 
 

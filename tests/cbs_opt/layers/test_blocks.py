@@ -64,3 +64,8 @@ def test_weights_in_blocks_that_are_no_linear_layer_are_listed() -> None:
 
     _, left_out = find_blocks(Network(block=Experts))
     assert {e.reason for e in left_out if e.name.endswith("experts")} == {NOT_LINEAR}
+
+
+def test_a_network_that_is_a_list_itself_is_named_in_words() -> None:
+    with pytest.raises(BlockListError, match=r"the modules of the network itself \(Linear, ReLU\)"):
+        find_blocks(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))

@@ -144,4 +144,4 @@ def test_rows_that_lose_nothing_and_bad_input() -> None:
     with pytest.raises(ArgumentError, match=r"certify\.rows"):
         RowSample(rows=0)
     with pytest.raises(ArgumentError, match="evidence_dir"):
-        next(check_layers("no such folder"))
+        check_layers("no such folder")

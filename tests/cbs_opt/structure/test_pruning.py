@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import cbs_opt as cbs
 from cbs_opt.errors import UnmatchedPatternError
 from cbs_opt.network.evaluation import evaluate
-from formulations.errors import ArgumentError, UnsupportedProblemError
+from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
 from tests.cbs_opt.structure.networks import built
 
 FEW = cbs.GroupRecipe(samples=60)
@@ -112,6 +112,16 @@ def test_what_cannot_be_done_is_named(options: dict[str, Any], kind: type[Except
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(kind, match=message):
         cbs.prune_groups(model, data(torch.randn(60, 7)), **options)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_data_that_are_not_finite_are_named_and_nothing_is_changed() -> None:
+    model, _ = built("mlp")
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(60, 7)
+    x[3, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"model, data: NaN or infinity in what .* reads"):
+        cbs.prune_groups(model, data(x), keep=0.5)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
