@@ -236,10 +236,15 @@ def option_field(select: Select, name: str) -> str:
     return f"options.{name}" if isinstance(select, Exact) else name
 
 
-def sampled_rows(task: Task, *, seed: int, step: str = "", **options: Any) -> Rows:
-    """Take the gradient rows of a step; `options` are further ones of `gradient_rows`."""
-    curvature, data = task.recipe.curvature, task.data
-    assert isinstance(curvature, Fisher)
+def sampled_rows(
+    task: Task, *, seed: int, step: str = "", curvature: Fisher | None = None, **options: Any
+) -> Rows:
+    """Take the gradient rows of a step; `options` are further ones of `gradient_rows`.
+
+    `curvature` is by default that of the recipe.
+    """
+    kind, data = curvature or task.recipe.curvature, task.data
+    assert isinstance(kind, Fisher)
     assert data is not None
     with task.clock.phase("curvature"), within("resources", "row_memory", "row_dir"):
         return gradient_rows(
@@ -247,7 +252,7 @@ def sampled_rows(task: Task, *, seed: int, step: str = "", **options: Any) -> Ro
             data,
             task.loss_fn,
             task.partition,
-            curvature=curvature,
+            curvature=kind,
             resources=task.resources,
             seed=seed,
             journal=task.done.rows(step),

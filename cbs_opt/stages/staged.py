@@ -15,9 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cbs_opt.curvature.fisher import gradient_rows, mean_gradient
+from cbs_opt.curvature.fisher import mean_gradient
 from cbs_opt.curvature.kinds import Fisher, SketchedFisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
+from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
@@ -243,8 +244,8 @@ class StagedRun:
         shares = plan.shares(len(self.sparsities))
         samples, rows = shares[stage], None
         if plan.rest and not probe_samples(plan, samples) and samples >= FEWEST_PER_CURVATURE * CURVATURE[0]:
-            rows = self._rows_at(weights, model.keep)
-            samples -= CURVATURE[0]
+            few = self._rows_at(weights, model.keep)
+            rows, samples = few.rows, samples - few.samples
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         tuner = FineTuner(
             model=task.model,
@@ -293,33 +294,21 @@ class StagedRun:
         )
         return tuned.weights, tuned.next_rate, record
 
-    def _rows_at(self, weights: Tensor, keep: Tensor) -> Tensor:
+    def _rows_at(self, weights: Tensor, keep: Tensor) -> Rows:
         """Return a few rows at `weights` of those kept, (m, n_kept), for the largest curvature there."""
-        task = self.task
-        kind, (samples, per_row) = task.recipe.curvature, CURVATURE
+        kind, (samples, per_row) = self.task.recipe.curvature, CURVATURE
         assert isinstance(kind, Fisher)
-        assert task.data is not None
         few = (
             replace(kind, samples=samples, per_row=per_row)
             if isinstance(kind, SketchedFisher)
             else replace(kind, samples=samples // per_row)
         )
-        with task.clock.phase("fine-tuning"):
-            found = gradient_rows(
-                task.model,
-                task.data,
-                task.loss_fn,
-                task.partition,
-                curvature=few,
-                resources=task.resources,
-                seed=self.passes.seed(),
-                weights=weights,
-                keep=keep,
-                gradient=False,
-                progress=task.progress,
-            )
-        self.passes.samples += found.samples
-        return found.rows
+        step, seed = f"{self._name}_rate", self.passes.seed()
+        rows = sampled_rows(
+            self.task, seed=seed, step=step, curvature=few, weights=weights, keep=keep, gradient=False
+        )
+        self.passes.samples += rows.samples
+        return rows
 
     def sample(self) -> Sample:
         """Return the samples on which networks are compared: those set aside, or fresh ones."""

@@ -41,8 +41,8 @@ from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.system.checks import check_fields, finite_number, whole_number
 from experiments.comparators.descent import descend
-from experiments.comparators.running import Cell, comparator_parser, measure_cells
-from experiments.comparators.subjects import Subject, accuracy, copied, load_subject
+from experiments.comparators.running import comparator_parser, measure_cells
+from experiments.comparators.subjects import Subject, accuracy, copied, on_dense
 from experiments.comparators.units import (
     CHAINS,
     Kept,
@@ -422,14 +422,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parser().parse_args(arguments)
 
-    def bench() -> Callable[[Cell], dict[str, Any]]:
-        dense = load_subject(given.network, given.out, given.data, verify=not given.no_verify)
-        return lambda cell: measure(dense, cell)
-
     wanted = cells(
         given.network, shares=given.shares, bits=given.bits, samples=given.samples, seeds=given.seeds
     )
-    return measure_cells(given.out / "admm.jsonl", wanted, bench)
+    return measure_cells(given.out / "admm.jsonl", wanted, on_dense(given, measure))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,8 +45,8 @@ from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import Weights
 from cbs_opt.system.checks import check_fields, finite_number, one_of, whole_number
 from experiments.comparators.descent import descend
-from experiments.comparators.running import Cell, comparator_parser, measure_cells
-from experiments.comparators.subjects import SPECS, Subject, accuracy, copied, load_subject, weight_counts
+from experiments.comparators.running import comparator_parser, measure_cells
+from experiments.comparators.subjects import SPECS, Subject, accuracy, copied, on_dense, weight_counts
 from experiments.rivals_training import Cost, Training, gradual, one_shot, train
 
 COARSE = ("softplus", "leaky_relu")
@@ -316,11 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     wanted = [cell for cell in every if cell["contender"] in given.contenders]
 
-    def bench() -> Callable[[Cell], dict[str, Any]]:
-        dense = load_subject(given.network, given.out, given.data, verify=not given.no_verify)
-        return lambda cell: measure(dense, cell)
-
-    return measure_cells(given.out / "autoprune.jsonl", wanted, bench)
+    return measure_cells(given.out / "autoprune.jsonl", wanted, on_dense(given, measure))
 
 
 if __name__ == "__main__":

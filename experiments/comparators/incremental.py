@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from cbs_opt.recipe.records import Weights
 from cbs_opt.system.checks import whole_number
 from experiments.comparators.descent import descend
 from experiments.comparators.running import Cell, comparator_parser, measure_cells
-from experiments.comparators.subjects import Subject, accuracy, copied, load_subject, weight_counts
+from experiments.comparators.subjects import Subject, accuracy, copied, on_dense, weight_counts
 from experiments.datasets import Dataset
 from experiments.networks import Network
 from experiments.rivals_training import Training, one_shot, train
@@ -284,14 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parser().parse_args(arguments)
 
-    def bench() -> Callable[[Cell], dict[str, Any]]:
-        dense = load_subject(given.network, given.out, given.data, verify=not given.no_verify)
-        return lambda cell: measure(dense, cell)
-
     wanted = cells(
         given.network, contenders=given.contenders, ranks=given.ranks, tasks=given.tasks, seeds=given.seeds
     )
-    return measure_cells(given.out / "incremental.jsonl", wanted, bench)
+    return measure_cells(given.out / "incremental.jsonl", wanted, on_dense(given, measure))
 
 
 if __name__ == "__main__":

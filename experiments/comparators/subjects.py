@@ -5,9 +5,13 @@ LeNet-5 has no published checkpoint here; it is trained once and kept beside the
 
 from __future__ import annotations
 
+import argparse
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +82,18 @@ class Subject:
     network: Network
     data: Dataset
     held_out: tuple[Tensor, Tensor]
+
+
+def on_dense(
+    given: argparse.Namespace, measure: Callable[[Subject, Mapping[str, Any]], dict[str, Any]]
+) -> Callable[[], Callable[[Mapping[str, Any]], dict[str, Any]]]:
+    """Return what loads the dense network of a command line, and returns what measures a cell of it."""
+
+    def bench() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        dense = load_subject(given.network, given.out, given.data, verify=not given.no_verify)
+        return partial(measure, dense)
+
+    return bench
 
 
 def load_subject(

@@ -50,5 +50,20 @@ class Network(nn.Module):
         return scores
 
 
+class Masked(Network):
+    """The same network, called with a mask that it does not look at."""
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(tokens)
+
+
+def padded_tokens() -> tuple[Tensor, Tensor]:
+    """Tokens and the mask of which only the first four of each sample count."""
+    x = tokens()
+    mask = torch.ones_like(x)
+    mask[:, 4:] = 0
+    return x, mask
+
+
 def tokens(samples: int = 24, seed: int = 0) -> Tensor:
     return torch.randint(0, WORDS, (samples, LENGTH), generator=torch.Generator().manual_seed(seed))

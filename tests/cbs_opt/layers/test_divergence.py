@@ -16,7 +16,7 @@ from cbs_opt.layers import sequential
 from cbs_opt.layers.divergence import Divergence, stage_passes, stage_sparsity
 from cbs_opt.layers.sequential import prune_layers
 from formulations.errors import ArgumentError
-from tests.cbs_opt.layers.networks import LENGTH, Network, tokens
+from tests.cbs_opt.layers.networks import LENGTH, Masked, Network, padded_tokens, tokens
 
 QUICK = Divergence(passes=3, rate=3e-3, step_tokens=4 * LENGTH)
 
@@ -109,13 +109,7 @@ def test_a_loader_that_fills_one_tensor_again_and_again_is_read_once() -> None:
 
 
 def test_padded_tokens_do_not_count() -> None:
-    class Masked(Network):
-        def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            return super().forward(tokens)
-
-    x = tokens()
-    mask = torch.ones_like(x)
-    mask[:, 4:] = 0
+    x, mask = padded_tokens()
     padded, cut = Masked(), Masked()
     reports = [
         prune_layers(padded, [{"tokens": x, "attention_mask": mask}], sparsity=0.5, recipe=recipe()),

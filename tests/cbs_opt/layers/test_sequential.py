@@ -21,7 +21,7 @@ from cbs_opt.layers.calibration import calibrate
 from cbs_opt.layers.record import ZEROS
 from cbs_opt.layers.sequential import NOT_REACHED, prune_layers
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
-from tests.cbs_opt.layers.networks import LENGTH, WIDTH, WORDS, Mixer, Network, tokens
+from tests.cbs_opt.layers.networks import LENGTH, WIDTH, WORDS, Masked, Mixer, Network, padded_tokens, tokens
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:
@@ -101,13 +101,7 @@ def test_data_in_any_form_give_the_same_network() -> None:
 
 
 def test_padded_tokens_do_not_count() -> None:
-    class Masked(Network):
-        def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            return super().forward(tokens)
-
-    x = tokens()
-    mask = torch.ones_like(x)
-    mask[:, 4:] = 0
+    x, mask = padded_tokens()
     padded, cut = Masked(), Masked()
     one = prune_layers(padded, [{"tokens": x, "attention_mask": mask}], sparsity=0.5)
     two = prune_layers(cut, [{"tokens": x[:, :4]}], sparsity=0.5)

@@ -124,9 +124,17 @@ def test_rates_that_run_away_leave_the_network_as_it_was() -> None:
     assert not any(record.accepted for record in steps(report))
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "plan",
+    [
+        FineTuning(samples=200, batch_size=16),
+        FineTuning(samples=2_400, batch_size=16, rest=True),
+        FineTuning(samples=2_400, batch_size=4, rest=True),
+    ],
+    ids=["one rate", "by curvature", "by probes"],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(plan: FineTuning, tmp_path: Any) -> None:
     whole, resumed = network(), network()
-    plan = FineTuning(samples=200, batch_size=16)
     tuned(whole, plan)
 
     def stop(_: Any) -> None:
