@@ -35,6 +35,10 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 FIRST = GRID[3:7]
 """Those of `GRID` that every search tries."""
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of images and labels, a scalar to differentiate."""
+Before = Callable[[int, torch.optim.SGD], None]
+"""What is done before a batch, given how many images were differentiated and the optimizer."""
 Sparsities = Sequence[tuple[int, float]]
 """From how many samples on the network has which sparsity, in this order."""
 
@@ -120,37 +124,82 @@ def train(network: Network, data: Dataset, training: Training, sparsities: Spars
     -------
     Cost
     """
+    model = network.model
+    partition = Partition.from_model(model, target=network.target, blocks="global")
+    due = list(sparsities)
+
+    def masks_at(used: int) -> dict[str, Tensor]:
+        """Return the masks that are due, none where training ran away."""
+        reached = [share for samples, share in due if samples <= used]
+        del due[: len(reached)]
+        sound = all(bool(torch.isfinite(weights).all()) for weights in model.parameters())
+        return magnitude_masks(model, partition, reached[-1]) if reached and sound else {}
+
+    def prune(used: int, optimizer: torch.optim.SGD) -> None:
+        if masks := masks_at(used):
+            cbs_opt.masked(optimizer, masks, model)
+
+    cost = descend(network, data, training, before=prune)
+    if masks := masks_at(training.samples):
+        cbs_opt.apply_masks(model, masks)
+    return cost
+
+
+def descend(
+    network: Network,
+    data: Dataset,
+    training: Training,
+    *,
+    loss: Loss | None = None,
+    before: Before | None = None,
+) -> Cost:
+    """Train a network in place, all parameters, with momentum and a rate that falls like half a cosine.
+
+    Parameters
+    ----------
+    network : Network
+        Its model is left in evaluation mode.
+    data : Dataset
+        The training images are read, the others are not.
+    training : Training
+    loss : callable, optional
+        By default the cross-entropy of the network.
+    before : callable, optional
+        Called before every batch.
+
+    Returns
+    -------
+    Cost
+        With fewer images than asked for where the loss was not finite, which ends training.
+    """
     began = time.process_time()
     model = network.model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    partition = Partition.from_model(model, target=network.target, blocks="global")
+
+    def cross_entropy(x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x), y)
+
+    objective = loss or cross_entropy
     optimizer = torch.optim.SGD(
         model.named_parameters(),
         lr=training.rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
     )
-    due = list(sparsities)
-
-    def prune(used: int) -> None:
-        reached = [share for samples, share in due if samples <= used]
-        del due[: len(reached)]
-        if reached and all(bool(torch.isfinite(weights).all()) for weights in model.parameters()):
-            cbs_opt.masked(optimizer, magnitude_masks(model, partition, reached[-1]), model)
-
     used = 0
-    for x, y in batches(network, data, training):
-        prune(used)
-        x, y = x[: training.samples - used], y[: training.samples - used]
+    for images, labels in batches(network, data, training):
+        if before is not None:
+            before(used, optimizer)
+        x, y = images[: training.samples - used], labels[: training.samples - used]
+        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         for group in optimizer.param_groups:
             group["lr"] = training.rate * 0.5 * (1.0 + math.cos(math.pi * used / training.samples))
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        value = objective(x, y)
+        value.backward()  # type: ignore[no-untyped-call]
         used += len(x)
         optimizer.step()
-        if used == training.samples or not bool(torch.isfinite(loss)):
+        if used == training.samples or not bool(torch.isfinite(value)):
             break
-    prune(training.samples)
     model.eval()
     return Cost(samples=used, seconds=time.process_time() - began)
 

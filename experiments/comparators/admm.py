@@ -40,7 +40,6 @@ import cbs_opt
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.partition import Partition
 from cbs_opt.system.checks import check_fields, finite_number, whole_number
-from experiments.comparators.descent import descend
 from experiments.comparators.running import comparator_parser, measure_cells
 from experiments.comparators.subjects import Subject, accuracy, copied, on_dense
 from experiments.comparators.units import (
@@ -54,7 +53,7 @@ from experiments.comparators.units import (
     unit_masks,
     unused_removed,
 )
-from experiments.rivals_training import Training
+from experiments.rivals_training import Training, descend
 
 LEAST_STEP = 0.3
 """Of the step that puts the largest weight on the last level: the smallest that is tried."""

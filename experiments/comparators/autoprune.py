@@ -44,10 +44,9 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import Weights
 from cbs_opt.system.checks import check_fields, finite_number, one_of, whole_number
-from experiments.comparators.descent import descend
 from experiments.comparators.running import comparator_parser, measure_cells
 from experiments.comparators.subjects import SPECS, Subject, accuracy, copied, on_dense, weight_counts
-from experiments.rivals_training import Cost, Training, gradual, one_shot, train
+from experiments.rivals_training import Cost, Training, descend, gradual, one_shot, train
 
 COARSE = ("softplus", "leaky_relu")
 """Functions whose derivatives stand for that of the step."""

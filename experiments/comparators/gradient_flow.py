@@ -35,12 +35,11 @@ import cbs_opt
 from cbs_opt.budget.counts import allocate
 from cbs_opt.network.partition import Partition
 from cbs_opt.select.saliency import without_lowest
-from experiments.comparators.descent import descend
 from experiments.comparators.running import Cell, comparator_parser, measure_cells
 from experiments.comparators.subjects import SPECS, Subject, accuracy, fresh, split, weight_counts
 from experiments.datasets import load_dataset
 from experiments.networks import Network
-from experiments.rivals_training import Training
+from experiments.rivals_training import Training, descend
 
 RATE = 0.05
 """Learning rate at first."""

@@ -40,12 +40,11 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import Weights
 from cbs_opt.system.checks import whole_number
-from experiments.comparators.descent import descend
 from experiments.comparators.running import Cell, comparator_parser, measure_cells
 from experiments.comparators.subjects import Subject, accuracy, copied, on_dense, weight_counts
 from experiments.datasets import Dataset
 from experiments.networks import Network
-from experiments.rivals_training import Training, one_shot, train
+from experiments.rivals_training import Training, descend, one_shot, train
 
 CONTENDERS = ("factors", "retrained", "alone")
 NETWORKS = ("mlpnet_mnist", "lenet5")
