@@ -1,14 +1,15 @@
-"""Batch-norm statistics of the chosen network, estimated anew where that lowers its loss."""
+"""Batch-norm statistics of a pruned network, estimated anew where that lowers its loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cbs_opt.errors import EmptyDataError, NoBatchNormError
-from cbs_opt.network.batchnorm import BatchNorm, recalibrate_batchnorm
+from cbs_opt.network.batchnorm import holds_statistics, recalibrate_batchnorm
 from cbs_opt.network.data import Data, device_of, iterate
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.state import kept
@@ -25,21 +26,36 @@ SEED_STEP = 500_009
 def recalibrated(task: Task, best: Candidate, sample: Sample) -> tuple[Candidate, str]:
     """Return the network with the statistics of the lowest loss on `sample`, and a note about them.
 
-    The old ones, the new ones and those halfway are compared; the note is empty where there are none.
+    The note is empty where there are none to estimate.
     """
     if not task.recipe.recalibrate or task.data is None or not sample:
         return best, ""
+    found, note = fitting(task, best.weights, sample, best.statistics or {})
+    return replace(best, statistics=found or None), note
+
+
+def fitting(
+    task: Task, weights: Tensor, sample: Sample, statistics: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[Mapping[str, Tensor], str]:
+    """Return the statistics of the lowest loss on `sample` for `weights` (n,), and a note about them.
+
+    Compared are the old ones, which are `statistics` by name in the place of the network's own, the new ones,
+    and those halfway. The old ones and an empty note are returned where nothing can be estimated.
+    """
+    data = task.data
+    assert data is not None
     try:
-        new, used = _estimated(task, task.data, best, SAMPLES * sum(batch.size for batch in sample))
+        new, used = _estimated(task, data, weights, SAMPLES * sum(batch.size for batch in sample))
     except (NoBatchNormError, EmptyDataError):
         # Nothing to estimate, or a single sample to do it from.
-        return best, ""
-    old = {name: buffer.detach().clone() for name, buffer in task.model.named_buffers() if name in new}
+        return statistics, ""
+    own = {name: buffer.detach() for name, buffer in task.model.named_buffers() if name in new}
+    old = {**own, **statistics}
 
     def loss(statistics: Mapping[str, Tensor]) -> float:
-        return evaluate(task.trial(best.weights, statistics), sample, task.loss_fn).loss
+        return evaluate(task.trial(weights, statistics), sample, task.loss_fn).loss
 
-    before = loss({})
+    before = loss(statistics)
     tried = [{name: old[name].lerp(value, share) for name, value in new.items()} for share in SHARES]
     losses = [loss(statistics) for statistics in tried]
     after = min(losses)
@@ -47,11 +63,11 @@ def recalibrated(task: Task, best: Candidate, sample: Sample) -> tuple[Candidate
         f"loss on samples set aside {before:.4g}, with batch-norm statistics of {used} samples {after:.4g}"
     )
     if not after < before:
-        return best, f"{found}: those of training stay"
-    return replace(best, statistics=tried[losses.index(after)]), f"{found}: taken"
+        return statistics, f"{found}: those of training stay" if not statistics else f"{found}: not taken"
+    return tried[losses.index(after)], f"{found}: taken"
 
 
-def _estimated(task: Task, data: Data, best: Candidate, samples: int) -> tuple[dict[str, Tensor], int]:
+def _estimated(task: Task, data: Data, weights: Tensor, samples: int) -> tuple[dict[str, Tensor], int]:
     """Return the statistics by name, and how many samples they are of; the network keeps its own."""
     batches = iterate(
         data,
@@ -60,18 +76,14 @@ def _estimated(task: Task, data: Data, best: Candidate, samples: int) -> tuple[d
         seed=task.request.seed + SEED_STEP,
         device=device_of(task.model),
     )
-    network = task.trial(best.weights)
+    network = task.trial(weights)
     with kept(task.model):
         used = recalibrate_batchnorm(network, list(batches))
         values = {
             f"{path}.{name}" if path else name: buffer.detach().clone()
             for path, module in task.model.named_modules()
-            if _has_statistics(module)
+            if holds_statistics(module)
             for name, buffer in module.named_buffers(recurse=False)
             if buffer.is_floating_point()
         }
     return values, used
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, BatchNorm) and module.running_mean is not None

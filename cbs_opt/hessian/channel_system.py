@@ -33,7 +33,7 @@ GROUP = 2_048
 """Columns of neighbouring channels that one product takes at once."""
 MANY = 3
 """A system is made anew where more than one in so many of its weights leave."""
-SINGLE_LIMIT = 1e4
+SINGLE_LIMIT = 1e5
 """Largest diagonal entry of M that single precision is trusted with."""
 CONDITION_LIMIT = 1e5
 """Largest condition of D, by a bound, that single precision is trusted with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ def recalibrate_batchnorm(
     if whole_number("batch_size", batch_size) < 2:
         raise ArgumentError("batch_size", "1", "a single sample has no variance; pass 2 or more")
     limit = None if samples is None else whole_number("samples", samples)
-    layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    layers = [module for module in model.modules() if holds_statistics(module)]
     if not layers:
         found = "no batch normalisation with running statistics"
         raise NoBatchNormError("model", found, "leave recalibration out")
@@ -75,6 +75,16 @@ def recalibrate_batchnorm(
             remedy = "check the data and the weights; the old statistics are back"
             raise NonFiniteError("data", "leads to NaN or infinite statistics", remedy)
     return used
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether any layer has running statistics."""
+    return any(holds_statistics(module) for module in model.modules())
+
+
+def holds_statistics(module: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether a module is a batch normalisation with running statistics."""
+    return isinstance(module, BatchNorm) and module.running_mean is not None
 
 
 @contextmanager

@@ -7,22 +7,26 @@ is taken only as far as the training loss agrees. The network is written to afte
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbs_opt.curvature.fisher import mean_gradient
 from cbs_opt.curvature.kinds import Fisher, SketchedFisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
+from cbs_opt.network.batchnorm import has_statistics
 from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
+from cbs_opt.recalibration import fitting
 from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
@@ -31,6 +35,8 @@ from cbs_opt.stages import trials
 from cbs_opt.stages.fine_tuning import WHOLE, FineTuner, Rate, Span, probe_samples
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 2
 """Updates refused in a row that end the final stage."""
@@ -78,8 +84,12 @@ class StagedRun:
 
     def __init__(self, task: Task, passes: Passes) -> None:
         assert task.request.stages is not None
-        self.task = task
         self.plan: Stages = task.request.stages
+        # Statistics are those of this run: the caller's network keeps its own until the end.
+        rests = self.plan.fine_tuning is not None and self.plan.fine_tuning.rest
+        own = _own_statistics(task.model) if task.recipe.recalibrate and rests else None
+        self._settles = own is not None
+        self.task = task if own is None else replace(task, model=own)
         self.sparsities = self.plan.sparsities(task.request.sparsity, task.request.pattern)
         self.passes = passes
         self._drawing: Drawing | None = None
@@ -98,6 +108,7 @@ class StagedRun:
         for state in stored_stages(self.task.done.pieces, self.task.weights.device):
             if state.stages > self.state.stages:
                 self.state = state
+                self._take_statistics(state.statistics)
                 self._announce()
         return self.state.stages == len(self.plan.steps)
 
@@ -122,6 +133,7 @@ class StagedRun:
             damping=last.damping,
             scale=last.update_scale,
             loss=self.state.records[-1].loss,
+            statistics=self.state.statistics or None,
         )
 
     def _next_stage(self, state: StageState) -> StageState:
@@ -149,7 +161,12 @@ class StagedRun:
             if refused == PATIENCE and stage == len(self.sparsities):
                 break
         rate = Rate(kind=state.rate_kind, value=state.rate, decay=state.decay) if state.rate_kind else None
+        statistics = state.statistics
         if self.plan.fine_tuning is not None and stage < len(self.sparsities):
+            if self._settles:
+                found, _ = fitting(self.task, weights, self.sample())
+                self._take_statistics(found)
+                statistics = {**statistics, **found}
             weights, rate, record = self._fine_tuned(weights, model, rate, len(records))
             records.append(record)
         return StageState(
@@ -164,7 +181,15 @@ class StagedRun:
             passes=self.passes.count,
             samples=self.passes.samples,
             records=(*state.records, *records),
+            statistics=statistics,
         )
+
+    def _take_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Give the network of this run batch-norm buffers, by name."""
+        buffers = dict(self.task.model.named_buffers())
+        with torch.no_grad():
+            for name, value in statistics.items():
+                buffers[name].copy_(value)
 
     def _sparsity(self, stage: int) -> float:
         """Sparsity of a stage, the final updates included."""
@@ -399,3 +424,14 @@ class StagedRun:
                 records=tuple(record for record in state.records if record.stage == state.stages - 1),
             )
         )
+
+
+def _own_statistics(model: nn.Module) -> nn.Module | None:
+    """Return a copy of a network with running statistics; None of others, and where none can be made."""
+    if not has_statistics(model):
+        return None
+    try:
+        return deepcopy(model)
+    except Exception as error:  # what modules hold is the caller's
+        log.warning("the network cannot be copied (%s): its statistics are estimated at the end alone", error)
+        return None

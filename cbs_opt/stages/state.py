@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from cbs_opt.system.plain import plain, rebuilt
 
 log = logging.getLogger(__name__)
 
+STATISTICS = "statistics."
+"""What the names of batch-norm buffers begin with on disk."""
 FIELDS = ("stages", "damping", "update_damping", "rate_kind", "rate", "decay", "passes", "samples")
 
 
@@ -26,7 +28,7 @@ class StageState:
     of the next grids, for steps that prune and for updates alone, in the units of the run's options; None
     before the first step. `rate_kind`, `rate` and `decay` are the `Rate` of the next fine-tuning, empty and 0
     before the first one. `passes` counts how often the data were read, `samples` those
-    differentiated.
+    differentiated. `statistics` are the batch-norm buffers, by name, that were estimated anew on the way.
     """
 
     stages: int
@@ -40,6 +42,7 @@ class StageState:
     passes: int = 0
     samples: int = 0
     records: tuple[StageRecord, ...] = ()
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +68,7 @@ def keep_stage(pieces: Pieces, state: StageState) -> None:
     records = [plain(asdict(record)) for record in state.records]
     header = {**{name: getattr(state, name) for name in FIELDS}, "records": records}
     arrays = {"weights": state.weights.cpu().numpy(), "keep": state.keep.cpu().numpy()}
+    arrays |= {f"{STATISTICS}{name}": value.cpu().numpy() for name, value in state.statistics.items()}
     pieces.keep(_name(state.stages), header, arrays)
 
 
@@ -78,6 +82,11 @@ def stored_stages(pieces: Pieces, device: torch.device) -> Iterator[StageState]:
                 weights=torch.tensor(arrays["weights"], device=device),
                 keep=torch.tensor(arrays["keep"], device=device),
                 records=tuple(rebuilt(StageRecord, entry) for entry in header["records"]),
+                statistics={
+                    name.removeprefix(STATISTICS): torch.tensor(value, device=device)
+                    for name, value in arrays.items()
+                    if name.startswith(STATISTICS)
+                },
                 **{name: header[name] for name in FIELDS},
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Recipe, Stages
 from cbs_opt.recipe.select import OBS, GreedyOBS
 from cbs_opt.resolution import TIERS, UNKNOWN, Facts, Scene
+from cbs_opt.stages.state import StageResult
 from formulations.errors import ArgumentError, CbsError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
@@ -235,6 +237,39 @@ def test_statistics_of_a_finished_run_come_back(tmp_path: Path) -> None:
     assert any(note.endswith("taken") for note in report.notes)
     prune(same, sparsity=0.9, recipe=recipe, run_dir=tmp_path / "run")
     assert all(value.equal(same.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("recalibrate", [True, False])
+def test_fine_tuning_begins_with_statistics_that_fit(recalibrate: bool) -> None:
+    model = network()
+    before = snapshot(model)
+    seen: list[torch.Tensor] = []
+
+    def look(result: StageResult) -> None:
+        assert_untouched(model, before)
+        pruned = result.network.model
+        assert isinstance(pruned, nn.Module)
+        seen.append(pruned.get_buffer("1.running_mean").clone())
+
+    tuning = cbs.FineTuning(samples=64, batch_size=16, momentum_rates=(1e-6,), rest=True)
+    recipe = Recipe(
+        curvature=cbs.SketchedFisher(samples=100), select=GreedyOBS(), update=None, recalibrate=recalibrate
+    )
+    stages = Stages(count=2, updates=1, final_updates=0, fine_tuning=tuning, on_stage=look)
+    report = prune(model, sparsity=0.9, recipe=recipe, stages=stages)
+    moved = [not value.equal(before["1.running_mean"]) for value in seen]
+    assert moved == [recalibrate] * 2
+    assert recalibrate == (not model.get_buffer("1.running_mean").equal(before["1.running_mean"]))
+    began = [record.loss_before for record in report.stages if record.rate_kind]
+    chosen = [record.loss for record in report.stages if not record.rate_kind]
+    assert all((one < other) == recalibrate for one, other in zip(began, chosen, strict=True))
+
+
+def test_a_network_that_cannot_be_copied_is_pruned_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    assert prune(model, sparsity=0.9).n_prune
+    assert "cannot be copied" in caplog.text
 
 
 def test_too_little_memory_leaves_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:

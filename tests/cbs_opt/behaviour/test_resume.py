@@ -24,7 +24,7 @@ from cbs_opt.curvature.kinds import EmpiricalFisher, ExactFisher, MonteCarloFish
 from cbs_opt.errors import NetworkChangedError, RunInUseError, RunMismatchError
 from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
-from cbs_opt.recipe.records import Certify, Recipe, Stages, Update, Weights, absolute
+from cbs_opt.recipe.records import Certify, FineTuning, Recipe, Stages, Update, Weights, absolute
 from cbs_opt.recipe.select import OBD, OBS, Exact, Magnitude, SwapSearch
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs import folder as run_store
@@ -73,6 +73,10 @@ CASES: dict[str, dict[str, Any]] = {
     "stages": {
         "recipe": Recipe.grid(Recipe(curvature=FEW, select=OBS()), damping=[0.1, 1.0]),
         "stages": Stages(count=3, final_updates=1),
+    },
+    "statistics between": {
+        **grid((0.1,), select=OBS(), recalibrate=True),
+        "stages": Stages(count=2, fine_tuning=FineTuning(samples=40, batch_size=4, rest=True)),
     },
     "stages with inputs": {**grid((0.1, 1.0), select=SwapSearch(), layer_inputs=1.0), "stages": 2},
 }
