@@ -54,7 +54,6 @@ class Tier:
     fine-tuning, no more than `passes` over the data. `kept`: share of the weights that a stage keeps, about.
     `drop`: the same for one drop of greedy OBS. `selection_work`: multiplications, rows^2 x weights x drops,
     up to which there are more rows. `compared_work`: of the forward passes of the samples set aside.
-    `scales`: step lengths that are tried.
     """
 
     row_work: float
@@ -66,7 +65,6 @@ class Tier:
     drop: float
     selection_work: float
     compared_work: float
-    scales: tuple[float, ...]
 
 
 TIERS = {
@@ -80,7 +78,6 @@ TIERS = {
         drop=0.8,
         selection_work=1.5e10,
         compared_work=0.025e12,
-        scales=(0.5, 0.75, 1.0),
     ),
     "balanced": Tier(
         row_work=0.7e12,
@@ -92,7 +89,6 @@ TIERS = {
         drop=0.85,
         selection_work=5e10,
         compared_work=0.05e12,
-        scales=(0.5, 1.0),
     ),
     "best": Tier(
         row_work=4e12,
@@ -104,7 +100,6 @@ TIERS = {
         drop=0.85,
         selection_work=5e10,
         compared_work=0.05e12,
-        scales=(0.5, 1.0),
     ),
 }
 OVERHEAD = 4e6
@@ -138,8 +133,12 @@ costs no more than `UPDATE_ABOVE`.
 """
 UPDATE_ABOVE = 0.06
 """Of the way to the loss without weights, what a gradual selection may cost before there are updates."""
+SCALES = (0.5, 1.0)
+"""Step lengths of the update that are tried."""
 ONE_SHOT_DAMPING = 0.03
-"""Damping of one selection and update with nothing after it."""
+"""Damping of one selection with nothing after it."""
+UPDATE_DAMPINGS = (0.01, 0.03, 0.1)
+"""Dampings that are tried for its update."""
 BOUND_DAMPING = 0.1
 """The same where there is to be a bound, which is the tighter the larger the damping is."""
 PROBED = 500
@@ -255,7 +254,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         select=GreedyOBS(drops=drops),
         recalibrate=named.recalibrate,
         choice_samples=compared,
-        selection_damping=1.0 if staged else None,
+        selection_damping=1.0 if staged else None if certify else ONE_SHOT_DAMPING,
         damping=1.0 if staged else BOUND_DAMPING if certify else ONE_SHOT_DAMPING,
     )
     plan = stages or (_stages(count, tuning, available, gradual) if staged else None)
@@ -271,7 +270,13 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         choices.append(_said(plan))
     elif certify and tier.tuning_work:
         choices.append("one stage without fine-tuning, as a bound holds for the model of one stage only")
-    recipes = tuple(Recipe.grid(base, update=[Update(scale=scale) for scale in tier.scales]))
+    updates = [Update(scale=scale) for scale in SCALES]
+    if staged or certify:
+        recipes = tuple(Recipe.grid(base, update=updates))
+    else:
+        recipes = tuple(Recipe.grid(base, update=updates, damping=list(UPDATE_DAMPINGS)))
+        tried = f"{len(UPDATE_DAMPINGS)} dampings of the update and {len(SCALES)} lengths of its step"
+        choices.append(f"{tried}: the best on {compared} samples set aside")
     if gradual:
         recipes = (replace(base, update=None, selection_damping=GRADUAL_DAMPING), *recipes)
     return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, scene)
@@ -454,4 +459,7 @@ def _changed(found: Resolved, named: Named, scene: Scene) -> Resolved:
         Request(sparsity=scene.sparsity, pattern=scene.pattern, recipes=found.recipes, stages=found.stages)
     )
     choices = (*found.choices, f"set by the caller: {', '.join(named.changes)}")
-    return replace(found, recipes=request.recipes, stages=request.stages, choices=choices)
+    different = tuple(
+        recipe for at, recipe in enumerate(request.recipes) if recipe not in request.recipes[:at]
+    )
+    return replace(found, recipes=different, stages=request.stages, choices=choices)

@@ -147,6 +147,17 @@ def test_changes_are_made_to_what_a_name_stands_for() -> None:
     assert set(report.masks) == {"0.weight"}
 
 
+def test_dampings_of_the_update_are_tried_and_what_a_caller_sets_is_tried_once() -> None:
+    report = prune(network(), recipe="fast")
+    assert report.request is not None
+    tried = {recipe.damping for recipe in report.request.recipes}
+    assert len(tried) == len(resolution.UPDATE_DAMPINGS)
+    assert any("dampings of the update" in choice for choice in report.choices)
+    report = prune(network(), recipe=Named(name="fast", changes=("damping=0.5",)))
+    assert report.request is not None
+    assert [recipe.damping for recipe in report.request.recipes] == [0.5] * len(resolution.SCALES)
+
+
 def test_sparsities_by_layer_are_met() -> None:
     report = prune(network(), sparsity={"0.*": 0.5, "3.*": 0.25})
     pruned = {name: int((~keep).sum()) for name, keep in report.masks.items()}
