@@ -111,15 +111,12 @@ def test_unmeasured_pictures_are_left_out() -> None:
     assert Outline(render_comparison([bare, bare])).counts["img"] == 1
 
 
-def test_pictures_leave_matplotlibs_state_alone(reports: list[PruneReport]) -> None:
-    before = dict(mpl.rcParams)
-    render_comparison(reports)
-    assert dict(mpl.rcParams) == before
-
-
-def test_the_page_is_well_formed_and_self_contained(reports: list[PruneReport], tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
+def test_the_page_is_well_formed_and_self_contained_and_leaves_matplotlibs_state_alone(
+    reports: list[PruneReport], tmp_path: Path
+) -> None:
+    path, before = tmp_path / "page.html", dict(mpl.rcParams)
     write_comparison(reports, path, title="Compared")
+    assert dict(mpl.rcParams) == before
     page = path.read_text()
     outline = Outline(page)
     assert outline.open == []
