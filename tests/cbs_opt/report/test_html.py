@@ -144,6 +144,7 @@ def test_a_single_report_shows_pictures_settings_and_blocks() -> None:
         assert words in page
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_page_says_what_looks_wrong_what_was_changed_and_what_was_left_out() -> None:
     left_out = (LeftOut(name="head.bias", shape=(3,), reason="bias"),)
     remarks = {"warnings": ("no better than a guess",), "notes": ("blocks are cut by layer",)}
@@ -153,6 +154,7 @@ def test_a_page_says_what_looks_wrong_what_was_changed_and_what_was_left_out() -
     assert "Remarks" not in render_comparison([made_report()])
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_names_are_escaped() -> None:
     report = made_report()
     wicked = dataclasses.replace(

@@ -33,6 +33,8 @@ from cbs_opt.system.resources import Resources
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 N = 72
 ELIGIBLE = ("0.weight", "3.weight")
 BASE = Recipe(curvature=EmpiricalFisher(samples=20), select="obs")
