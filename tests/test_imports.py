@@ -27,7 +27,7 @@ HEAVY = {
 SOLVERS = {"pyomo", "highspy", "ortools", "pyscipopt", "gurobipy"}
 COMMANDS = tuple(command.name for command in app.registered_commands)
 OVERHEAD = 0.5
-"""Processor seconds that `import cbs_opt` may take beyond `import torch`, and a message of the command."""
+"""Processor seconds that `import cbs_opt` may take, and a message of the command."""
 
 
 def loaded_by(code: str, libraries: set[str]) -> set[str]:
@@ -51,10 +51,10 @@ def test_the_front_loads_nothing_heavy(package):
     assert not loaded_by(f"import {package}", HEAVY)
 
 
-@pytest.mark.parametrize("name", ["prune", "Partition", "solve", "available_methods", "PruneReport"])
-def test_names_of_the_front_load_no_solver(name):
+def test_names_of_the_front_load_no_solver():
     unused = SOLVERS | {"sklearn", "matplotlib"}
-    assert not loaded_by(f"import cbs_opt\ncbs_opt.{name}", unused)
+    names = ("prune", "Partition", "solve", "available_methods", "PruneReport")
+    assert not loaded_by("\n".join(["import cbs_opt", *(f"cbs_opt.{name}" for name in names)]), unused)
 
 
 def test_solving_loads_no_library_of_tables():
@@ -95,20 +95,20 @@ def test_messages_of_the_command_line_load_neither_torch_nor_numpy():
 
 
 def processor_seconds(code: str) -> float:
-    """Least processor seconds of `code` in two fresh processes, the start of Python not counted."""
+    """Processor seconds of `code` in a fresh process, the start of Python not counted."""
     script = f"import sys, time\nbegan = time.process_time()\n{code}\nprint(time.process_time() - began)"
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    return min(float(run.stdout.splitlines()[-1]) for run in runs)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(run.stdout.splitlines()[-1])
 
 
-def test_the_front_costs_little_more_than_torch():
-    allowed = processor_seconds("import torch") + OVERHEAD
-    assert processor_seconds("import cbs_opt") <= allowed
-
-
-@pytest.mark.parametrize("words", [("--help",), ("--version",), ("solve", "block", "--unknown")])
-def test_messages_of_the_command_line_come_at_once(words):
-    assert processor_seconds(command(*words)) <= OVERHEAD
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import cbs_opt",
+        *(command(*words) for words in (("--help",), ("--version",), ("solve", "block", "--unknown"))),
+    ],
+    ids=["the front", "--help", "--version", "an unknown option"],
+)
+def test_the_front_and_messages_come_at_once(code):
+    # The second time what was read from the disk is in memory.
+    assert processor_seconds(code) <= OVERHEAD or processor_seconds(code) <= OVERHEAD

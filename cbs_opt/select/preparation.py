@@ -38,7 +38,9 @@ def prepare(method: str, program: str) -> None:
 
 
 def prepare_all() -> None:
-    """Have every method ready for both programs."""
+    """Have every method ready for both programs, on counts and in cells."""
     for program in PROGRAMS:
         for method in (*preparation.KERNELS, *(name for name, _ in KERNELS)):
             prepare(method, program)
+        for method in preparation.KERNELS:
+            preparation.prepare(method, program, cells=True)

@@ -35,6 +35,8 @@ from tests.cbs_opt.reports import made_report
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 from tests.formulations.blocks import block
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 ROOT = Path(__file__).parents[3]
 CALLS = (
     (tempfile, "mkstemp"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,24 @@ def prune(model: nn.Module, train: Any = None, **options: Any) -> cbs.PruneRepor
     return cbs.prune(model, data(300) if train is None else train, **options)
 
 
+Finished = Callable[[str], tuple[nn.Module, cbs.PruneReport]]
+
+
+@pytest.fixture(scope="module")
+def finished() -> Finished:
+    """Prune a network by a recipe's name, once for all tests, which only read it."""
+
+    @functools.cache
+    def run(name: str) -> tuple[nn.Module, cbs.PruneReport]:
+        model = network()
+        return model, prune(model, recipe=name)
+
+    return run
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_meets_the_count_and_says_what_it_chose(name: str) -> None:
-    model = network()
-    report = prune(model, recipe=name)
+def test_a_name_meets_the_count_and_says_what_it_chose(name: str, finished: Finished) -> None:
+    model, report = finished(name)
     assert report.n_prune == round(0.6 * report.n)
     assert report.curvature == "sketched_fisher"
     assert f"# recipe {name}" in report.recipe
@@ -51,12 +68,13 @@ def test_a_name_meets_the_count_and_says_what_it_chose(name: str) -> None:
     assert all(value.equal(again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_the_default_is_balanced_and_better_than_fast() -> None:
-    default, balanced, fast = network(), network(), network()
+def test_the_default_is_balanced_and_better_than_fast(finished: Finished) -> None:
+    default = network()
     report = prune(default)
-    assert prune(balanced, recipe="balanced").choices == report.choices
+    balanced, same = finished("balanced")
+    assert same.choices == report.choices
     assert default.state_dict()["0.weight"].equal(balanced.state_dict()["0.weight"])
-    cheap = prune(fast, recipe="fast")
+    _, cheap = finished("fast")
     assert report.train_after is not None
     assert cheap.train_after is not None
     assert report.train_after.loss < cheap.train_after.loss
@@ -187,9 +205,9 @@ def test_one_class_alone_and_loaders_of_unknown_length() -> None:
     assert report.samples <= 4 * 1_000 + UNKNOWN * TIERS["balanced"].passes
 
 
-def test_plans_are_those_of_the_run() -> None:
+def test_plans_are_those_of_the_run(finished: Finished) -> None:
     size = cbs.plan(network(), data(300), sparsity=0.6)
-    assert size.rows == prune(network()).rows
+    assert size.rows == finished("balanced")[1].rows
 
 
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.support import NofM
 from formulations.verification import Verdict
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 SMALL = {"samples": 24}
 
 

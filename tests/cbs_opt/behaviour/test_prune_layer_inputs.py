@@ -25,6 +25,8 @@ from cbs_opt.report.verification import check_certificates
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from tests.cbs_opt.recipes import arguments
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 COMMON: dict[str, Any] = {
     "sparsity": 0.7,
     "select": Magnitude(program="selection"),

@@ -36,6 +36,8 @@ from tests.cbs_opt.fisher import fisher_block
 from tests.cbs_opt.recipes import arguments
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 PROGRAMS = ("selection", "joint")
 PARTITIONS = ("global", "layer", "row", 7)
 

@@ -18,6 +18,8 @@ from formulations import BlockProblem
 from formulations.enumeration import enumerate_optimum
 from formulations.instances import read_instance, write_instance
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 NETWORK = """
 import torch
 

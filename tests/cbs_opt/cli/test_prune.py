@@ -24,6 +24,8 @@ from cbs_opt.report.files import load_report
 from cbs_opt.runs.folder import RunStore
 from cbs_opt.system.resources import Resources
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 MODEL = """
 import torch
 from sibling import WIDTH

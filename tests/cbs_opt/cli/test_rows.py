@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from cbs_opt.cli import app
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 MODEL = """
 import torch
 

@@ -111,15 +111,12 @@ def test_unmeasured_pictures_are_left_out() -> None:
     assert Outline(render_comparison([bare, bare])).counts["img"] == 1
 
 
-def test_pictures_leave_matplotlibs_state_alone(reports: list[PruneReport]) -> None:
-    before = dict(mpl.rcParams)
-    render_comparison(reports)
-    assert dict(mpl.rcParams) == before
-
-
-def test_the_page_is_well_formed_and_self_contained(reports: list[PruneReport], tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
+def test_the_page_is_well_formed_and_self_contained_and_leaves_matplotlibs_state_alone(
+    reports: list[PruneReport], tmp_path: Path
+) -> None:
+    path, before = tmp_path / "page.html", dict(mpl.rcParams)
     write_comparison(reports, path, title="Compared")
+    assert dict(mpl.rcParams) == before
     page = path.read_text()
     outline = Outline(page)
     assert outline.open == []
@@ -147,6 +144,7 @@ def test_a_single_report_shows_pictures_settings_and_blocks() -> None:
         assert words in page
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_page_says_what_looks_wrong_what_was_changed_and_what_was_left_out() -> None:
     left_out = (LeftOut(name="head.bias", shape=(3,), reason="bias"),)
     remarks = {"warnings": ("no better than a guess",), "notes": ("blocks are cut by layer",)}
@@ -156,6 +154,7 @@ def test_a_page_says_what_looks_wrong_what_was_changed_and_what_was_left_out() -
     assert "Remarks" not in render_comparison([made_report()])
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_names_are_escaped() -> None:
     report = made_report()
     wicked = dataclasses.replace(

@@ -32,6 +32,8 @@ from cbs_opt.system.plain import plain
 from formulations.errors import ArgumentError
 from tests.cbs_opt.reports import made_report
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def same(first: PruneReport, second: PruneReport) -> bool:
     """Equal in every field that JSON carries."""

@@ -98,7 +98,7 @@ def test_a_network_that_rests_finds_its_rate_anew_and_gains_in_every_stage() -> 
 
 
 def test_steps_that_are_too_long_after_a_sharp_stage_are_shortened_by_probes() -> None:
-    plan = FineTuning(samples=8_000, batch_size=4, momentum_rates=(100.0,), rest=True)
+    plan = FineTuning(samples=2_400, batch_size=4, momentum_rates=(100.0,), rest=True)
     (found,) = steps(tuned(network(), plan, count=1))
     assert found.accepted
     assert 1 < found.tried <= PROBES
