@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cbs_opt.errors import UnmatchedPatternError
-from cbs_opt.network.data import Batch, Data, LossFunction, device_of, forward, iterate
+from cbs_opt.network.data import Batch, Data, LossFunction, cut, device_of, forward, iterate
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import evaluation_mode, kept
@@ -26,15 +26,17 @@ from cbs_opt.structure.reading import (
     Moments,
     affine,
     columns_of,
+    fitted,
     layers_that_read,
     moments,
-    regression,
     watching,
+    write_affine,
 )
+from cbs_opt.structure.refinement import Refined, refine
 from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
 from cbs_opt.structure.widths import Cost, Widths, choose_widths
-from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, whole_number
+from cbs_opt.system.checks import check_fields, finite_number, names, one_of, whole_number
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
 CHOICES = 16
@@ -54,29 +56,31 @@ class GroupRecipe:
         the same, as in layer-wise reconstruction.
     swaps : int
         Rounds of exchanges after the greedy choice.
-    refit : bool
-        Fit every layer that reads groups, in network order, to what it gave before, on the inputs that it has
-        now (least squares, with a bias). Otherwise the others move as the quadratic model says.
     samples : int
+        That choices and fits see.
     damping : float
         Share of the mean diagonal that is added to second moments, of inputs and of gradients.
     exact_seconds : float
         Where above 0, branch and bound has so long for every set, and reports a bound; for sets of up to a
         thousand weights or so.
+    steps : int
+        Newton steps of all weights that are left, at most, each taken only if it gains on samples set aside.
+    step_samples : int
+        That those steps see, one in four of them set aside.
     """
 
     metric: str = "loss"
     swaps: int = 3
-    refit: bool = True
     samples: int = 1024
     damping: float = 0.01
     exact_seconds: float = 0.0
+    steps: int = 5
+    step_samples: int = 8192
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe.", one_of, "metric", choices=("loss", "outputs"))
-        check_fields(self, "recipe.", whole_number, "swaps", least=0)
-        check_fields(self, "recipe.", whole_number, "samples", least=2)
-        check_fields(self, "recipe.", flag, "refit")
+        check_fields(self, "recipe.", whole_number, "swaps", "steps", least=0)
+        check_fields(self, "recipe.", whole_number, "samples", "step_samples", least=2)
         check_fields(self, "recipe.", finite_number, "exact_seconds")
         check_fields(self, "recipe.", finite_number, "damping", above=True)
 
@@ -102,6 +106,8 @@ class GroupReport:
     shrinkage : Shrinkage
     widths : Widths or None
         The knapsack's answer, where a budget of operations was asked for.
+    refined : Refined or None
+        What the Newton steps of the weights that are left did.
     notes : tuple of str
         Sets that were left whole because a layer of theirs is ignored.
     """
@@ -109,6 +115,7 @@ class GroupReport:
     choices: Mapping[str, SetChoice]
     shrinkage: Shrinkage
     widths: Widths | None = None
+    refined: Refined | None = None
     notes: tuple[str, ...] = field(default=())
 
     def summary(self) -> str:
@@ -117,7 +124,8 @@ class GroupReport:
         for name, entry in self.choices.items():
             bound = "" if entry.bound is None else f", bound {entry.bound:.6g}"
             lines.append(f"{name}: {entry.n_keep} of {entry.n_groups} kept, loss {entry.loss:.6g}{bound}")
-        return "\n".join([*lines, *self.shrinkage.summary().splitlines()[-2:], *self.notes])
+        lines += self.shrinkage.summary().splitlines()[-2:]
+        return "\n".join([*lines, *([str(self.refined)] if self.refined else ()), *self.notes])
 
     def __str__(self) -> str:
         return self.summary()
@@ -184,12 +192,14 @@ def prune_groups(
         raise ArgumentError("recipe", f"a {type(recipe).__name__}", "pass a GroupRecipe")
     model = unwrapped(model)
     objective = Objective.of(loss_fn)
-    source = iterate(data, batch_size=BATCH, max_samples=recipe.samples, seed=seed, device=device_of(model))
-    batches = list(source)
+    most = max(recipe.samples, recipe.step_samples if recipe.steps else 0)
+    source = iterate(data, batch_size=BATCH, max_samples=most, seed=seed, device=device_of(model))
+    every = list(source)
     run = partial(forward, model)
     with kept(model), evaluation_mode(model):
-        objective.settle(model, run, batches[0])
-    batches = [objective.prepared(batch) for batch in batches]
+        objective.settle(model, run, every[0])
+    every = [objective.prepared(batch) for batch in every]
+    batches = _first(every, recipe.samples)
     example = batches[0].take(slice(2)).inputs
     structure = groups(model, example)
     sets, notes = _chosen_sets(structure, ignore)
@@ -198,22 +208,37 @@ def prune_groups(
     if not sets:
         raise ArgumentError("model", "no groups that may be taken out", "print cbs.groups for the reasons")
     layers = layers_that_read(model, structure, sets)
-    measured = moments(model, layers, batches, lambda output, batch: objective.loss(output, batch))
-    programs = {part.name: _program(model, part, measured, recipe) for part in sets}
+    free = fitted_layers(model, structure, ignore)
+    outputs: dict[str, FloatArray] = {}
     widths = None
-    if flops is None:
-        counts = {part.name: max(1, round(shares[part.name] * part.n_groups)) for part in sets}
+    if flops is None and recipe.metric == "outputs":
+        counts = _counts(sets, shares)
     else:
-        counts, widths = _widths(structure, sets, programs, flops)
+        measured = moments(model, layers, batches, lambda output, batch: objective.loss(output, batch))
+        if recipe.metric == "loss":
+            # Gradients of a softmax add up to zero: without damping their moments are singular.
+            outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
+        if flops is None:
+            counts = _counts(sets, shares)
+        else:
+            programs = {part.name: _program(model, part, measured, outputs, recipe) for part in sets}
+            counts, widths = _widths(structure, sets, programs, flops)
+    work = deepcopy(model)
     masks, choices = {}, {}
     for part in sets:
-        masks[part.name], choices[part.name] = _choose(programs[part.name], counts[part.name], recipe)
-    work = deepcopy(model)
-    _write(work, sets, programs, masks)
-    if recipe.refit:
-        refit(model, work, fitted_layers(model, structure, ignore), batches, recipe.damping)
+        program = _program_now(model, work, part, batches, outputs, recipe)
+        masks[part.name], choices[part.name] = _choose(program, counts[part.name], recipe)
+        _write(work, part, program, masks[part.name])
+    refit(model, work, free, batches, recipe.damping)
     small, shrinkage = shrink(work, example, keep=masks)
-    report = GroupReport(choices=choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
+    refined = None
+    if recipe.steps:
+        refined = refine(
+            small, every, objective, steps=recipe.steps, ignore=names("ignore", ignore), seed=seed
+        )
+    report = GroupReport(
+        choices=choices, shrinkage=shrinkage, widths=widths, refined=refined, notes=tuple(notes)
+    )
     return small, report
 
 
@@ -257,22 +282,59 @@ def _shares(sets: Sequence[GroupSet], keep: float | Mapping[str, float]) -> dict
     return shares
 
 
+def _first(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """Return the first batches, with so many samples in all."""
+    return list(cut(iter(batches), size=BATCH, max_samples=samples))
+
+
+def _counts(sets: Sequence[GroupSet], shares: Mapping[str, float]) -> dict[str, int]:
+    return {part.name: max(1, round(shares[part.name] * part.n_groups)) for part in sets}
+
+
+def _readers(model: nn.Module, part: GroupSet) -> list[tuple[str, nn.Module, Any]]:
+    """Return name, module and columns of every layer that reads a set."""
+    members = [entry for entry in part.members if entry.role == READS]
+    layers = [entry.name.rpartition(".")[0] for entry in members]
+    modules = [model.get_submodule(name) for name in layers]
+    columns = [columns_of(module, entry.index) for module, entry in zip(modules, members, strict=True)]
+    return list(zip(layers, modules, columns, strict=True))
+
+
 def _program(
-    model: nn.Module, part: GroupSet, found: Mapping[str, Moments], recipe: GroupRecipe
+    model: nn.Module,
+    part: GroupSet,
+    found: Mapping[str, Moments],
+    outputs: Mapping[str, FloatArray],
+    recipe: GroupRecipe,
 ) -> GroupProgram:
+    """Return the program of a set around the dense network, by which widths are compared."""
+    return GroupProgram(
+        [
+            Reader(
+                weight=affine(module)[:, :-1],
+                gram=_damped(found[name].gram, recipe.damping),
+                outputs=outputs.get(name, np.eye(len(affine(module)))),
+                columns=columns,
+            )
+            for name, module, columns in _readers(model, part)
+        ]
+    )
+
+
+def _program_now(
+    model: nn.Module,
+    work: nn.Module,
+    part: GroupSet,
+    batches: Sequence[Batch],
+    outputs: Mapping[str, FloatArray],
+    recipe: GroupRecipe,
+) -> GroupProgram:
+    """Return the program of a set in the network as pruned so far: its readers are to give what they gave."""
     readers = []
-    for member in part.members:
-        if member.role == READS:
-            layer = member.name.rpartition(".")[0]
-            module = model.get_submodule(layer)
-            weight = affine(module)[:, :-1]
-            gram = _damped(found[layer].gram, recipe.damping)
-            outputs = np.eye(len(weight))
-            if recipe.metric == "loss":
-                # Gradients of a softmax add up to zero: without damping their moments are singular.
-                outputs = _damped(found[layer].outputs, recipe.damping)
-            columns = columns_of(module, member.index)
-            readers.append(Reader(weight=weight, gram=gram, outputs=outputs, columns=columns))
+    for name, _, columns in _readers(model, part):
+        weight, gram = fitted(model, work, name, batches, recipe.damping)
+        metric = outputs.get(name, np.eye(len(weight)))
+        readers.append(Reader(weight=weight, gram=gram, outputs=metric, columns=columns))
     return GroupProgram(readers)
 
 
@@ -371,19 +433,10 @@ def operation_costs(structure: Structure, offered: Mapping[str, Any]) -> tuple[f
     return fixed, [Cost(sets=involved, table=table) for involved, table in tables.items()]
 
 
-def _write(
-    work: nn.Module,
-    sets: Sequence[GroupSet],
-    programs: Mapping[str, GroupProgram],
-    masks: Mapping[str, BoolArray],
-) -> None:
-    """Write the weights of the readers as the quadratic model moves them, and zeros for what goes."""
-    with torch.no_grad():
-        for part in sets:
-            readers = [entry for entry in part.members if entry.role == READS]
-            for member, weight in zip(readers, programs[part.name].updated(masks[part.name]), strict=True):
-                parameter = work.get_parameter(member.name)
-                parameter.copy_(torch.from_numpy(weight).reshape(parameter.shape))
+def _write(work: nn.Module, part: GroupSet, program: GroupProgram, mask: BoolArray) -> None:
+    """Write what the program says into the layers that read a set, with zeros for what goes."""
+    for (_, module, _), values in zip(_readers(work, part), program.updated(mask), strict=True):
+        write_affine(module, values)
 
 
 def fitted_layers(model: nn.Module, structure: Structure, ignore: str | Sequence[str]) -> list[str]:
@@ -408,17 +461,4 @@ def refit(
     with torch.no_grad(), kept(model), evaluation_mode(model), noted:
         forward(model, batches[0].take(slice(2)).inputs)
     for name in dict.fromkeys(order):
-        gram, cross = regression(model, work, name, batches)
-        module = work.get_submodule(name)
-        wanted, now = affine(model.get_submodule(name)), affine(module)
-        used = np.append(np.abs(now[:, :-1]).any(0), True)
-        level = damping * float(np.trace(gram)) / len(gram)
-        system = gram[np.ix_(used, used)] + level * np.eye(int(used.sum()))
-        fitted = np.zeros_like(now)
-        fitted[:, used] = np.linalg.solve(system, (wanted @ cross)[:, used].T + level * now[:, used].T).T
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        with torch.no_grad():
-            weight.copy_(torch.from_numpy(fitted[:, :-1]).reshape(weight.shape))
-            bias = nn.Parameter(torch.from_numpy(fitted[:, -1]).to(weight))
-            module.bias = bias
+        write_affine(work.get_submodule(name), fitted(model, work, name, batches, damping)[0])
