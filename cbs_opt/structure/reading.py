@@ -212,7 +212,7 @@ def fitted(
     system = gram + (level if level > 0.0 else 1e-12) * np.eye(len(gram))
     right = wanted @ cross + level * now
     right[:, idle] = 0.0
-    return np.linalg.solve(system, right.T).T, system
+    return np.asarray(np.linalg.solve(system, right.T).T), system
 
 
 def write_affine(module: nn.Module, values: FloatArray) -> None:
