@@ -69,6 +69,8 @@ BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
 """What is kept: a share of the groups of every set, or of the operations."""
 SAMPLES: Mapping[str, int] = {"mlpnet_mnist": 1024, "resnet20_cifar10": 256}
 """Training images that choices and fits see, where the command line says nothing."""
+STEPS: Mapping[str, tuple[int, int]] = {"mlpnet_mnist": (3, 4096), "resnet20_cifar10": (1, 2048)}
+"""Newton steps at the end at most, and the training images that they see."""
 STATISTICS = 1024
 """Training images that batch norm is estimated on."""
 TIMED = 64
@@ -219,11 +221,12 @@ class Bench:
     def _ours(self, cell: Cell, contender: str = "ours") -> tuple[nn.Module, dict[str, BoolArray]]:
         key = (contender, *(cell[name] for name in ("budget", "share", "samples", "seed")))
         if key not in self.chosen:
-            recipe = GroupRecipe(samples=cell["samples"])
+            steps, seen = cell["steps"] if contender == "ours" else (0, 2)
+            recipe = GroupRecipe(samples=cell["samples"], steps=steps, step_samples=seen)
             small, report = cbs_opt.prune_groups(
                 self.network.model,
                 (self.data.train_x, self.data.train_y),
-                recipe=recipe if contender == "ours" else replace(recipe, steps=0),
+                recipe=recipe,
                 seed=cell["seed"],
                 **{cell["budget"]: cell["share"]},
             )
@@ -256,6 +259,7 @@ def cells(network: str, *, samples: int | None = None, seeds: int = 1) -> list[C
                 "share": share,
                 "contender": name,
                 "samples": SAMPLES[network] if samples is None else samples,
+                "steps": list(STEPS[network]),
                 "seed": seed,
                 "version": 2,
             }
@@ -329,6 +333,8 @@ def parser() -> argparse.ArgumentParser:
     root = experiment_parser("structured", __doc__)
     root.add_argument("--network", choices=list(BUDGETS), default="mlpnet_mnist", help="default mlpnet_mnist")
     root.add_argument("--samples", type=int, help="training images; by default so many as the network has")
+    root.add_argument("--contenders", nargs="+", help="some of them; by default all")
+    root.add_argument("--shares", nargs="+", type=float, help="some of the shares; by default all")
     root.add_argument("--page", action="store_true", help=f"write the ledger's tables into {PAGE}, and stop")
     add_run_options(root, seeds=1, out=OUT)
     add_no_verify(root)
@@ -354,7 +360,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = load_dataset(network.dataset, given.data, mean=network.mean, std=network.std, verify=verify)
         return Bench(network=network, data=data).measure
 
-    return measure_cells(path, cells(given.network, samples=given.samples, seeds=given.seeds), bench)
+    every = cells(given.network, samples=given.samples, seeds=given.seeds)
+    wanted = [
+        cell
+        for cell in every
+        if (given.contenders is None or cell["contender"] in given.contenders)
+        and (given.shares is None or cell["share"] in given.shares)
+    ]
+    return measure_cells(path, wanted, bench)
 
 
 if __name__ == "__main__":

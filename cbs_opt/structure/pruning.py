@@ -22,6 +22,7 @@ from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.solving import solve
 from cbs_opt.structure.groups import READS, BoolArray, GroupSet, Structure, groups
+from cbs_opt.structure.latency import LatencyTable, offered_widths, within_sets
 from cbs_opt.structure.reading import (
     Moments,
     affine,
@@ -66,7 +67,7 @@ class GroupRecipe:
     steps : int
         Newton steps of all weights that are left, at most, each taken only if it gains on samples set aside.
     step_samples : int
-        That those steps see, one in four of them set aside.
+        That those steps see, one in eight of them set aside.
     """
 
     metric: str = "loss"
@@ -74,8 +75,8 @@ class GroupRecipe:
     samples: int = 1024
     damping: float = 0.01
     exact_seconds: float = 0.0
-    steps: int = 5
-    step_samples: int = 8192
+    steps: int = 3
+    step_samples: int = 4096
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe.", one_of, "metric", choices=("loss", "outputs"))
@@ -131,12 +132,44 @@ class GroupReport:
         return self.summary()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Budget:
+    """A share of the operations, or milliseconds by a table."""
+
+    limit: float
+    latency: LatencyTable | None
+
+    @classmethod
+    def of(cls, keep: Any, flops: Any, milliseconds: Any, latency: Any) -> _Budget | None:
+        """Return the budget that was asked for; None where a share of every set is."""
+        asked = {"keep": keep, "flops": flops, "milliseconds": milliseconds}
+        given = [name for name, entry in asked.items() if entry is not None]
+        if len(given) != 1:
+            found = " and ".join(given) + " given" if given else "none given"
+            raise ArgumentError("keep, flops, milliseconds", found, "pass exactly one of them")
+        if (milliseconds is None) != (latency is None):
+            found = "without latency" if latency is None else "given without milliseconds"
+            argument = "milliseconds" if latency is None else "latency"
+            raise ArgumentError(argument, found, "pass milliseconds and the table of measure_latency")
+        if latency is not None and not isinstance(latency, LatencyTable):
+            found = f"a {type(latency).__name__}"
+            raise ArgumentError("latency", found, "pass the table of measure_latency")
+        if flops is not None:
+            return cls(limit=finite_number("flops", flops, most=1.0, above=True), latency=None)
+        if milliseconds is not None:
+            limit = finite_number("milliseconds", milliseconds, above=True)
+            return cls(limit=limit, latency=latency)
+        return None
+
+
 def prune_groups(
     model: nn.Module,
     data: Data,
     *,
     keep: float | Mapping[str, float] | None = None,
     flops: float | None = None,
+    milliseconds: float | None = None,
+    latency: LatencyTable | None = None,
     ignore: str | Sequence[str] = (),
     recipe: GroupRecipe | None = None,
     loss_fn: LossFunction | None = None,
@@ -155,7 +188,11 @@ def prune_groups(
         glob over the names of `groups`, the first that matches, and the others are left whole.
     flops : float, optional
         Share of the operations to keep; widths are then chosen by a knapsack over the models' losses, solved
-        exactly. Either this or `keep`.
+        exactly.
+    milliseconds : float, optional
+        Time of a pass by the table `latency`, met in the same way. Exactly one of `keep`, `flops` and this.
+    latency : LatencyTable, optional
+        Of `measure_latency`, on this machine; with `milliseconds` alone.
     ignore : str or sequence of str
         Globs of layers. A set in which one of them has a part is left whole, and a note says so.
     recipe : GroupRecipe, optional
@@ -170,7 +207,8 @@ def prune_groups(
     Raises
     ------
     ArgumentError
-        If not exactly one of `keep` and `flops` is given, or nothing can be taken out.
+        If not exactly one of `keep`, `flops` and `milliseconds` is given, nothing can be taken out, the
+        budget is below the smallest network, or the table is of another machine or network.
     UnmatchedPatternError
         If a glob matches nothing.
     UnsupportedProblemError
@@ -182,11 +220,7 @@ def prune_groups(
     --------
     >>> small, report = prune_groups(model, (x, y), flops=0.5)  # doctest: +SKIP
     """
-    if (keep is None) == (flops is None):
-        found = "neither given" if keep is None else "both given"
-        raise ArgumentError("keep, flops", found, "pass exactly one of them")
-    if flops is not None:
-        finite_number("flops", flops, most=1.0, above=True)
+    budget = _Budget.of(keep, flops, milliseconds, latency)
     recipe = GroupRecipe() if recipe is None else recipe
     if not isinstance(recipe, GroupRecipe):
         raise ArgumentError("recipe", f"a {type(recipe).__name__}", "pass a GroupRecipe")
@@ -211,18 +245,18 @@ def prune_groups(
     free = fitted_layers(model, structure, ignore)
     outputs: dict[str, FloatArray] = {}
     widths = None
-    if flops is None and recipe.metric == "outputs":
+    if budget is None and recipe.metric == "outputs":
         counts = _counts(sets, shares)
     else:
         measured = moments(model, layers, batches, lambda output, batch: objective.loss(output, batch))
         if recipe.metric == "loss":
             # Gradients of a softmax add up to zero: without damping their moments are singular.
             outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
-        if flops is None:
+        if budget is None:
             counts = _counts(sets, shares)
         else:
             programs = {part.name: _program(model, part, measured, outputs, recipe) for part in sets}
-            counts, widths = _widths(structure, sets, programs, flops)
+            counts, widths = _widths(structure, sets, programs, budget)
     work = deepcopy(model)
     masks, choices = {}, {}
     for part in sets:
@@ -369,25 +403,29 @@ def _choose(program: GroupProgram, n_keep: int, recipe: GroupRecipe) -> tuple[Bo
 
 
 def _widths(
-    structure: Structure, sets: Sequence[GroupSet], programs: Mapping[str, GroupProgram], share: float
+    structure: Structure, sets: Sequence[GroupSet], programs: Mapping[str, GroupProgram], budget: _Budget
 ) -> tuple[dict[str, int], Widths]:
-    """Return how many groups of each set are kept for a share of the operations."""
-    offered = {
-        part.name: np.unique(np.ceil(np.arange(1, CHOICES + 1) / CHOICES * part.n_groups).astype(int))
-        for part in sets
-    }
-    narrowest = {part.name: np.arange(part.n_groups) < offered[part.name][0] for part in sets}
-    least = structure.flops_of(narrowest) / structure.flops
-    if share < least:
-        needed = math.ceil(1000.0 * least) / 1000.0
-        short = f"{share:g} of the operations, and the smallest network has {needed:g}"
-        raise ArgumentError("flops", short, "allow that much, or ignore fewer layers")
+    """Return how many groups of each set are kept for a budget of operations or time."""
+    if budget.latency is None:
+        offered = offered_widths(sets, CHOICES)
+        limit, argument = budget.limit * structure.flops, "flops"
+        narrowest = {part.name: np.arange(part.n_groups) < offered[part.name][0] for part in sets}
+        least = structure.flops_of(narrowest) / structure.flops
+        if budget.limit < least:
+            needed = math.ceil(1000.0 * least) / 1000.0
+            short = f"{budget.limit:g} of the operations, and the smallest network has {needed:g}"
+            raise ArgumentError(argument, short, "allow that much, or ignore fewer layers")
+        fixed, costs = operation_costs(structure, offered)
+    else:
+        budget.latency.require(structure, "latency")
+        offered = {part.name: budget.latency.offered[part.name] for part in sets}
+        limit, argument = budget.limit, "milliseconds"
+        fixed, costs = within_sets(budget.latency, list(offered))
     errors = {}
     for part in sets:
         _, losses = programs[part.name].greedy(1)
         errors[part.name] = losses[part.n_groups - offered[part.name]]
-    fixed, costs = operation_costs(structure, offered)
-    found = choose_widths(errors, costs, share * structure.flops, fixed=fixed)
+    found = choose_widths(errors, costs, limit, fixed=fixed, argument=argument)
     return {name: int(offered[name][place]) for name, place in found.choice.items()}, found
 
 

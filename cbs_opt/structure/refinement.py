@@ -25,7 +25,9 @@ from cbs_opt.update.cbs import cbs_updates
 
 ROWS = 512
 """Gradient rows of a step at most."""
-JUDGES = 4
+ROW_SAMPLES = 2048
+"""Samples that they are made of at most; the gradient is that of all."""
+JUDGES = 8
 """One sample of so many is set aside, and says which step is taken."""
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 """Dampings that are tried, in multiples of the mean diagonal of the Fisher matrix."""
@@ -121,10 +123,11 @@ def _steps(
 ) -> list[Tensor]:
     """Return the weights after each of the steps that are tried, (n,) float64."""
     weights = partition.flatten(model)
-    per_row = -(-samples // ROWS)
-    kind: Fisher = EmpiricalFisher(samples=samples, per_row=per_row)
+    seen = min(samples, ROW_SAMPLES)
+    per_row = -(-seen // ROWS)
+    kind: Fisher = EmpiricalFisher(samples=seen, per_row=per_row)
     if objective.output_hessian is not None:
-        kind = SketchedFisher(samples=samples, per_row=per_row)
+        kind = SketchedFisher(samples=seen, per_row=per_row)
     rows = gradient_rows(
         model,
         batches,

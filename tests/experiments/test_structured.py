@@ -39,6 +39,7 @@ def cell(contender: str, budget: str = "flops", share: float = 0.5) -> dict[str,
         "share": share,
         "contender": contender,
         "samples": 60,
+        "steps": [1, 100],
         "seed": 0,
         "version": 1,
     }

@@ -99,8 +99,11 @@ def test_a_set_with_an_ignored_layer_is_left_whole_and_noted() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({}, ArgumentError, "keep, flops: neither given"),
-        ({"keep": 0.5, "flops": 0.5}, ArgumentError, "keep, flops: both given"),
+        ({}, ArgumentError, "keep, flops, milliseconds: none given"),
+        ({"keep": 0.5, "flops": 0.5}, ArgumentError, "milliseconds: keep and flops given"),
+        ({"milliseconds": 1.0}, ArgumentError, "milliseconds: without latency"),
+        ({"keep": 0.5, "latency": 1.0}, ArgumentError, "latency: given without milliseconds"),
+        ({"milliseconds": 1.0, "latency": 1.0}, ArgumentError, "latency: a float"),
         ({"keep": 1.5}, ArgumentError, "keep: 1.5"),
         ({"keep": {"4": 0.5}}, UnmatchedPatternError, "'4' matches no groups; choose among 0, 2"),
         ({"keep": 0.5, "ignore": "x*"}, UnmatchedPatternError, "'x\\*' matches no layer"),
