@@ -21,6 +21,7 @@ from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.solving import solve
+from cbs_opt.structure.attention import opened
 from cbs_opt.structure.groups import READS, BoolArray, GroupSet, Structure, groups
 from cbs_opt.structure.latency import LatencyTable, offered_widths, within_sets
 from cbs_opt.structure.reading import (
@@ -241,30 +242,31 @@ def prune_groups(
     sets = [part for part in sets if part.name in shares]
     if not sets:
         raise ArgumentError("model", "no groups that may be taken out", "print cbs.groups for the reasons")
-    layers = layers_that_read(model, structure, sets)
-    free = fitted_layers(model, structure, ignore)
+    dense = opened(model)
+    layers = layers_that_read(dense, structure, sets)
     outputs: dict[str, FloatArray] = {}
     widths = None
     if budget is None and recipe.metric == "outputs":
         counts = _counts(sets, shares)
     else:
-        measured = moments(model, layers, batches, lambda output, batch: objective.loss(output, batch))
+        measured = moments(dense, layers, batches, lambda output, batch: objective.loss(output, batch))
         if recipe.metric == "loss":
             # Gradients of a softmax add up to zero: without damping their moments are singular.
             outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
         if budget is None:
             counts = _counts(sets, shares)
         else:
-            programs = {part.name: _program(model, part, measured, outputs, recipe) for part in sets}
+            programs = {part.name: _program(dense, part, measured, outputs, recipe) for part in sets}
             counts, widths = _widths(structure, sets, programs, budget)
-    work = deepcopy(model)
+    work = deepcopy(dense)
     masks, choices = {}, {}
     for part in sets:
-        program = _program_now(model, work, part, batches, outputs, recipe)
+        program = _program_now(dense, work, part, batches, outputs, recipe)
         masks[part.name], choices[part.name] = _choose(program, counts[part.name], recipe)
         _write(work, part, program, masks[part.name])
-    refit(model, work, free, batches, recipe.damping)
-    small, shrinkage = shrink(work, example, keep=masks)
+    free = fitted_layers(dense, structure, ignore)
+    refit(dense, work, free, batches, recipe.damping)
+    small, shrinkage = shrink(_closed(model, work, free), example, keep=masks)
     refined = None
     if recipe.steps:
         refined = refine(
@@ -475,6 +477,15 @@ def _write(work: nn.Module, part: GroupSet, program: GroupProgram, mask: BoolArr
     """Write what the program says into the layers that read a set, with zeros for what goes."""
     for (_, module, _), values in zip(_readers(work, part), program.updated(mask), strict=True):
         write_affine(module, values)
+
+
+def _closed(model: nn.Module, work: nn.Module, layers: Sequence[str]) -> nn.Module:
+    """Return a copy of a network with the weights and biases that some layers have in an opened one."""
+    copy = deepcopy(model)
+    for name in layers:
+        layer, fitted_layer = copy.get_submodule(name), work.get_submodule(name)
+        layer.weight, layer.bias = fitted_layer.weight, fitted_layer.bias
+    return copy
 
 
 def fitted_layers(model: nn.Module, structure: Structure, ignore: str | Sequence[str]) -> list[str]:

@@ -35,8 +35,8 @@ class Moments:
 def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[GroupSet]) -> list[str]:
     """Return the layers that read some sets, in network order.
 
-    Raises `UnsupportedProblemError`, which names it, if one is no linear layer or plain convolution, or
-    belongs to an `nn.MultiheadAttention`, which multiplies with its weights itself.
+    `model` was opened by `attention.opened`. Raises `UnsupportedProblemError`, which names it, if one is no
+    linear layer or plain convolution.
     """
     names = {entry.name for part in sets for entry in part.members if entry.role == READS}
     found = []
@@ -46,20 +46,10 @@ def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[Grou
             if not _is_plain(module):
                 names.add(f"{path}.weight")
             found.append(path)
-    within = [path for path in found if isinstance(_owner(model, path), nn.MultiheadAttention)]
-    if within:
-        told = f"heads of nn.MultiheadAttention ({', '.join(within)}), whose inputs no hook sees"
-        owners = [path.rpartition(".")[0] for path in within]
-        remedy = f"pass ignore={owners}, or choose heads yourself and take them out by shrink(keep=...)"
-        raise UnsupportedProblemError("model", told, remedy)
     if names:
         told = f"{', '.join(sorted(names))}: read groups, and belong to no linear layer or plain convolution"
         raise UnsupportedProblemError("model", told, "name the groups that they read in ignore")
     return found
-
-
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -188,6 +178,8 @@ def regression(
             with torch.no_grad(), kept(network), evaluation_mode(network), watching(network, [name], told):
                 forward(network, batch.inputs)
         half = len(seen) // 2
+        if not half:
+            raise ArgumentError("model", f"{name} did not run", "name the groups that it reads in ignore")
         before, now = torch.cat(seen[:half]), torch.cat(seen[half:])
         total[0] = total[0] + now.T @ now
         total[1] = total[1] + before.T @ now

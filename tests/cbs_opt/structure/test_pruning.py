@@ -137,23 +137,50 @@ def test_a_reader_that_is_no_plain_layer_is_named() -> None:
         cbs.prune_groups(model, data(torch.randn(60, 3, 5, 5)), keep=0.5, recipe=FEW)
 
 
-def test_heads_of_torch_are_refused_with_a_remedy_that_works() -> None:
+@pytest.mark.parametrize("name", ["transformer", "packed"])
+def test_heads_are_chosen_by_what_reads_them(name: str) -> None:
+    """Heads that the output projection hardly reads go, and what is left gives nearly the same."""
+    model, _ = built(name)
+    made = {"transformer": "layers.1.self_attn.out_proj", "packed": "out"}[name]
+    head = {"transformer": "layers.1.self_attn", "packed": "qkv"}[name]
+    with torch.no_grad():
+        model.get_submodule(made).weight[:, 6:18] *= 1e-4
+    x = torch.randn(60, 5, 24)
+    with torch.no_grad():
+        y = model(x) + 0.1 * torch.randn(60, 5, 1)
+    recipe = replace(FEW, damping=1e-6)
+    options: dict[str, Any] = {"recipe": recipe, "loss_fn": torch.nn.functional.mse_loss}
+    small, report = cbs.prune_groups(model, (x, y), keep={head: 0.5}, **options)
+    assert report.shrinkage.keep[head].tolist() == [True, False, False, True]
+    with torch.no_grad():
+        assert float((small(x) - model(x)).abs().max()) < 0.1 * float(model(x).std())
+    layer = small.get_submodule(made)
+    assert layer.weight.shape == (24, 12)
+    assert report.shrinkage.parameters[1] < report.shrinkage.parameters[0]
+
+
+def test_heads_and_neurons_of_a_transformer_are_cut_together() -> None:
     model, _ = built("transformer")
-    samples = torch.randn(60, 5, 24)
-    targets = torch.randn(60, 5, 24)
-    options: dict[str, Any] = {"keep": 0.5, "recipe": FEW, "loss_fn": torch.nn.functional.mse_loss}
-    with pytest.raises(UnsupportedProblemError, match=r"layers\.0\.self_attn\.out_proj") as raised:
-        cbs.prune_groups(model, (samples, targets), **options)
-    owners = ["layers.0.self_attn", "layers.1.self_attn"]
-    assert f"ignore={owners}" in str(raised.value)
-    small, report = cbs.prune_groups(model, (samples, targets), ignore=owners, **options)
-    assert small.layers[1].linear2.weight.shape == (24, 20)
-    assert small.layers[1].self_attn.out_proj.weight.equal(model.layers[1].self_attn.out_proj.weight)
-    assert len(report.notes) == 2
-    # The refit reaches layers that a fast path would hide.
-    kept = report.shrinkage.keep["layers.1.linear1"]
+    x = torch.randn(60, 5, 24)
+    options: dict[str, Any] = {"recipe": FEW, "loss_fn": torch.nn.functional.mse_loss}
+    small, report = cbs.prune_groups(model, (x, torch.randn(60, 5, 24)), keep=0.5, **options)
+    assert {(part.n_keep, part.n_groups) for part in report.choices.values()} == {(2, 4), (20, 40)}
+    assert small.layers[0].self_attn.num_heads == 2
+    # The fit reaches layers that a fast path would hide.
     assert not small.layers[1].linear2.bias.equal(model.layers[1].linear2.bias)
-    assert kept.sum() == 20
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_heads_that_read_more_than_their_inputs_stay_whole(option: str) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 40, batch_first=True), 1).eval()
+    model.layers[0].self_attn = nn.MultiheadAttention(24, 4, batch_first=True, **{option: True}).eval()
+    x = torch.randn(60, 5, 24)
+    options: dict[str, Any] = {"recipe": FEW, "loss_fn": torch.nn.functional.mse_loss}
+    small, report = cbs.prune_groups(model, (x, torch.randn(60, 5, 24)), keep=0.5, **options)
+    assert list(report.choices) == ["layers.0.linear1"]
+    assert small.layers[0].linear2.weight.shape == (24, 20)
+    assert type(small.layers[0].self_attn) is nn.MultiheadAttention
 
 
 def test_layers_are_chosen_on_inputs_of_the_network_as_pruned_so_far() -> None:
