@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from cbs_opt.solving import compare, solve
     from cbs_opt.structure.attention import HeadAttention
     from cbs_opt.structure.groups import Structure, groups
+    from cbs_opt.structure.latency import LatencyTable, measure_latency
     from cbs_opt.structure.pruning import GroupRecipe, GroupReport, prune_groups
     from cbs_opt.structure.removal import Shrinkage, shrink
     from cbs_opt.structure.widths import Cost, Widths, choose_widths
@@ -108,6 +109,7 @@ _MODULES = {
     "cbs_opt.solving": ("compare", "solve"),
     "cbs_opt.structure.attention": ("HeadAttention",),
     "cbs_opt.structure.groups": ("Structure", "groups"),
+    "cbs_opt.structure.latency": ("LatencyTable", "measure_latency"),
     "cbs_opt.structure.pruning": ("GroupRecipe", "GroupReport", "prune_groups"),
     "cbs_opt.structure.removal": ("Shrinkage", "shrink"),
     "cbs_opt.structure.widths": ("Cost", "Widths", "choose_widths"),
@@ -146,6 +148,7 @@ __all__ = [
     "Groups",
     "HardThreshold",
     "HeadAttention",
+    "LatencyTable",
     "LayerRecipe",
     "LayersReport",
     "LossPreservation",
@@ -192,6 +195,7 @@ __all__ = [
     "load_request",
     "lower_bound",
     "masked",
+    "measure_latency",
     "plan",
     "prune",
     "prune_groups",

@@ -8,19 +8,21 @@ Contenders
 ----------
 - ``ours``: `cbs_opt.prune_groups`. For a share of the operations it chooses widths, and all others prune to
   these.
-- ``ours_outputs``: the same with ``metric="outputs"``, for which all outputs of a layer count alike.
+- ``ours_fitted``: the same without the Newton steps at the end.
 - ``reconstruction``: greedy least squares layer by layer, in the manner of Meng, Chen, Wang and Mazumder,
   "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization", ICML
   2024, written from the paper. In network order, on inputs of the network as pruned so far, the inputs go
   whose loss raises the squared error of the layer's outputs least, one after another, followed by
   exchanges. Where channels are coupled by additions, the errors of all layers that read them are added up.
+  That is ``ours_fitted`` with ``metric="outputs"``.
 - ``magnitude``: the filters of smallest norm go, all layers of a coupled set together (Li et al., "Pruning
   Filters for Efficient ConvNets", ICLR 2017); nothing else moves.
 - ``magnitude_fitted``: the same filters, and the layers that read them fitted as ours are.
 - ``..._even``: for a share of the operations, the same share of every set instead of the widths of ours, the
   largest that is within the budget.
 
-Statistics of batch norm are estimated anew on the same training images for all of them. Milliseconds are the
+Statistics of batch norm are estimated anew on the same training images for all of them but ``ours``, which
+estimates its own. Milliseconds are the
 least processor time of several passes of one batch on one core, dense and shrunk by turns.
 """
 
@@ -31,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,11 @@ from torch import Tensor, nn
 
 import cbs_opt
 from cbs_opt import GroupRecipe
-from cbs_opt.network.data import Batch, iterate
+from cbs_opt.network.data import iterate
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.structure.groups import MAKES, READS, BoolArray, GroupSet, Structure, groups, tensor_named
 from cbs_opt.structure.pruning import BATCH, fitted_layers, refit
-from cbs_opt.structure.reading import affine, columns_of, regression
 from cbs_opt.structure.removal import shrink
-from cbs_opt.structure.selection import GroupProgram, Reader
 from experiments.command_line import add_no_verify, add_run_options, experiment_parser
 from experiments.comparators.page import NOTHING, table
 from experiments.comparators.running import Cell, measure_cells
@@ -59,7 +59,7 @@ from experiments.studies_page import between_marks
 from formulations.files import write_atomically
 
 EVEN = "_even"
-OURS = ("ours", "ours_outputs")
+OURS = ("ours", "ours_fitted")
 RIVALS = ("reconstruction", "magnitude_fitted", "magnitude")
 CONTENDERS = (*OURS, *RIVALS)
 BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
@@ -69,6 +69,8 @@ BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
 """What is kept: a share of the groups of every set, or of the operations."""
 SAMPLES: Mapping[str, int] = {"mlpnet_mnist": 1024, "resnet20_cifar10": 256}
 """Training images that choices and fits see, where the command line says nothing."""
+STEPS: Mapping[str, tuple[int, int]] = {"mlpnet_mnist": (3, 4096), "resnet20_cifar10": (1, 2048)}
+"""Newton steps at the end at most, and the training images that they see."""
 STATISTICS = 1024
 """Training images that batch norm is estimated on."""
 TIMED = 64
@@ -78,7 +80,7 @@ OUT = Path("runs/structured")
 PAGE = Path("docs/results/structure.md")
 LABELS = {
     "ours": "ours",
-    "ours_outputs": "ours, outputs alike",
+    "ours_fitted": "ours, without the steps",
     "reconstruction": "greedy reconstruction",
     "magnitude_fitted": "magnitude, fitted",
     "magnitude": "magnitude",
@@ -121,48 +123,6 @@ def _largest(values: NDArray[np.float64], count: int) -> BoolArray:
     keep = np.zeros(values.size, dtype=np.bool_)
     keep[np.argsort(-values, kind="stable")[:count]] = True
     return keep
-
-
-def reconstruction_masks(
-    model: nn.Module,
-    sets: Sequence[GroupSet],
-    counts: Mapping[str, int],
-    batches: Sequence[Batch],
-    recipe: GroupRecipe,
-) -> tuple[dict[str, BoolArray], nn.Module]:
-    """Return which groups are kept by greedy least squares with exchanges, and the network fitted so far."""
-    work = deepcopy(model)
-    masks = {}
-    for part in sets:
-        members = [entry for entry in part.members if entry.role == READS]
-        program = GroupProgram([_reader(model, work, entry, batches, recipe.damping) for entry in members])
-        mask, _ = program.greedy(counts[part.name])
-        masks[part.name], _ = program.swaps(mask, recipe.swaps)
-        with torch.no_grad():
-            for member, weight in zip(members, program.updated(masks[part.name]), strict=True):
-                parameter = work.get_parameter(member.name)
-                parameter.copy_(torch.from_numpy(weight[:, :-1]).reshape(parameter.shape))
-                layer = work.get_submodule(member.name.rpartition(".")[0])
-                layer.bias = nn.Parameter(torch.from_numpy(weight[:, -1]).to(parameter))
-    return masks, work
-
-
-def _reader(
-    model: nn.Module, work: nn.Module, member: Any, batches: Sequence[Batch], damping: float
-) -> Reader:
-    """Return the least-squares problem of a layer: its outputs as they were, its inputs as they are."""
-    name = member.name.rpartition(".")[0]
-    gram, cross = regression(model, work, name, batches)
-    level = damping * float(np.trace(gram)) / len(gram)
-    system = gram + level * np.eye(len(gram))
-    now, wanted = affine(work.get_submodule(name)), affine(model.get_submodule(name))
-    best = np.linalg.solve(system, (wanted @ cross + level * now).T).T
-    return Reader(
-        weight=best,
-        gram=system,
-        outputs=np.eye(len(best)),
-        columns=columns_of(model.get_submodule(name), member.index),
-    )
 
 
 def estimate_statistics(model: nn.Module, images: Tensor) -> None:
@@ -215,8 +175,9 @@ class Bench:
         small = self._small(cell)
         seconds = time.process_time() - start
         generator = torch.Generator().manual_seed(cell["seed"])
-        images = data.train_x[torch.randperm(len(data.train_x), generator=generator)[:STATISTICS]]
-        estimate_statistics(small, images)
+        if cell["contender"] != "ours":
+            images = data.train_x[torch.randperm(len(data.train_x), generator=generator)[:STATISTICS]]
+            estimate_statistics(small, images)
         example = data.train_x[:2]
         before, after = groups(model, example), groups(small, example)
         dense, shrunk = milliseconds((model, small), data.test_x[:TIMED])
@@ -234,11 +195,10 @@ class Bench:
     def _small(self, cell: Cell) -> nn.Module:
         """Return the smaller network of a contender."""
         model, contender = self.network.model, cell["contender"]
-        recipe = GroupRecipe(samples=cell["samples"])
+        recipe = GroupRecipe(samples=cell["samples"], steps=0)
         pair = self.data.train_x, self.data.train_y
         if contender in OURS:
-            metric = "loss" if contender == "ours" else "outputs"
-            return deepcopy(self._ours(cell, metric)[0])
+            return deepcopy(self._ours(cell, contender)[0])
         batches = list(iterate(pair, batch_size=BATCH, max_samples=recipe.samples, seed=cell["seed"]))
         example = batches[0].take(slice(2)).inputs
         structure = groups(model, example)
@@ -249,21 +209,24 @@ class Bench:
             counts = {name: int(mask.sum()) for name, mask in self._ours(cell)[1].items()}
         sets = [part for part in structure.sets if part.name in counts]
         if contender.startswith("reconstruction"):
-            masks, work = reconstruction_masks(model, sets, counts, batches, recipe)
-        else:
-            masks, work = magnitude_masks(model, sets, counts), deepcopy(model)
+            keep = {part.name: counts[part.name] / part.n_groups for part in sets}
+            recipe = replace(recipe, metric="outputs")
+            return cbs_opt.prune_groups(model, pair, keep=keep, recipe=recipe, seed=cell["seed"])[0]
+        masks, work = magnitude_masks(model, sets, counts), deepcopy(model)
         if contender.removesuffix(EVEN) != "magnitude":
             _blank(work, sets, masks)
             refit(model, work, fitted_layers(model, structure, ()), batches, recipe.damping)
         return shrink(work, example, keep=masks)[0]
 
-    def _ours(self, cell: Cell, metric: str = "loss") -> tuple[nn.Module, dict[str, BoolArray]]:
-        key = (metric, *(cell[name] for name in ("budget", "share", "samples", "seed")))
+    def _ours(self, cell: Cell, contender: str = "ours") -> tuple[nn.Module, dict[str, BoolArray]]:
+        key = (contender, *(cell[name] for name in ("budget", "share", "samples", "seed")))
         if key not in self.chosen:
+            steps, seen = cell["steps"] if contender == "ours" else (0, 2)
+            recipe = GroupRecipe(samples=cell["samples"], steps=steps, step_samples=seen)
             small, report = cbs_opt.prune_groups(
                 self.network.model,
                 (self.data.train_x, self.data.train_y),
-                recipe=GroupRecipe(samples=cell["samples"], metric=metric),
+                recipe=recipe,
                 seed=cell["seed"],
                 **{cell["budget"]: cell["share"]},
             )
@@ -296,8 +259,9 @@ def cells(network: str, *, samples: int | None = None, seeds: int = 1) -> list[C
                 "share": share,
                 "contender": name,
                 "samples": SAMPLES[network] if samples is None else samples,
+                "steps": list(STEPS[network]),
                 "seed": seed,
-                "version": 1,
+                "version": 2,
             }
             for seed in range(seeds)
             for name in names
@@ -369,6 +333,8 @@ def parser() -> argparse.ArgumentParser:
     root = experiment_parser("structured", __doc__)
     root.add_argument("--network", choices=list(BUDGETS), default="mlpnet_mnist", help="default mlpnet_mnist")
     root.add_argument("--samples", type=int, help="training images; by default so many as the network has")
+    root.add_argument("--contenders", nargs="+", help="some of them; by default all")
+    root.add_argument("--shares", nargs="+", type=float, help="some of the shares; by default all")
     root.add_argument("--page", action="store_true", help=f"write the ledger's tables into {PAGE}, and stop")
     add_run_options(root, seeds=1, out=OUT)
     add_no_verify(root)
@@ -394,7 +360,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = load_dataset(network.dataset, given.data, mean=network.mean, std=network.std, verify=verify)
         return Bench(network=network, data=data).measure
 
-    return measure_cells(path, cells(given.network, samples=given.samples, seeds=given.seeds), bench)
+    every = cells(given.network, samples=given.samples, seeds=given.seeds)
+    wanted = [
+        cell
+        for cell in every
+        if (given.contenders is None or cell["contender"] in given.contenders)
+        and (given.shares is None or cell["share"] in given.shares)
+    ]
+    return measure_cells(path, wanted, bench)
 
 
 if __name__ == "__main__":

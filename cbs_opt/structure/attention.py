@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,24 @@ class HeadAttention(nn.Module):
         if padding is not None:
             masks.append(_additive(padding, q).reshape(q.shape[0], 1, 1, -1))
         return sum(masks[1:], masks[0]) if masks else None
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """Return a copy of a network in which every `nn.MultiheadAttention` runs its layers as modules.
+
+    Hooks then see what ``out_proj``, which keeps its name, is fed. Attention with ``bias_k`` or
+    ``add_zero_attn`` stays as it is.
+    """
+    copy = deepcopy(model)
+    for path, module in list(copy.named_modules()):
+        if path and isinstance(module, nn.MultiheadAttention) and can_open(module):
+            copy.set_submodule(path, HeadAttention(module, module.head_dim))
+    return copy
+
+
+def can_open(module: nn.MultiheadAttention) -> bool:
+    """Return whether `HeadAttention` computes what a module does."""
+    return module.bias_k is None and not module.add_zero_attn
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:

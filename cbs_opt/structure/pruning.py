@@ -13,28 +13,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cbs_opt.errors import UnmatchedPatternError
-from cbs_opt.network.data import Batch, Data, LossFunction, device_of, forward, iterate
+from cbs_opt.network.data import Batch, Data, LossFunction, cut, device_of, forward, iterate
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.solving import solve
+from cbs_opt.structure.attention import opened
 from cbs_opt.structure.groups import READS, BoolArray, GroupSet, Structure, groups
+from cbs_opt.structure.latency import LatencyTable, offered_widths, within_sets
 from cbs_opt.structure.reading import (
     Moments,
     affine,
     columns_of,
+    fitted,
     layers_that_read,
     moments,
-    regression,
     watching,
+    write_affine,
 )
+from cbs_opt.structure.refinement import Refined, refine
 from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
 from cbs_opt.structure.widths import Cost, Widths, choose_widths
-from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, whole_number
+from cbs_opt.system.checks import check_fields, finite_number, names, one_of, whole_number
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
 CHOICES = 16
@@ -54,29 +58,31 @@ class GroupRecipe:
         the same, as in layer-wise reconstruction.
     swaps : int
         Rounds of exchanges after the greedy choice.
-    refit : bool
-        Fit every layer that reads groups, in network order, to what it gave before, on the inputs that it has
-        now (least squares, with a bias). Otherwise the others move as the quadratic model says.
     samples : int
+        That choices and fits see.
     damping : float
         Share of the mean diagonal that is added to second moments, of inputs and of gradients.
     exact_seconds : float
         Where above 0, branch and bound has so long for every set, and reports a bound; for sets of up to a
         thousand weights or so.
+    steps : int
+        Newton steps of all weights that are left, at most, each taken only if it gains on samples set aside.
+    step_samples : int
+        That those steps see, one in eight of them set aside.
     """
 
     metric: str = "loss"
     swaps: int = 3
-    refit: bool = True
     samples: int = 1024
     damping: float = 0.01
     exact_seconds: float = 0.0
+    steps: int = 3
+    step_samples: int = 4096
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe.", one_of, "metric", choices=("loss", "outputs"))
-        check_fields(self, "recipe.", whole_number, "swaps", least=0)
-        check_fields(self, "recipe.", whole_number, "samples", least=2)
-        check_fields(self, "recipe.", flag, "refit")
+        check_fields(self, "recipe.", whole_number, "swaps", "steps", least=0)
+        check_fields(self, "recipe.", whole_number, "samples", "step_samples", least=2)
         check_fields(self, "recipe.", finite_number, "exact_seconds")
         check_fields(self, "recipe.", finite_number, "damping", above=True)
 
@@ -102,6 +108,8 @@ class GroupReport:
     shrinkage : Shrinkage
     widths : Widths or None
         The knapsack's answer, where a budget of operations was asked for.
+    refined : Refined or None
+        What the Newton steps of the weights that are left did.
     notes : tuple of str
         Sets that were left whole because a layer of theirs is ignored.
     """
@@ -109,6 +117,7 @@ class GroupReport:
     choices: Mapping[str, SetChoice]
     shrinkage: Shrinkage
     widths: Widths | None = None
+    refined: Refined | None = None
     notes: tuple[str, ...] = field(default=())
 
     def summary(self) -> str:
@@ -117,10 +126,41 @@ class GroupReport:
         for name, entry in self.choices.items():
             bound = "" if entry.bound is None else f", bound {entry.bound:.6g}"
             lines.append(f"{name}: {entry.n_keep} of {entry.n_groups} kept, loss {entry.loss:.6g}{bound}")
-        return "\n".join([*lines, *self.shrinkage.summary().splitlines()[-2:], *self.notes])
+        lines += self.shrinkage.summary().splitlines()[-2:]
+        return "\n".join([*lines, *([str(self.refined)] if self.refined else ()), *self.notes])
 
     def __str__(self) -> str:
         return self.summary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Budget:
+    """A share of the operations, or milliseconds by a table."""
+
+    limit: float
+    latency: LatencyTable | None
+
+    @classmethod
+    def of(cls, keep: Any, flops: Any, milliseconds: Any, latency: Any) -> _Budget | None:
+        """Return the budget that was asked for; None where a share of every set is."""
+        asked = {"keep": keep, "flops": flops, "milliseconds": milliseconds}
+        given = [name for name, entry in asked.items() if entry is not None]
+        if len(given) != 1:
+            found = " and ".join(given) + " given" if given else "none given"
+            raise ArgumentError("keep, flops, milliseconds", found, "pass exactly one of them")
+        if (milliseconds is None) != (latency is None):
+            found = "without latency" if latency is None else "given without milliseconds"
+            argument = "milliseconds" if latency is None else "latency"
+            raise ArgumentError(argument, found, "pass milliseconds and the table of measure_latency")
+        if latency is not None and not isinstance(latency, LatencyTable):
+            found = f"a {type(latency).__name__}"
+            raise ArgumentError("latency", found, "pass the table of measure_latency")
+        if flops is not None:
+            return cls(limit=finite_number("flops", flops, most=1.0, above=True), latency=None)
+        if milliseconds is not None:
+            limit = finite_number("milliseconds", milliseconds, above=True)
+            return cls(limit=limit, latency=latency)
+        return None
 
 
 def prune_groups(
@@ -129,6 +169,8 @@ def prune_groups(
     *,
     keep: float | Mapping[str, float] | None = None,
     flops: float | None = None,
+    milliseconds: float | None = None,
+    latency: LatencyTable | None = None,
     ignore: str | Sequence[str] = (),
     recipe: GroupRecipe | None = None,
     loss_fn: LossFunction | None = None,
@@ -147,7 +189,11 @@ def prune_groups(
         glob over the names of `groups`, the first that matches, and the others are left whole.
     flops : float, optional
         Share of the operations to keep; widths are then chosen by a knapsack over the models' losses, solved
-        exactly. Either this or `keep`.
+        exactly.
+    milliseconds : float, optional
+        Time of a pass by the table `latency`, met in the same way. Exactly one of `keep`, `flops` and this.
+    latency : LatencyTable, optional
+        Of `measure_latency`, on this machine; with `milliseconds` alone.
     ignore : str or sequence of str
         Globs of layers. A set in which one of them has a part is left whole, and a note says so.
     recipe : GroupRecipe, optional
@@ -162,7 +208,8 @@ def prune_groups(
     Raises
     ------
     ArgumentError
-        If not exactly one of `keep` and `flops` is given, or nothing can be taken out.
+        If not exactly one of `keep`, `flops` and `milliseconds` is given, nothing can be taken out, the
+        budget is below the smallest network, or the table is of another machine or network.
     UnmatchedPatternError
         If a glob matches nothing.
     UnsupportedProblemError
@@ -174,22 +221,20 @@ def prune_groups(
     --------
     >>> small, report = prune_groups(model, (x, y), flops=0.5)  # doctest: +SKIP
     """
-    if (keep is None) == (flops is None):
-        found = "neither given" if keep is None else "both given"
-        raise ArgumentError("keep, flops", found, "pass exactly one of them")
-    if flops is not None:
-        finite_number("flops", flops, most=1.0, above=True)
+    budget = _Budget.of(keep, flops, milliseconds, latency)
     recipe = GroupRecipe() if recipe is None else recipe
     if not isinstance(recipe, GroupRecipe):
         raise ArgumentError("recipe", f"a {type(recipe).__name__}", "pass a GroupRecipe")
     model = unwrapped(model)
     objective = Objective.of(loss_fn)
-    source = iterate(data, batch_size=BATCH, max_samples=recipe.samples, seed=seed, device=device_of(model))
-    batches = list(source)
+    most = max(recipe.samples, recipe.step_samples if recipe.steps else 0)
+    source = iterate(data, batch_size=BATCH, max_samples=most, seed=seed, device=device_of(model))
+    every = list(source)
     run = partial(forward, model)
     with kept(model), evaluation_mode(model):
-        objective.settle(model, run, batches[0])
-    batches = [objective.prepared(batch) for batch in batches]
+        objective.settle(model, run, every[0])
+    every = [objective.prepared(batch) for batch in every]
+    batches = _first(every, recipe.samples)
     example = batches[0].take(slice(2)).inputs
     structure = groups(model, example)
     sets, notes = _chosen_sets(structure, ignore)
@@ -197,23 +242,39 @@ def prune_groups(
     sets = [part for part in sets if part.name in shares]
     if not sets:
         raise ArgumentError("model", "no groups that may be taken out", "print cbs.groups for the reasons")
-    layers = layers_that_read(model, structure, sets)
-    measured = moments(model, layers, batches, lambda output, batch: objective.loss(output, batch))
-    programs = {part.name: _program(model, part, measured, recipe) for part in sets}
+    dense = opened(model)
+    layers = layers_that_read(dense, structure, sets)
+    outputs: dict[str, FloatArray] = {}
     widths = None
-    if flops is None:
-        counts = {part.name: max(1, round(shares[part.name] * part.n_groups)) for part in sets}
+    if budget is None and recipe.metric == "outputs":
+        counts = _counts(sets, shares)
     else:
-        counts, widths = _widths(structure, sets, programs, flops)
+        measured = moments(dense, layers, batches, lambda output, batch: objective.loss(output, batch))
+        if recipe.metric == "loss":
+            # Gradients of a softmax add up to zero: without damping their moments are singular.
+            outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
+        if budget is None:
+            counts = _counts(sets, shares)
+        else:
+            programs = {part.name: _program(dense, part, measured, outputs, recipe) for part in sets}
+            counts, widths = _widths(structure, sets, programs, budget)
+    work = deepcopy(dense)
     masks, choices = {}, {}
     for part in sets:
-        masks[part.name], choices[part.name] = _choose(programs[part.name], counts[part.name], recipe)
-    work = deepcopy(model)
-    _write(work, sets, programs, masks)
-    if recipe.refit:
-        refit(model, work, fitted_layers(model, structure, ignore), batches, recipe.damping)
-    small, shrinkage = shrink(work, example, keep=masks)
-    report = GroupReport(choices=choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
+        program = _program_now(dense, work, part, batches, outputs, recipe)
+        masks[part.name], choices[part.name] = _choose(program, counts[part.name], recipe)
+        _write(work, part, program, masks[part.name])
+    free = fitted_layers(dense, structure, ignore)
+    refit(dense, work, free, batches, recipe.damping)
+    small, shrinkage = shrink(_closed(model, work, free), example, keep=masks)
+    refined = None
+    if recipe.steps:
+        refined = refine(
+            small, every, objective, steps=recipe.steps, ignore=names("ignore", ignore), seed=seed
+        )
+    report = GroupReport(
+        choices=choices, shrinkage=shrinkage, widths=widths, refined=refined, notes=tuple(notes)
+    )
     return small, report
 
 
@@ -257,22 +318,59 @@ def _shares(sets: Sequence[GroupSet], keep: float | Mapping[str, float]) -> dict
     return shares
 
 
+def _first(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """Return the first batches, with so many samples in all."""
+    return list(cut(iter(batches), size=BATCH, max_samples=samples))
+
+
+def _counts(sets: Sequence[GroupSet], shares: Mapping[str, float]) -> dict[str, int]:
+    return {part.name: max(1, round(shares[part.name] * part.n_groups)) for part in sets}
+
+
+def _readers(model: nn.Module, part: GroupSet) -> list[tuple[str, nn.Module, Any]]:
+    """Return name, module and columns of every layer that reads a set."""
+    members = [entry for entry in part.members if entry.role == READS]
+    layers = [entry.name.rpartition(".")[0] for entry in members]
+    modules = [model.get_submodule(name) for name in layers]
+    columns = [columns_of(module, entry.index) for module, entry in zip(modules, members, strict=True)]
+    return list(zip(layers, modules, columns, strict=True))
+
+
 def _program(
-    model: nn.Module, part: GroupSet, found: Mapping[str, Moments], recipe: GroupRecipe
+    model: nn.Module,
+    part: GroupSet,
+    found: Mapping[str, Moments],
+    outputs: Mapping[str, FloatArray],
+    recipe: GroupRecipe,
 ) -> GroupProgram:
+    """Return the program of a set around the dense network, by which widths are compared."""
+    return GroupProgram(
+        [
+            Reader(
+                weight=affine(module)[:, :-1],
+                gram=_damped(found[name].gram, recipe.damping),
+                outputs=outputs.get(name, np.eye(len(affine(module)))),
+                columns=columns,
+            )
+            for name, module, columns in _readers(model, part)
+        ]
+    )
+
+
+def _program_now(
+    model: nn.Module,
+    work: nn.Module,
+    part: GroupSet,
+    batches: Sequence[Batch],
+    outputs: Mapping[str, FloatArray],
+    recipe: GroupRecipe,
+) -> GroupProgram:
+    """Return the program of a set in the network as pruned so far: its readers are to give what they gave."""
     readers = []
-    for member in part.members:
-        if member.role == READS:
-            layer = member.name.rpartition(".")[0]
-            module = model.get_submodule(layer)
-            weight = affine(module)[:, :-1]
-            gram = _damped(found[layer].gram, recipe.damping)
-            outputs = np.eye(len(weight))
-            if recipe.metric == "loss":
-                # Gradients of a softmax add up to zero: without damping their moments are singular.
-                outputs = _damped(found[layer].outputs, recipe.damping)
-            columns = columns_of(module, member.index)
-            readers.append(Reader(weight=weight, gram=gram, outputs=outputs, columns=columns))
+    for name, _, columns in _readers(model, part):
+        weight, gram = fitted(model, work, name, batches, recipe.damping)
+        metric = outputs.get(name, np.eye(len(weight)))
+        readers.append(Reader(weight=weight, gram=gram, outputs=metric, columns=columns))
     return GroupProgram(readers)
 
 
@@ -307,25 +405,29 @@ def _choose(program: GroupProgram, n_keep: int, recipe: GroupRecipe) -> tuple[Bo
 
 
 def _widths(
-    structure: Structure, sets: Sequence[GroupSet], programs: Mapping[str, GroupProgram], share: float
+    structure: Structure, sets: Sequence[GroupSet], programs: Mapping[str, GroupProgram], budget: _Budget
 ) -> tuple[dict[str, int], Widths]:
-    """Return how many groups of each set are kept for a share of the operations."""
-    offered = {
-        part.name: np.unique(np.ceil(np.arange(1, CHOICES + 1) / CHOICES * part.n_groups).astype(int))
-        for part in sets
-    }
-    narrowest = {part.name: np.arange(part.n_groups) < offered[part.name][0] for part in sets}
-    least = structure.flops_of(narrowest) / structure.flops
-    if share < least:
-        needed = math.ceil(1000.0 * least) / 1000.0
-        short = f"{share:g} of the operations, and the smallest network has {needed:g}"
-        raise ArgumentError("flops", short, "allow that much, or ignore fewer layers")
+    """Return how many groups of each set are kept for a budget of operations or time."""
+    if budget.latency is None:
+        offered = offered_widths(sets, CHOICES)
+        limit, argument = budget.limit * structure.flops, "flops"
+        narrowest = {part.name: np.arange(part.n_groups) < offered[part.name][0] for part in sets}
+        least = structure.flops_of(narrowest) / structure.flops
+        if budget.limit < least:
+            needed = math.ceil(1000.0 * least) / 1000.0
+            short = f"{budget.limit:g} of the operations, and the smallest network has {needed:g}"
+            raise ArgumentError(argument, short, "allow that much, or ignore fewer layers")
+        fixed, costs = operation_costs(structure, offered)
+    else:
+        budget.latency.require(structure, "latency")
+        offered = {part.name: budget.latency.offered[part.name] for part in sets}
+        limit, argument = budget.limit, "milliseconds"
+        fixed, costs = within_sets(budget.latency, list(offered))
     errors = {}
     for part in sets:
         _, losses = programs[part.name].greedy(1)
         errors[part.name] = losses[part.n_groups - offered[part.name]]
-    fixed, costs = operation_costs(structure, offered)
-    found = choose_widths(errors, costs, share * structure.flops, fixed=fixed)
+    found = choose_widths(errors, costs, limit, fixed=fixed, argument=argument)
     return {name: int(offered[name][place]) for name, place in found.choice.items()}, found
 
 
@@ -371,19 +473,19 @@ def operation_costs(structure: Structure, offered: Mapping[str, Any]) -> tuple[f
     return fixed, [Cost(sets=involved, table=table) for involved, table in tables.items()]
 
 
-def _write(
-    work: nn.Module,
-    sets: Sequence[GroupSet],
-    programs: Mapping[str, GroupProgram],
-    masks: Mapping[str, BoolArray],
-) -> None:
-    """Write the weights of the readers as the quadratic model moves them, and zeros for what goes."""
-    with torch.no_grad():
-        for part in sets:
-            readers = [entry for entry in part.members if entry.role == READS]
-            for member, weight in zip(readers, programs[part.name].updated(masks[part.name]), strict=True):
-                parameter = work.get_parameter(member.name)
-                parameter.copy_(torch.from_numpy(weight).reshape(parameter.shape))
+def _write(work: nn.Module, part: GroupSet, program: GroupProgram, mask: BoolArray) -> None:
+    """Write what the program says into the layers that read a set, with zeros for what goes."""
+    for (_, module, _), values in zip(_readers(work, part), program.updated(mask), strict=True):
+        write_affine(module, values)
+
+
+def _closed(model: nn.Module, work: nn.Module, layers: Sequence[str]) -> nn.Module:
+    """Return a copy of a network with the weights and biases that some layers have in an opened one."""
+    copy = deepcopy(model)
+    for name in layers:
+        layer, fitted_layer = copy.get_submodule(name), work.get_submodule(name)
+        layer.weight, layer.bias = fitted_layer.weight, fitted_layer.bias
+    return copy
 
 
 def fitted_layers(model: nn.Module, structure: Structure, ignore: str | Sequence[str]) -> list[str]:
@@ -408,17 +510,4 @@ def refit(
     with torch.no_grad(), kept(model), evaluation_mode(model), noted:
         forward(model, batches[0].take(slice(2)).inputs)
     for name in dict.fromkeys(order):
-        gram, cross = regression(model, work, name, batches)
-        module = work.get_submodule(name)
-        wanted, now = affine(model.get_submodule(name)), affine(module)
-        used = np.append(np.abs(now[:, :-1]).any(0), True)
-        level = damping * float(np.trace(gram)) / len(gram)
-        system = gram[np.ix_(used, used)] + level * np.eye(int(used.sum()))
-        fitted = np.zeros_like(now)
-        fitted[:, used] = np.linalg.solve(system, (wanted @ cross)[:, used].T + level * now[:, used].T).T
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        with torch.no_grad():
-            weight.copy_(torch.from_numpy(fitted[:, :-1]).reshape(weight.shape))
-            bias = nn.Parameter(torch.from_numpy(fitted[:, -1]).to(weight))
-            module.bias = bias
+        write_affine(work.get_submodule(name), fitted(model, work, name, batches, damping)[0])

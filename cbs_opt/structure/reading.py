@@ -35,8 +35,8 @@ class Moments:
 def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[GroupSet]) -> list[str]:
     """Return the layers that read some sets, in network order.
 
-    Raises `UnsupportedProblemError`, which names it, if one is no linear layer or plain convolution, or
-    belongs to an `nn.MultiheadAttention`, which multiplies with its weights itself.
+    `model` was opened by `attention.opened`. Raises `UnsupportedProblemError`, which names it, if one is no
+    linear layer or plain convolution.
     """
     names = {entry.name for part in sets for entry in part.members if entry.role == READS}
     found = []
@@ -46,20 +46,10 @@ def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[Grou
             if not _is_plain(module):
                 names.add(f"{path}.weight")
             found.append(path)
-    within = [path for path in found if isinstance(_owner(model, path), nn.MultiheadAttention)]
-    if within:
-        told = f"heads of nn.MultiheadAttention ({', '.join(within)}), whose inputs no hook sees"
-        owners = [path.rpartition(".")[0] for path in within]
-        remedy = f"pass ignore={owners}, or choose heads yourself and take them out by shrink(keep=...)"
-        raise UnsupportedProblemError("model", told, remedy)
     if names:
         told = f"{', '.join(sorted(names))}: read groups, and belong to no linear layer or plain convolution"
         raise UnsupportedProblemError("model", told, "name the groups that they read in ignore")
     return found
-
-
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -124,7 +114,7 @@ def moments(
 ) -> Mapping[str, Moments]:
     """Return the moments of layers over samples, at the labels of the data.
 
-    `loss` gives the mean loss of a batch. Inputs are summed over the places of a sample, gradients averaged
+    `loss` gives the mean loss of a batch. Inputs are averaged over the places of a sample, gradients summed
     over them, both averaged over samples: their product is the Fisher matrix if the two are independent
     (Grosse and Martens 2016). One forward and one backward pass.
 
@@ -137,12 +127,12 @@ def moments(
 
     def told(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         rows = inputs_of(module, x.detach()).double()
-        gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows / samples
+        places = max(len(rows) // scale, 1)
+        gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows / samples / places
 
         def gradient(g: Tensor) -> None:
             flat = outputs_of(g.detach(), module).double() * scale
-            places = max(flat.shape[0] // scale, 1)
-            outputs[name] = outputs.get(name, torch.zeros(())) + flat.T @ flat / samples / places
+            outputs[name] = outputs.get(name, torch.zeros(())) + flat.T @ flat / samples
 
         y.register_hook(gradient)  # type: ignore[no-untyped-call]
 
@@ -188,9 +178,39 @@ def regression(
             with torch.no_grad(), kept(network), evaluation_mode(network), watching(network, [name], told):
                 forward(network, batch.inputs)
         half = len(seen) // 2
+        if not half:
+            raise ArgumentError("model", f"{name} did not run", "name the groups that it reads in ignore")
         before, now = torch.cat(seen[:half]), torch.cat(seen[half:])
         total[0] = total[0] + now.T @ now
         total[1] = total[1] + before.T @ now
         count += len(now)
     gram, cross = (entry.cpu().numpy() / count for entry in total)
     return gram, cross
+
+
+def fitted(
+    model: nn.Module, work: nn.Module, name: str, batches: Sequence[Batch], damping: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return the weights and bias with which a layer of `work` gives what it gave in `model`, (out, p + 1).
+
+    And the matrix of that least-squares problem, (p + 1, p + 1). Inputs whose weights are all zero stay out
+    of it. `damping` times the mean diagonal draws the others to where they are.
+    """
+    gram, cross = regression(model, work, name, batches)
+    wanted, now = affine(model.get_submodule(name)), affine(work.get_submodule(name))
+    idle = ~np.append(np.abs(now[:, :-1]).any(0), True)
+    level = damping * float(np.trace(gram)) / len(gram)
+    gram[idle], gram[:, idle] = 0.0, 0.0
+    system = gram + (level if level > 0.0 else 1e-12) * np.eye(len(gram))
+    right = wanted @ cross + level * now
+    right[:, idle] = 0.0
+    return np.asarray(np.linalg.solve(system, right.T).T), system
+
+
+def write_affine(module: nn.Module, values: FloatArray) -> None:
+    """Write weight and bias (out, p + 1) into a layer, which gets a bias if it has none."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        weight.copy_(torch.from_numpy(values[:, :-1]).reshape(weight.shape))
+        module.bias = nn.Parameter(torch.from_numpy(values[:, -1]).to(weight))

@@ -292,7 +292,7 @@ class _Removal:
             for module, own in owners[id(tensor)]:
                 setattr(module, own, smaller)
         for path, module in list(self.model.named_modules()):
-            _restate(module, old.get(f"{path}.weight".lstrip(".")))
+            restate(module, old.get(f"{path}.weight".lstrip(".")))
             for name, size in stated.get(path, {}).items():
                 setattr(module, name, size)
         self._replace_attention(old)
@@ -396,7 +396,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def _restate(module: nn.Module, old: Sequence[int] | None) -> None:
+def restate(module: nn.Module, old: Sequence[int] | None) -> None:
     """Let a layer of torch say the sizes that its weight has."""
     weight = getattr(module, "weight", None)
     if old is None or not isinstance(weight, Tensor) or tuple(weight.shape) == tuple(old):

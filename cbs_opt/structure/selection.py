@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 
 from formulations.problem import BlockProblem
 from formulations.support import Groups
@@ -41,7 +42,7 @@ class Reader:
     outputs : (out, out) float64 array
         The matrix B.
     columns : (n_groups, k) int64 array
-        What each group owns of the inputs.
+        What each group owns of the inputs; what none owns always stays.
     """
 
     weight: FloatArray
@@ -122,18 +123,18 @@ class GroupProgram:
 
         Raises what `BlockProblem` raises if a matrix is singular to rounding.
         """
-        sizes = [reader.weight.size for reader in self.readers]
-        hessian = np.zeros((sum(sizes), sum(sizes)))
-        labels, start = [], 0
-        for reader, size in zip(self.readers, sizes, strict=True):
-            hessian[start : start + size, start : start + size] = np.kron(reader.outputs, reader.gram)
+        hessians, labels, weights = [], [], []
+        for reader, inverse in zip(self.readers, self._inverse, strict=True):
+            # Columns of no group (a bias, channels of another set) follow as they like: what is left of G.
+            owned = np.sort(reader.columns.reshape(-1))
+            hessians.append(np.kron(reader.outputs, np.linalg.inv(inverse[np.ix_(owned, owned)])))
             group_of = np.empty(reader.weight.shape[1], dtype=np.int64)
             group_of[reader.columns] = np.arange(self.n_groups)[:, None]
-            labels.append(np.tile(group_of, len(reader.weight)))
-            start += size
-        weights = np.concatenate([reader.weight.reshape(-1) for reader in self.readers])
+            labels.append(np.tile(group_of[owned], len(reader.weight)))
+            weights.append(reader.weight[:, owned].reshape(-1))
         support = Groups(np.concatenate(labels), n_keep)
-        return BlockProblem(weights=weights, hessian=hessian, support=support, name=name)
+        hessian = block_diag(*hessians)
+        return BlockProblem(weights=np.concatenate(weights), hessian=hessian, support=support, name=name)
 
 
 class _State:

@@ -56,7 +56,12 @@ class Widths:
 
 
 def choose_widths(
-    errors: Mapping[str, ArrayLike], costs: Sequence[Cost], budget: float, *, fixed: float = 0.0
+    errors: Mapping[str, ArrayLike],
+    costs: Sequence[Cost],
+    budget: float,
+    *,
+    fixed: float = 0.0,
+    argument: str = "budget",
 ) -> Widths:
     """Return the choice of least error within a budget, with a bound; HiGHS proves it.
 
@@ -68,6 +73,9 @@ def choose_widths(
         What layers cost, in milliseconds, operations or anything that adds up.
     budget : float
         What all of them may cost together with `fixed`.
+    fixed : float, default 0
+    argument : str, default "budget"
+        What messages call the budget.
 
     Raises
     ------
@@ -81,7 +89,7 @@ def choose_widths(
     """
     curves = {name: _curve(name, values) for name, values in errors.items()}
     tables = [_checked(entry, curves) for entry in costs]
-    finite_number("budget", budget)
+    finite_number(argument, budget)
     start = {name: place for name, place in zip(curves, _starts(curves.values()), strict=True)}
     singles = sum(curve.size for curve in curves.values())
     pairs = [entry for entry in tables if len(entry.sets) == 2]
@@ -125,7 +133,7 @@ def choose_widths(
     if result.x is None:
         least = fixed + _cheapest(price, exact, whole, unit)
         found = f"{budget:g}, and the cheapest choice costs {least:g}"
-        raise ArgumentError("budget", found, "allow that much, or offer smaller widths")
+        raise ArgumentError(argument, found, "allow that much, or offer smaller widths")
     choice = {
         name: int(np.argmax(result.x[start[name] : start[name] + curve.size]))
         for name, curve in curves.items()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from cbs_opt.network.evaluation import evaluate
 from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
 from tests.cbs_opt.structure.networks import built
 
-FEW = cbs.GroupRecipe(samples=60)
+FEW = cbs.GroupRecipe(samples=60, steps=0)
 
 
 def data(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ def test_copies_of_neurons_are_taken_out_without_loss() -> None:
         model[0].weight[6:] = model[0].weight[:6]
         model[0].bias[6:] = model[0].bias[:6]
     x = torch.randn(60, 7)
-    recipe = cbs.GroupRecipe(samples=60, damping=1e-7)
+    recipe = cbs.GroupRecipe(samples=60, damping=1e-7, steps=0)
     small, report = cbs.prune_groups(model, data(x), keep={"0": 0.5}, recipe=recipe)
     with torch.no_grad():
         assert torch.allclose(small(x), model(x), atol=1e-3)
@@ -70,7 +72,7 @@ def test_operations_are_within_the_budget_and_the_choice_is_proved() -> None:
 
 def test_branch_and_bound_proves_a_small_layer() -> None:
     model, _ = built("mlp")
-    recipe = cbs.GroupRecipe(samples=60, exact_seconds=30.0, refit=False)
+    recipe = cbs.GroupRecipe(samples=60, exact_seconds=30.0, steps=0)
     _, report = cbs.prune_groups(model, data(torch.randn(60, 7)), keep={"2": 0.5}, recipe=recipe)
     (choice,) = report.choices.values()
     assert choice.bound is not None
@@ -97,8 +99,11 @@ def test_a_set_with_an_ignored_layer_is_left_whole_and_noted() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({}, ArgumentError, "keep, flops: neither given"),
-        ({"keep": 0.5, "flops": 0.5}, ArgumentError, "keep, flops: both given"),
+        ({}, ArgumentError, "keep, flops, milliseconds: none given"),
+        ({"keep": 0.5, "flops": 0.5}, ArgumentError, "milliseconds: keep and flops given"),
+        ({"milliseconds": 1.0}, ArgumentError, "milliseconds: without latency"),
+        ({"keep": 0.5, "latency": 1.0}, ArgumentError, "latency: given without milliseconds"),
+        ({"milliseconds": 1.0, "latency": 1.0}, ArgumentError, "latency: a float"),
         ({"keep": 1.5}, ArgumentError, "keep: 1.5"),
         ({"keep": {"4": 0.5}}, UnmatchedPatternError, "'4' matches no groups; choose among 0, 2"),
         ({"keep": 0.5, "ignore": "x*"}, UnmatchedPatternError, "'x\\*' matches no layer"),
@@ -132,51 +137,103 @@ def test_a_reader_that_is_no_plain_layer_is_named() -> None:
         cbs.prune_groups(model, data(torch.randn(60, 3, 5, 5)), keep=0.5, recipe=FEW)
 
 
-def test_heads_of_torch_are_refused_with_a_remedy_that_works() -> None:
-    model, _ = built("transformer")
-    samples = torch.randn(60, 5, 24)
-    targets = torch.randn(60, 5, 24)
-    options: dict[str, Any] = {"keep": 0.5, "recipe": FEW, "loss_fn": torch.nn.functional.mse_loss}
-    with pytest.raises(UnsupportedProblemError, match=r"layers\.0\.self_attn\.out_proj") as raised:
-        cbs.prune_groups(model, (samples, targets), **options)
-    owners = ["layers.0.self_attn", "layers.1.self_attn"]
-    assert f"ignore={owners}" in str(raised.value)
-    small, report = cbs.prune_groups(model, (samples, targets), ignore=owners, **options)
-    assert small.layers[1].linear2.weight.shape == (24, 20)
-    assert small.layers[1].self_attn.out_proj.weight.equal(model.layers[1].self_attn.out_proj.weight)
-    assert len(report.notes) == 2
-    # The refit reaches layers that a fast path would hide.
-    kept = report.shrinkage.keep["layers.1.linear1"]
-    assert not small.layers[1].linear2.bias.equal(model.layers[1].linear2.bias)
-    assert kept.sum() == 20
-
-
-def layer_errors(model: nn.Module, small: nn.Module, x: Tensor) -> list[float]:
-    """The squared error of what each layer but the first gives, before and after."""
-    errors = []
+@pytest.mark.parametrize("name", ["transformer", "packed"])
+def test_heads_are_chosen_by_what_reads_them(name: str) -> None:
+    """Heads that the output projection hardly reads go, and what is left gives nearly the same."""
+    model, _ = built(name)
+    made = {"transformer": "layers.1.self_attn.out_proj", "packed": "out"}[name]
+    head = {"transformer": "layers.1.self_attn", "packed": "qkv"}[name]
     with torch.no_grad():
-        for end in (3, 5):
-            errors.append(float((model[:end](x) - small[:end](x)).square().mean()))
-    return errors
+        model.get_submodule(made).weight[:, 6:18] *= 1e-4
+    x = torch.randn(60, 5, 24)
+    with torch.no_grad():
+        y = model(x) + 0.1 * torch.randn(60, 5, 1)
+    recipe = replace(FEW, damping=1e-6)
+    options: dict[str, Any] = {"recipe": recipe, "loss_fn": torch.nn.functional.mse_loss}
+    small, report = cbs.prune_groups(model, (x, y), keep={head: 0.5}, **options)
+    assert report.shrinkage.keep[head].tolist() == [True, False, False, True]
+    with torch.no_grad():
+        assert float((small(x) - model(x)).abs().max()) < 0.1 * float(model(x).std())
+    layer = small.get_submodule(made)
+    assert layer.weight.shape == (24, 12)
+    assert report.shrinkage.parameters[1] < report.shrinkage.parameters[0]
 
 
-def test_refitting_brings_the_last_layer_nearer_to_what_it_gave() -> None:
+def test_heads_and_neurons_of_a_transformer_are_cut_together() -> None:
+    model, _ = built("transformer")
+    x = torch.randn(60, 5, 24)
+    options: dict[str, Any] = {"recipe": FEW, "loss_fn": torch.nn.functional.mse_loss}
+    small, report = cbs.prune_groups(model, (x, torch.randn(60, 5, 24)), keep=0.5, **options)
+    assert {(part.n_keep, part.n_groups) for part in report.choices.values()} == {(2, 4), (20, 40)}
+    assert small.layers[0].self_attn.num_heads == 2
+    # The fit reaches layers that a fast path would hide.
+    assert not small.layers[1].linear2.bias.equal(model.layers[1].linear2.bias)
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_heads_that_read_more_than_their_inputs_stay_whole(option: str) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 40, batch_first=True), 1).eval()
+    model.layers[0].self_attn = nn.MultiheadAttention(24, 4, batch_first=True, **{option: True}).eval()
+    x = torch.randn(60, 5, 24)
+    options: dict[str, Any] = {"recipe": FEW, "loss_fn": torch.nn.functional.mse_loss}
+    small, report = cbs.prune_groups(model, (x, torch.randn(60, 5, 24)), keep=0.5, **options)
+    assert list(report.choices) == ["layers.0.linear1"]
+    assert small.layers[0].linear2.weight.shape == (24, 20)
+    assert type(small.layers[0].self_attn) is nn.MultiheadAttention
+
+
+def test_layers_are_chosen_on_inputs_of_the_network_as_pruned_so_far() -> None:
+    """The second set is chosen by what the first one left: the same by a program written out here."""
     model, _ = built("mlp")
-    x = torch.randn(300, 7)
-    errors = []
-    for refit in (False, True):
-        recipe = cbs.GroupRecipe(samples=300, refit=refit, damping=1e-6)
-        small, _ = cbs.prune_groups(model, data(x), keep={"0": 0.5}, recipe=recipe)
-        errors.append(layer_errors(model, small, x))
-    moved, refitted = errors
-    assert refitted[0] < 0.98 * moved[0]
-    assert refitted[1] < 0.98 * moved[1]
+    x, damping = torch.randn(300, 7), 1e-3
+    recipe = cbs.GroupRecipe(samples=300, metric="outputs", damping=damping, steps=0)
+    samples = data(x)
+    first, _ = cbs.prune_groups(model, samples, keep={"0": 0.5}, recipe=recipe)
+    _, report = cbs.prune_groups(model, samples, keep=0.5, recipe=recipe)
+    with torch.no_grad():
+        now, wanted = first[:4](x).double().numpy(), model(x).double().numpy()
+    rows = np.c_[now, np.ones(300)]
+    gram = rows.T @ rows / 300
+    dense = np.c_[model[4].weight.detach().numpy(), model[4].bias.detach().numpy()].astype(float)
+    level = damping * np.trace(gram) / len(gram)
+    system = gram + level * np.eye(len(gram))
+    right = wanted.T @ rows / 300 + level * dense
+
+    def loss(kept: tuple[int, ...]) -> float:
+        """The least value of the damped squared error over weights on `kept` and a bias."""
+        places = [*kept, 9]
+        best = np.linalg.solve(system[np.ix_(places, places)], right[:, places].T)
+        return -0.5 * float(np.sum(right[:, places].T * best))
+
+    losses = sorted(loss(kept) for kept in combinations(range(9), 4))
+    chosen = loss(tuple(np.flatnonzero(report.shrinkage.keep["2"])))
+    everything = loss(tuple(range(9)))
+    assert report.choices["2"].loss == pytest.approx(chosen - everything, rel=2e-2)
+    assert chosen - everything <= 1.1 * (losses[0] - everything)
+
+
+def test_steps_lower_the_loss_on_samples_set_aside_and_leave_ignored_layers() -> None:
+    model, _ = built("mlp")
+    x = torch.randn(600, 7)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    recipe = cbs.GroupRecipe(samples=300, step_samples=600, steps=2)
+    fitted, _ = cbs.prune_groups(model, (x, y), keep=0.5, recipe=replace(recipe, steps=0))
+    small, report = cbs.prune_groups(model, (x, y), keep=0.5, recipe=recipe)
+    assert report.refined is not None
+    assert all(after < before for before, after in pairwise(report.refined.losses))
+    assert evaluate(small, (x, y)).loss < evaluate(fitted, (x, y)).loss
+    assert "Newton step" in report.summary()
+    small, _ = cbs.prune_groups(model, (x, y), keep={"0": 0.5}, ignore="4", recipe=recipe)
+    assert small[4].weight.equal(model[4].weight)
+    assert not small[2].weight.equal(model[2].weight[:, report.shrinkage.keep["0"]])
 
 
 def test_a_refitted_layer_is_the_least_squares_solution() -> None:
     model, _ = built("mlp")
     x = torch.randn(300, 7)
-    recipe = cbs.GroupRecipe(samples=300, damping=1e-9)
+    recipe = cbs.GroupRecipe(samples=300, damping=1e-9, steps=0)
     small, _ = cbs.prune_groups(model, data(x), keep={"2": 0.5}, recipe=recipe)
     with torch.no_grad():
         rows = torch.cat([small[:4](x), torch.ones(300, 1)], 1).double()
@@ -200,6 +257,8 @@ def test_a_recipe_is_checked() -> None:
         {"samples": 1},
         {"damping": 0.0},
         {"swaps": -1},
+        {"steps": -1},
+        {"step_samples": 1},
         {"exact_seconds": -1.0},
     ):
         with pytest.raises(ArgumentError, match="recipe"):

@@ -14,18 +14,18 @@ from formulations.errors import ArgumentError
 
 
 def program(seed: int = 0, n_groups: int = 6) -> GroupProgram:
-    """Two readers of the same groups, with two inputs a group and with one."""
+    """Two readers of the same groups, of two inputs and of one; the first has inputs of no group."""
     rng = np.random.default_rng(seed)
     readers = []
-    for outputs, k in ((3, 2), (4, 1)):
-        p = n_groups * k
+    for outputs, k, others in ((3, 2, 2), (4, 1, 0)):
+        p = n_groups * k + others
         x, g = rng.normal(size=(40, p)) @ rng.normal(size=(p, p)), rng.normal(size=(30, outputs))
         readers.append(
             Reader(
                 weight=rng.normal(size=(outputs, p)),
                 gram=x.T @ x / 40 + 0.1 * np.eye(p),
                 outputs=g.T @ g / 30,
-                columns=np.arange(p).reshape(n_groups, k),
+                columns=others // 2 + np.arange(n_groups * k).reshape(n_groups, k),
             )
         )
     return GroupProgram(readers)

@@ -1,0 +1,151 @@
+"""Newton steps of what is left: the move that `prune` makes, for a network that lost groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.curvature.fisher import gradient_rows, mean_gradient
+from cbs_opt.curvature.kinds import EmpiricalFisher, Fisher, SketchedFisher
+from cbs_opt.errors import EmptyDataError, NoBatchNormError, NoEligibleWeightsError
+from cbs_opt.hessian.block import FisherBlock
+from cbs_opt.hessian.products import column_squares
+from cbs_opt.hessian.rows import RowsHessian
+from cbs_opt.network.batchnorm import recalibrate_batchnorm
+from cbs_opt.network.data import Batch
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.objective import Objective
+from cbs_opt.network.partition import Partition
+from cbs_opt.network.trial import TrialNetwork, write_back
+from cbs_opt.update.cbs import cbs_updates
+
+ROWS = 512
+"""Gradient rows of a step at most."""
+ROW_SAMPLES = 2048
+"""Samples that they are made of at most; the gradient is that of all."""
+JUDGES = 8
+"""One sample of so many is set aside, and says which step is taken."""
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+"""Dampings that are tried, in multiples of the mean diagonal of the Fisher matrix."""
+SCALES = (1.0, 0.5)
+"""Shares of a step that are tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """What the steps did: losses on samples set aside, before and after each that was taken."""
+
+    losses: tuple[float, ...]
+    samples: int
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        steps = len(self.losses) - 1
+        found = f"{self.losses[0]:.4g} -> {self.losses[-1]:.4g} on samples set aside"
+        return f"{steps} Newton step{'' if steps == 1 else 's'} on {self.samples} samples: loss {found}"
+
+
+def refine(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    steps: int,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+) -> Refined | None:
+    """Move the weights of a network by damped Newton steps, in place, as long as they gain.
+
+    A step is ``-(R^T R + damping I)^-1 g`` over all weights together: R are Gauss-Newton rows of the loss
+    where its form is known, and gradients of samples elsewhere; g is the gradient. Of several dampings and
+    lengths that of the lowest loss on samples set aside is taken, none if all are worse than before.
+
+    `ignore` names layers by globs. Returns None if there is no weight that may move, or one batch alone.
+    Time: two passes forward and backward over the samples for each step, and O(ROWS^2 n).
+    """
+    globs = [f"{glob}.*" for glob in ignore]
+    fixed = [name for name, _ in model.named_parameters() if any(fnmatchcase(name, glob) for glob in globs)]
+    try:
+        partition = Partition.from_model(model, ignore=fixed, blocks="global")
+    except NoEligibleWeightsError:
+        return None
+    judges, own = list(batches[::JUDGES]), [batch for n, batch in enumerate(batches) if n % JUDGES]
+    if not own:
+        return None
+    samples = sum(batch.size for batch in own)
+    weights = partition.flatten(model).double()
+    losses = [evaluate(model, judges, objective).loss]
+    losses += _recalibrated(model, own, judges, objective, losses[0])
+    for step in range(steps):
+        best: Tensor | None = None
+        least = losses[-1]
+        for moved in _steps(model, partition, own, objective, samples, seed + step):
+            loss = evaluate(TrialNetwork(model, partition, moved), judges, objective).loss
+            if loss < least:
+                best, least = moved, loss
+        if best is None:
+            break
+        weights = best
+        losses.append(least)
+        write_back(model, partition, weights)
+    return Refined(losses=tuple(losses), samples=samples)
+
+
+def _recalibrated(
+    model: nn.Module, own: Sequence[Batch], judges: Sequence[Batch], objective: Objective, before: float
+) -> list[float]:
+    """Estimate batch-norm statistics anew where that gains; return the loss that it leads to, if it does."""
+    old = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        recalibrate_batchnorm(model, own)
+    except (NoBatchNormError, EmptyDataError):
+        # Nothing to estimate, or a single sample to do it from.
+        return []
+    after = evaluate(model, judges, objective).loss
+    if after < before:
+        return [after]
+    for buffer, values in old:
+        buffer.copy_(values)
+    return []
+
+
+def _steps(
+    model: nn.Module,
+    partition: Partition,
+    batches: Sequence[Batch],
+    objective: Objective,
+    samples: int,
+    seed: int,
+) -> list[Tensor]:
+    """Return the weights after each of the steps that are tried, (n,) float64."""
+    weights = partition.flatten(model)
+    seen = min(samples, ROW_SAMPLES)
+    per_row = -(-seen // ROWS)
+    kind: Fisher = EmpiricalFisher(samples=seen, per_row=per_row)
+    if objective.output_hessian is not None:
+        kind = SketchedFisher(samples=seen, per_row=per_row)
+    rows = gradient_rows(
+        model,
+        batches,
+        objective,
+        partition,
+        curvature=kind,
+        seed=seed,
+        progress=False,
+        gradient=False,
+    )
+    gradient, _ = mean_gradient(model, batches, objective, partition, samples=samples, progress=False)
+    with rows:
+        data = rows.block(0, partition.n)
+        unit = float(column_squares(data).mean())
+        block = FisherBlock(
+            name="what is left", weights=weights, hessian=RowsHessian(data), gradient=gradient
+        )
+        keep = torch.ones(partition.n, dtype=torch.bool, device=weights.device)
+        targets = cbs_updates(block, keep, [share * unit for share in DAMPINGS])
+    start = weights.double()
+    return [start + scale * (target - start) for target in targets for scale in SCALES]
