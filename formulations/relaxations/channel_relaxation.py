@@ -3,13 +3,13 @@
 The split is made channel by channel (`channel_splits`), so that nothing larger than a channel is factorised.
 ADMM solves the relaxation in the metric ``D + sigma diag(C)``, in which the quadratic step is a solve with
 ``H + sigma diag(C)``: its factors (`channel_system`) do not depend on the split, which can change between any
-two steps. The search is in single precision; what it finds is a certificate, recomputed in float64.
+two steps. What is found is a certificate, and proved once more by whoever checks it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +36,8 @@ STEPS_A_ROUND = 8
 """ADMM steps between two changes of the split."""
 ROUNDS = 24
 """Changes of the split at most."""
+BARRIER, FALL, LEAST_BARRIER = 0.1, 0.85, 0.01
+"""Weight of the barrier at first, its fall from one change to the next, and where that ends."""
 ROUND_GAIN, ROUND_PATIENCE = 0.01, 3
 """Share of the open gap that a round has to close, and idle rounds in a row that end the changes."""
 LAST_STEPS = 120
@@ -127,7 +129,8 @@ class JointChannels:
                 break
             low, high = np.where(excess < 0.0, rate, low), np.where(excess > 0.0, rate, high)
             grown = np.bincount(cell, np.where((raw > 0.0) & (raw < 1.0), slope, 0.0), count)
-            newton = rate - excess / np.maximum(grown, tiny)
+            with np.errstate(over="ignore"):
+                newton = rate - excess / np.maximum(grown, tiny)
             middle = np.where(np.isfinite(high), 0.5 * (low + high), 2.0 * rate)
             inside = (newton > low) & (newton < high) & (newton < 1e3 * rate)
             rate = np.minimum(np.where(inside, newton, middle), 1e300)
@@ -209,23 +212,6 @@ class SelectionChannels:
         return CappedSimplexCertificate(subject=subject, point=y, shift=shift, **shape)
 
 
-@dataclass
-class _Iterate:
-    """Where ADMM stands: the shrunk point and the multiplier, which is in units of ``Q x``."""
-
-    shrunk: FloatArray
-    multiplier: FloatArray
-
-
-@dataclass
-class _Best:
-    """The best bound, as single precision has it, and what proves it."""
-
-    bound: float
-    point: FloatArray
-    split: FloatArray
-
-
 def relax_by_channels(
     problem: BlockProblem, pool: IncumbentPool, stop: StopRule, *, improve_split: bool = True
 ) -> tuple[ChannelCertificate, BoolArray]:
@@ -255,28 +241,80 @@ def relax_by_channels(
         found = f"{problem.damping:g} with a channel that is singular, so that there is no split"
         raise NotPositiveDefiniteError("damping", found, "use damping > 0")
     system = ShiftedChannels(problem, 0.0 if program.scaled_metric else SIGMA)
-    state = _first_iterate(problem, program, splits.value, pool)
-    best = _Best(-math.inf, state.shrunk, splits.value.copy())
-    _steps(program, system, splits.value, state, best, stop)
-    idle, rounds = 0, ROUNDS if improve_split and splits.feasible else 0
-    for _ in range(rounds):
-        if best.bound >= stop.cutoff or idle >= ROUND_PATIENCE or _ended(stop):
-            break
-        before, gap = best.bound, _open(best.bound, stop.cutoff)
-        splits.improve(program.slopes(state.shrunk), gap, stop.out_of_time)
-        _steps(program, system, splits.value, state, best, stop)
-        idle = idle + 1 if best.bound - before < ROUND_GAIN * gap else 0
-    idle = 0
-    for _ in range(LAST_STEPS // STEPS_A_ROUND):
-        if best.bound >= stop.cutoff or idle >= LAST_PATIENCE or _ended(stop):
-            break
-        before, gap = best.bound, _open(best.bound, stop.cutoff)
-        _steps(program, system, splits.value, state, best, stop)
-        idle = idle + 1 if best.bound - before < LAST_GAIN * gap else 0
-    split = splits.proved(best.split)
-    product = problem.hessian_product(best.point) - split * best.point
-    keep = program.rounded(best.point, product, split)
-    return program.certificate(best.point, split), keep
+    search = _Search(program, system, splits, _first_iterate(problem, program, splits.value, pool), stop)
+    search.steps()
+    if improve_split and splits.feasible:
+        search.rounds(ROUNDS, ROUND_GAIN, ROUND_PATIENCE, change=True)
+    search.rounds(LAST_STEPS // STEPS_A_ROUND, LAST_GAIN, LAST_PATIENCE, change=False)
+    split = splits.proved(search.split)
+    product = problem.hessian_product(search.point) - split * search.point
+    keep = program.rounded(search.point, product, split)
+    return program.certificate(search.point, split), keep
+
+
+class _Search:
+    """ADMM between changes of the split.
+
+    Attributes
+    ----------
+    bound : float
+        The best so far.
+    point, split : (n,) float64 arrays
+        What proves it, but for the rounding of the split.
+    """
+
+    def __init__(
+        self,
+        program: ChannelProgram,
+        system: ShiftedChannels,
+        splits: ChannelSplits,
+        start: tuple[FloatArray, FloatArray],
+        stop: StopRule,
+    ) -> None:
+        self.program, self.system, self.splits, self.stop = program, system, splits, stop
+        # The multiplier is in units of `Q x`.
+        self._shrunk, self._multiplier = start
+        self._barrier = BARRIER
+        self.bound, self.point, self.split = -math.inf, self._shrunk, splits.value.copy()
+
+    def rounds(self, most: int, gain: float, patience: int, *, change: bool) -> None:
+        """Change the split, if asked to, and make steps, until rounds in a row close too little."""
+        idle = 0
+        for _ in range(most):
+            if self.bound >= self.stop.cutoff or idle >= patience or self._ended():
+                break
+            before, gap = self.bound, _open(self.bound, self.stop.cutoff)
+            if change:
+                slopes = self.program.slopes(self._shrunk)
+                self.splits.improve(slopes, gap, self._barrier, self.stop.out_of_time)
+                self._barrier = max(LEAST_BARRIER, FALL * self._barrier)
+            self.steps()
+            idle = idle + 1 if self.bound - before < gain * gap else 0
+
+    def _ended(self) -> bool:
+        """Whether a limit has been reached, which `stop` then says."""
+        return self.stop.out_of_time() or self.stop.out_of_steps()
+
+    def steps(self) -> None:
+        """Make `STEPS_A_ROUND` over-relaxed steps of ADMM."""
+        program, split, linear = self.program, self.splits.value, self.program.linear
+        metric = split + self.system.shift
+        # Inputs that are always 0 have no curvature where there is no damping either.
+        metric = np.maximum(metric, LEAST_METRIC * float(metric.max()))
+        for _ in range(STEPS_A_ROUND):
+            if self._ended():
+                return
+            self.stop.steps += 1
+            right = linear + metric * self._shrunk - self._multiplier
+            solved = self.system.solve(right)
+            product = right - metric * solved
+            value = program.bound(solved, product, split)
+            if value > self.bound:
+                self.bound, self.point, self.split = value, solved, split.copy()
+            relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * self._shrunk
+            target = relaxed + self._multiplier / metric
+            self._shrunk = program.shrink(target, split, metric)
+            self._multiplier = metric * (target - self._shrunk)
 
 
 def _open(bound: float, cutoff: float) -> float:
@@ -285,46 +323,12 @@ def _open(bound: float, cutoff: float) -> float:
     return max(gap, 1e-12 * abs(bound), np.finfo(np.float64).tiny)
 
 
-def _ended(stop: StopRule) -> bool:
-    """Whether a limit has been reached, which `stop` then says."""
-    return stop.out_of_time() or stop.out_of_steps()
-
-
 def _first_iterate(
     problem: BlockProblem, program: ChannelProgram, split: FloatArray, pool: IncumbentPool
-) -> _Iterate:
-    """Return the best known set's point and its multiplier, or zero and none."""
+) -> tuple[FloatArray, FloatArray]:
+    """Return the best known set's point and its multiplier, or zero and that of zero."""
     x = np.zeros(problem.n)
     if pool.keep is not None:
         new = solved_weights(problem, pool.keep, pool.program)
         x = new if pool.program == "joint" else problem.weights - new
-    product = problem.hessian_product(x) - split * x
-    return _Iterate(x, program.linear - product)
-
-
-def _steps(
-    program: ChannelProgram,
-    system: ShiftedChannels,
-    split: FloatArray,
-    state: _Iterate,
-    best: _Best,
-    stop: StopRule,
-) -> None:
-    """Make `STEPS_A_ROUND` over-relaxed steps of ADMM, in place."""
-    metric = split + system.shift
-    # Inputs that are always 0 have no curvature where there is no damping either.
-    metric = np.maximum(metric, LEAST_METRIC * float(metric.max()))
-    for _ in range(STEPS_A_ROUND):
-        if _ended(stop):
-            return
-        stop.steps += 1
-        right = program.linear + metric * state.shrunk - state.multiplier
-        solved = system.solve(right)
-        product = right - metric * solved
-        value = program.bound(solved, product, split)
-        if value > best.bound:
-            best.bound, best.point, best.split = value, solved, split.copy()
-        relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * state.shrunk
-        target = relaxed + state.multiplier / metric
-        state.shrunk = program.shrink(target, split, metric)
-        state.multiplier = metric * (target - state.shrunk)
+    return x, program.linear - (problem.hessian_product(x) - split * x)

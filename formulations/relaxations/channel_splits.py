@@ -8,14 +8,17 @@ single precision, channel by channel. What a certificate uses is factorised agai
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cholesky
 from scipy.linalg.lapack import spotrf, spotri, spotrs
 
 from formulations.problem import BlockProblem, FloatArray
 from formulations.relaxations.certified import column_norms, definiteness_margin
-from formulations.relaxations.channel_system import Alike, SingleArray, alike, unit_matrix
+from formulations.relaxations.channel_system import Alike, alike, unit_matrix
 from formulations.relaxations.diagonal_split import INTERIOR_SHARE
 from formulations.solution import Stopped
+
+SingleArray = NDArray[np.float32]
 
 MOST_WORK = 2e12
 """Cubes of the orders of all channels, above which channels that differ by a factor share one split."""
@@ -64,7 +67,7 @@ class ChannelSplits:
         """Whether there is a positive split."""
         return bool((self.start > 0.0).all())
 
-    def improve(self, slopes: FloatArray, gap: float, stopped: Stopped) -> None:
+    def improve(self, slopes: FloatArray, gap: float, barrier: float, stopped: Stopped) -> None:
         """Make a Newton step for every channel.
 
         Parameters
@@ -72,11 +75,14 @@ class ChannelSplits:
         slopes : (n,) float64 array
             Supergradient of the bound in the split, non-negative.
         gap : float
-            What is open, in units of the loss; it sets the weight of the barrier.
+            What is open, in units of the loss.
+        barrier : float
+            Weight of the barrier, relative to an even part of the gap: at its centre the split is within
+            ``2 barrier gap`` of the best one for these slopes.
         stopped : callable
             Asked between channels whether the time is over.
         """
-        weight = 0.1 * gap / self.problem.n
+        weight = barrier * gap / self.problem.n
         wanted = LEAST_GAIN * gap / max(len(self.groups), 1)
         for number, group in enumerate(self.groups):
             if self._rest[number]:
