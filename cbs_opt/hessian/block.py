@@ -87,8 +87,8 @@ class FisherBlock:
         Tensors are converted to float64 once; contiguous float64 tensors on the CPU are shared, not copied,
         so do not write to them while the problem is in use. With a channel term the Hessian is formed,
         O(m n^2): `UnsupportedProblemError` if the block is too large for that, unless `by_channels` allows
-        the problem to have the term beside its rows, which only `formulations.lower_bound` and `verify` take
-        at any size.
+        the problem of a block of more than 600 weights to have the term beside its rows, which only
+        `formulations.lower_bound` and `verify` take at any size.
         """
         parts = self.hessian.parts() if by_channels else None
         plain = self.hessian.plain(f"block {self.name!r} as one problem") if parts is None else parts[0]

@@ -26,6 +26,7 @@ from cbs_opt.hessian.dense import DenseHessian
 from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
 from cbs_opt.hessian.products import adjoint_image, damped, factorise, image, solved
 from formulations.errors import ShapeError, UnsupportedProblemError
+from formulations.relaxations.tightening import SPLIT_LARGEST
 
 DENSE_LIMIT = 4_096
 """Largest block whose whole Hessian is formed because of its term over channels."""
@@ -85,7 +86,7 @@ class ChannelHessian(Hessian):
         return DenseHessian(self.dense())
 
     def parts(self) -> tuple[PlainHessian, ChannelTerm] | None:
-        return (self.base, self.channels) if self.n > DENSE_LIMIT and self.base.by_rows else None
+        return (self.base, self.channels) if self.n > SPLIT_LARGEST and self.base.by_rows else None
 
     def without_channels(self) -> Hessian:
         return self.base

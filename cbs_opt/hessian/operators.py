@@ -71,7 +71,7 @@ class Hessian(ABC):
         """
 
     def parts(self) -> tuple[PlainHessian, ChannelTerm] | None:
-        """Return rows and the term over channels, where A is their sum and too large to be formed."""
+        """Return rows and the term over channels, where A is their sum and is bounded channel by channel."""
         return None
 
     @abstractmethod

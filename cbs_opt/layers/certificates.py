@@ -26,7 +26,7 @@ from formulations.files import read_container, write_container
 from formulations.instances import read_solution, write_solution
 from formulations.loss import objective, solved_weights
 from formulations.problem import BlockProblem, BoolArray, FloatArray
-from formulations.relaxations import lower_bound
+from formulations.relaxations import lower_bounds
 from formulations.solution import BlockSolution, Limit, Limits, stated_support
 from formulations.support import Support, support_from_json
 from formulations.verification import verify
@@ -159,12 +159,17 @@ def bound_rows(
     hessian = program.hessian.values.cpu().numpy()
     before, after = (part[rows].double().cpu().numpy() for part in (program.weights, weights))
     sets: BoolArray = keep[rows].cpu().numpy()
+    hessian.flags.writeable = False
     losses, bounds = [], []
     supports = [program.support.of_row(int(kept.sum())) for kept in sets]
+    problems = [
+        BlockProblem(weights=before[at], hessian=hessian, support=support)
+        for at, support in enumerate(supports)
+    ]
     folder = None if sample.evidence_dir is None else Path(sample.evidence_dir)
+    results = _bounded(problems, sets, sample.time_limit)
     for at, row in enumerate(rows.tolist()):
-        problem = BlockProblem(weights=before[at], hessian=hessian, support=supports[at])
-        result = _bounded(problem, sets[at], sample.time_limit)
+        problem, result = problems[at], results[at]
         loss, bound = _relative(problem, after[at], result.bound)
         losses.append(loss)
         bounds.append(bound)
@@ -270,22 +275,26 @@ def _certificate_path(folder: Path, stem: str, row: int) -> Path:
     return folder / f"{stem}_row_{row:06d}.certificate.npz"
 
 
-def _bounded(problem: BlockProblem, keep: BoolArray, time_limit: float | None) -> BlockSolution:
-    """Return the set, or a better one, with a bound and its certificate."""
-    chosen = BlockSolution(
-        keep=keep,
-        weights=solved_weights(problem, keep, PROGRAM),
-        objective=objective(problem, keep, PROGRAM),
-        program=PROGRAM,
-        method="layer program",
-        support=stated_support(problem),
-    )
-    result = lower_bound(
-        problem, PROGRAM, limits=Limits(time_limit=time_limit), incumbent=chosen, diagonal_split=True
-    )
-    if result.limit is Limit.INTERRUPTED:
+def _bounded(
+    problems: Sequence[BlockProblem], sets: BoolArray, time_limit: float | None
+) -> list[BlockSolution]:
+    """Return the set of each row, or a better one, with a bound and its certificate."""
+    chosen = [
+        BlockSolution(
+            keep=keep,
+            weights=solved_weights(problem, keep, PROGRAM),
+            objective=objective(problem, keep, PROGRAM),
+            program=PROGRAM,
+            method="layer program",
+            support=stated_support(problem),
+        )
+        for problem, keep in zip(problems, sets, strict=True)
+    ]
+    limits = Limits(time_limit=None if time_limit is None else time_limit * len(problems))
+    results = lower_bounds(problems, limits=limits, incumbents=chosen)
+    if any(result.limit is Limit.INTERRUPTED for result in results):
         raise KeyboardInterrupt
-    return result
+    return results
 
 
 def _relative(problem: BlockProblem, after: FloatArray, bound: float | None) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from formulations.relaxations.fisher_shape import FisherShape, fisher_shape
 from formulations.relaxations.linear import LinearCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import ReducedBlock, reduce_block
+from formulations.relaxations.shared_hessian import lower_bounds
 
 __all__ = [
     "CappedSimplexCertificate",
@@ -18,5 +19,6 @@ __all__ = [
     "RelaxationCertificate",
     "fisher_shape",
     "lower_bound",
+    "lower_bounds",
     "reduce_block",
 ]

@@ -3,13 +3,13 @@
 The split is made channel by channel (`channel_splits`), so that nothing larger than a channel is factorised.
 ADMM solves the relaxation in the metric ``D + sigma diag(C)``, in which the quadratic step is a solve with
 ``H + sigma diag(C)``: its factors (`channel_system`) do not depend on the split, which can change between any
-two steps. The search is in single precision; what it finds is a certificate, recomputed in float64.
+two steps. What is found is a certificate, and proved once more by whoever checks it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from formulations.errors import NotPositiveDefiniteError
 from formulations.incumbents import IncumbentPool
 from formulations.loss import solved_weights
-from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray
+from formulations.problem import SMALLEST, BlockProblem, BoolArray, FloatArray, IntArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
 from formulations.relaxations.capped_simplex_kernels import project_simplices, smallest_sum
 from formulations.relaxations.channel_splits import ChannelSplits
@@ -28,7 +28,7 @@ from formulations.relaxations.group_norm import shrink_groups
 from formulations.relaxations.perspective import PerspectiveCertificate, round_joint
 from formulations.relaxations.support_norm import held_sum
 from formulations.solution import Subject
-from formulations.support import Groups, as_cells
+from formulations.support import Cells, Groups, as_cells
 
 SIGMA = 0.1
 """What is added to the diagonal of C in the metric of ADMM, relative to that diagonal."""
@@ -36,6 +36,8 @@ STEPS_A_ROUND = 8
 """ADMM steps between two changes of the split."""
 ROUNDS = 24
 """Changes of the split at most."""
+BARRIER, FALL, LEAST_BARRIER = 0.1, 0.85, 0.01
+"""Weight of the barrier at first, its fall from one change to the next, and where that ends."""
 ROUND_GAIN, ROUND_PATIENCE = 0.01, 3
 """Share of the open gap that a round has to close, and idle rounds in a row that end the changes."""
 LAST_STEPS = 120
@@ -58,8 +60,13 @@ class ChannelProgram(Protocol):
         """Return the minimiser of ``phi(x) + 1/2 (x - target).metric (x - target)``; keep its shares."""
         ...
 
-    def bound(self, point: FloatArray, product: FloatArray, split: FloatArray) -> float:
-        """Return what a point proves, in units of the loss; `product` = ``Q point``."""
+    @property
+    def parts(self) -> IntArray:
+        """Where the parts of the block begin that have nothing to do with each other, and n, (p + 1,)."""
+        ...
+
+    def bounds(self, point: FloatArray, product: FloatArray, split: FloatArray) -> FloatArray:
+        """Return what a point proves of each part, (p,), in units of the loss; `product` = ``Q point``."""
         ...
 
     def slopes(self, shrunk: FloatArray) -> FloatArray:
@@ -78,13 +85,19 @@ class ChannelProgram(Protocol):
 class JointChannels:
     """The joint program in the new weights u: ``phi`` is the perspective of ``1/2 u.D u``."""
 
-    def __init__(self, problem: BlockProblem) -> None:
+    def __init__(self, problem: BlockProblem, apart: Cells | None = None) -> None:
+        """Take the block as one; or each channel apart, where there are no rows, with a count of its own."""
         self.problem = problem
         self.linear = problem.linear_term()
-        self._constant = problem.constant_term()
         support = problem.sets
         self._groups = support if isinstance(support, Groups) else None
-        self._size = support.kept(problem.n)
+        self._size = support.kept(problem.n) if apart is None else apart
+        self.parts = np.array([0, problem.n]) if apart is None else apart.start
+        self._constants = np.array([problem.constant_term()])
+        if apart is not None:
+            lost = 0.5 * problem.weights * (self.linear - problem.gradient_or_zero)
+            self._constants = np.add.reduceat(lost, apart.start[:-1])
+        self._apart = apart
         cells = as_cells(self._size, support.n_units(problem.n))
         self._start, self._quota = cells.start, cells.quota.astype(np.float64)
         self._cell = np.repeat(np.arange(cells.quota.size), np.diff(cells.start))
@@ -127,17 +140,25 @@ class JointChannels:
                 break
             low, high = np.where(excess < 0.0, rate, low), np.where(excess > 0.0, rate, high)
             grown = np.bincount(cell, np.where((raw > 0.0) & (raw < 1.0), slope, 0.0), count)
-            newton = rate - excess / np.maximum(grown, tiny)
+            with np.errstate(over="ignore"):
+                newton = rate - excess / np.maximum(grown, tiny)
             middle = np.where(np.isfinite(high), 0.5 * (low + high), 2.0 * rate)
             inside = (newton > low) & (newton < high) & (newton < 1e3 * rate)
             rate = np.minimum(np.where(inside, newton, middle), 1e300)
         self._rate = rate
         return np.asarray(z)
 
-    def bound(self, point: FloatArray, product: FloatArray, split: FloatArray) -> float:
+    def bounds(self, point: FloatArray, product: FloatArray, split: FloatArray) -> FloatArray:
         """``constant - 1/2 u.Q u - 1/2 (largest sum of h^2 / D that the support can hold)``."""
-        square = self.problem.sets.folded((self.linear - product) ** 2 / split)
-        return self._constant - 0.5 * float(point @ product) - 0.5 * held_sum(square, self._size)
+        square = (self.linear - product) ** 2 / split
+        if self._apart is None:
+            held = held_sum(self.problem.sets.folded(square), self._size)
+            return self._constants - 0.5 * float(point @ product) - 0.5 * held
+        values = []
+        for first, stop, quota in zip(self.parts, self.parts[1:], self._apart.quota, strict=False):
+            part = slice(first, stop)
+            values.append(float(point[part] @ product[part]) + held_sum(square[part], int(quota)))
+        return self._constants - 0.5 * np.array(values)
 
     def slopes(self, shrunk: FloatArray) -> FloatArray:
         """``1/2 u^2 (1 / z - 1)``."""
@@ -164,6 +185,7 @@ class SelectionChannels:
 
     def __init__(self, problem: BlockProblem) -> None:
         self.problem = problem
+        self.parts = np.array([0, problem.n])
         self.linear = np.zeros(problem.n)
         self._support = problem.sets
         self._square = problem.weights**2
@@ -185,10 +207,10 @@ class SelectionChannels:
         self._y = self._support.spread(image)
         return np.asarray(w * self._y)
 
-    def bound(self, point: FloatArray, product: FloatArray, split: FloatArray) -> float:
+    def bounds(self, point: FloatArray, product: FloatArray, split: FloatArray) -> FloatArray:
         """``-1/2 x.Q x + (smallest sum of w (Q x) + cost over what the support can prune)``."""
         slope = self._support.folded(self.problem.weights * product + self._cost(split))
-        return -0.5 * float(point @ product) + float(smallest_sum(slope, self._count))
+        return np.array([-0.5 * float(point @ product) + float(smallest_sum(slope, self._count))])
 
     def slopes(self, shrunk: FloatArray) -> FloatArray:
         """``1/2 w^2 (y - y^2)``."""
@@ -207,23 +229,6 @@ class SelectionChannels:
         shape = asdict(fisher_shape(self.problem, rank=False))
         subject = Subject.of(self.problem, "selection")
         return CappedSimplexCertificate(subject=subject, point=y, shift=shift, **shape)
-
-
-@dataclass
-class _Iterate:
-    """Where ADMM stands: the shrunk point and the multiplier, which is in units of ``Q x``."""
-
-    shrunk: FloatArray
-    multiplier: FloatArray
-
-
-@dataclass
-class _Best:
-    """The best bound, as single precision has it, and what proves it."""
-
-    bound: float
-    point: FloatArray
-    split: FloatArray
 
 
 def relax_by_channels(
@@ -250,81 +255,124 @@ def relax_by_channels(
     joint = pool.program == "joint"
     program: JointChannels | SelectionChannels
     program = JointChannels(problem) if joint else SelectionChannels(problem)
-    splits = ChannelSplits(problem)
-    if joint and not splits.feasible:
+    start = _first_iterate(problem, program, pool)
+    search = search_by_channels(problem, program, start, stop, improve_split=improve_split)
+    split = search.split
+    product = problem.hessian_product(search.point) - split * search.point
+    keep = program.rounded(search.point, product, split)
+    return program.certificate(search.point, split), keep
+
+
+def search_by_channels(
+    problem: BlockProblem,
+    program: JointChannels | SelectionChannels,
+    start: FloatArray,
+    stop: StopRule,
+    *,
+    cutoffs: FloatArray | None = None,
+    improve_split: bool = True,
+) -> ChannelSearch:
+    """Return where ADMM and the changes of the split end: the best bounds, and a split proved in float64.
+
+    `start` (n,) is a point in the variables that H multiplies; `cutoffs` (p,) are bounds of the parts that
+    are good enough, by default that of `stop` for the one there is. Raises `NotPositiveDefiniteError` if the
+    program is joint and there is no positive split.
+    """
+    splits = ChannelSplits(problem, apart=program.parts.size > 2)
+    if isinstance(program, JointChannels) and not splits.feasible:
         found = f"{problem.damping:g} with a channel that is singular, so that there is no split"
         raise NotPositiveDefiniteError("damping", found, "use damping > 0")
     system = ShiftedChannels(problem, 0.0 if program.scaled_metric else SIGMA)
-    state = _first_iterate(problem, program, splits.value, pool)
-    best = _Best(-math.inf, state.shrunk, splits.value.copy())
-    _steps(program, system, splits.value, state, best, stop)
-    idle, rounds = 0, ROUNDS if improve_split and splits.feasible else 0
-    for _ in range(rounds):
-        if best.bound >= stop.cutoff or idle >= ROUND_PATIENCE or _ended(stop):
-            break
-        before, gap = best.bound, _open(best.bound, stop.cutoff)
-        splits.improve(program.slopes(state.shrunk), gap, stop.out_of_time)
-        _steps(program, system, splits.value, state, best, stop)
-        idle = idle + 1 if best.bound - before < ROUND_GAIN * gap else 0
-    idle = 0
-    for _ in range(LAST_STEPS // STEPS_A_ROUND):
-        if best.bound >= stop.cutoff or idle >= LAST_PATIENCE or _ended(stop):
-            break
-        before, gap = best.bound, _open(best.bound, stop.cutoff)
-        _steps(program, system, splits.value, state, best, stop)
-        idle = idle + 1 if best.bound - before < LAST_GAIN * gap else 0
-    split = splits.proved(best.split)
-    product = problem.hessian_product(best.point) - split * best.point
-    keep = program.rounded(best.point, product, split)
-    return program.certificate(best.point, split), keep
+    multiplier = program.linear - (problem.hessian_product(start) - splits.value * start)
+    search = ChannelSearch(program, system, splits, (start, multiplier), stop)
+    if cutoffs is not None:
+        search.cutoffs = cutoffs
+    search.steps()
+    if improve_split and splits.feasible:
+        search.rounds(ROUNDS, ROUND_GAIN, ROUND_PATIENCE, change=True)
+    search.rounds(LAST_STEPS // STEPS_A_ROUND, LAST_GAIN, LAST_PATIENCE, change=False)
+    search.split = splits.proved(search.split)
+    return search
 
 
-def _open(bound: float, cutoff: float) -> float:
-    """Return what is open between a bound and the cutoff, or a share of the bound without one."""
-    gap = cutoff - bound if cutoff < math.inf else OPEN_SHARE * abs(bound)
-    return max(gap, 1e-12 * abs(bound), np.finfo(np.float64).tiny)
+class ChannelSearch:
+    """ADMM between changes of the split.
+
+    Attributes
+    ----------
+    bounds : (p,) float64 array
+        The best of each part so far.
+    point, split : (n,) float64 arrays
+        What proves them, but for the rounding of the split.
+    """
+
+    def __init__(
+        self,
+        program: ChannelProgram,
+        system: ShiftedChannels,
+        splits: ChannelSplits,
+        start: tuple[FloatArray, FloatArray],
+        stop: StopRule,
+    ) -> None:
+        self.program, self.system, self.splits, self.stop = program, system, splits, stop
+        # The multiplier is in units of `Q x`.
+        self._shrunk, self._multiplier = start
+        self._barrier = BARRIER
+        self.bounds = np.full(program.parts.size - 1, -math.inf)
+        self.cutoffs = np.array([stop.cutoff])
+        self.point, self.split = self._shrunk.copy(), splits.value.copy()
+
+    def rounds(self, most: int, gain: float, patience: int, *, change: bool) -> None:
+        """Change the split, if asked to, and make steps, until rounds in a row close too little."""
+        idle = 0
+        for _ in range(most):
+            if bool((self.bounds >= self.cutoffs).all()) or idle >= patience or self._ended():
+                break
+            before, gaps = self.bounds, _open(self.bounds, self.cutoffs)
+            if change:
+                slopes = self.program.slopes(self._shrunk)
+                self.splits.improve(slopes, gaps, self.program.parts, self._barrier, self.stop.out_of_time)
+                self._barrier = max(LEAST_BARRIER, FALL * self._barrier)
+            self.steps()
+            closed = np.minimum((self.bounds - before) / gaps, 1.0)
+            idle = idle + 1 if float(closed.mean()) < gain else 0
+
+    def _ended(self) -> bool:
+        """Whether a limit has been reached, which `stop` then says."""
+        return self.stop.out_of_time() or self.stop.out_of_steps()
+
+    def steps(self) -> None:
+        """Make `STEPS_A_ROUND` over-relaxed steps of ADMM."""
+        program, split, linear = self.program, self.splits.value, self.program.linear
+        metric = split + self.system.shift
+        # Inputs that are always 0 have no curvature where there is no damping either.
+        metric = np.maximum(metric, LEAST_METRIC * float(metric.max()))
+        for _ in range(STEPS_A_ROUND):
+            if self._ended():
+                return
+            self.stop.steps += 1
+            right = linear + metric * self._shrunk - self._multiplier
+            solved = self.system.solve(right)
+            product = right - metric * solved
+            values = program.bounds(solved, product, split)
+            better = np.repeat(values > self.bounds, np.diff(program.parts))
+            self.bounds = np.maximum(values, self.bounds)
+            self.point[better], self.split[better] = solved[better], split[better]
+            relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * self._shrunk
+            target = relaxed + self._multiplier / metric
+            self._shrunk = program.shrink(target, split, metric)
+            self._multiplier = metric * (target - self._shrunk)
 
 
-def _ended(stop: StopRule) -> bool:
-    """Whether a limit has been reached, which `stop` then says."""
-    return stop.out_of_time() or stop.out_of_steps()
+def _open(bounds: FloatArray, cutoffs: FloatArray) -> FloatArray:
+    """Return what is open between bounds and cutoffs, or a share of the bound where there is no cutoff."""
+    gaps = np.where(np.isfinite(cutoffs), cutoffs - bounds, OPEN_SHARE * np.abs(bounds))
+    return np.asarray(np.maximum(gaps, 1e-12 * np.abs(bounds) + np.finfo(np.float64).tiny))
 
 
-def _first_iterate(
-    problem: BlockProblem, program: ChannelProgram, split: FloatArray, pool: IncumbentPool
-) -> _Iterate:
-    """Return the best known set's point and its multiplier, or zero and none."""
-    x = np.zeros(problem.n)
-    if pool.keep is not None:
-        new = solved_weights(problem, pool.keep, pool.program)
-        x = new if pool.program == "joint" else problem.weights - new
-    product = problem.hessian_product(x) - split * x
-    return _Iterate(x, program.linear - product)
-
-
-def _steps(
-    program: ChannelProgram,
-    system: ShiftedChannels,
-    split: FloatArray,
-    state: _Iterate,
-    best: _Best,
-    stop: StopRule,
-) -> None:
-    """Make `STEPS_A_ROUND` over-relaxed steps of ADMM, in place."""
-    metric = split + system.shift
-    # Inputs that are always 0 have no curvature where there is no damping either.
-    metric = np.maximum(metric, LEAST_METRIC * float(metric.max()))
-    for _ in range(STEPS_A_ROUND):
-        if _ended(stop):
-            return
-        stop.steps += 1
-        right = program.linear + metric * state.shrunk - state.multiplier
-        solved = system.solve(right)
-        product = right - metric * solved
-        value = program.bound(solved, product, split)
-        if value > best.bound:
-            best.bound, best.point, best.split = value, solved, split.copy()
-        relaxed = OVER_RELAXATION * solved - (OVER_RELAXATION - 1.0) * state.shrunk
-        target = relaxed + state.multiplier / metric
-        state.shrunk = program.shrink(target, split, metric)
-        state.multiplier = metric * (target - state.shrunk)
+def _first_iterate(problem: BlockProblem, program: ChannelProgram, pool: IncumbentPool) -> FloatArray:
+    """Return the point of the best known set, or zero."""
+    if pool.keep is None:
+        return np.zeros(problem.n)
+    new = solved_weights(problem, pool.keep, pool.program)
+    return new if pool.program == "joint" else problem.weights - new

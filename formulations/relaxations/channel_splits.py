@@ -8,14 +8,17 @@ single precision, channel by channel. What a certificate uses is factorised agai
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cholesky
 from scipy.linalg.lapack import spotrf, spotri, spotrs
 
-from formulations.problem import BlockProblem, FloatArray
+from formulations.problem import BlockProblem, FloatArray, IntArray
 from formulations.relaxations.certified import column_norms, definiteness_margin
-from formulations.relaxations.channel_system import Alike, SingleArray, alike, unit_matrix
+from formulations.relaxations.channel_system import Alike, alike, unit_matrix
 from formulations.relaxations.diagonal_split import INTERIOR_SHARE
 from formulations.solution import Stopped
+
+SingleArray = NDArray[np.float32]
 
 MOST_WORK = 2e12
 """Cubes of the orders of all channels, above which channels that differ by a factor share one split."""
@@ -47,12 +50,13 @@ class ChannelSplits:
         The current split; feasible as far as single precision tells.
     """
 
-    def __init__(self, problem: BlockProblem) -> None:
+    def __init__(self, problem: BlockProblem, *, apart: bool = False) -> None:
+        """Begin with a share of the damping; channels that are `apart` never share a split."""
         assert problem.channels is not None
         self.problem, self.term = problem, problem.channels
         self.diagonal = self.term.diagonal() + problem.damping
         groups = alike(self.term)
-        if sum(len(group.channels) * group.place.shape[1] ** 3 for group in groups) <= MOST_WORK:
+        if apart or sum(len(group.channels) * group.place.shape[1] ** 3 for group in groups) <= MOST_WORK:
             groups = [one for group in groups for one in group.singly()]
         self.groups = groups
         self.start = self._start()
@@ -64,28 +68,36 @@ class ChannelSplits:
         """Whether there is a positive split."""
         return bool((self.start > 0.0).all())
 
-    def improve(self, slopes: FloatArray, gap: float, stopped: Stopped) -> None:
+    def improve(
+        self, slopes: FloatArray, gaps: FloatArray, parts: IntArray, barrier: float, stopped: Stopped
+    ) -> None:
         """Make a Newton step for every channel.
 
         Parameters
         ----------
         slopes : (n,) float64 array
             Supergradient of the bound in the split, non-negative.
-        gap : float
-            What is open, in units of the loss; it sets the weight of the barrier.
+        gaps : (p,) float64 array
+            What is open in each part of the block, in units of the loss.
+        parts : (p + 1,) int64 array
+            Where the parts begin, and n; each holds whole channels.
+        barrier : float
+            Weight of the barrier, relative to an even part of the gap: at its centre the split is within
+            ``2 barrier gap`` of the best one for these slopes.
         stopped : callable
             Asked between channels whether the time is over.
         """
-        weight = 0.1 * gap / self.problem.n
-        wanted = LEAST_GAIN * gap / max(len(self.groups), 1)
-        for number, group in enumerate(self.groups):
+        part_of = np.searchsorted(parts, [group.place[0, 0] for group in self.groups], side="right") - 1
+        weights = barrier * gaps / np.diff(parts)
+        wanted = LEAST_GAIN * gaps / np.maximum(np.bincount(part_of, minlength=gaps.size), 1)
+        for number, (group, part) in enumerate(zip(self.groups, part_of, strict=True)):
             if self._rest[number]:
                 self._rest[number] -= 1
             elif group.place.shape[1] <= LARGEST_ORDER:
                 if stopped():
                     return
-                gain = self._step(group, slopes, weight)
-                self._rest[number] = REST if gain < wanted else 0
+                gain = self._step(group, slopes, float(weights[part]))
+                self._rest[number] = REST if gain < wanted[part] else 0
 
     def proved(self, split: FloatArray) -> FloatArray:
         """Return `split`, moved towards the start where a channel is not proved semidefinite in float64."""

@@ -1,8 +1,9 @@
-"""Solves with ``H + shift`` for gradient rows and a term over channels, in single precision.
+"""Solves with ``H + shift`` for gradient rows and a term over channels.
 
 Channels with the same lines of one moment A differ by a factor: with ``A + sigma diag(A) = V L V^T`` their
 matrix ``scale (A + sigma diag(A)) + damping I`` has the eigenvectors V, whatever the factor is. So one
-eigendecomposition a layer serves all its channels, as matrix products; the rows come in by Woodbury.
+eigendecomposition a layer serves all its channels, as matrix products; the rows come in by Woodbury. Where
+their largest eigenvalue is 10^5 times the damping or more, that formula loses all digits of single precision.
 """
 
 from __future__ import annotations
@@ -11,19 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
 from formulations.channels import ChannelTerm
 from formulations.problem import BlockProblem, FloatArray, IntArray
 
-SINGLE = np.float32
 LEAST_SHARE = 1e-7
-"""Eigenvalues count as at least this share of the largest: what single precision can tell from 0."""
+"""Eigenvalues count as at least this share of the largest: where there is no damping they may be 0."""
+DELICATE = 1e7
+"""What the rows are, relative to all else, from which on a solution is corrected by its residual."""
 PANEL = 2**24
 """Entries of rows that one product takes at once."""
-
-SingleArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -77,46 +76,51 @@ class ShiftedChannels:
     Notes
     -----
     O(k^3) an eigendecomposition of order k, O(m k n + m^2 n) for the rows; a solve is O((m + k) n). Memory
-    beyond the rows in single precision: an order-k matrix a group and one of order m.
+    beyond the rows: an order-k matrix a group and one of order m.
     """
 
     def __init__(self, problem: BlockProblem, sigma: float) -> None:
         assert problem.channels is not None
         assert problem.rows is not None
         term = problem.channels
-        self.rows: SingleArray = problem.rows.astype(SINGLE)
+        self.problem, self.rows = problem, problem.rows
         self.shift = sigma * term.diagonal()
-        self._parts: list[tuple[IntArray, SingleArray, SingleArray]] = []
+        self._parts: list[tuple[IntArray, FloatArray, FloatArray]] = []
         for group in alike(term):
             matrix = unit_matrix(term, group)
             matrix[np.diag_indices(len(matrix))] *= 1.0 + sigma
             values, vectors = np.linalg.eigh(matrix)
             spectrum = term.scale[group.channels, None] * np.maximum(values, 0.0) + problem.damping
             least = LEAST_SHARE * float(spectrum.max(initial=0.0)) or 1.0
-            inverse = (1.0 / np.maximum(spectrum, least)).astype(SINGLE)
-            self._parts.append((group.place, vectors.astype(SINGLE), inverse))
+            self._parts.append((group.place, vectors, 1.0 / np.maximum(spectrum, least)))
         seen = np.zeros((len(self.rows), len(self.rows)))
         for panel in self._whitened_rows():
             seen += panel @ panel.T
+        self._delicate = float(seen.max(initial=0.0)) > DELICATE
         seen[np.diag_indices(len(seen))] += 1.0
         self._inner = cho_factor(seen, overwrite_a=True) if len(seen) else None
 
     def solve(self, right: FloatArray) -> FloatArray:
-        """Return ``(H + shift)^-1 right`` to single precision, (n,) float64."""
-        alone = self._by_channel(right.astype(SINGLE))
-        if self._inner is None:
-            return alone.astype(np.float64)
-        inner = cho_solve(self._inner, (self.rows @ alone).astype(np.float64), check_finite=False)
-        seen = self._by_channel(self.rows.T @ inner.astype(SINGLE))
-        return (alone - seen).astype(np.float64)
+        """Return ``(H + shift)^-1 right``, (n,)."""
+        x = self._by_woodbury(right)
+        if self._delicate:
+            x += self._by_woodbury(right - self.problem.hessian_product(x) - self.shift * x)
+        return x
 
-    def _by_channel(self, x: SingleArray) -> SingleArray:
+    def _by_woodbury(self, right: FloatArray) -> FloatArray:
+        alone = self._by_channel(right)
+        if self._inner is None:
+            return alone
+        inner = cho_solve(self._inner, self.rows @ alone, check_finite=False)
+        return alone - self._by_channel(self.rows.T @ inner)
+
+    def _by_channel(self, x: FloatArray) -> FloatArray:
         result = np.empty_like(x)
         for place, vectors, inverse in self._parts:
             result[place] = ((x[place] @ vectors) * inverse) @ vectors.T
         return result
 
-    def _whitened_rows(self) -> Iterator[SingleArray]:
+    def _whitened_rows(self) -> Iterator[FloatArray]:
         """Yield panels of ``R (C + shift + damping I)^-1/2``, up to a rotation."""
         m = len(self.rows)
         for place, vectors, inverse in self._parts:

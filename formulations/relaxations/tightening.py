@@ -10,7 +10,7 @@ import numpy as np
 from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool
 from formulations.loss import solve_kept_block, solved_weights
-from formulations.problem import BlockProblem, FloatArray
+from formulations.problem import LARGEST_FACTORISED, BlockProblem, FloatArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.certified import value_ceiling
@@ -100,11 +100,12 @@ def _relaxed_again(
 ) -> RelaxationCertificate | None:
     """Return a certificate on the weights left free, or None where that cannot help or costs too much.
 
-    What fixings leave of a support that is no count is none of the same kind, and what they leave of channels
-    has none.
+    What fixings leave of a support that is no count is none of the same kind. Of channels they leave a
+    Hessian matrix, for which that of the block is formed.
     """
     free = int(fixing.free.sum())
-    if problem.support is not None or problem.channels is not None:
+    too_large = problem.channels is not None and problem.n > LARGEST_FACTORISED
+    if problem.support is not None or too_large:
         return None
     joint = pool.program == "joint"
     if free > SPLIT_LARGEST or (joint and problem.n - int(fixing.prune.sum()) > KEPT_LARGEST):

@@ -167,14 +167,24 @@ def test_terms_that_are_no_part_of_a_hessian_are_refused() -> None:
         BlockProblem(weights=np.ones(16), hessian=np.eye(16), channels=channels, n_prune=3)
 
 
-@pytest.mark.parametrize("height", [0, 3, 30])
-def test_shifted_solves_are_those_of_the_matrix(height: int) -> None:
+@pytest.mark.parametrize(("height", "factor"), [(0, 1.0), (3, 1.0), (30, 1.0), (3, 1e5)])
+def test_shifted_solves_are_those_of_the_matrix(height: int, factor: float) -> None:
     problem = block(5, height=height)
+    problem = replace(problem, rows=factor * problem.rows)
     assert problem.channels is not None
     system = ShiftedChannels(problem, 0.2)
     right = np.random.default_rng(0).normal(size=problem.n)
     matrix = problem.dense_hessian() + 0.2 * np.diag(problem.channels.diagonal())
-    np.testing.assert_allclose(system.solve(right), np.linalg.solve(matrix, right), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(matrix @ system.solve(right), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [300.0, 3e4])
+def test_rows_far_above_the_damping_cost_no_digits(factor: float) -> None:
+    """Of a network their largest eigenvalue is 10^6 times the damping: the search must see what is proved."""
+    problem = block(5, height=3)
+    problem = replace(problem, rows=factor * problem.rows, gradient=None)
+    best = enumerate_optimum(problem, "joint").objective
+    assert 0.8 * best < bounded(problem, "joint")[0].lower_bound(problem) <= best
 
 
 SUPPORTS = {

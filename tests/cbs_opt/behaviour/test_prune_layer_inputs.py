@@ -221,6 +221,7 @@ def test_one_problem_is_not_made_of_a_large_block(monkeypatch: pytest.MonkeyPatc
     assert block.to_problem(5).n == block.n
     with pytest.raises(UnsupportedProblemError, match="layer-input term"):
         with_term.to_problem(5)
+    monkeypatch.setattr("cbs_opt.hessian.channel_system.SPLIT_LARGEST", 20)
     beside = with_term.to_problem(5, by_channels=True)
     assert beside.channels is not None
     np.testing.assert_allclose(
@@ -233,7 +234,7 @@ def test_large_blocks_are_certified_channel_by_channel(
     select: OBS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No Hessian is formed, and the files prove the bounds."""
-    monkeypatch.setattr("cbs_opt.hessian.channel_system.DENSE_LIMIT", 20)
+    monkeypatch.setattr("cbs_opt.hessian.channel_system.SPLIT_LARGEST", 20)
     monkeypatch.setattr("formulations.relaxations.bounds.SPLIT_LARGEST", 20)
     certify = cbs.Certify(block_dir=tmp_path / "certificates")
     report = pruned(recipe=grid((1.0,), select=select), certify=certify)[1]

@@ -1,0 +1,259 @@
+"""Certified gaps where the Hessian has full rank: rows of layers over the second moments of their inputs.
+
+    python -m experiments.benchmarks.full_rank_gaps --out runs/full_rank
+
+A row is the joint program of the weights of one output channel, ``H`` the second moments of what the layer is
+fed, 1 % of the mean diagonal added. The first table bounds up to 64 rows of a layer at once by
+`formulations.relaxations.lower_bounds`, against the sets of `swap_search`: the row of median norm, by the
+damping as its split and by its own split, alone and among the others. The second has rows that are small
+enough to be proved optimal, of the first inputs of a layer: how far apart bound and set are, and how far the
+set is from the optimum. Processor seconds are of one thread. Each cell is appended to ``OUT/results.jsonl``
+as it is done: the same command goes on where it was stopped. Prints two Markdown tables and draws
+``OUT/full_rank.svg``.
+
+Exit codes: 0 all bounds verified, 1 an error or a bound that does not verify, 2 a usage error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+import cbs_opt
+from cbs_opt.curvature.layer_inputs import input_moments
+from cbs_opt.network.partition import Partition
+from cbs_opt.report.figure_style import dress, marker, numbered_style
+from cbs_opt.system.threads import thread_limit
+from experiments.command_line import add_no_verify, add_run_options, experiment_parser
+from experiments.data_files import DATA_FILES
+from experiments.datasets import load_dataset
+from experiments.ledger import Ledger, commit, settings_key
+from experiments.networks import load_network
+from formulations import BlockProblem, BlockSolution, Limits
+from formulations.branch_and_bound import branch_and_bound
+from formulations.errors import CbsError
+from formulations.incumbents import swap_search
+from formulations.problem import FloatArray
+from formulations.relaxations import lower_bound, lower_bounds
+
+DEFAULT_OUT = Path("runs/full_rank")
+LAYERS = {
+    "ResNet20 layer1.1.conv1": ("resnet20_cifar10", "layer1.1.conv1.weight"),
+    "ResNet20 layer2.1.conv1": ("resnet20_cifar10", "layer2.1.conv1.weight"),
+    "ResNet20 layer3.1.conv1": ("resnet20_cifar10", "layer3.1.conv1.weight"),
+    "MLPNet fc1": ("mlpnet_mnist", "fc1.weight"),
+}
+SHARES = (0.5, 0.7, 0.9)
+DAMPING = 0.01
+BATCH = 64
+PROVED_LAYER = "ResNet20 layer3.1.conv1"
+PROVED = {"orders": (32, 48, 64, 96), "shares": (0.5, 0.9), "rows": 4, "seconds": 60.0}
+"""Rows that are to be proved: their orders, shares pruned, how many, and the time limit of one."""
+Rows = tuple[FloatArray, FloatArray]
+
+
+def layer_rows(layer: str, data_dir: Path | None, verify: bool) -> Rows:
+    """Return the second moments (n, n) of a layer, scaled to a mean diagonal of 1, and its weights (r, n).
+
+    The row of median norm comes first.
+    """
+    name, parameter = LAYERS[layer]
+    network = load_network(name, data_dir, verify=verify)
+    data = load_dataset(network.dataset, data_dir, mean=network.mean, std=network.std, verify=verify)
+    partition = Partition.from_model(network.model, target=parameter, blocks="layer")
+    moments = input_moments(network.model, (data.train_x, data.train_y), partition)
+    hessian = moments[parameter].double().cpu().numpy()
+    hessian = 0.5 * (hessian + hessian.T) / float(np.diagonal(hessian).mean())
+    weights = dict(network.model.named_parameters())[parameter].detach().double().flatten(1).cpu().numpy()
+    order = np.argsort(np.linalg.norm(weights, axis=1), kind="stable")
+    middle = order.size // 2
+    return hessian, weights[np.concatenate(([order[middle]], np.delete(order, middle)))]
+
+
+def programs(rows: Rows, share: float, count: int) -> list[BlockProblem]:
+    """Return the joint programs of the first rows, over one read-only Hessian."""
+    hessian, weights = rows
+    hessian = np.ascontiguousarray(hessian)
+    hessian.flags.writeable = False
+    n = len(hessian)
+    return [
+        BlockProblem(weights=row, hessian=hessian, damping=DAMPING, n_prune=round(share * n))
+        for row in weights[:count]
+    ]
+
+
+def bounded(rows: Rows, share: float) -> dict[str, Any]:
+    """Bound the rows of a layer together and the first one alone, with what that takes."""
+    problems = programs(rows, share, BATCH)
+    sets = [swap_search(problem, "joint") for problem in problems]
+    first, known = problems[0], sets[0]
+    plain = lower_bound(first, "joint", incumbent=known, diagonal_split=False)
+    alone, seconds = timed(lambda: lower_bounds([first], incumbents=[known]))
+    together, of_all = timed(lambda: lower_bounds(problems, incumbents=sets))
+    checked = [
+        cbs_opt.verify(problem, found).ok
+        for problem, found in zip([first, *problems], [*alone, *together], strict=True)
+    ]
+    return {
+        "n": first.n,
+        "rows": len(problems),
+        "gap_damping": plain.gap,
+        "gap_alone": alone[0].gap,
+        "gap_together": together[0].gap,
+        "gap_mean": float(np.mean([found.gap for found in together])),
+        "seconds_alone": seconds,
+        "seconds_a_row": of_all / len(problems),
+        "verified": all(checked),
+    }
+
+
+def proved(rows: Rows, share: float, n: int) -> dict[str, Any]:
+    """Solve rows of the first inputs of a layer, and read what their gaps are made of."""
+    hessian, weights = rows
+    problems = programs((hessian[:n, :n], weights[:, :n]), share, PROVED["rows"])
+    sets = [swap_search(problem, "joint") for problem in problems]
+    bounds = lower_bounds(problems, incumbents=sets)
+    limits = Limits(time_limit=PROVED["seconds"])
+    gaps, excesses, seconds = [], [], []
+    for problem, known, bound in zip(problems, sets, bounds, strict=True):
+        exact, took = timed(lambda p=problem: branch_and_bound(p, "joint", limits=limits))
+        seconds.append(took)
+        if exact.termination.value != "optimal":
+            continue
+        gaps.append(_relative(known, bound.bound))
+        excesses.append(_relative(known, exact.objective))
+    return {
+        "n": n,
+        "rows": len(problems),
+        "proved": len(gaps),
+        "gap": float(np.mean(gaps)) if gaps else None,
+        "excess": float(np.mean(excesses)) if gaps else None,
+        "seconds": float(np.mean(seconds)),
+        "verified": all(cbs_opt.verify(p, found).ok for p, found in zip(problems, bounds, strict=True)),
+    }
+
+
+def timed(solve: Callable[[], Any]) -> tuple[Any, float]:
+    """Return a result and the processor seconds that it took."""
+    began = time.process_time()
+    found = solve()
+    return found, time.process_time() - began
+
+
+def _relative(known: BlockSolution, value: float | None) -> float:
+    assert known.objective is not None
+    assert value is not None
+    return (known.objective - value) / known.objective
+
+
+def bounds_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of bounds."""
+    head = ("layer", "n", "k/n", "damping as split, %", "own split, %", "mean of rows, %")
+    lines = _head((*head, "s alone", "rows", "s a row together"))
+    for cell in results:
+        gaps = [_percent(cell[name]) for name in ("gap_damping", "gap_alone", "gap_mean")]
+        took = [f"{cell['seconds_alone']:.2f}", str(cell["rows"]), f"{cell['seconds_a_row']:.2f}"]
+        lines.append(
+            "| " + " | ".join([cell["layer"], str(cell["n"]), f"{cell['share']:g}", *gaps, *took]) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def proved_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of what gaps are made of."""
+    lines = _head(("n", "k/n", "proved", "certified gap, %", "of it the set's, %", "s to prove one"))
+    for cell in results:
+        found = [str(cell["n"]), f"{cell['share']:g}", f"{cell['proved']} of {cell['rows']}"]
+        gaps = [_percent(cell["gap"]), _percent(cell["excess"], 2)]
+        lines.append("| " + " | ".join([*found, *gaps, f"{cell['seconds']:.1f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    rule = ["---" if name in ("layer", "proved") else "---:" for name in names]
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join(rule) + " |"]
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100.0 * value:.{digits}f}"
+
+
+def draw(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw certified gaps and true gaps of swaps against n, a colour a share pruned."""
+    frame = pd.DataFrame(list(results)).dropna(subset=["gap"])
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    dress(axes)
+    for number, (share, own) in enumerate(frame.groupby("share")):
+        style = numbered_style(number)
+        for name, line, label in (("gap", "-", "certified"), ("excess", ":", "true")):
+            values = 100.0 * own[name].clip(lower=0.0)
+            axes.plot(own["n"], values, line, label=f"{label}, k/n {share:g}", **marker(style))
+    axes.set_xlabel("weights in a row")
+    axes.set_ylabel("gap of swaps, %")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def settings(layer: str, **what: Any) -> dict[str, Any]:
+    """Return everything that decides a cell, as plain values."""
+    name, parameter = LAYERS[layer]
+    checksum = DATA_FILES[f"{name}.safetensors"].sha256
+    return {"layer": layer, "parameter": parameter, "weights_sha256": checksum, "damping": DAMPING, **what}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what the ledger does not have, print the tables and draw the picture."""
+    root = experiment_parser("benchmarks.full_rank_gaps", __doc__)
+    root.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS))
+    root.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    add_run_options(root, seeds=1, out=DEFAULT_OUT)
+    add_no_verify(root)
+    given = root.parse_args(arguments)
+    ledger = Ledger(given.out / "results.jsonl")
+    loaded: dict[str, Rows] = {}
+
+    def cell(what: dict[str, Any], measure: Callable[[Rows], dict[str, Any]]) -> dict[str, Any]:
+        key, layer = settings_key(what), what["layer"]
+        if key not in ledger:
+            if layer not in loaded:
+                loaded[layer] = layer_rows(layer, given.data, not given.no_verify)
+            ledger.add(key, {**what, **measure(loaded[layer]), "commit": commit()})
+        return ledger[key]
+
+    try:
+        with thread_limit(1):
+            tables = [
+                cell(
+                    settings(layer, share=share, batch=BATCH), lambda rows, share=share: bounded(rows, share)
+                )
+                for layer in given.layers
+                for share in given.shares
+            ]
+            small = [
+                cell(
+                    settings(
+                        PROVED_LAYER, share=share, order=n, limit=PROVED["seconds"], rows=PROVED["rows"]
+                    ),
+                    lambda rows, share=share, n=n: proved(rows, share, n),
+                )
+                for share in PROVED["shares"]
+                for n in PROVED["orders"]
+            ]
+    except CbsError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(f"{bounds_table(tables)}\n{proved_table(small)}")
+    draw(small).savefig(given.out / "full_rank.svg", metadata={"Date": None})
+    return 0 if all(found["verified"] for found in (*tables, *small)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
