@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import functools
-import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
