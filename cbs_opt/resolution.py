@@ -294,6 +294,10 @@ def _division(tier: Tier, scene: Scene, facts: Facts, budget: int | None, choice
         spent = tuning if budget is None else budget
         most = spent / max(STAGE_SAMPLES, STAGE_SHARE * scene.partition.n)
         count, gradual = _counted(scene.sparsity, tier.kept, most, scene.pattern)
+    short = tuning < (UNKNOWN if facts.samples is None else facts.samples)
+    if scene.stages is None and short and not gradual:
+        # What is little is not to be shared with a stage in between.
+        count = 1
     found = Division(
         row_samples=row_samples / count,
         tuning=tuning,
@@ -302,8 +306,7 @@ def _division(tier: Tier, scene: Scene, facts: Facts, budget: int | None, choice
         staged=staged,
         most_per_row=tier.most_per_row,
     )
-    short = tuning < (UNKNOWN if facts.samples is None else facts.samples)
-    if not staged or scene.stages is not None or count > 1 or not short or (harm := _harm(scene)) > LITTLE:
+    if not staged or scene.stages is not None or gradual or not short or (harm := _harm(scene)) > LITTLE:
         return found
     # Less than a pass over the data repairs damage, if there is some.
     choices.append(
