@@ -54,7 +54,7 @@ SHARES = (0.5, 0.7, 0.9)
 DAMPING = 0.01
 BATCH = 64
 PROVED_LAYER = "ResNet20 layer3.1.conv1"
-PROVED = {"orders": (32, 48, 64, 96), "shares": (0.5, 0.9), "rows": 4, "seconds": 60.0}
+PROVED = {"orders": (24, 32, 48, 64), "shares": (0.5, 0.9), "rows": 4, "seconds": 60.0}
 """Rows that are to be proved: their orders, shares pruned, how many, and the time limit of one."""
 Rows = tuple[FloatArray, FloatArray]
 
