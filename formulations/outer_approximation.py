@@ -26,9 +26,8 @@ from formulations.incumbents import Heuristic, IncumbentPool, offer_searched, sw
 from formulations.milp import DUAL_TOLERANCE, Milp, MilpControls, MilpResult, run_milp
 from formulations.models.scaling import scale_block
 from formulations.preparation import prepare_for
-from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
+from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, FloatArray, check_program
 from formulations.relaxations.bounds import root_bounds
-from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
 from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
 from formulations.support import counts_of

@@ -30,6 +30,8 @@ DEFINITENESS_TOLERANCE = 1e-10
 """Negative eigenvalues down to this share of the mean diagonal count as rounding."""
 SINGULAR_TO_ROUNDING = 8.0 * float(np.finfo(np.float64).eps)
 """``H`` with unit diagonal counts as singular below n times this."""
+SPLIT_LARGEST = 600
+"""Largest block whose diagonal split is optimised by default, as one matrix: a barrier step costs O(n^3)."""
 LARGEST_FACTORISED = 4096
 """Largest block with rows that is factorised to decide whether ``H`` is singular to rounding."""
 SMALLEST, LARGEST = 1e-140, 1e140

@@ -26,7 +26,7 @@ from cbs_opt.hessian.dense import DenseHessian
 from cbs_opt.hessian.operators import Factor, Hessian, PlainHessian
 from cbs_opt.hessian.products import adjoint_image, damped, factorise, image, solved
 from formulations.errors import ShapeError, UnsupportedProblemError
-from formulations.relaxations.tightening import SPLIT_LARGEST
+from formulations.problem import SPLIT_LARGEST
 
 DENSE_LIMIT = 4_096
 """Largest block whose whole Hessian is formed because of its term over channels."""

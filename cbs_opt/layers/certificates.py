@@ -53,8 +53,9 @@ class RowSample:
         Drawn without replacement; all, if a layer has no more.
     seed : int, default 0
     time_limit : float, optional
-        Seconds a row, after which its bound is what was proved by then. A row of 576 inputs takes some 3 s
-        of a processor, one of 1 536 some 25 s; the time grows with the cube of the inputs.
+        Seconds a row. The rows of a layer are bounded together: after so many times their number their bounds
+        are what was proved by then. A row of 576 inputs takes some .3 s of a processor, and the time grows
+        with the cube of the inputs.
     evidence_dir : path, optional
         Folder for what proves the bounds, so that anybody can check them with `check_layers`: of each layer
         the Hessian, (n, n) float64, and of each row its weights before and after and the certificate.

@@ -15,8 +15,7 @@ from cbs_opt.select.one_block import select_one
 from cbs_opt.select.preparation import prepare
 from formulations import branch_and_bound as branching
 from formulations import outer_approximation as outer
-from formulations.problem import BlockProblem
-from formulations.relaxations.tightening import SPLIT_LARGEST
+from formulations.problem import SPLIT_LARGEST, BlockProblem
 from formulations.solution import BlockSolution, Limits
 
 DECOMPOSITION = 4e-10

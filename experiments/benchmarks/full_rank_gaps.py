@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ SHARES = (0.5, 0.7, 0.9)
 DAMPING = 0.01
 BATCH = 64
 PROVED_LAYER = "ResNet20 layer3.1.conv1"
-PROVED = {"orders": (32, 48, 64, 96), "shares": (0.5, 0.9), "rows": 4, "seconds": 60.0}
-"""Rows that are to be proved: their orders, shares pruned, how many, and the time limit of one."""
+ORDERS, PROVED_SHARES = (24, 32, 48, 64), (0.5, 0.9)
+PROVED_ROWS, SECONDS = 4, 60.0
+"""Rows that are to be proved: how many of each order and share pruned, and the time limit of one."""
 Rows = tuple[FloatArray, FloatArray]
 
 
@@ -95,8 +97,8 @@ def bounded(rows: Rows, share: float) -> dict[str, Any]:
     sets = [swap_search(problem, "joint") for problem in problems]
     first, known = problems[0], sets[0]
     plain = lower_bound(first, "joint", incumbent=known, diagonal_split=False)
-    alone, seconds = timed(lambda: lower_bounds([first], incumbents=[known]))
-    together, of_all = timed(lambda: lower_bounds(problems, incumbents=sets))
+    alone, seconds = timed(partial(lower_bounds, [first], incumbents=[known]))
+    together, of_all = timed(partial(lower_bounds, problems, incumbents=sets))
     checked = [
         cbs_opt.verify(problem, found).ok
         for problem, found in zip([first, *problems], [*alone, *together], strict=True)
@@ -117,13 +119,13 @@ def bounded(rows: Rows, share: float) -> dict[str, Any]:
 def proved(rows: Rows, share: float, n: int) -> dict[str, Any]:
     """Solve rows of the first inputs of a layer, and read what their gaps are made of."""
     hessian, weights = rows
-    problems = programs((hessian[:n, :n], weights[:, :n]), share, PROVED["rows"])
+    problems = programs((hessian[:n, :n], weights[:, :n]), share, PROVED_ROWS)
     sets = [swap_search(problem, "joint") for problem in problems]
     bounds = lower_bounds(problems, incumbents=sets)
-    limits = Limits(time_limit=PROVED["seconds"])
+    limits = Limits(time_limit=SECONDS)
     gaps, excesses, seconds = [], [], []
     for problem, known, bound in zip(problems, sets, bounds, strict=True):
-        exact, took = timed(lambda p=problem: branch_and_bound(p, "joint", limits=limits))
+        exact, took = timed(partial(branch_and_bound, problem, "joint", limits=limits))
         seconds.append(took)
         if exact.termination.value != "optimal":
             continue
@@ -231,21 +233,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with thread_limit(1):
             tables = [
-                cell(
-                    settings(layer, share=share, batch=BATCH), lambda rows, share=share: bounded(rows, share)
-                )
+                cell(settings(layer, share=share, batch=BATCH), partial(bounded, share=share))
                 for layer in given.layers
                 for share in given.shares
             ]
             small = [
                 cell(
-                    settings(
-                        PROVED_LAYER, share=share, order=n, limit=PROVED["seconds"], rows=PROVED["rows"]
-                    ),
-                    lambda rows, share=share, n=n: proved(rows, share, n),
+                    settings(PROVED_LAYER, share=share, order=n, limit=SECONDS, rows=PROVED_ROWS),
+                    partial(proved, share=share, n=n),
                 )
-                for share in PROVED["shares"]
-                for n in PROVED["orders"]
+                for share in PROVED_SHARES
+                for n in ORDERS
             ]
     except CbsError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -15,10 +15,9 @@ from formulations.dense_forms import DenseForm, dense_form, folded_form
 from formulations.errors import ArgumentError
 from formulations.incumbents import Heuristic, IncumbentPool, descend, greedy_keep, kicked, offer_searched
 from formulations.preparation import prepare_for
-from formulations.problem import BlockProblem, BoolArray, check_program
+from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, check_program
 from formulations.relaxations.bounds import lower_bound
 from formulations.relaxations.only_set import has_one_set, only_set_certificate
-from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits, SolveStats
 from formulations.support import Groups
 

@@ -18,9 +18,8 @@ from formulations.cells import size_left
 from formulations.dense_forms import DenseForm
 from formulations.errors import NotPositiveDefiniteError
 from formulations.incumbents import descend
-from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.problem import SPLIT_LARGEST, BoolArray, FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint, reduce_selection
-from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import Limits
 from formulations.support import Groups, Size, Support, largest_in
 

@@ -13,10 +13,9 @@ from formulations.branch_and_bound.outcomes import CLOSED, LEAF
 from formulations.branch_and_bound.subproblems import NODE_SPLIT_ROUNDS, Subproblems
 from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
-from formulations.problem import BoolArray
+from formulations.problem import SPLIT_LARGEST, BoolArray
 from formulations.relaxations.bounds import root_bounds
 from formulations.relaxations.certificate import RelaxationCertificate
-from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import Certificate, Limit, Limits, Termination, TracePoint, status_of
 
 TRACE_INTERVAL = 0.25

@@ -12,7 +12,7 @@ import numpy as np
 from formulations.errors import UnsupportedProblemError
 from formulations.incumbents import IncumbentPool
 from formulations.preparation import prepare_for
-from formulations.problem import BlockProblem, FloatArray, check_program
+from formulations.problem import SPLIT_LARGEST, BlockProblem, FloatArray, check_program
 from formulations.relaxations.block_split import (
     MOST_ENTRIES,
     MOST_SUPPORTS,
@@ -29,7 +29,7 @@ from formulations.relaxations.matrix_free import GRAM_LARGEST, JointRows, Select
 from formulations.relaxations.only_set import has_one_set, only_set_certificate
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate, round_joint
 from formulations.relaxations.split_relaxation import relax_with_split
-from formulations.relaxations.tightening import SPLIT_LARGEST, SPLIT_ROUNDS, tightened
+from formulations.relaxations.tightening import SPLIT_ROUNDS, tightened
 from formulations.solution import BlockSolution, Limits, SolveStats, Subject
 from formulations.support import counts_of
 

@@ -99,12 +99,12 @@ def _check(problems: Sequence[BlockProblem], incumbents: Sequence[BlockSolution]
         found = f"{len(incumbents)} for {len(problems)} blocks"
         raise ShapeError("incumbents", found, "pass one for each block, or None")
     for number, problem in enumerate(problems):
-        first = problems[0]
-        if problem.hessian is None:
+        first = problems[0].hessian
+        if problem.hessian is None or first is None:
             remedy = "pass blocks with a Hessian matrix, and others to `lower_bound` one by one"
             raise ArgumentError("problems", f"block {number} has rows", remedy)
-        same = problem.hessian is first.hessian or np.array_equal(problem.hessian, first.hessian)
-        if not same or problem.damping != first.damping:
+        same = problem.hessian is first or np.array_equal(problem.hessian, first)
+        if not same or problem.damping != problems[0].damping:
             remedy = "pass blocks of one Hessian and damping together"
             raise ArgumentError("problems", f"block {number} has another Hessian than the first", remedy)
 

@@ -10,7 +10,7 @@ import numpy as np
 from formulations.errors import ArgumentError
 from formulations.incumbents import IncumbentPool
 from formulations.loss import solve_kept_block, solved_weights
-from formulations.problem import LARGEST_FACTORISED, BlockProblem, FloatArray
+from formulations.problem import LARGEST_FACTORISED, SPLIT_LARGEST, BlockProblem, FloatArray
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.certified import value_ceiling
@@ -22,8 +22,6 @@ from formulations.solution import Stopped
 ROUNDS = 5
 SPLIT_ROUNDS = 40
 """Barrier steps on the diagonal split of one block at most."""
-SPLIT_LARGEST = 600
-"""Largest block whose diagonal split is optimised by default: a barrier step costs O(n^3)."""
 KEPT_LARGEST = 4000
 """Most weights not fixed as pruned for which a joint split is lifted: its check is a factorisation."""
 RIDGE_SHARE = 1e-3

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +22,15 @@ from formulations import BlockProblem, BlockSolution, CbsError, Limits, Terminat
 from formulations.branch_and_bound import branch_and_bound
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import NotPositiveDefiniteError
-from formulations.incumbents import greedy, swap_search
+from formulations.incumbents import IncumbentPool, greedy, swap_search
 from formulations.outer_approximation import outer_approximation
 from formulations.relaxations import lower_bound
+from formulations.relaxations.channel_relaxation import relax_by_channels
+from formulations.relaxations.first_order import StopRule
+from formulations.relaxations.only_set import has_one_set
 from formulations.solvers import solve_with
 from tests.stress.exact import ExactBlock
-from tests.stress.regimes import draw, draw_with_support
+from tests.stress.regimes import draw, draw_with_channels, draw_with_support
 
 REL_GAP = 1e-6
 LIMITS = Limits(rel_gap=REL_GAP, node_limit=300)
@@ -53,11 +57,32 @@ SLOW_METHODS: dict[str, Method] = {
 }
 
 
-def faults(seed: int, *, slow: bool = False, supports: bool = False) -> tuple[list[str], Counter[str]]:
+def by_channels(problem: BlockProblem, program: str) -> BlockSolution:
+    """Bound a block of any size as large ones with channels are: without its Hessian."""
+    pool = IncumbentPool(problem, program)
+    if has_one_set(problem):
+        return lower_bound(problem, program)
+    pool.offer_magnitude_if_empty()
+    stop = StopRule(Limits(), time.perf_counter(), math.inf)
+    certificate, keep = relax_by_channels(problem, pool, stop)
+    pool.offer(keep)
+    bound = certificate.lower_bound(problem)
+    return pool.solution(method="by_channels", rel_gap=REL_GAP, bound=bound, certificate=certificate)
+
+
+KINDS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "counts": draw,
+    "supports": draw_with_support,
+    "channels": draw_with_channels,
+}
+"""How blocks are drawn, by what is special about them."""
+
+
+def faults(seed: int, *, slow: bool = False, kind: str = "counts") -> tuple[list[str], Counter[str]]:
     """Return what is wrong with any method on the block of `seed`, and counts of what happened."""
     counts: Counter[str] = Counter()
     try:
-        problem = BlockProblem(**(draw_with_support if supports else draw)(seed))
+        problem = BlockProblem(**KINDS[kind](seed))
     except CbsError as error:
         counts[f"refused block: {error.args[0].split(':')[0]}"] += 1
         return [], counts
@@ -66,7 +91,9 @@ def faults(seed: int, *, slow: bool = False, supports: bool = False) -> tuple[li
     for program in ("selection", "joint"):
         optimum = exact.optimum(program)
         refused = []
-        for name, method in (METHODS | (SLOW_METHODS if slow else {})).items():
+        methods = METHODS | (SLOW_METHODS if slow else {})
+        methods = methods if problem.channels is None else {**methods, "by_channels": by_channels}
+        for name, method in methods.items():
             try:
                 solution = method(problem, program)
             except NotPositiveDefiniteError:
@@ -83,7 +110,8 @@ def faults(seed: int, *, slow: bool = False, supports: bool = False) -> tuple[li
             wrong += [f"{name} {program}: {fault}" for fault in _wrong(problem, exact, optimum, solution)]
         if refused:
             counts[f"singular {program}"] += 1
-            if set(METHODS) - set(refused):
+            # Beside singular channels rows may make a definite block, whose bound is made of both together.
+            if set(METHODS) - set(refused) and refused != ["by_channels"]:
                 wrong.append(f"{program}: refused as singular by {refused} only")
     return wrong, counts
 
@@ -134,7 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slow", action="store_true", help="also outer approximation and solvers")
     parser.add_argument(
-        "--supports", action="store_true", help="n of every m, and groups, in place of counts"
+        "--kind", choices=list(KINDS), default="counts", help="supports: n of every m, and groups"
     )
     parser.add_argument("--show", type=int, default=40, help="faults printed at most")
     arguments = parser.parse_args()
@@ -148,7 +176,7 @@ def main() -> None:
         done = seed - arguments.seed
         if done and done % REPORTED_EVERY == 0:
             say(f"{done} blocks in {time.process_time():.0f} s of the processor, {kinds.total()} faults")
-        wrong, counted = faults(seed, slow=arguments.slow, supports=arguments.supports)
+        wrong, counted = faults(seed, slow=arguments.slow, kind=arguments.kind)
         counts += counted
         for fault in wrong:
             kinds[re.sub(r"[-+]?\d[\w.+-]*", "#", fault)[:60]] += 1

@@ -15,6 +15,7 @@ from operator import mul
 import numpy as np
 
 from formulations import BlockProblem
+from formulations.channels import ChannelTerm
 
 Keep = tuple[bool, ...]
 """Which weights stay."""
@@ -39,6 +40,8 @@ class ExactBlock:
         else:
             assert problem.hessian is not None
             self.hessian = [_rational(row) for row in problem.hessian.tolist()]
+        if problem.channels is not None:
+            self._add(problem.channels)
         for i in range(self.n):
             self.hessian[i][i] += Fraction(problem.damping)
         # H and g as integers over one unit: the loss of many points is asked for.
@@ -46,6 +49,15 @@ class ExactBlock:
         self._hessian = [[int(entry * self._unit) for entry in row] for row in self.hessian]
         self._gradient = [int(entry * self._unit) for entry in self.gradient]
         self._losses: dict[tuple[float, ...], Fraction] = {}
+
+    def _add(self, channels: ChannelTerm) -> None:
+        """Add the blocks of a term over channels."""
+        for channel, span in enumerate(channels.spans()):
+            moment, scale = channels.moments[channels.moment[channel]], Fraction(channels.scale[channel])
+            lines = channels.inputs[span].tolist()
+            for i, line in enumerate(lines, span.start):
+                for j, other in enumerate(lines, span.start):
+                    self.hessian[i][j] += scale * Fraction(moment[line, other])
 
     def loss(self, new_weights: list[float]) -> Fraction:
         """Loss increase of the model at `new_weights`."""

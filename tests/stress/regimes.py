@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from formulations.channels import ChannelTerm
 from formulations.support import Groups, NofM, Support
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
@@ -61,6 +62,41 @@ def draw_with_support(seed: int) -> dict[str, Any]:
         support = Groups(labels.tolist(), int(rng.integers(0, np.unique(labels).size + 1)))
     del arguments["n_prune"]
     return arguments | {"support": support}
+
+
+def draw_with_channels(seed: int) -> dict[str, Any]:
+    """Arguments of `BlockProblem` for a block of `draw` or `draw_with_support` with a term over channels.
+
+    The channels are of one or two moments, in the unit of the rows or far from it; some have lost inputs, and
+    some have no curvature at all. A Hessian matrix becomes the moment of a single channel.
+    """
+    arguments = (draw, draw_with_support)[seed % 2](seed)
+    rng = np.random.default_rng([seed, 19])
+    n = arguments["weights"].size
+    hessian = arguments.pop("hessian", None)
+    if hessian is not None:
+        one = ChannelTerm(moments=(hessian,), start=[0, n], moment=[0], scale=[1.0], inputs=np.arange(n))
+        return arguments | {"rows": np.zeros((0, n)), "channels": one}
+    start = np.array([0, *sorted(rng.choice(np.arange(1, n), int(rng.integers(0, n)), replace=False)), n])
+    widths = np.diff(start)
+    rows = arguments["rows"]
+    unit = float((rows**2).sum()) / max(rows.size, 1) or 1.0
+    if rng.random() < 0.2:
+        unit *= 10.0 ** rng.uniform(-DECADES, DECADES)
+    moments = []
+    for _ in range(int(rng.integers(1, 3))):
+        inputs = _rows(rng, int(widths.max()) + int(rng.integers(0, 3)))
+        moments.append(unit * _hessian(rng, inputs))
+    moment = rng.integers(0, len(moments), widths.size)
+    lines = [
+        np.sort(rng.choice(len(moments[which]), width, replace=False))
+        for which, width in zip(moment, widths, strict=True)
+    ]
+    scale = rng.uniform(0.1, 2.0, widths.size) * (rng.random(widths.size) < 0.95)
+    term = ChannelTerm(
+        moments=tuple(moments), start=start, moment=moment, scale=scale, inputs=np.concatenate(lines)
+    )
+    return arguments | {"channels": term}
 
 
 def _special(rng: np.random.Generator, arguments: dict[str, Any]) -> dict[str, Any]:

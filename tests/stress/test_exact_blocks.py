@@ -17,9 +17,10 @@ def test_no_method_claims_what_is_not_so(start: int) -> None:
     assert not {seed: wrong for seed, wrong in found.items() if wrong}
 
 
-def test_no_method_claims_what_is_not_so_of_a_support() -> None:
+@pytest.mark.parametrize("kind", ["supports", "channels"])
+def test_no_method_claims_what_is_not_so_of_other_blocks(kind: str) -> None:
     with np.errstate(all="ignore"):
-        found = {seed: faults(seed, supports=True)[0] for seed in range(20)}
+        found = {seed: faults(seed, kind=kind)[0] for seed in range(24)}
     assert not {seed: wrong for seed, wrong in found.items() if wrong}
 
 

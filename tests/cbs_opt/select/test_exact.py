@@ -14,9 +14,8 @@ from cbs_opt.select.methods import find_method
 from cbs_opt.solving import solve
 from formulations import branch_and_bound as branching
 from formulations import outer_approximation as outer
-from formulations.problem import PROGRAMS, BlockProblem
+from formulations.problem import PROGRAMS, SPLIT_LARGEST, BlockProblem
 from formulations.relaxations import lower_bound
-from formulations.relaxations.tightening import SPLIT_LARGEST
 from formulations.solution import BlockSolution, Limit, Limits
 
 ENGINES = {
