@@ -85,7 +85,7 @@ def search(program: GroupProgram, keep: BoolArray, seconds: float) -> Proved:
     bound = float(best[0]) * (1.0 - SAFETY)
     if depth >= 0:
         waiting = [floor[place] for place in range(depth) if branch[place] >= 0]
-        bound = min(bound, *waiting, float(floor[depth]))
+        bound = float(min(bound, *waiting, floor[depth]))
     found = chosen != GONE
     return Proved(keep=found, loss=program.loss(found), bound=bound)
 
