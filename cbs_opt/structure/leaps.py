@@ -63,7 +63,7 @@ def search(program: GroupProgram, keep: BoolArray, seconds: float) -> Proved:
     start, matrices, moments = program.loss(keep), [], []
     for reader, inverse in zip(program.readers, program.inverse, strict=True):
         own = reader.columns[:, 0]
-        matrices.append(inverse[np.ix_(own, own)])
+        matrices.append(np.asarray(inverse[np.ix_(own, own)], dtype=np.float64))
         if np.linalg.eigvalsh(matrices[-1])[0] <= 0.0:
             raise NotPositiveDefiniteError("gram", "a matrix that is singular to rounding", "damp it more")
         moments.append(reader.weight[:, own].T @ reader.outputs @ reader.weight[:, own])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -389,9 +389,11 @@ def _choose(program: GroupProgram, n_keep: int, recipe: GroupRecipe) -> tuple[Bo
     mask, _ = program.greedy(n_keep)
     mask, loss = program.swaps(mask, recipe.swaps)
     if recipe.exact_seconds and 0 < n_keep < program.n_groups:
-        search = leaps.search if leaps.applies(program) else _branch_and_bound
+        search: Callable[[GroupProgram, BoolArray, float], leaps.Proved] = _branch_and_bound
         if math.comb(program.n_groups, n_keep) <= ENUMERATED:
             search = _every_set
+        elif leaps.applies(program):
+            search = leaps.search
         try:
             found = search(program, mask, recipe.exact_seconds)
         except NotPositiveDefiniteError as error:
