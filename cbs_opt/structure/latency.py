@@ -185,7 +185,7 @@ def measure_latency(
         whole += float(table.reshape(-1)[-1])
         costs.append(Cost(sets=sets, table=table))
     total = _network_milliseconds(model, example, passes)
-    table = LatencyTable(
+    made = LatencyTable(
         machine=_machine(device_of(model)),
         network=name,
         offered=offered,
@@ -193,8 +193,8 @@ def measure_latency(
         fixed=max(total - whole, 0.0),
     )
     if file is not None:
-        write_atomically(file, table.to_json().encode())
-    return table
+        write_atomically(file, made.to_json().encode())
+    return made
 
 
 def offered_widths(sets: Sequence[GroupSet], choices: int) -> dict[str, IntArray]:
@@ -319,11 +319,8 @@ def within_sets(table: LatencyTable, sets: Sequence[str]) -> tuple[float, list[C
     """Return the fixed milliseconds and the tables for a choice among some sets; the others stay whole."""
     fixed, costs = table.fixed, []
     for entry in table.costs:
-        grid = entry.table
-        for axis in reversed(range(grid.ndim)):
-            if entry.sets[axis] not in sets:
-                grid = grid.take(-1, axis)
-        if grid.ndim:
+        grid = entry.table[tuple(slice(None) if name in sets else -1 for name in entry.sets)]
+        if np.ndim(grid):
             costs.append(Cost(sets=tuple(name for name in entry.sets if name in sets), table=grid))
         else:
             fixed += float(grid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +21,7 @@ from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.solving import solve
+from cbs_opt.structure import leaps
 from cbs_opt.structure.attention import opened
 from cbs_opt.structure.groups import READS, BoolArray, GroupSet, Structure, groups
 from cbs_opt.structure.latency import LatencyTable, offered_widths, within_sets
@@ -43,6 +44,8 @@ from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
 CHOICES = 16
 """Widths of a set that a budget of operations chooses among."""
+ENUMERATED = 1000
+"""Sets of groups up to which an exact search tries all."""
 BATCH = 128
 """Samples that run at a time."""
 
@@ -63,8 +66,9 @@ class GroupRecipe:
     damping : float
         Share of the mean diagonal that is added to second moments, of inputs and of gradients.
     exact_seconds : float
-        Where above 0, branch and bound has so long for every set, and reports a bound; for sets of up to a
-        thousand weights or so.
+        Where above 0, an exact search has so long for every set, and reports a bound: leaps and bounds for up
+        to 64 neurons, branch and bound for sets whose readers have a thousand weights or so. Where there are
+        no more than a thousand choices, as of a few heads, all are tried.
     steps : int
         Newton steps of all weights that are left, at most, each taken only if it gains on samples set aside.
     step_samples : int
@@ -385,23 +389,42 @@ def _choose(program: GroupProgram, n_keep: int, recipe: GroupRecipe) -> tuple[Bo
     mask, _ = program.greedy(n_keep)
     mask, loss = program.swaps(mask, recipe.swaps)
     if recipe.exact_seconds and 0 < n_keep < program.n_groups:
-        problem = program.problem(n_keep)
+        search: Callable[[GroupProgram, BoolArray, float], leaps.Proved] = _branch_and_bound
+        if math.comb(program.n_groups, n_keep) <= ENUMERATED:
+            search = _every_set
+        elif leaps.applies(program):
+            search = leaps.search
         try:
-            found = solve(problem, "branch_and_bound", program="joint", time_limit=recipe.exact_seconds)
+            found = search(program, mask, recipe.exact_seconds)
         except NotPositiveDefiniteError as error:
             singular = f"{recipe.damping:g}, with which a program is singular to rounding"
             remedy = "raise it (0.01 is the default), or leave exact_seconds at 0"
             raise ArgumentError("recipe.damping", singular, remedy) from error
         bound = found.bound
-        if found.keep is not None:
-            better = np.zeros(program.n_groups, dtype=np.bool_)
-            unit = problem.sets.unit
-            assert unit is not None
-            better[unit[found.keep]] = True
-            if program.loss(better) < loss:
-                mask, loss = better, program.loss(better)
+        if found.loss < loss:
+            mask, loss = found.keep, found.loss
     n = program.n_groups
     return mask, SetChoice(n_keep=int(mask.sum()), n_groups=n, loss=loss, bound=bound)
+
+
+def _every_set(program: GroupProgram, mask: BoolArray, _: float) -> leaps.Proved:
+    """Return the best of all sets."""
+    keep, loss = program.enumerated(int(mask.sum()))
+    return leaps.Proved(keep=keep, loss=loss, bound=loss)
+
+
+def _branch_and_bound(program: GroupProgram, mask: BoolArray, seconds: float) -> leaps.Proved:
+    """Return what the exact method of blocks finds, and its bound; `mask` where it finds no set."""
+    problem = program.problem(int(mask.sum()))
+    found = solve(problem, "branch_and_bound", program="joint", time_limit=seconds)
+    keep = mask
+    if found.keep is not None:
+        keep = np.zeros(program.n_groups, dtype=np.bool_)
+        unit = problem.sets.unit
+        assert unit is not None
+        keep[unit[found.keep]] = True
+    bound = -math.inf if found.bound is None else found.bound
+    return leaps.Proved(keep=keep, loss=program.loss(keep), bound=bound)
 
 
 def _widths(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +58,12 @@ class GroupProgram:
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = tuple(readers)
         self.n_groups = int(readers[0].columns.shape[0])
-        self._inverse = [np.linalg.inv(reader.gram) for reader in readers]
+        self.inverse = [np.linalg.inv(reader.gram) for reader in readers]
 
     def loss(self, keep: BoolArray) -> float:
         """Return f of what `keep` leaves out, (n_groups,); O(p^3)."""
         total = 0.0
-        for reader, inverse in zip(self.readers, self._inverse, strict=True):
+        for reader, inverse in zip(self.readers, self.inverse, strict=True):
             gone = reader.columns[~keep].reshape(-1)
             part = reader.weight[:, gone]
             step = np.linalg.solve(inverse[np.ix_(gone, gone)], part.T)
@@ -107,10 +108,18 @@ class GroupProgram:
                 break
         return keep, self.loss(keep)
 
+    def enumerated(self, n_keep: int) -> tuple[BoolArray, float]:
+        """Return the best of all sets of `n_keep` groups, and its f; O(p^3) for each of them."""
+        sets = (
+            np.isin(np.arange(self.n_groups), kept) for kept in combinations(range(self.n_groups), n_keep)
+        )
+        best = min(sets, key=self.loss)
+        return best, self.loss(best)
+
     def updated(self, keep: BoolArray) -> list[FloatArray]:
         """Return the weights of every reader, (out, p), with zeros for what went and the others optimal."""
         found = []
-        for reader, inverse in zip(self.readers, self._inverse, strict=True):
+        for reader, inverse in zip(self.readers, self.inverse, strict=True):
             gone = reader.columns[~keep].reshape(-1)
             step = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[gone])
             weight = reader.weight - reader.weight[:, gone] @ step
@@ -124,7 +133,7 @@ class GroupProgram:
         Raises what `BlockProblem` raises if a matrix is singular to rounding.
         """
         hessians, labels, weights = [], [], []
-        for reader, inverse in zip(self.readers, self._inverse, strict=True):
+        for reader, inverse in zip(self.readers, self.inverse, strict=True):
             # Columns of no group (a bias, channels of another set) follow as they like: what is left of G.
             owned = np.sort(reader.columns.reshape(-1))
             hessians.append(np.kron(reader.outputs, np.linalg.inv(inverse[np.ix_(owned, owned)])))
@@ -144,7 +153,7 @@ class _State:
         self.keep = keep.copy()
         self._readers = program.readers
         self._weights, self._inverse = [], []
-        for reader, inverse in zip(program.readers, program._inverse, strict=True):
+        for reader, inverse in zip(program.readers, program.inverse, strict=True):
             gone = reader.columns[~keep].reshape(-1)
             step = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[gone])
             self._weights.append(reader.weight - reader.weight[:, gone] @ step)

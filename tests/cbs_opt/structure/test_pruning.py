@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cbs_opt as cbs
 from cbs_opt.errors import UnmatchedPatternError
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.structure import pruning
 from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
 from tests.cbs_opt.structure.networks import built
 
@@ -70,21 +71,34 @@ def test_operations_are_within_the_budget_and_the_choice_is_proved() -> None:
     assert evaluate(small, data(x)).accuracy is not None
 
 
-def test_branch_and_bound_proves_a_small_layer() -> None:
-    model, _ = built("mlp")
+@pytest.mark.parametrize(("name", "part"), [("mlp", "2"), ("packed", "qkv")])
+def test_small_layers_are_proved(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads by trying all sets, neurons by leaps and bounds where those are too many."""
+    monkeypatch.setattr(pruning, "ENUMERATED", 10)
+    model, x = built(name)
+    x = torch.randn(60, *x.shape[1:])
+    with torch.no_grad():
+        y = model(x) + torch.randn_like(model(x))
     recipe = cbs.GroupRecipe(samples=60, exact_seconds=30.0, steps=0)
-    _, report = cbs.prune_groups(model, data(torch.randn(60, 7)), keep={"2": 0.5}, recipe=recipe)
+    options: dict[str, Any] = {"recipe": recipe, "loss_fn": torch.nn.functional.mse_loss}
+    _, report = cbs.prune_groups(model, (x, y), keep={part: 0.5}, **options)
     (choice,) = report.choices.values()
     assert choice.bound is not None
     assert choice.bound <= choice.loss * (1 + 1e-9)
     assert choice.loss == pytest.approx(choice.bound, rel=1e-3)
+    assert "bound" in report.summary()
 
 
-def test_a_program_too_singular_to_prove_names_the_damping() -> None:
-    model, _ = built("mlp")
-    recipe = cbs.GroupRecipe(samples=60, exact_seconds=30.0, damping=1e-12)
+def test_a_program_too_singular_to_prove_names_the_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "ENUMERATED", 0)
+    model, x = built("packed")
+    x = torch.randn(60, *x.shape[1:])
+    with torch.no_grad():
+        y = torch.randn_like(model(x))
+    recipe = cbs.GroupRecipe(samples=60, exact_seconds=30.0, damping=1e-12, steps=0)
+    options: dict[str, Any] = {"recipe": recipe, "loss_fn": torch.nn.functional.mse_loss}
     with pytest.raises(ArgumentError, match=r"recipe\.damping: 1e-12, with which a program is singular"):
-        cbs.prune_groups(model, data(torch.randn(60, 7)), keep={"2": 0.5}, recipe=recipe)
+        cbs.prune_groups(model, (x, y), keep={"qkv": 0.5}, **options)
 
 
 def test_a_set_with_an_ignored_layer_is_left_whole_and_noted() -> None:

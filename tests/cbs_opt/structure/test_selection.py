@@ -7,6 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from cbs_opt.structure import leaps
+from cbs_opt.structure.leaps import applies, search
 from cbs_opt.structure.selection import GroupProgram, Reader
 from cbs_opt.structure.widths import Cost, choose_widths, enumerated_widths
 from formulations.enumeration import enumerate_optimum
@@ -73,6 +75,7 @@ def test_the_block_of_a_program_has_the_same_optimum(seed: int) -> None:
     best = min(made.loss(keep) for keep in masks(6, 3))
     found = enumerate_optimum(made.problem(3), "joint")
     assert found.objective == pytest.approx(best)
+    assert made.enumerated(3)[1] == best
     assert made.swaps(made.greedy(3)[0])[1] >= best * (1 - 1e-12)
 
 
@@ -114,3 +117,40 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         choose_widths(errors, [Cost(sets=("a",), table=np.ones(3))], 1.0)
     with pytest.raises(ArgumentError, match=r"errors\['a'\]: NaN"):
         choose_widths(errors | {"a": np.full(4, np.nan)}, costs, 1.0)
+
+
+def neurons(seed: int, n: int = 9) -> GroupProgram:
+    """Two readers of single inputs, with a bias that always stays."""
+    rng = np.random.default_rng(seed)
+    readers = []
+    for outputs in (3, 4):
+        x, g = rng.normal(size=(40, n + 1)) @ rng.normal(size=(n + 1, n + 1)), rng.normal(size=(30, outputs))
+        gram, metric = x.T @ x / 40 + 0.1 * np.eye(n + 1), g.T @ g / 30
+        weight, columns = rng.normal(size=(outputs, n + 1)), rng.permutation(n)[:, None]
+        readers.append(Reader(weight=weight, gram=gram, outputs=metric, columns=columns))
+    return GroupProgram(readers)
+
+
+@pytest.mark.parametrize(("seed", "n_keep"), [(0, 1), (1, 3), (2, 4), (3, 6), (4, 8)])
+def test_leaps_and_bounds_find_the_optimum_of_enumeration_from_any_start(seed: int, n_keep: int) -> None:
+    made = neurons(seed)
+    best = min(made.loss(keep) for keep in masks(9, n_keep))
+    for start in (made.greedy(n_keep)[0], np.arange(9) < n_keep):
+        found = search(made, start, seconds=60.0)
+        assert found.loss == pytest.approx(best)
+        assert int(found.keep.sum()) == n_keep
+        assert best * (1 - 1e-6) <= found.bound <= best
+
+
+def test_a_search_that_is_cut_short_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaps, "NODES", 2)
+    made = neurons(5)
+    best = min(made.loss(keep) for keep in masks(9, 4))
+    found = search(made, np.arange(9) < 4, seconds=0.0)
+    assert 0.0 < found.bound <= best <= found.loss <= made.loss(np.arange(9) < 4)
+
+
+def test_only_small_sets_of_single_inputs_are_searched() -> None:
+    assert applies(neurons(0))
+    assert not applies(program())
+    assert not applies(neurons(0, 65))
