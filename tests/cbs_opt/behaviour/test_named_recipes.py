@@ -90,7 +90,7 @@ def test_the_default_is_balanced_and_better_than_fast(finished: Finished) -> Non
 )
 def test_the_loss_decides_the_curvature(loss: nn.Module, targets: Any, kind: str) -> None:
     x, _ = data(120)
-    report = prune(network(), (x, targets(x)), loss_fn=loss)
+    report = prune(network(), (x, targets(x)), loss_fn=loss, recipe="fast")
     assert report.curvature == kind
 
 
@@ -175,7 +175,7 @@ def test_dampings_of_the_update_are_tried_and_what_a_caller_sets_is_tried_once()
 
 
 def test_sparsities_by_layer_are_met() -> None:
-    report = prune(network(), sparsity={"0.*": 0.5, "3.*": 0.25})
+    report = prune(network(), sparsity={"0.*": 0.5, "3.*": 0.25}, recipe="fast")
     pruned = {name: int((~keep).sum()) for name, keep in report.masks.items()}
     assert pruned == {"0.weight": 24, "3.weight": 6}
 
@@ -188,11 +188,11 @@ def test_few_samples_make_a_smaller_recipe_in_words(samples: int) -> None:
 
 def test_one_class_alone_and_loaders_of_unknown_length() -> None:
     x, y = data(100)
-    assert prune(network(), (x, torch.zeros_like(y))).n_prune
+    assert prune(network(), (x, torch.zeros_like(y)), recipe="fast").n_prune
     loader = DataLoader(TensorDataset(x, y), batch_size=16)
-    assert any("100 samples" in choice for choice in prune(network(), loader).choices)
+    assert any("100 samples" in choice for choice in prune(network(), loader, recipe="fast").choices)
     # Seven batches, of which the first has 16.
-    assert any("112 samples" in choice for choice in prune(network(), list(loader)).choices)
+    assert any("112 samples" in choice for choice in prune(network(), list(loader), recipe="fast").choices)
 
     class Endless:
         def __iter__(self) -> Iterator[Any]:

@@ -115,6 +115,7 @@ def test_the_page_is_well_formed_and_self_contained_and_leaves_matplotlibs_state
     reports: list[PruneReport], tmp_path: Path
 ) -> None:
     path, before = tmp_path / "page.html", dict(mpl.rcParams)
+    reports = reports[1::2]
     write_comparison(reports, path, title="Compared")
     assert dict(mpl.rcParams) == before
     page = path.read_text()

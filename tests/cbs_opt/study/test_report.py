@@ -61,9 +61,10 @@ def test_the_page_holds_every_picture_and_fetches_nothing() -> None:
 
 
 def test_every_kind_of_picture_is_there() -> None:
-    names = {drawing.name for drawing in drawings(study_rows())}
+    drawn = drawings(study_rows())
+    names = {drawing.name for drawing in drawn}
     assert names == {"profile", "gap", "traces", "excess", "effects", "excess_n", "excess_damping"}
-    for drawing in drawings(study_rows()):
+    for drawing in drawn:
         drawing.figure.canvas.draw()
         axes = drawing.figure.axes[0]
         assert axes.get_xlabel() or drawing.name == "traces"
@@ -119,7 +120,8 @@ def test_nothing_done_is_an_error_and_one_row_is_a_report(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_two_commands_make_a_report(tmp_path: Path) -> None:
+def test_the_two_commands_make_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cbs_opt.study.report.Section.drawings", lambda section: [])
     study = tmp_path / "study.toml"
     study.write_text(
         'limits = { warm_up = 0 }\n[[instances]]\nlibrary = "digits_12_s*"\n'
