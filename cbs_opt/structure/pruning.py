@@ -35,7 +35,7 @@ from cbs_opt.structure.reading import (
     watching,
     write_affine,
 )
-from cbs_opt.structure.refinement import Refined, refine
+from cbs_opt.structure.refinement import FEWEST_ROWS, Refined, refine, rows_that_fit
 from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
 from cbs_opt.structure.widths import Cost, Widths, choose_widths
@@ -272,10 +272,12 @@ def prune_groups(
     refit(dense, work, free, batches, recipe.damping)
     small, shrinkage = shrink(_closed(model, work, free), example, keep=masks)
     refined = None
-    if recipe.steps:
-        refined = refine(
-            small, every, objective, steps=recipe.steps, ignore=names("ignore", ignore), seed=seed
-        )
+    rows = rows_that_fit(small)
+    if recipe.steps and rows < FEWEST_ROWS:
+        notes.append(f"no Newton steps of what is left: free memory holds {rows} gradient rows of it")
+    elif recipe.steps:
+        globs = names("ignore", ignore)
+        refined = refine(small, every, objective, steps=recipe.steps, ignore=globs, rows=rows, seed=seed)
     report = GroupReport(
         choices=choices, shrinkage=shrinkage, widths=widths, refined=refined, notes=tuple(notes)
     )

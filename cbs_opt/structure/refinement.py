@@ -21,12 +21,17 @@ from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork, write_back
+from cbs_opt.system.memory import free_memory
 from cbs_opt.update.cbs import cbs_updates
 
 ROWS = 512
 """Gradient rows of a step at most."""
 ROW_SAMPLES = 2048
 """Samples that they are made of at most; the gradient is that of all."""
+FEWEST_ROWS = 32
+"""Rows below which there is no step."""
+COPIES = 3
+"""Of the rows, that a step holds at most."""
 JUDGES = 8
 """One sample of so many is set aside, and says which step is taken."""
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
@@ -49,6 +54,12 @@ class Refined:
         return f"{steps} Newton step{'' if steps == 1 else 's'} on {self.samples} samples: loss {found}"
 
 
+def rows_that_fit(model: nn.Module) -> int:
+    """Return how many rows of all weights of a network half of the free memory holds, `ROWS` at most."""
+    size = COPIES * 4 * sum(parameter.numel() for parameter in model.parameters())
+    return min(ROWS, int(0.5 * free_memory() / max(1, size)))
+
+
 def refine(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -56,6 +67,7 @@ def refine(
     *,
     steps: int,
     ignore: Sequence[str] = (),
+    rows: int = ROWS,
     seed: int = 0,
 ) -> Refined | None:
     """Move the weights of a network by damped Newton steps, in place, as long as they gain.
@@ -64,8 +76,9 @@ def refine(
     where its form is known, and gradients of samples elsewhere; g is the gradient. Of several dampings and
     lengths that of the lowest loss on samples set aside is taken, none if all are worse than before.
 
-    `ignore` names layers by globs. Returns None if there is no weight that may move, or one batch alone.
-    Time: two passes forward and backward over the samples for each step, and O(ROWS^2 n).
+    `ignore` names layers by globs; `rows` is how many rows there are at most. Returns None if there is no
+    weight that may move, or one batch alone.
+    Time: two passes forward and backward over the samples for each step, and O(rows^2 n).
     """
     globs = [f"{glob}.*" for glob in ignore]
     fixed = [name for name, _ in model.named_parameters() if any(fnmatchcase(name, glob) for glob in globs)]
@@ -83,7 +96,7 @@ def refine(
     for step in range(steps):
         best: Tensor | None = None
         least = losses[-1]
-        for moved in _steps(model, partition, own, objective, samples, seed + step):
+        for moved in _steps(model, partition, own, objective, samples, rows, seed + step):
             loss = evaluate(TrialNetwork(model, partition, moved), judges, objective).loss
             if loss < least:
                 best, least = moved, loss
@@ -119,12 +132,13 @@ def _steps(
     batches: Sequence[Batch],
     objective: Objective,
     samples: int,
+    most_rows: int,
     seed: int,
 ) -> list[Tensor]:
     """Return the weights after each of the steps that are tried, (n,) float64."""
     weights = partition.flatten(model)
     seen = min(samples, ROW_SAMPLES)
-    per_row = -(-seen // ROWS)
+    per_row = -(-seen // most_rows)
     kind: Fisher = EmpiricalFisher(samples=seen, per_row=per_row)
     if objective.output_hessian is not None:
         kind = SketchedFisher(samples=seen, per_row=per_row)

@@ -244,6 +244,15 @@ def test_steps_lower_the_loss_on_samples_set_aside_and_leave_ignored_layers() ->
     assert not small[2].weight.equal(model[2].weight[:, report.shrinkage.keep["0"]])
 
 
+def test_without_room_for_rows_there_are_no_steps_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = built("mlp")
+    x, y = torch.randn(100, 7), torch.zeros(100, dtype=torch.int64)
+    monkeypatch.setattr("cbs_opt.structure.refinement.free_memory", lambda: 1_000)
+    _, report = cbs.prune_groups(model, (x, y), keep=0.5, recipe=cbs.GroupRecipe(samples=100))
+    assert report.refined is None
+    assert any("no Newton steps" in note for note in report.notes)
+
+
 def test_a_refitted_layer_is_the_least_squares_solution() -> None:
     model, _ = built("mlp")
     x = torch.randn(300, 7)
