@@ -14,6 +14,7 @@ from cbs_opt.network.data import Data, device_of, iterate
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.state import kept
 from cbs_opt.oneshot import Candidate, Sample, Task
+from formulations.errors import NonFiniteError
 
 SAMPLES = 4
 """Samples that statistics are estimated on, in multiples of those that networks are compared on."""
@@ -49,6 +50,8 @@ def fitting(
     except (NoBatchNormError, EmptyDataError):
         # Nothing to estimate, or a single sample to do it from.
         return statistics, ""
+    except NonFiniteError:
+        return statistics, "batch-norm statistics of the pruned network overflow: those of training stay"
     own = {name: buffer.detach() for name, buffer in task.model.named_buffers() if name in new}
     old = {**own, **statistics}
 

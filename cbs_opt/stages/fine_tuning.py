@@ -42,6 +42,8 @@ STEP = 3.0
 """Between a rate and the next shorter one."""
 RUN_AWAY = 0.25
 """Share of the way to the loss without any weight from which on a network counts as run away."""
+LARGEST = 100.0
+"""Norm of the weights over that at the start beyond which steps have run away, whatever the loss is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,8 @@ class Descent:
         self._keep = keep
         self._flat = weights.to(self._function(weights).dtype, copy=True)
         self._theta = self._flat[keep].requires_grad_()
+        norm = float(torch.linalg.vector_norm(self._theta.detach()))
+        self._largest = LARGEST * norm if norm > 0.0 else math.inf
         self._rate = rate
         self._precondition = precondition
         self._optimizer: torch.optim.Optimizer = (
@@ -150,6 +154,12 @@ class Descent:
         result[self._keep] = self._theta.detach().double()
         return result
 
+    @property
+    def sound(self) -> bool:
+        """Whether the weights are finite and have not grown out of all proportion."""
+        norm = float(torch.linalg.vector_norm(self._theta.detach()))
+        return math.isfinite(norm) and norm <= self._largest
+
     def run(
         self,
         batches: Iterator[Batch],
@@ -164,7 +174,7 @@ class Descent:
         `advance` is told of the samples of every batch.
         """
         used = 0
-        while used < samples and bool(torch.isfinite(self._theta.detach()).all()):
+        while used < samples and self.sound:
             size = min(batch_size, samples - used)
             used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
         return used
@@ -265,9 +275,9 @@ class FineTuner:
         if share:
             losses = []
             for entry in tries:
-                moved, count = self._moved(weights, entry, model, share, WHOLE, advance)
+                moved, after, count = self._moved(weights, entry, model, share, WHOLE, advance, loss)
                 used += count
-                losses.append(_ordered(loss(moved)))
+                losses.append(after)
                 if losses[-1] < value:
                     value, best = losses[-1], moved
             chosen = tries[losses.index(min(losses))]
@@ -276,9 +286,8 @@ class FineTuner:
             tries = []
             for _ in range(PROBES):
                 tries.append(chosen)
-                moved, count = self._moved(best, chosen, model, probe, WHOLE, advance)
+                moved, after, count = self._moved(best, chosen, model, probe, WHOLE, advance, loss)
                 used += count
-                after = _ordered(loss(moved))
                 if after < value:
                     value, best = after, moved
                     break
@@ -288,9 +297,8 @@ class FineTuner:
         without = 0.0 if self.span.end == 1.0 else _ordered(loss(torch.zeros_like(weights)))
         while used < samples:
             last = following
-            moved, count = self._moved(best, last, model, samples - used, self.span, advance)
+            moved, after, count = self._moved(best, last, model, samples - used, self.span, advance, loss)
             used += count
-            after = _ordered(loss(moved))
             if self.span.takes(after, value, without):
                 value, best = after, moved
             else:
@@ -320,8 +328,12 @@ class FineTuner:
         samples: int,
         span: Span,
         advance: Callable[[int], object],
-    ) -> tuple[Tensor, int]:
-        """Return where steps over so many samples lead to, and how many samples were differentiated."""
+        loss: Callable[[Tensor], float],
+    ) -> tuple[Tensor, float, int]:
+        """Return where steps over so many samples lead to, its loss, and how many were differentiated.
+
+        The loss is infinite where steps ran away: a dead network can have a low one.
+        """
         descent = Descent(
             self.model,
             self.partition,
@@ -333,7 +345,7 @@ class FineTuner:
         )
         size = self.plan.batch_size
         used = descent.run(self.batches, samples=samples, batch_size=size, span=span, advance=advance)
-        return descent.weights, used
+        return descent.weights, _ordered(loss(descent.weights)) if descent.sound else math.inf, used
 
 
 def _ordered(loss: float) -> float:

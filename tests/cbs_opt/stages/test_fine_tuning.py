@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.curvature.kinds import SketchedFisher
+from cbs_opt.curvature.kinds import EmpiricalFisher, SketchedFisher
 from cbs_opt.network.data import Batch
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
@@ -122,6 +122,21 @@ def test_rates_that_run_away_leave_the_network_as_it_was() -> None:
     without = tuned(network(), None, count=1)
     assert report.train_after == without.train_after
     assert not any(record.accepted for record in steps(report))
+
+
+def test_a_loss_that_falls_as_weights_explode_takes_none_that_did() -> None:
+    def rewards_size(output: Tensor, labels: Tensor) -> Tensor:
+        return 1.0 / (1.0 + output.square().mean()) + 0.0 * labels.sum()
+
+    plan = FineTuning(samples=400, batch_size=16, momentum_rates=(1e6,), decay=0.0)
+    model = network()
+    before = torch.linalg.vector_norm(torch.cat([model[0].weight.flatten(), model[3].weight.flatten()]))
+    recipe = replace(RECIPE, curvature=EmpiricalFisher(samples=40))
+    report = tuned(model, plan, count=1, recipe=recipe, loss_fn=rewards_size)
+    after = torch.linalg.vector_norm(torch.cat([model[0].weight.flatten(), model[3].weight.flatten()]))
+    assert after < 100.0 * before
+    (found,) = steps(report)
+    assert found.loss <= found.loss_before
 
 
 @pytest.mark.parametrize(
