@@ -67,10 +67,8 @@ BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "resnet20_cifar10": (("flops", 0.5), ("flops", 0.33)),
 }
 """What is kept: a share of the groups of every set, or of the operations."""
-SAMPLES: Mapping[str, int] = {"mlpnet_mnist": 1024, "resnet20_cifar10": 256}
-"""Training images that choices and fits see, where the command line says nothing."""
-STEPS: Mapping[str, tuple[int, int]] = {"mlpnet_mnist": (3, 4096), "resnet20_cifar10": (1, 2048)}
-"""Newton steps at the end at most, and the training images that they see."""
+DEFAULT = GroupRecipe()
+"""Whose images and steps all contenders have, where the command line says nothing."""
 STATISTICS = 1024
 """Training images that batch norm is estimated on."""
 TIMED = 64
@@ -258,8 +256,8 @@ def cells(network: str, *, samples: int | None = None, seeds: int = 1) -> list[C
                 "budget": budget,
                 "share": share,
                 "contender": name,
-                "samples": SAMPLES[network] if samples is None else samples,
-                "steps": list(STEPS[network]),
+                "samples": DEFAULT.samples if samples is None else samples,
+                "steps": [DEFAULT.steps, DEFAULT.step_samples],
                 "seed": seed,
                 "version": 2,
             }
