@@ -151,7 +151,7 @@ FINAL_SHARE = 0.4
 """Of all fine-tuning for that after the last stage, if there are several."""
 SHARP_FINAL_SHARE = 0.6
 """The same where each stage prunes much, the last one what is missed most."""
-BLIND_RATE = 0.7
+BLIND_RATE = 0.35
 """Learning rate over the largest curvature, where the network is far from rest and no rate can be tried."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""
