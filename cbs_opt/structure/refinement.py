@@ -42,16 +42,21 @@ SCALES = (1.0, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class Refined:
-    """What the steps did: losses on samples set aside, before and after each that was taken."""
+    """What the steps did: losses on samples set aside, before and after each that was taken.
+
+    Where batch-norm statistics were estimated anew, `recalibrated`, that is the first of them.
+    """
 
     losses: tuple[float, ...]
     samples: int
+    recalibrated: bool = False
 
     def __str__(self) -> str:
         """Return it in one line."""
-        steps = len(self.losses) - 1
+        steps = len(self.losses) - 1 - self.recalibrated
+        what = "batch-norm statistics and " if self.recalibrated else ""
         found = f"{self.losses[0]:.4g} -> {self.losses[-1]:.4g} on samples set aside"
-        return f"{steps} Newton step{'' if steps == 1 else 's'} on {self.samples} samples: loss {found}"
+        return f"{what}{steps} Newton step{'' if steps == 1 else 's'} on {self.samples} samples: loss {found}"
 
 
 def rows_that_fit(model: nn.Module) -> int:
@@ -93,6 +98,7 @@ def refine(
     weights = partition.flatten(model).double()
     losses = [evaluate(model, judges, objective).loss]
     losses += _recalibrated(model, own, judges, objective, losses[0])
+    recalibrated = len(losses) > 1
     for step in range(steps):
         best: Tensor | None = None
         least = losses[-1]
@@ -105,7 +111,7 @@ def refine(
         weights = best
         losses.append(least)
         write_back(model, partition, weights)
-    return Refined(losses=tuple(losses), samples=samples)
+    return Refined(losses=tuple(losses), samples=samples, recalibrated=recalibrated)
 
 
 def _recalibrated(

@@ -16,6 +16,7 @@ import cbs_opt as cbs
 from cbs_opt.errors import UnmatchedPatternError
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.structure import pruning
+from cbs_opt.structure.refinement import Refined
 from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
 from tests.cbs_opt.structure.networks import built
 
@@ -242,6 +243,12 @@ def test_steps_lower_the_loss_on_samples_set_aside_and_leave_ignored_layers() ->
     small, _ = cbs.prune_groups(model, (x, y), keep={"0": 0.5}, ignore="4", recipe=recipe)
     assert small[4].weight.equal(model[4].weight)
     assert not small[2].weight.equal(model[2].weight[:, report.shrinkage.keep["0"]])
+
+
+def test_new_statistics_are_no_newton_step() -> None:
+    refined = Refined(losses=(3.0, 2.0, 1.0), samples=9, recalibrated=True)
+    assert str(refined).startswith("batch-norm statistics and 1 Newton step on 9 samples")
+    assert str(replace(refined, recalibrated=False)).startswith("2 Newton steps on 9 samples")
 
 
 def test_without_room_for_rows_there_are_no_steps_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
