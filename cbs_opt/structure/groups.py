@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cbs_opt.network.data import Inputs
+from cbs_opt.errors import EmptyDataError
+from cbs_opt.network.data import Inputs, tensors_of
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.state import require_usable
 from cbs_opt.structure.atoms import NONE, IntArray
@@ -263,6 +264,8 @@ def groups(model: nn.Module, example: Inputs) -> Structure:
         If the network raises on the example; names the module.
     ArgumentError
         If it cannot be run at all: lazy or meta tensors.
+    EmptyDataError
+        If the example holds no sample.
 
     Notes
     -----
@@ -274,6 +277,8 @@ def groups(model: nn.Module, example: Inputs) -> Structure:
     """
     model = unwrapped(model)
     require_usable(model)
+    if any(tensor.ndim and not len(tensor) for tensor in tensors_of(example)):
+        raise EmptyDataError("example", "a batch of no sample", "pass one of two samples or more")
     return _structure(model, trace(model, example))
 
 

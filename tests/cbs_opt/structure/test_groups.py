@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt as cbs
-from cbs_opt.errors import ForwardError
+from cbs_opt.errors import EmptyDataError, ForwardError
 from formulations.errors import ArgumentError
 from tests.cbs_opt.structure.networks import NETWORKS, built
 
@@ -137,3 +138,11 @@ def test_the_mode_of_a_network_is_kept() -> None:
     cbs.groups(model, example)
     assert all(module.training for module in model.modules())
     assert model.state_dict()["first.bn1.running_mean"].equal(before)
+
+
+def test_an_example_of_no_sample_is_refused_by_name() -> None:
+    model, example = built("mlp")
+    assert isinstance(example, torch.Tensor)
+    for call in (cbs.groups, cbs.measure_latency, partial(cbs.shrink, keep={})):
+        with pytest.raises(EmptyDataError, match="example"):
+            call(model, example[:0])
