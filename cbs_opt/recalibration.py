@@ -45,13 +45,14 @@ def fitting(
     """
     data = task.data
     assert data is not None
+    stay = f"those {'from before fine-tuning' if statistics else 'of training'} stay"
     try:
         new, used = _estimated(task, data, weights, SAMPLES * sum(batch.size for batch in sample))
     except (NoBatchNormError, EmptyDataError):
         # Nothing to estimate, or a single sample to do it from.
         return statistics, ""
     except NonFiniteError:
-        return statistics, "batch-norm statistics of the pruned network overflow: those of training stay"
+        return statistics, f"batch-norm statistics of the pruned network overflow: {stay}"
     own = {name: buffer.detach() for name, buffer in task.model.named_buffers() if name in new}
     old = {**own, **statistics}
 
@@ -66,7 +67,7 @@ def fitting(
         f"loss on samples set aside {before:.4g}, with batch-norm statistics of {used} samples {after:.4g}"
     )
     if not after < before:
-        return statistics, f"{found}: those of training stay" if not statistics else f"{found}: not taken"
+        return statistics, f"{found}: {stay}"
     return tried[losses.index(after)], f"{found}: taken"
 
 

@@ -23,6 +23,7 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.network.trial import TrialNetwork, write_back
 from cbs_opt.system.memory import free_memory
 from cbs_opt.update.cbs import cbs_updates
+from formulations.errors import NonFiniteError
 
 ROWS = 512
 """Gradient rows of a step at most."""
@@ -121,8 +122,8 @@ def _recalibrated(
     old = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         recalibrate_batchnorm(model, own)
-    except (NoBatchNormError, EmptyDataError):
-        # Nothing to estimate, or a single sample to do it from.
+    except (NoBatchNormError, EmptyDataError, NonFiniteError):
+        # Nothing to estimate, a single sample to do it from, or outputs that overflow: the old ones are back.
         return []
     after = evaluate(model, judges, objective).loss
     if after < before:

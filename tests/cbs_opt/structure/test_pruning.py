@@ -251,6 +251,23 @@ def test_new_statistics_are_no_newton_step() -> None:
     assert str(replace(refined, recalibrated=False)).startswith("2 Newton steps on 9 samples")
 
 
+def test_statistics_that_overflow_leave_the_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(*_: object) -> int:
+        raise NonFiniteError("data", "leads to infinite statistics", "check the data")
+
+    model, x = built("residual")
+    assert isinstance(x, Tensor)
+    count = 600
+    images = x[:1].repeat(count, *[1] * (x.ndim - 1))
+    images = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("cbs_opt.structure.refinement.recalibrate_batchnorm", overflowing)
+    recipe = cbs.GroupRecipe(samples=20, step_samples=count, steps=1)
+    labels = torch.zeros(count, dtype=torch.int64)
+    _, report = cbs.prune_groups(model, (images, labels), keep=0.5, recipe=recipe)
+    assert report.refined is not None
+    assert not report.refined.recalibrated
+
+
 def test_without_room_for_rows_there_are_no_steps_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = built("mlp")
     x, y = torch.randn(100, 7), torch.zeros(100, dtype=torch.int64)
