@@ -121,6 +121,7 @@ def describe(
         update_scale=best.scale,
         seed=request.seed,
         masks=keep,
+        recalibrated=bool(best.statistics),
         request=request,
         versions=library_versions(),
         stages=() if state is None else state.records,

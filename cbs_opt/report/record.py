@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "cbs-opt report"
-VERSION = 3
-READ = (2, VERSION)
-"""Versions that are read: 2 has no `left_out`, `notes` and `warnings`."""
+VERSION = 4
+READ = (2, 3, VERSION)
+"""Versions that are read: 2 has no `left_out`, `notes` and `warnings`, 3 no `recalibrated`."""
 GIVEN_ROWS = {"kind": "given"}
 """Curvature of a recipe whose rows were computed before the run."""
 FRAME = ("layer", "shape", "dtype", "n", "n_prune", "sparsity", "left_out")
@@ -61,6 +61,8 @@ class PruneReport:
         How the weights were cut into blocks, and the pruned count was spread over them.
     requested_sparsity : float
         What was asked for.
+    recalibrated : bool
+        Whether batch-norm statistics of the network were estimated anew on the way, and taken.
     pattern : str
         Such as "2:4", where so many of every m consecutive inputs of an output were to stay; else empty.
     n, n_prune : int
@@ -135,6 +137,7 @@ class PruneReport:
     choices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     pattern: str = ""
+    recalibrated: bool = False
 
     @property
     def sparsity(self) -> float:

@@ -61,7 +61,7 @@ def is_pruned(outcome: Outcome, report: PruneReport) -> None:
     pruned = {parameter.data_ptr() for parameter in map(lambda n: stored(trial.model, n), report.masks)}
     now = trial.model.state_dict()
     kept = {name for name in outcome.before if now[name].data_ptr() not in pruned}
-    if any(note.endswith("taken") for note in report.notes):
+    if report.recalibrated:
         kept -= {name for name in kept if name.endswith(("running_mean", "running_var"))}
     assert len(kept) < len(outcome.before)
     after = tensors(trial)
