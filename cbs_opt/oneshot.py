@@ -200,6 +200,14 @@ def needs_curvature(request: Request) -> bool:
     )
 
 
+def needs_gradient(request: Request) -> bool:
+    """Whether any recipe looks at the mean gradient: it takes a backward pass of its own for most rows."""
+    return any(
+        recipe.gradient or "saliency" in (method_of(recipe).kind, scoring_of(recipe).kind)
+        for recipe in request.recipes
+    )
+
+
 def selects_by_rows(recipe: Recipe) -> bool:
     """Whether the method leaves the layer-input term out: searches of the selection program do."""
     return select_of(recipe).program == "selection" and method_of(recipe).kind != "saliency"
@@ -286,7 +294,7 @@ def take_rows(task: Task) -> Rows | None:
     if data is None:
         return rows
     if isinstance(curvature, Fisher) and needs_curvature(request):
-        rows = sampled_rows(task, seed=request.seed)
+        rows = sampled_rows(task, seed=request.seed, gradient=needs_gradient(request))
     if rows is not None and rows.channels is None and any(entry.layer_inputs for entry in request.recipes):
         with task.clock.phase("layer inputs"):
             given = task.model, data, task.partition
