@@ -90,11 +90,16 @@ NAMED = {
 
 
 def layer_recipe(recipe: str | LayerRecipe, sparsity: Sparsity) -> LayerRecipe:
-    """Return a recipe as it is, or the one of a name for a sparsity: n:m leaves no choice of budgets."""
+    """Return a recipe as it is, or the one of a name for a sparsity.
+
+    With n:m there is no budget to share: what looks at the network's predictions moves the weights on them.
+    """
     if isinstance(recipe, LayerRecipe):
         return recipe
     if not isinstance(recipe, str):
         remedy = f"pass a LayerRecipe, or one of {', '.join(NAMED)}"
         raise ArgumentError("recipe", f"a {type(recipe).__name__}", remedy)
     named = NAMED[one_of("recipe", recipe, NAMED)]
-    return replace(named, budget="rows") if isinstance(sparsity, str) else named
+    if not isinstance(sparsity, str) or not named.differentiates:
+        return named
+    return replace(named, budget="rows", divergence=named.divergence or Divergence(passes=1))

@@ -102,7 +102,8 @@ def prune_layers(
     sparsity : float in [0, 1), or "n:m"
         Share of zeros in every layer, or how many of m consecutive inputs each row keeps ("2:4").
     recipe : "fast", "balanced", "best" or LayerRecipe, default "fast"
-        With n:m "balanced" is "fast", as every row has the pattern.
+        With n:m, where every row has the pattern and there is nothing to share, "balanced" moves the kept
+        weights in one pass, "best" in two.
     blocks : str, optional
         Glob of module names, such as "model.layers.*". By default the longest list of like modules.
     ignore : str or sequence of str, optional

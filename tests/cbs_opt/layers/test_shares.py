@@ -107,4 +107,8 @@ def test_predictions_that_are_nan_are_named_by_their_sample_and_nothing_changes(
 def test_a_pattern_leaves_no_choice_of_budgets() -> None:
     with pytest.raises(ArgumentError, match=r"recipe\.budget.*every row has the pattern"):
         prune_layers(Network(), tokens(), sparsity="2:4", recipe=cbs.LayerRecipe(budget="network"))
-    assert prune_layers(Network(), tokens(), sparsity="2:4", recipe="balanced").recipe.budget == "rows"
+    report = prune_layers(Network(), tokens(), sparsity="2:4", recipe="balanced")
+    assert report.recipe.budget == "rows"
+    (moved,) = report.moved
+    assert moved.after <= moved.before
+    assert report.scale_tokens == 0 < report.differentiated == moved.tokens
