@@ -171,12 +171,13 @@ class Bench:
 
     network: Network
     data: Dataset
+    table: Path | None = None
     chosen: dict[tuple[Any, ...], tuple[nn.Module, GroupReport]] = field(default_factory=dict)
 
     @cached_property
     def latency(self) -> LatencyTable:
-        """Milliseconds of layers at all widths in eighths."""
-        return cbs_opt.measure_latency(self.network.model, self.data.test_x[:TIMED])
+        """Milliseconds of layers at all widths in eighths, kept in the file `table` if there is one."""
+        return cbs_opt.measure_latency(self.network.model, self.data.test_x[:TIMED], cache=self.table)
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return what a contender made of the network."""
@@ -394,7 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify = not given.no_verify
         network = load_network(given.network, given.data, verify=verify)
         data = load_dataset(network.dataset, given.data, mean=network.mean, std=network.std, verify=verify)
-        return Bench(network=network, data=data).measure
+        given.out.mkdir(parents=True, exist_ok=True)
+        return Bench(network=network, data=data, table=given.out / f"{given.network}_latency.json").measure
 
     every = cells(given.network, samples=given.samples, seeds=given.seeds)
     wanted = [
