@@ -6,9 +6,11 @@
 
 Contenders
 ----------
-- ``ours``: `cbs_opt.prune_groups`. For a share of the operations it chooses widths, and all others prune to
-  these.
+- ``ours``: `cbs_opt.prune_groups`. For a share of the operations, or of the milliseconds that
+  `cbs_opt.measure_latency` finds, it chooses widths, and all others prune to these.
 - ``ours_fitted``: the same without the Newton steps at the end.
+- ``ours_proved``, for a share of every set of small networks: the same with an exact search of every set,
+  which ends with its optimum proved or after ten minutes by the clock on the wall.
 - ``reconstruction``: greedy least squares layer by layer, in the manner of Meng, Chen, Wang and Mazumder,
   "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization", ICML
   2024, written from the paper. In network order, on inputs of the network as pruned so far, the inputs go
@@ -22,8 +24,8 @@ Contenders
   largest that is within the budget.
 
 Statistics of batch norm are estimated anew on the same training images for all of them but ``ours``, which
-estimates its own. Milliseconds are the
-least processor time of several passes of one batch on one core, dense and shrunk by turns.
+estimates its own. Milliseconds are the median processor time of passes of one batch of 100 images on one
+core, dense and shrunk by turns.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import cbs_opt
-from cbs_opt import GroupRecipe
+from cbs_opt import GroupRecipe, GroupReport, LatencyTable
 from cbs_opt.network.data import iterate
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.structure.groups import MAKES, READS, BoolArray, GroupSet, Structure, groups, tensor_named
@@ -59,26 +62,30 @@ from experiments.studies_page import between_marks
 from formulations.files import write_atomically
 
 EVEN = "_even"
-OURS = ("ours", "ours_fitted")
+PROVED = "ours_proved"
+OURS = ("ours", "ours_fitted", PROVED)
 RIVALS = ("reconstruction", "magnitude_fitted", "magnitude")
 CONTENDERS = (*OURS, *RIVALS)
 BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "mlpnet_mnist": (("keep", 0.5), ("keep", 0.25)),
-    "resnet20_cifar10": (("flops", 0.5), ("flops", 0.33)),
+    "resnet20_cifar10": (("flops", 0.5), ("milliseconds", 0.6), ("flops", 0.33)),
 }
-"""What is kept: a share of the groups of every set, or of the operations."""
+"""What is kept: a share of the groups of every set, of the operations, or of the milliseconds."""
 DEFAULT = GroupRecipe()
 """Whose images and steps all contenders have, where the command line says nothing."""
+EXACT_SECONDS = 600.0
 STATISTICS = 1024
 """Training images that batch norm is estimated on."""
-TIMED = 64
+TIMED = 100
 """Images of the batch that is timed."""
-PASSES = 9
+PASSES = 15
+WHAT = {"keep": "every set of groups", "flops": "the operations", "milliseconds": "the milliseconds"}
 OUT = Path("runs/structured")
 PAGE = Path("docs/results/structure.md")
 LABELS = {
     "ours": "ours",
     "ours_fitted": "ours, without the steps",
+    PROVED: "ours, without the steps, proved",
     "reconstruction": "greedy reconstruction",
     "magnitude_fitted": "magnitude, fitted",
     "magnitude": "magnitude",
@@ -140,20 +147,22 @@ def estimate_statistics(model: nn.Module, images: Tensor) -> None:
 
 
 def milliseconds(models: Sequence[nn.Module], images: Tensor, passes: int = PASSES) -> list[float]:
-    """Return the least processor time of a pass for each network, which take turns; one core."""
-    least = [float("inf")] * len(models)
+    """Return the median processor time of a pass for each network, which take turns; one core."""
+    seconds = np.zeros((passes, len(models)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            for _ in range(passes + 1):
-                for number, model in enumerate(models):
-                    start = time.process_time()
-                    model(images)
-                    least[number] = min(least[number], time.process_time() - start)
+            for model in models:
+                model(images)
+            for turn, number in np.ndindex(seconds.shape):
+                start = time.process_time()
+                models[number](images)
+                seconds[turn, number] = time.process_time() - start
     finally:
         torch.set_num_threads(threads)
-    return [1e3 * seconds for seconds in least]
+    found: list[float] = (1e3 * np.median(seconds, axis=0)).tolist()
+    return found
 
 
 @dataclass(kw_only=True)
@@ -162,16 +171,23 @@ class Bench:
 
     network: Network
     data: Dataset
-    chosen: dict[tuple[Any, ...], tuple[nn.Module, dict[str, BoolArray]]] = field(default_factory=dict)
+    table: Path | None = None
+    chosen: dict[tuple[Any, ...], tuple[nn.Module, GroupReport]] = field(default_factory=dict)
+
+    @cached_property
+    def latency(self) -> LatencyTable:
+        """Milliseconds of layers at all widths in eighths, kept in the file `table` if there is one."""
+        return cbs_opt.measure_latency(self.network.model, self.data.test_x[:TIMED], cache=self.table)
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return what a contender made of the network."""
         model, data = self.network.model, self.data
-        if cell["contender"] not in OURS and not cell["contender"].endswith(EVEN):
-            self._ours(cell)
+        self._budget(cell)  # Before the clock starts: a table of milliseconds takes its time.
+        counts = {} if cell["contender"] in OURS else self._counts(cell)
         start = time.process_time()
-        small = self._small(cell)
+        small = self._small(cell, counts)
         seconds = time.process_time() - start
+        proofs = self._ours(cell, PROVED)[1].choices if cell["contender"] == PROVED else {}
         generator = torch.Generator().manual_seed(cell["seed"])
         if cell["contender"] != "ours":
             images = data.train_x[torch.randperm(len(data.train_x), generator=generator)[:STATISTICS]]
@@ -188,10 +204,19 @@ class Bench:
             "flops": [before.flops, after.flops],
             "milliseconds": [dense, shrunk],
             "processor_seconds": seconds,
+            "proofs": [[name, *astuple(choice)] for name, choice in proofs.items()],
         }
 
-    def _small(self, cell: Cell) -> nn.Module:
-        """Return the smaller network of a contender."""
+    def _counts(self, cell: Cell) -> dict[str, int]:
+        """Return how many groups of each set a rival keeps: as many as ours, or the same share of all."""
+        if cell["contender"].endswith(EVEN):
+            structure = groups(self.network.model, self.data.train_x[:2])
+            return {name: count for name, _, count in _counts(structure, even_keep(structure, cell["share"]))}
+        made = next((name for name in OURS if self._key(cell, name) in self.chosen), "ours_fitted")
+        return {name: choice.n_keep for name, choice in self._ours(cell, made)[1].choices.items()}
+
+    def _small(self, cell: Cell, counts: Mapping[str, int]) -> nn.Module:
+        """Return the smaller network of a contender; `counts` is what a rival keeps of each set."""
         model, contender = self.network.model, cell["contender"]
         recipe = GroupRecipe(samples=cell["samples"], steps=0)
         pair = self.data.train_x, self.data.train_y
@@ -200,11 +225,6 @@ class Bench:
         batches = list(iterate(pair, batch_size=BATCH, max_samples=recipe.samples, seed=cell["seed"]))
         example = batches[0].take(slice(2)).inputs
         structure = groups(model, example)
-        if contender.endswith(EVEN):
-            share = even_keep(structure, cell["share"])
-            counts = {name: count for name, _, count in _counts(structure, share)}
-        else:
-            counts = {name: int(mask.sum()) for name, mask in self._ours(cell)[1].items()}
         sets = [part for part in structure.sets if part.name in counts]
         if contender.startswith("reconstruction"):
             keep = {part.name: counts[part.name] / part.n_groups for part in sets}
@@ -216,20 +236,27 @@ class Bench:
             refit(model, work, fitted_layers(model, structure, ()), batches, recipe.damping)
         return shrink(work, example, keep=masks)[0]
 
-    def _ours(self, cell: Cell, contender: str = "ours") -> tuple[nn.Module, dict[str, BoolArray]]:
-        key = (contender, *(cell[name] for name in ("budget", "share", "samples", "seed")))
+    def _budget(self, cell: Cell) -> dict[str, Any]:
+        if cell["budget"] == "milliseconds":
+            return {"milliseconds": cell["share"] * self.latency.total, "latency": self.latency}
+        return {cell["budget"]: cell["share"]}
+
+    def _key(self, cell: Cell, contender: str) -> tuple[Any, ...]:
+        return (contender, *(cell[name] for name in ("budget", "share", "samples", "seed")))
+
+    def _ours(self, cell: Cell, contender: str) -> tuple[nn.Module, GroupReport]:
+        key = self._key(cell, contender)
         if key not in self.chosen:
             steps, seen = cell["steps"] if contender == "ours" else (0, 2)
-            recipe = GroupRecipe(samples=cell["samples"], steps=steps, step_samples=seen)
-            small, report = cbs_opt.prune_groups(
+            exact = EXACT_SECONDS if contender == PROVED else 0.0
+            recipe = GroupRecipe(samples=cell["samples"], steps=steps, step_samples=seen, exact_seconds=exact)
+            self.chosen[key] = cbs_opt.prune_groups(
                 self.network.model,
                 (self.data.train_x, self.data.train_y),
                 recipe=recipe,
                 seed=cell["seed"],
-                **{cell["budget"]: cell["share"]},
+                **self._budget(cell),
             )
-            masks = {name: report.shrinkage.keep[name] for name in report.choices}
-            self.chosen[key] = small, masks
         return self.chosen[key]
 
 
@@ -247,7 +274,7 @@ def cells(network: str, *, samples: int | None = None, seeds: int = 1) -> list[C
     """Return the cells of a network."""
     found = []
     for budget, share in BUDGETS[network]:
-        names = list(CONTENDERS)
+        names = [name for name in CONTENDERS if name != PROVED or budget == "keep"]
         if budget == "flops":
             names += [name + EVEN for name in RIVALS]
         found += [
@@ -259,7 +286,7 @@ def cells(network: str, *, samples: int | None = None, seeds: int = 1) -> list[C
                 "samples": DEFAULT.samples if samples is None else samples,
                 "steps": [DEFAULT.steps, DEFAULT.step_samples],
                 "seed": seed,
-                "version": 2,
+                "version": 3,
             }
             for seed in range(seeds)
             for name in names
@@ -277,14 +304,14 @@ def section(results: Sequence[Mapping[str, Any]]) -> str:
             for entry in results
             if (entry["network"], entry["budget"], entry["share"]) == (network, budget, share)
         ]
-        what = "of every set of groups" if budget == "keep" else "of the operations"
         commits = ", ".join(sorted({entry["commit"] for entry in own}))
         samples = ", ".join(str(count) for count in sorted({entry["samples"] for entry in own}))
         seeds = len({entry["seed"] for entry in own})
         facts = f"Dense {own[0]['dense_accuracy']:.2f} %; {samples} training images; {seeds} seed"
-        parts.append(f"## {network}, {share:g} {what}")
+        parts.append(f"## {network}, {share:g} of {WHAT[budget]}")
         parts.append(f"{facts}{'s' if seeds > 1 else ''}; commit {commits}.")
         parts.append(table(TITLES, [_line(name, own) for name in _names(own)]))
+        parts += _proofs(own)
     return "\n\n".join(parts) or NOTHING
 
 
@@ -299,6 +326,18 @@ TITLES = (
     "times faster",
     "seconds",
 )
+
+
+def _proofs(own: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence on the proved optimum of every set, for the first seed that has one."""
+    entry = next((entry for entry in own if entry["proofs"]), None)
+    if entry is None:
+        return []
+    told = [
+        f"{name}, {n_keep} of {n} kept: loss {loss:.6g}, no set below {bound:.6g}"
+        for name, n_keep, n, loss, bound in entry["proofs"]
+    ]
+    return [f"Exact search, seed {entry['seed']}: {'; '.join(told)}."]
 
 
 def _names(own: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -356,7 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify = not given.no_verify
         network = load_network(given.network, given.data, verify=verify)
         data = load_dataset(network.dataset, given.data, mean=network.mean, std=network.std, verify=verify)
-        return Bench(network=network, data=data).measure
+        given.out.mkdir(parents=True, exist_ok=True)
+        return Bench(network=network, data=data, table=given.out / f"{given.network}_latency.json").measure
 
     every = cells(given.network, samples=given.samples, seeds=given.seeds)
     wanted = [

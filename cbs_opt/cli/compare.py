@@ -140,8 +140,10 @@ def prepare() -> None:
     """Compile ahead, once after an installation: what exact methods and searches else do at first use."""
     with reported(debug=False):
         from cbs_opt.select.preparation import prepare_all
+        from cbs_opt.structure import leaps
 
         prepare_all()
+        leaps.prepare()
         typer.echo("ready", err=True)
 
 

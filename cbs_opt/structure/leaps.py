@@ -17,16 +17,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from cbs_opt.structure.selection import GroupProgram
-from formulations.compiled import compiled
+from formulations.compiled import INDEX_ROWS, INDICES, INTEGER, MATRIX, VECTOR, compiled, entry, make_ready
 from formulations.errors import NotPositiveDefiniteError
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+STACK = numba.float64[:, :, :, ::1]
 FREE, KEPT, GONE = 0, 1, 2
 LARGEST = 64
 """Groups of a set that is searched at most."""
@@ -56,9 +58,10 @@ def search(program: GroupProgram, keep: BoolArray, seconds: float) -> Proved:
     """Return the optimum of a program with as many groups as `keep` has, or the best within a time.
 
     `keep` is where the search begins: the better it is, the more is cut off. Time grows exponentially; a
-    layer of 40 neurons of which half go takes some million nodes, a few microseconds each. Raises
-    `NotPositiveDefiniteError` if a Gram matrix is singular to rounding.
+    layer of 40 neurons of which half go takes some million nodes, a few microseconds each. Compilation does
+    not count. Raises `NotPositiveDefiniteError` if a Gram matrix is singular to rounding.
     """
+    prepare()
     p, left = program.n_groups, int((~keep).sum())
     start, matrices, moments = program.loss(keep), [], []
     for reader, inverse in zip(program.readers, program.inverse, strict=True):
@@ -90,6 +93,11 @@ def search(program: GroupProgram, keep: BoolArray, seconds: float) -> Proved:
     return Proved(keep=found, loss=program.loss(found), bound=bound)
 
 
+def prepare() -> None:
+    """Compile the search, or load it from disk; once an installation that takes some ten seconds."""
+    make_ready((explore,), "leaps and bounds over groups")
+
+
 def _split(matrix: FloatArray, moment: FloatArray, left: int) -> FloatArray:
     """Return a diagonal D >= S for which the `left` smallest m / D add up to much, by ascent on its shape."""
     shape, best = np.log(np.diag(matrix)), -np.inf
@@ -106,6 +114,7 @@ def _split(matrix: FloatArray, moment: FloatArray, left: int) -> FloatArray:
     return found
 
 
+@entry(STACK, STACK, MATRIX, VECTOR, VECTOR, INDEX_ROWS, INDICES, INDICES, VECTOR, INDICES, INTEGER, INTEGER)
 @compiled
 def explore(
     scatter: FloatArray,

@@ -22,6 +22,10 @@ from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProble
 
 FloatArray = NDArray[np.float64]
 
+ROWS_A_COLUMN = 32
+FEWEST_ROWS = 16_384
+"""Rows that second moments need: so many for each input, and so many in all."""
+
 Hook = Callable[[str, nn.Module, Tensor, Tensor], None]
 
 
@@ -110,6 +114,14 @@ def watching(model: nn.Module, layers: Sequence[str], told: Hook) -> Iterator[No
             entry.remove()
 
 
+def enough_rows(columns: int) -> int:
+    """Return how many rows say enough of the second moments of so many inputs: what more would add is noise.
+
+    Convolutions read a row at every place of every sample; a layer that reads one row a sample has fewer.
+    """
+    return max(FEWEST_ROWS, ROWS_A_COLUMN * columns)
+
+
 def moments(
     model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], loss: Callable[[Any, Batch], Tensor]
 ) -> Mapping[str, Moments]:
@@ -117,19 +129,23 @@ def moments(
 
     `loss` gives the mean loss of a batch. Inputs are averaged over the places of a sample, gradients summed
     over them, both averaged over samples: their product is the Fisher matrix if the two are independent
-    (Grosse and Martens 2016). One forward and one backward pass.
+    (Grosse and Martens 2016). Of inputs no more batches are taken than give `enough_rows`. One forward and
+    one backward pass.
 
     Raises `ArgumentError`, which names it, if a layer did not run, and `NonFiniteError` for NaN or infinity.
     """
     gram: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     samples = sum(batch.size for batch in batches)
-    scale = 1
+    scale, waiting = 1, set(layers)
+    rows_of, seen = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
     def told(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        rows = inputs_of(module, x.detach()).double()
-        places = max(len(rows) // scale, 1)
-        gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows / samples / places
+        if name in waiting:
+            rows = inputs_of(module, x.detach()).double()
+            places = max(len(rows) // scale, 1)
+            gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows / samples / places
+            rows_of[name] += len(rows)
 
         def gradient(g: Tensor) -> None:
             flat = outputs_of(g.detach(), module).double() * scale
@@ -142,6 +158,10 @@ def moments(
             scale = batch.size
             value = loss(forward(model, batch.inputs), batch)
             torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            for name in [*waiting]:
+                seen[name] += batch.size
+                if name in gram and rows_of[name] >= enough_rows(len(gram[name])):
+                    waiting.remove(name)
     missing = [name for name in layers if name not in outputs]
     if missing:
         found = f"{', '.join(missing)} did not run, or do not reach the loss"
@@ -150,7 +170,8 @@ def moments(
         if not bool(gram[name].isfinite().all() and outputs[name].isfinite().all()):
             found = f"NaN or infinity in what {name} reads, or in the gradients of what it makes"
             raise NonFiniteError("model, data", found, "check the data, the loss and the weights")
-    return {name: Moments(gram=gram[name].numpy(), outputs=outputs[name].numpy()) for name in layers}
+    means = {name: (gram[name] * (samples / seen[name])).numpy() for name in layers}
+    return {name: Moments(gram=means[name], outputs=outputs[name].numpy()) for name in layers}
 
 
 def affine(module: nn.Module) -> FloatArray:
@@ -168,7 +189,10 @@ class _Enough(BaseException):
 def regression(
     model: nn.Module, work: nn.Module, name: str, batches: Sequence[Batch]
 ) -> tuple[FloatArray, FloatArray]:
-    """Return ``E[s s^T]`` and ``E[d s^T]`` of what a layer reads now (s) and read before (d), with a one."""
+    """Return ``E[s s^T]`` and ``E[d s^T]`` of what a layer reads now (s) and read before (d), with a one.
+
+    No more batches are taken than give `enough_rows`.
+    """
     seen: list[Tensor] = []
     calls = math.inf
 
@@ -178,24 +202,27 @@ def regression(
         if len(seen) >= calls:
             raise _Enough
 
+    def read(network: nn.Module, batch: Batch) -> Tensor:
+        seen.clear()
+        measuring = watching(network, [name], told)
+        with torch.no_grad(), kept(network), evaluation_mode(network), measuring, suppress(_Enough):
+            forward(network, batch.inputs)
+        if not seen:
+            raise ArgumentError("model", f"{name} did not run", "name the groups that it reads in ignore")
+        return torch.cat(seen)
+
+    # A pass over two samples goes to the end, and shows how often the layer runs.
+    read(model, batches[0].take(slice(2)))
+    calls = len(seen)
     total: list[Any] = [0.0, 0.0]
     count = 0
     for batch in batches:
-        read = []
-        for network in (model, work):
-            seen.clear()
-            measuring = watching(network, [name], told)
-            with torch.no_grad(), kept(network), evaluation_mode(network), measuring, suppress(_Enough):
-                forward(network, batch.inputs)
-            if not seen:
-                raise ArgumentError("model", f"{name} did not run", "name the groups that it reads in ignore")
-            # The first pass goes to the end, and shows how often a layer runs.
-            calls = len(seen)
-            read.append(torch.cat(seen))
-        before, now = read
+        before, now = read(model, batch), read(work, batch)
         total[0] = total[0] + now.T @ now
         total[1] = total[1] + before.T @ now
         count += len(now)
+        if count >= enough_rows(now.shape[1]):
+            break
     gram, cross = (entry.cpu().numpy() / count for entry in total)
     return gram, cross
 

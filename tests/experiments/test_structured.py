@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from cbs_opt.structure.groups import groups
 from experiments import structured
 from experiments.ledger import Ledger, settings_key
 from experiments.structured import (
+    BUDGETS,
     CONTENDERS,
     EVEN,
+    PROVED,
     RIVALS,
     Bench,
     cells,
@@ -41,7 +44,7 @@ def cell(contender: str, budget: str = "flops", share: float = 0.5) -> dict[str,
         "samples": 60,
         "steps": [1, 100],
         "seed": 0,
-        "version": 1,
+        "version": 3,
     }
 
 
@@ -63,8 +66,25 @@ def test_every_contender_is_within_the_budget(bench: Bench, contender: str) -> N
 
 
 def test_at_a_share_of_every_set_all_have_the_same_widths(bench: Bench) -> None:
-    found = [bench.measure(cell(name, "keep")) for name in CONTENDERS]
+    found = {name: bench.measure(cell(name, "keep")) for name in CONTENDERS}
+    assert len({entry["flops"][1] for entry in found.values()}) == 1
+    proofs = {name: entry["proofs"] for name, entry in found.items()}
+    assert all(bound <= loss <= bound * (1.0 + 1e-6) for *_, loss, bound in proofs.pop(PROVED))
+    assert not any(proofs.values())
+    shown = section([{**cell(PROVED, "keep"), **found[PROVED], "commit": ""}])
+    assert "Exact search, seed 0: conv, 3 of 6 kept" in shown
+
+
+def test_all_keep_to_a_share_of_the_milliseconds_as_a_table_has_them(bench: Bench) -> None:
+    own = Bench(network=bench.network, data=bench.data)
+    table = own.latency
+    costs = tuple(replace(cost, table=np.indices(cost.table.shape).sum(0) + 1.0) for cost in table.costs)
+    own.latency = replace(table, costs=costs, fixed=0.0)
+    found = [own.measure(cell(name, "milliseconds")) for name in ("ours_fitted", "magnitude")]
     assert len({entry["flops"][1] for entry in found}) == 1
+    (choice,) = own.chosen.values()
+    assert choice[1].widths is not None
+    assert choice[1].widths.cost <= choice[1].widths.budget == 0.5 * own.latency.total
 
 
 def test_magnitude_keeps_the_filters_of_largest_norm() -> None:
@@ -108,13 +128,14 @@ def written(folder: Path) -> Ledger:
     for number, entry in enumerate(cells("resnet20_cifar10")[:-1]):
         says = {"accuracy": 80.0 + number, "loss": 0.5, "dense_accuracy": 91.43, "commit": "abc"}
         sizes = {"parameters": [100, 50], "flops": [100, 40], "milliseconds": [9.0, 6.0]}
-        ledger.add(settings_key(entry), {**entry, **says, **sizes, "processor_seconds": 7.0})
+        found = {**says, **sizes, "processor_seconds": 7.0, "proofs": []}
+        ledger.add(settings_key(entry), {**entry, **found})
     return ledger
 
 
 def test_the_page_has_a_table_for_each_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = section(written(tmp_path).results())
-    assert text.count("## resnet20_cifar10") == 2
+    assert text.count("## resnet20_cifar10") == len(BUDGETS["resnet20_cifar10"])
     row = "| greedy reconstruction, equal shares | 85.00 | 0.5000 | 0.500 | 0.400 | 9.00 | 6.00 | 1.50 | 7 |"
     assert row in text
     page = tmp_path / "structure.md"

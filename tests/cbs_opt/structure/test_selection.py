@@ -140,6 +140,8 @@ def test_leaps_and_bounds_find_the_optimum_of_enumeration_from_any_start(seed: i
         assert found.loss == pytest.approx(best)
         assert int(found.keep.sum()) == n_keep
         assert best * (1 - 1e-6) <= found.bound <= best
+    # A search calls what `cbs-opt prepare` compiled, and compiles nothing after its clock has started.
+    assert len(getattr(leaps.explore, "signatures", [()])) == 1
 
 
 def test_a_search_that_is_cut_short_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
