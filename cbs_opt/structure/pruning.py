@@ -62,7 +62,8 @@ class GroupRecipe:
     swaps : int
         Rounds of exchanges after the greedy choice.
     samples : int
-        That choices and fits see.
+        That choices and fits see; a layer that reads many places of a sample, as convolutions do, reads no
+        more of them than its second moments need: 32 rows an input, and 16 384 rows in all.
     damping : float
         Share of the mean diagonal that is added to second moments, of inputs and of gradients.
     exact_seconds : float

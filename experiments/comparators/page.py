@@ -30,6 +30,8 @@ from formulations.files import write_atomically
 
 PAGES = Path("docs/results")
 FIGURES = Path("docs/figures")
+MARGIN = 0.3
+"""Points that a price may cost on the images held out."""
 NOTHING = "Nothing was measured yet."
 LABELS: Mapping[str, str] = {
     "autoprune": "AutoPrune",
@@ -75,7 +77,33 @@ def autoprune_section(rows: pd.DataFrame) -> str:
                     f"{group['processor_seconds'].mean():.0f}",
                 ]
             )
-    return _facts(rows) + "\n\n" + table(titles, lines)
+    return "\n\n".join([_facts(rows), table(titles, lines), *_chosen_price(rows)])
+
+
+def _chosen_price(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence on the price that the images held out choose, if they were looked at."""
+    own = rows[rows["contender"] == "autoprune"]
+    if "held_out" not in own or own["held_out"].isna().all():
+        return []
+    own = own[own["held_out"].notna()]
+    method = pd.DataFrame(list(own["method"]), index=own.index)
+    own = own.assign(
+        price=method["price"],
+        coarse=method["coarse"],
+        loses=[dense - left for dense, left in own["held_out"]],
+    )
+    means = own.groupby(["price", "coarse"])[["loses", "kept", "n", "accuracy", "dense_accuracy"]].mean()
+    within = means[means["loses"] <= MARGIN + 1e-9]
+    if within.empty:
+        return [f"No price is within {MARGIN:g} points of the dense network on the images held out."]
+    best = within.loc[within["kept"].idxmin()]
+    price, coarse = best.name
+    said = f"a price of {price:g} ({str(coarse).replace('_', ' ')}) leaves the fewest weights"
+    return [
+        f"On the images held out {said} of those within {MARGIN:g} points of the dense network: "
+        f"{best['n'] / best['kept']:.1f} times fewer, {best['dense_accuracy'] - best['accuracy']:.2f} points "
+        "below it on the test set."
+    ]
 
 
 def autoprune_figure(rows: pd.DataFrame) -> Figure:

@@ -156,7 +156,12 @@ def split(data: Dataset) -> tuple[Dataset, tuple[Tensor, Tensor]]:
 
 def accuracy(network: Network, data: Dataset) -> float:
     """Return the accuracy on the whole test set, in per cent."""
-    found = evaluate(network.model, (data.test_x, data.test_y), nn.functional.cross_entropy)
+    return accuracy_on(network, data.test_x, data.test_y)
+
+
+def accuracy_on(network: Network, x: Tensor, y: Tensor) -> float:
+    """Return the accuracy on some images, in per cent."""
+    found = evaluate(network.model, (x, y), nn.functional.cross_entropy)
     return 100.0 * (found.accuracy or 0.0)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from typer.testing import CliRunner
 
+from cbs_opt.cli import app
 from cbs_opt.select import preparation
+from cbs_opt.structure import leaps
 from formulations.problem import PROGRAMS
 
 
@@ -23,3 +26,12 @@ def test_every_method_is_prepared_on_counts_and_in_cells(monkeypatch: pytest.Mon
     searches = {(method, program, False) for method, program in preparation.KERNELS}
     wanted = set(itertools.product(preparation.preparation.KERNELS, PROGRAMS, (False, True)))
     assert set(ready) >= wanted | searches
+
+
+def test_the_command_prepares_methods_and_the_search_over_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready: list[str] = []
+    monkeypatch.setattr(preparation, "prepare_all", lambda: ready.append("methods"))
+    monkeypatch.setattr(leaps, "prepare", lambda: ready.append("groups"))
+    result = CliRunner().invoke(app, ["prepare"])
+    assert result.exit_code == 0, result.output
+    assert ready == ["methods", "groups"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 import cbs_opt as cbs
 from cbs_opt.errors import UnmatchedPatternError
+from cbs_opt.network.data import Batch
 from cbs_opt.network.evaluation import evaluate
-from cbs_opt.structure import pruning
+from cbs_opt.structure import pruning, reading
+from cbs_opt.structure.reading import moments, regression
 from cbs_opt.structure.refinement import Refined
 from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
 from tests.cbs_opt.structure.networks import built
@@ -287,6 +290,28 @@ def test_a_refitted_layer_is_the_least_squares_solution() -> None:
         wanted = torch.linalg.lstsq(rows, model(x).double()).solution
         found = torch.cat([small[4].weight, small[4].bias[:, None]], 1).T.double()
     assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_no_more_batches_are_read_than_second_moments_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 places a sample, 27 inputs and a one: a batch of ten lacks 20 rows an input, two have them."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
+    x = torch.randn(40, 2, 10, 10)
+    batches = [Batch(inputs=part) for part in x.split(10)]
+
+    def read(some: Sequence[Batch]) -> list[np.ndarray]:
+        loss = moments(model, ["2"], some, lambda output, batch: output.square().mean())
+        return [*regression(model, model, "2", some), loss["2"].gram]
+
+    monkeypatch.setattr(reading, "FEWEST_ROWS", 1)
+    for per_input, count in ((20, 2), (1000, 4)):
+        monkeypatch.setattr(reading, "ROWS_A_COLUMN", per_input)
+        whole = reading.inputs_of(model[2], model[:2](x[: 10 * count]).detach()).double()
+        for found, own in zip(read(batches), read(batches[:count]), strict=True):
+            assert np.allclose(found, own, rtol=1e-12)
+        assert np.allclose(read(batches)[2], whole.T @ whole / len(whole))
+    assert reading.enough_rows(41) > 1024, (
+        "a linear layer of forty neurons reads every sample of a default run"
+    )
 
 
 def test_ignored_layers_are_not_refitted() -> None:

@@ -136,5 +136,7 @@ def test_the_command_measures_each_cell_once(
     assert ours["n"] == rival["n"] == 430_500
     assert rival["kept"] == 430_500 - round(0.98 * 430_500)
     assert sum(ours["kept_by_layer"].values()) == ours["kept"]
+    assert ours["held_out"][0] == rival["held_out"][0]
+    assert all(0.0 <= value <= 100.0 for value in ours["held_out"])
     assert module.main([*command, "--seeds", "2", "--data", str(tmp_path / "none")]) == 1
     assert "data_dir" in capsys.readouterr().err

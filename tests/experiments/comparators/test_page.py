@@ -105,6 +105,24 @@ def test_without_results_a_page_says_so(name: str) -> None:
     assert pictures == {}
 
 
+def test_the_price_is_chosen_by_the_images_held_out_and_not_by_the_test_set() -> None:
+    """The cheapest price loses nothing on the test set, and too much where it counts."""
+    results = []
+    for price, kept, held_out, accuracy in (
+        (1e-3, 20, 98.8, 98.25),
+        (2e-3, 10, 98.75, 98.0),
+        (3e-3, 5, 98.6, 99.0),
+    ):
+        (cell,) = autoprune.cells("lenet5", prices=(price,), coarse=("softplus",), times=())
+        says = {"kept": kept, "accuracy": accuracy, "held_out": [99.0, held_out]}
+        results.append({**cell, **outcome(recovered=3), **says})
+    text = written("autoprune", results, "<!-- autoprune -->\n<!-- end of autoprune -->\n")[0]
+    assert "a price of 0.002 (softplus)" in text
+    assert "100.0 times fewer, 1.00 points below it on the test set." in text
+    text = written("autoprune", results[2:], "<!-- autoprune -->\n<!-- end of autoprune -->\n")[0]
+    assert "No price is within 0.3 points" in text
+
+
 def test_networks_have_sections_and_pictures_of_their_own() -> None:
     results = admm_results()
     other = [{**result, "network": "mlpnet_mnist"} for result in results]
