@@ -68,7 +68,7 @@ RIVALS = ("reconstruction", "magnitude_fitted", "magnitude")
 CONTENDERS = (*OURS, *RIVALS)
 BUDGETS: Mapping[str, tuple[tuple[str, float], ...]] = {
     "mlpnet_mnist": (("keep", 0.5), ("keep", 0.25)),
-    "resnet20_cifar10": (("flops", 0.5), ("milliseconds", 0.7), ("flops", 0.33)),
+    "resnet20_cifar10": (("flops", 0.5), ("milliseconds", 0.7), ("milliseconds", 0.66), ("flops", 0.33)),
 }
 """What is kept: a share of the groups of every set, of the operations, or of the milliseconds."""
 DEFAULT = GroupRecipe()
