@@ -337,7 +337,7 @@ def _proofs(own: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{name}, {n_keep} of {n} kept: loss {loss:.6g}, no set below {bound:.6g}"
         for name, n_keep, n, loss, bound in entry["proofs"]
     ]
-    return [f"Exact search, seed {entry['seed']}: {'; '.join(told)}."]
+    return [f"Exact search, of seed {entry['seed']} alone, as its row: {'; '.join(told)}."]
 
 
 def _names(own: Sequence[Mapping[str, Any]]) -> list[str]:
