@@ -72,7 +72,7 @@ def test_at_a_share_of_every_set_all_have_the_same_widths(bench: Bench) -> None:
     assert all(bound <= loss <= bound * (1.0 + 1e-6) for *_, loss, bound in proofs.pop(PROVED))
     assert not any(proofs.values())
     shown = section([{**cell(PROVED, "keep"), **found[PROVED], "commit": ""}])
-    assert "Exact search, seed 0: conv, 3 of 6 kept" in shown
+    assert "Exact search, of seed 0 alone, as its row: conv, 3 of 6 kept" in shown
 
 
 def test_all_keep_to_a_share_of_the_milliseconds_as_a_table_has_them(bench: Bench) -> None:
