@@ -85,7 +85,7 @@ def _divergence(argument: str, value: object) -> Divergence:
 NAMED = {
     "fast": LayerRecipe(),
     "balanced": LayerRecipe(budget="network"),
-    "best": LayerRecipe(method="wanda", budget="network", divergence=Divergence()),
+    "best": LayerRecipe(method="sparsegpt", budget="network", divergence=Divergence()),
 }
 
 
