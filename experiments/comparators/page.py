@@ -61,13 +61,14 @@ class Page:
 
 def autoprune_section(rows: pd.DataFrame) -> str:
     """Return the table of AutoPrune and others: weights left, accuracy and cost."""
-    titles = ["", "weights left", "times fewer", "accuracy", "below dense", "came back", "images", "seconds"]
+    titles = ["", "price", "weights left", "times fewer", "accuracy", "below dense", "came back", "images"]
     lines = []
     for label, own in _autoprune_series(rows):
-        for _, group in own.groupby("setting", sort=True):
+        for (setting, _), group in own.groupby(["setting", "plan"], sort=True):
             lines.append(
                 [
                     label,
+                    f"{setting:g}" if "coarse" in group else "",
                     _count(group["kept"].mean()),
                     f"{group['fewer'].mean():.1f}",
                     _mean(group["accuracy"]),
@@ -77,7 +78,7 @@ def autoprune_section(rows: pd.DataFrame) -> str:
                     f"{group['processor_seconds'].mean():.0f}",
                 ]
             )
-    return "\n\n".join([_facts(rows), table(titles, lines), *_chosen_price(rows)])
+    return "\n\n".join([_facts(rows), table([*titles, "seconds"], lines), *_chosen_price(rows)])
 
 
 def _chosen_price(rows: pd.DataFrame) -> list[str]:
@@ -90,14 +91,17 @@ def _chosen_price(rows: pd.DataFrame) -> list[str]:
     own = own.assign(
         price=method["price"],
         coarse=method["coarse"],
+        plan=method["samples"],
         loses=[dense - left for dense, left in own["held_out"]],
     )
-    means = own.groupby(["price", "coarse"])[["loses", "kept", "n", "accuracy", "dense_accuracy"]].mean()
+    means = own.groupby(["price", "coarse", "plan"])[
+        ["loses", "kept", "n", "accuracy", "dense_accuracy"]
+    ].mean()
     within = means[means["loses"] <= MARGIN + 1e-9]
     if within.empty:
         return [f"No price is within {MARGIN:g} points of the dense network on the images held out."]
     best = within.loc[within["kept"].idxmin()]
-    price, coarse = best.name
+    price, coarse, _ = best.name
     said = f"a price of {price:g} ({str(coarse).replace('_', ' ')}) leaves the fewest weights"
     return [
         f"On the images held out {said} of those within {MARGIN:g} points of the dense network: "
@@ -121,7 +125,7 @@ def autoprune_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _autoprune_series(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield contenders with their rows, and the columns "fewer" and "setting"."""
+    """Yield contenders with their rows, and the columns "fewer", "setting" and "plan", images of a phase."""
     rows = rows.assign(fewer=rows["n"] / rows["kept"].clip(lower=1))
     for column in ("recovered", "sparsity", "method"):
         if column not in rows:
@@ -129,10 +133,10 @@ def _autoprune_series(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for contender in [name for name in LABELS if name in set(rows["contender"])]:
         own = rows[rows["contender"] == contender]
         if contender != "autoprune":
-            yield LABELS[contender], own.assign(setting=own["sparsity"])
+            yield LABELS[contender], own.assign(setting=own["sparsity"], plan=0)
             continue
         method = pd.DataFrame(list(own["method"]), index=own.index)
-        own = own.assign(setting=method["price"], coarse=method["coarse"])
+        own = own.assign(setting=method["price"], coarse=method["coarse"], plan=method["samples"])
         for coarse, some in own.groupby("coarse"):
             yield f"{LABELS[contender]}, {str(coarse).replace('_', ' ')}", some
 

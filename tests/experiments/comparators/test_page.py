@@ -66,7 +66,10 @@ def incremental_results() -> list[dict[str, Any]]:
 
 
 RESULTS = {
-    "autoprune": (autoprune_results, ["| AutoPrune, softplus | 20 | 50.0 | 98.25 ± 0.00 | 0.75 | 3 |"]),
+    "autoprune": (
+        autoprune_results,
+        ["| AutoPrune, softplus | 0.001 | 20 | 50.0 | 98.25 ± 0.00 | 0.75 | 3 |"],
+    ),
     "admm": (admm_results, ["| on levels | 100 | 10.0 | 8 | 98.50 | 0.50 |", "Units left: conv1 7."]),
     "gradient_flow": (flow_results, ["| magnitude | 98.25 (90.00) |", "| 0.30 (3.00) |", "not run"]),
     "incremental": (incremental_results, ["| factors, rank 5 | 98.25 | 94.00 | 70.00 | 1.50 | 5 | 0.25 |"]),
