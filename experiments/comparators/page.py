@@ -64,7 +64,7 @@ def autoprune_section(rows: pd.DataFrame) -> str:
     titles = ["", "price", "weights left", "times fewer", "accuracy", "below dense", "came back", "images"]
     lines = []
     for label, own in _autoprune_series(rows):
-        for (setting, _), group in own.groupby(["setting", "plan"], sort=True):
+        for setting, group in own.groupby("setting", sort=True):
             lines.append(
                 [
                     label,
@@ -125,7 +125,7 @@ def autoprune_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _autoprune_series(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield contenders with their rows, and the columns "fewer", "setting" and "plan", images of a phase."""
+    """Yield contenders with their rows, "fewer" and "setting" among them; other images, another series."""
     rows = rows.assign(fewer=rows["n"] / rows["kept"].clip(lower=1))
     for column in ("recovered", "sparsity", "method"):
         if column not in rows:
@@ -133,12 +133,13 @@ def _autoprune_series(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for contender in [name for name in LABELS if name in set(rows["contender"])]:
         own = rows[rows["contender"] == contender]
         if contender != "autoprune":
-            yield LABELS[contender], own.assign(setting=own["sparsity"], plan=0)
+            yield LABELS[contender], own.assign(setting=own["sparsity"])
             continue
         method = pd.DataFrame(list(own["method"]), index=own.index)
         own = own.assign(setting=method["price"], coarse=method["coarse"], plan=method["samples"])
-        for coarse, some in own.groupby("coarse"):
-            yield f"{LABELS[contender]}, {str(coarse).replace('_', ' ')}", some
+        for (coarse, images), some in own.groupby(["coarse", "plan"]):
+            label = f"{LABELS[contender]}, {str(coarse).replace('_', ' ')}"
+            yield (f"{label}, 3 x {_count(images)}" if own["plan"].nunique() > 1 else label), some
 
 
 def admm_section(rows: pd.DataFrame) -> str:

@@ -108,6 +108,17 @@ def test_without_results_a_page_says_so(name: str) -> None:
     assert pictures == {}
 
 
+def test_prices_with_other_images_are_another_series() -> None:
+    results = []
+    for samples in (300, 600):
+        (cell,) = autoprune.cells("lenet5", prices=(1e-3,), coarse=("softplus",), times=())
+        method = {**cell["method"], "samples": samples}
+        results.append({**cell, "method": method, **outcome(recovered=3)})
+    text = written("autoprune", results, "<!-- autoprune -->\n<!-- end of autoprune -->\n")[0]
+    assert "| AutoPrune, softplus, 3 x 300 | 0.001 |" in text
+    assert "| AutoPrune, softplus, 3 x 600 | 0.001 |" in text
+
+
 def test_the_price_is_chosen_by_the_images_held_out_and_not_by_the_test_set() -> None:
     """The cheapest price loses nothing on the test set, and too much where it counts."""
     results = []
