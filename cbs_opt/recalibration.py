@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -69,6 +70,16 @@ def fitting(
     if not after < before:
         return statistics, f"{found}: {stay}"
     return tried[losses.index(after)], f"{found}: taken"
+
+
+def settled_loss(task: Task, weights: Tensor, sample: Sample) -> float:
+    """Return the loss on `sample` for `weights` (n,) with new statistics; infinity if these overflow."""
+    assert task.data is not None
+    try:
+        found, _ = _estimated(task, task.data, weights, SAMPLES * sum(batch.size for batch in sample))
+    except NonFiniteError:
+        return math.inf
+    return evaluate(task.trial(weights, found), sample, task.loss_fn).loss
 
 
 def _estimated(task: Task, data: Data, weights: Tensor, samples: int) -> tuple[dict[str, Tensor], int]:

@@ -21,6 +21,7 @@ from torch import nn
 from cbs_opt.curvature.fisher import add_gradient
 from cbs_opt.curvature.gradients import NetworkFunction, require_evaluation_mode
 from cbs_opt.curvature.kinds import EmpiricalFisher, Fisher, SketchedFisher
+from cbs_opt.network.batchnorm import has_statistics
 from cbs_opt.network.data import Batch, Data, device_of, forward, peeked, read, sample_count
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import PEEKED, Objective
@@ -120,7 +121,7 @@ STAGE_SHARE = 0.25
 """The same, over the number of weights: fewer do not make good what a selection without an update costs."""
 GRADUAL_SHARE = 0.5
 """Of the weights that a stage has to keep, if the selections are to be gradual."""
-SHARP_SHARE = 0.08
+SHARP_SHARE = 0.04
 """Of the weights that a stage keeps at least where they are not."""
 GRADUAL_ROWS = (100, 8)
 """Rows of a stage, and the most samples of each, where there are several stages with fine-tuning."""
@@ -153,6 +154,8 @@ SHARP_FINAL_SHARE = 0.6
 """The same where each stage prunes much, the last one what is missed most."""
 BLIND_RATE = 0.35
 """Learning rate over the largest curvature, where the network is far from rest and no rate can be tried."""
+FAR_RATE = 5.0
+"""The same where batch normalisation goes by batches: times how far from rest the network is."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""
 
@@ -257,7 +260,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         selection_damping=1.0 if staged else None if certify else ONE_SHOT_DAMPING,
         damping=1.0 if staged else BOUND_DAMPING if certify else ONE_SHOT_DAMPING,
     )
-    plan = stages or (_stages(count, tuning, available, gradual) if staged else None)
+    normalized = named.recalibrate and has_statistics(scene.model)
+    plan = stages or (_stages(count, tuning, available, gradual, normalized) if staged else None)
     if gradual and plan is not None:
         plan = replace(plan, update_above=UPDATE_ABOVE)
     if staged and stages is None and fits < LEAST_SHARE * min(tier.rows, samples):
@@ -430,8 +434,8 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
     return max(1, math.ceil(math.log1p(-sparsity) / stages / math.log(share) - 1e-9))
 
 
-def _stages(count: int, tuning: float, available: float, gradual: bool) -> Stages:
-    """Return `count` stages with so many samples of fine-tuning."""
+def _stages(count: int, tuning: float, available: float, gradual: bool, batch_statistics: bool) -> Stages:
+    """Return `count` stages with so many samples of fine-tuning, by `batch_statistics` unless gradual."""
     share = 1.0 if count == 1 else FINAL_SHARE if gradual else SHARP_FINAL_SHARE
     each = int(tuning if count == 1 else (1.0 - share) * tuning / (count - 1))
     final = int(share * tuning)
@@ -439,8 +443,16 @@ def _stages(count: int, tuning: float, available: float, gradual: bool) -> Stage
         min(max(BATCHES[0], 2 ** round(math.log2(max(1, each / STEPS)))), BATCHES[1], max(1, available))
     )
     enough = final >= LEAST_STEPS * size
-    record = FineTuning(samples=max(1, each), final_samples=max(1, final), batch_size=size, rest=not gradual)
-    if record.rest and not probe_samples(record, final):
+    record = FineTuning(
+        samples=max(1, each),
+        final_samples=max(1, final),
+        batch_size=size,
+        rest=not gradual,
+        batch_statistics=batch_statistics and not gradual,
+    )
+    if record.batch_statistics:
+        record = replace(record, momentum_rates=(FAR_RATE,))
+    elif record.rest and not probe_samples(record, final):
         record = replace(record, momentum_rates=(BLIND_RATE,))
     return Stages(count=count, updates=1, final_updates=0, fine_tuning=record if enough else None)
 
@@ -451,7 +463,8 @@ def _said(plan: Stages) -> str:
         return stages
     record = plan.fine_tuning
     between = f"{record.samples} after each and " if plan.count > 1 else ""
-    return f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
+    found = f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
+    return f"{found}, each batch normalised by itself" if record.batch_statistics else found
 
 
 def _changed(found: Resolved, named: Named, scene: Scene) -> Resolved:

@@ -2,6 +2,8 @@
 
     python -m experiments.frontier_page --ledger runs/frontier/results.jsonl
 
+Cells of the ledger go into docs/results/frontier.csv, beside the page, in the place of those of the same
+settings; the page is made of that file, so that a new ledger need not have what was measured before.
 What the page says about them is written by hand and stays; what was measured stands between marks and is
 replaced. What was not measured is shown as missing.
 """
@@ -32,6 +34,8 @@ PAGE = Path("docs/results/frontier.md")
 FIGURES = Path("docs/figures")
 SEEDS = 5
 """The most that are looked for."""
+CELL = ["network", "sparsity", "contender", "budget", "seed"]
+"""What a cell is known by in the file of all of them."""
 MISSING = "not run"
 NO_ROOM = "no room"
 COSTS = {"samples": "samples differentiated", "processor_seconds": "processor seconds"}
@@ -68,6 +72,12 @@ def measured(ledger: Ledger, network: str) -> pd.DataFrame:
     ]
     columns = ["sparsity", "contender", "seed", "part", "budget", "commit", "accuracy", *COSTS]
     return pd.DataFrame(rows, columns=columns).astype({"accuracy": float})
+
+
+def with_known(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Return rows of all networks, and those of a CSV file, if it is there, of which they have no other."""
+    known = [pd.read_csv(path, keep_default_na=False, na_values={"accuracy": ""})] if path.is_file() else []
+    return pd.concat([*known, rows]).drop_duplicates(CELL, keep="last").sort_values(CELL, ignore_index=True)
 
 
 def means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -275,15 +285,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root.add_argument("--page", type=Path, default=PAGE, help=f"default {PAGE}")
     root.add_argument("--figures", type=Path, default=FIGURES, help=f"default {FIGURES}")
     given = root.parse_args(arguments)
-    if not given.ledger.is_file():
+    known = given.page.with_suffix(".csv")
+    if not given.ledger.is_file() and not known.is_file():
         sys.stderr.write(f"--ledger: no file {given.ledger}; make one with python -m experiments.frontier\n")
         return 1
     ledger = Ledger(given.ledger)
+    new = pd.concat([measured(ledger, network).assign(network=network) for network in PLANS])
+    everything = with_known(new, known)
     text = given.page.read_text(encoding="utf-8")
     for network in PLANS:
         if f"<!-- {network} -->" not in text:
             continue
-        rows = measured(ledger, network)
+        rows = everything[everything["network"] == network]
         text = between_marks(text, network, section(rows, network))
         if comparable(rows):
             picture = io.BytesIO()
@@ -292,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 figure(rows).savefig(picture, format="svg", metadata={"Date": None})
             given.figures.mkdir(parents=True, exist_ok=True)
             write_atomically(given.figures / f"frontier_{network}.svg", picture.getvalue())
+    columns = [*CELL, "part", "accuracy", *COSTS, "commit"]
+    write_atomically(known, everything.to_csv(index=False, columns=columns, float_format="%.7g").encode())
     write_atomically(given.page, text.encode())
     return 0
 

@@ -77,6 +77,24 @@ def recalibrate_batchnorm(
     return used
 
 
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let batch normalisation normalise every batch by itself, its running statistics kept as they are."""
+    layers = [module for module in model.modules() if holds_statistics(module) and not module.training]
+    buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    old = [buffer.clone() for buffer in buffers]
+    try:
+        for layer in layers:
+            layer.train()
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
+        with torch.no_grad():
+            for buffer, value in zip(buffers, old, strict=True):
+                buffer.copy_(value)
+
+
 def has_statistics(model: nn.Module) -> bool:
     """Whether any layer has running statistics."""
     return any(holds_statistics(module) for module in model.modules())

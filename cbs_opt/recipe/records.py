@@ -269,6 +269,13 @@ class FineTuning:
         Whether the network comes to rest at the end of every stage, where it must have gained, and finds its
         rate anew in each: for stages that prune so much that the curvature before one says little about that
         after it.
+    batch_statistics : bool, default False
+        Whether batch normalisation normalises every batch of eight samples or more by itself meanwhile, as in
+        training, so that longer steps are safe. Its statistics are estimated anew before losses are compared,
+        and at the end. Momentum rates are then over the largest eigenvalue at the pruned weights, and times
+        how far the network is from rest: its loss above that before pruning, as a share of that without any
+        weights above it. Of no consequence where no layer has running statistics, or the recipe may not
+        change them (`recalibrate`).
     """
 
     samples: int
@@ -279,12 +286,13 @@ class FineTuning:
     adam_rates: tuple[float, ...] = ()
     decay: float = 5e-5
     rest: bool = False
+    batch_statistics: bool = False
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."
         check_fields(self, prefix, whole_number, "samples", "final_samples", "batch_size")
         check_fields(self, prefix, finite_number, "decay")
-        check_fields(self, prefix, flag, "rest")
+        check_fields(self, prefix, flag, "rest", "batch_statistics")
         check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
         if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
             raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cbs_opt.curvature.fisher import add_gradient
 from cbs_opt.curvature.gradients import NetworkFunction
+from cbs_opt.network.batchnorm import batch_statistics
 from cbs_opt.network.data import Batch
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
@@ -42,6 +44,8 @@ STEP = 3.0
 """Between a rate and the next shorter one."""
 RUN_AWAY = 0.25
 """Share of the way to the loss without any weight from which on a network counts as run away."""
+FEWEST_NORMALIZED = 8
+"""Samples of a batch below which batch normalisation does not go by their statistics."""
 LARGEST = 100.0
 """Norm of the weights over that at the start beyond which steps have run away, whatever the loss is."""
 
@@ -94,16 +98,17 @@ class Rate:
         return replace(self, value=self.value * STEP if self.kind == "newton" else self.value / STEP)
 
 
-def rates(plan: FineTuning, curvature: float, weights: Tensor) -> list[Rate]:
+def rates(plan: FineTuning, curvature: float, weights: Tensor, *, stretch: float = 1.0) -> list[Rate]:
     """Return the rates that the first fine-tuning of a run tries.
 
     They go by the scale of the problem: the largest eigenvalue of the Fisher matrix, `curvature` > 0, and the
-    kept `weights`, of whose root mean square a step of Adam is a share.
+    kept `weights`, of whose root mean square a step of Adam is a share. Those with momentum are times
+    `stretch`.
     """
     size = float(weights.square().mean().sqrt())
     decay = plan.decay * curvature
     values = {
-        "momentum": [rate / curvature for rate in plan.momentum_rates],
+        "momentum": [stretch * rate / curvature for rate in plan.momentum_rates],
         "newton": [damping * curvature for damping in plan.newton_dampings],
         "adam": [rate * size for rate in plan.adam_rates],
     }
@@ -120,6 +125,7 @@ class Descent:
     """The kept weights of a network on their way down.
 
     `weights` (n,) float64 with zeros where not `keep` (n,) bool. `precondition` is applied to gradients.
+    `normalized` if batch normalisation normalises every batch by itself.
     """
 
     def __init__(
@@ -132,8 +138,10 @@ class Descent:
         keep: Tensor,
         rate: Rate,
         precondition: Callable[[Tensor], Tensor] | None = None,
+        normalized: bool = False,
     ) -> None:
         self._network = model, partition, objective
+        self._normalized = normalized
         self._keep = keep
         self._flat = weights.to(self._function(weights).dtype, copy=True)
         self._theta = self._flat[keep].requires_grad_()
@@ -187,7 +195,7 @@ class Descent:
         self, batches: Iterator[Batch], size: int, rate: float, advance: Callable[[int], object]
     ) -> int:
         """Take one step by the gradient over `size` samples at least; return how many they were."""
-        _, partition, objective = self._network
+        model, partition, objective = self._network
         self._flat[self._keep] = self._theta.detach()
         function = self._function(self._flat)
         total = torch.zeros_like(self._flat)
@@ -197,7 +205,9 @@ class Descent:
             if not objective.in_batches and batch.size > size - used:
                 batch = batch.take(slice(size - used))
             function.settle(batch)
-            mass += add_gradient(total, function, partition, batch)
+            normalized = self._normalized and batch.size >= FEWEST_NORMALIZED
+            with batch_statistics(model) if normalized else nullcontext():
+                mass += add_gradient(total, function, partition, batch)
             used += batch.size
             advance(batch.size)
             if objective.in_batches:
@@ -232,7 +242,10 @@ class FineTuned:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FineTuner:
-    """Stochastic steps of one network on the weights of `keep` (n,), over the samples of `batches`."""
+    """Stochastic steps of one network on the weights of `keep` (n,), over the samples of `batches`.
+
+    `normalized` if batch normalisation normalises every batch by itself.
+    """
 
     model: nn.Module
     partition: Partition
@@ -241,6 +254,7 @@ class FineTuner:
     keep: Tensor
     batches: Iterator[Batch]
     span: Span = WHOLE
+    normalized: bool = False
 
     def best(
         self,
@@ -252,14 +266,15 @@ class FineTuner:
         loss: Callable[[Tensor], float],
         advance: Callable[[int], object],
         rows: Tensor | None = None,
+        stretch: float = 1.0,
     ) -> FineTuned:
         """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
 
         `model` is that of the stage, `loss` that on samples set aside. The largest curvature is that of
-        `rows` (m, n_kept), by default those of the model. Rates that are tried come to rest on a
-        few samples each. Where the plan rests after every stage, shorter steps are tried in that way until
-        some gain: the model was made before the stage took its weights. What `Span.takes` refuses is not
-        taken: the rest of the samples is then spent on shorter steps.
+        `rows` (m, n_kept), by default those of the model; `stretch` is that of `rates`. Rates that are tried
+        come to rest on a few samples each. Where the plan rests after every stage, shorter steps are tried in
+        that way until some gain: the model was made before the stage took its weights. What `Span.takes`
+        refuses is not taken: the rest of the samples is then spent on shorter steps.
         """
         before = value = _ordered(loss(weights))
         best, used = weights, 0
@@ -267,7 +282,7 @@ class FineTuner:
         if rate is None:
             curvature = largest_curvature(model.rows if rows is None else rows)
             # Without any curvature nothing that the rows see depends on the weights.
-            tries = rates(self.plan, curvature or 1.0, weights[self.keep])
+            tries = rates(self.plan, curvature or 1.0, weights[self.keep], stretch=stretch)
             samples = samples if curvature > 0.0 else 0
         share = self._trial(samples, len(tries))
         tries = tries if share else tries[:1]
@@ -342,6 +357,7 @@ class FineTuner:
             keep=self.keep,
             rate=rate,
             precondition=model.solver(rate.value) if rate.kind == "newton" else None,
+            normalized=self.normalized,
         )
         size = self.plan.batch_size
         used = descent.run(self.batches, samples=samples, batch_size=size, span=span, advance=advance)

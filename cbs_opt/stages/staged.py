@@ -10,9 +10,10 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
-from cbs_opt.recalibration import fitting
+from cbs_opt.recalibration import fitting, settled_loss
 from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
@@ -44,6 +45,8 @@ INPUT_SAMPLES = 256
 """Samples of the layer inputs at every stage: a quarter of what one stage has, as the term is a metric."""
 CURVATURE = (256, 4)
 """Samples of the largest curvature after a sharp stage, and how many a sketched row sums up."""
+NEAREST = 0.05
+"""Share of the way to no weights that a network counts as far from rest at least."""
 FEWEST_PER_CURVATURE = 8
 """Times so many samples of fine-tuning below which the rows of the stage serve for that."""
 PASS_SEED_STEP = 1_000_003
@@ -86,9 +89,12 @@ class StagedRun:
         assert task.request.stages is not None
         self.plan: Stages = task.request.stages
         # Statistics are those of this run: the caller's network keeps its own until the end.
-        rests = self.plan.fine_tuning is not None and self.plan.fine_tuning.rest
-        own = _own_statistics(task.model) if task.recipe.recalibrate and rests else None
+        tuning = self.plan.fine_tuning
+        settles = tuning is not None and (tuning.rest or tuning.batch_statistics) and task.recipe.recalibrate
+        own = _own_statistics(task.model) if settles else None
         self._settles = own is not None
+        self._normalized = self._settles and tuning is not None and tuning.batch_statistics
+        self._before = task
         self.task = task if own is None else replace(task, model=own)
         self.sparsities = self.plan.sparsities(task.request.sparsity, task.request.pattern)
         self.passes = passes
@@ -163,11 +169,10 @@ class StagedRun:
         rate = Rate(kind=state.rate_kind, value=state.rate, decay=state.decay) if state.rate_kind else None
         statistics = state.statistics
         if self.plan.fine_tuning is not None and stage < len(self.sparsities):
-            if self._settles:
-                found, _ = fitting(self.task, weights, self.sample())
-                self._take_statistics(found)
-                statistics = {**statistics, **found}
+            statistics = self._settled(weights, statistics)
             weights, rate, record = self._fine_tuned(weights, model, rate, len(records))
+            if self._normalized:
+                statistics = self._settled(weights, statistics)
             records.append(record)
         return StageState(
             stages=stage + 1,
@@ -183,6 +188,14 @@ class StagedRun:
             records=(*state.records, *records),
             statistics=statistics,
         )
+
+    def _settled(self, weights: Tensor, statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the network of this run the statistics that fit `weights`, if it is to; return all of them."""
+        if not self._settles:
+            return statistics
+        found, _ = fitting(self.task, weights, self.sample())
+        self._take_statistics(found)
+        return {**statistics, **found}
 
     def _take_statistics(self, statistics: Mapping[str, Tensor]) -> None:
         """Give the network of this run batch-norm buffers, by name."""
@@ -268,7 +281,8 @@ class StagedRun:
         began = time.perf_counter()
         shares = plan.shares(len(self.sparsities))
         samples, rows = shares[stage], None
-        if plan.rest and not probe_samples(plan, samples) and samples >= FEWEST_PER_CURVATURE * CURVATURE[0]:
+        anew = plan.rest and (self._normalized or not probe_samples(plan, samples))
+        if anew and samples >= FEWEST_PER_CURVATURE * CURVATURE[0]:
             few = self._rows_at(weights, model.keep)
             rows, samples = few.rows, samples - few.samples
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
@@ -282,8 +296,10 @@ class StagedRun:
                 task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
             ),
             span=WHOLE if plan.rest else span,
+            normalized=self._normalized,
         )
         sample = self.sample()
+        loss = partial(self._settled_loss_at if self._normalized else self._loss_at, sample=sample)
         with (
             task.clock.phase("fine-tuning"),
             task.progress.phase("fine-tuning", samples, unit="sample") as advance,
@@ -293,9 +309,10 @@ class StagedRun:
                 model=model,
                 rate=None if plan.rest else rate,
                 samples=samples,
-                loss=lambda weights: self._loss_at(weights, sample),
+                loss=loss,
                 advance=advance,
                 rows=rows,
+                stretch=self._harm(weights, loss, sample) if self._normalized and plan.rest else 1.0,
             )
         self.passes.samples += tuned.samples
         kept = int(model.keep.sum())
@@ -318,6 +335,14 @@ class StagedRun:
             rate=tuned.rate.value,
         )
         return tuned.weights, tuned.next_rate, record
+
+    def _harm(self, weights: Tensor, loss: Callable[[Tensor], float], sample: Sample) -> float:
+        """Return where weights are between none pruned and none left, by the loss: in [`NEAREST`, 1]."""
+        task = self._before
+        dense = evaluate(task.trial(task.weights), sample, task.loss_fn).loss
+        here, none = loss(weights), loss(torch.zeros_like(weights))
+        share = (here - dense) / (none - dense) if none > dense else 1.0
+        return min(max(share, NEAREST), 1.0) if math.isfinite(share) else 1.0
 
     def _rows_at(self, weights: Tensor, keep: Tensor) -> Rows:
         """Return a few rows at `weights` of those kept, (m, n_kept), for the largest curvature there."""
@@ -408,6 +433,9 @@ class StagedRun:
 
     def _loss_at(self, weights: Tensor, sample: Sample) -> float:
         return evaluate(self.task.trial(weights), sample, self.task.loss_fn).loss
+
+    def _settled_loss_at(self, weights: Tensor, sample: Sample) -> float:
+        return settled_loss(self.task, weights, sample)
 
     def _announce(self) -> None:
         if self.plan.on_stage is None:

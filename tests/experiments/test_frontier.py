@@ -354,3 +354,21 @@ def test_the_page_keeps_its_words_and_is_the_same_for_the_same_ledger(
     assert not (figures / "frontier_resnet20_cifar10.svg").exists()
     assert frontier_page.main(command) == 0
     assert (page.read_text(), (figures / "frontier_mlpnet_mnist.svg").read_bytes()) == first
+
+
+def test_a_new_ledger_adds_to_what_was_measured_before(tmp_path: Path) -> None:
+    page, ledger = tmp_path / "page.md", tmp_path / "results.jsonl"
+    page.write_text(PAGE.read_text())
+    command = ["--page", str(page), "--figures", str(tmp_path), "--ledger", str(ledger)]
+    ledger_with(ledger, MEASURED)
+    assert frontier_page.main(command) == 0
+    whole = page.read_text()
+    ledger.unlink()
+    assert frontier_page.main(command) == 0
+    assert page.read_text() == whole
+    ledger_with(ledger, {("balanced", None): 96.0, ("best", None): 97.0})
+    assert frontier_page.main(command) == 0
+    found = page.read_text()
+    assert f"{len(MEASURED) + 1} of " in found
+    assert "| 96.00 | 50 000 | 50 | 90.00 | 90.00 | 120 000 |" in found
+    assert "91.00 (30)" in found

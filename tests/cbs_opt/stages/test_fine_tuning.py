@@ -32,6 +32,7 @@ RECIPE = Recipe(
     select=GreedyOBS(drops=2),
     choice_samples=20,
 )
+SETTLING = replace(RECIPE, recalibrate=True)
 KINDS: dict[str, dict[str, Any]] = {
     "momentum": {},
     "newton": {"momentum_rates": (), "newton_dampings": (0.1,)},
@@ -145,22 +146,26 @@ def test_a_loss_that_falls_as_weights_explode_takes_none_that_did() -> None:
         FineTuning(samples=200, batch_size=16),
         FineTuning(samples=2_400, batch_size=16, rest=True),
         FineTuning(samples=2_400, batch_size=4, rest=True),
+        FineTuning(samples=2_400, batch_size=16, rest=True, batch_statistics=True),
+        FineTuning(samples=200, batch_size=16, batch_statistics=True),
     ],
-    ids=["one rate", "by curvature", "by probes"],
+    ids=["one rate", "by curvature", "by probes", "by the way to go", "in batches"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(plan: FineTuning, tmp_path: Any) -> None:
     whole, resumed = network(), network()
-    tuned(whole, plan)
+    recipe = SETTLING if plan.batch_statistics else RECIPE
+    tuned(whole, plan, recipe=recipe)
 
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
 
     before = snapshot(resumed)
     stages = Stages(count=2, updates=1, final_updates=0, fine_tuning=plan)
+    stopped = replace(stages, on_stage=stop)
     with pytest.raises(KeyboardInterrupt):
-        tuned(resumed, plan, stages=replace(stages, on_stage=stop), run_dir=tmp_path / "run")
+        tuned(resumed, plan, recipe=recipe, stages=stopped, run_dir=tmp_path / "run")
     assert_untouched(resumed, before)
-    tuned(resumed, plan, run_dir=tmp_path / "run")
+    tuned(resumed, plan, recipe=recipe, run_dir=tmp_path / "run")
     assert all(whole.state_dict()[name].equal(value) for name, value in resumed.state_dict().items())
 
 
@@ -223,6 +228,65 @@ def test_steps_go_down_the_loss_and_the_penalty_of_the_kept_weights(kind: str) -
         weight.grad.mul_(keep.view_as(weight))
         optimizer.step()
     torch.testing.assert_close(descent.weights, weight.detach().flatten(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_batch_normalisation_goes_by_batches_if_it_is_to(normalized: bool) -> None:
+    model, oracle = network(dtype=torch.float64), network(dtype=torch.float64)
+    before = snapshot(model)
+    x, y = data(16, dtype=torch.float64)
+    partition = Partition.from_model(model, target=["0.weight"])
+    start, keep = partition.flatten(model), torch.ones(partition.n, dtype=torch.bool)
+    descent = Descent(
+        model,
+        partition,
+        Objective(nn.CrossEntropyLoss()),
+        weights=start,
+        keep=keep,
+        rate=Rate(kind="momentum", value=0.05),
+        normalized=normalized,
+    )
+    batch = Batch(inputs=x, labels=y)
+    descent.run(repeat(batch), samples=16, batch_size=16, span=Span(), advance=lambda _: None)
+    assert_untouched(model, before)
+    oracle.train(normalized)
+    nn.functional.cross_entropy(oracle(x), y).backward()  # type: ignore[no-untyped-call]
+    weight = oracle.get_parameter("0.weight")
+    assert weight.grad is not None
+    expected = (weight - 0.05 * Span().rate(0.0) * 1.9 * weight.grad).detach().flatten()
+    torch.testing.assert_close(descent.weights, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rest", [True, False])
+def test_statistics_are_new_after_steps_in_batches_and_stay_where_they_may_not_change(rest: bool) -> None:
+    plan = FineTuning(samples=400, batch_size=16, rest=rest, batch_statistics=True)
+    model, fixed, plain = network(), network(), network()
+    before = snapshot(model)
+    report = tuned(model, plan, recipe=SETTLING)
+    assert any(record.accepted for record in steps(report))
+    assert not before["1.running_mean"].equal(model.state_dict()["1.running_mean"])
+    assert not any(module.training for module in model.modules())
+    tuned(fixed, plan)
+    tuned(plain, replace(plan, batch_statistics=False))
+    after = fixed.state_dict()
+    assert all(before[name].equal(after[name]) for name in before if name.startswith("1."))
+    assert after["0.weight"].equal(plain.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_without_statistics_of_their_own_are_those_of_the_network(size: int) -> None:
+    x, y = data(48)
+    loader = [(x[i : i + size], y[i : i + size]) for i in range(0, 48, size)]
+    plan = FineTuning(samples=100, batch_size=size, batch_statistics=True)
+    report = tuned(network(), plan, train=loader, recipe=SETTLING)
+    assert report.n_prune == round(0.6 * report.n)
+    assert all(record.samples > 0 for record in steps(report))
+
+
+def test_steps_are_the_longer_the_further_there_is_to_go() -> None:
+    plan, weights = FineTuning(samples=10), torch.tensor([3.0, 4.0])
+    one, longer = (rates(plan, 2.0, weights, stretch=stretch)[0].value for stretch in (0.2, 0.6))
+    assert longer == pytest.approx(3.0 * one)
 
 
 def test_shorter_steps_have_a_lower_rate_or_a_larger_damping() -> None:
@@ -299,6 +363,7 @@ def test_records_are_checked_and_travel() -> None:
         {"samples": 10, "batch_size": 0},
         {"samples": 10, "decay": -1e-4},
         {"samples": 10, "rest": 1},
+        {"samples": 10, "batch_statistics": "yes"},
         {"samples": 10, "momentum_rates": (-1.0,)},
         {"samples": 10, "adam_rates": "fast"},
         {"samples": 10, "momentum_rates": (), "newton_dampings": (), "adam_rates": ()},
