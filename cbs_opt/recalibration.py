@@ -73,10 +73,15 @@ def fitting(
 
 
 def settled_loss(task: Task, weights: Tensor, sample: Sample) -> float:
-    """Return the loss on `sample` for `weights` (n,) with new statistics; infinity if these overflow."""
+    """Return the loss on `sample` for `weights` (n,) with statistics of as many samples, if there can be any.
+
+    Infinity if they overflow.
+    """
     assert task.data is not None
     try:
-        found, _ = _estimated(task, task.data, weights, SAMPLES * sum(batch.size for batch in sample))
+        found, _ = _estimated(task, task.data, weights, sum(batch.size for batch in sample))
+    except (EmptyDataError, NoBatchNormError):
+        found = {}
     except NonFiniteError:
         return math.inf
     return evaluate(task.trial(weights, found), sample, task.loss_fn).loss

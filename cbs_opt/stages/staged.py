@@ -171,7 +171,8 @@ class StagedRun:
         if self.plan.fine_tuning is not None and stage < len(self.sparsities):
             statistics = self._settled(weights, statistics)
             weights, rate, record = self._fine_tuned(weights, model, rate, len(records))
-            if self._normalized:
+            if self._normalized and stage + 1 < len(self.plan.steps):
+                # After the last one the run as a whole does this.
                 statistics = self._settled(weights, statistics)
             records.append(record)
         return StageState(
@@ -312,7 +313,9 @@ class StagedRun:
                 loss=loss,
                 advance=advance,
                 rows=rows,
-                stretch=self._harm(weights, loss, sample) if self._normalized and plan.rest else 1.0,
+                stretch=partial(self._harm, loss=loss, sample=sample)
+                if self._normalized and plan.rest
+                else None,
             )
         self.passes.samples += tuned.samples
         kept = int(model.keep.sum())
@@ -336,11 +339,11 @@ class StagedRun:
         )
         return tuned.weights, tuned.next_rate, record
 
-    def _harm(self, weights: Tensor, loss: Callable[[Tensor], float], sample: Sample) -> float:
-        """Return where weights are between none pruned and none left, by the loss: in [`NEAREST`, 1]."""
+    def _harm(self, here: float, *, loss: Callable[[Tensor], float], sample: Sample) -> float:
+        """Return where a loss is between that with none pruned and that with none left, in [`NEAREST`, 1]."""
         task = self._before
         dense = evaluate(task.trial(task.weights), sample, task.loss_fn).loss
-        here, none = loss(weights), loss(torch.zeros_like(weights))
+        none = loss(torch.zeros_like(task.weights))
         share = (here - dense) / (none - dense) if none > dense else 1.0
         return min(max(share, NEAREST), 1.0) if math.isfinite(share) else 1.0
 
