@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cbs_opt.layers.calibration import without_cache
 from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import plain_attention
@@ -123,7 +124,10 @@ def enough_rows(columns: int) -> int:
 
 
 def moments(
-    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], loss: Callable[[Any, Batch], Tensor]
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[Batch],
+    loss: Callable[[Any, Batch], Tensor],
 ) -> Mapping[str, Moments]:
     """Return the moments of layers over samples, at the labels of the data.
 
@@ -153,11 +157,13 @@ def moments(
 
         y.register_hook(gradient)  # type: ignore[no-untyped-call]
 
-    with kept(model), evaluation_mode(model), torch.enable_grad(), watching(model, layers, told):
+    sources = _sources(model, layers)
+    quiet = without_cache(model)
+    with kept(model), evaluation_mode(model), torch.enable_grad(), watching(model, layers, told), quiet:
         for batch in batches:
             scale = batch.size
             value = loss(forward(model, batch.inputs), batch)
-            torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            torch.autograd.grad(value, sources, allow_unused=True)
             for name in [*waiting]:
                 seen[name] += batch.size
                 if name in gram and rows_of[name] >= enough_rows(len(gram[name])):
@@ -172,6 +178,14 @@ def moments(
             raise NonFiniteError("model, data", found, "check the data, the loss and the weights")
     means = {name: (gram[name] * (samples / seen[name])).numpy() for name in layers}
     return {name: Moments(gram=means[name], outputs=outputs[name].numpy()) for name in layers}
+
+
+def _sources(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
+    """Return parameters whose gradients pass by the outputs of all layers: their own, if they have them."""
+    own = [parameter for name in layers for parameter in model.get_submodule(name).parameters()]
+    if all(parameter.requires_grad for parameter in own):
+        return own
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def affine(module: nn.Module) -> FloatArray:
@@ -236,7 +250,17 @@ def fitted(
     of it. `damping` times the mean diagonal draws the others to where they are.
     """
     gram, cross = regression(model, work, name, batches)
-    wanted, now = affine(model.get_submodule(name)), affine(work.get_submodule(name))
+    return solved(model.get_submodule(name), work.get_submodule(name), gram, cross, damping)
+
+
+def solved(
+    before: nn.Module, layer: nn.Module, gram: FloatArray, cross: FloatArray, damping: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return what `fitted` does, of a layer whose two matrices of `regression` are known.
+
+    `gram` is changed.
+    """
+    wanted, now = affine(before), affine(layer)
     idle = ~np.append(np.abs(now[:, :-1]).any(0), True)
     level = damping * float(np.trace(gram)) / len(gram)
     gram[idle], gram[:, idle] = 0.0, 0.0
