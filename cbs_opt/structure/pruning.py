@@ -103,9 +103,9 @@ class GroupRecipe:
         blocks, the heads of all blocks) keep it together: the model's losses then say, by an exact knapsack,
         how many stay in each. With `keep` alone.
     divergence : Divergence
-        How the weights that are left move where the network is a language model, or its gradient rows do
-        not fit the memory: by passes of AdamW on the divergence from the dense network's predictions, in
-        place of Newton steps; `steps` is then no number of them, and 0 leaves them out too.
+        How the weights that are left of a language model move: by passes of AdamW on the divergence from
+        the dense network's predictions, in place of Newton steps, whose rows would be too long. ``steps=0``
+        leaves them out as well.
     """
 
     metric: str = "loss"
@@ -333,11 +333,10 @@ def _stepped(
     seed: int,
 ) -> GroupReport:
     """Move the weights that are left, in place, on the loss or towards the dense network's predictions."""
-    rows = rows_that_fit(small)
-    predicts = objective.output_hessian == "softmax"
-    if predicts and (_is_tokens(batches[0]) or rows < FEWEST_ROWS):
+    if _is_tokens(batches[0]) and objective.output_hessian == "softmax":
         options = replace(recipe.divergence, seed=recipe.divergence.seed + seed)
         return replace(report, moved=follow(model, small, batches, options, ignore))
+    rows = rows_that_fit(small)
     if rows < FEWEST_ROWS:
         note = f"no Newton steps of what is left: free memory holds {rows} gradient rows of it"
         return replace(report, notes=(*report.notes, note))

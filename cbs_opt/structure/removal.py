@@ -37,6 +37,8 @@ CONSTANT = 16.0
 AGREEMENT = 1e3
 """Rounding errors, relative to the largest output, by which the smaller network may differ."""
 
+RESIZE_REMEDY = "pass the state dict of a network that shrink or prune_groups made of this one"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shrinkage:
@@ -157,6 +159,78 @@ def shrink(
         difference=difference,
     )
     return small, record
+
+
+def resized(model: nn.Module, example: Inputs, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a network of the sizes and values of a smaller one that was cut from it.
+
+    What `shrink` and `prune_groups` return is stored like any network, by its state dict. Where layers lost
+    different numbers of groups no configuration says their sizes; this reads them from the tensors.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network before, whatever its values; not changed.
+    example : Tensor, or tuple or dict of them
+        Inputs of one batch, as for `groups`.
+    state : mapping of str to Tensor
+        State dict of the smaller network.
+
+    Returns
+    -------
+    nn.Module
+
+    Raises
+    ------
+    ArgumentError
+        If `state` has not the names and sizes of a smaller network of `model`.
+    StructureError, ForwardError
+        As `shrink`.
+
+    Examples
+    --------
+    >>> small = resized(model, x[:2], torch.load("small.pt"))  # doctest: +SKIP
+    """
+    model = unwrapped(model)
+    structure = groups(model, example)
+    masks = {part.name: _first_of(part, structure, state) for part in structure.sets}
+    small = deepcopy(model)
+    with torch.no_grad():
+        work = _Removal(small, structure, masks, 0.0)
+        work.cut()
+        for name, tensor in state.items():
+            owner, _, own = name.rpartition(".")
+            layer = dict(small.named_modules()).get(owner)
+            if own == "bias" and layer is not None and _takes_bias(layer) and layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros_like(tensor))
+    try:
+        small.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArgumentError("state", " ".join(str(error).split()), RESIZE_REMEDY) from error
+    remedy = f"leave out what {' or '.join(work.touched())} loses, or read its sizes from its weights"
+    run(small, example, [], StructureError, remedy)
+    return small
+
+
+def _first_of(part: GroupSet, structure: Structure, state: Mapping[str, Tensor]) -> BoolArray:
+    """Return a mask of as many groups as a state dict has of a set: the first ones."""
+    others = {
+        (entry.name, entry.axis) for other in structure.sets if other is not part for entry in other.members
+    }
+    before = {(slot.name, slot.axis): slot.size for slot in structure.trace.slots}
+    for member in part.members:
+        place = member.name, member.axis
+        if member.name not in state or place in others:
+            continue
+        shape = tuple(state[member.name].shape)
+        gone = before[place] - (shape[member.axis] if member.axis < len(shape) else 0)
+        count, rest = divmod(gone, member.index.shape[1])
+        if rest or not 0 <= count < part.n_groups:
+            found = f"{member.name} of shape {shape}, which no number of {part.kind} of {part.name} gives"
+            raise ArgumentError("state", found, RESIZE_REMEDY)
+        return np.asarray(np.arange(part.n_groups) < part.n_groups - count)
+    found = f"nothing that tells how many {part.kind} of {part.name} there are"
+    raise ArgumentError("state", found, "store the whole network instead: torch.save(small, path)")
 
 
 class _Removal:
