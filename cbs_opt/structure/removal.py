@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -404,11 +404,12 @@ class _Removal:
             for before, after in zip(entry.shape, smaller, strict=True):
                 sizes.setdefault(before, set()).add(after)
         stated: dict[str, dict[str, int]] = {}
+        places = _places(self.model)
         for path, sizes in changes.items():
             module = self.model.get_submodule(path)
             own = {} if type(module).__module__.startswith("torch.nn") else vars(module)
             for name, value in own.items():
-                if type(value) is int and len(sizes.get(value, ())) == 1:
+                if type(value) is int and len(sizes.get(value, ())) == 1 and name not in places(module):
                     stated.setdefault(path, {})[name] = next(iter(sizes[value]))
         return stated
 
@@ -452,6 +453,30 @@ def _constant(reading: Reading, atom: int) -> float | None:
     low, high = reading.lowest[place], reading.highest[place]
     slack = CONSTANT * torch.finfo(low.dtype).eps * max(abs(float(low)), abs(float(high)))
     return float(high) if float(high - low) <= slack else None
+
+
+def _places(model: nn.Module) -> Callable[[nn.Module], set[str]]:
+    """Return what tells which whole numbers of a module are no sizes: those that differ among its like.
+
+    Modules of one class with weights of the same shapes have the same sizes; the number of a layer, which is
+    a size by accident, is another in each.
+    """
+
+    def kind(module: nn.Module) -> tuple[Any, ...]:
+        return type(module), *((name, tuple(entry.shape)) for name, entry in module.named_parameters())
+
+    values: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
+    for module in model.modules():
+        numbers = {name: value for name, value in vars(module).items() if type(value) is int}
+        if numbers:
+            own = values.setdefault(kind(module), {})
+            for name, value in numbers.items():
+                own.setdefault(name, set()).add(value)
+
+    def different(module: nn.Module) -> set[str]:
+        return {name for name, found in values.get(kind(module), {}).items() if len(found) > 1}
+
+    return different
 
 
 def _takes_bias(module: nn.Module) -> bool:
