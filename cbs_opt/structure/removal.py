@@ -36,7 +36,8 @@ CONSTANT = 16.0
 """Rounding errors by which what is constant may differ from place to place."""
 AGREEMENT = 1e3
 """Rounding errors, relative to the largest output, by which the smaller network may differ."""
-
+NAMED = 4
+"""Sets that a message names at most."""
 RESIZE_REMEDY = "pass the state dict of a network that shrink or prune_groups made of this one"
 
 
@@ -142,7 +143,7 @@ def shrink(
         notes = work.settle(example)
         before = _tensors(trace(small, example).output)
         work.cut()
-        remedy = f"leave out what {' or '.join(work.touched())} loses, or read its sizes from its weights"
+        remedy = f"leave out what {work.touched()} loses, or read its sizes from its weights"
         after = _tensors(run(small, example, [], StructureError, remedy))
         difference = _difference(before, after)
         if not difference <= _agreement(before):
@@ -207,7 +208,7 @@ def resized(model: nn.Module, example: Inputs, state: Mapping[str, Tensor]) -> n
         small.load_state_dict(state)
     except RuntimeError as error:
         raise ArgumentError("state", " ".join(str(error).split()), RESIZE_REMEDY) from error
-    remedy = f"leave out what {' or '.join(work.touched())} loses, or read its sizes from its weights"
+    remedy = f"leave out what {work.touched()} loses, or read its sizes from its weights"
     run(small, example, [], StructureError, remedy)
     return small
 
@@ -371,9 +372,11 @@ class _Removal:
                 setattr(module, name, size)
         self._replace_attention(old)
 
-    def touched(self) -> list[str]:
-        """Return the names of the sets that lost groups."""
-        return [name for name, mask in self.keep.items() if not mask.all()]
+    def touched(self) -> str:
+        """Return the names of the sets that lost groups, of the first few."""
+        found = [name for name, mask in self.keep.items() if not mask.all()]
+        rest = [f"{len(found) - NAMED} others"] if len(found) > NAMED else []
+        return " or ".join([*found[:NAMED], *rest])
 
     def _kept_indices(self) -> dict[str, list[tuple[int, IntArray]]]:
         """Return what is kept along each axis that is cut, by name of the tensor."""

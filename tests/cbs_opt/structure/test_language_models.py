@@ -271,3 +271,14 @@ def test_an_ignored_layer_leaves_the_heads_that_it_belongs_to_whole() -> None:
         "model.layers.0.self_attn.q_proj is left whole: model.layers.0.self_attn.k_proj is ignored"
         in report.notes
     )
+
+
+def test_the_number_of_a_block_is_no_size_though_it_equals_one() -> None:
+    """Block 9 of ten has the number 9, which is how many heads it reads before some of them go."""
+    model = llama(QUERIES + 1)
+    structure = cbs.groups(model, tokens(2))
+    keep = random_keep(structure)
+    small, _ = cbs.shrink(model, tokens(2), keep=keep)
+    assert [block.self_attn.layer_idx for block in small.model.layers] == list(range(QUERIES + 1))
+    with masking(model, structure, keep):
+        assert relative(scores(model, **padded()), scores(small, **padded())) < 1e-5
