@@ -1,4 +1,4 @@
-"""Neurons and heads taken out of a language model: perplexity, and tokens a second, dense and shrunk by turns.
+"""Neurons and heads taken out of a language model: perplexity and tokens a second, dense and shrunk.
 
     python -m experiments.language_structure --cache ~/smollm2
     python -m experiments.language_structure --cache ~/smollm2 --contenders ours magnitude
@@ -18,8 +18,8 @@ Contenders
 - ``ours``: `cbs_opt.prune_groups` with its defaults, which choose how many stay in each block, and move what
   is left on the divergence from the dense network's predictions.
 - ``ours_fitted``: the same without that move.
-- ``reconstruction``: as many of each block, chosen by the squared error of layers' outputs alone, greedily and
-  by exchanges, in the manner of OSSCAR; see `experiments.structured`.
+- ``reconstruction``: as many of each block, chosen by the squared error of layers' outputs alone, greedily
+  and by exchanges, in the manner of OSSCAR; see `experiments.structured`.
 - ``magnitude``: as many of each block, those of smallest norm go, and nothing else moves.
 - ``magnitude_fitted``: the same groups, and the layers that read them fitted as ours are.
 - ``magnitude_moved``: the same, and then moved as ours are.

@@ -698,6 +698,15 @@ def refit(
     model: nn.Module, work: nn.Module, layers: Sequence[str], batches: Sequence[Batch], damping: float
 ) -> None:
     """Fit every layer, in the order in which they run, to what it gave in the network as it was."""
+    line = Chain.of(model, layers, batches)
+    if line is not None:
+
+        def visit(name: str, gram: FloatArray, cross: FloatArray) -> None:
+            before, layer = model.get_submodule(name), work.get_submodule(name)
+            write_affine(layer, solved(before, layer, gram, cross, damping)[0])
+
+        line.run(work, visit)
+        return
     order: list[str] = []
     noted = watching(model, layers, lambda name, *_: order.append(name))
     with torch.no_grad(), kept(model), evaluation_mode(model), noted:
