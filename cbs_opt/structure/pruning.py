@@ -98,10 +98,11 @@ class GroupRecipe:
         Newton steps of all weights that are left, at most, each taken only if it gains on samples set aside.
     step_samples : int
         That those steps see, one in eight of them set aside.
-    spread : {"set", "network"}
+    spread : {"set", "network"}, optional
         Whether every set keeps its share of groups, or sets whose groups are alike (the neurons of all
         blocks, the heads of all blocks) keep it together: the model's losses then say, by an exact knapsack,
-        how many stay in each. With `keep` alone.
+        how many stay in each. With `keep` alone; by default "network" for language models, which have many
+        blocks alike, and "set" for others.
     divergence : Divergence
         How the weights that are left of a language model move: by passes of AdamW on the divergence from
         the dense network's predictions, in place of Newton steps, whose rows would be too long. ``steps=0``
@@ -115,12 +116,13 @@ class GroupRecipe:
     exact_seconds: float = 0.0
     steps: int = 3
     step_samples: int = 4096
-    spread: str = "set"
+    spread: str | None = None
     divergence: Divergence = field(default_factory=Divergence)
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe.", one_of, "metric", choices=("loss", "outputs"))
-        check_fields(self, "recipe.", one_of, "spread", choices=("set", "network"))
+        if self.spread is not None:
+            one_of("recipe.spread", self.spread, ("set", "network"))
         check_fields(self, "recipe.", whole_number, "swaps", "steps", least=0)
         check_fields(self, "recipe.", whole_number, "samples", "step_samples", least=2)
         check_fields(self, "recipe.", finite_number, "exact_seconds")
@@ -291,26 +293,16 @@ def prune_groups(
     if not sets:
         raise ArgumentError("model", "no groups that may be taken out", "print cbs.groups for the reasons")
     dense = opened(model)
-    layers = layers_that_read(dense, structure, sets)
-    outputs: dict[str, FloatArray] = {}
+    if budget is None and recipe.spread is None:
+        recipe = replace(recipe, spread="network" if _is_tokens(batches[0]) else "set")
+    outputs, curves = _models(dense, structure, sets, batches, objective, recipe, budget)
     widths = None
-    measured: Mapping[str, Moments] = {}
-    spread = budget is None and recipe.spread == "network"
-    if recipe.metric == "loss" or spread or budget is not None:
-        seen = _within(batches, MOMENT_TOKENS)
-        measured = moments(dense, layers, seen, lambda output, batch: objective.loss(output, batch))
-        if recipe.metric == "loss":
-            # Gradients of a softmax add up to zero: without damping their moments are singular.
-            outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
-    if budget is None and not spread:
-        counts = _counts(sets, shares)
+    if budget is not None:
+        counts, widths = _widths(structure, sets, curves, budget)
+    elif recipe.spread == "network":
+        counts = _spread_counts(sets, shares, curves)
     else:
-        curves = {part.name: _curve(dense, part, measured, outputs, recipe) for part in sets}
-        if budget is None:
-            counts = _spread_counts(sets, shares, curves)
-        else:
-            counts, widths = _widths(structure, sets, curves, budget)
-    del measured
+        counts = _counts(sets, shares)
     work = deepcopy(dense)
     free = fitted_layers(dense, structure, ignore)
     run_sets = _Sets(dense=dense, work=work, outputs=outputs, counts=counts, recipe=recipe)
@@ -319,29 +311,57 @@ def prune_groups(
     report = GroupReport(choices=run_sets.choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
     if not recipe.steps:
         return small, report
-    return small, _stepped(model, small, report, every, objective, recipe, names("ignore", ignore), seed)
+    moved = _stepped(model, small, every, objective, recipe, names("ignore", ignore), seed)
+    return small, replace(report, **moved | {"notes": (*report.notes, *moved.get("notes", ()))})
+
+
+def _models(
+    dense: nn.Module,
+    structure: Structure,
+    sets: Sequence[GroupSet],
+    batches: Sequence[Batch],
+    objective: Objective,
+    recipe: GroupRecipe,
+    budget: _Budget | None,
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """Return what the outputs of layers matter, by layer, and where widths are chosen the losses of sets."""
+    layers = layers_that_read(dense, structure, sets)
+    chosen = budget is not None or recipe.spread == "network"
+    outputs: dict[str, FloatArray] = {}
+    if recipe.metric == "outputs" and not chosen:
+        return outputs, {}
+    seen = _within(batches, MOMENT_TOKENS)
+    measured = moments(dense, layers, seen, lambda output, batch: objective.loss(output, batch))
+    if recipe.metric == "loss":
+        # Gradients of a softmax add up to zero: without damping their moments are singular.
+        outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
+    if not chosen:
+        return outputs, {}
+    return outputs, {part.name: _curve(dense, part, measured, outputs, recipe) for part in sets}
 
 
 def _stepped(
     model: nn.Module,
     small: nn.Module,
-    report: GroupReport,
     batches: Sequence[Batch],
     objective: Objective,
     recipe: GroupRecipe,
     ignore: Sequence[str],
     seed: int,
-) -> GroupReport:
-    """Move the weights that are left, in place, on the loss or towards the dense network's predictions."""
+) -> dict[str, Any]:
+    """Move the weights that are left, in place, on the loss or towards the dense network's predictions.
+
+    Returns what the report says of it.
+    """
     if _is_tokens(batches[0]) and objective.output_hessian == "softmax":
         options = replace(recipe.divergence, seed=recipe.divergence.seed + seed)
-        return replace(report, moved=follow(model, small, batches, options, ignore))
+        return {"moved": follow(model, small, batches, options, ignore)}
     rows = rows_that_fit(small)
     if rows < FEWEST_ROWS:
         note = f"no Newton steps of what is left: free memory holds {rows} gradient rows of it"
-        return replace(report, notes=(*report.notes, note))
-    refined = refine(small, batches, objective, steps=recipe.steps, ignore=ignore, rows=rows, seed=seed)
-    return replace(report, refined=refined)
+        return {"notes": (note,)}
+    steps = recipe.steps
+    return {"refined": refine(small, batches, objective, steps=steps, ignore=ignore, rows=rows, seed=seed)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
