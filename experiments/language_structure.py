@@ -66,7 +66,7 @@ from formulations.files import write_atomically
 
 OUT = Path("runs/language_structure")
 MARK = "structured language model"
-NETWORK = "smollm2"
+NETWORK, DENSE = "smollm2", "dense"
 SHARES = (0.75,)
 OURS = ("ours", "ours_fitted")
 LABELS = {
@@ -114,19 +114,19 @@ class Bench:
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Return what a contender made of the network."""
         tokens = load_file(self.cache / "tokens.safetensors")
-        model, count = load_model(self.cache), cell["sequences"]
+        model = load_model(self.cache)
+        if cell["contender"] == DENSE:
+            return {"perplexity": perplexity(model, tokens["test"])}
+        count = cell["sequences"]
         calibration = tokens["valid"][: count * CALIBRATION_LENGTH].view(count, CALIBRATION_LENGTH)
         counts = {} if cell["contender"] in OURS else self._counts(cell)
         start = time.process_time()
         small, report = self._small(cell, model, calibration, counts)
         seconds = time.process_time() - start
-        example = calibration[:2, :PROMPT]
-        before, after = groups(model, example), groups(small, example)
+        sizes = [sum(entry.numel() for entry in network.parameters()) for network in (model, small)]
         found = {
             "perplexity": perplexity(small, tokens["test"]),
-            "dense_perplexity": perplexity(model, tokens["test"]),
-            "parameters": [before.parameters, after.parameters],
-            "flops": [before.flops, after.flops],
+            "parameters": sizes,
             "processor_seconds": seconds,
             "seconds_a_token": seconds_a_token((model, small), tokens["valid"]),
         }
@@ -175,8 +175,9 @@ class Bench:
 
 
 def cells(shares: Sequence[float], sequences: int, seeds: int) -> list[Cell]:
-    """Return the cells: ours first, whose widths the others have."""
-    return [
+    """Return the cells: the dense network, and ours, whose widths the others have, before these."""
+    dense: Cell = {"network": NETWORK, "contender": DENSE, "version": 1}
+    return [dense] + [
         {
             "network": NETWORK,
             "share": share,
@@ -195,7 +196,6 @@ TITLES = (
     "",
     "perplexity",
     "parameters",
-    "operations",
     "prompt, dense",
     "prompt",
     "times",
@@ -209,12 +209,14 @@ TITLES = (
 def section(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a table for every share that was measured."""
     parts = []
-    for share, count in dict.fromkeys((entry["share"], entry["sequences"]) for entry in results):
-        own = [entry for entry in results if (entry["share"], entry["sequences"]) == (share, count)]
+    dense = next((entry["perplexity"] for entry in results if entry["contender"] == DENSE), None)
+    measured = [entry for entry in results if entry["contender"] != DENSE]
+    for share, count in dict.fromkeys((entry["share"], entry["sequences"]) for entry in measured):
+        own = [entry for entry in measured if (entry["share"], entry["sequences"]) == (share, count)]
         commits = ", ".join(sorted({entry["commit"] for entry in own}))
-        tokens = f"{count} x {CALIBRATION_LENGTH} tokens"
-        parts.append(f"### {share:g} of the neurons and of the heads")
-        parts.append(f"Dense perplexity {own[0]['dense_perplexity']:.2f}; {tokens}; commit {commits}.")
+        facts = "" if dense is None else f"Dense perplexity {dense:.2f}; "
+        facts += f"{count} x {CALIBRATION_LENGTH} tokens; commit {commits}."
+        parts += [f"### SmolLM2, {share:g} of the neurons and of the heads", facts]
         rows = [entry for name in LABELS for entry in own if entry["contender"] == name]
         parts.append(table(TITLES, [_line(entry) for entry in rows]))
     return "\n\n".join(parts) or NOTHING
@@ -229,7 +231,6 @@ def _line(entry: Mapping[str, Any]) -> list[str]:
         LABELS[entry["contender"]],
         f"{entry['perplexity']:.1f}",
         f"{entry['parameters'][1] / entry['parameters'][0]:.3f}",
-        f"{entry['flops'][1] / entry['flops'][0]:.3f}",
         *rates,
         f"{entry['processor_seconds']:.0f}",
     ]
@@ -269,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Bench(cache=given.cache, path=path).measure
 
     every = cells(given.shares, given.sequences, given.seeds)
-    return measure_cells(path, [cell for cell in every if cell["contender"] in given.contenders], bench)
+    wanted = [cell for cell in every if cell["contender"] in (DENSE, *given.contenders)]
+    return measure_cells(path, wanted, bench)
 
 
 if __name__ == "__main__":

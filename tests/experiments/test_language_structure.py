@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import language_structure
+from experiments import language_model, language_structure
 from experiments.language_model import CALIBRATION_LENGTH, TEST_LENGTH, TEST_SEQUENCES
-from experiments.language_structure import LABELS, MARK, main
+from experiments.language_structure import DENSE, LABELS, MARK, main
 from experiments.ledger import Ledger
 
-WORDS = 64
+WORDS, WIDTH = 64, 16
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as `prepare` leaves it, with a small network."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(vocab_size=WORDS, num_key_value_heads=2, **sizes)
     folder = tmp_path / "cache"
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -30,6 +30,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(tokens, folder / "tokens.safetensors")
     monkeypatch.setattr(language_structure, "data_file", lambda name, *_, **__: tmp_path / name)
     monkeypatch.setattr(language_structure, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(language_model, "TEST_SEQUENCES", 1)
+    monkeypatch.setattr(language_structure, "PASSES", 2)
+    monkeypatch.setattr(language_structure, "GENERATED", 3)
     return folder
 
 
@@ -40,9 +43,13 @@ def test_all_contenders_have_our_widths_and_the_page_shows_them(
     assert main([*options, "--contenders", "magnitude"]) == 1
     assert "measure ours" in capsys.readouterr().err
     assert main(options) == 0
-    results = Ledger(tmp_path / "out" / "results.jsonl").results()
+    dense, *results = Ledger(tmp_path / "out" / "results.jsonl").results()
+    assert dense["contender"] == DENSE
     assert [entry["contender"] for entry in results] == [*LABELS]
-    assert {entry["flops"][1] for entry in results} == {results[0]["flops"][1]}
+    weights = {entry["contender"]: entry["parameters"][1] for entry in results}
+    # Layers that are fitted get a bias.
+    assert len({weights["ours"], weights["ours_fitted"], weights["reconstruction"]}) == 1
+    assert weights["ours"] - weights["magnitude"] == 2 * 2 * WIDTH
     for entry in results:
         assert entry["perplexity"] > 1.0
         assert entry["parameters"][1] < entry["parameters"][0]
