@@ -305,10 +305,11 @@ def prune_groups(
         counts = _counts(sets, shares)
     work = deepcopy(dense)
     free = fitted_layers(dense, structure, ignore)
-    run_sets = _Sets(dense=dense, work=work, outputs=outputs, counts=counts, recipe=recipe)
-    run_sets.choose(sets, free, batches)
-    small, shrinkage = shrink(_closed(model, work, free), example, keep=run_sets.masks)
-    report = GroupReport(choices=run_sets.choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
+    sweep = _Sweep(dense=dense, work=work, outputs=outputs, counts=counts, recipe=recipe)
+    sweep.choose(sets, free, batches)
+    small, shrinkage = shrink(_closed(model, work, free), example, keep=sweep.masks)
+    choices = {part.name: sweep.choices[part.name] for part in sets}
+    report = GroupReport(choices=choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
     if not recipe.steps:
         return small, report
     moved = _stepped(model, small, every, objective, recipe, names("ignore", ignore), seed)
@@ -365,7 +366,7 @@ def _stepped(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Sets:
+class _Sweep:
     """Sets of groups that are chosen one after the other, while the network is pruned."""
 
     dense: nn.Module
@@ -386,11 +387,6 @@ class _Sets:
             parts = {part.name: part for part in sets}
             of = {layer: parts[name] for layer, name in single.items()}
             line.run(self.work, lambda *found: self._visit(of, *found))
-            # In the order of the network, which may be another one than that in which layers run.
-            for entries in (self.masks, self.choices):
-                ordered = {part.name: entries[part.name] for part in sets}
-                entries.clear()
-                entries.update(ordered)  # type: ignore[arg-type]
             return
         for part in sets:
             self._decide(part, _program_now(self.dense, self.work, part, batches, self.outputs, self.recipe))
