@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import BlockListError, NoEligibleWeightsError
 from cbs_opt.layers.blocks import Block, find_blocks
-from cbs_opt.layers.calibration import Calibration, calibrate, counted, without_cache
+from cbs_opt.layers.calibration import Calibration, calibrate, without_cache
 from cbs_opt.network.data import Batch
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import plain_attention
-from cbs_opt.structure.reading import FloatArray, enough_rows, inputs_of, watching
+from cbs_opt.structure.reading import FloatArray, enough_rows, rows_of, watching
 
 CHUNK_TOKENS = 2_048
 """Tokens that run through a block at once."""
@@ -107,9 +107,7 @@ class _Noting:
 
     def __call__(self, name: str, module: nn.Module, x: Tensor, _: Tensor) -> None:
         """Keep the inputs of a layer."""
-        linear = isinstance(module, nn.Linear)
-        rows = counted(x, self._positions) if linear else inputs_of(module, x)
-        self._rows.setdefault(name, []).append(rows)
+        self._rows.setdefault(name, []).append(rows_of(module, x, self._positions))
         if len(self._rows[name]) == self._calls:
             raise _Enough
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cbs_opt.layers.calibration import without_cache
+from cbs_opt.layers.calibration import counted, token_positions, without_cache
 from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import plain_attention
@@ -83,6 +83,11 @@ def inputs_of(module: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def rows_of(module: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return `inputs_of` without tokens that are padding: `positions` (B, T) says which are none."""
+    return counted(x, positions) if isinstance(module, nn.Linear) else inputs_of(module, x)
+
+
 def _padding(module: nn.Conv1d) -> tuple[int, ...]:
     if isinstance(module.padding, str):
         raise UnsupportedProblemError("model", f"padding {module.padding!r}", "give padding as a number")
@@ -142,14 +147,15 @@ def moments(
     outputs: dict[str, Tensor] = {}
     samples = sum(batch.size for batch in batches)
     scale, waiting = 1, set(layers)
-    rows_of, seen = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    positions: Tensor | None = None
+    counts, seen = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
     def told(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         if name in waiting:
-            rows = inputs_of(module, x.detach()).double()
+            rows = rows_of(module, x.detach(), positions).double()
             places = max(len(rows) // scale, 1)
             gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows / samples / places
-            rows_of[name] += len(rows)
+            counts[name] += len(rows)
 
         def gradient(g: Tensor) -> None:
             flat = outputs_of(g.detach(), module).double() * scale
@@ -161,12 +167,12 @@ def moments(
     quiet = without_cache(model)
     with kept(model), evaluation_mode(model), torch.enable_grad(), watching(model, layers, told), quiet:
         for batch in batches:
-            scale = batch.size
+            scale, positions = batch.size, token_positions(batch)
             value = loss(forward(model, batch.inputs), batch)
             torch.autograd.grad(value, sources, allow_unused=True)
             for name in [*waiting]:
                 seen[name] += batch.size
-                if name in gram and rows_of[name] >= enough_rows(len(gram[name])):
+                if name in gram and counts[name] >= enough_rows(len(gram[name])):
                     waiting.remove(name)
     missing = [name for name in layers if name not in outputs]
     if missing:
@@ -209,15 +215,18 @@ def regression(
     """
     seen: list[Tensor] = []
     calls = math.inf
+    positions: Tensor | None = None
 
     def told(_: str, module: nn.Module, x: Tensor, __: Tensor) -> None:
-        rows = inputs_of(module, x).double()
+        rows = rows_of(module, x, positions).double()
         seen.append(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
         if len(seen) >= calls:
             raise _Enough
 
     def read(network: nn.Module, batch: Batch) -> Tensor:
+        nonlocal positions
         seen.clear()
+        positions = token_positions(batch)
         measuring = watching(network, [name], told)
         with torch.no_grad(), kept(network), evaluation_mode(network), measuring, suppress(_Enough):
             forward(network, batch.inputs)

@@ -237,6 +237,22 @@ def test_single_columns_go_greedily_and_exchanges_gain_what_they_say(
     assert len({goes for _, goes, _ in exchanges} | {back for *_, back in exchanges}) == 2 * len(exchanges)
 
 
+@pytest.mark.parametrize("metric", ["loss", "outputs"])
+def test_padding_says_nothing(metric: str) -> None:
+    """Tokens behind the end of a text, which nothing before them sees, change neither choices nor fits."""
+    mask = torch.ones(24, LENGTH, dtype=torch.int64)
+    mask[::2, 7:] = 0
+    recipe, found = cbs.GroupRecipe(steps=0, metric=metric), []
+    for filler in (0, 1):
+        data = {"input_ids": tokens().masked_fill(mask == 0, filler), "attention_mask": mask}
+        small, report = cbs.prune_groups(llama(), data, keep=0.5, recipe=recipe)
+        found.append((small, report.choices))
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, choice in found[0][1].items():
+        assert choice.loss == pytest.approx(found[1][1][name].loss, rel=1e-4)
+    assert relative(scores(found[0][0], **padded()), scores(found[1][0], **padded())) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
