@@ -77,6 +77,8 @@ LABELS = {
     "magnitude_fitted": "magnitude, fitted",
     "magnitude": "magnitude",
 }
+TRACED = 23
+"""Tokens of the sequences with which the network is traced."""
 PROMPT, BEHIND, GENERATED, PASSES = 512, 128, 24, 7
 """Tokens of the prompt that is timed; of that behind which tokens are generated, how many; passes."""
 
@@ -157,7 +159,7 @@ class Bench:
             return cbs_opt.prune_groups(
                 model, calibration, keep=cell["share"], recipe=fitted, seed=cell["seed"]
             )
-        structure = groups(model, calibration[:2, :23])
+        structure = groups(model, calibration[:2, :TRACED])
         if contender == "reconstruction":
             sizes = {part.name: part.n_groups for part in structure.sets}
             keep = {name: count / sizes[name] for name, count in counts.items()}
@@ -168,7 +170,7 @@ class Bench:
         if contender == "magnitude_fitted":
             blank(work, structure.sets, masks)
             refit(model, work, fitted_layers(model, structure, ()), batches, recipe.damping)
-        small, _ = shrink(work, calibration[:2, :23], keep=masks)
+        small, _ = shrink(work, calibration[:2, :TRACED], keep=masks)
         if contender == "magnitude_moved":
             follow(model, small, batches, recipe.divergence)
         return small, None

@@ -158,7 +158,7 @@ class GroupReport:
     moved : DivergenceRecord or None
         What the passes on the divergence from the dense network did.
     notes : tuple of str
-        Sets that were left whole because a layer of theirs is ignored.
+        Sets that were left whole because a layer of theirs is ignored, and why weights did not move.
     """
 
     choices: Mapping[str, SetChoice]
@@ -232,10 +232,11 @@ def prune_groups(
     model : nn.Module
         In evaluation mode; not changed.
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
-        Training data, as for `prune`.
+        Training data, as for `prune`; token ids (N, T) alone for a language model.
     keep : float or mapping of str to float, optional
-        Share of the groups of every set to keep, ``max(1, round(keep * n))`` of them; a mapping has it by
-        glob over the names of `groups`, the first that matches, and the others are left whole.
+        Share of the groups of every set to keep, ``max(1, round(keep * n))`` of them, or with
+        `GroupRecipe.spread` of alike sets together; a mapping has it by glob over the names of `groups`, the
+        first that matches, and the others are left whole.
     flops : float, optional
         Share of the operations to keep; widths are then chosen by a knapsack over the models' losses, solved
         exactly.
@@ -356,7 +357,9 @@ def _stepped(
     """
     if _is_tokens(batches[0]) and objective.output_hessian == "softmax":
         options = replace(recipe.divergence, seed=recipe.divergence.seed + seed)
-        return {"moved": follow(model, small, batches, options, ignore)}
+        moved = follow(model, small, batches, options, ignore)
+        note = "no passes on the divergence: there is one sample alone, or no weight that may move"
+        return {"moved": moved} if moved is not None else {"notes": (note,)}
     rows = rows_that_fit(small)
     if rows < FEWEST_ROWS:
         note = f"no Newton steps of what is left: free memory holds {rows} gradient rows of it"

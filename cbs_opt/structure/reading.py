@@ -129,10 +129,7 @@ def enough_rows(columns: int) -> int:
 
 
 def moments(
-    model: nn.Module,
-    layers: Sequence[str],
-    batches: Sequence[Batch],
-    loss: Callable[[Any, Batch], Tensor],
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], loss: Callable[[Any, Batch], Tensor]
 ) -> Mapping[str, Moments]:
     """Return the moments of layers over samples, at the labels of the data.
 

@@ -411,8 +411,10 @@ class _Removal:
         for path, sizes in changes.items():
             module = self.model.get_submodule(path)
             own = {} if type(module).__module__.startswith("torch.nn") else vars(module)
-            for name, value in own.items():
-                if type(value) is int and len(sizes.get(value, ())) == 1 and name not in places(module):
+            numbers = {name: value for name, value in own.items() if type(value) is int}
+            for name in numbers.keys() - places(module):
+                value = numbers[name]
+                if len(sizes.get(value, ())) == 1:
                     stated.setdefault(path, {})[name] = next(iter(sizes[value]))
         return stated
 
