@@ -18,6 +18,7 @@ Contenders
 - ``ours``: `cbs_opt.prune_groups` with its defaults, which choose how many stay in each block, and move what
   is left on the divergence from the dense network's predictions.
 - ``ours_fitted``: the same without that move.
+- ``ours_even``: that with the same share of the neurons of every block, and as many heads of each as ours.
 - ``reconstruction``: as many of each block, chosen by the squared error of layers' outputs alone, greedily
   and by exchanges, in the manner of OSSCAR; see `experiments.structured`.
 - ``magnitude``: as many of each block, those of smallest norm go, and nothing else moves.
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 import cbs_opt
 from cbs_opt import GroupRecipe, GroupReport
 from cbs_opt.network.data import iterate
-from cbs_opt.structure.groups import groups
+from cbs_opt.structure.groups import NEURONS, groups
 from cbs_opt.structure.pruning import fitted_layers, refit
 from cbs_opt.structure.refinement import follow
 from cbs_opt.structure.removal import shrink
@@ -72,6 +73,7 @@ OURS = ("ours", "ours_fitted")
 LABELS = {
     "ours": "ours",
     "ours_fitted": "ours, without the move",
+    "ours_even": "that, equal shares of neurons",
     "reconstruction": "greedy reconstruction",
     "magnitude_moved": "magnitude, moved",
     "magnitude_fitted": "magnitude, fitted",
@@ -160,10 +162,12 @@ class Bench:
                 model, calibration, keep=cell["share"], recipe=fitted, seed=cell["seed"]
             )
         structure = groups(model, calibration[:2, :TRACED])
-        if contender == "reconstruction":
-            sizes = {part.name: part.n_groups for part in structure.sets}
-            keep = {name: count / sizes[name] for name, count in counts.items()}
+        if contender in ("ours_even", "reconstruction"):
+            keep = {part.name: counts[part.name] / part.n_groups for part in structure.sets}
             fitted = GroupRecipe(steps=0, metric="outputs", spread="set")
+            if contender == "ours_even":
+                keep |= {part.name: cell["share"] for part in structure.sets if part.kind == NEURONS}
+                fitted = GroupRecipe(steps=0, spread="set")
             return cbs_opt.prune_groups(model, calibration, keep=keep, recipe=fitted, seed=cell["seed"])
         masks, work = magnitude_masks(model, structure.sets, counts), deepcopy(model)
         batches = list(iterate(calibration, batch_size=2))

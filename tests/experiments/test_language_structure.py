@@ -48,7 +48,10 @@ def test_all_contenders_have_our_widths_and_the_page_shows_them(
     assert [entry["contender"] for entry in results] == [*LABELS]
     weights = {entry["contender"]: entry["parameters"][1] for entry in results}
     # Layers that are fitted get a bias.
-    assert len({weights["ours"], weights["ours_fitted"], weights["reconstruction"]}) == 1
+    assert (
+        weights["ours"] == weights["ours_fitted"] == weights["reconstruction"] == weights["magnitude_fitted"]
+    )
+    assert abs(weights["ours_even"] - weights["ours"]) <= 3 * 2 * 2 * WIDTH
     assert weights["ours"] - weights["magnitude"] == 2 * 2 * WIDTH
     for entry in results:
         assert entry["perplexity"] > 1.0
