@@ -112,13 +112,13 @@ def test_neurons_and_heads_are_pruned_by_default_and_the_network_moves_towards_t
     model = llama()
     before = copy.deepcopy(model.state_dict())
     recipe = cbs.GroupRecipe(divergence=Divergence(passes=2, rate=1e-3, step_tokens=4 * LENGTH))
-    small, report = cbs.prune_groups(model, tokens(160), keep=0.75, recipe=recipe)
+    small, report = cbs.prune_groups(model, tokens(96), keep=0.75, recipe=recipe)
     heads, keys, neurons = np.array(sizes(small)).sum(0).tolist()
     assert (heads, keys) == (4 * QUERIES // KEYS, 4)
     assert 30 - 2 <= neurons <= 30
     assert report.moved is not None
     assert report.moved.after < report.moved.before
-    assert report.moved.tokens == 2 * 140 * LENGTH
+    assert report.moved.tokens == 2 * 84 * LENGTH
     assert str(report.moved) in str(report)
     assert small.model.embed_tokens.weight.equal(model.model.embed_tokens.weight)
     assert small.lm_head.weight is small.model.embed_tokens.weight
