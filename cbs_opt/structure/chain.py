@@ -16,7 +16,7 @@ from cbs_opt.layers.calibration import Calibration, calibrate, without_cache
 from cbs_opt.network.data import Batch
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import plain_attention
-from cbs_opt.structure.reading import FloatArray, enough_rows, rows_of, watching
+from cbs_opt.structure.reading import FloatArray, affine, enough_rows, rows_of, watching
 
 CHUNK_TOKENS = 2_048
 """Tokens that run through a block at once."""
@@ -59,7 +59,7 @@ class Chain:
                 fed = calibrate(model, blocks, list(batches), samples=None, chunk_tokens=CHUNK_TOKENS)
             except BlockListError:
                 return None
-        widest = max(model.get_parameter(f"{name}.weight")[0].numel() for name in layers)
+        widest = max(affine(model.get_submodule(name)).shape[1] - 1 for name in layers)
         rows = accumulate(fed.hidden[..., 0].numel() for fed in fed.batches)
         needed = next((n for n, total in enumerate(rows, 1) if total >= enough_rows(widest)), None)
         return cls(model=model, blocks=blocks, layers=own, fed=Calibration(batches=fed.batches[:needed]))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cbs_opt.layers.calibration import counted, token_positions, without_cache
 from cbs_opt.network.data import Batch, forward
+from cbs_opt.network.eligible import by_columns
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import plain_attention
 from cbs_opt.structure.groups import READS, GroupSet, Structure
@@ -61,12 +62,22 @@ def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[Grou
 def _is_plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear)
+    return is_linear(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a layer is linear: `nn.Linear`, or the `Conv1D` of transformers."""
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Return whether a layer is linear, and outputs are the second axis of its weight."""
+    return by_columns(module) and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def columns_of(module: nn.Module, index: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the columns of the flattened weight that input channels own, (n_groups, k)."""
-    places = 1 if isinstance(module, nn.Linear) else int(np.prod(module.kernel_size))  # type: ignore[arg-type]
+    places = 1 if is_linear(module) else int(np.prod(module.kernel_size))  # type: ignore[arg-type]
     return np.asarray((index[:, :, None] * places + np.arange(places)).reshape(len(index), -1))
 
 
@@ -85,7 +96,7 @@ def inputs_of(module: nn.Module, x: Tensor) -> Tensor:
 
 def rows_of(module: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
     """Return `inputs_of` without tokens that are padding: `positions` (B, T) says which are none."""
-    return counted(x, positions) if isinstance(module, nn.Linear) else inputs_of(module, x)
+    return counted(x, positions) if is_linear(module) else inputs_of(module, x)
 
 
 def _padding(module: nn.Conv1d) -> tuple[int, ...]:
@@ -96,7 +107,7 @@ def _padding(module: nn.Conv1d) -> tuple[int, ...]:
 
 def outputs_of(y: Tensor, module: nn.Module) -> Tensor:
     """Return outputs, or gradients at them, as (tokens, out)."""
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return y.reshape(-1, y.shape[-1])
     return y.flatten(2).transpose(1, 2).flatten(0, 1)
 
@@ -195,8 +206,9 @@ def affine(module: nn.Module) -> FloatArray:
     """Return weight and bias of a linear layer or convolution side by side, (out, p + 1)."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    last = bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
-    return np.asarray(torch.cat([weight.flatten(1), last[:, None]], 1).detach().double().cpu().numpy())
+    rows = weight.T if _is_transposed(module) else weight.flatten(1)
+    last = bias if isinstance(bias, Tensor) else weight.new_zeros(len(rows))
+    return np.asarray(torch.cat([rows, last[:, None]], 1).detach().double().cpu().numpy())
 
 
 class _Enough(BaseException):
@@ -280,6 +292,7 @@ def write_affine(module: nn.Module, values: FloatArray) -> None:
     """Write weight and bias (out, p + 1) into a layer, which gets a bias if it has none."""
     weight = module.weight
     assert isinstance(weight, Tensor)
+    rows = values[:, :-1].T if _is_transposed(module) else values[:, :-1]
     with torch.no_grad():
-        weight.copy_(torch.from_numpy(values[:, :-1]).reshape(weight.shape))
+        weight.copy_(torch.from_numpy(rows).reshape(weight.shape))
         module.bias = nn.Parameter(torch.from_numpy(values[:, -1]).to(weight))

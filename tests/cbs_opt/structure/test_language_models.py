@@ -128,6 +128,21 @@ def test_neurons_and_heads_are_pruned_by_default_and_the_network_moves_towards_t
     assert grown.shape[1] > LENGTH
 
 
+def test_a_network_whose_layers_are_the_conv1d_of_transformers_is_pruned_too() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": NEURONS}
+    config = transformers.GPT2Config(n_positions=64, bos_token_id=1, eos_token_id=2, **sizes)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    keep = {"*.c_attn": 0.5, "*.c_fc": 0.5}
+    small, report = cbs.prune_groups(model, tokens(), keep=keep, recipe=FITTED)
+    assert [choice.n_keep for choice in report.choices.values()] == [2, NEURONS // 2] * 2
+    assert [tuple(block.mlp.c_proj.weight.shape) for block in small.transformer.h] == [(NEURONS // 2, 24)] * 2
+    bare, _ = cbs.shrink(model, tokens(2), keep=report.shrinkage.keep)
+    errors = [float((scores(model, **padded()) - scores(one, **padded())).norm()) for one in (small, bare)]
+    assert errors[0] < errors[1]
+    assert small.generate(tokens(2), max_new_tokens=4, do_sample=False).shape[1] > LENGTH
+
+
 def test_a_smaller_network_is_read_from_its_state_dict() -> None:
     model, other = llama(), llama()
     small, _ = cbs.prune_groups(model, tokens(), keep={HEADS: 0.67, "*.1.mlp.gate_proj": 0.5}, recipe=FITTED)
