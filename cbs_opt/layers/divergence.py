@@ -166,6 +166,11 @@ def token_scores(output: Any, positions: Tensor | None, argument: str) -> Tensor
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
+def held_samples(samples: int, options: Divergence) -> int:
+    """Return how many of the samples, the last ones, are set aside."""
+    return max(1, round(options.held * samples))
+
+
 def predictions(
     network: nn.Module, dense: Weights | nn.Module, batches: Sequence[Batch], options: Divergence
 ) -> Predictions:
@@ -174,7 +179,7 @@ def predictions(
     Raises `ArgumentError` if there is one sample only.
     """
     samples = sum(batch.size for batch in batches)
-    held = max(1, round(options.held * samples))
+    held = held_samples(samples, options)
     if held >= samples:
         found = f"{samples} sample, of which {held} is to be set aside"
         raise ArgumentError("data", found, 'pass at least two samples, or recipe="fast"')

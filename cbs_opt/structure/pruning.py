@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cbs_opt.errors import ForwardError, UnmatchedPatternError
 from cbs_opt.layers.calibration import by_tokens
-from cbs_opt.layers.divergence import Divergence, DivergenceRecord
+from cbs_opt.layers.divergence import Divergence, DivergenceRecord, held_samples
 from cbs_opt.network.data import (
     Batch,
     Data,
@@ -283,7 +283,7 @@ def prune_groups(
     with kept(model), evaluation_mode(model):
         objective.settle(model, partial(forward, model), every[0])
     every = [objective.prepared(batch) for batch in every]
-    batches = _first(every, recipe.samples)
+    batches = _first(every, min(recipe.samples, _unseen(every, recipe)))
     example = batches[0].take(slice(2)).inputs
     if budget is None:
         example = _short(model, batches[0].take(slice(2)))
@@ -315,6 +315,17 @@ def prune_groups(
         return small, report
     moved = _stepped(model, small, every, objective, recipe, names("ignore", ignore), seed)
     return small, replace(report, **moved | {"notes": (*report.notes, *moved.get("notes", ()))})
+
+
+def _unseen(batches: Sequence[Batch], recipe: GroupRecipe) -> int:
+    """Return how many of the samples choices and fits may see: not those that judge passes on the divergence.
+
+    On what a layer was fitted to, every step away from the fit looks like a loss.
+    """
+    samples = sum(batch.size for batch in batches)
+    if not recipe.steps or not _is_tokens(batches[0]) or samples < 2:
+        return samples
+    return samples - held_samples(samples, recipe.divergence)
 
 
 def _models(
