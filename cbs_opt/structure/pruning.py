@@ -105,8 +105,8 @@ class GroupRecipe:
         blocks alike, and "set" for others.
     divergence : Divergence
         How the weights that are left of a language model move: by passes of AdamW on the divergence from
-        the dense network's predictions, in place of Newton steps, whose rows would be too long. ``steps=0``
-        leaves them out as well.
+        the dense network's predictions, in place of Newton steps, whose rows would be too long. The samples
+        that judge them are in no choice or fit. ``steps=0`` leaves the passes out as well.
     """
 
     metric: str = "loss"
