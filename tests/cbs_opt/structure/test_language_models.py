@@ -128,6 +128,22 @@ def test_neurons_and_heads_are_pruned_by_default_and_the_network_moves_towards_t
     assert grown.shape[1] > LENGTH
 
 
+def test_samples_that_judge_the_passes_are_in_no_choice_or_fit() -> None:
+    found = []
+    last = torch.randperm(24, generator=torch.Generator().manual_seed(0))[-3:]
+    for word in (5, 6):
+        x = tokens()
+        x[last] = word
+        recipe = cbs.GroupRecipe(divergence=Divergence(passes=1))
+        _, report = cbs.prune_groups(llama(), x, keep=0.75, recipe=recipe)
+        assert report.moved is not None
+        assert report.moved.held == 3 * LENGTH
+        found.append(report)
+    one, other = ([choice.loss for choice in report.choices.values()] for report in found)
+    assert one == pytest.approx(other, rel=1e-9)
+    assert found[0].moved.before != found[1].moved.before
+
+
 def test_a_network_whose_layers_are_the_conv1d_of_transformers_is_pruned_too() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": NEURONS}
