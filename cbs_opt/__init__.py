@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from cbs_opt.structure.groups import Structure, groups
     from cbs_opt.structure.latency import LatencyTable, measure_latency
     from cbs_opt.structure.pruning import GroupRecipe, GroupReport, prune_groups
-    from cbs_opt.structure.removal import Shrinkage, shrink
+    from cbs_opt.structure.removal import Shrinkage, resized, shrink
     from cbs_opt.structure.widths import Cost, Widths, choose_widths
     from cbs_opt.system.progress import Progress
     from cbs_opt.system.resources import Resources
@@ -111,7 +111,7 @@ _MODULES = {
     "cbs_opt.structure.groups": ("Structure", "groups"),
     "cbs_opt.structure.latency": ("LatencyTable", "measure_latency"),
     "cbs_opt.structure.pruning": ("GroupRecipe", "GroupReport", "prune_groups"),
-    "cbs_opt.structure.removal": ("Shrinkage", "shrink"),
+    "cbs_opt.structure.removal": ("Shrinkage", "resized", "shrink"),
     "cbs_opt.structure.widths": ("Cost", "Widths", "choose_widths"),
     "cbs_opt.system.progress": ("Progress",),
     "cbs_opt.system.resources": ("Resources",),
@@ -202,6 +202,7 @@ __all__ = [
     "prune_layers",
     "pruned",
     "recalibrate_batchnorm",
+    "resized",
     "save_masks",
     "save_recipe",
     "save_report",

@@ -232,7 +232,7 @@ class Bench:
             return cbs_opt.prune_groups(model, pair, keep=keep, recipe=recipe, seed=cell["seed"])[0]
         masks, work = magnitude_masks(model, sets, counts), deepcopy(model)
         if contender.removesuffix(EVEN) != "magnitude":
-            _blank(work, sets, masks)
+            blank(work, sets, masks)
             refit(model, work, fitted_layers(model, structure, ()), batches, recipe.damping)
         return shrink(work, example, keep=masks)[0]
 
@@ -260,7 +260,7 @@ class Bench:
         return self.chosen[key]
 
 
-def _blank(work: nn.Module, sets: Sequence[GroupSet], masks: Mapping[str, BoolArray]) -> None:
+def blank(work: nn.Module, sets: Sequence[GroupSet], masks: Mapping[str, BoolArray]) -> None:
     """Zero the weights that read groups which go."""
     with torch.no_grad():
         for part in sets:

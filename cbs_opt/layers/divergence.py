@@ -115,20 +115,21 @@ class DivergenceRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictions:
-    """The network, and the weights with which it makes the predictions that are aimed at.
+    """The network, and what makes the predictions that are aimed at.
 
-    `dense` are the weights of its layers before pruning. `moving` and `held` are samples, cut into steps.
+    `dense` are the weights of its layers before pruning, or the dense network where it is another one.
+    `moving` and `held` are samples, cut into steps.
     """
 
     network: nn.Module
-    dense: Weights
+    dense: Weights | nn.Module
     moving: tuple[Batch, ...]
     held: tuple[Batch, ...]
 
     def divergence(self, weights: Weights, batch: Batch) -> tuple[Tensor, int]:
         """Return the sum of the divergences of all tokens of a batch at other weights, and their number."""
         with torch.no_grad():
-            wanted = self._scores(self.dense, batch).log_softmax(-1)
+            wanted = self._wanted(batch).log_softmax(-1)
         found = self._scores(weights, batch).log_softmax(-1)
         return kl_div(found, wanted, reduction="sum", log_target=True), len(found)
 
@@ -138,6 +139,12 @@ class Predictions:
             sums = [self.divergence(weights, batch) for batch in self.held]
         tokens = sum(count for _, count in sums)
         return sum(float(total) for total, _ in sums) / max(1, tokens), tokens
+
+    def _wanted(self, batch: Batch) -> Tensor:
+        """Return the scores that the dense network gives."""
+        if not isinstance(self.dense, nn.Module):
+            return self._scores(self.dense, batch)
+        return token_scores(forward(self.dense, batch.inputs), token_positions(batch), "recipe.divergence")
 
     def _scores(self, weights: Weights, batch: Batch) -> Tensor:
         """Return the scores of the tokens that count, (tokens, words) float32 or float64."""
@@ -159,15 +166,20 @@ def token_scores(output: Any, positions: Tensor | None, argument: str) -> Tensor
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
+def held_samples(samples: int, options: Divergence) -> int:
+    """Return how many of the samples, the last ones, are set aside."""
+    return max(1, round(options.held * samples))
+
+
 def predictions(
-    network: nn.Module, dense: Weights, batches: Sequence[Batch], options: Divergence
+    network: nn.Module, dense: Weights | nn.Module, batches: Sequence[Batch], options: Divergence
 ) -> Predictions:
     """Return what a pruned network is compared with, its samples parted in those that move and those held.
 
     Raises `ArgumentError` if there is one sample only.
     """
     samples = sum(batch.size for batch in batches)
-    held = max(1, round(options.held * samples))
+    held = held_samples(samples, options)
     if held >= samples:
         found = f"{samples} sample, of which {held} is to be set aside"
         raise ArgumentError("data", found, 'pass at least two samples, or recipe="fast"')
@@ -194,6 +206,7 @@ def move(
 ) -> DivergenceRecord:
     """Move kept weights in place by passes of one stage; they are as they were if none lowers the divergence.
 
+    Without `masks` all weights of `parameters` move.
     The weights after the pass of least divergence on the samples set aside are written. Beside the network
     there are five tensors of the size of each weight that moves. One forward pass of the dense weights and
     one forward and backward pass a step.
@@ -207,7 +220,9 @@ def move(
     }
     before, held = aim.held_out(start)
     best, after, found = start, before, []
-    optimizer = masked(torch.optim.AdamW(list(own.items()), lr=options.rate, weight_decay=0.0), masks)
+    optimizer = torch.optim.AdamW(list(own.items()), lr=options.rate, weight_decay=0.0)
+    if masks:
+        masked(optimizer, masks)
     steps, done, tokens = passes * len(aim.moving), 0, 0
     for number in range(passes):
         for batch in _shuffled(aim.moving, options.seed + 1_000 * stage + number):

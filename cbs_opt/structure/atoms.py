@@ -25,7 +25,8 @@ class Atoms:
 
     def __init__(self) -> None:
         self._parent = np.zeros(0, dtype=np.int64)
-        self._fixed: dict[int, str] = {}
+        self._stays = np.zeros(0, dtype=np.bool_)
+        self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
         return self._parent.size
@@ -34,6 +35,7 @@ class Atoms:
         """Return `count` new atoms, numbered on from those that there are."""
         added = np.arange(len(self), len(self) + count)
         self._parent = np.concatenate((self._parent, added))
+        self._stays = np.concatenate((self._stays, np.zeros(count, dtype=np.bool_)))
         return added
 
     def roots(self, atoms: IntArray) -> IntArray:
@@ -60,27 +62,39 @@ class Atoms:
             if a == NONE or b == NONE:
                 self.fix(np.array([max(a, b)]), reason)
                 continue
-            a, b = (int(root) for root in self.roots(np.array([a, b])))
+            a, b = self._root(a), self._root(b)
             if a == b:
                 continue
             self._parent[b] = a
-            if b in self._fixed:
-                self._fixed.setdefault(a, self._fixed[b])
+            if self._stays[b]:
+                self._fix(a, self._reasons[b])
 
     def fix(self, atoms: IntArray, reason: str) -> None:
         """Say that atoms cannot be taken out; the first reason of a set is kept."""
         for root in np.unique(self.roots(atoms.reshape(-1))).tolist():
             if root != NONE:
-                self._fixed.setdefault(root, reason)
+                self._fix(root, reason)
 
     def reason(self, atom: int) -> str | None:
         """Return why an atom cannot be taken out; None if it can."""
-        return self._fixed.get(int(self.roots(np.array([atom]))[0]))
+        return self._reasons.get(self._root(atom))
 
     def fixed(self, atoms: IntArray) -> NDArray[np.bool_]:
         """Return which atoms cannot be taken out; `NONE` is one of them."""
-        known = np.array([NONE, *self._fixed], dtype=np.int64)
-        return np.isin(self.roots(atoms), self.roots(known))
+        roots = self.roots(atoms)
+        found = roots == NONE
+        found[~found] = self._stays[roots[~found]]
+        return np.asarray(found)
+
+    def _root(self, atom: int) -> int:
+        """Return what `roots` does for one atom, which may be `NONE`."""
+        while atom != NONE and self._parent[atom] != atom:
+            atom = int(self._parent[atom])
+        return atom
+
+    def _fix(self, root: int, reason: str) -> None:
+        self._reasons.setdefault(root, reason)
+        self._stays[root] = True
 
 
 def axes_of(labels: Tensor) -> list[int]:

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import product
+from itertools import accumulate, chain, product
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cbs_opt.errors import UnmatchedPatternError
-from cbs_opt.network.data import Batch, Data, LossFunction, cut, device_of, forward, iterate
+from cbs_opt.errors import ForwardError, UnmatchedPatternError
+from cbs_opt.layers.calibration import by_tokens
+from cbs_opt.layers.divergence import Divergence, DivergenceRecord, held_samples
+from cbs_opt.network.data import (
+    Batch,
+    Data,
+    Inputs,
+    LossFunction,
+    cut,
+    device_of,
+    forward,
+    iterate,
+    map_tensors,
+    tensors_of,
+)
 from cbs_opt.network.eligible import unwrapped
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.solving import solve
 from cbs_opt.structure import leaps
 from cbs_opt.structure.attention import opened
+from cbs_opt.structure.chain import Chain
 from cbs_opt.structure.groups import READS, BoolArray, GroupSet, Structure, groups
 from cbs_opt.structure.latency import LatencyTable, offered_widths, within_sets
 from cbs_opt.structure.reading import (
@@ -32,12 +46,14 @@ from cbs_opt.structure.reading import (
     fitted,
     layers_that_read,
     moments,
+    solved,
     watching,
     write_affine,
 )
-from cbs_opt.structure.refinement import FEWEST_ROWS, Refined, refine, rows_that_fit
+from cbs_opt.structure.refinement import FEWEST_ROWS, Refined, follow, refine, rows_that_fit
 from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
+from cbs_opt.structure.tracing import run
 from cbs_opt.structure.widths import Cost, Widths, choose_widths
 from cbs_opt.system.checks import check_fields, finite_number, names, one_of, whole_number
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
@@ -48,6 +64,14 @@ ENUMERATED = 1000
 """Sets of groups up to which an exact search tries all."""
 BATCH = 128
 """Samples that run at a time."""
+BATCH_TOKENS = 1024
+"""Tokens that run at a time, or one sample of more."""
+MOST_TOKENS = 65_536
+"""Tokens that choices, fits and steps see at most."""
+MOMENT_TOKENS = 8_192
+"""Tokens whose gradients say what the outputs of layers matter."""
+TRACED_TOKENS = 23
+"""Tokens of a sequence that is traced; no size that networks have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +98,15 @@ class GroupRecipe:
         Newton steps of all weights that are left, at most, each taken only if it gains on samples set aside.
     step_samples : int
         That those steps see, one in eight of them set aside.
+    spread : {"set", "network"}, optional
+        Whether every set keeps its share of groups, or sets whose groups are alike (the neurons of all
+        blocks, the heads of all blocks) keep it together: the model's losses then say, by an exact knapsack,
+        how many stay in each. With `keep` alone; by default "network" for language models, which have many
+        blocks alike, and "set" for others.
+    divergence : Divergence
+        How the weights that are left of a language model move: by passes of AdamW on the divergence from
+        the dense network's predictions, in place of Newton steps, whose rows would be too long. The samples
+        that judge them are in no choice or fit. ``steps=0`` leaves the passes out as well.
     """
 
     metric: str = "loss"
@@ -83,13 +116,20 @@ class GroupRecipe:
     exact_seconds: float = 0.0
     steps: int = 3
     step_samples: int = 4096
+    spread: str | None = None
+    divergence: Divergence = field(default_factory=Divergence)
 
     def __post_init__(self) -> None:
         check_fields(self, "recipe.", one_of, "metric", choices=("loss", "outputs"))
+        if self.spread is not None:
+            one_of("recipe.spread", self.spread, ("set", "network"))
         check_fields(self, "recipe.", whole_number, "swaps", "steps", least=0)
         check_fields(self, "recipe.", whole_number, "samples", "step_samples", least=2)
         check_fields(self, "recipe.", finite_number, "exact_seconds")
         check_fields(self, "recipe.", finite_number, "damping", above=True)
+        if not isinstance(self.divergence, Divergence):
+            found = f"a {type(self.divergence).__name__}"
+            raise ArgumentError("recipe.divergence", found, "pass a Divergence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +155,17 @@ class GroupReport:
         The knapsack's answer, where a budget of operations was asked for.
     refined : Refined or None
         What the Newton steps of the weights that are left did.
+    moved : DivergenceRecord or None
+        What the passes on the divergence from the dense network did.
     notes : tuple of str
-        Sets that were left whole because a layer of theirs is ignored.
+        Sets that were left whole because a layer of theirs is ignored, and why weights did not move.
     """
 
     choices: Mapping[str, SetChoice]
     shrinkage: Shrinkage
     widths: Widths | None = None
     refined: Refined | None = None
+    moved: DivergenceRecord | None = None
     notes: tuple[str, ...] = field(default=())
 
     def summary(self) -> str:
@@ -132,7 +175,8 @@ class GroupReport:
             bound = "" if entry.bound is None else f", bound {entry.bound:.6g}"
             lines.append(f"{name}: {entry.n_keep} of {entry.n_groups} kept, loss {entry.loss:.6g}{bound}")
         lines += self.shrinkage.summary().splitlines()[-2:]
-        return "\n".join([*lines, *([str(self.refined)] if self.refined else ()), *self.notes])
+        lines += [str(entry) for entry in (self.refined, self.moved) if entry is not None]
+        return "\n".join([*lines, *self.notes])
 
     def __str__(self) -> str:
         return self.summary()
@@ -188,10 +232,11 @@ def prune_groups(
     model : nn.Module
         In evaluation mode; not changed.
     data : DataLoader, iterable of (x, y), or pair of tensors (X, y)
-        Training data, as for `prune`.
+        Training data, as for `prune`; token ids (N, T) alone for a language model.
     keep : float or mapping of str to float, optional
-        Share of the groups of every set to keep, ``max(1, round(keep * n))`` of them; a mapping has it by
-        glob over the names of `groups`, the first that matches, and the others are left whole.
+        Share of the groups of every set to keep, ``max(1, round(keep * n))`` of them, or with
+        `GroupRecipe.spread` of alike sets together; a mapping has it by glob over the names of `groups`, the
+        first that matches, and the others are left whole.
     flops : float, optional
         Share of the operations to keep; widths are then chosen by a knapsack over the models' losses, solved
         exactly.
@@ -234,13 +279,14 @@ def prune_groups(
     objective = Objective.of(loss_fn)
     most = max(recipe.samples, recipe.step_samples if recipe.steps else 0)
     source = iterate(data, batch_size=BATCH, max_samples=most, seed=seed, device=device_of(model))
-    every = list(source)
-    run = partial(forward, model)
+    every = _at_a_time(source)
     with kept(model), evaluation_mode(model):
-        objective.settle(model, run, every[0])
+        objective.settle(model, partial(forward, model), every[0])
     every = [objective.prepared(batch) for batch in every]
-    batches = _first(every, recipe.samples)
+    batches = _first(every, min(recipe.samples, _unseen(every, recipe)))
     example = batches[0].take(slice(2)).inputs
+    if budget is None:
+        example = _short(model, batches[0].take(slice(2)))
     structure = groups(model, example)
     sets, notes = _chosen_sets(structure, ignore)
     shares = {part.name: 1.0 for part in sets} if keep is None else _shares(sets, keep)
@@ -248,41 +294,174 @@ def prune_groups(
     if not sets:
         raise ArgumentError("model", "no groups that may be taken out", "print cbs.groups for the reasons")
     dense = opened(model)
-    layers = layers_that_read(dense, structure, sets)
-    outputs: dict[str, FloatArray] = {}
+    if budget is None and recipe.spread is None:
+        recipe = replace(recipe, spread="network" if _is_tokens(batches[0]) else "set")
+    outputs, curves = _models(dense, structure, sets, batches, objective, recipe, budget)
     widths = None
-    if budget is None and recipe.metric == "outputs":
-        counts = _counts(sets, shares)
+    if budget is not None:
+        counts, widths = _widths(structure, sets, curves, budget)
+    elif recipe.spread == "network":
+        counts = _spread_counts(sets, shares, curves)
     else:
-        measured = moments(dense, layers, batches, lambda output, batch: objective.loss(output, batch))
-        if recipe.metric == "loss":
-            # Gradients of a softmax add up to zero: without damping their moments are singular.
-            outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
-        if budget is None:
-            counts = _counts(sets, shares)
-        else:
-            programs = {part.name: _program(dense, part, measured, outputs, recipe) for part in sets}
-            counts, widths = _widths(structure, sets, programs, budget)
+        counts = _counts(sets, shares)
     work = deepcopy(dense)
-    masks, choices = {}, {}
-    for part in sets:
-        program = _program_now(dense, work, part, batches, outputs, recipe)
-        masks[part.name], choices[part.name] = _choose(program, counts[part.name], recipe)
-        _write(work, part, program, masks[part.name])
     free = fitted_layers(dense, structure, ignore)
-    refit(dense, work, free, batches, recipe.damping)
-    small, shrinkage = shrink(_closed(model, work, free), example, keep=masks)
-    refined = None
+    sweep = _Sweep(dense=dense, work=work, outputs=outputs, counts=counts, recipe=recipe)
+    sweep.choose(sets, free, batches)
+    small, shrinkage = shrink(_closed(model, work, free), example, keep=sweep.masks)
+    choices = {part.name: sweep.choices[part.name] for part in sets}
+    report = GroupReport(choices=choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
+    if not recipe.steps:
+        return small, report
+    moved = _stepped(model, small, every, objective, recipe, names("ignore", ignore), seed)
+    return small, replace(report, **moved | {"notes": (*report.notes, *moved.get("notes", ()))})
+
+
+def _unseen(batches: Sequence[Batch], recipe: GroupRecipe) -> int:
+    """Return how many of the samples choices and fits may see: not those that judge passes on the divergence.
+
+    On what a layer was fitted to, every step away from the fit looks like a loss.
+    """
+    samples = sum(batch.size for batch in batches)
+    if not recipe.steps or not _is_tokens(batches[0]) or samples < 2:
+        return samples
+    return samples - held_samples(samples, recipe.divergence)
+
+
+def _models(
+    dense: nn.Module,
+    structure: Structure,
+    sets: Sequence[GroupSet],
+    batches: Sequence[Batch],
+    objective: Objective,
+    recipe: GroupRecipe,
+    budget: _Budget | None,
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """Return what the outputs of layers matter, by layer, and where widths are chosen the losses of sets."""
+    layers = layers_that_read(dense, structure, sets)
+    chosen = budget is not None or recipe.spread == "network"
+    outputs: dict[str, FloatArray] = {}
+    if recipe.metric == "outputs" and not chosen:
+        return outputs, {}
+    seen = _within(batches, MOMENT_TOKENS)
+    measured = moments(dense, layers, seen, lambda output, batch: objective.loss(output, batch))
+    if recipe.metric == "loss":
+        # Gradients of a softmax add up to zero: without damping their moments are singular.
+        outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
+    if not chosen:
+        return outputs, {}
+    return outputs, {part.name: _curve(dense, part, measured, outputs, recipe) for part in sets}
+
+
+def _stepped(
+    model: nn.Module,
+    small: nn.Module,
+    batches: Sequence[Batch],
+    objective: Objective,
+    recipe: GroupRecipe,
+    ignore: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """Move the weights that are left, in place, on the loss or towards the dense network's predictions.
+
+    Returns what the report says of it.
+    """
+    if _is_tokens(batches[0]) and objective.output_hessian == "softmax":
+        options = replace(recipe.divergence, seed=recipe.divergence.seed + seed)
+        moved = follow(model, small, batches, options, ignore)
+        note = "no passes on the divergence: there is one sample alone, or no weight that may move"
+        return {"moved": moved} if moved is not None else {"notes": (note,)}
     rows = rows_that_fit(small)
-    if recipe.steps and rows < FEWEST_ROWS:
-        notes.append(f"no Newton steps of what is left: free memory holds {rows} gradient rows of it")
-    elif recipe.steps:
-        globs = names("ignore", ignore)
-        refined = refine(small, every, objective, steps=recipe.steps, ignore=globs, rows=rows, seed=seed)
-    report = GroupReport(
-        choices=choices, shrinkage=shrinkage, widths=widths, refined=refined, notes=tuple(notes)
-    )
-    return small, report
+    if rows < FEWEST_ROWS:
+        note = f"no Newton steps of what is left: free memory holds {rows} gradient rows of it"
+        return {"notes": (note,)}
+    steps = recipe.steps
+    return {"refined": refine(small, batches, objective, steps=steps, ignore=ignore, rows=rows, seed=seed)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sweep:
+    """Sets of groups that are chosen one after the other, while the network is pruned."""
+
+    dense: nn.Module
+    work: nn.Module
+    outputs: Mapping[str, FloatArray]
+    counts: Mapping[str, int]
+    recipe: GroupRecipe
+    masks: dict[str, BoolArray] = field(default_factory=dict)
+    choices: dict[str, SetChoice] = field(default_factory=dict)
+
+    def choose(self, sets: Sequence[GroupSet], free: Sequence[str], batches: Sequence[Batch]) -> None:
+        """Choose from all sets, write what their readers become, and fit all layers that may change."""
+        readers = {part.name: _readers(self.dense, part) for part in sets}
+        single = {own[0][0]: name for name, own in readers.items() if len(own) == 1}
+        wanted = list(dict.fromkeys([*single, *free]))
+        line = Chain.of(self.dense, wanted, batches) if len(single) == len(sets) else None
+        if line is not None:
+            parts = {part.name: part for part in sets}
+            of = {layer: parts[name] for layer, name in single.items()}
+            line.run(self.work, lambda *found: self._visit(of, *found))
+            return
+        for part in sets:
+            self._decide(part, _program_now(self.dense, self.work, part, batches, self.outputs, self.recipe))
+        refit(self.dense, self.work, free, batches, self.recipe.damping)
+
+    def _visit(self, of: Mapping[str, GroupSet], name: str, gram: FloatArray, cross: FloatArray) -> None:
+        """Choose from the set that a layer reads, or fit it if it reads none that is to lose groups."""
+        before, layer = self.dense.get_submodule(name), self.work.get_submodule(name)
+        weight, system = solved(before, layer, gram, cross, self.recipe.damping)
+        if name not in of:
+            write_affine(layer, weight)
+            return
+        ((_, _, columns),) = _readers(self.dense, of[name])
+        metric = self.outputs.get(name, np.eye(len(weight)))
+        reader = Reader(weight=weight, gram=system, outputs=metric, columns=columns)
+        self._decide(of[name], GroupProgram([reader]))
+
+    def _decide(self, part: GroupSet, program: GroupProgram) -> None:
+        mask, self.choices[part.name] = _choose(program, self.counts[part.name], self.recipe)
+        self.masks[part.name] = mask
+        _write(self.work, part, program, mask)
+
+
+def _is_tokens(batch: Batch) -> bool:
+    """Return whether inputs are sequences of token ids."""
+    first = next(tensors_of(batch.inputs))
+    return first.ndim == 2 and not first.is_floating_point()
+
+
+def _short(model: nn.Module, batch: Batch) -> Inputs:
+    """Return inputs to trace a network with: short sequences, where it takes them."""
+    if not _is_tokens(batch):
+        return batch.inputs
+    length = next(tensors_of(batch.inputs)).shape[1]
+
+    def cut_short(x: Tensor) -> Tensor:
+        return x[:, :TRACED_TOKENS] if x.ndim > 1 and x.shape[1] == length else x
+
+    short = map_tensors(cut_short, batch.inputs)
+    try:
+        run(model, short, [], ForwardError, "")
+    except ForwardError:
+        # A network for sequences of one length alone.
+        return batch.inputs
+    return short
+
+
+def _at_a_time(batches: Iterable[Batch]) -> list[Batch]:
+    """Return batches as they run: tokens cut into few sequences, and no more of them than are of use."""
+    found = list(batches)
+    if not found or not _is_tokens(found[0]):
+        return found
+    return _within(list(chain.from_iterable(by_tokens(batch, BATCH_TOKENS) for batch in found)), MOST_TOKENS)
+
+
+def _within(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Return the first batches, with so many tokens in all; all of those that are no tokens."""
+    if not _is_tokens(batches[0]):
+        return list(batches)
+    totals = accumulate(next(tensors_of(batch.inputs)).numel() for batch in batches)
+    return [batch for batch, total in zip(batches, totals, strict=True) if total <= tokens] or [*batches[:1]]
 
 
 def _chosen_sets(structure: Structure, ignore: str | Sequence[str]) -> tuple[list[GroupSet], list[str]]:
@@ -334,6 +513,26 @@ def _counts(sets: Sequence[GroupSet], shares: Mapping[str, float]) -> dict[str, 
     return {part.name: max(1, round(shares[part.name] * part.n_groups)) for part in sets}
 
 
+def _spread_counts(
+    sets: Sequence[GroupSet], shares: Mapping[str, float], curves: Mapping[str, FloatArray]
+) -> dict[str, int]:
+    """Return how many groups each set keeps where sets with groups that are alike share their number."""
+    pools: dict[tuple[str, int, float], list[GroupSet]] = {}
+    for part in sets:
+        pools.setdefault((part.kind, part.parameters, shares[part.name]), []).append(part)
+    counts = {}
+    for (_, _, share), pool in pools.items():
+        offered = offered_widths(pool, CHOICES)
+        total = max(
+            sum(int(offered[part.name][0]) for part in pool), round(share * sum(p.n_groups for p in pool))
+        )
+        errors = {part.name: curves[part.name][part.n_groups - offered[part.name]] for part in pool}
+        costs = [Cost(sets=(name,), table=widths.astype(float)) for name, widths in offered.items()]
+        found = choose_widths(errors, costs, float(total), argument="keep")
+        counts.update({name: int(offered[name][place]) for name, place in found.choice.items()})
+    return counts
+
+
 def _readers(model: nn.Module, part: GroupSet) -> list[tuple[str, nn.Module, Any]]:
     """Return name, module and columns of every layer that reads a set."""
     members = [entry for entry in part.members if entry.role == READS]
@@ -343,15 +542,15 @@ def _readers(model: nn.Module, part: GroupSet) -> list[tuple[str, nn.Module, Any
     return list(zip(layers, modules, columns, strict=True))
 
 
-def _program(
+def _curve(
     model: nn.Module,
     part: GroupSet,
     found: Mapping[str, Moments],
     outputs: Mapping[str, FloatArray],
     recipe: GroupRecipe,
-) -> GroupProgram:
-    """Return the program of a set around the dense network, by which widths are compared."""
-    return GroupProgram(
+) -> FloatArray:
+    """Return the losses of a set around the dense network after 0, 1, 2, ... removals."""
+    program = GroupProgram(
         [
             Reader(
                 weight=affine(module)[:, :-1],
@@ -362,6 +561,7 @@ def _program(
             for name, module, columns in _readers(model, part)
         ]
     )
+    return program.greedy(1)[1]
 
 
 def _program_now(
@@ -431,7 +631,7 @@ def _branch_and_bound(program: GroupProgram, mask: BoolArray, seconds: float) ->
 
 
 def _widths(
-    structure: Structure, sets: Sequence[GroupSet], programs: Mapping[str, GroupProgram], budget: _Budget
+    structure: Structure, sets: Sequence[GroupSet], curves: Mapping[str, FloatArray], budget: _Budget
 ) -> tuple[dict[str, int], Widths]:
     """Return how many groups of each set are kept for a budget of operations or time."""
     if budget.latency is None:
@@ -449,10 +649,7 @@ def _widths(
         offered = {part.name: budget.latency.offered[part.name] for part in sets}
         limit, argument = budget.limit, "milliseconds"
         fixed, costs = within_sets(budget.latency, list(offered))
-    errors = {}
-    for part in sets:
-        _, losses = programs[part.name].greedy(1)
-        errors[part.name] = losses[part.n_groups - offered[part.name]]
+    errors = {part.name: curves[part.name][part.n_groups - offered[part.name]] for part in sets}
     found = choose_widths(errors, costs, limit, fixed=fixed, argument=argument)
     return {name: int(offered[name][place]) for name, place in found.choice.items()}, found
 
@@ -531,6 +728,15 @@ def refit(
     model: nn.Module, work: nn.Module, layers: Sequence[str], batches: Sequence[Batch], damping: float
 ) -> None:
     """Fit every layer, in the order in which they run, to what it gave in the network as it was."""
+    line = Chain.of(model, layers, batches)
+    if line is not None:
+
+        def visit(name: str, gram: FloatArray, cross: FloatArray) -> None:
+            before, layer = model.get_submodule(name), work.get_submodule(name)
+            write_affine(layer, solved(before, layer, gram, cross, damping)[0])
+
+        line.run(work, visit)
+        return
     order: list[str] = []
     noted = watching(model, layers, lambda name, *_: order.append(name))
     with torch.no_grad(), kept(model), evaluation_mode(model), noted:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cbs_opt.layers.calibration import counted, token_positions, without_cache
 from cbs_opt.network.data import Batch, forward
+from cbs_opt.network.eligible import by_columns
 from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import plain_attention
 from cbs_opt.structure.groups import READS, GroupSet, Structure
@@ -60,12 +62,22 @@ def layers_that_read(model: nn.Module, structure: Structure, sets: Sequence[Grou
 def _is_plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear)
+    return is_linear(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a layer is linear: `nn.Linear`, or the `Conv1D` of transformers."""
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Return whether a layer is linear, and outputs are the second axis of its weight."""
+    return by_columns(module) and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def columns_of(module: nn.Module, index: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the columns of the flattened weight that input channels own, (n_groups, k)."""
-    places = 1 if isinstance(module, nn.Linear) else int(np.prod(module.kernel_size))  # type: ignore[arg-type]
+    places = 1 if is_linear(module) else int(np.prod(module.kernel_size))  # type: ignore[arg-type]
     return np.asarray((index[:, :, None] * places + np.arange(places)).reshape(len(index), -1))
 
 
@@ -82,6 +94,11 @@ def inputs_of(module: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def rows_of(module: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return `inputs_of` without tokens that are padding: `positions` (B, T) says which are none."""
+    return counted(x, positions) if is_linear(module) else inputs_of(module, x)
+
+
 def _padding(module: nn.Conv1d) -> tuple[int, ...]:
     if isinstance(module.padding, str):
         raise UnsupportedProblemError("model", f"padding {module.padding!r}", "give padding as a number")
@@ -90,7 +107,7 @@ def _padding(module: nn.Conv1d) -> tuple[int, ...]:
 
 def outputs_of(y: Tensor, module: nn.Module) -> Tensor:
     """Return outputs, or gradients at them, as (tokens, out)."""
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return y.reshape(-1, y.shape[-1])
     return y.flatten(2).transpose(1, 2).flatten(0, 1)
 
@@ -138,14 +155,15 @@ def moments(
     outputs: dict[str, Tensor] = {}
     samples = sum(batch.size for batch in batches)
     scale, waiting = 1, set(layers)
-    rows_of, seen = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    positions: Tensor | None = None
+    counts, seen = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
     def told(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         if name in waiting:
-            rows = inputs_of(module, x.detach()).double()
+            rows = rows_of(module, x.detach(), positions).double()
             places = max(len(rows) // scale, 1)
             gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows / samples / places
-            rows_of[name] += len(rows)
+            counts[name] += len(rows)
 
         def gradient(g: Tensor) -> None:
             flat = outputs_of(g.detach(), module).double() * scale
@@ -153,14 +171,16 @@ def moments(
 
         y.register_hook(gradient)  # type: ignore[no-untyped-call]
 
-    with kept(model), evaluation_mode(model), torch.enable_grad(), watching(model, layers, told):
+    sources = _sources(model, layers)
+    quiet = without_cache(model)
+    with kept(model), evaluation_mode(model), torch.enable_grad(), watching(model, layers, told), quiet:
         for batch in batches:
-            scale = batch.size
+            scale, positions = batch.size, token_positions(batch)
             value = loss(forward(model, batch.inputs), batch)
-            torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            torch.autograd.grad(value, sources, allow_unused=True)
             for name in [*waiting]:
                 seen[name] += batch.size
-                if name in gram and rows_of[name] >= enough_rows(len(gram[name])):
+                if name in gram and counts[name] >= enough_rows(len(gram[name])):
                     waiting.remove(name)
     missing = [name for name in layers if name not in outputs]
     if missing:
@@ -174,12 +194,21 @@ def moments(
     return {name: Moments(gram=means[name], outputs=outputs[name].numpy()) for name in layers}
 
 
+def _sources(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
+    """Return parameters whose gradients pass by the outputs of all layers: their own, if they have them."""
+    own = [parameter for name in layers for parameter in model.get_submodule(name).parameters()]
+    if all(parameter.requires_grad for parameter in own):
+        return own
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def affine(module: nn.Module) -> FloatArray:
     """Return weight and bias of a linear layer or convolution side by side, (out, p + 1)."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    last = bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
-    return np.asarray(torch.cat([weight.flatten(1), last[:, None]], 1).detach().double().cpu().numpy())
+    rows = weight.T if _is_transposed(module) else weight.flatten(1)
+    last = bias if isinstance(bias, Tensor) else weight.new_zeros(len(rows))
+    return np.asarray(torch.cat([rows, last[:, None]], 1).detach().double().cpu().numpy())
 
 
 class _Enough(BaseException):
@@ -195,15 +224,18 @@ def regression(
     """
     seen: list[Tensor] = []
     calls = math.inf
+    positions: Tensor | None = None
 
     def told(_: str, module: nn.Module, x: Tensor, __: Tensor) -> None:
-        rows = inputs_of(module, x).double()
+        rows = rows_of(module, x, positions).double()
         seen.append(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
         if len(seen) >= calls:
             raise _Enough
 
     def read(network: nn.Module, batch: Batch) -> Tensor:
+        nonlocal positions
         seen.clear()
+        positions = token_positions(batch)
         measuring = watching(network, [name], told)
         with torch.no_grad(), kept(network), evaluation_mode(network), measuring, suppress(_Enough):
             forward(network, batch.inputs)
@@ -236,7 +268,17 @@ def fitted(
     of it. `damping` times the mean diagonal draws the others to where they are.
     """
     gram, cross = regression(model, work, name, batches)
-    wanted, now = affine(model.get_submodule(name)), affine(work.get_submodule(name))
+    return solved(model.get_submodule(name), work.get_submodule(name), gram, cross, damping)
+
+
+def solved(
+    before: nn.Module, layer: nn.Module, gram: FloatArray, cross: FloatArray, damping: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return what `fitted` does, of a layer whose two matrices of `regression` are known.
+
+    `gram` is changed.
+    """
+    wanted, now = affine(before), affine(layer)
     idle = ~np.append(np.abs(now[:, :-1]).any(0), True)
     level = damping * float(np.trace(gram)) / len(gram)
     gram[idle], gram[:, idle] = 0.0, 0.0
@@ -250,6 +292,7 @@ def write_affine(module: nn.Module, values: FloatArray) -> None:
     """Write weight and bias (out, p + 1) into a layer, which gets a bias if it has none."""
     weight = module.weight
     assert isinstance(weight, Tensor)
+    rows = values[:, :-1].T if _is_transposed(module) else values[:, :-1]
     with torch.no_grad():
-        weight.copy_(torch.from_numpy(values[:, :-1]).reshape(weight.shape))
+        weight.copy_(torch.from_numpy(rows).reshape(weight.shape))
         module.bias = nn.Parameter(torch.from_numpy(values[:, -1]).to(weight))

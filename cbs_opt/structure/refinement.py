@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -15,11 +16,14 @@ from cbs_opt.errors import EmptyDataError, NoBatchNormError, NoEligibleWeightsEr
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.hessian.products import column_squares
 from cbs_opt.hessian.rows import RowsHessian
+from cbs_opt.layers.calibration import without_cache
+from cbs_opt.layers.divergence import Divergence, DivergenceRecord, move, predictions
 from cbs_opt.network.batchnorm import recalibrate_batchnorm
 from cbs_opt.network.data import Batch
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
+from cbs_opt.network.state import evaluation_mode, kept
 from cbs_opt.network.trial import TrialNetwork, write_back
 from cbs_opt.system.memory import free_memory
 from cbs_opt.update.cbs import cbs_updates
@@ -113,6 +117,36 @@ def refine(
         losses.append(least)
         write_back(model, partition, weights)
     return Refined(losses=tuple(losses), samples=samples, recalibrated=recalibrated)
+
+
+def follow(
+    dense: nn.Module,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    options: Divergence,
+    ignore: Sequence[str] = (),
+) -> DivergenceRecord | None:
+    """Move the weights of a network in place towards the predictions of the dense one it was cut from.
+
+    By passes of AdamW, see `cbs_opt.layers.divergence`; embeddings, and heads that are tied to them, stay.
+    `ignore` names layers by globs. Returns None if there is no weight that may move, or one sample alone.
+    """
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    parameters = {
+        name: entry
+        for name, entry in model.named_parameters()
+        if entry.requires_grad
+        and id(entry) not in tables
+        and not any(fnmatchcase(name.rpartition(".")[0], glob) for glob in ignore)
+    }
+    if not parameters or sum(batch.size for batch in batches) < 2:
+        return None
+    aim = predictions(model, dense, batches, options)
+    with ExitStack() as stack:
+        for network in (dense, model):
+            for context in (kept(network), evaluation_mode(network), without_cache(network)):
+                stack.enter_context(context)
+        return move(aim, parameters, {}, replace(options, stages=1), 0, lambda _: None)
 
 
 def _recalibrated(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,9 @@ CONSTANT = 16.0
 """Rounding errors by which what is constant may differ from place to place."""
 AGREEMENT = 1e3
 """Rounding errors, relative to the largest output, by which the smaller network may differ."""
+NAMED = 4
+"""Sets that a message names at most."""
+RESIZE_REMEDY = "pass the state dict of a network that shrink or prune_groups made of this one"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +143,7 @@ def shrink(
         notes = work.settle(example)
         before = _tensors(trace(small, example).output)
         work.cut()
-        remedy = f"leave out what {' or '.join(work.touched())} loses, or read its sizes from its weights"
+        remedy = f"leave out what {work.touched()} loses, or read its sizes from its weights"
         after = _tensors(run(small, example, [], StructureError, remedy))
         difference = _difference(before, after)
         if not difference <= _agreement(before):
@@ -157,6 +160,78 @@ def shrink(
         difference=difference,
     )
     return small, record
+
+
+def resized(model: nn.Module, example: Inputs, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a network of the sizes and values of a smaller one that was cut from it.
+
+    What `shrink` and `prune_groups` return is stored like any network, by its state dict. Where layers lost
+    different numbers of groups no configuration says their sizes; this reads them from the tensors.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network before, whatever its values; not changed.
+    example : Tensor, or tuple or dict of them
+        Inputs of one batch, as for `groups`.
+    state : mapping of str to Tensor
+        State dict of the smaller network.
+
+    Returns
+    -------
+    nn.Module
+
+    Raises
+    ------
+    ArgumentError
+        If `state` has not the names and sizes of a smaller network of `model`.
+    StructureError, ForwardError
+        As `shrink`.
+
+    Examples
+    --------
+    >>> small = resized(model, x[:2], torch.load("small.pt"))  # doctest: +SKIP
+    """
+    model = unwrapped(model)
+    structure = groups(model, example)
+    masks = {part.name: _first_of(part, structure, state) for part in structure.sets}
+    small = deepcopy(model)
+    with torch.no_grad():
+        work = _Removal(small, structure, masks, 0.0)
+        work.cut()
+        for name, tensor in state.items():
+            owner, _, own = name.rpartition(".")
+            layer = dict(small.named_modules()).get(owner)
+            if own == "bias" and layer is not None and _takes_bias(layer) and layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros_like(tensor))
+    try:
+        small.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArgumentError("state", " ".join(str(error).split()), RESIZE_REMEDY) from error
+    remedy = f"leave out what {work.touched()} loses, or read its sizes from its weights"
+    run(small, example, [], StructureError, remedy)
+    return small
+
+
+def _first_of(part: GroupSet, structure: Structure, state: Mapping[str, Tensor]) -> BoolArray:
+    """Return a mask of as many groups as a state dict has of a set: the first ones."""
+    others = {
+        (entry.name, entry.axis) for other in structure.sets if other is not part for entry in other.members
+    }
+    before = {(slot.name, slot.axis): slot.size for slot in structure.trace.slots}
+    for member in part.members:
+        place = member.name, member.axis
+        if member.name not in state or place in others:
+            continue
+        shape = tuple(state[member.name].shape)
+        gone = before[place] - (shape[member.axis] if member.axis < len(shape) else 0)
+        count, rest = divmod(gone, member.index.shape[1])
+        if rest or not 0 <= count < part.n_groups:
+            found = f"{member.name} of shape {shape}, which no number of {part.kind} of {part.name} gives"
+            raise ArgumentError("state", found, RESIZE_REMEDY)
+        return np.asarray(np.arange(part.n_groups) < part.n_groups - count)
+    found = f"nothing that tells how many {part.kind} of {part.name} there are"
+    raise ArgumentError("state", found, "store the whole network instead: torch.save(small, path)")
 
 
 class _Removal:
@@ -297,9 +372,11 @@ class _Removal:
                 setattr(module, name, size)
         self._replace_attention(old)
 
-    def touched(self) -> list[str]:
-        """Return the names of the sets that lost groups."""
-        return [name for name, mask in self.keep.items() if not mask.all()]
+    def touched(self) -> str:
+        """Return the names of the sets that lost groups, of the first few."""
+        found = [name for name, mask in self.keep.items() if not mask.all()]
+        rest = [f"{len(found) - NAMED} others"] if len(found) > NAMED else []
+        return " or ".join([*found[:NAMED], *rest])
 
     def _kept_indices(self) -> dict[str, list[tuple[int, IntArray]]]:
         """Return what is kept along each axis that is cut, by name of the tensor."""
@@ -330,11 +407,14 @@ class _Removal:
             for before, after in zip(entry.shape, smaller, strict=True):
                 sizes.setdefault(before, set()).add(after)
         stated: dict[str, dict[str, int]] = {}
+        places = _places(self.model)
         for path, sizes in changes.items():
             module = self.model.get_submodule(path)
             own = {} if type(module).__module__.startswith("torch.nn") else vars(module)
-            for name, value in own.items():
-                if type(value) is int and len(sizes.get(value, ())) == 1:
+            numbers = {name: value for name, value in own.items() if type(value) is int}
+            for name in numbers.keys() - places(module):
+                value = numbers[name]
+                if len(sizes.get(value, ())) == 1:
                     stated.setdefault(path, {})[name] = next(iter(sizes[value]))
         return stated
 
@@ -378,6 +458,30 @@ def _constant(reading: Reading, atom: int) -> float | None:
     low, high = reading.lowest[place], reading.highest[place]
     slack = CONSTANT * torch.finfo(low.dtype).eps * max(abs(float(low)), abs(float(high)))
     return float(high) if float(high - low) <= slack else None
+
+
+def _places(model: nn.Module) -> Callable[[nn.Module], set[str]]:
+    """Return what tells which whole numbers of a module are no sizes: those that differ among its like.
+
+    Modules of one class with weights of the same shapes have the same sizes; the number of a layer, which is
+    a size by accident, is another in each.
+    """
+
+    def kind(module: nn.Module) -> tuple[Any, ...]:
+        return type(module), *((name, tuple(entry.shape)) for name, entry in module.named_parameters())
+
+    values: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
+    for module in model.modules():
+        numbers = {name: value for name, value in vars(module).items() if type(value) is int}
+        if numbers:
+            own = values.setdefault(kind(module), {})
+            for name, value in numbers.items():
+                own.setdefault(name, set()).add(value)
+
+    def different(module: nn.Module) -> set[str]:
+        return {name for name, found in values.get(kind(module), {}).items() if len(found) > 1}
+
+    return different
 
 
 def _takes_bias(module: nn.Module) -> bool:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import block_diag
 
+from cbs_opt.structure.columns import Columns
 from formulations.problem import BlockProblem
 from formulations.support import Groups
 
@@ -29,6 +31,8 @@ IntArray = NDArray[np.int64]
 
 GAIN = 1e-9
 """Share of the loss that an exchange must gain."""
+ONE_BY_ONE = 128
+"""Groups of one input each up to which exchanges are tried one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,8 +77,11 @@ class GroupProgram:
     def greedy(self, n_keep: int) -> tuple[BoolArray, FloatArray]:
         """Take out one group after another, that of the least saliency, until `n_keep` are left.
 
-        Returns what is kept, and f after 0, 1, 2, ... removals; O(p^2 k) for each.
+        Returns what is kept, and f after 0, 1, 2, ... removals; O(p^2 k) for each, O(p^2) where groups own
+        one input each.
         """
+        if self._columns is not None:
+            return self._columns.greedy(n_keep)
         state = _State(self, np.ones(self.n_groups, dtype=np.bool_))
         losses = [0.0]
         while int(state.keep.sum()) > n_keep:
@@ -87,9 +94,12 @@ class GroupProgram:
     def swaps(self, keep: BoolArray, rounds: int = 3) -> tuple[BoolArray, float]:
         """Exchange a group that went for one that stayed while it gains, first come first served.
 
-        A round tries every group that went: it returns, and the best of the others goes. Returns what is
-        kept, and its f; O(p^3) for each try.
+        A round tries every group that went: it returns, and the best of the others goes. Of many groups of
+        one input each, a round makes all exchanges that gain by themselves, of which the better half and so
+        on if together they do not. Returns what is kept, and its f; O(p^3) for each try.
         """
+        if self._columns is not None and self.n_groups > ONE_BY_ONE:
+            return self._swapped_together(self._columns, keep, rounds)
         keep, best = keep.copy(), self.loss(keep)
         for _ in range(rounds):
             before = best
@@ -107,6 +117,35 @@ class GroupProgram:
             if best >= before:
                 break
         return keep, self.loss(keep)
+
+    @cached_property
+    def _columns(self) -> Columns | None:
+        """The matrices of groups that own one input of every reader; None if some own more."""
+        if any(reader.columns.shape[1] > 1 for reader in self.readers):
+            return None
+        scatter, moment = [], []
+        for reader, inverse in zip(self.readers, self.inverse, strict=True):
+            own = reader.columns[:, 0]
+            scatter.append(np.asarray(inverse[np.ix_(own, own)]))
+            moment.append(reader.weight[:, own].T @ reader.outputs @ reader.weight[:, own])
+        return Columns(scatter, moment)
+
+    def _swapped_together(self, columns: Columns, keep: BoolArray, rounds: int) -> tuple[BoolArray, float]:
+        best = self.loss(keep)
+        for _ in range(rounds):
+            exchanges = columns.exchanges(keep)
+            while exchanges:
+                trial = keep.copy()
+                for _, goes, returns in exchanges:
+                    trial[goes], trial[returns] = False, True
+                value = self.loss(trial)
+                if value < best - GAIN * abs(best):
+                    keep, best = trial, value
+                    break
+                exchanges = exchanges[: len(exchanges) // 2]
+            else:
+                break
+        return keep, best
 
     def enumerated(self, n_keep: int) -> tuple[BoolArray, float]:
         """Return the best of all sets of `n_keep` groups, and its f; O(p^3) for each of them."""

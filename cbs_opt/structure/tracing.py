@@ -741,6 +741,9 @@ def _attention(t: _Tracer, call: _Call) -> None:
         ratio = max(query.shape[1] // entry.shape[1], 1)
         grown = entry.repeat_interleave(ratio, 1)
         t.atoms.unite(named[0].numpy(), grown.numpy(), reason)
+        if ratio > 1:
+            # How many queries share a key stays, even where it is as many as there are keys.
+            t.found.sizes.append(Sizes(module=t.module, shape=(ratio,), labels=()))
     t.give(call.first, t.labels(value) if value.shape[1] == query.shape[1] else t.labels(query))
     if value.shape[1] != query.shape[1]:
         t.give(call.first, [entry for entry in t.labels(query) if axes_of(entry) == [1]])
