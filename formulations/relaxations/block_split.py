@@ -152,26 +152,37 @@ def _largest_hulls(
     """
     cells, m, _ = blocks.shape
     values, ceilings = np.full(cells, -np.inf), np.full(cells, -np.inf)
-    small = error_factor(16 * m + 32)
     for chosen in combinations(range(m), support.n):
-        index = list(chosen)
-        part = blocks[:, index][:, :, index]
-        right, blur = h.reshape(cells, m)[:, index], error.reshape(cells, m)[:, index]
-        eigenvalues = np.linalg.eigvalsh(part)
-        least = eigenvalues[:, 0] - small * m * np.abs(eigenvalues).max(axis=1)
-        if not bool((least > 0.0).all()):
-            return math.inf, math.inf
-        solved = np.linalg.solve(part, right[:, :, None])[:, :, 0]
-        image = np.einsum("gab,gb->ga", part, solved)
-        size = np.einsum("gab,gb->ga", np.abs(part), np.abs(solved))
-        rest = np.linalg.norm(right - image, axis=1)
-        rest = rest + small * np.linalg.norm(np.abs(right) + size, axis=1)
-        value = np.einsum("ga,ga->g", solved, 2.0 * right - image)
-        ceiling = value + small * np.einsum("ga,ga->g", np.abs(solved), 2.0 * np.abs(right) + size)
-        ceiling = np.maximum(ceiling, 0.0) + rest**2 / least
-        ceiling = (np.sqrt(ceiling) + np.linalg.norm(blur, axis=1) / np.sqrt(least)) ** 2
-        values, ceilings = np.maximum(values, value), np.maximum(ceilings, ceiling * (1.0 + small))
+        value, ceiling = set_hulls(blocks, h.reshape(cells, m), error.reshape(cells, m), list(chosen))
+        values, ceilings = np.maximum(values, value), np.maximum(ceilings, ceiling)
     return float(values.sum()), float(ceilings.sum())
+
+
+def set_hulls(
+    blocks: FloatArray, h: FloatArray, error: FloatArray, index: list[int]
+) -> tuple[FloatArray, FloatArray]:
+    """Return ``h_S.[B_SS]^-1 h_S`` of one support in each cell, and what its exact value is at most.
+
+    `h` and `error` are (cells, m). Infinite where a block is not proved definite.
+    """
+    m = blocks.shape[1]
+    small = error_factor(16 * m + 32)
+    part = blocks[:, index][:, :, index]
+    right, blur = h[:, index], error[:, index]
+    eigenvalues = np.linalg.eigvalsh(part)
+    least = eigenvalues[:, 0] - small * m * np.abs(eigenvalues).max(axis=1)
+    if not bool((least > 0.0).all()):
+        return np.full(len(h), np.inf), np.full(len(h), np.inf)
+    solved = np.linalg.solve(part, right[:, :, None])[:, :, 0]
+    image = np.einsum("gab,gb->ga", part, solved)
+    size = np.einsum("gab,gb->ga", np.abs(part), np.abs(solved))
+    rest = np.linalg.norm(right - image, axis=1)
+    rest = rest + small * np.linalg.norm(np.abs(right) + size, axis=1)
+    value = np.einsum("ga,ga->g", solved, 2.0 * right - image)
+    ceiling = value + small * np.einsum("ga,ga->g", np.abs(solved), 2.0 * np.abs(right) + size)
+    ceiling = np.maximum(ceiling, 0.0) + rest**2 / least
+    ceiling = (np.sqrt(ceiling) + np.linalg.norm(blur, axis=1) / np.sqrt(least)) ** 2
+    return value, ceiling * (1.0 + small)
 
 
 def takes_blocks(problem: BlockProblem) -> bool:

@@ -19,7 +19,8 @@ from formulations.errors import ArgumentError, ShapeError
 from formulations.incumbents import IncumbentPool
 from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, FloatArray
-from formulations.relaxations.bounds import lower_bound
+from formulations.relaxations.bounds import in_clusters, lower_bound
+from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.certified import provable_split
 from formulations.relaxations.channel_relaxation import JointChannels, search_by_channels
 from formulations.relaxations.first_order import StopRule
@@ -158,12 +159,13 @@ def _certified(
     split = provable_split(problem, split)
     residual = problem.linear_term() - (problem.hessian_product(point) - split * point)
     pool.offer(round_joint(residual / np.sqrt(np.maximum(split, np.finfo(np.float64).tiny)), problem.n_keep))
-    certificate = PerspectiveCertificate(
+    certificate: RelaxationCertificate = PerspectiveCertificate(
         subject=Subject.of(problem, PROGRAM),
         point=point,
         split=split,
         **asdict(fisher_shape(problem, rank=False)),
     )
+    certificate = in_clusters(problem, pool, stop, certificate)
     bound = certificate.lower_bound(problem)
     return pool.solution(
         method=METHOD,

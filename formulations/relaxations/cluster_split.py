@@ -1,0 +1,289 @@
+"""The perspective relaxation with a split in blocks of a few weights each, for counts of weights.
+
+``H = blkdiag(B_g) + Q`` over clusters of weights, ``Q`` semidefinite. The cardinality couples the clusters
+through one multiplier, its price; the convex hull of a cluster's part ``1/2 u.B_g u`` is taken over all its
+supports (16 of 4 weights), not weight by weight. For every point ``u`` and price >= 0, with
+``h = b - Q u``,
+
+    optimum >= const - 1/2 u.Q u - price s - sum over clusters of max_S (1/2 h_S.[B_SS]^-1 h_S - price |S|).
+
+With diagonal blocks that is the bound of the diagonal split; what else blocks can do is found by
+`cluster_path`. Source of the hull of a quadratic over few supports: Wei, Gomez & Kucukyavuz (2022), Ideal
+formulations for constrained convex optimization problems with indicator variables.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from scipy.linalg import LinAlgError, cholesky
+
+from formulations.dense_forms import UNDERFLOW, error_factor, joint_form
+from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, FloatArray, IntArray, frozen_array
+from formulations.relaxations.block_split import set_hulls
+from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
+from formulations.relaxations.certified import bounded_product, column_norms, definiteness_margin
+from formulations.relaxations.cluster_path import ClusterPath
+from formulations.relaxations.clusters import (
+    Clusters,
+    best_by_count,
+    choose_clusters,
+    held_by_count,
+    support_rows,
+)
+from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate
+from formulations.solution import Stopped
+
+CLUSTER = 4
+"""Weights of a cluster."""
+LARGEST_CLUSTER = 8
+"""Most weights of a cluster whose supports a certificate may have enumerated."""
+WORTH_CLUSTERS = 0.02
+"""Gap of the diagonal split, relative to the best set, from which clusters are tried."""
+STEPS = 16
+"""Steps on the blocks at most."""
+GAIN, PATIENCE = 0.01, 2
+"""Share of the open gap that a step has to close, and idle steps in a row that end the path."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClusterSplitCertificate(RelaxationCertificate):
+    """A point ``u`` and blocks ``B_g`` of clusters that prove a lower bound on the joint program of a count.
+
+    Attributes
+    ----------
+    point : (n,) float64 array
+        ``u``, in units of the weights.
+    order : (clusters, m) int64 array
+        Weights of each cluster, every weight in one place; -1 in empty places.
+    blocks : (clusters, m, m) float64 array
+        ``B_g``, symmetric and positive definite, in units of ``H``; ``H - blkdiag(B_g)`` is semidefinite.
+    kind : str
+        "cluster_perspective".
+    rho, effective_rank, fixing
+        As in `RelaxationCertificate`; it has no basis.
+    """
+
+    chosen_are_kept: ClassVar[bool] = True
+
+    point: FloatArray
+    order: IntArray
+    blocks: FloatArray
+
+    def __post_init__(self) -> None:
+        for name, ndim in (("point", 1), ("blocks", 3)):
+            object.__setattr__(self, name, frozen_array(name, getattr(self, name), ndim))
+        order = frozen_array("order", self.order, 2).astype(np.int64)
+        order.flags.writeable = False
+        object.__setattr__(self, "order", order)
+
+    @property
+    def kind(self) -> str:
+        """Name of the relaxation."""
+        return "cluster_perspective"
+
+    def linearisation(self, problem: BlockProblem, given: Fixing) -> Linearisation | None:
+        """Return None: the bound has a cost for each support of a cluster, none for each weight."""
+        return None
+
+    @property
+    def least_eigenvalue(self) -> float:
+        """Least eigenvalue of the blocks, of which that of ``H`` is no less, as computed."""
+        return float(np.linalg.eigvalsh(self.blocks).min())
+
+    def fixed_below(self, problem: BlockProblem, cutoff: float) -> Fixing | None:
+        """Weights that every set of value at most `cutoff` keeps or prunes; None without a proof.
+
+        At the price of the bound: a support of a cluster with the weight instead of the best one, or without.
+        """
+        found = self._evaluated(problem, 2.0)
+        if found is None or not 0 < problem.n_keep < problem.n:
+            return None
+        base, above = found
+        held, price = _held(above, problem.n_keep)
+        inside = support_rows(self.order.shape[1])
+        net = above - price * inside.sum(axis=1)
+        best = net.max(axis=1, keepdims=True)
+        rises = []
+        for members in (inside, ~inside):
+            forced = np.where(members.T[None], net[:, None, :], -np.inf).max(axis=2)
+            slack = error_factor(16) * (abs(base) + held + np.abs(best) + np.abs(forced) + price * problem.n)
+            rises.append((base - held) + (best - forced) - slack)
+        clusters = Clusters(self.order, problem.n)
+        keeping, pruning = (clusters.scattered(rise.reshape(-1)) for rise in rises)
+        return Fixing(keep=pruning > cutoff, prune=keeping > cutoff, cutoff=cutoff)
+
+    def _proved(self, problem: BlockProblem, caution: float) -> float:
+        found = self._evaluated(problem, caution)
+        return -math.inf if found is None else found[0] - _held(found[1], problem.n_keep)[0]
+
+    def _evaluated(self, problem: BlockProblem, caution: float) -> tuple[float, FloatArray] | None:
+        """Return ``const - 1/2 u.Q u`` and what each support of a cluster may hold, (clusters, supports).
+
+        The first rounded down and the second up, `caution` times. None if anything does not fit the block or
+        is not proved.
+        """
+        clusters = Clusters(self.order, problem.n)
+        if problem.support is not None or self.basis is not None or not self._fits(problem, clusters):
+            return None
+        norms = column_norms(problem)
+        if not _is_valid(problem, clusters.spread(self.blocks), norms):
+            return None
+        w, g, u = problem.weights, problem.gradient_or_zero, self.point
+        m = self.order.shape[1]
+        own = self._times(self.blocks, clusters, u)
+        own_size = self._times(np.abs(self.blocks), clusters, np.abs(u))
+        # h = H (w - u) - g + B u and the constant share one product.
+        change = bounded_product(problem, w - u, norms)
+        sloppy = error_factor(8 + m)
+        moved = change.error + sloppy * norms * float(norms @ (np.abs(w) + np.abs(u)))
+        error = moved + sloppy * (np.abs(change.value) + np.abs(g) + own_size)
+        residual = clusters.gathered(change.value - g + own).reshape(self.order.shape)
+        blur = clusters.gathered(error).reshape(self.order.shape)
+        values = np.zeros((len(self.order), 2**m))
+        ceilings = np.zeros_like(values)
+        for place, inside in enumerate(support_rows(m)):
+            if place > 0:
+                hulls = set_hulls(self.blocks, residual, blur, list(np.flatnonzero(inside)))
+                values[:, place], ceilings[:, place] = hulls
+        if not bool(np.isfinite(ceilings).all()):
+            return None
+        both = w + u
+        base = 0.5 * float(both @ change.value) - float(g @ w) + 0.5 * float(u @ own)
+        magnitude = np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + np.abs(u) @ own_size
+        lost = 0.5 * float(np.abs(both) @ moved) + UNDERFLOW
+        lost += error_factor(problem.n + m + 16) * float(magnitude)
+        return base - caution * lost, 0.5 * (values + caution * (ceilings - values))
+
+    def _times(self, blocks: FloatArray, clusters: Clusters, x: FloatArray) -> FloatArray:
+        """Return ``blkdiag(blocks) x``."""
+        inside = clusters.gathered(x).reshape(self.order.shape)
+        return clusters.scattered((blocks @ inside[:, :, None]).reshape(-1))
+
+    def _fits(self, problem: BlockProblem, clusters: Clusters) -> bool:
+        fits = self.point.shape == (problem.n,) and clusters.is_partition
+        if not fits or not 1 <= self.order.shape[1] <= LARGEST_CLUSTER:
+            return False
+        square = self.blocks.shape == (*self.order.shape, self.order.shape[1])
+        return square and bool((self.blocks == self.blocks.transpose(0, 2, 1)).all())
+
+
+def _is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray) -> bool:
+    """Whether ``H - split`` is proved semidefinite; O(m n^2 + n^3)."""
+    shifted = problem.dense_hessian() - split
+    shifted[np.diag_indices(problem.n)] -= definiteness_margin(problem, problem.n) * norms**2
+    try:
+        cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        return False
+    return True
+
+
+def _held(above: FloatArray, n_keep: int) -> tuple[float, float]:
+    """Return what all clusters together hold at most at the best price, rounded up, and that price."""
+    counts = support_rows(above.shape[1].bit_length() - 1).sum(axis=1)
+    _, price = held_by_count(best_by_count(above, counts), n_keep)
+    best = (above - price * counts).max(axis=1)
+    total = float(best.sum()) + price * n_keep
+    size = float(np.abs(best).sum()) + price * (n_keep + int(counts[-1]) * len(above))
+    return total + error_factor(len(above) + 16) * size, price
+
+
+def takes_clusters(problem: BlockProblem) -> bool:
+    """Whether a block keeps a count of weights, has full rank and is small enough for a dense split."""
+    full = problem.rows is None or problem.channels is not None or len(problem.rows) >= problem.n
+    return problem.support is None and full and 1 < problem.n <= SPLIT_LARGEST
+
+
+def worth_clusters(bound: float, objective: float) -> bool:
+    """Whether a diagonal split with this bound leaves so much open that clusters are worth their time."""
+    return objective - bound > WORTH_CLUSTERS * abs(objective)
+
+
+def relax_in_clusters(
+    problem: BlockProblem,
+    plain: PerspectiveCertificate,
+    cutoff: float,
+    stopped: Stopped,
+) -> tuple[ClusterSplitCertificate, BoolArray] | None:
+    """Return the best certificate along the path of clusters from a diagonal split, and a set it suggests.
+
+    Parameters
+    ----------
+    problem : BlockProblem
+        One that `takes_clusters`.
+    plain : PerspectiveCertificate
+        Where the path begins; its split is positive.
+    cutoff : float
+        Value of a known set, which the steps are measured by; a bound that reaches it is good enough.
+    stopped : callable
+        Asked between steps whether the time is over.
+
+    Returns
+    -------
+    tuple or None
+        None if nothing on the path proves more than `plain`.
+
+    Notes
+    -----
+    O(n^3 m^3) a step, in single precision; what is found is proved in float64.
+    """
+    proved = plain.lower_bound(problem)
+    if not math.isfinite(proved) or not math.isfinite(cutoff):
+        return None
+    form = joint_form(problem)
+    root = np.sqrt(problem.hessian_diagonal())
+    split = plain.split / root**2
+    clusters = choose_clusters(form.matrix, split, CLUSTER)
+    point = plain.point * root / math.sqrt(form.scale)
+    path = ClusterPath(
+        clusters.matrix(form.matrix),
+        clusters.gathered(form.linear),
+        problem.n_keep,
+        CLUSTER,
+        (clusters.gathered(split, 0.5), clusters.gathered(point)),
+        max(cutoff - proved, 1e-12 * abs(cutoff)) / form.scale,
+    )
+    enough, best = cutoff / form.scale - form.constant, proved / form.scale - form.constant
+    found, idle = None, 0
+    for _ in range(STEPS):
+        if stopped():
+            break
+        path.relax()
+        value = path.bound()
+        if value > best:
+            idle = idle + 1 if value < best + GAIN * (enough - best) else 0
+            best, found = value, (path.point, path.split.blocks, path.kept_shares())
+        if best >= enough or idle >= PATIENCE or stopped() or not path.improve():
+            break
+    if found is None:
+        return None
+    point, blocks, shares = found
+    certificate = ClusterSplitCertificate(
+        subject=plain.subject,
+        point=clusters.scattered(point) * math.sqrt(form.scale) / root,
+        order=clusters.order,
+        blocks=_provable(problem, clusters, blocks, root),
+        rho=plain.rho,
+        effective_rank=plain.effective_rank,
+    )
+    if certificate.lower_bound(problem) <= proved:
+        return None
+    keep = np.zeros(problem.n, dtype=np.bool_)
+    keep[np.argsort(-clusters.scattered(shares), kind="stable")[: problem.n_keep]] = True
+    return certificate, keep
+
+
+def _provable(problem: BlockProblem, clusters: Clusters, blocks: FloatArray, root: FloatArray) -> FloatArray:
+    """Return blocks of the joint form in the units of the block, less what a proof may lose."""
+    shape = clusters.order.shape
+    scale = clusters.gathered(root, 1.0).reshape(shape)
+    blocks = blocks * (scale[:, :, None] * scale[:, None, :]) * (1.0 - SPLIT_MARGIN)
+    blocks = 0.5 * (blocks + blocks.transpose(0, 2, 1))
+    lost = 2.0 * definiteness_margin(problem, problem.n) * column_norms(problem) ** 2
+    every = np.arange(shape[1])
+    blocks[:, every, every] -= clusters.gathered(lost).reshape(shape)
+    return blocks
