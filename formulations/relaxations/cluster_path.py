@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
-from scipy.linalg.lapack import spotrf, spotrs
+from scipy.linalg.lapack import dpotri, spotrf, spotrs
 
-from formulations.problem import FloatArray, IntArray
+from formulations.problem import FloatArray
+from formulations.relaxations.cluster_kernels import SingleArray, join_barrier, mix_clusters
 from formulations.relaxations.clusters import best_by_count, held_by_count, subsets_of, support_rows
 
-SingleArray = NDArray[np.float32]
 AnyArray = NDArray[Any]
 
 FIRST_SHARE = 0.8
 """Share of the diagonal split that the blocks begin with, off the boundary of what is feasible."""
-FIRST_WEIGHT = 15.0
+FIRST_WEIGHT = 5.0
 """Weight of ``log det`` at the start, times the order, relative to the open gap."""
 SHARE_WEIGHT = 1.0 / 15.0
 """Weight of the barrier of the supports relative to that: there are many more of them."""
@@ -41,14 +41,12 @@ FULL, SHORT = 0.9, 0.45
 """Lengths of a step that count as near the path, and as some way off."""
 SHORTER, SHORTEST = 0.7, 1e-3
 """Backtracking of a step, and the length at which it is given up."""
+LIFTS = (1e-6, 1e-4, 1e-2)
+"""What the diagonal of a Newton system is lifted by, relatively, where single precision finds no factor."""
 POINT_STEPS = 3
 """Newton steps on the point before each on the blocks at most."""
 CENTRED = 0.02
 """Newton decrement, relative to weight and clusters, below which the point is left as it is."""
-FARTHEST = 1e100
-"""Distance, in units of the weight, from which a support is as good as out."""
-ROOTS, PRICES = 30, 60
-"""Most steps on ``t``, and on the price."""
 
 
 @dataclass(frozen=True)
@@ -62,65 +60,72 @@ class Split:
         ``[B_SS]^-1`` in place.
     rest : (c m, c m) float64 array
         ``Q``.
+    factor : (c m, c m) float64 array
+        Its lower Cholesky factor.
+    volume : float
+        ``log det Q + log det blkdiag(B)``.
     """
 
     blocks: FloatArray
     inverses: FloatArray
     rest: FloatArray
+    factor: FloatArray
+    volume: float
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a point and a price come to under a split.
+    """What a point comes to under a split, at its best price.
 
     Attributes
     ----------
     value : float
         Of the smoothed bound, without constant and ``log det``.
     price : float
-    product : (c m,) float64 array
-        ``Q u``.
     ends : (c, subsets, m) float64 array
         ``[B_SS]^-1 h_S``.
     shares : (c, subsets) float64 array
         Of the supports of a cluster; each row sums to 1.
-    bends : (c, subsets) float64 array
-        How fast a share follows its ``q_S``.
     """
 
     value: float
     price: float
-    product: FloatArray
     ends: FloatArray
     shares: FloatArray
-    bends: FloatArray
 
 
 @dataclass(frozen=True)
-class Curvature:
-    """Second derivatives of the smoothed conjugate: in h, in the blocks at a fixed point, in the price.
+class Answer:
+    """How the smoothed conjugate bends in h and in the price, and how the point answers.
 
     Attributes
     ----------
     mean : (c, m) float64 array
         Mean of the ends: where a point at its best is.
-    slopes : (c, e) float64 array
-        Of the bound in the entries of the blocks.
-    full : (c, m + e + 1, m + e + 1) float64 array
+    cross : (c, m) float64 array
+        Second derivatives in h and the price.
+    bend : float
+        In the price.
     roots : (c, m, m) float64 array
-        ``L`` with ``L L^T`` its part in h.
-    factor : (c m, c m) float64 array
-        Lower Cholesky factor of ``I + L^T Q L``.
+        ``L`` with ``L L^T`` the second derivatives in h.
     image : (c m, c m) float64 array
         ``Q L``.
+    factor : (c m, c m) float64 array
+        Lower Cholesky factor of ``I + L^T Q L``.
     """
 
     mean: FloatArray
-    slopes: FloatArray
-    full: FloatArray
+    cross: FloatArray
+    bend: float
     roots: FloatArray
-    factor: FloatArray
     image: FloatArray
+    factor: FloatArray
+
+    def to(self, change: FloatArray) -> FloatArray:
+        """Return ``(I + L L^T Q)^-1 change``: how the point answers a change of the mean."""
+        inner = cho_solve((self.factor, True), self.image.T @ change, check_finite=False)
+        back = (self.roots @ inner.reshape(*self.mean.shape, 1)).reshape(-1)
+        return np.asarray(change - back)
 
 
 class ClusterPath:
@@ -135,10 +140,15 @@ class ClusterPath:
     n_keep : int
     size : int
         ``m``.
-    split, point : (c m,) float64 arrays
+    start : two (c m,) float64 arrays
         A diagonal split, and a point near the solution of its relaxation.
     gap : float
         What is open.
+
+    Raises
+    ------
+    LinAlgError
+        If the diagonal split is none.
     """
 
     def __init__(
@@ -158,7 +168,10 @@ class ClusterPath:
         self.first, self.second = np.triu_indices(size)
         self.own = np.where(self.first == self.second, 1.0, 2.0)
         blocks = FIRST_SHARE * split.reshape(self.c, size)[:, :, None] * np.eye(size)
-        self.split = self._split(blocks)
+        first = self._split(blocks)
+        if first is None:
+            raise LinAlgError("the split leaves a matrix that is not definite")
+        self.split = first
         self.weight = FIRST_WEIGHT * gap / linear.size
         self.price = 0.0
 
@@ -169,10 +182,9 @@ class ClusterPath:
 
     def bound(self) -> float:
         """Return the bound of point and blocks without the constant of the form, not rounded down."""
-        residual = self._residual(self.point, self.split)
-        values = self._values(self._ends(residual, self.split), residual)
+        product = self.split.rest @ self.point
+        values = self._values(*self._ends(self.linear - product, self.split))
         held, _ = held_by_count(best_by_count(values, self.counts), self.n_keep)
-        product = self.linear - residual
         return float(-0.5 * (self.point @ product) - held)
 
     def kept_shares(self) -> FloatArray:
@@ -184,16 +196,18 @@ class ClusterPath:
         """Move point and price to where the smoothed bound of the blocks is largest, by Newton's method."""
         mixture = self._mixed(self.point, self.split)
         for _ in range(POINT_STEPS):
-            curvature = self._curvature(self.point, self.split, mixture)
-            change = curvature.mean.reshape(-1) - self.point
-            step = self._answer(curvature, change)
-            cross = curvature.full[:, : self.m, -1].reshape(-1)
-            along = self._answer(curvature, cross)
+            answer = self._answer(mixture)
+            change = answer.mean.reshape(-1) - self.point
+            cross = answer.cross.reshape(-1)
+            step, along = answer.to(change), answer.to(cross)
             seen = self.split.rest @ cross
-            stiffness = float(curvature.full[:, -1, -1].sum()) - float(seen @ along)
+            stiffness = answer.bend - float(seen @ along)
             if stiffness > 0.0:
                 step += along * (float(seen @ step) / stiffness)
             gain = float(change @ (self.split.rest @ step))
+            self._known = mixture, answer
+            if gain < CENTRED * self.share_weight * self.c:
+                return
             length = 1.0
             while length > SHORTEST:
                 trial = self._mixed(self.point + length * step, self.split)
@@ -203,43 +217,49 @@ class ClusterPath:
             else:
                 return
             self.point, self.price, mixture = self.point + length * step, trial.price, trial
-            if gain < CENTRED * self.share_weight * self.c:
-                return
+        self._known = mixture, self._answer(mixture)
 
     def improve(self) -> bool:
-        """Take a damped Newton step on the blocks, and let point and price follow; False if there is none."""
-        mixture = self._mixed(self.point, self.split)
-        self.price = mixture.price
-        curvature = self._curvature(self.point, self.split, mixture)
+        """Take a damped Newton step on the blocks, and let point and price follow; False if there is none.
+
+        From where `relax` has left the point.
+        """
+        mixture, answer = self._known
         try:
-            entries, slope, dearer = self._newton(curvature)
+            entries, slope, follow = self._newton(mixture, answer)
         except LinAlgError:
             return False
         if not slope > 0.0:
             return False
         step = np.zeros_like(self.split.blocks)
         step[:, self.first, self.second] = step[:, self.second, self.first] = entries
-        inner, cross = curvature.full[:, : self.m, self.m : -1], curvature.full[:, : self.m, -1]
-        moved = (inner @ entries[:, :, None])[:, :, 0] + dearer * cross
-        follow = self._answer(curvature, moved.reshape(-1))
-        before = mixture.value + self.weight * self._log_det(self.split.blocks)
+        before = mixture.value + self.weight * self.split.volume
         length = 1.0
         while length > SHORTEST:
-            blocks = self.split.blocks + length * step
-            volume = self._log_det(blocks)
-            if np.isfinite(volume):
-                split, point = self._split(blocks), self.point + length * follow
-                trial = self._mixed(point, split)
-                if trial.value + self.weight * volume >= before + 1e-3 * length * slope:
+            split = self._split(self.split.blocks + length * step)
+            if split is not None:
+                trial = self._mixed(self.point + length * follow, split)
+                if trial.value + self.weight * split.volume >= before + 1e-3 * length * slope:
                     break
             length *= SHORTER
         else:
             return False
-        self.split, self.point, self.price = split, point, trial.price
+        assert split is not None
+        self.split, self.point, self.price = split, self.point + length * follow, trial.price
         self.weight *= FALL if length > FULL else SLOW_FALL if length > SHORT else 1.0
         return True
 
-    def _split(self, blocks: FloatArray) -> Split:
+    def _split(self, blocks: FloatArray) -> Split | None:
+        """Return the split in these blocks; None if they or the rest are not definite."""
+        rest = self.matrix.copy()
+        every = np.arange(self.c)
+        rest.reshape(self.c, self.m, self.c, self.m)[every, :, every, :] -= blocks
+        try:
+            own = np.linalg.cholesky(blocks)
+            factor = cholesky(rest, lower=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            return None
+        volume = np.log(np.diagonal(factor)).sum() + np.log(np.diagonal(own, axis1=1, axis2=2)).sum()
         inverses = np.zeros((self.c, self.counts.size, self.m, self.m))
         row = 1
         for sets in self.subsets[1:]:
@@ -247,102 +267,58 @@ class ClusterPath:
             rows = row + np.arange(len(sets))
             inverses[:, rows[:, None, None], sets[:, :, None], sets[:, None, :]] = np.linalg.inv(part)
             row += len(sets)
-        rest = self.matrix.copy()
-        every = np.arange(self.c)
-        rest.reshape(self.c, self.m, self.c, self.m)[every, :, every, :] -= blocks
-        return Split(blocks, inverses, rest)
+        return Split(blocks, inverses, rest, factor, 2.0 * float(volume))
 
-    def _residual(self, point: FloatArray, split: Split) -> FloatArray:
-        return np.asarray(self.linear - split.rest @ point)
-
-    def _ends(self, residual: FloatArray, split: Split) -> FloatArray:
+    def _ends(self, residual: FloatArray, split: Split) -> tuple[FloatArray, FloatArray]:
+        """Return ``[B_SS]^-1 h_S`` of each support, and h by cluster."""
         cells = residual.reshape(self.c, self.m)
-        return np.asarray((split.inverses @ cells[:, None, :, None])[..., 0])
+        return np.asarray((split.inverses @ cells[:, None, :, None])[..., 0]), cells
 
-    def _values(self, ends: FloatArray, residual: FloatArray) -> FloatArray:
-        return np.asarray(0.5 * (ends @ residual.reshape(self.c, self.m, 1))[..., 0])
+    def _values(self, ends: FloatArray, cells: FloatArray) -> FloatArray:
+        """Return ``q_S`` of each support."""
+        return np.asarray(0.5 * (ends @ cells[:, :, None])[..., 0])
 
     def _mixed(self, point: FloatArray, split: Split) -> Mixture:
-        """Return shares, price and value at a point; the price is found by Newton steps in a bracket."""
-        residual = self._residual(point, split)
-        ends = self._ends(residual, split)
-        values = self._values(ends, residual)
-        low, high, price = -np.inf, np.inf, self.price
-        for _ in range(PRICES):
-            total, shares, bends = self._shared(values - price * self.counts)
-            excess = float((shares @ self.counts).sum()) - self.n_keep
-            if abs(excess) <= 1e-8 * self.n_keep:
-                break
-            low, high = (price, high) if excess > 0.0 else (low, price)
-            size = bends.sum(axis=1)
-            middle = (bends @ self.counts) / size
-            fall = float((bends @ self.counts**2 - size * middle**2).sum())
-            price = price + excess / max(fall, 1e-300)
-            if not low < price < high:
-                if np.isfinite(low) and np.isfinite(high):
-                    price = 0.5 * (low + high)
-                else:
-                    far = abs(low if np.isfinite(low) else high) + 100.0 * self.share_weight
-                    price = low + far if np.isfinite(low) else high - far
-        product = self.linear - residual
+        """Return shares and value at a point, at the best price."""
+        product = split.rest @ point
+        ends, cells = self._ends(self.linear - product, split)
+        values = self._values(ends, cells)
+        shares = np.empty_like(values)
+        total, price = mix_clusters(
+            values, self.counts, float(self.n_keep), self.share_weight, self.price, shares
+        )
         value = float(-0.5 * (point @ product) - price * self.n_keep - total)
-        return Mixture(value, price, product, ends, shares, bends)
+        return Mixture(value, price, ends, shares)
 
-    def _shared(self, values: FloatArray) -> tuple[float, FloatArray, FloatArray]:
-        """Return the sum over clusters of ``min over t of t - weight sum_S log(t - q_S)``, and its slopes.
+    def _spread(self, shares: FloatArray, first: FloatArray) -> FloatArray:
+        """Return what the change of the shares adds to second derivatives; `first` are the first ones.
 
-        In units of the weight and above the largest value, t is where ``sum_S 1 / (t + behind_S)`` is 1.
+        A share follows its ``q_S`` by its square over the weight, less what all of a cluster have in common.
         """
-        weight = self.share_weight
-        largest = values.max(axis=1, keepdims=True)
-        with np.errstate(over="ignore"):
-            behind = np.minimum((largest - values) / weight, FARTHEST)
-        above = np.ones((self.c, 1))
-        for _ in range(ROOTS):
-            shares = 1.0 / (above + behind)
-            total = shares.sum(axis=1, keepdims=True)
-            if float(np.abs(total - 1.0).max()) < 1e-12:
-                break
-            above += total * (total - 1.0) / (shares * shares).sum(axis=1, keepdims=True)
-        shares /= total
-        held = float((largest + weight * above).sum() - weight * np.log(weight * (above + behind)).sum())
-        return held, shares, shares * shares / weight
+        squares = shares * shares / self.share_weight
+        centre = (squares[:, None, :] @ first) / squares.sum(axis=1)[:, None, None]
+        spread = (first - centre) * np.sqrt(squares)[:, :, None]
+        return np.asarray(spread.transpose(0, 2, 1) @ spread)
 
-    def _curvature(self, point: FloatArray, split: Split, mixture: Mixture) -> Curvature:
-        """Return the second derivatives; those in the blocks are at a fixed point, ``h`` moving along."""
-        a, b, m, c = self.first, self.second, self.m, self.c
-        ends, own = mixture.ends, point.reshape(c, m)
-        away = own[:, None, :] - ends
-        entries = np.arange(a.size)
-        off = a != b
-        moved = np.zeros((c, self.counts.size, m, a.size))
-        moved[:, :, a, entries] = away[:, :, b]
-        moved[:, :, b[off], entries[off]] = away[:, :, a[off]]
-        slope = ends[:, :, a] * (own[:, None, b] - 0.5 * ends[:, :, b])
-        slope[:, :, off] += ends[:, :, b[off]] * (own[:, None, a[off]] - 0.5 * ends[:, :, a[off]])
-        count = np.broadcast_to(-self.counts[None, :, None], (c, self.counts.size, 1))
-        first = np.concatenate((ends, slope, count), axis=2)
-        mean = (mixture.shares[:, None, :] @ first)[:, 0]
-        size = mixture.bends.sum(axis=1)[:, None]
-        centre = (mixture.bends[:, None, :] @ first)[:, 0] / size
-        spread = (first - centre[:, None]) * np.sqrt(mixture.bends)[:, :, None]
-        full = spread.transpose(0, 2, 1) @ spread
-        weighted = split.inverses * mixture.shares[:, :, None, None]
-        bent = weighted @ moved
-        full[:, :m, :m] += weighted.sum(axis=1)
-        cross = bent.sum(axis=1)
-        full[:, :m, m:-1] += cross
-        full[:, m:-1, :m] += cross.transpose(0, 2, 1)
-        flat = moved.reshape(c, -1, a.size)
-        full[:, m:-1, m:-1] += flat.transpose(0, 2, 1) @ bent.reshape(c, -1, a.size)
-        slopes = 0.5 * self.own * own[:, a] * own[:, b] - mean[:, m:-1]
-        eigenvalues, vectors = np.linalg.eigh(full[:, :m, :m])
+    def _answer(self, mixture: Mixture) -> Answer:
+        """Return how the point answers, O(n^3)."""
+        m, shares = self.m, mixture.shares
+        count = np.broadcast_to(-self.counts[None, :, None], (self.c, self.counts.size, 1))
+        full = self._spread(shares, np.concatenate((mixture.ends, count), axis=2))
+        inner = full[:, :m, :m] + (shares[:, :, None, None] * self.split.inverses).sum(axis=1)
+        eigenvalues, vectors = np.linalg.eigh(inner)
         roots = vectors * np.sqrt(np.maximum(eigenvalues, 0.0))[:, None, :]
-        image = self._right(split.rest, roots)
-        inner = self._left(roots, image)
-        inner[np.diag_indices(len(inner))] += 1.0
-        factor = cholesky(inner, lower=True, overwrite_a=True, check_finite=False)
-        return Curvature(mean[:, :m], slopes, full, roots, factor, image)
+        image = self._right(self.split.rest, roots)
+        system = self._left(roots, image)
+        system[np.diag_indices(len(system))] += 1.0
+        return Answer(
+            mean=(shares[:, None, :] @ mixture.ends)[:, 0],
+            cross=full[:, :m, m],
+            bend=float(full[:, m, m].sum()),
+            roots=roots,
+            image=image,
+            factor=cholesky(system, lower=True, overwrite_a=True, check_finite=False),
+        )
 
     def _right(self, matrix: AnyArray, blocks: AnyArray) -> AnyArray:
         """``matrix blkdiag(blocks)``."""
@@ -351,90 +327,95 @@ class ClusterPath:
 
     def _left(self, blocks: AnyArray, matrix: AnyArray) -> AnyArray:
         """``blkdiag(blocks)^T matrix``."""
-        return np.asarray(
-            (blocks.transpose(0, 2, 1) @ matrix.reshape(self.c, self.m, -1)).reshape(-1, matrix.shape[1])
-        )
+        cells = matrix.reshape(self.c, self.m, -1)
+        return (blocks.transpose(0, 2, 1) @ cells).reshape(-1, matrix.shape[1])
 
-    def _answer(self, curvature: Curvature, change: FloatArray) -> FloatArray:
-        """``(I + N Q)^-1 change`` with ``N = L L^T``: how the point answers a change of the mean."""
-        inner = cho_solve((curvature.factor, True), curvature.image.T @ change, check_finite=False)
-        back = (curvature.roots @ inner.reshape(self.c, self.m, 1)).reshape(-1)
-        return np.asarray(change - back)
+    def _bends(self, mixture: Mixture) -> tuple[FloatArray, FloatArray]:
+        """Return the bound's slopes in the entries of the blocks, (c, e), and the second derivatives there.
 
-    def _newton(self, curvature: Curvature) -> tuple[FloatArray, float, float]:
-        """Return the Newton step in the entries of the blocks, (c, e), its slope, and that of the price.
+        The latter, (c, m + e + 1, m + e + 1), are of the conjugate in h, the entries, and the price, at a
+        fixed point: h moves along with the blocks.
+        """
+        a, b, m, c = self.first, self.second, self.m, self.c
+        ends, shares, own = mixture.ends, mixture.shares, self.point.reshape(c, m)
+        away = own[:, None, :] - ends
+        entries, off = np.arange(a.size), a != b
+        moved = np.zeros((c, self.counts.size, m, a.size))
+        moved[:, :, a, entries] = away[:, :, b]
+        moved[:, :, b[off], entries[off]] = away[:, :, a[off]]
+        slope = ends[:, :, a] * (own[:, None, b] - 0.5 * ends[:, :, b])
+        slope[:, :, off] += ends[:, :, b[off]] * (own[:, None, a[off]] - 0.5 * ends[:, :, a[off]])
+        count = np.broadcast_to(-self.counts[None, :, None], (c, self.counts.size, 1))
+        full = self._spread(shares, np.concatenate((ends, slope, count), axis=2))
+        bent = (self.split.inverses * shares[:, :, None, None]) @ moved
+        cross = bent.sum(axis=1)
+        full[:, :m, m:-1] += cross
+        full[:, m:-1, :m] += cross.transpose(0, 2, 1)
+        full[:, m:-1, m:-1] += moved.reshape(c, -1, a.size).transpose(0, 2, 1) @ bent.reshape(c, -1, a.size)
+        slopes = 0.5 * self.own * own[:, a] * own[:, b] - (shares[:, None, :] @ slope)[:, 0]
+        return slopes, full
 
-        The system is in the entries of the blocks: the barriers, and the curvature of the bound in the blocks
-        with the point's answer eliminated, and that of the price by a rank-one change.
+    def _newton(self, mixture: Mixture, answer: Answer) -> tuple[FloatArray, float, FloatArray]:
+        """Return the Newton step in the entries of the blocks, (c, e), its slope, and how the point follows.
+
+        The system has the barriers, and the curvature of the bound with the point's answer eliminated, and
+        that of the price by a rank-one change.
         """
         a, b, c, m, weight = self.first, self.second, self.c, self.m, self.weight
-        size = c * a.size
-        answered = solve_triangular(curvature.factor, curvature.image.T, lower=True, check_finite=False)
-        stiff = self.split.rest - answered.T @ answered
-        slack = np.asarray(np.linalg.inv(self.split.rest), dtype=np.float64)
-        own = np.linalg.inv(self.split.blocks)
-        system = self._system(curvature, slack, stiff)
         every = np.arange(c)
-        four = slack.reshape(c, m, c, m)[every, :, every, :]
-        gradient = curvature.slopes + weight * self.own * (own[:, a, b] - four[:, a, b])
-        inner = _products(own[:, :, None], a, b)[:, :, 0] * (weight * self._scale())
-        inner += curvature.full[:, m:-1, m:-1]
-        system.reshape(c, a.size, c, a.size)[every, :, every, :] += inner.astype(np.float32)
-        system[np.diag_indices(size)] *= 1.0 + 1e-6
-        factor, failed = spotrf(system, lower=1, clean=0, overwrite_a=1)
-        if failed or not np.isfinite(gradient).all():
-            raise LinAlgError("the Newton system of the blocks is not definite")
-        cross = curvature.full[:, :m, -1].reshape(-1)
+        slopes, full = self._bends(mixture)
+        inner, cross = full[:, :m, m:-1], answer.cross.reshape(-1)
+        answered = solve_triangular(answer.factor, answer.image.T, lower=True, check_finite=False)
+        stiff = self.split.rest - answered.T @ answered
+        slack = self._slack()
+        own = np.linalg.inv(self.split.blocks)
+        root = np.sqrt(0.5) * self.own
+        scale = weight * root[:, None] * root
+        gradient = slopes + weight * self.own * (
+            own[:, a, b] - slack.reshape(c, m, c, m)[every, :, every][:, a, b]
+        )
+        single = inner.astype(np.float32)
+        system = self._left(single, self._right(stiff.astype(np.float32), single))
+        join_barrier(slack.astype(np.float32), system, a, b, np.sqrt(weight) * root, m)
+        near = own[:, a][:, :, a] * own[:, b][:, :, b] + own[:, a][:, :, b] * own[:, b][:, :, a]
+        near = full[:, m:-1, m:-1] + scale * near
+        system.reshape(c, a.size, c, a.size)[every, :, every, :] += near.astype(np.float32)
+        factor = _factored(system)
         along = stiff @ cross
-        bend = curvature.full[:, m:-1, -1] - self._pulled(curvature, along)
-        stiffness = float(curvature.full[:, -1, -1].sum()) - float(cross @ along)
+        bend = full[:, m:-1, -1] - (along.reshape(c, 1, m) @ inner)[:, 0]
+        stiffness = answer.bend - float(cross @ along)
         sides = np.stack((gradient.reshape(-1), bend.reshape(-1)), axis=1)
         solved = spotrs(factor, sides.astype(np.float32), lower=1)[0].astype(np.float64)
-        entries = solved[:, 0]
-        left = stiffness - float(bend.reshape(-1) @ solved[:, 1])
+        entries, bend = solved[:, 0], bend.reshape(-1)
+        left = stiffness - float(bend @ solved[:, 1])
         if left > 1e-9 * abs(stiffness):
-            entries = entries + solved[:, 1] * (float(bend.reshape(-1) @ entries) / left)
-        dearer = -float(bend.reshape(-1) @ entries) / stiffness if stiffness > 0.0 else 0.0
-        return entries.reshape(c, -1), float(gradient.reshape(-1) @ entries), dearer
+            entries = entries + solved[:, 1] * (float(bend @ entries) / left)
+        dearer = -float(bend @ entries) / stiffness if stiffness > 0.0 else 0.0
+        follow = (inner @ entries.reshape(c, -1, 1)).reshape(-1) + dearer * cross
+        return entries.reshape(c, -1), float(gradient.reshape(-1) @ entries), answer.to(follow)
 
-    def _scale(self) -> FloatArray:
-        """Return what products of entries are to be scaled by, as each entry off the diagonal is two."""
-        root = np.sqrt(0.5) * self.own
-        return np.asarray(root[:, None] * root)
-
-    def _pulled(self, curvature: Curvature, along: FloatArray) -> FloatArray:
-        """Return what a vector in the place of h is in the entries of the blocks, (c, e)."""
-        inner = curvature.full[:, : self.m, self.m : -1]
-        return np.asarray((along.reshape(self.c, 1, self.m) @ inner)[:, 0])
-
-    def _system(self, curvature: Curvature, slack: FloatArray, stiff: FloatArray) -> SingleArray:
-        """Return the part of the Newton system that couples clusters, in single precision."""
-        a, b, c, m = self.first, self.second, self.c, self.m
-        four = slack.astype(np.float32).reshape(c, m, c, m)
-        system = _products(four, a, b)
-        system *= (self.weight * self._scale()).astype(np.float32)[None, :, None, :]
-        system = system.reshape(c * a.size, c * a.size)
-        inner = curvature.full[:, :m, m:-1].astype(np.float32)
-        system -= self._left(inner, self._right(stiff.astype(np.float32), inner))
-        return system
-
-    def _log_det(self, blocks: FloatArray) -> float:
-        """``log det(H - blkdiag(blocks)) + log det blocks``; -inf if either is not definite."""
-        rest = self.matrix.copy()
-        every = np.arange(self.c)
-        rest.reshape(self.c, self.m, self.c, self.m)[every, :, every, :] -= blocks
-        try:
-            slack = cholesky(rest, lower=True, overwrite_a=True, check_finite=False)
-            own = np.linalg.cholesky(blocks)
-        except np.linalg.LinAlgError:
-            return -np.inf
-        total = np.log(np.diagonal(slack)).sum() + np.log(np.diagonal(own, axis1=1, axis2=2)).sum()
-        return 2.0 * float(total)
+    def _slack(self) -> FloatArray:
+        """Return the inverse of ``Q``."""
+        lower, failed = dpotri(self.split.factor, lower=1)
+        if failed:
+            raise LinAlgError("the rest is singular")
+        lower = np.tril(lower)
+        return np.asarray(lower + np.tril(lower, -1).T)
 
 
-def _products(four: AnyArray, a: IntArray, b: IntArray) -> AnyArray:
-    """Return ``X_ac X_bd + X_ad X_bc`` of all entries ``(a, b)`` and ``(c, d)`` of two blocks."""
-    left, right = four[:, a], four[:, b]
-    found = left[..., a] * right[..., b]
-    found += left[..., b] * right[..., a]
-    return found
+def _factored(system: SingleArray) -> SingleArray:
+    """Return the lower Cholesky factor of what is in the upper triangle, the diagonal lifted as needed.
+
+    Raises
+    ------
+    LinAlgError
+        If there is none.
+    """
+    diagonal = np.diagonal(system).copy()
+    for lift in LIFTS:
+        system[np.diag_indices(len(system))] = diagonal * (1.0 + lift)
+        # The upper triangle, row by row, is the lower one of LAPACK.
+        factor, failed = spotrf(system.T, lower=1, clean=0)
+        if not failed:
+            return np.asarray(factor)
+    raise LinAlgError("the Newton system of the blocks is not definite")
