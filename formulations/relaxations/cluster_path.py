@@ -15,6 +15,7 @@ Sources: Wei, Gomez & Kucukyavuz (2022) for the hull; Nesterov & Nemirovskii (19
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,8 @@ from formulations.relaxations.clusters import best_by_count, held_by_count, subs
 
 AnyArray = NDArray[Any]
 
-FIRST_SHARE = 0.8
-"""Share of the diagonal split that the blocks begin with, off the boundary of what is feasible."""
-FIRST_WEIGHT = 5.0
-"""Weight of ``log det`` at the start, times the order, relative to the open gap."""
-SHARE_WEIGHT = 1.0 / 15.0
-"""Weight of the barrier of the supports relative to that: there are many more of them."""
+SHARE_WEIGHT = 0.27
+"""Weight of the barrier of the supports times the root of their number, relative to that of ``log det``."""
 FALL, SLOW_FALL = 0.5, 0.7
 """What becomes of the weights after a step: near the path, and some way off."""
 FULL, SHORT = 0.9, 0.45
@@ -138,17 +135,17 @@ class ClusterPath:
     linear : (c m,) float64 array
         ``b``.
     n_keep : int
-    size : int
-        ``m``.
-    start : two (c m,) float64 arrays
-        A diagonal split, and a point near the solution of its relaxation.
-    gap : float
-        What is open.
+    blocks : (c, m, m) float64 array
+        A split, off the boundary of what is feasible.
+    point : (c m,) float64 array
+        A point near the solution of its relaxation.
+    weight : float
+        Of ``log det`` at the start.
 
     Raises
     ------
     LinAlgError
-        If the diagonal split is none.
+        If the blocks are no split.
     """
 
     def __init__(
@@ -156,29 +153,26 @@ class ClusterPath:
         matrix: FloatArray,
         linear: FloatArray,
         n_keep: int,
-        size: int,
-        start: tuple[FloatArray, FloatArray],
-        gap: float,
+        blocks: FloatArray,
+        point: FloatArray,
+        weight: float,
     ) -> None:
-        split, self.point = start
         self.matrix, self.linear, self.n_keep = matrix, linear, n_keep
-        self.m, self.c = size, linear.size // size
-        self.subsets = subsets_of(size)
-        self.counts = support_rows(size).sum(axis=1).astype(np.float64)
-        self.first, self.second = np.triu_indices(size)
+        self.c, self.m = blocks.shape[:2]
+        self.subsets = subsets_of(self.m)
+        self.counts = support_rows(self.m).sum(axis=1).astype(np.float64)
+        self.first, self.second = np.triu_indices(self.m)
         self.own = np.where(self.first == self.second, 1.0, 2.0)
-        blocks = FIRST_SHARE * split.reshape(self.c, size)[:, :, None] * np.eye(size)
         first = self._split(blocks)
         if first is None:
             raise LinAlgError("the split leaves a matrix that is not definite")
-        self.split = first
-        self.weight = FIRST_WEIGHT * gap / linear.size
+        self.split, self.point, self.weight = first, point, weight
         self.price = 0.0
 
     @property
     def share_weight(self) -> float:
         """Weight of the barrier of the supports."""
-        return SHARE_WEIGHT * self.weight
+        return SHARE_WEIGHT * self.weight / math.sqrt(self.counts.size)
 
     def bound(self) -> float:
         """Return the bound of point and blocks without the constant of the form, not rounded down."""
@@ -367,7 +361,7 @@ class ClusterPath:
         inner, cross = full[:, :m, m:-1], answer.cross.reshape(-1)
         answered = solve_triangular(answer.factor, answer.image.T, lower=True, check_finite=False)
         stiff = self.split.rest - answered.T @ answered
-        slack = self._slack()
+        slack = self.slack()
         own = np.linalg.inv(self.split.blocks)
         root = np.sqrt(0.5) * self.own
         scale = weight * root[:, None] * root
@@ -394,7 +388,7 @@ class ClusterPath:
         follow = (inner @ entries.reshape(c, -1, 1)).reshape(-1) + dearer * cross
         return entries.reshape(c, -1), float(gradient.reshape(-1) @ entries), answer.to(follow)
 
-    def _slack(self) -> FloatArray:
+    def slack(self) -> FloatArray:
         """Return the inverse of ``Q``."""
         lower, failed = dpotri(self.split.factor, lower=1)
         if failed:

@@ -32,20 +32,27 @@ from formulations.relaxations.clusters import (
     best_by_count,
     choose_clusters,
     held_by_count,
+    paired_clusters,
     support_rows,
 )
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate
 from formulations.solution import Stopped
 
 CLUSTER = 4
-"""Weights of a cluster."""
+"""Weights of a cluster at first."""
 LARGEST_CLUSTER = 8
-"""Most weights of a cluster whose supports a certificate may have enumerated."""
+"""Weights of a cluster at last; a certificate has all its supports enumerated."""
 WORTH_CLUSTERS = 0.02
 """Gap of the diagonal split, relative to the best set, from which clusters are tried."""
+MOST_ENTRIES = 1_500
+"""Most entries of all blocks, the order of a Newton system: 600 weights in clusters of 4, 333 of 8."""
+FIRST_SHARE, SECOND_SHARE = 0.8, 0.9
+"""Share of the split that a path begins from, off the boundary of what is feasible; the second one's too."""
+FIRST_WEIGHT, SECOND_WEIGHT = 5.0, 0.5
+"""Weight of the barrier at its start, times the order, relative to the open gap."""
 STEPS = 16
 """Steps on the blocks at most."""
-GAIN, PATIENCE = 0.01, 2
+GAIN, PATIENCE = 0.015, 2
 """Share of the open gap that a step has to close, and idle steps in a row that end the path."""
 
 
@@ -234,39 +241,22 @@ def relax_in_clusters(
     proved = plain.lower_bound(problem)
     if not math.isfinite(proved) or not math.isfinite(cutoff):
         return None
-    form = joint_form(problem)
-    root = np.sqrt(problem.hessian_diagonal())
-    split = plain.split / root**2
-    clusters = choose_clusters(form.matrix, split, CLUSTER)
-    point = plain.point * root / math.sqrt(form.scale)
-    path = ClusterPath(
-        clusters.matrix(form.matrix),
-        clusters.gathered(form.linear),
-        problem.n_keep,
-        CLUSTER,
-        (clusters.gathered(split, 0.5), clusters.gathered(point)),
-        max(cutoff - proved, 1e-12 * abs(cutoff)) / form.scale,
-    )
-    enough, best = cutoff / form.scale - form.constant, proved / form.scale - form.constant
-    found, idle = None, 0
-    for _ in range(STEPS):
-        if stopped():
-            break
-        path.relax()
-        value = path.bound()
-        if value > best:
-            idle = idle + 1 if value < best + GAIN * (enough - best) else 0
-            best, found = value, (path.point, path.split.blocks, path.kept_shares())
-        if best >= enough or idle >= PATIENCE or stopped() or not path.improve():
-            break
-    if found is None:
+    climb = _Climb(problem, plain, proved, cutoff)
+    try:
+        climb.first(stopped)
+        if climb.open and not stopped():
+            climb.second(stopped)
+    except LinAlgError:
+        # Where single precision or the barrier ends; what has been found holds.
+        pass
+    if climb.found is None:
         return None
-    point, blocks, shares = found
+    clusters, point, blocks, shares = climb.found
     certificate = ClusterSplitCertificate(
         subject=plain.subject,
-        point=clusters.scattered(point) * math.sqrt(form.scale) / root,
+        point=clusters.scattered(point) * math.sqrt(climb.form.scale) / climb.root,
         order=clusters.order,
-        blocks=_provable(problem, clusters, blocks, root),
+        blocks=_provable(problem, clusters, blocks, climb.root),
         rho=plain.rho,
         effective_rank=plain.effective_rank,
     )
@@ -275,6 +265,80 @@ def relax_in_clusters(
     keep = np.zeros(problem.n, dtype=np.bool_)
     keep[np.argsort(-clusters.scattered(shares), kind="stable")[: problem.n_keep]] = True
     return certificate, keep
+
+
+class _Climb:
+    """The paths of smaller and then of larger clusters, and the best that was found on them.
+
+    Attributes
+    ----------
+    found : tuple or None
+        Clusters, point, blocks and shares kept, in units of the joint form and by place.
+    """
+
+    def __init__(
+        self, problem: BlockProblem, plain: PerspectiveCertificate, proved: float, cutoff: float
+    ) -> None:
+        self.form = joint_form(problem)
+        self.root = np.sqrt(problem.hessian_diagonal())
+        self.n_keep = problem.n_keep
+        self.split = plain.split / self.root**2
+        self.point = plain.point * self.root / math.sqrt(self.form.scale)
+        self.enough, self.best = (x / self.form.scale - self.form.constant for x in (cutoff, proved))
+        self.found: tuple[Clusters, FloatArray, FloatArray, FloatArray] | None = None
+        self.clusters: Clusters | None = None
+        self.path: ClusterPath | None = None
+
+    @property
+    def open(self) -> float:
+        """What is open between the best bound and a good enough one."""
+        return max(self.enough - self.best, 0.0)
+
+    def first(self, stopped: Stopped) -> None:
+        """Follow the path of clusters of `CLUSTER` weights from the diagonal split."""
+        clusters = choose_clusters(self.form.matrix, self.split, CLUSTER, multiple=LARGEST_CLUSTER // CLUSTER)
+        diagonal = clusters.gathered(self.split, 0.5).reshape(clusters.order.shape)
+        blocks = FIRST_SHARE * diagonal[:, :, None] * np.eye(CLUSTER)
+        self._follow(clusters, blocks, clusters.gathered(self.point), FIRST_WEIGHT, stopped)
+
+    def second(self, stopped: Stopped) -> None:
+        """Follow that of pairs of clusters from where the first one ended, where they are few enough."""
+        assert self.path is not None
+        assert self.clusters is not None
+        path, size = self.path, CLUSTER
+        if path.c * size * (2 * size + 1) // 2 > MOST_ENTRIES:
+            return
+        pairs = paired_clusters(path.matrix, path.slack(), size)
+        clusters = Clusters(
+            np.concatenate([self.clusters.order[part] for part in pairs], axis=1), self.clusters.n
+        )
+        blocks = np.zeros((path.c // 2, 2 * size, 2 * size))
+        for part, place in zip(pairs, (slice(0, size), slice(size, None)), strict=True):
+            blocks[:, place, place] = SECOND_SHARE * path.split.blocks[part]
+        point = np.concatenate([path.point.reshape(path.c, size)[part] for part in pairs], axis=1).reshape(-1)
+        self._follow(clusters, blocks, point, SECOND_WEIGHT, stopped)
+
+    def _follow(
+        self, clusters: Clusters, blocks: FloatArray, point: FloatArray, weight: float, stopped: Stopped
+    ) -> None:
+        """Step along a path from blocks, for as long as it pays."""
+        form = self.form
+        weight *= max(self.open, 1e-12 * abs(self.enough)) / point.size
+        matrix, linear = clusters.matrix(form.matrix), clusters.gathered(form.linear)
+        path = ClusterPath(matrix, linear, self.n_keep, blocks, point, weight)
+        self.clusters, self.path = clusters, path
+        idle = 0
+        for _ in range(STEPS):
+            if stopped():
+                break
+            path.relax()
+            value = path.bound()
+            if value > self.best:
+                idle = idle + 1 if value < self.best + GAIN * self.open else 0
+                self.best = value
+                self.found = clusters, path.point, path.split.blocks, path.kept_shares()
+            if not self.open or idle >= PATIENCE or stopped() or not path.improve():
+                break
 
 
 def _provable(problem: BlockProblem, clusters: Clusters, blocks: FloatArray, root: FloatArray) -> FloatArray:

@@ -70,7 +70,7 @@ class Clusters:
         return found[: self.n, : self.n]
 
 
-def choose_clusters(matrix: FloatArray, split: FloatArray, size: int) -> Clusters:
+def choose_clusters(matrix: FloatArray, split: FloatArray, size: int, *, multiple: int = 1) -> Clusters:
     """Return clusters of `size` weights, a power of 2, by matching pairs, then pairs of pairs.
 
     Parameters
@@ -80,21 +80,35 @@ def choose_clusters(matrix: FloatArray, split: FloatArray, size: int) -> Cluster
     split : (n,) float64 array
         A diagonal split of it.
     size : int
+    multiple : int
+        What the number of clusters shall be a multiple of.
     """
     n = split.size
     slack = matrix.copy()
     slack[np.diag_indices(n)] -= OFF_THE_BOUNDARY * split
-    many = -(-n // size) * size
+    many = -(-n // (size * multiple)) * size * multiple
     shared = np.zeros((many, many))
     shared[:n, :n] = np.abs(matrix * np.linalg.inv(slack))
     groups = np.arange(many)[:, None]
     while groups.shape[1] < size:
         left, right = matched_pairs(shared)
         groups = np.concatenate((groups[left], groups[right]), axis=1)
-        shared = shared[:, left] + shared[:, right]
-        shared = shared[left] + shared[right]
+        shared = _joined(shared, left, right)
     order = np.where(groups < n, groups, -1).astype(np.int64)
     return Clusters(order, n)
+
+
+def paired_clusters(matrix: FloatArray, slack: FloatArray, size: int) -> tuple[IntArray, IntArray]:
+    """Match clusters in pairs; `slack` is the inverse of what their blocks leave of `matrix`, by place."""
+    every = np.arange(len(matrix) // size)
+    shared = np.abs(matrix * slack).reshape(every.size, size, every.size, size).sum(axis=(1, 3))
+    return matched_pairs(shared)
+
+
+def _joined(shared: FloatArray, left: IntArray, right: IntArray) -> FloatArray:
+    """Return what pairs share with each other."""
+    shared = shared[:, left] + shared[:, right]
+    return shared[left] + shared[right]
 
 
 def matched_pairs(gains: FloatArray) -> tuple[IntArray, IntArray]:
