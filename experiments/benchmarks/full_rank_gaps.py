@@ -5,11 +5,11 @@
 A row is the joint program of the weights of one output channel, ``H`` the second moments of what the layer is
 fed, 1 % of the mean diagonal added. The first table bounds up to 64 rows of a layer at once by
 `formulations.relaxations.lower_bounds`, against the sets of `swap_search`: the row of median norm, by the
-damping as its split, by the best diagonal split and by one in clusters, alone and among the others. The second has rows that are small
-enough to be proved optimal, of the first inputs of a layer: how far apart bound and set are, and how far the
-set is from the optimum. Processor seconds are of one thread. Each cell is appended to ``OUT/results.jsonl``
-as it is done: the same command goes on where it was stopped. Prints two Markdown tables and draws
-``OUT/full_rank.svg``.
+damping as its split, by the best diagonal split and by one in clusters, alone and among the others. The
+second has rows that are small enough to be proved optimal, of the first inputs of a layer: how far apart
+bound and set are, and how far the set is from the optimum. Processor seconds are of one thread. Each cell is
+appended to ``OUT/results.jsonl`` as it is done: the same command goes on where it was stopped. Prints two
+Markdown tables and draws ``OUT/full_rank.svg``.
 
 Exit codes: 0 all bounds verified, 1 an error or a bound that does not verify, 2 a usage error.
 """

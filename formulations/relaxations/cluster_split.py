@@ -33,6 +33,7 @@ from formulations.relaxations.clusters import (
     choose_clusters,
     held_by_count,
     paired_clusters,
+    subsets_of,
     support_rows,
 )
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate
@@ -152,10 +153,11 @@ class ClusterSplitCertificate(RelaxationCertificate):
         blur = clusters.gathered(error).reshape(self.order.shape)
         values = np.zeros((len(self.order), 2**m))
         ceilings = np.zeros_like(values)
-        for place, inside in enumerate(support_rows(m)):
-            if place > 0:
-                hulls = set_hulls(self.blocks, residual, blur, list(np.flatnonzero(inside)))
-                values[:, place], ceilings[:, place] = hulls
+        place = 1
+        for sets in subsets_of(m)[1:]:
+            these = slice(place, place + len(sets))
+            values[:, these], ceilings[:, these] = set_hulls(self.blocks, residual, blur, sets)
+            place += len(sets)
         if not bool(np.isfinite(ceilings).all()):
             return None
         both = w + u

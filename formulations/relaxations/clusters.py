@@ -145,8 +145,12 @@ def subsets_of(size: int) -> list[IntArray]:
 
 def support_rows(size: int) -> BoolArray:
     """Return what is in each subset, in the order of `subsets_of`, (subsets, size)."""
-    rows = [np.isin(np.arange(size), chosen) for sets in subsets_of(size) for chosen in sets]
-    return np.array(rows, dtype=np.bool_)
+    found = np.zeros((2**size, size), dtype=np.bool_)
+    place = 0
+    for sets in subsets_of(size):
+        found[np.arange(place, place + len(sets))[:, None], sets] = True
+        place += len(sets)
+    return found
 
 
 def best_by_count(values: FloatArray, counts: FloatArray) -> FloatArray:
