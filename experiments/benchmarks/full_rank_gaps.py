@@ -98,18 +98,18 @@ def bounded(rows: Rows, share: float) -> dict[str, Any]:
     first, known = problems[0], sets[0]
     plain = lower_bound(first, "joint", incumbent=known, diagonal_split=False)
     diagonal = lower_bound(first, "joint", incumbent=known, relaxation="perspective")
-    alone, seconds = timed(partial(lower_bounds, [first], incumbents=[known]))
+    alone, seconds = timed(partial(lower_bound, first, "joint", incumbent=known))
     together, of_all = timed(partial(lower_bounds, problems, incumbents=sets))
     checked = [
         cbs_opt.verify(problem, found).ok
-        for problem, found in zip([first, *problems], [*alone, *together], strict=True)
+        for problem, found in zip([first, *problems], [alone, *together], strict=True)
     ]
     return {
         "n": first.n,
         "rows": len(problems),
         "gap_damping": plain.gap,
         "gap_diagonal": diagonal.gap,
-        "gap_alone": alone[0].gap,
+        "gap_alone": alone.gap,
         "gap_together": together[0].gap,
         "gap_mean": float(np.mean([found.gap for found in together])),
         "seconds_alone": seconds,

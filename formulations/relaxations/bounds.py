@@ -22,7 +22,12 @@ from formulations.relaxations.block_split import (
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
 from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.channel_relaxation import relax_by_channels
-from formulations.relaxations.cluster_split import relax_in_clusters, takes_clusters, worth_clusters
+from formulations.relaxations.cluster_split import (
+    LARGEST_CLUSTER,
+    relax_in_clusters,
+    takes_clusters,
+    worth_clusters,
+)
 from formulations.relaxations.first_order import StopRule
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.linear import LINEAR_RELAXATIONS, relax_linear
@@ -85,7 +90,7 @@ def lower_bound(
         blocks, the linear programs "mccormick" and "rlt". Where n of every m weights are kept, also
         "block_perspective" (joint), whose split has a block for every cell and begins at the diagonal one.
         Where a count of at most 600 weights is kept and ``H`` has full rank, also "cluster_perspective"
-        (joint), whose split has a block for every four correlated weights.
+        (joint), whose split has a block for every four correlated weights, or eight up to 333 weights.
         Default: the first that fits, or the tighter of two: of the blocks on cells up to 600 weights, of the
         clusters where the diagonal split leaves more than 2 % open.
 
@@ -203,11 +208,13 @@ def in_clusters(
     stop: StopRule,
     plain: RelaxationCertificate,
     *,
+    size: int = LARGEST_CLUSTER,
     always: bool = False,
 ) -> RelaxationCertificate:
     """Return the certificate of a split in clusters where that is tighter than `plain`, and worth its time.
 
-    The set that it suggests is offered to the pool. `always` says not to ask whether it is worth that.
+    The set that it suggests is offered to the pool. `size` is the most weights of a cluster; `always` says
+    not to ask whether it is worth its time.
     """
     if (
         pool.program != "joint"
@@ -220,7 +227,7 @@ def in_clusters(
     if not always and not worth_clusters(plain.lower_bound(problem), pool.objective):
         return plain
     enough = pool.objective - stop.limits.rel_gap * max(abs(pool.objective), 1e-12)
-    found = relax_in_clusters(problem, plain, enough, stop.out_of_time)
+    found = relax_in_clusters(problem, plain, enough, stop.out_of_time, size)
     if found is None:
         return plain
     pool.offer(found[1])
