@@ -44,7 +44,7 @@ LIFTS = (1e-6, 1e-4, 1e-2)
 """What the diagonal of a Newton system is lifted by, relatively, where single precision finds no factor."""
 POINT_STEPS = 3
 """Newton steps on the point before each on the blocks at most."""
-CENTRED = 0.02
+CENTRED = 1.0
 """Newton decrement, relative to weight and clusters, below which the point is left as it is."""
 
 

@@ -71,9 +71,9 @@ def lower_bounds(
 
     Notes
     -----
-    O(n^3) once, O(n^3) a row and change of its split, in single precision, and O(n^2) a row and step. Clusters
-    take some five times as long as all that. A support that is no count, and a count of none or all, is
-    bounded by itself.
+    O(n^3) once, O(n^3) a row and change of its split, in single precision, and O(n^2) a row and step;
+    clusters take some five times as long as all that. A support that is no count, and a count of none or
+    all, is bounded by itself.
     """
     limits, started = limits or Limits(), time.perf_counter()
     _check(problems, incumbents)
