@@ -71,8 +71,8 @@ class ClusterSplitCertificate(RelaxationCertificate):
         ``B_g``, symmetric and positive definite, in units of ``H``; ``H - blkdiag(B_g)`` is semidefinite.
     kind : str
         "cluster_perspective".
-    rho, effective_rank, fixing
-        As in `RelaxationCertificate`; it has no basis.
+    rho, effective_rank, fixing, basis
+        As in `RelaxationCertificate`.
     """
 
     chosen_are_kept: ClassVar[bool] = True
@@ -107,8 +107,9 @@ class ClusterSplitCertificate(RelaxationCertificate):
 
         At the price of the bound: a support of a cluster with the weight instead of the best one, or without.
         """
-        found = self._evaluated(problem, 2.0)
-        if found is None or not 0 < problem.n_keep < problem.n:
+        given = self._proved_basis(problem)
+        found = None if given is None else self._evaluated(problem, given, 2.0)
+        if found is None or given is None or not cutoff <= given.cutoff:
             return None
         base, above = found
         held, price = _held(above, problem.n_keep)
@@ -118,24 +119,30 @@ class ClusterSplitCertificate(RelaxationCertificate):
         rises = []
         for members in (inside, ~inside):
             forced = np.where(members.T[None], net[:, None, :], -np.inf).max(axis=2)
-            slack = error_factor(16) * (abs(base) + held + np.abs(best) + np.abs(forced) + price * problem.n)
+            size = np.abs(best) + np.where(np.isfinite(forced), np.abs(forced), 0.0)
+            slack = error_factor(16) * (abs(base) + abs(held) + size + price * problem.n)
             rises.append((base - held) + (best - forced) - slack)
         clusters = Clusters(self.order, problem.n)
         keeping, pruning = (clusters.scattered(rise.reshape(-1)) for rise in rises)
         return Fixing(keep=pruning > cutoff, prune=keeping > cutoff, cutoff=cutoff)
 
     def _proved(self, problem: BlockProblem, caution: float) -> float:
-        found = self._evaluated(problem, caution)
-        return -math.inf if found is None else found[0] - _held(found[1], problem.n_keep)[0]
+        given = self._proved_basis(problem)
+        found = None if given is None else self._evaluated(problem, given, caution)
+        if found is None or given is None:
+            return -math.inf
+        return min(found[0] - _held(found[1], problem.n_keep)[0], given.cutoff)
 
-    def _evaluated(self, problem: BlockProblem, caution: float) -> tuple[float, FloatArray] | None:
+    def _evaluated(
+        self, problem: BlockProblem, given: Fixing, caution: float
+    ) -> tuple[float, FloatArray] | None:
         """Return ``const - 1/2 u.Q u`` and what each support of a cluster may hold, (clusters, supports).
 
-        The first rounded down and the second up, `caution` times. None if anything does not fit the block or
-        is not proved.
+        The first rounded down and the second up, `caution` times; -inf for supports that `given` rules out.
+        None if anything does not fit the block or is not proved.
         """
         clusters = Clusters(self.order, problem.n)
-        if problem.support is not None or self.basis is not None or not self._fits(problem, clusters):
+        if problem.support is not None or not self._fits(problem, clusters):
             return None
         norms = column_norms(problem)
         if not _is_valid(problem, clusters.spread(self.blocks), norms):
@@ -165,7 +172,17 @@ class ClusterSplitCertificate(RelaxationCertificate):
         magnitude = np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + np.abs(u) @ own_size
         lost = 0.5 * float(np.abs(both) @ moved) + UNDERFLOW
         lost += error_factor(problem.n + m + 16) * float(magnitude)
-        return base - caution * lost, 0.5 * (values + caution * (ceilings - values))
+        above = 0.5 * (values + caution * (ceilings - values))
+        return base - caution * lost, np.where(self._allowed(clusters, given), above, -np.inf)
+
+    def _allowed(self, clusters: Clusters, given: Fixing) -> BoolArray:
+        """Return which supports of a cluster obey fixings, (clusters, supports)."""
+        inside = support_rows(self.order.shape[1])[None]
+        keep, prune = (
+            (clusters.gathered(fixed.astype(np.float64)) > 0.0).reshape(self.order.shape)[:, None, :]
+            for fixed in (given.keep, given.prune)
+        )
+        return np.asarray((inside | ~keep).all(axis=2) & ~(inside & prune).any(axis=2))
 
     def _times(self, blocks: FloatArray, clusters: Clusters, x: FloatArray) -> FloatArray:
         """Return ``blkdiag(blocks) x``."""
@@ -194,7 +211,13 @@ def _is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray) -> bo
 def _held(above: FloatArray, n_keep: int) -> tuple[float, float]:
     """Return what all clusters together hold at most at the best price, rounded up, and that price."""
     counts = support_rows(above.shape[1].bit_length() - 1).sum(axis=1)
-    _, price = held_by_count(best_by_count(above, counts), n_keep)
+    by_count = best_by_count(above, counts)
+    # Where fixings leave no support so small, the first members come at no price.
+    first = np.isfinite(by_count).argmax(axis=1)
+    finite = by_count[np.isfinite(by_count)]
+    missing = first[:, None] - np.arange(by_count.shape[1])
+    free = by_count[np.arange(first.size), first][:, None] - missing * (1.0 + float(np.ptp(finite)))
+    _, price = held_by_count(np.where(missing > 0, free, by_count), n_keep)
     best = (above - price * counts).max(axis=1)
     total = float(best.sum()) + price * n_keep
     size = float(np.abs(best).sum()) + price * (n_keep + int(counts[-1]) * len(above))

@@ -97,6 +97,7 @@ def test_what_is_no_split_proves_nothing():
     skewed[0, 0, 1] *= 1.5
     twice = order.copy()
     twice[order == 3] = 5
+    nothing = np.zeros(12, dtype=bool)
     changes = [
         {"blocks": 1.3 * blocks},
         {"blocks": skewed},
@@ -107,7 +108,7 @@ def test_what_is_no_split_proves_nothing():
         {"order": np.where(order == 3, -1, order)},
         {"order": order[:1]},
         {"point": found.point[:4]},
-        {"basis": plain},
+        {"basis": dataclasses.replace(plain, fixing=Fixing(keep=nothing, prune=~nothing, cutoff=1e300))},
     ]
     for change in changes:
         assert dataclasses.replace(found, **change).lower_bound(problem) == -np.inf
@@ -133,6 +134,16 @@ def test_fixings_hold_for_the_optimum_and_forged_ones_are_found_out():
         forged = Fixing(keep=~best.keep, prune=best.keep, cutoff=fixing.cutoff)
         assert not dataclasses.replace(found, fixing=forged).proves_fixing(problem)
         fixed += fixing.count
+        rests = dataclasses.replace(found, basis=dataclasses.replace(found, fixing=fixing))
+        assert (
+            found.lower_bound(problem) - 1e-12 <= rests.lower_bound(problem) <= best.objective * (1.0 + 1e-9)
+        )
+        again = rests.fixed_below(problem, fixing.cutoff)
+        assert (again.keep >= fixing.keep).all()
+        assert (again.prune >= fixing.prune).all()
+        assert best.keep[again.keep].all()
+        assert not best.keep[again.prune].any()
+        assert rests.fixed_below(problem, 2.0 * fixing.cutoff) is None
         whole = lower_bound(problem, "joint", incumbent=best, fix=True)
         assert whole.bound <= best.objective
         assert verify(problem, whole).ok
