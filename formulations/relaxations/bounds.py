@@ -216,13 +216,9 @@ def in_clusters(
     The set that it suggests is offered to the pool. `size` is the most weights of a cluster; `always` says
     not to ask whether it is worth its time.
     """
-    if (
-        pool.program != "joint"
-        or not takes_clusters(problem)
-        or not isinstance(plain, PerspectiveCertificate)
-    ):
+    if pool.program != "joint" or not takes_clusters(problem) or stop.out_of_time():
         return plain
-    if plain.basis is not None or stop.out_of_time():
+    if not isinstance(plain, PerspectiveCertificate) or plain.basis is not None:
         return plain
     if not always and not worth_clusters(plain.lower_bound(problem), pool.objective):
         return plain

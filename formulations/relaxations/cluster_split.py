@@ -112,7 +112,7 @@ class ClusterSplitCertificate(RelaxationCertificate):
         if found is None or given is None or not cutoff <= given.cutoff:
             return None
         base, above = found
-        held, price = _held(above, problem.n_keep)
+        held, price = _held(above, problem.n_keep, 2.0)
         inside = support_rows(self.order.shape[1])
         net = above - price * inside.sum(axis=1)
         best = net.max(axis=1, keepdims=True)
@@ -131,7 +131,7 @@ class ClusterSplitCertificate(RelaxationCertificate):
         found = None if given is None else self._evaluated(problem, given, caution)
         if found is None or given is None:
             return -math.inf
-        return min(found[0] - _held(found[1], problem.n_keep)[0], given.cutoff)
+        return min(found[0] - _held(found[1], problem.n_keep, caution)[0], given.cutoff)
 
     def _evaluated(
         self, problem: BlockProblem, given: Fixing, caution: float
@@ -208,8 +208,11 @@ def _is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray) -> bo
     return True
 
 
-def _held(above: FloatArray, n_keep: int) -> tuple[float, float]:
-    """Return what all clusters together hold at most at the best price, rounded up, and that price."""
+def _held(above: FloatArray, n_keep: int, caution: float) -> tuple[float, float]:
+    """Return what all clusters together hold at most at the best price, rounded up, and that price.
+
+    Any price from 0 proves something; the rounding of the sums is added `caution` times.
+    """
     counts = support_rows(above.shape[1].bit_length() - 1).sum(axis=1)
     by_count = best_by_count(above, counts)
     # Where fixings leave no support so small, the first members come at no price.
@@ -221,7 +224,7 @@ def _held(above: FloatArray, n_keep: int) -> tuple[float, float]:
     best = (above - price * counts).max(axis=1)
     total = float(best.sum()) + price * n_keep
     size = float(np.abs(best).sum()) + price * (n_keep + int(counts[-1]) * len(above))
-    return total + error_factor(len(above) + 16) * size, price
+    return total + caution * error_factor(len(above) + 16) * size, price
 
 
 def takes_clusters(problem: BlockProblem) -> bool:
