@@ -36,7 +36,7 @@ FALL, SLOW_FALL = 0.5, 0.7
 """What becomes of the weights after a step: near the path, and some way off."""
 FULL, SHORT = 0.9, 0.45
 """Lengths of a step that count as near the path, and as some way off."""
-SHORTER, SHORTEST = 0.7, 1e-3
+SHORTER, SHORTEST = 0.5, 1e-3
 """Backtracking of a step, and the length at which it is given up."""
 MOST_BENT = 40
 """Supports of a cluster whose part in the curvature of the blocks is counted."""

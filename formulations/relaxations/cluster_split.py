@@ -51,9 +51,9 @@ FIRST_SHARE, SECOND_SHARE = 0.8, 0.9
 """Share of the split that a path begins from, off the boundary of what is feasible; the second one's too."""
 FIRST_WEIGHT, SECOND_WEIGHT = 5.0, 0.5
 """Weight of the barrier at its start, times the order, relative to the open gap."""
-STEPS = 16
+STEPS = 20
 """Steps on the blocks at most."""
-GAIN, PATIENCE = 0.015, 2
+GAIN, PATIENCE = 0.01, 2
 """Share of the open gap that a step has to close, and idle steps in a row that end the path."""
 
 
