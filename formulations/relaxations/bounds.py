@@ -92,7 +92,7 @@ def lower_bound(
         Where a count of at most 600 weights is kept and ``H`` has full rank, also "cluster_perspective"
         (joint), whose split has a block for every four correlated weights, or eight up to 333 weights.
         Default: the first that fits, or the tighter of two: of the blocks on cells up to 600 weights, of the
-        clusters where the diagonal split leaves more than 2 % open.
+        clusters where ``H`` is given or has channels and the diagonal split leaves more than 2 % open.
 
     Returns
     -------
@@ -220,7 +220,9 @@ def in_clusters(
         return plain
     if not isinstance(plain, PerspectiveCertificate) or plain.basis is not None:
         return plain
-    if not always and not worth_clusters(plain.lower_bound(problem), pool.objective):
+    # Beside rows alone the damping is most of what can be split off, and exact methods close such blocks.
+    by_rows = problem.rows is not None and problem.channels is None
+    if not always and (by_rows or not worth_clusters(plain.lower_bound(problem), pool.objective)):
         return plain
     enough = pool.objective - stop.limits.rel_gap * max(abs(pool.objective), 1e-12)
     found = relax_in_clusters(problem, plain, enough, stop.out_of_time, size)

@@ -59,8 +59,8 @@ def test_the_program_of_a_certificate_is_that_of_its_kind_whatever_it_says(progr
 @pytest.mark.parametrize(
     ("program", "relaxation", "kind"),
     [
-        ("joint", None, "cluster_perspective"),
-        ("joint", "perspective", "perspective"),
+        ("joint", None, "perspective"),
+        ("joint", "cluster_perspective", "cluster_perspective"),
         ("selection", None, "capped_simplex"),
         ("selection", "rlt", "rlt"),
         ("selection", "mccormick", "mccormick"),
