@@ -16,6 +16,7 @@ ENUMERATION = "formulations.enumeration"
 SPLIT = "formulations.relaxations.diagonal_split"
 NORM = "formulations.relaxations.support_norm"
 JOINT_BOUND = "formulations.relaxations.perspective_kernels"
+CLUSTERS = "formulations.relaxations.cluster_kernels"
 SELECTION_BOUND = "formulations.relaxations.capped_simplex_kernels"
 JOINT_NODES = "formulations.branch_and_bound.joint"
 SELECTION_NODES = "formulations.branch_and_bound.selection"
@@ -37,6 +38,8 @@ BOUND = {
         f"{JOINT_BOUND}:advance_perspective",
         f"{JOINT_BOUND}:invert_perspective",
         f"{JOINT_BOUND}:split_slopes",
+        f"{CLUSTERS}:mix_clusters",
+        f"{CLUSTERS}:join_barrier",
     ),
     "selection": (
         f"{REDUCTION}:reduce_selection",

@@ -151,27 +151,37 @@ def _largest_hulls(
     Infinite if a block is not proved definite.
     """
     cells, m, _ = blocks.shape
-    values, ceilings = np.full(cells, -np.inf), np.full(cells, -np.inf)
+    sets = np.array(list(combinations(range(m), support.n)))
+    values, ceilings = set_hulls(blocks, h.reshape(cells, m), error.reshape(cells, m), sets)
+    return float(values.max(axis=1).sum()), float(ceilings.max(axis=1).sum())
+
+
+def set_hulls(
+    blocks: FloatArray, h: FloatArray, error: FloatArray, sets: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return ``h_S.[B_SS]^-1 h_S`` of supports of one size in each cell, and what its exact value is at most.
+
+    `h` and `error` are (cells, m), `sets` are (supports, size); both results are (cells, supports). Infinite
+    if a block is not proved definite.
+    """
+    m = blocks.shape[1]
     small = error_factor(16 * m + 32)
-    for chosen in combinations(range(m), support.n):
-        index = list(chosen)
-        part = blocks[:, index][:, :, index]
-        right, blur = h.reshape(cells, m)[:, index], error.reshape(cells, m)[:, index]
-        eigenvalues = np.linalg.eigvalsh(part)
-        least = eigenvalues[:, 0] - small * m * np.abs(eigenvalues).max(axis=1)
-        if not bool((least > 0.0).all()):
-            return math.inf, math.inf
-        solved = np.linalg.solve(part, right[:, :, None])[:, :, 0]
-        image = np.einsum("gab,gb->ga", part, solved)
-        size = np.einsum("gab,gb->ga", np.abs(part), np.abs(solved))
-        rest = np.linalg.norm(right - image, axis=1)
-        rest = rest + small * np.linalg.norm(np.abs(right) + size, axis=1)
-        value = np.einsum("ga,ga->g", solved, 2.0 * right - image)
-        ceiling = value + small * np.einsum("ga,ga->g", np.abs(solved), 2.0 * np.abs(right) + size)
-        ceiling = np.maximum(ceiling, 0.0) + rest**2 / least
-        ceiling = (np.sqrt(ceiling) + np.linalg.norm(blur, axis=1) / np.sqrt(least)) ** 2
-        values, ceilings = np.maximum(values, value), np.maximum(ceilings, ceiling * (1.0 + small))
-    return float(values.sum()), float(ceilings.sum())
+    part = blocks[:, sets[:, :, None], sets[:, None, :]]
+    right, blur = h[:, sets], error[:, sets]
+    eigenvalues = np.linalg.eigvalsh(part)
+    least = eigenvalues[..., 0] - small * m * np.abs(eigenvalues).max(axis=-1)
+    if not bool((least > 0.0).all()):
+        return np.full(least.shape, np.inf), np.full(least.shape, np.inf)
+    solved = np.linalg.solve(part, right[..., None])[..., 0]
+    image = np.einsum("gsab,gsb->gsa", part, solved)
+    size = np.einsum("gsab,gsb->gsa", np.abs(part), np.abs(solved))
+    rest = np.linalg.norm(right - image, axis=-1)
+    rest = rest + small * np.linalg.norm(np.abs(right) + size, axis=-1)
+    value = np.einsum("gsa,gsa->gs", solved, 2.0 * right - image)
+    ceiling = value + small * np.einsum("gsa,gsa->gs", np.abs(solved), 2.0 * np.abs(right) + size)
+    ceiling = np.maximum(ceiling, 0.0) + rest**2 / least
+    ceiling = (np.sqrt(ceiling) + np.linalg.norm(blur, axis=-1) / np.sqrt(least)) ** 2
+    return value, ceiling * (1.0 + small)
 
 
 def takes_blocks(problem: BlockProblem) -> bool:

@@ -22,6 +22,12 @@ from formulations.relaxations.block_split import (
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, round_selection
 from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.channel_relaxation import relax_by_channels
+from formulations.relaxations.cluster_split import (
+    LARGEST_CLUSTER,
+    relax_in_clusters,
+    takes_clusters,
+    worth_clusters,
+)
 from formulations.relaxations.first_order import StopRule
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.linear import LINEAR_RELAXATIONS, relax_linear
@@ -39,6 +45,7 @@ step, from the point that the rows alone have led to."""
 RowCertificate = PerspectiveCertificate | CappedSimplexCertificate
 OWN_RELAXATION = {"joint": "perspective", "selection": "capped_simplex"}
 IN_BLOCKS = "block_perspective"
+IN_CLUSTERS = "cluster_perspective"
 
 
 def lower_bound(
@@ -82,7 +89,10 @@ def lower_bound(
         "perspective" (joint), "capped_simplex" (selection) or, for comparison on small selection
         blocks, the linear programs "mccormick" and "rlt". Where n of every m weights are kept, also
         "block_perspective" (joint), whose split has a block for every cell and begins at the diagonal one.
-        Default: the first that fits, or on such blocks of at most 600 weights the tighter of the two.
+        Where a count of at most 600 weights is kept and ``H`` has full rank, also "cluster_perspective"
+        (joint), whose split has a block for every four correlated weights, or eight up to 333 weights.
+        Default: the first that fits, or the tighter of two: of the blocks on cells up to 600 weights, of the
+        clusters where ``H`` is given or has channels and the diagonal split leaves more than 2 % open.
 
     Returns
     -------
@@ -111,8 +121,20 @@ def lower_bound(
     elif relaxation in LINEAR_RELAXATIONS:
         certificate = relax_linear(problem, relaxation, limits, pool)
     else:
-        certificate = _relaxed(problem, pool, stop, incumbent, diagonal_split, fix)
-        if relaxation == IN_BLOCKS or (relaxation is None and diagonal_split is not False):
+        certificate = _relaxed(problem, pool, stop, incumbent, diagonal_split)
+        tightest = relaxation is None and diagonal_split is not False
+        if tightest or relaxation == IN_CLUSTERS:
+            certificate = in_clusters(problem, pool, stop, certificate, always=not tightest)
+        if fix:
+            certificate = tightened(
+                problem,
+                pool,
+                certificate,
+                rel_gap=limits.rel_gap,
+                improve_split=diagonal_split is not False,
+                stopped=stop.out_of_time,
+            )
+        if tightest or relaxation == IN_BLOCKS:
             certificate = _in_blocks(problem, pool, stop, certificate)
     bound = certificate.lower_bound(problem)
     return pool.solution(
@@ -143,7 +165,7 @@ def root_bounds(
 
 def _check_relaxation(problem: BlockProblem, program: str, relaxation: str | None, fix: bool) -> None:
     own = OWN_RELAXATION[check_program(program)]
-    known = (own, *LINEAR_RELAXATIONS) if program == "selection" else (own, IN_BLOCKS)
+    known = (own, *LINEAR_RELAXATIONS) if program == "selection" else (own, IN_BLOCKS, IN_CLUSTERS)
     if relaxation is not None and relaxation not in known:
         found = f"{relaxation!r} for the {program} program"
         if relaxation in LINEAR_RELAXATIONS:
@@ -160,6 +182,13 @@ def _check_relaxation(problem: BlockProblem, program: str, relaxation: str | Non
         limits = f"at most {MOST_SUPPORTS} supports a cell and {MOST_ENTRIES} entries of all blocks"
         remedy = f"use {own!r}: this one takes n of every m, {limits}"
         raise UnsupportedProblemError("relaxation", found, remedy)
+    if relaxation == IN_CLUSTERS and not takes_clusters(problem):
+        asked = "a count" if problem.support is None else f"{problem.support}"
+        found = f"{relaxation!r} for {asked} of {problem.n} weights"
+        remedy = (
+            f"use {own!r}: this one takes a count of 2 to {SPLIT_LARGEST} weights, and as many rows or more"
+        )
+        raise UnsupportedProblemError("relaxation", found, remedy)
 
 
 def _in_blocks(
@@ -173,13 +202,42 @@ def _in_blocks(
     return plain if better is None else better
 
 
+def in_clusters(
+    problem: BlockProblem,
+    pool: IncumbentPool,
+    stop: StopRule,
+    plain: RelaxationCertificate,
+    *,
+    size: int = LARGEST_CLUSTER,
+    always: bool = False,
+) -> RelaxationCertificate:
+    """Return the certificate of a split in clusters where that is tighter than `plain`, and worth its time.
+
+    The set that it suggests is offered to the pool. `size` is the most weights of a cluster; `always` says
+    not to ask whether it is worth its time.
+    """
+    if pool.program != "joint" or not takes_clusters(problem) or stop.out_of_time():
+        return plain
+    if not isinstance(plain, PerspectiveCertificate) or plain.basis is not None:
+        return plain
+    # Beside rows alone the damping is most of what can be split off, and exact methods close such blocks.
+    by_rows = problem.rows is not None and problem.channels is None
+    if not always and (by_rows or not worth_clusters(plain.lower_bound(problem), pool.objective)):
+        return plain
+    enough = pool.objective - stop.limits.rel_gap * max(abs(pool.objective), 1e-12)
+    found = relax_in_clusters(problem, plain, enough, stop.out_of_time, size)
+    if found is None:
+        return plain
+    pool.offer(found[1])
+    return found[0]
+
+
 def _relaxed(
     problem: BlockProblem,
     pool: IncumbentPool,
     stop: StopRule,
     incumbent: BlockSolution | None,
     diagonal_split: bool | None,
-    fix: bool,
 ) -> RelaxationCertificate:
     """Return the certificate of the program's own relaxation."""
     split_here = problem.n <= SPLIT_LARGEST if diagonal_split is None else diagonal_split
@@ -198,16 +256,7 @@ def _relaxed(
     else:
         certificate, keep = relax_with_split(problem, pool.program, pool.objective, rounds, stop.out_of_time)
         pool.offer(keep)
-    if not fix:
-        return certificate
-    return tightened(
-        problem,
-        pool,
-        certificate,
-        rel_gap=stop.limits.rel_gap,
-        improve_split=diagonal_split is not False,
-        stopped=stop.out_of_time,
-    )
+    return certificate
 
 
 def _finished(

@@ -11,6 +11,7 @@ import numpy as np
 from formulations.relaxations.block_split import BlockSplitCertificate
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
+from formulations.relaxations.cluster_split import ClusterSplitCertificate
 from formulations.relaxations.linear import LinearCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.solution import Certificate, Subject
@@ -18,6 +19,7 @@ from formulations.solution import Certificate, Subject
 CERTIFICATES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "perspective": (PerspectiveCertificate, ("point", "split")),
     "block_perspective": (BlockSplitCertificate, ("point", "blocks")),
+    "cluster_perspective": (ClusterSplitCertificate, ("point", "order", "blocks")),
     "capped_simplex": (CappedSimplexCertificate, ("point", "shift")),
     "mccormick": (LinearCertificate, ("above", "below", "degree")),
     "rlt": (LinearCertificate, ("above", "below", "degree")),
@@ -39,7 +41,8 @@ def certificate_entries(
     while isinstance(current, RelaxationCertificate) and current.kind in CERTIFICATES:
         prefix = _prefix(len(entries))
         for name in CERTIFICATES[current.kind][1]:
-            arrays[prefix + name] = getattr(current, name)
+            # Places in arrays are whole numbers, which float64 holds.
+            arrays[prefix + name] = np.asarray(getattr(current, name), dtype=np.float64)
         fixing = current.fixing
         if fixing is not None:
             arrays[f"{prefix}keep"], arrays[f"{prefix}prune"] = fixing.keep, fixing.prune

@@ -14,6 +14,7 @@ from formulations.problem import LARGEST_FACTORISED, SPLIT_LARGEST, BlockProblem
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate
 from formulations.relaxations.certificate import Fixing, RelaxationCertificate
 from formulations.relaxations.certified import value_ceiling
+from formulations.relaxations.cluster_split import ClusterSplitCertificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import ReducedBlock, reduced_block
 from formulations.relaxations.split_relaxation import relax_with_split
@@ -130,7 +131,11 @@ def _relaxed_again(
 
 def _least_curvature(problem: BlockProblem, basis: RelaxationCertificate) -> float:
     """Return a positive number that ``H`` exceeds: the damping, or the least entry of a proved split."""
-    return problem.damping if problem.damping > 0.0 else float(_split_of(basis).min())
+    if problem.damping > 0.0:
+        return problem.damping
+    if isinstance(basis, ClusterSplitCertificate):
+        return basis.least_eigenvalue
+    return float(_split_of(basis).min())
 
 
 def _split_of(certificate: RelaxationCertificate) -> FloatArray:

@@ -59,7 +59,7 @@ def test_any_point_gives_a_valid_bound(program):
 
 def test_invalid_certificates_prove_nothing():
     problem = block("random", 8, 4, seed=0)
-    joint = lower_bound(problem, "joint").certificate
+    joint = lower_bound(problem, "joint", relaxation="perspective").certificate
     too_large = dataclasses.replace(joint, split=joint.split * 10.0)
     assert too_large.lower_bound(problem) == -math.inf
     assert dataclasses.replace(joint, split=-joint.split).lower_bound(problem) == -math.inf

@@ -60,6 +60,7 @@ def test_the_program_of_a_certificate_is_that_of_its_kind_whatever_it_says(progr
     ("program", "relaxation", "kind"),
     [
         ("joint", None, "perspective"),
+        ("joint", "cluster_perspective", "cluster_perspective"),
         ("selection", None, "capped_simplex"),
         ("selection", "rlt", "rlt"),
         ("selection", "mccormick", "mccormick"),
