@@ -4,7 +4,8 @@
 
 It reads the ledger of `experiments.recipes` and writes ``docs/results/accuracy.csv``, a row a cell that
 says from which publication, or by which command on which commit, a figure comes, and prints the tables of
-``docs/results/accuracy.md``. `experiments.first_picture` draws the picture from the same file.
+``docs/results/accuracy.md``. Cells that the file has and the ledger has not stay as they are.
+`experiments.first_picture` draws the picture from the same file.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ COLUMNS = (
     "commit",
 )
 PUBLISHED = "published"
+CELL = ["network", "method", "statistics", "sparsity"]
+"""What a figure is known by."""
 
 
 def frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -71,6 +74,15 @@ def frame(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         groups = cells.groupby(["network", "recipe", "recalibrate", "sparsity"], sort=True)
         rows += [_measured(*key, group) for key, group in groups]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def with_earlier(figures: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
+    """Return figures, and those measured earlier of cells that they have not."""
+    measured = pd.concat([table[table["seeds"] != PUBLISHED] for table in (earlier, figures)])
+    measured = measured.drop_duplicates(CELL, keep="last").sort_values(
+        CELL, key=lambda column: column.map(str)
+    )
+    return pd.concat([figures[figures["seeds"] == PUBLISHED], measured], ignore_index=True)
 
 
 def _published(network: str, sparsity: float, method: str) -> dict[str, Any]:
@@ -166,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         parser.error(f"--ledger: no file {', '.join(missing)}; python -m experiments.recipes writes one")
     figures = frame(entry for path in options.ledger for entry in Ledger(path).results())
+    if options.out.is_file():
+        figures = with_earlier(figures, pd.read_csv(options.out))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figures.to_csv(options.out, index=False)
     for network in figures["network"].unique():

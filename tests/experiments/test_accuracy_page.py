@@ -53,6 +53,20 @@ def test_figures_are_means_over_seeds_beside_the_published_ones(
     )
 
 
+def test_cells_of_earlier_ledgers_stay_until_they_are_measured_again(tmp_path: Path) -> None:
+    out, found = tmp_path / "accuracy.csv", []
+    for number, entries in enumerate([[cell(92.0, 0), cell(95.0, 0, "best")], [cell(91.0, 0)]]):
+        ledger = Ledger(tmp_path / f"{number}.jsonl")
+        for seed, entry in enumerate(entries):
+            ledger.add(str(seed), entry)
+        assert main(["--ledger", str(ledger.path), "--out", str(out)]) == 0
+        figures = pd.read_csv(out)
+        found.append(dict(figures[figures["seeds"] != "published"][["method", "accuracy"]].values))
+    assert found == [{"best": 95.0, "fast": 92.0}, {"best": 95.0, "fast": 91.0}]
+    published = figures[figures["seeds"] == "published"]
+    assert published["accuracy"].equals(frame([])["accuracy"])
+
+
 def test_published_figures_alone_make_a_table_and_a_picture() -> None:
     figures = frame([])
     assert "| cbs, published |" in table(figures, "resnet20_cifar10")
