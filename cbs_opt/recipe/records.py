@@ -271,11 +271,12 @@ class FineTuning:
         after it.
     batch_statistics : bool, default False
         Whether batch normalisation normalises every batch of eight samples or more by itself meanwhile, as in
-        training, so that longer steps are safe. Its statistics are estimated anew before losses are compared,
-        and at the end. Momentum rates are then over the largest eigenvalue at the pruned weights, and times
-        how far the network is from rest: its loss above that before pruning, as a share of that without any
-        weights above it. Of no consequence where no layer has running statistics, or the recipe may not
-        change them (`recalibrate`).
+        training, so that longer steps are safe; its statistics are estimated anew before losses are compared,
+        and at the end. With `rest` momentum rates are then over the largest eigenvalue at the pruned weights,
+        and times how far the network is from rest: its loss above that before pruning, as a share of that
+        without any weights above it. Where that is below .15 the network keeps its statistics, and rates are
+        times .07. Of no consequence where no layer has running statistics, or the recipe may not change them
+        (`recalibrate`).
     """
 
     samples: int

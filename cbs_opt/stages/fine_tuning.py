@@ -266,16 +266,15 @@ class FineTuner:
         loss: Callable[[Tensor], float],
         advance: Callable[[int], object],
         rows: Tensor | None = None,
-        stretch: Callable[[float], float] | None = None,
+        stretch: float = 1.0,
     ) -> FineTuned:
         """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
 
         `model` is that of the stage, `loss` that on samples set aside. The largest curvature is that of
-        `rows` (m, n_kept), by default those of the model; `stretch` gives that of `rates` by the loss at
-        `weights`. Rates that are tried come to rest on a few samples each. Where the plan rests after every
-        stage, shorter steps are tried in that way until some gain: the model was made before the stage took
-        its weights. What `Span.takes` refuses is not taken: the rest of the samples is then spent on shorter
-        steps.
+        `rows` (m, n_kept), by default those of the model; `stretch` is that of `rates`. Rates that are tried
+        come to rest on a few samples each. Where the plan rests after every stage, shorter steps are tried in
+        that way until some gain: the model was made before the stage took its weights. What `Span.takes`
+        refuses is not taken: the rest of the samples is then spent on shorter steps.
         """
         before = value = _ordered(loss(weights))
         best, used = weights, 0
@@ -283,8 +282,7 @@ class FineTuner:
         if rate is None:
             curvature = largest_curvature(model.rows if rows is None else rows)
             # Without any curvature nothing that the rows see depends on the weights.
-            times = 1.0 if stretch is None else stretch(before)
-            tries = rates(self.plan, curvature or 1.0, weights[self.keep], stretch=times)
+            tries = rates(self.plan, curvature or 1.0, weights[self.keep], stretch=stretch)
             samples = samples if curvature > 0.0 else 0
         share = self._trial(samples, len(tries))
         tries = tries if share else tries[:1]

@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -45,8 +45,10 @@ INPUT_SAMPLES = 256
 """Samples of the layer inputs at every stage: a quarter of what one stage has, as the term is a metric."""
 CURVATURE = (256, 4)
 """Samples of the largest curvature after a sharp stage, and how many a sketched row sums up."""
-NEAREST = 0.05
-"""Share of the way to no weights that a network counts as far from rest at least."""
+FAR = 0.15
+"""Share of the way to no weights from which on a network is so far from rest that long steps pay."""
+NEAR = 0.07
+"""What the rate is times where it is nearer, and keeps its statistics."""
 FEWEST_PER_CURVATURE = 8
 """Times so many samples of fine-tuning below which the rows of the stage serve for that."""
 PASS_SEED_STEP = 1_000_003
@@ -286,6 +288,12 @@ class StagedRun:
         if anew and samples >= FEWEST_PER_CURVATURE * CURVATURE[0]:
             few = self._rows_at(weights, model.keep)
             rows, samples = few.rows, samples - few.samples
+        sample, normalized, stretch = self.sample(), self._normalized, 1.0
+        if normalized and plan.rest:
+            harm = self._harm(weights, sample)
+            normalized = harm >= FAR
+            stretch = harm if normalized else NEAR
+        loss = partial(self._settled_loss_at if normalized else self._loss_at, sample=sample)
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         tuner = FineTuner(
             model=task.model,
@@ -297,10 +305,8 @@ class StagedRun:
                 task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
             ),
             span=WHOLE if plan.rest else span,
-            normalized=self._normalized,
+            normalized=normalized,
         )
-        sample = self.sample()
-        loss = partial(self._settled_loss_at if self._normalized else self._loss_at, sample=sample)
         with (
             task.clock.phase("fine-tuning"),
             task.progress.phase("fine-tuning", samples, unit="sample") as advance,
@@ -313,9 +319,7 @@ class StagedRun:
                 loss=loss,
                 advance=advance,
                 rows=rows,
-                stretch=partial(self._harm, loss=loss, sample=sample)
-                if self._normalized and plan.rest
-                else None,
+                stretch=stretch,
             )
         self.passes.samples += tuned.samples
         kept = int(model.keep.sum())
@@ -339,13 +343,13 @@ class StagedRun:
         )
         return tuned.weights, tuned.next_rate, record
 
-    def _harm(self, here: float, *, loss: Callable[[Tensor], float], sample: Sample) -> float:
-        """Return where a loss is between that with none pruned and that with none left, in [`NEAREST`, 1]."""
+    def _harm(self, weights: Tensor, sample: Sample) -> float:
+        """Return where the loss is between that with none pruned and that with none left, in [0, 1]."""
         task = self._before
         dense = evaluate(task.trial(task.weights), sample, task.loss_fn).loss
-        none = loss(torch.zeros_like(task.weights))
-        share = (here - dense) / (none - dense) if none > dense else 1.0
-        return min(max(share, NEAREST), 1.0) if math.isfinite(share) else 1.0
+        none = self._settled_loss_at(torch.zeros_like(weights), sample)
+        share = (self._loss_at(weights, sample) - dense) / (none - dense) if none > dense else 1.0
+        return min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0
 
     def _rows_at(self, weights: Tensor, keep: Tensor) -> Rows:
         """Return a few rows at `weights` of those kept, (m, n_kept), for the largest curvature there."""
