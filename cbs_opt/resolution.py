@@ -121,8 +121,10 @@ STAGE_SHARE = 0.25
 """The same, over the number of weights: fewer do not make good what a selection without an update costs."""
 GRADUAL_SHARE = 0.5
 """Of the weights that a stage has to keep, if the selections are to be gradual."""
-SHARP_SHARE = 0.04
+SHARP_SHARE = 0.08
 """Of the weights that a stage keeps at least where they are not."""
+SHARP_PASSES = 3.0
+"""Passes over the data of fine-tuning below which there is one of those."""
 GRADUAL_ROWS = (100, 8)
 """Rows of a stage, and the most samples of each, where there are several stages with fine-tuning."""
 GRADUAL_DAMPING = 10.0
@@ -298,8 +300,9 @@ def _division(tier: Tier, scene: Scene, facts: Facts, budget: int | None, choice
         spent = tuning if budget is None else budget
         most = spent / max(STAGE_SAMPLES, STAGE_SHARE * scene.partition.n)
         count, gradual = _counted(scene.sparsity, tier.kept, most, scene.pattern)
-    short = tuning < (UNKNOWN if facts.samples is None else facts.samples)
-    if scene.stages is None and short and not gradual:
+    a_pass = UNKNOWN if facts.samples is None else facts.samples
+    short = tuning < a_pass
+    if scene.stages is None and tuning < SHARP_PASSES * a_pass and not gradual:
         # What is little is not to be shared with a stage in between.
         count = 1
     found = Division(
@@ -435,7 +438,7 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
 
 
 def _stages(count: int, tuning: float, available: float, gradual: bool, batch_statistics: bool) -> Stages:
-    """Return `count` stages with so many samples of fine-tuning, by `batch_statistics` unless gradual."""
+    """Return `count` stages with so many samples of fine-tuning, by `batch_statistics` after a single one."""
     share = 1.0 if count == 1 else FINAL_SHARE if gradual else SHARP_FINAL_SHARE
     each = int(tuning if count == 1 else (1.0 - share) * tuning / (count - 1))
     final = int(share * tuning)
@@ -448,7 +451,7 @@ def _stages(count: int, tuning: float, available: float, gradual: bool, batch_st
         final_samples=max(1, final),
         batch_size=size,
         rest=not gradual,
-        batch_statistics=batch_statistics and not gradual,
+        batch_statistics=batch_statistics and count == 1,
     )
     if record.batch_statistics:
         record = replace(record, momentum_rates=(FAR_RATE,))
@@ -464,7 +467,7 @@ def _said(plan: Stages) -> str:
     record = plan.fine_tuning
     between = f"{record.samples} after each and " if plan.count > 1 else ""
     found = f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
-    return f"{found}, each batch normalised by itself" if record.batch_statistics else found
+    return f"{found}, each batch normalised by itself if far from rest" if record.batch_statistics else found
 
 
 def _changed(found: Resolved, named: Named, scene: Scene) -> Resolved:
