@@ -464,12 +464,18 @@ def descend(
 def _valued(
     matrix: FloatArray, linear: FloatArray, keep: BoolArray, program: str
 ) -> tuple[float, FloatArray, FloatArray]:
-    """Return the form value of a set, and what the next swaps of the joint program start from."""
+    """Return the form value of a set, and what the next swaps of the joint program start from.
+
+    The value is infinite where the matrix of what is kept is singular: nothing says which exchange gains.
+    """
     if program == "selection":
         chosen = np.flatnonzero(~keep)
         value = 0.5 * float(matrix[np.ix_(chosen, chosen)].sum()) + float(linear[chosen].sum())
         return value, matrix, linear
-    table, state = joint_tableau(matrix, linear, keep)
+    try:
+        table, state = joint_tableau(matrix, linear, keep)
+    except np.linalg.LinAlgError:
+        return math.inf, matrix, linear
     return -0.5 * float(linear[keep] @ state[keep]), table, state
 
 

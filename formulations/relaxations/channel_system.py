@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from formulations.channels import ChannelTerm
 from formulations.problem import BlockProblem, FloatArray, IntArray
 
 LEAST_SHARE = 1e-7
 """Eigenvalues count as at least this share of the largest: where there is no damping they may be 0."""
+LIFTS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)
+"""What a matrix that is definite but for rounding is lifted by, relative to its largest diagonal entry."""
 DELICATE = 1e7
 """What the rows are, relative to all else, from which on a solution is corrected by its residual."""
 PANEL = 2**24
@@ -98,7 +100,7 @@ class ShiftedChannels:
             seen += panel @ panel.T
         self._delicate = float(seen.max(initial=0.0)) > DELICATE
         seen[np.diag_indices(len(seen))] += 1.0
-        self._inner = cho_factor(seen, overwrite_a=True) if len(seen) else None
+        self._inner = _factored(seen) if len(seen) else None
 
     def solve(self, right: FloatArray) -> FloatArray:
         """Return ``(H + shift)^-1 right``, (n,)."""
@@ -130,3 +132,17 @@ class ShiftedChannels:
                 panel = self.rows[:, place[part]] @ vectors
                 panel *= np.sqrt(inverse[part])
                 yield panel.reshape(m, -1)
+
+
+def _factored(matrix: FloatArray) -> tuple[FloatArray, bool]:
+    """Return the Cholesky factor of a matrix that is definite but for rounding, lifted as far as it takes."""
+    largest = float(np.diag(matrix).max())
+    for lift in LIFTS:
+        try:
+            lifted = matrix.copy()
+            lifted[np.diag_indices(len(matrix))] += lift * largest
+            factor, lower = cho_factor(lifted, overwrite_a=True)
+            return factor, bool(lower)
+        except LinAlgError:
+            continue
+    raise LinAlgError("the rows beside the layer inputs are not finite")

@@ -24,6 +24,7 @@ from formulations.relaxations.channel_system import ShiftedChannels
 from formulations.relaxations.first_order import StopRule
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.solution import Limit, Limits
+from tests.stress.check_blocks import KINDS, METHODS, by_channels
 
 PROGRAMS = ("joint", "selection")
 
@@ -270,3 +271,18 @@ def test_one_set_is_bounded_by_its_value(count: int) -> None:
         found = lower_bound(block(0, n_prune=count), program)
         assert found.bound == pytest.approx(found.objective, rel=1e-6, abs=1e-9)
         assert found.termination.value == "optimal"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("seed", [628, 700, 752])
+def test_rows_that_rounding_makes_indefinite_beside_channels_are_no_error(seed: int, program: str) -> None:
+    problem = BlockProblem(**KINDS["channels"](seed))
+    found = by_channels(problem, program)
+    assert found.bound is None or found.bound <= METHODS["swap_search"](problem, program).objective
+    assert verify(problem, found).ok
+
+
+def test_a_set_whose_matrix_is_singular_to_working_precision_is_refused_by_name() -> None:
+    problem = BlockProblem(**KINDS["channels"](311))
+    with pytest.raises(NotPositiveDefiniteError):
+        METHODS["branch_and_bound"](problem, "joint")

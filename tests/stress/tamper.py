@@ -257,7 +257,7 @@ def evidence(s: Subjects, block: int, solution: BlockSolution, rng: Generator) -
         if isinstance(getattr(certificate, f.name), np.ndarray)
     ]
     name = str(rng.choice(arrays))
-    changed = np.array(getattr(certificate, name))
+    changed = np.array(getattr(certificate, name), dtype=np.float64)
     if rng.random() < 0.5:
         changed *= float(rng.choice([1.0 + 1e-9, 1.001, 1.5, 1e3, -1.0, 0.0]))
     else:
