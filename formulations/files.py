@@ -130,13 +130,19 @@ def write_container(
     }
     whole = {**header, "arrays": described}
     text = json.dumps({**whole, CHECKSUM: checksum(whole, arrays)}, allow_nan=False).encode()
-    with replaced_file(path) as file, zipfile.ZipFile(file, "w", packing) as archive:
-        for member, array in {"header": np.frombuffer(text, dtype=np.uint8), **arrays}.items():
-            # A fixed date makes equal content equal bytes.
-            info = zipfile.ZipInfo(f"{member}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            info.compress_type = packing
-            with archive.open(info, "w", force_zip64=True) as stream:
-                npy_format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+    try:
+        with replaced_file(path) as file, zipfile.ZipFile(file, "w", packing) as archive:
+            for member, array in {"header": np.frombuffer(text, dtype=np.uint8), **arrays}.items():
+                # A fixed date makes equal content equal bytes.
+                info = zipfile.ZipInfo(f"{member}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+                info.compress_type = packing
+                with archive.open(info, "w", force_zip64=True) as stream:
+                    npy_format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+    except ValueError as error:
+        # An archive that is left in the middle complains of that, in the place of what interrupted it.
+        if error.__context__ is None:
+            raise
+        raise error.__context__ from None
 
 
 def read_container(

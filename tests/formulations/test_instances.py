@@ -15,7 +15,7 @@ from formulations import BlockProblem, BlockSolution, Limits, Termination, verif
 from formulations import instances as inst
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, InstanceFormatError, UnsupportedProblemError
-from formulations.files import CHECKSUM, checksum
+from formulations.files import CHECKSUM, checksum, write_container
 from formulations.incumbents import greedy
 from formulations.models import MODELS
 from formulations.models.translation import standard_form
@@ -398,3 +398,14 @@ def test_library_blocks_load_and_their_records_hold():
                 assert optimum == pytest.approx(record["objective"], rel=2e-4)
     with pytest.raises(InstanceFormatError, match="use one of"):
         inst.load_library("nothing")
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, OSError])
+def test_what_interrupts_the_writing_of_a_file_is_what_is_raised(reason, tmp_path, monkeypatch):
+    def stop(self):
+        raise reason
+
+    monkeypatch.setattr(zipfile._ZipWriteFile, "close", stop)
+    with pytest.raises(reason):
+        write_container(tmp_path / "file", {"format": "any"}, {"values": np.zeros(3)})
+    assert not list(tmp_path.iterdir())
