@@ -25,6 +25,10 @@ DAMPING = 0.1
 UPDATES = ("cbs", "independent")
 
 
+SEEDS = 2**62
+"""Seeds that there are; those of the passes of a run are above its own, and torch takes 64 bits."""
+
+
 @dataclass(frozen=True)
 class Absolute:
     """A damping as it is added to the diagonal, not in units of the mean diagonal."""
@@ -441,6 +445,8 @@ class Request:
         check_fields(self, "", _stages, "stages")
         check_fields(self, "", _certify, "certify")
         check_fields(self, "", whole_number, "seed", least=0)
+        if self.seed >= SEEDS:
+            raise ArgumentError("seed", str(self.seed), f"pass a whole number below {SEEDS}")
         for number, recipe in enumerate(self.recipes):
             for name in SHARED:
                 first, other = getattr(self.recipes[0], name), getattr(recipe, name)
