@@ -18,6 +18,7 @@ from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import Recipe, Update
 from cbs_opt.recipe.select import OBD, OBS, Magnitude, Select, SwapSearch
 from cbs_opt.report.record import PruneReport
+from cbs_opt.system.checks import RUN_SEEDS, seed_number
 from cbs_opt.system.threads import fitting_limit
 
 Pair = tuple[Tensor, Tensor]
@@ -77,7 +78,7 @@ def digits_network(
     touched. `hidden`: widths of the hidden layers. `epochs`: passes over the training data. The network is
     float32, in evaluation mode.
     """
-    train, test = digits_data(seed)
+    train, test = digits_data(seed_number("seed", seed, below=RUN_SEEDS))
     generator = torch.Generator().manual_seed(seed)
     model = _perceptron((train[0].shape[1], *hidden, 10), generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)

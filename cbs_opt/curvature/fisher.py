@@ -41,7 +41,7 @@ from cbs_opt.network.eligible import Globs
 from cbs_opt.network.objective import PEEKED, Objective, check_labels, logits_of
 from cbs_opt.network.partition import BlockRule, Partition
 from cbs_opt.network.state import kept
-from cbs_opt.system.checks import finite_number, whole_number
+from cbs_opt.system.checks import finite_number, seed_number, whole_number
 from cbs_opt.system.progress import Advance, Progress, ignored, reporting
 from cbs_opt.system.resources import ORDINARY, Resources
 from formulations.errors import ArgumentError, ShapeError, UnsupportedProblemError
@@ -150,6 +150,7 @@ def gradient_rows(
         raise ArgumentError("curvature", f"{curvature!r}", f"pass one of {kinds}")
     if keep is not None and resources.row_memory is not None:
         raise ArgumentError("row_memory", "given beside keep", "leave it out: those rows stay in memory")
+    seed_number("seed", seed)
     require_evaluation_mode(model)
     began = time.perf_counter()
     size = curvature.per_row
@@ -217,6 +218,7 @@ def mean_gradient(
     pass. Returns the gradient, in the dtype of the weights, float32 at least; and the samples used.
     """
     whole_number("samples", samples)
+    seed_number("seed", seed)
     require_evaluation_mode(model)
     objective = Objective.of(loss_fn)
     function = NetworkFunction(model, partition, objective, weights)

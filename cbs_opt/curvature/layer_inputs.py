@@ -20,7 +20,7 @@ from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import ParameterSpan, Partition
 from cbs_opt.network.state import kept
 from cbs_opt.network.trial import TrialNetwork, plain_attention
-from cbs_opt.system.checks import whole_number
+from cbs_opt.system.checks import seed_number, whole_number
 from cbs_opt.system.progress import SILENT, Progress
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
@@ -155,6 +155,7 @@ def input_moments(
     `nn.MultiheadAttention`.
     """
     whole_number("samples", samples)
+    seed_number("seed", seed)
     require_evaluation_mode(model)
     network, tensors = model, dict[str, Tensor](partition.tensors(model))
     if weights is not None:

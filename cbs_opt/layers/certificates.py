@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cbs_opt.certify.certificates import relative_gap
 from cbs_opt.select.layer_program.program import LayerProgram
-from cbs_opt.system.checks import check_fields, finite_number, path, whole_number
+from cbs_opt.system.checks import RUN_SEEDS, check_fields, finite_number, path, seed_number, whole_number
 from formulations.errors import ArgumentError
 from formulations.files import read_container, write_container
 from formulations.instances import read_solution, write_solution
@@ -69,7 +69,7 @@ class RowSample:
 
     def __post_init__(self) -> None:
         check_fields(self, "certify.", whole_number, "rows")
-        check_fields(self, "certify.", whole_number, "seed", least=0)
+        check_fields(self, "certify.", seed_number, "seed", below=RUN_SEEDS)
         check_fields(self, "certify.", finite_number, "time_limit", above=True)
         path("certify.evidence_dir", self.evidence_dir)
 

@@ -24,7 +24,7 @@ from cbs_opt.network.masks import Masks, masked
 from cbs_opt.network.objective import logits_of
 from cbs_opt.network.trial import lent, write_layers
 from cbs_opt.select.layer_program.support import Sparsity
-from cbs_opt.system.checks import check_fields, finite_number, whole_number
+from cbs_opt.system.checks import RUN_SEEDS, check_fields, finite_number, seed_number, whole_number
 from cbs_opt.system.progress import Advance
 from formulations.errors import ArgumentError
 from formulations.support import NofM, n_of_m
@@ -73,7 +73,7 @@ class Divergence:
 
     def __post_init__(self) -> None:
         check_fields(self, "divergence.", whole_number, "passes", "stages", "step_tokens")
-        check_fields(self, "divergence.", whole_number, "seed", least=0)
+        check_fields(self, "divergence.", seed_number, "seed", below=RUN_SEEDS)
         check_fields(self, "divergence.", finite_number, "rate", above=True)
         check_fields(self, "divergence.", finite_number, "first", "held", most=0.9)
         if self.passes < self.stages:

@@ -10,7 +10,7 @@ from cbs_opt.select.layer_program.exchanges import Exchanges
 from cbs_opt.select.layer_program.methods import layer_method
 from cbs_opt.select.layer_program.program import DAMPING
 from cbs_opt.select.layer_program.support import BUDGETS, Sparsity
-from cbs_opt.system.checks import check_fields, finite_number, one_of, whole_number
+from cbs_opt.system.checks import RUN_SEEDS, check_fields, finite_number, one_of, seed_number, whole_number
 from formulations.errors import ArgumentError
 
 ALL_BUDGETS = (*BUDGETS, "network")
@@ -66,7 +66,7 @@ class LayerRecipe:
         check_fields(self, "recipe.", finite_number, "damping")
         check_fields(self, "recipe.", finite_number, "shrinkage", most=1.0)
         check_fields(self, "recipe.", whole_number, "chunk_tokens")
-        check_fields(self, "recipe.", whole_number, "seed", least=0)
+        check_fields(self, "recipe.", seed_number, "seed", below=RUN_SEEDS)
         check_fields(self, "recipe.", _divergence, "divergence")
 
     @property

@@ -16,17 +16,24 @@ from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.eligible import Globs
 from cbs_opt.network.partition import BlockRule, checked_rule
 from cbs_opt.recipe.select import Select, select_by_name
-from cbs_opt.system.checks import check_fields, finite_number, flag, names, one_of, path, whole_number, within
+from cbs_opt.system.checks import (
+    RUN_SEEDS,
+    check_fields,
+    finite_number,
+    flag,
+    names,
+    one_of,
+    path,
+    seed_number,
+    whole_number,
+    within,
+)
 from formulations.errors import ArgumentError
 from formulations.support import NofM
 
 DAMPING = 0.1
 """Damping by default, in units of the mean diagonal of the Fisher matrix."""
 UPDATES = ("cbs", "independent")
-
-
-SEEDS = 2**62
-"""Seeds that there are; those of the passes of a run are above its own, and torch takes 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -444,9 +451,7 @@ class Request:
         check_fields(self, "", _recipes, "recipes")
         check_fields(self, "", _stages, "stages")
         check_fields(self, "", _certify, "certify")
-        check_fields(self, "", whole_number, "seed", least=0)
-        if self.seed >= SEEDS:
-            raise ArgumentError("seed", str(self.seed), f"pass a whole number below {SEEDS}")
+        check_fields(self, "", seed_number, "seed", below=RUN_SEEDS)
         for number, recipe in enumerate(self.recipes):
             for name in SHARED:
                 first, other = getattr(self.recipes[0], name), getattr(recipe, name)

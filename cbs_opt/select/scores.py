@@ -12,6 +12,7 @@ from torch import Tensor
 from cbs_opt.hessian.block import FisherBlock
 from cbs_opt.select.choice import NO_LEDGER, Choice, Ledger
 from cbs_opt.select.saliency import SALIENCIES, without_lowest
+from cbs_opt.system.checks import seed_number
 from formulations.errors import ArgumentError, UnsupportedProblemError
 from formulations.solution import Limits
 from formulations.support import Support
@@ -33,7 +34,7 @@ def randomized_magnitude(weights: Tensor, n_prune: int, *, spread: float = 0.1, 
     if not (math.isfinite(spread) and 0.0 <= spread <= 1.0):
         raise ArgumentError("spread", f"{spread}", "pass a number from 0 to 1")
     n = weights.shape[0]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_number("seed", seed))
     candidates = min(n, n_prune + round(spread * (n - n_prune)))
     order = weights.detach().double().abs().cpu().argsort(stable=True)[:candidates]
     keep = torch.ones(n, dtype=torch.bool)

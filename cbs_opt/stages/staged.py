@@ -293,7 +293,7 @@ class StagedRun:
             harm = self._harm(weights, sample)
             normalized = harm >= FAR
             stretch = harm if normalized else NEAR
-        loss = partial(self._settled_loss_at if normalized else self._loss_at, sample=sample)
+        measured = partial(settled_loss, task) if normalized else self._loss_at
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         tuner = FineTuner(
             model=task.model,
@@ -316,7 +316,7 @@ class StagedRun:
                 model=model,
                 rate=None if plan.rest else rate,
                 samples=samples,
-                loss=loss,
+                loss=lambda weights: measured(weights, sample),
                 advance=advance,
                 rows=rows,
                 stretch=stretch,
@@ -347,7 +347,7 @@ class StagedRun:
         """Return where the loss is between that with none pruned and that with none left, in [0, 1]."""
         task = self._before
         dense = evaluate(task.trial(task.weights), sample, task.loss_fn).loss
-        none = self._settled_loss_at(torch.zeros_like(weights), sample)
+        none = settled_loss(self.task, torch.zeros_like(weights), sample)
         share = (self._loss_at(weights, sample) - dense) / (none - dense) if none > dense else 1.0
         return min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0
 
@@ -440,9 +440,6 @@ class StagedRun:
 
     def _loss_at(self, weights: Tensor, sample: Sample) -> float:
         return evaluate(self.task.trial(weights), sample, self.task.loss_fn).loss
-
-    def _settled_loss_at(self, weights: Tensor, sample: Sample) -> float:
-        return settled_loss(self.task, weights, sample)
 
     def _announce(self) -> None:
         if self.plan.on_stage is None:

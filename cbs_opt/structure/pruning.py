@@ -55,7 +55,15 @@ from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
 from cbs_opt.structure.tracing import run
 from cbs_opt.structure.widths import Cost, Widths, choose_widths
-from cbs_opt.system.checks import check_fields, finite_number, names, one_of, whole_number
+from cbs_opt.system.checks import (
+    RUN_SEEDS,
+    check_fields,
+    finite_number,
+    names,
+    one_of,
+    seed_number,
+    whole_number,
+)
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
 CHOICES = 16
@@ -275,6 +283,7 @@ def prune_groups(
     recipe = GroupRecipe() if recipe is None else recipe
     if not isinstance(recipe, GroupRecipe):
         raise ArgumentError("recipe", f"a {type(recipe).__name__}", "pass a GroupRecipe")
+    seed_number("seed", seed, below=RUN_SEEDS)
     model = unwrapped(model)
     objective = Objective.of(loss_fn)
     most = max(recipe.samples, recipe.step_samples if recipe.steps else 0)

@@ -13,6 +13,10 @@ from numbers import Integral, Real
 from typing import Any
 
 from formulations.errors import ArgumentError
+from formulations.solution import LARGEST_SEED
+
+RUN_SEEDS = LARGEST_SEED // 2
+"""Seeds of a whole run: those of its passes and steps are above it."""
 
 
 def whole_number(argument: str, value: Any, least: int = 1) -> int:
@@ -20,6 +24,17 @@ def whole_number(argument: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ArgumentError(argument, f"{value!r}", f"pass a whole number >= {least}")
     return int(value)
+
+
+def seed_number(argument: str, value: Any, below: int = LARGEST_SEED) -> int:
+    """Return `value` as an int if it is a whole number >= 0 and `below` a limit, else raise `ArgumentError`.
+
+    That of runs is `RUN_SEEDS`.
+    """
+    seed = whole_number(argument, value, least=0)
+    if seed >= below:
+        raise ArgumentError(argument, f"{seed}", f"pass a whole number below {below}")
+    return seed
 
 
 def finite_number(

@@ -505,6 +505,7 @@ BAD_ARGUMENTS: list[tuple[Given, type[CbsError], str]] = [
     (lambda: {"weights": Weights(ignore="*")}, NoEligibleWeightsError, "weights.target, ignore"),
     (lambda: {"select": SwapSearch(time_limit=-1.0)}, ArgumentError, "select.time_limit"),
     (lambda: {"seed": -1}, ArgumentError, "seed"),
+    (lambda: {"seed": 2**64}, ArgumentError, "seed"),
     (lambda: {"resources": Resources(chunk_memory=0)}, ArgumentError, "resources.chunk_memory"),
     (lambda: {"resources": Resources(workers=0)}, ArgumentError, "resources.workers"),
     (lambda: {"resources": Resources(workers=2)}, ArgumentError, "resources.workers"),

@@ -204,6 +204,7 @@ def test_what_makes_no_grid_is_named(fields: dict[str, Any], argument: str) -> N
         ({"sparsity": 1.0}, "sparsity"),
         ({"sparsity": None}, "sparsity"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**62}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"recipes": ()}, "recipe"),
         ({"recipes": [None]}, "recipe"),
