@@ -20,13 +20,17 @@ from itertools import combinations
 from typing import ClassVar
 
 import numpy as np
-from scipy.linalg import LinAlgError, cholesky
 
 from formulations.dense_forms import UNDERFLOW, DenseForm, error_factor, joint_form
 from formulations.problem import BlockProblem, FloatArray, IntArray, frozen_array
 from formulations.relaxations.ascent import OVER_RELAXATION
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
-from formulations.relaxations.certified import bounded_product, column_norms, definiteness_margin
+from formulations.relaxations.certified import (
+    column_norms,
+    definiteness_margin,
+    rest_is_definite,
+    split_form,
+)
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate
 from formulations.solution import Stopped, Subject
@@ -91,25 +95,15 @@ class BlockSplitCertificate(RelaxationCertificate):
         if not isinstance(support, NofM) or self.basis is not None or not self._fits(problem, support):
             return -math.inf
         norms = column_norms(problem)
-        if not _is_valid(problem, self.blocks, norms):
+        if not rest_is_definite(problem, _spread(self.blocks), norms):
             return -math.inf
-        w, g, u = problem.weights, problem.gradient_or_zero, self.point
-        own = _times(self.blocks, u)
-        own_size = _times(np.abs(self.blocks), np.abs(u))
-        # h = H (w - u) - g + B u and the constant share one product.
-        change = bounded_product(problem, w - u, norms)
-        sloppy = error_factor(8 + support.m)
-        moved = change.error + sloppy * norms * float(norms @ (np.abs(w) + np.abs(u)))
-        error = moved + sloppy * (np.abs(change.value) + np.abs(g) + own_size)
-        held, above = _largest_hulls(self.blocks, change.value - g + own, error, support)
+        own, size = _times(self.blocks, self.point), _times(np.abs(self.blocks), np.abs(self.point))
+        form = split_form(problem, self.point, own, size, norms, support.m)
+        held, above = _largest_hulls(self.blocks, form.residual, form.error, support)
         if not math.isfinite(above):
             return -math.inf
-        both = w + u
-        base = 0.5 * float(both @ change.value) - float(g @ w) + 0.5 * float(u @ own)
-        magnitude = np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + np.abs(u) @ own_size + above
-        lost = 0.5 * float(np.abs(both) @ moved) + 0.5 * (above - held) + UNDERFLOW
-        lost += error_factor(problem.n + support.m + 16) * float(magnitude)
-        return base - 0.5 * held - caution * lost
+        lost = form.lost + 0.5 * (above - held) + error_factor(problem.n + support.m + 16) * above + UNDERFLOW
+        return form.base - 0.5 * held - caution * lost
 
     def _fits(self, problem: BlockProblem, support: NofM) -> bool:
         cells = problem.n // support.m
@@ -128,17 +122,6 @@ def _spread(blocks: FloatArray) -> FloatArray:
     whole = np.zeros((cells, m, cells, m))
     whole[np.arange(cells), :, np.arange(cells), :] = blocks
     return whole.reshape(cells * m, cells * m)
-
-
-def _is_valid(problem: BlockProblem, blocks: FloatArray, norms: FloatArray) -> bool:
-    """Whether ``H - blkdiag(blocks)`` is proved semidefinite; O(m n^2 + n^3)."""
-    shifted = problem.dense_hessian() - _spread(blocks)
-    shifted[np.diag_indices(problem.n)] -= definiteness_margin(problem, problem.n) * norms**2
-    try:
-        cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
-    except LinAlgError:
-        return False
-    return True
 
 
 def _largest_hulls(

@@ -66,6 +66,48 @@ def bounded_product(problem: BlockProblem, x: FloatArray, norms: FloatArray) -> 
     return BoundedVector(value, error + error_factor(8) * (np.abs(value) + np.abs(ridge)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitForm:
+    """What a point u says of ``H = B + Q``: ``const - 1/2 u.Q u`` and the linear term ``h = b - Q u``.
+
+    `base` errs by `lost` at most, and each entry of `residual`, which is h, by that of `error`.
+    """
+
+    residual: FloatArray
+    error: FloatArray
+    base: float
+    lost: float
+
+
+def split_form(
+    problem: BlockProblem,
+    u: FloatArray,
+    own: FloatArray,
+    own_size: FloatArray,
+    norms: FloatArray,
+    width: int = 0,
+) -> SplitForm:
+    """Return the form of a point under a split B of `width` entries a row besides the diagonal; O(m n).
+
+    `own` is ``B u``, `own_size` is ``|B| |u|``, `norms` are `column_norms`.
+    """
+    w, g = problem.weights, problem.gradient_or_zero
+    # h = H (w - u) - g + B u and the constant share one product.
+    change = bounded_product(problem, w - u, norms)
+    sloppy = error_factor(8 + width)
+    # w - u is rounded before the product.
+    moved = change.error + sloppy * norms * float(norms @ (np.abs(w) + np.abs(u)))
+    # 1/2 w.Hw - 1/2 u.Hu = 1/2 (w + u).H(w - u)
+    both = w + u
+    magnitude = np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + np.abs(u) @ own_size
+    return SplitForm(
+        residual=change.value - g + own,
+        error=moved + sloppy * (np.abs(change.value) + np.abs(g) + own_size),
+        base=0.5 * float(both @ change.value) - float(g @ w) + 0.5 * float(u @ own),
+        lost=0.5 * float(np.abs(both) @ moved) + error_factor(problem.n + width + 16) * float(magnitude),
+    )
+
+
 def definiteness_margin(problem: BlockProblem, order: int) -> float:
     """``eta``: what forming and factorising `order` rows of ``H`` may lose of ``diag(H)`` by rounding."""
     return 4.0 * order * (error_factor(summed_entries(problem) + 4) + error_factor(order + 4))
@@ -112,6 +154,17 @@ def split_is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray, 
         shifted = problem.hessian[np.ix_(index, index)]
     shifted[np.diag_indices(n)] += problem.damping
     shifted[np.diag_indices(n)] -= split[index] + margin * norms[index] ** 2
+    try:
+        cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        return False
+    return True
+
+
+def rest_is_definite(problem: BlockProblem, split: FloatArray, norms: FloatArray) -> bool:
+    """Whether ``H - split`` is proved semidefinite for a whole matrix (n, n); O(m n^2 + n^3)."""
+    shifted = problem.dense_hessian() - split
+    shifted[np.diag_indices(problem.n)] -= definiteness_margin(problem, problem.n) * norms**2
     try:
         cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
     except LinAlgError:

@@ -19,13 +19,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.linalg import LinAlgError, cholesky
+from scipy.linalg import LinAlgError
 
 from formulations.dense_forms import UNDERFLOW, error_factor, joint_form
 from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, FloatArray, IntArray, frozen_array
 from formulations.relaxations.block_split import set_hulls
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
-from formulations.relaxations.certified import bounded_product, column_norms, definiteness_margin
+from formulations.relaxations.certified import (
+    column_norms,
+    definiteness_margin,
+    rest_is_definite,
+    split_form,
+)
 from formulations.relaxations.cluster_path import ClusterPath
 from formulations.relaxations.clusters import (
     Clusters,
@@ -145,19 +150,16 @@ class ClusterSplitCertificate(RelaxationCertificate):
         if problem.support is not None or not self._fits(problem, clusters):
             return None
         norms = column_norms(problem)
-        if not _is_valid(problem, clusters.spread(self.blocks), norms):
+        if not rest_is_definite(problem, clusters.spread(self.blocks), norms):
             return None
-        w, g, u = problem.weights, problem.gradient_or_zero, self.point
-        m = self.order.shape[1]
-        own = self._times(self.blocks, clusters, u)
-        own_size = self._times(np.abs(self.blocks), clusters, np.abs(u))
-        # h = H (w - u) - g + B u and the constant share one product.
-        change = bounded_product(problem, w - u, norms)
-        sloppy = error_factor(8 + m)
-        moved = change.error + sloppy * norms * float(norms @ (np.abs(w) + np.abs(u)))
-        error = moved + sloppy * (np.abs(change.value) + np.abs(g) + own_size)
-        residual = clusters.gathered(change.value - g + own).reshape(self.order.shape)
-        blur = clusters.gathered(error).reshape(self.order.shape)
+        u, m = self.point, self.order.shape[1]
+        own, size = (
+            self._times(self.blocks, clusters, u),
+            self._times(np.abs(self.blocks), clusters, np.abs(u)),
+        )
+        form = split_form(problem, u, own, size, norms, m)
+        residual = clusters.gathered(form.residual).reshape(self.order.shape)
+        blur = clusters.gathered(form.error).reshape(self.order.shape)
         values = np.zeros((len(self.order), 2**m))
         ceilings = np.zeros_like(values)
         place = 1
@@ -167,13 +169,9 @@ class ClusterSplitCertificate(RelaxationCertificate):
             place += len(sets)
         if not bool(np.isfinite(ceilings).all()):
             return None
-        both = w + u
-        base = 0.5 * float(both @ change.value) - float(g @ w) + 0.5 * float(u @ own)
-        magnitude = np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + np.abs(u) @ own_size
-        lost = 0.5 * float(np.abs(both) @ moved) + UNDERFLOW
-        lost += error_factor(problem.n + m + 16) * float(magnitude)
         above = 0.5 * (values + caution * (ceilings - values))
-        return base - caution * lost, np.where(self._allowed(clusters, given), above, -np.inf)
+        base = form.base - caution * (form.lost + UNDERFLOW)
+        return base, np.where(self._allowed(clusters, given), above, -np.inf)
 
     def _allowed(self, clusters: Clusters, given: Fixing) -> BoolArray:
         """Return which supports of a cluster obey fixings, (clusters, supports)."""
@@ -195,17 +193,6 @@ class ClusterSplitCertificate(RelaxationCertificate):
             return False
         square = self.blocks.shape == (*self.order.shape, self.order.shape[1])
         return square and bool((self.blocks == self.blocks.transpose(0, 2, 1)).all())
-
-
-def _is_valid(problem: BlockProblem, split: FloatArray, norms: FloatArray) -> bool:
-    """Whether ``H - split`` is proved semidefinite; O(m n^2 + n^3)."""
-    shifted = problem.dense_hessian() - split
-    shifted[np.diag_indices(problem.n)] -= definiteness_margin(problem, problem.n) * norms**2
-    try:
-        cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
-    except LinAlgError:
-        return False
-    return True
 
 
 def _held(above: FloatArray, n_keep: int, caution: float) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from formulations.dense_forms import DenseForm, error_factor
 from formulations.problem import BlockProblem, BoolArray, FloatArray, frozen_array
 from formulations.relaxations.ascent import BEST, ascend
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
-from formulations.relaxations.certified import bounded_product, column_norms, split_is_valid
+from formulations.relaxations.certified import column_norms, split_form, split_is_valid
 from formulations.relaxations.diagonal_split import barrier_step, interior_split
 from formulations.relaxations.group_norm import ascend_groups, group_slopes
 from formulations.relaxations.perspective_kernels import (
@@ -86,27 +86,11 @@ class PerspectiveCertificate(RelaxationCertificate):
 
     def underestimate(self, problem: BlockProblem, given: Fixing, norms: FloatArray) -> Linearisation:
         """Return the linearisation where the split is known to be valid; `norms` are `column_norms`."""
-        w, d, g = problem.weights, self.split, problem.gradient_or_zero
-        u = np.where(given.prune, 0.0, self.point)
-        # h = H (w - u) - g + D u and the constant share one product each.
-        change = bounded_product(problem, w - u, norms)
-        residual = change.value - g + d * u
-        sloppy = error_factor(8)
-        # w - u is rounded before the product.
-        moved = change.error + sloppy * norms * float(norms @ (np.abs(w) + np.abs(u)))
-        error = moved + sloppy * (np.abs(change.value) + np.abs(g) + d * np.abs(u))
-        square = residual**2 / d
-        slack = (2.0 * np.abs(residual) * error + error**2) / d + sloppy * square
-        # 1/2 w.Hw - 1/2 u.Hu = 1/2 (w + u).H(w - u)
-        both = w + u
-        terms = (0.5 * float(both @ change.value), -float(g @ w), 0.5 * float(d @ (u * u)))
-        magnitude = np.abs(both) @ np.abs(change.value) + np.abs(g) @ np.abs(w) + d @ (u * u)
-        return Linearisation(
-            base=sum(terms),
-            lost=0.5 * float(np.abs(both) @ moved) + error_factor(problem.n + 16) * float(magnitude),
-            cost=-0.5 * square,
-            error=0.5 * slack,
-        )
+        d, u = self.split, np.where(given.prune, 0.0, self.point)
+        form = split_form(problem, u, d * u, d * np.abs(u), norms)
+        square = form.residual**2 / d
+        slack = (2.0 * np.abs(form.residual) * form.error + form.error**2) / d + error_factor(8) * square
+        return Linearisation(base=form.base, lost=form.lost, cost=-0.5 * square, error=0.5 * slack)
 
 
 def relax_joint(
