@@ -6,28 +6,17 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from experiments import language_model
 from experiments.data_files import DATA_FILES
-from experiments.language_model import CALIBRATION_LENGTH, DENSE, TEST_LENGTH, TEST_SEQUENCES, main
-
-WORDS = 64
+from experiments.language_model import CALIBRATION_LENGTH, DENSE, main
+from tests.experiments.small_llama import WORDS, small_cache
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as `prepare` leaves it, with a small network."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=WORDS, num_key_value_heads=1, **sizes)
-    folder = tmp_path / "cache"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    lengths = {"valid": 2 * CALIBRATION_LENGTH, "test": TEST_SEQUENCES * TEST_LENGTH}
-    tokens = {name: torch.randint(0, WORDS, (length,)) for name, length in lengths.items()}
-    save_file(tokens, folder / "tokens.safetensors")
+    folder = small_cache(tmp_path, heads=2, keys=1)
     monkeypatch.setattr(language_model, "data_file", lambda name, *_, **__: tmp_path / name)
     return folder
 

@@ -5,30 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from experiments import language_model, language_structure
-from experiments.language_model import CALIBRATION_LENGTH, TEST_LENGTH, TEST_SEQUENCES
 from experiments.language_structure import DENSE, LABELS, MARK, main
 from experiments.ledger import Ledger
+from tests.experiments.small_llama import WIDTH, small_cache
 
-WORDS, WIDTH = 64, 16
 WITHIN = ("ours_fitted", "reconstruction", "magnitude_moved", "magnitude_fitted")
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as `prepare` leaves it, with a small network."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=WORDS, num_key_value_heads=2, **sizes)
-    folder = tmp_path / "cache"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    lengths = {"valid": 2 * CALIBRATION_LENGTH, "test": TEST_SEQUENCES * TEST_LENGTH}
-    tokens = {name: torch.randint(0, WORDS, (length,)) for name, length in lengths.items()}
-    save_file(tokens, folder / "tokens.safetensors")
+    folder = small_cache(tmp_path, heads=4, keys=2)
     monkeypatch.setattr(language_structure, "data_file", lambda name, *_, **__: tmp_path / name)
     monkeypatch.setattr(language_structure, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(language_model, "TEST_SEQUENCES", 1)
