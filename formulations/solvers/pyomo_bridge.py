@@ -112,8 +112,8 @@ def _scip_options(task: Task) -> dict[str, Any]:
         "randomization/randomseedshift": task.limits.seed % (2**31 - 1),
         "numerics/feastol": task.feasibility_tolerance,
         "numerics/dualfeastol": DUAL_TOLERANCE,
-        # Pyomo reads what SCIP prints from a pipe, by a thread that cannot run while PySCIPOpt solves: once the
-        # pipe is full, SCIP would wait for ever.
+        # Pyomo reads what SCIP prints from a pipe, by a thread that cannot run while PySCIPOpt solves: once
+        # the pipe is full, SCIP would wait for ever.
         "display/verblevel": 0,
     }
     return options | _node_limit(task, "limits/totalnodes")
