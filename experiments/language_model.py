@@ -22,6 +22,7 @@ Protocol
 - With ``--blocks`` single blocks are pruned, each fed by the dense network: all methods see the same inputs,
   and their losses compare. Perplexity is left out.
 - Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
+- A cell with passes begins as the one without them, which is measured on the way.
 - Processor seconds are those of `prune_layers`, forward passes included, with one thread. Memory is the
   peak over them beyond what the process held before, network and calibration tokens included.
 - Every cell is appended to ``results.jsonl`` as it is done, every block of the present one is kept beside
@@ -39,7 +40,9 @@ import itertools
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +57,13 @@ from cbs_opt.layers.divergence import Divergence
 from cbs_opt.layers.recipe import ALL_BUDGETS, LayerRecipe
 from cbs_opt.select.layer_program.methods import METHODS
 from cbs_opt.select.layer_program.support import checked_sparsity
-from cbs_opt.system.memory import resident
+from cbs_opt.system.memory import peak, resident
 from cbs_opt.system.plain import plain
+from cbs_opt.system.progress import Advance, Progress
 from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, experiment_parser
 from experiments.data_files import data_file
-from experiments.ledger import Ledger, settings_key
+from experiments.ledger import Ledger, commit, settings_key
 from experiments.studies_page import between_marks
 from formulations.errors import ArgumentError, CbsError
 from formulations.files import write_atomically
@@ -75,8 +79,12 @@ SPARSITIES = ("0.5", "0.7", "2:4")
 SHARING = {"layer": ("magnitude", "wanda", "alps", "exchanges"), "network": SHOWN[1:]}
 """Methods that are measured with zeros shared by the rows of a layer, or by all layers, as well."""
 PASSES = (0, 1, 2, 3)
+SETTINGS = ("method", "sparsity", "sequences", "budget", "passes", "stages", "block")
+"""What a cell is known by, as far as it has it."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARK = "language model"
+MOVES = "divergence"
+"""Phase of `prune_layers` in which weights move."""
 COLUMNS = ("perplexity", "differentiated", *KINDS, "sum", "processor s", "of it programs", "GB beside")
 HEAD = ("| method | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS))
 
@@ -140,39 +148,86 @@ def perplexity(model: Any, tokens: Tensor) -> float:
     return math.exp(total / TEST_SEQUENCES)
 
 
-def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> Cell:
+def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> list[Cell]:
     """Return what a cell comes to: perplexity, relative losses of every layer, seconds and bytes.
 
+    Before weights move the network is that of the same cell without passes, whose results come first.
     `run_dir` keeps its blocks, so that it goes on where it was stopped.
     """
     tokens = load_file(cache / "tokens.safetensors")
     model = load_model(cache)
-    result = dict(cell)
-    if cell["method"] != DENSE:
-        sequences = cell["sequences"]
-        calibration = tokens["valid"][: sequences * CALIBRATION_LENGTH].view(sequences, CALIBRATION_LENGTH)
-        before = resident()
-        report = cbs_opt.prune_layers(
-            model,
-            calibration,
-            sparsity=checked_sparsity(_sparsity(cell["sparsity"])),
-            recipe=_recipe(cell),
-            blocks=f"model.layers.{cell['block']}" if "block" in cell else None,
-            run_dir=run_dir,
-        )
-        result |= {
-            "processor_seconds": report.seconds,
-            "program_seconds": sum(layer.seconds for layer in report.layers),
-            "extra_bytes": None if report.peak_memory is None else report.peak_memory - before,
-            "zeros": report.zeros,
-            "differentiated": report.differentiated,
-            "moved": plain(report.moved),
-            "loss": {layer.name: layer.loss for layer in report.layers},
-            "output_error": {layer.name: layer.output_error for layer in report.layers},
-        }
+    if cell["method"] == DENSE:
+        return [{**cell, "perplexity": perplexity(model, tokens["test"])}]
+    sequences = cell["sequences"]
+    calibration = tokens["valid"][: sequences * CALIBRATION_LENGTH].view(sequences, CALIBRATION_LENGTH)
+    watch = _Watch(model, tokens["test"])
+    before = resident()
+    report = cbs_opt.prune_layers(
+        model,
+        calibration,
+        sparsity=checked_sparsity(_sparsity(cell["sparsity"])),
+        recipe=_recipe(cell),
+        blocks=f"model.layers.{cell['block']}" if "block" in cell else None,
+        run_dir=run_dir,
+        progress=watch,
+    )
+    shared = {
+        "program_seconds": sum(layer.seconds for layer in report.layers),
+        "zeros": report.zeros,
+        "loss": {layer.name: layer.loss for layer in report.layers},
+        "output_error": {layer.name: layer.output_error for layer in report.layers},
+    }
+    seconds = report.seconds - watch.spent
+    result = {
+        **cell,
+        **shared,
+        "processor_seconds": seconds,
+        "extra_bytes": None if report.peak_memory is None else report.peak_memory - before,
+        "differentiated": report.differentiated,
+        "moved": plain(report.moved),
+    }
     if "block" not in cell:
         result["perplexity"] = perplexity(model, tokens["test"])
-    return result
+    if watch.perplexity is None or cell.get("stages", 1) > 1:
+        return [result]
+    still = {name: value for name, value in cell.items() if name != "passes"} | {
+        **shared,
+        "processor_seconds": seconds - watch.moves,
+        "extra_bytes": None if watch.peak is None else watch.peak - before,
+        "differentiated": report.differentiated - sum(record.tokens for record in report.moved),
+        "moved": [],
+        "perplexity": watch.perplexity,
+    }
+    return [still, result]
+
+
+class _Watch(Progress):
+    """Measures a network once its layers are pruned, before its weights move.
+
+    `perplexity` and `peak` are what was found then, `spent` the processor seconds of finding out, and `moves`
+    those of the moves.
+    """
+
+    def __init__(self, model: nn.Module, text: Tensor) -> None:
+        self.perplexity: float | None = None
+        self.peak: int | None = None
+        self.spent = 0.0
+        self.moves = 0.0
+        self._model, self._text = model, text
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None, *, unit: str, done: int = 0) -> Iterator[Advance]:
+        """Measure before weights move."""
+        if name == MOVES and self.perplexity is None:
+            began = time.process_time()
+            self.peak = peak()
+            self.perplexity = perplexity(self._model, self._text)
+            self.spent = time.process_time() - began
+        began = time.process_time()
+        with super().phase(name, total, unit=unit, done=done) as advance:
+            yield advance
+        if name == MOVES:
+            self.moves += time.process_time() - began
 
 
 def _recipe(cell: Cell) -> LayerRecipe:
@@ -316,7 +371,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with thread_limit(1):
             for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):
                 run_dir = options.out / settings_key(cell)
-                ledger.add(settings_key(cell), measure(options.cache, cell, run_dir))
+                for result in measure(options.cache, cell, run_dir):
+                    settings = {name: result[name] for name in SETTINGS if name in result}
+                    if settings_key(settings) not in ledger:
+                        ledger.add(settings_key(settings), {**result, "commit": commit()})
                 shutil.rmtree(run_dir, ignore_errors=True)
     except (CbsError, ValueError) as error:
         sys.stderr.write(f"{error}\n")

@@ -52,14 +52,25 @@ def test_cells_are_measured_once_and_the_page_shows_them(cache: Path, tmp_path: 
 
 
 def test_a_cell_has_perplexity_losses_and_costs(cache: Path) -> None:
-    dense = language_model.measure(cache, {"method": DENSE})
+    (dense,) = language_model.measure(cache, {"method": DENSE})
     assert dense["perplexity"] == pytest.approx(WORDS, rel=0.2)
-    found = language_model.measure(cache, {"method": "sparsegpt", "sparsity": "2:4", "sequences": 1})
+    (found,) = language_model.measure(cache, {"method": "sparsegpt", "sparsity": "2:4", "sequences": 1})
     assert math.isfinite(found["perplexity"])
     assert found["perplexity"] != dense["perplexity"]
     assert len(found["loss"]) == 14
     assert found["zeros"] == 0.5
     assert 0.0 < found["program_seconds"] <= found["processor_seconds"]
+
+
+def test_a_cell_with_passes_measures_the_one_without_on_its_way(cache: Path) -> None:
+    cell = {"method": "wanda", "sparsity": "0.5", "sequences": 2, "budget": "network"}
+    (alone,) = language_model.measure(cache, cell)
+    still, moved = language_model.measure(cache, cell | {"passes": 1})
+    for same in ("perplexity", "loss", "zeros", "differentiated", "moved"):
+        assert still[same] == alone[same]
+    assert moved["passes"] == 1
+    assert moved["differentiated"] > still["differentiated"] > 0
+    assert 0.0 < still["processor_seconds"] < moved["processor_seconds"]
 
 
 def test_cells_move_and_share_and_say_so(cache: Path, tmp_path: Path) -> None:
