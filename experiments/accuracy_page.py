@@ -4,7 +4,8 @@
 
 It reads the ledger of `experiments.recipes` and writes ``docs/results/accuracy.csv``, a row a cell that
 says from which publication, or by which command on which commit, a figure comes, and prints the tables of
-``docs/results/accuracy.md``. Cells that the file has and the ledger has not stay as they are.
+``docs/results/accuracy.md``. Cells of patterns such as 2:4 go to ``patterns.csv`` beside it. Cells that a
+file has and the ledger has not stay as they are.
 `experiments.first_picture` draws the picture from the same file.
 """
 
@@ -22,6 +23,7 @@ from cbs_opt.recipe.named import NAMES
 from experiments.first_picture import RESULTS
 from experiments.ledger import Ledger
 from experiments.published import ACCURACY, METHODS, SOURCES
+from experiments.recipes import MAGNITUDE
 
 SOURCE = {"cbs": "Yu et al., ICML 2022", "chita": "Benbaki et al., ICML 2023"}
 """Short names of `experiments.published.SOURCES`."""
@@ -44,6 +46,7 @@ COLUMNS = (
     "commit",
 )
 PUBLISHED = "published"
+PATTERNS = "patterns.csv"
 CELL = ["network", "method", "statistics", "sparsity"]
 """What a figure is known by."""
 
@@ -100,9 +103,11 @@ def _published(network: str, sparsity: float, method: str) -> dict[str, Any]:
 
 
 def _measured(
-    network: str, recipe: str, recalibrate: bool, sparsity: float, cells: pd.DataFrame
+    network: str, recipe: str, recalibrate: bool, sparsity: float | str, cells: pd.DataFrame
 ) -> dict[str, Any]:
-    command = f"python -m experiments.recipes --network {network} --recipes {recipe} --sparsity {sparsity:g}"
+    command = (
+        f"python -m experiments.recipes --network {network} --recipes {recipe} --sparsity {_share(sparsity)}"
+    )
     return {
         "network": network,
         "method": recipe,
@@ -118,14 +123,18 @@ def _measured(
     }
 
 
+def _share(sparsity: float | str) -> str:
+    return sparsity if isinstance(sparsity, str) else f"{sparsity:g}"
+
+
 def table(figures: pd.DataFrame, network: str) -> str:
     """Return the Markdown table of a network: a line a method, a column a sparsity, then the cost."""
     own = figures[figures["network"] == network].fillna({"statistics": ""})
     shares = sorted(own["sparsity"].unique())
-    lines = [_line(["", *(f"{share:g}" for share in shares), "samples", "processor seconds"])]
+    lines = [_line(["", *map(_share, shares), "samples", "processor seconds"])]
     lines.append(_line(["---"] * (len(shares) + 3)))
     order = [(method, "") for method in METHODS]
-    order += [(name, statistics) for name in NAMES for statistics in ("anew", "kept")]
+    order += [(name, statistics) for name in (MAGNITUDE, *NAMES) for statistics in ("anew", "kept")]
     for method, statistics in order:
         rows = own[(own["method"] == method) & (own["statistics"] == statistics)]
         if rows.empty:
@@ -142,7 +151,9 @@ def table(figures: pd.DataFrame, network: str) -> str:
 def _label(method: str, statistics: str) -> str:
     if not statistics:
         return f"{method}, published"
-    return f'`"{method}"`' + ("" if statistics == "anew" else ", statistics kept")
+    return (method if method == MAGNITUDE else f'`"{method}"`') + (
+        "" if statistics == "anew" else ", statistics kept"
+    )
 
 
 def _cell(rows: pd.DataFrame) -> str:
@@ -167,6 +178,14 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _added(figures: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Return figures with those of a file of which they have no other, written back to it."""
+    if path.is_file():
+        figures = with_earlier(figures, pd.read_csv(path))
+    figures.to_csv(path, index=False)
+    return figures
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the file and print the tables; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.accuracy_page", description=__doc__)
@@ -177,13 +196,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [str(path) for path in options.ledger if not path.is_file()]
     if missing:
         parser.error(f"--ledger: no file {', '.join(missing)}; python -m experiments.recipes writes one")
-    figures = frame(entry for path in options.ledger for entry in Ledger(path).results())
-    if options.out.is_file():
-        figures = with_earlier(figures, pd.read_csv(options.out))
+    entries = [entry for path in options.ledger for entry in Ledger(path).results()]
+    patterns = [entry for entry in entries if isinstance(entry["sparsity"], str)]
+    shares = [entry for entry in entries if not isinstance(entry["sparsity"], str)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    figures.to_csv(options.out, index=False)
+    beside = options.out.with_name(PATTERNS)
+    figures = _added(frame(shares), options.out)
     for network in figures["network"].unique():
         sys.stdout.write(f"{network}\n\n{table(figures, network)}\n")
+    if not patterns and not beside.is_file():
+        return 0
+    found = frame(patterns)
+    figures = _added(found[found["seeds"] != PUBLISHED], beside)
+    for network in figures["network"].unique():
+        sys.stdout.write(f"{network}, patterns\n\n{table(figures, network)}\n")
     return 0
 
 

@@ -7,6 +7,8 @@ Protocol
 - ``prune(model, (x, y), sparsity=s, recipe=name, seed=k)`` on the training images as they are; which weights
   may go is that of the published tables (all of MLPNet, the 18 block convolutions of ResNet20), nothing else
   is set. Everything else is chosen by the product on training samples.
+- Beside them ``--recipes magnitude``: the smallest weights go, of the network or within each pattern, the
+  others stay, and statistics are estimated anew like ours.
 - The test set is read once a cell, whole. Processor seconds are those of `prune`, with one thread.
 - Each cell is appended to ``results.jsonl`` as it is done: the same command goes on where it was stopped.
 
@@ -31,7 +33,8 @@ import cbs_opt
 from cbs_opt.cli.prune import target
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.recipe.named import NAMES, Named
-from cbs_opt.recipe.records import Weights
+from cbs_opt.recipe.records import Recipe, Weights
+from cbs_opt.recipe.select import Magnitude
 from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, add_run_options, experiment_parser
 from experiments.data_files import DATA_FILES
@@ -42,6 +45,8 @@ from experiments.published import ACCURACY
 from formulations.errors import CbsError
 
 DEFAULT_OUT = Path("runs/recipes")
+MAGNITUDE = "magnitude"
+CONTENDERS = (MAGNITUDE, *NAMES)
 
 
 def settings(
@@ -69,7 +74,7 @@ def measure(cell: Mapping[str, Any], data: Dataset, data_dir: Path | None, verif
         network.model,
         (data.train_x, data.train_y),
         sparsity=cell["sparsity"],
-        recipe=Named(name=cell["recipe"], recalibrate=cell["recalibrate"], weights=weights),
+        recipe=_recipe(cell["recipe"], cell["recalibrate"], weights),
         seed=cell["seed"],
         progress=False,
     )
@@ -89,6 +94,12 @@ def measure(cell: Mapping[str, Any], data: Dataset, data_dir: Path | None, verif
         "notes": list(report.notes),
         "commit": commit(),
     }
+
+
+def _recipe(name: str, recalibrate: bool, weights: Weights) -> Named | Recipe:
+    if name != MAGNITUDE:
+        return Named(name=name, recalibrate=recalibrate, weights=weights)
+    return Recipe(select=Magnitude(), update=None, weights=weights, recalibrate=recalibrate)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -125,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     root = experiment_parser("recipes", __doc__)
     root.add_argument("--network", required=True, choices=list(NETWORKS))
-    root.add_argument("--recipes", nargs="+", choices=NAMES, default=list(NAMES))
+    root.add_argument("--recipes", nargs="+", choices=CONTENDERS, default=list(NAMES))
     shares = "shares, or patterns such as 2:4; default: those of the published table"
     root.add_argument("--sparsity", nargs="+", type=target, help=shares)
     root.add_argument("--keep-statistics", action="store_true", help="leave batch-norm statistics alone")
@@ -157,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     results = [ledger[settings_key(cell)] for cell in todo]
-    results.sort(key=lambda entry: (entry["network"], NAMES.index(entry["recipe"])))
+    results.sort(key=lambda entry: (entry["network"], CONTENDERS.index(entry["recipe"])))
     text = table(results)
     (given.out / f"{given.network}.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)

@@ -13,12 +13,18 @@ from experiments.ledger import Ledger, commit
 from experiments.published import ACCURACY
 
 
-def cell(accuracy: float, seed: int, recipe: str = "fast", recalibrate: bool = True) -> dict[str, object]:
+def cell(
+    accuracy: float,
+    seed: int,
+    recipe: str = "fast",
+    recalibrate: bool = True,
+    sparsity: float | str = 0.9,
+) -> dict[str, object]:
     return {
         "network": "mlpnet_mnist",
         "recipe": recipe,
         "recalibrate": recalibrate,
-        "sparsity": 0.9,
+        "sparsity": sparsity,
         "seed": seed,
         "accuracy": accuracy,
         "samples": 1_000 + seed,
@@ -65,6 +71,24 @@ def test_cells_of_earlier_ledgers_stay_until_they_are_measured_again(tmp_path: P
     assert found == [{"best": 95.0, "fast": 92.0}, {"best": 95.0, "fast": 91.0}]
     published = figures[figures["seeds"] == "published"]
     assert published["accuracy"].equals(frame([])["accuracy"])
+
+
+def test_patterns_have_a_file_and_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = Ledger(tmp_path / "results.jsonl")
+    entries = [cell(92.0, 0), cell(90.0, 0, sparsity="2:4"), cell(80.0, 0, "magnitude", sparsity="2:4")]
+    for number, entry in enumerate(entries):
+        ledger.add(str(number), entry)
+    out = tmp_path / "accuracy.csv"
+    assert main(["--ledger", str(ledger.path), "--out", str(out)]) == 0
+    text = capsys.readouterr().out.split("mlpnet_mnist, patterns")[1]
+    assert text.index("| magnitude | 80.00 (1) |") < text.index('| `"fast"` | 90.00 (1) |')
+    patterns = pd.read_csv(tmp_path / "patterns.csv")
+    assert list(patterns["sparsity"]) == ["2:4", "2:4"]
+    assert pd.read_csv(out)["sparsity"].dtype == float
+    assert main(["--ledger", str(ledger.path), "--out", str(out)]) == 0
+    assert pd.read_csv(tmp_path / "patterns.csv").equals(patterns)
 
 
 def test_published_figures_alone_make_a_table_and_a_picture() -> None:

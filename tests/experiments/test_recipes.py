@@ -33,6 +33,18 @@ def test_a_table_has_a_line_a_recipe_and_is_gone_on_with(
     assert torch.get_num_threads() == threads
 
 
+def test_the_smallest_weights_of_a_pattern_go_beside_the_recipes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    write_mnist(tmp_path, train=60, test=20)
+    write_network(tmp_path, "mlpnet_mnist", MLPNet())
+    command = ["--network", "mlpnet_mnist", "--recipes", "magnitude", "--sparsity", "2:4", "--seeds", "1"]
+    command += ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--no-verify"]
+    assert recipes.main(command) == 0
+    assert "| mlpnet_mnist | magnitude |" in capsys.readouterr().out
+
+
 def test_bad_arguments_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recipes.main(["--network", "mlpnet_mnist", "--data", str(tmp_path)]) == 1
     assert "data" in capsys.readouterr().err
