@@ -58,6 +58,7 @@ from experiments.command_line import add_no_verify, add_run_options, experiment_
 from experiments.comparators.page import NOTHING, table
 from experiments.comparators.running import Cell, measure_cells
 from experiments.data_files import data_file
+from experiments.known import commits, keep_known, with_known
 from experiments.language_model import CALIBRATION_LENGTH, TEXTS, load_model, perplexity, prepare
 from experiments.ledger import Ledger, settings_key
 from experiments.structured import PAGE, blank, magnitude_masks
@@ -67,6 +68,8 @@ from formulations.files import write_atomically
 
 OUT = Path("runs/language_structure")
 MARK = "structured language model"
+KNOWN = "language_structure.jsonl"
+"""The results behind that part of the page, beside it."""
 NETWORK, DENSE = "smollm2", "dense"
 SHARES = (0.75,)
 OURS = ("ours", "ours_fitted")
@@ -219,9 +222,8 @@ def section(results: Sequence[Mapping[str, Any]]) -> str:
     measured = [entry for entry in results if entry["contender"] != DENSE]
     for share, count in dict.fromkeys((entry["share"], entry["sequences"]) for entry in measured):
         own = [entry for entry in measured if (entry["share"], entry["sequences"]) == (share, count)]
-        commits = ", ".join(sorted({entry["commit"] for entry in own}))
         facts = "" if dense is None else f"Dense perplexity {dense:.2f}; "
-        facts += f"{count} x {CALIBRATION_LENGTH} tokens; commit {commits}."
+        facts += f"{count} x {CALIBRATION_LENGTH} tokens; commit {commits(own)}."
         parts += [f"### SmolLM2, {share:g} of the neurons and of the heads", facts]
         rows = [entry for name in LABELS for entry in own if entry["contender"] == name]
         parts.append(table(TITLES, [_line(entry) for entry in rows]))
@@ -250,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--contenders", nargs="+", choices=[*LABELS], default=[*LABELS], help="default: all")
     root.add_argument("--shares", nargs="+", type=float, default=SHARES, help="that are kept (default .75)")
     root.add_argument("--sequences", type=int, default=16, help="of 512 tokens (default 16)")
-    root.add_argument("--page", action="store_true", help=f"write the ledger's tables into {PAGE}, and stop")
+    root.add_argument("--page", action="store_true", help=f"write tables into {PAGE}, and stop")
     add_run_options(root, seeds=1, out=OUT)
     add_no_verify(root)
     return root
@@ -262,7 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = root.parse_args(arguments)
     path = given.out / "results.jsonl"
     if given.page:
-        page = between_marks(PAGE.read_text(encoding="utf-8"), MARK, section(Ledger(path).results()))
+        known = PAGE.with_name(KNOWN)
+        results = with_known(known, path)
+        page = between_marks(PAGE.read_text(encoding="utf-8"), MARK, section(results))
+        keep_known(known, results)
         write_atomically(PAGE, page.encode())
         return 0
     if given.cache is None:

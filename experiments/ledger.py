@@ -63,12 +63,11 @@ class Ledger:
     def add(self, key: str, result: Mapping[str, Any]) -> None:
         """Append a result and make sure it is on disk."""
         record = {**result, "key": key}
-        body = json.dumps(record, sort_keys=True).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as stream:
             if self._cut_short():
                 stream.write(b"\n")
-            stream.write(_checksum(body) + b" " + body + b"\n")
+            stream.write(line(record))
             stream.flush()
             os.fsync(stream.fileno())
         self._results[key] = record
@@ -95,6 +94,12 @@ class Ledger:
         with self.path.open("rb") as stream:
             stream.seek(-1, os.SEEK_END)
             return stream.read(1) != b"\n"
+
+
+def line(record: Mapping[str, Any]) -> bytes:
+    """Return a result with its key as a line of a ledger."""
+    body = json.dumps(record, sort_keys=True).encode()
+    return _checksum(body) + b" " + body + b"\n"
 
 
 def _checksum(body: bytes) -> bytes:

@@ -5,11 +5,11 @@
     python -m experiments.comparators.autoprune
     python -m experiments.structure_figure
 
-Accuracies and counts are those of the ledgers of the commands above, whatever they hold; this one trains and
-prunes nothing. Contenders of `experiments.structured` are not trained after pruning, those of
-`experiments.comparators` are. Times of the former are in their ledger. ADMM's are measured here, on networks
-of the widths that it left, by turns with the dense one. AutoPrune leaves zeros in tensors of the same size,
-which take as long as before.
+Accuracies and counts are those of the files beside the pages of the commands above (see `experiments.known`)
+and of their ledgers; this one trains and prunes nothing. Contenders of `experiments.structured` are not
+trained after pruning, those of `experiments.comparators` are. Times of the former are in their ledger. ADMM's
+are measured here, on networks of the widths that it left, by turns with the dense one. AutoPrune leaves zeros
+in tensors of the same size, which take as long as before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from experiments.command_line import experiment_parser
 from experiments.comparators.page import FIGURES, table
 from experiments.comparators.running import DEFAULT_OUT, Cell, measure_cells
 from experiments.comparators.subjects import fresh
-from experiments.ledger import Ledger
+from experiments.known import keep_known, with_known
+from experiments.ledger import settings_key
 from experiments.structured import EVEN, LABELS, OUT, PAGE, PROVED, TIMED, milliseconds
 from experiments.studies_page import SEED, between_marks
 from formulations.files import write_atomically
@@ -42,6 +43,8 @@ FIGURE = "structure.svg"
 TURNS = 101
 """Passes of each network that is timed here: small ones take a tenth of a millisecond."""
 MARK = "side by side"
+WIDTHS = "widths.jsonl"
+"""Milliseconds of networks of the widths that ADMM left."""
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 NETWORKS = {"mlpnet_mnist": "MLPNet", "resnet20_cifar10": "ResNet20", "lenet5": "LeNet-5"}
 TRAINED = {"admm": "ADMM, trained", "autoprune": "AutoPrune, trained"}
@@ -156,24 +159,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root.add_argument("--page", type=Path, default=PAGE, help=f"default {PAGE}")
     root.add_argument("--figures", type=Path, default=FIGURES, help=f"default {FIGURES}")
     given = root.parse_args(arguments)
-    files = [given.structured / "structured.jsonl", *(given.ledgers / f"{name}.jsonl" for name in TRAINED)]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        place = "" if missing[0].stem == "structured" else "comparators."
-        sys.stderr.write(f"no file {missing[0]}; python -m experiments.{place}{missing[0].stem} makes it\n")
-        return 1
-    structured, admm, autoprune = (Ledger(file).results() for file in files)
-    timed = given.ledgers / "widths.jsonl"
-    code = measure_cells(timed, width_cells(admm), lambda: measured_widths)
+    found = {}
+    for name, folder in ("structured", given.structured), *((name, given.ledgers) for name in TRAINED):
+        file = folder / f"{name}.jsonl"
+        found[name] = with_known(given.page.with_name(file.name), file)
+        if not found[name]:
+            place = "" if name == "structured" else "comparators."
+            sys.stderr.write(f"no file {file}; python -m experiments.{place}{name} makes it\n")
+            return 1
+    known, timed = given.page.with_name(WIDTHS), given.ledgers / WIDTHS
+    have = {entry["key"] for entry in with_known(known)}
+    wanted = [cell for cell in width_cells(found["admm"]) if settings_key(cell) not in have]
+    code = measure_cells(timed, wanted, lambda: measured_widths)
     if code:
         return code
-    rows = points(structured, admm, Ledger(timed).results(), autoprune)
+    widths = with_known(known, timed)
+    rows = points(found["structured"], found["admm"], widths, found["autoprune"])
     drawn = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": SEED}):
         picture(rows).savefig(drawn, format="svg", metadata={"Date": None})
     given.figures.mkdir(parents=True, exist_ok=True)
     write_atomically(given.figures / FIGURE, drawn.getvalue())
     page = between_marks(given.page.read_text(encoding="utf-8"), MARK, section(rows))
+    keep_known(known, widths)
     write_atomically(given.page, page.encode())
     return 0
 

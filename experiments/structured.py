@@ -56,7 +56,7 @@ from experiments.command_line import add_no_verify, add_run_options, experiment_
 from experiments.comparators.page import NOTHING, table
 from experiments.comparators.running import Cell, measure_cells
 from experiments.datasets import Dataset, load_dataset
-from experiments.ledger import Ledger
+from experiments.known import BESIDE, commits, keep_known, seeds, with_known
 from experiments.networks import Network, load_network
 from experiments.studies_page import between_marks
 from formulations.files import write_atomically
@@ -81,7 +81,9 @@ TIMED = 100
 PASSES = 15
 WHAT = {"keep": "every set of groups", "flops": "the operations", "milliseconds": "the milliseconds"}
 OUT = Path("runs/structured")
-PAGE = Path("docs/results/structure.md")
+PAGE = BESIDE / "structure.md"
+KNOWN = "structured.jsonl"
+"""The results behind the page, beside it."""
 LABELS = {
     "ours": "ours",
     "ours_fitted": "ours, without the steps",
@@ -304,12 +306,11 @@ def section(results: Sequence[Mapping[str, Any]]) -> str:
             for entry in results
             if (entry["network"], entry["budget"], entry["share"]) == (network, budget, share)
         ]
-        commits = ", ".join(sorted({entry["commit"] for entry in own}))
         samples = ", ".join(str(count) for count in sorted({entry["samples"] for entry in own}))
-        seeds = len({entry["seed"] for entry in own})
-        facts = f"Dense {own[0]['dense_accuracy']:.2f} %; {samples} training images; {seeds} seed"
+        count = seeds(own)
+        facts = f"Dense {own[0]['dense_accuracy']:.2f} %; {samples} training images; {count} seed"
         parts.append(f"## {network}, {share:g} of {WHAT[budget]}")
-        parts.append(f"{facts}{'s' if seeds > 1 else ''}; commit {commits}.")
+        parts.append(f"{facts}{'s' if count > 1 else ''}; commit {commits(own)}.")
         parts.append(table(TITLES, [_line(name, own) for name in _names(own)]))
         parts += _proofs(own)
     return "\n\n".join(parts) or NOTHING
@@ -372,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--samples", type=int, help="training images; by default so many as the network has")
     root.add_argument("--contenders", nargs="+", help="some of them; by default all")
     root.add_argument("--shares", nargs="+", type=float, help="some of the shares; by default all")
-    root.add_argument("--page", action="store_true", help=f"write the ledger's tables into {PAGE}, and stop")
+    root.add_argument("--page", action="store_true", help=f"write tables into {PAGE}, and stop")
     add_run_options(root, seeds=1, out=OUT)
     add_no_verify(root)
     return root
@@ -383,11 +384,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     path = given.out / "structured.jsonl"
     if given.page:
-        if not path.is_file():
+        known = PAGE.with_name(KNOWN)
+        results = with_known(known, path)
+        if not results:
             sys.stderr.write(f"--out: no file {path}; python -m experiments.structured makes it\n")
             return 1
-        text = section(Ledger(path).results())
-        page = between_marks(PAGE.read_text(encoding="utf-8"), "structured", text)
+        page = between_marks(PAGE.read_text(encoding="utf-8"), "structured", section(results))
+        keep_known(known, results)
         write_atomically(PAGE, page.encode())
         return 0
 

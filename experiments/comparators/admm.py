@@ -98,6 +98,8 @@ class Admm:
         How often Z is updated in each of those.
     tolerance : float, default 1e-3
         By how much the loss on images held out may rise in purification of a layer.
+    judges : int, default 5_000
+        How many of these, at most, purification looks at.
     seed : int, default 0
     batch_size : int, default 64
     """
@@ -113,6 +115,7 @@ class Admm:
     quantising: int = 55_000
     updates: int = 15
     tolerance: float = 1e-3
+    judges: int = 5_000
     seed: int = 0
     batch_size: int = 64
 
@@ -121,9 +124,8 @@ class Admm:
         check_fields(self, "method.", finite_number, "rate", "rho", "most_rho", "tolerance")
         check_fields(self, "method.", finite_number, "growth", least=1.0)
         check_fields(self, "method.", whole_number, "bits", least=2)
-        check_fields(
-            self, "method.", whole_number, "samples", "retraining", "quantising", "updates", "batch_size"
-        )
+        counts = ("samples", "retraining", "quantising", "updates", "judges", "batch_size")
+        check_fields(self, "method.", whole_number, *counts)
         check_fields(self, "method.", whole_number, "seed", least=0)
 
     def training(self, samples: int) -> Training:
@@ -243,20 +245,24 @@ def retrain(subject: Subject, method: Admm, masks: Mapping[str, Tensor]) -> int:
     return descend(subject.network, subject.data, training, before=before).samples
 
 
-def purified(subject: Subject, chain: Sequence[Units], kept: Kept, tolerance: float) -> Kept:
+def purified(
+    subject: Subject, chain: Sequence[Units], kept: Kept, tolerance: float, judges: int | None = None
+) -> Kept:
     """Let the smallest rows go for as long as the loss does not miss them; returns the units that stay.
 
-    Layer by layer, the largest number of smallest rows is looked for by halving, such that the loss on images
-    held out rises by no more than `tolerance`. One row of each layer stays. What goes is zero then.
+    Layer by layer, the largest number of smallest rows is looked for by halving, such that the loss on the
+    first `judges` images held out (by default on all) rises by no more than `tolerance`. One row of each
+    layer stays. What goes is zero then.
     """
     network = subject.network
+    x, y = (entry[:judges] for entry in subject.held_out)
     found = {name: keep.clone() for name, keep in kept.items()}
     start = {name: value.clone() for name, value in network.model.state_dict().items()}
 
     def loss_with(trial: Kept) -> float:
         network.model.load_state_dict(start)
         cbs_opt.apply_masks(network.model, unit_masks(network.model, chain, trial))
-        return evaluate(network.model, subject.held_out, nn.functional.cross_entropy).loss
+        return evaluate(network.model, (x, y), nn.functional.cross_entropy).loss
 
     for name, norms in list(rows(network.model, chain)):
         order = [unit for unit in norms.argsort(stable=True).tolist() if found[name][unit]]
@@ -354,7 +360,7 @@ def admm(subject: Subject, chain: Sequence[Units], method: Admm) -> Outcome:
     note("rows removed", kept)
     samples += retrain(subject, method, masks)
     note("retrained", kept)
-    kept = purified(subject, chain, kept, method.tolerance)
+    kept = purified(subject, chain, kept, method.tolerance, method.judges)
     note("purified", kept)
     kept = unused_removed(model, chain, kept)
     masks = unit_masks(model, chain, kept)
@@ -381,10 +387,17 @@ def admm(subject: Subject, chain: Sequence[Units], method: Admm) -> Outcome:
 
 
 def cells(
-    network: str, *, shares: Sequence[float], bits: Sequence[int], samples: int = SAMPLES, seeds: int = 1
+    network: str,
+    *,
+    shares: Sequence[float],
+    bits: Sequence[int],
+    samples: int = SAMPLES,
+    judges: int = Admm.judges,
+    seeds: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Yield the settings of all cells; two fifths of `samples` go to stage 1, as many to retraining."""
-    images = {"samples": 2 * samples // 5, "retraining": 2 * samples // 5, "quantising": samples // 5}
+    part = 2 * samples // 5
+    images = {"samples": part, "retraining": part, "quantising": samples // 5, "judges": judges}
     for seed in range(seeds):
         for share in shares:
             for number in bits:
@@ -414,15 +427,21 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--shares", nargs="+", type=float, default=SHARES, help=f"of units, default {SHARES}")
     root.add_argument("--samples", type=int, default=SAMPLES, help=f"images in all, default {SAMPLES}")
     root.add_argument("--bits", nargs="+", type=int, default=(8,), help="default 8")
+    told = f"images held out that purification looks at, default {Admm.judges}"
+    root.add_argument("--judges", type=int, default=Admm.judges, help=told)
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parser().parse_args(arguments)
-
     wanted = cells(
-        given.network, shares=given.shares, bits=given.bits, samples=given.samples, seeds=given.seeds
+        given.network,
+        shares=given.shares,
+        bits=given.bits,
+        samples=given.samples,
+        judges=given.judges,
+        seeds=given.seeds,
     )
     return measure_cells(given.out / "admm.jsonl", wanted, on_dense(given, measure))
 

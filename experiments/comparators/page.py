@@ -2,6 +2,7 @@
 
     python -m experiments.comparators.page autoprune admm
 
+Results join those in the file beside the page, see `experiments.known`.
 What a page says about them is written by hand and stays; what was measured stands between marks and is
 replaced.
 """
@@ -9,6 +10,7 @@ replaced.
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +26,10 @@ from cbs_opt.report.figure_style import legend, marker, numbered_style, panels, 
 from experiments.command_line import experiment_parser
 from experiments.comparators.gradient_flow import MEASURES
 from experiments.comparators.running import DEFAULT_OUT
-from experiments.ledger import Ledger
+from experiments.known import BESIDE, commits, keep_known, with_known
 from experiments.studies_page import SEED, between_marks
 from formulations.files import write_atomically
 
-PAGES = Path("docs/results")
 FIGURES = Path("docs/figures")
 MARGIN = 0.3
 """Points that a price may cost on the images held out."""
@@ -82,17 +83,26 @@ def autoprune_section(rows: pd.DataFrame) -> str:
 
 
 def _chosen_price(rows: pd.DataFrame) -> list[str]:
-    """Return a sentence on the price that the images held out choose, if they were looked at."""
+    """Return a sentence on the price that the images held out choose, if they were looked at.
+
+    Where the accuracies on them are gone, "within" of a result says whether its price was within the margin.
+    """
     own = rows[rows["contender"] == "autoprune"]
-    if "held_out" not in own or own["held_out"].isna().all():
+    for column in ("held_out", "within"):
+        if column not in own:
+            own = own.assign(**{column: None})
+    own = own[own["held_out"].notna() | own["within"].notna()]
+    if own.empty:
         return []
-    own = own[own["held_out"].notna()]
     method = pd.DataFrame(list(own["method"]), index=own.index)
     own = own.assign(
         price=method["price"],
         coarse=method["coarse"],
         plan=method["samples"],
-        loses=[dense - left for dense, left in own["held_out"]],
+        loses=[
+            (0.0 if said else math.inf) if isinstance(said, bool) else pair[0] - pair[1]
+            for said, pair in zip(own["within"], own["held_out"], strict=True)
+        ],
     )
     means = own.groupby(["price", "coarse", "plan"])[
         ["loses", "kept", "n", "accuracy", "dense_accuracy"]
@@ -335,10 +345,9 @@ def table(titles: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
 
 def _facts(rows: pd.DataFrame) -> str:
     """Return how the rows came about."""
-    seeds = rows["seed"].nunique()
-    commits = ", ".join(sorted(set(rows["commit"])))
+    count = rows["seed"].nunique()
     dense = f"Dense {rows['dense_accuracy'].mean():.2f} %; " if "dense_accuracy" in rows else ""
-    return f"{dense}{seeds} seed{'s' if seeds > 1 else ''}; commit {commits}."
+    return f"{dense}{count} seed{'s' if count > 1 else ''}; commit {commits(rows.to_dict('records'))}."
 
 
 def _line(axes: Axes, number: int, x: Any, y: Any, label: str) -> None:
@@ -383,21 +392,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root.add_argument(
         "--ledgers", type=Path, default=DEFAULT_OUT, help=f"their folder, default {DEFAULT_OUT}"
     )
-    root.add_argument("--pages", type=Path, default=PAGES, help=f"default {PAGES}")
+    root.add_argument("--pages", type=Path, default=BESIDE, help=f"default {BESIDE}")
     root.add_argument("--figures", type=Path, default=FIGURES, help=f"default {FIGURES}")
     given = root.parse_args(arguments)
     for name in given.names:
-        ledger = given.ledgers / f"{name}.jsonl"
-        if not ledger.is_file():
+        ledger, path = given.ledgers / f"{name}.jsonl", given.pages / f"{name}.md"
+        known = path.with_suffix(".jsonl")
+        results = with_known(known, ledger)
+        if not results:
             sys.stderr.write(
                 f"--ledgers: no file {ledger}; python -m experiments.comparators.{name} makes it\n"
             )
             return 1
-        path = given.pages / f"{name}.md"
-        text, pictures = written(name, Ledger(ledger).results(), path.read_text(encoding="utf-8"))
+        text, pictures = written(name, results, path.read_text(encoding="utf-8"))
         given.figures.mkdir(parents=True, exist_ok=True)
         for file, picture in pictures.items():
             write_atomically(given.figures / file, picture)
+        keep_known(known, results)
         write_atomically(path, text.encode())
     return 0
 

@@ -146,7 +146,8 @@ def test_the_page_has_a_table_for_each_budget(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_page_without_a_ledger_names_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(structured, "PAGE", tmp_path / "structure.md")
     assert main(["--page", "--out", str(tmp_path)]) == 1
     assert "python -m experiments.structured makes it" in capsys.readouterr().err

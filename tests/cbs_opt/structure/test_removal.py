@@ -71,14 +71,6 @@ def test_a_shrunk_network_is_saved_loaded_and_exported(name: str) -> None:
     assert relative(output(small, example), output(exported, example)) < 1e-5
 
 
-def test_a_shrunk_network_is_written_as_onnx(tmp_path: Any) -> None:
-    pytest.importorskip("onnx")
-    model, example = built("residual")
-    small, _ = cbs.shrink(model, example, keep=random_keep(cbs.groups(model, example)))
-    torch.onnx.export(small, (example,), tmp_path / "small.onnx", dynamo=False)
-    assert (tmp_path / "small.onnx").stat().st_size > 0
-
-
 def test_gradients_flow_through_a_shrunk_network() -> None:
     model, example = built("transformer")
     small, _ = cbs.shrink(model, example, keep=random_keep(cbs.groups(model, example)))

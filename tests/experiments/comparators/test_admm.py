@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,6 +158,19 @@ def test_purification_removes_what_the_loss_does_not_miss() -> None:
     assert not kept["conv.weight"][[1, 2]].any()
     nothing = purified(tiny_subject(), CHAIN, all_kept(model, CHAIN), 1e9)
     assert all(int(keep.sum()) == 1 for keep in nothing.values())
+
+
+def test_purification_looks_at_no_more_images_than_it_is_told_to() -> None:
+    subject = tiny_subject()
+    chain, kept = CHAIN, all_kept(subject.network.model, CHAIN)
+    x, y = subject.held_out
+    x[7:] = torch.nan  # No loss over all of them has a value that a tolerance allows.
+    few = purified(copied(subject), chain, kept, 0.05, judges=7)
+    alone = purified(replace(copied(subject), held_out=(x[:7], y[:7])), chain, kept, 0.05)
+    assert all(few[name].equal(alone[name]) for name in kept)
+    assert not all(keep.all() for keep in few.values())
+    with pytest.raises(ArgumentError, match=r"method\.judges"):
+        method(judges=0)
 
 
 def test_the_whole_way_ends_on_levels_with_few_units_and_little_lost() -> None:

@@ -82,7 +82,7 @@ def test_a_page_shows_its_ledger_and_the_same_rows_give_the_same_files(
 ) -> None:
     command = [name, "--ledgers", str(tmp_path), "--pages", str(tmp_path), "--figures", str(tmp_path / "svg")]
     page = tmp_path / f"{name}.md"
-    by_hand = (ROOT / module.PAGES / f"{name}.md").read_text()
+    by_hand = (ROOT / module.BESIDE / f"{name}.md").read_text()
     page.write_text(by_hand)
     assert module.main(command) == 1
     assert f"experiments.comparators.{name}" in capsys.readouterr().err
