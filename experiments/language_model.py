@@ -41,7 +41,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ from cbs_opt.system.progress import Advance, Progress
 from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, experiment_parser
 from experiments.data_files import data_file
+from experiments.known import keep_known, with_known
 from experiments.ledger import Ledger, commit, settings_key
 from experiments.studies_page import between_marks
 from formulations.errors import ArgumentError, CbsError
@@ -85,7 +86,16 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 MARK = "language model"
 MOVES = "divergence"
 """Phase of `prune_layers` in which weights move."""
-COLUMNS = ("perplexity", "differentiated", *KINDS, "sum", "processor s", "of it programs", "GB beside")
+COLUMNS = (
+    "perplexity",
+    "differentiated",
+    *KINDS,
+    "sum",
+    "processor s",
+    "of it programs",
+    "GB beside",
+    "commit",
+)
 HEAD = ("| method | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS))
 
 Cell = dict[str, Any]
@@ -272,43 +282,58 @@ def _sparsity(text: str) -> float | str:
     return text if ":" in text else float(text)
 
 
-def table(ledger: Ledger, sequences: int, blocks: Sequence[int] = ()) -> str:
-    """Return the results that a ledger holds for so many calibration sequences, as tables of Markdown.
+def shown(result: Cell) -> Cell:
+    """Return of a cell's results what the page shows: means of losses in the place of those of all layers."""
+    if "loss" not in result:
+        return result
+    losses: dict[str, float] = result["loss"]
+    means = {
+        kind: float(np.mean([loss for name, loss in losses.items() if f".{kind}." in name])) for kind in KINDS
+    }
+    kept = {name: value for name, value in result.items() if name not in ("loss", "output_error")}
+    return kept | {"mean_loss": means, "sum_loss": sum(losses.values())}
 
-    First those of the whole network, then those of single blocks.
-    """
+
+def table(results: Mapping[str, Cell]) -> str:
+    """Return results by the key of their cells as tables of Markdown, of the network and then of blocks."""
     lines = []
     dense = settings_key({"method": DENSE})
-    if dense in ledger:
-        lines += [f"Dense: perplexity {ledger[dense]['perplexity']:.2f}.", ""]
+    if dense in results:
+        lines += [f"Dense: perplexity {results[dense]['perplexity']:.2f}.", ""]
+    others = [entry for key, entry in results.items() if key != dense]
+    sequences = sorted({entry["sequences"] for entry in others})
+    sparsities = sorted({entry["sparsity"] for entry in others}, key=_place)
     places: list[tuple[str, Sequence[int]]] = [("The whole network", ())]
+    blocks = sorted({entry["block"] for entry in others if "block" in entry})
     places += [(f"Block {block} alone", (block,)) for block in blocks]
-    for (title, place), sparsity in itertools.product(places, SPARSITIES):
-        shown = [
-            cells(SHOWN, [sparsity], [sequences], blocks=place, passes=PASSES, stages=n) for n in (1, 2, 3)
-        ]
-        keys = list(dict.fromkeys(settings_key(cell) for cell in itertools.chain(*shown)))
-        found = [ledger[key] for key in keys if key in ledger and key != dense]
+    for count, (title, place), sparsity in itertools.product(sequences, places, sparsities):
+        wanted = [cells(SHOWN, [sparsity], [count], blocks=place, passes=PASSES, stages=n) for n in (1, 2, 3)]
+        keys = list(dict.fromkeys(settings_key(cell) for cell in itertools.chain(*wanted)))
+        found = [results[key] for key in keys if key in results and key != dense]
         if found:
-            lines += [f"### {title}, {sparsity}, {sequences} x {CALIBRATION_LENGTH} tokens", "", *HEAD]
+            lines += [f"### {title}, {sparsity}, {count} x {CALIBRATION_LENGTH} tokens", "", *HEAD]
             lines += [*map(_line, found), ""]
     return "\n".join(lines) + "\n"
 
 
+def _place(sparsity: str) -> tuple[bool, float, str]:
+    """Return where a sparsity is among others: shares first, then patterns."""
+    return (True, 0.0, sparsity) if ":" in sparsity else (False, float(sparsity), sparsity)
+
+
 def _line(result: Cell) -> str:
     """Return the line of a cell in its table."""
-    losses: dict[str, float] = result["loss"]
-    means = [np.mean([loss for name, loss in losses.items() if f".{kind}." in name]) for kind in KINDS]
     beside = result["extra_bytes"]
     entries = [
         _label(result),
         f"{result['perplexity']:.1f}" if "perplexity" in result else "",
         str(result.get("differentiated", 0)),
-        *(f"{mean:.4f}" for mean in means),
-        f"{sum(losses.values()):.3f}",
+        *(f"{result['mean_loss'][kind]:.4f}" for kind in KINDS),
+        f"{result['sum_loss']:.3f}",
         f"{result['processor_seconds']:.1f}",
         f"{result['program_seconds']:.1f}",
         "" if beside is None else f"{beside / 1e9:.2f}",
+        result.get("commit", ""),
     ]
     return f"| {' | '.join(entries)} |"
 
@@ -338,7 +363,10 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--passes", nargs="+", type=int, default=[0], help="on the divergence (default 0)")
     root.add_argument("--stages", type=int, default=1, help="of prunings between the passes (default 1)")
     root.add_argument(
-        "--page", type=Path, help="put the tables between the marks of this page, and measure nothing"
+        "--page",
+        type=Path,
+        help="put tables between the marks of this page, of these results and those of the file beside it, "
+        "which they join, and measure nothing",
     )
     add_no_verify(root)
     return root
@@ -350,8 +378,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ledger = Ledger(options.out / "results.jsonl")
     try:
         if options.page is not None:
-            tables = "".join(table(ledger, count, options.blocks) for count in options.sequences)
-            page = between_marks(options.page.read_text(), MARK, f"\n{tables}\n")
+            known = options.page.with_suffix(".jsonl")
+            results = [shown(result) for result in with_known(known, ledger.path)]
+            by_key = {result["key"]: result for result in results}
+            page = between_marks(options.page.read_text(), MARK, f"\n{table(by_key)}\n")
+            keep_known(known, results)
             write_atomically(options.page, page.encode())
             return 0
         sparsities = [str(checked_sparsity(_sparsity(text))) for text in options.sparsities]

@@ -19,10 +19,20 @@ RUN_SEEDS = LARGEST_SEED // 2
 """Seeds of a whole run: those of its passes and steps are above it."""
 
 
+SHOWN = 80
+"""Letters of a value that messages show at most."""
+
+
+def shown(value: Any) -> str:
+    """Return how a message writes a value: as Python does, its middle left out where that is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 4 :]}"
+
+
 def whole_number(argument: str, value: Any, least: int = 1) -> int:
     """Return `value` as an int if it is a whole number >= `least`, else raise `ArgumentError`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ArgumentError(argument, f"{value!r}", f"pass a whole number >= {least}")
+        raise ArgumentError(argument, shown(value), f"pass a whole number >= {least}")
     return int(value)
 
 
@@ -44,14 +54,14 @@ def finite_number(
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < least or value > most or (above and value == least):
         wanted = f"{'>' if above else '>='} {least:g}" + (f" and <= {most:g}" if most < math.inf else "")
-        raise ArgumentError(argument, f"{value!r}", f"pass a finite number {wanted}")
+        raise ArgumentError(argument, shown(value), f"pass a finite number {wanted}")
     return float(value)
 
 
 def flag(argument: str, value: Any) -> bool:
     """Return `value` if it is True or False, else raise `ArgumentError`."""
     if not isinstance(value, bool):
-        raise ArgumentError(argument, f"{value!r}", "pass True or False")
+        raise ArgumentError(argument, shown(value), "pass True or False")
     return value
 
 
@@ -59,7 +69,7 @@ def one_of(argument: str, value: Any, choices: Iterable[str]) -> str:
     """Return `value` if it is among `choices`, else raise `ArgumentError`."""
     names = list(choices)
     if not isinstance(value, str) or value not in names:
-        raise ArgumentError(argument, f"{value!r}", f"choose among {', '.join(names)}")
+        raise ArgumentError(argument, shown(value), f"choose among {', '.join(names)}")
     return value
 
 
@@ -67,14 +77,14 @@ def names(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
     """Return one string or several as a tuple, else raise `ArgumentError`."""
     entries = (value,) if isinstance(value, str) else value
     if not isinstance(entries, Sequence) or not all(isinstance(entry, str) for entry in entries):
-        raise ArgumentError(argument, f"{value!r}", "pass a string, or a sequence of strings")
+        raise ArgumentError(argument, shown(value), "pass a string, or a sequence of strings")
     return tuple(entries)
 
 
 def path(argument: str, value: Any) -> str | os.PathLike[str] | None:
     """Return a path, or None; raise `ArgumentError` for anything else."""
     if value is not None and not isinstance(value, str | os.PathLike):
-        raise ArgumentError(argument, f"{value!r}", "pass a path")
+        raise ArgumentError(argument, shown(value), "pass a path")
     return value
 
 
@@ -91,7 +101,7 @@ def plain_value(argument: str, value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [plain_value(argument, entry) for entry in value]
     remedy = "pass a number, a string, or a list or mapping of them"
-    raise ArgumentError(argument, f"{value!r}", remedy)
+    raise ArgumentError(argument, shown(value), remedy)
 
 
 def check_fields(record: Any, prefix: str, check: Callable[..., Any], *fields: str, **options: Any) -> None:

@@ -42,7 +42,7 @@ def test_cells_are_measured_once_and_the_page_shows_them(cache: Path, tmp_path: 
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == ledger
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- language model -->\n<!-- end of language model -->\n\nafter\n")
-    assert main([*options, "--page", str(page), "--sequences", "2", "--blocks", "1"]) == 0
+    assert main([*options, "--page", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -88,7 +88,7 @@ def test_cells_move_and_share_and_say_so(cache: Path, tmp_path: Path) -> None:
     assert main([*options, *wanted]) == 0
     page = tmp_path / "page.md"
     page.write_text("<!-- language model -->\n<!-- end of language model -->\n")
-    assert main([*options[:4], "--page", str(page), "--sequences", "2"]) == 0
+    assert main([*options[:4], "--page", str(page)]) == 0
     text = page.read_text()
     assert text.index("| wanda, network |") < text.index("| wanda, network, 2 passes in 2 stages |")
     assert f"| {2 * CALIBRATION_LENGTH} |" in text

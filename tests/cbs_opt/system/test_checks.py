@@ -1,4 +1,4 @@
-"""Seeds: one range for all of them, refused by name outside it."""
+"""Checks at the border: seeds have one range for all of them, and messages stay short."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cbs_opt.curvature.layer_inputs import input_moments
 from cbs_opt.demo import digits_network
 from cbs_opt.network.partition import Partition
 from cbs_opt.select.scores import randomized_magnitude
-from cbs_opt.system.checks import RUN_SEEDS, seed_number
+from cbs_opt.system.checks import RUN_SEEDS, one_of, seed_number
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import data, network
 
@@ -47,3 +47,12 @@ def test_the_largest_seed_of_a_run_leaves_room_for_those_of_its_passes() -> None
     with pytest.raises(ArgumentError, match=f"below {RUN_SEEDS}"):
         cbs.prune(network(), data(), sparsity=0.5, seed=RUN_SEEDS, progress=False)
     assert cbs.prune(network(), data(), sparsity=0.5, seed=largest, progress=False).n_prune > 0
+
+
+def test_messages_show_the_ends_of_long_values_and_name_the_choices() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        one_of("recipe", "# a whole file\n" * 100, ["fast", "best"])
+    message = str(caught.value)
+    assert len(message) < 150
+    assert message.startswith("recipe: '# a whole file")
+    assert message.endswith("choose among fast, best")
