@@ -53,7 +53,9 @@ def describe(
     """
     request, recipe, partition = task.request, best.recipe, task.partition
     curvature = recipe.curvature
-    after = task.trial(best.weights, best.statistics)
+    others = best.others or {}
+    buffers = {name for name, _ in task.model.named_buffers()}
+    after = task.trial(best.weights, others)
     with task.clock.phase("evaluation"):
         passes = _evaluations(task, after, held_out)
         train_before, train_after, *measured = task.progress.collect("evaluation", passes, 4, unit="pass")
@@ -121,12 +123,17 @@ def describe(
         update_scale=best.scale,
         seed=request.seed,
         masks=keep,
-        recalibrated=bool(best.statistics),
+        recalibrated=any(name in buffers for name in others),
         request=request,
         versions=library_versions(),
         stages=() if state is None else state.records,
         left_out=partition.left_out,
-        notes=(*task.notes, *_unseen(rows), *_without_gradient(rows, partition)),
+        notes=(
+            *task.notes,
+            *_unseen(rows),
+            *_without_gradient(rows, partition),
+            *_moved([name for name in others if name not in buffers]),
+        ),
         choices=task.choices,
         warnings=tuple(warnings),
     )
@@ -148,6 +155,12 @@ def _without_gradient(rows: Rows | None, partition: Partition) -> Iterator[str]:
     names = [name for name, piece in pieces if not bool(piece[0].any()) and not bool(piece.any())]
     if names:
         yield f"the loss does not depend on {_listed(names)}, as far as the samples say"
+
+
+def _moved(names: Sequence[str]) -> Iterator[str]:
+    """Yield which parameters moved besides the weights that might be pruned."""
+    if names:
+        yield f"{len(names)} biases, scales and shifts moved with the kept weights: {_listed(names)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -96,9 +96,9 @@ class Task:
         """Evaluate a network on the sample."""
         return None if self.sample is None else evaluate(network, self.sample, self.loss_fn)
 
-    def trial(self, weights: Tensor, statistics: Mapping[str, Tensor] | None = None) -> TrialNetwork:
-        """Return the network with flat `weights` (n,), and buffers by name, in the place of its own."""
-        return TrialNetwork(self.model, self.partition, weights, statistics)
+    def trial(self, weights: Tensor, others: Mapping[str, Tensor] | None = None) -> TrialNetwork:
+        """Return the network with flat `weights` (n,), and others by name, in the place of its own."""
+        return TrialNetwork(self.model, self.partition, weights, others)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +106,8 @@ class Candidate:
     """One pruned network: its sets, its flat weights in float64, and what it was made with.
 
     `damping` is what was added to the diagonal. `loss` is the training loss, None where nothing was compared.
-    `statistics` are batch-norm buffers by name, where they were estimated anew.
+    `others` are new tensors beside the weights, by name: batch-norm buffers that were estimated anew, biases
+    and norms that moved.
     """
 
     choices: list[Choice]
@@ -116,7 +117,7 @@ class Candidate:
     damping: float
     scale: float | None
     loss: float | None = None
-    statistics: Mapping[str, Tensor] | None = None
+    others: Mapping[str, Tensor] | None = None
 
     @property
     def rank(self) -> float:

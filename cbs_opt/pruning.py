@@ -67,7 +67,7 @@ from formulations.support import NofM, n_of_m
 logger = logging.getLogger(__name__)
 
 Result = tuple[Tensor, Mapping[str, Tensor], PruneReport]
-"""The weights of a run, its batch-norm statistics where they are new, and the record."""
+"""The weights of a run, other tensors by name where they are new, and the record."""
 STAGE_DROPS = 3
 """Drops of joint greedy OBS in every stage, by default."""
 
@@ -217,8 +217,8 @@ def prune(
         result = _finished(task, staged)
         if result is None:
             result = _run(task, staged, evaluate, opened)
-        weights, statistics, report = result
-    write_back(model, partition, weights, statistics)
+        weights, others, report = result
+    write_back(model, partition, weights, others)
     return report
 
 
@@ -623,5 +623,5 @@ def _run(task: Task, staged: StagedRun | None, held_out: Data | None, opened: Ex
         if certify is not None:
             report = certified(task, best, model, report)
     keeps_steps = certify is not None and certify.block_dir is not None
-    task.done.finish(best.weights, best.keep, best.statistics or {}, report, steps_stay=keeps_steps)
-    return best.weights, best.statistics or {}, report
+    task.done.finish(best.weights, best.keep, best.others or {}, report, steps_stay=keeps_steps)
+    return best.weights, best.others or {}, report

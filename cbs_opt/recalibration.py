@@ -32,43 +32,46 @@ def recalibrated(task: Task, best: Candidate, sample: Sample) -> tuple[Candidate
     """
     if not task.recipe.recalibrate or task.data is None or not sample:
         return best, ""
-    found, note = fitting(task, best.weights, sample, best.statistics or {})
-    return replace(best, statistics=found or None), note
+    found, note = fitting(task, best.weights, sample, best.others or {})
+    return replace(best, others=found or None), note
 
 
 def fitting(
-    task: Task, weights: Tensor, sample: Sample, statistics: Mapping[str, Tensor] = MappingProxyType({})
+    task: Task, weights: Tensor, sample: Sample, others: Mapping[str, Tensor] = MappingProxyType({})
 ) -> tuple[Mapping[str, Tensor], str]:
-    """Return the statistics of the lowest loss on `sample` for `weights` (n,), and a note about them.
+    """Return `others` with the statistics of the lowest loss on `sample` for `weights`, and a note.
 
-    Compared are the old ones, which are `statistics` by name in the place of the network's own, the new ones,
-    and those halfway. The old ones and an empty note are returned where nothing can be estimated.
+    `others` are tensors by name in the place of the network's own. Compared are the old statistics, of them
+    or of the network, the new ones, and those halfway. `others` and an empty note are returned where nothing
+    can be estimated.
     """
     data = task.data
     assert data is not None
-    stay = f"those {'from before fine-tuning' if statistics else 'of training'} stay"
+    own = {name: buffer.detach() for name, buffer in task.model.named_buffers()}
+    stay = f"those {'from before fine-tuning' if own.keys() & others.keys() else 'of training'} stay"
+    count = SAMPLES * sum(batch.size for batch in sample)
     try:
-        new, used = _estimated(task, data, weights, SAMPLES * sum(batch.size for batch in sample))
+        new, used = _estimated(task, data, weights, count, others)
     except (NoBatchNormError, EmptyDataError):
         # Nothing to estimate, or a single sample to do it from.
-        return statistics, ""
+        return others, ""
     except NonFiniteError:
-        return statistics, f"batch-norm statistics of the pruned network overflow: {stay}"
-    own = {name: buffer.detach() for name, buffer in task.model.named_buffers() if name in new}
-    old = {**own, **statistics}
+        return others, f"batch-norm statistics of the pruned network overflow: {stay}"
+    old = {**own, **others}
 
-    def loss(statistics: Mapping[str, Tensor]) -> float:
-        return evaluate(task.trial(weights, statistics), sample, task.loss_fn).loss
+    def loss(others: Mapping[str, Tensor]) -> float:
+        return evaluate(task.trial(weights, others), sample, task.loss_fn).loss
 
-    before = loss(statistics)
-    tried = [{name: old[name].lerp(value, share) for name, value in new.items()} for share in SHARES]
-    losses = [loss(statistics) for statistics in tried]
+    before = loss(others)
+    moved = [{name: old[name].lerp(value, share) for name, value in new.items()} for share in SHARES]
+    tried = [{**others, **statistics} for statistics in moved]
+    losses = [loss(entry) for entry in tried]
     after = min(losses)
     found = (
         f"loss on samples set aside {before:.4g}, with batch-norm statistics of {used} samples {after:.4g}"
     )
     if not after < before:
-        return statistics, f"{found}: {stay}"
+        return others, f"{found}: {stay}"
     return tried[losses.index(after)], f"{found}: taken"
 
 
@@ -87,8 +90,17 @@ def settled_loss(task: Task, weights: Tensor, sample: Sample) -> float:
     return evaluate(task.trial(weights, found), sample, task.loss_fn).loss
 
 
-def _estimated(task: Task, data: Data, weights: Tensor, samples: int) -> tuple[dict[str, Tensor], int]:
-    """Return the statistics by name, and how many samples they are of; the network keeps its own."""
+def _estimated(
+    task: Task,
+    data: Data,
+    weights: Tensor,
+    samples: int,
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[dict[str, Tensor], int]:
+    """Return the statistics by name, and how many samples they are of; the network keeps its own.
+
+    Of `others` parameters stand in the place of the network's own.
+    """
     batches = iterate(
         data,
         batch_size=None,
@@ -96,7 +108,8 @@ def _estimated(task: Task, data: Data, weights: Tensor, samples: int) -> tuple[d
         seed=task.request.seed + SEED_STEP,
         device=device_of(task.model),
     )
-    network = task.trial(weights)
+    parameters = {name for name, _ in task.model.named_parameters()}
+    network = task.trial(weights, {name: value for name, value in others.items() if name in parameters})
     with kept(task.model):
         used = recalibrate_batchnorm(network, list(batches))
         values = {

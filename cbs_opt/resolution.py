@@ -266,6 +266,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     plan = stages or (_stages(count, tuning, available, gradual, normalized) if staged else None)
     if gradual and plan is not None:
         plan = replace(plan, update_above=UPDATE_ABOVE)
+    if stages is None and plan is not None and plan.fine_tuning is not None:
+        plan = replace(plan, fine_tuning=replace(plan.fine_tuning, vectors=named.vectors))
     if staged and stages is None and fits < LEAST_SHARE * min(tier.rows, samples):
         # Rows of a stage stay in memory; those of a single one may go to disk.
         plan = None
@@ -467,6 +469,7 @@ def _said(plan: Stages) -> str:
     record = plan.fine_tuning
     between = f"{record.samples} after each and " if plan.count > 1 else ""
     found = f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
+    found += ", biases and norms with the weights" if record.vectors else ""
     return f"{found}, each batch normalised by itself if far from rest" if record.batch_statistics else found
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cbs_opt.layers.blocks import Block, find_blocks
@@ -34,7 +33,7 @@ from cbs_opt.network.eligible import Globs, LeftOut, unwrapped
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
 from cbs_opt.network.trial import plain_attention, write_layers
 from cbs_opt.runs.fingerprint import absorb_tensor
-from cbs_opt.runs.folder import Pieces, RunStore
+from cbs_opt.runs.folder import Pieces, RunStore, in_numpy
 from cbs_opt.select.layer_program.methods import LayerMethod, layer_method
 from cbs_opt.select.layer_program.program import LayerHessian, LayerProgram, LayerSolution
 from cbs_opt.select.layer_program.support import (
@@ -341,7 +340,7 @@ class _Run:
             record = move(aim, moving, masks, options, stage, advance)
         if self.store.writes:
             header = {"record": plain(record), "seconds": time.process_time() - began}
-            arrays = {layer: _wide(parameter.detach()) for layer, parameter in moving.items()}
+            arrays = {layer: in_numpy(parameter) for layer, parameter in moving.items()}
             self.store.keep(name, header, arrays, compress=False)
         return record
 
@@ -412,18 +411,12 @@ def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, re
     return _Done(weights=weights, masks=masks, records=records, seconds=seconds)
 
 
-def _wide(tensor: Tensor) -> NDArray[Any]:
-    """Return an array in float32 or float64, which hold the values of every parameter."""
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return wide.cpu().contiguous().numpy()
-
-
 def _remember(store: Pieces, piece: str, done: _Done) -> None:
     """Write a block that is done."""
     if not store.writes:
         return
     arrays = {f"mask {name}": keep.cpu().contiguous().numpy() for name, keep in done.masks.items()}
-    arrays |= {f"weights {name}": _wide(new) for name, new in done.weights.items()}
+    arrays |= {f"weights {name}": in_numpy(new) for name, new in done.weights.items()}
     header = {"records": plain(done.records), "seconds": done.seconds}
     store.keep(piece, header, arrays, compress=False)
 

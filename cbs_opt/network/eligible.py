@@ -167,6 +167,21 @@ def eligible_parameters(
     return chosen, tuple(left_out)
 
 
+def trainable_vectors(model: nn.Module, left_out: Sequence[LeftOut]) -> tuple[str, ...]:
+    """Return the names of what is left out, has one axis at most, and may move with the kept weights.
+
+    Biases, and scales and shifts of norms: not what was to be ignored, is frozen, or is not a plain parameter
+    of its own.
+    """
+    model = unwrapped(model)
+    names = names_by_parameter(model)
+    reasons = _Reasons(model, names)
+    first = {own[0]: parameter for parameter, own in names.items()}
+    few = (entry.name for entry in left_out if len(entry.shape) < 2 and entry.reason != IGNORED)
+    plain = (name for name in few if name in first and first[name].requires_grad)
+    return tuple(name for name in plain if reasons.of(first[name], True) is None)
+
+
 def _check_values(model: nn.Module, names: Names) -> None:
     """Raise `ArgumentError` if the values of a parameter are not there, or cannot be written to."""
     require_usable(model)

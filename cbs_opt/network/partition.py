@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -228,6 +228,19 @@ class Partition:
                 raise NonFiniteError("model", found, "load an undamaged network")
             flat.append(span.flat(tensor.detach()))
         return torch.cat([weights.to(flat[0].device) for weights in flat]) if flat else torch.zeros(0)
+
+    def widened(self, model: nn.Module, names: Iterable[str]) -> Partition:
+        """Return this partition with further parameters of `model` behind its weights, a block each."""
+        present = dict(unwrapped(model).named_parameters())
+        spans, stop = list(self.parameters), self.n
+        for name in names:
+            start, stop = stop, stop + present[name].numel()
+            spans.append(ParameterSpan(name=name, shape=tuple(present[name].shape), start=start, stop=stop))
+        further = (
+            BlockSpan(name=span.name, start=span.start, stop=span.stop)
+            for span in spans[len(self.parameters) :]
+        )
+        return replace(self, parameters=tuple(spans), blocks=(*self.blocks, *further))
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return views of a flat (n,) vector in the shapes of the parameters, by name."""

@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 class TrialNetwork(nn.Module):
     """A network run with other weights in place of its own, which stay as they are.
 
-    `weights` (n,) are those of `partition`, cast to the dtype of each parameter; `statistics` are buffers by
-    name, by default its own.
+    `weights` (n,) are those of `partition`, cast to the dtype of each parameter; `others` are buffers and
+    further parameters by name, by default its own.
     """
 
     weights: dict[str, Tensor]
@@ -37,12 +37,12 @@ class TrialNetwork(nn.Module):
         model: nn.Module,
         partition: Partition,
         weights: Tensor,
-        statistics: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = unwrapped(model)
         self.weights = as_parameters(model, partition, weights)
-        self._lent = {**self.weights, **(statistics or {})}
+        self._lent = {**self.weights, **(others or {})}
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the output of the network with the trial weights."""
@@ -74,9 +74,11 @@ def write_back(
     model: nn.Module,
     partition: Partition,
     weights: Tensor,
-    statistics: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write flat weights (n,) into the parameters in place, and buffers by name; all of them, or none.
+    """Write flat weights (n,) into the parameters in place, and other tensors by name; all, or none.
+
+    `others` are buffers and further parameters.
 
     If anything raises in between, an interruption included, every tensor gets its old values back before
     the exception goes on. Other tensors are not touched. Raises `NonFiniteError` if a weight is NaN,
@@ -88,9 +90,10 @@ def write_back(
             found = f"{bad} of {value.numel()} new weights of {name} do not fit {value.dtype} or are NaN"
             raise NonFiniteError("damping", found, "use a larger damping or a shorter update.scale")
     tensors: dict[str, Tensor] = dict(partition.tensors(model))
-    buffers = dict(unwrapped(model).named_buffers())
-    tensors |= {name: buffers[name] for name in statistics or ()}
-    values |= statistics or {}
+    inner = unwrapped(model)
+    named: dict[str, Tensor] = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
+    tensors |= {name: named[name] for name in others or ()}
+    values |= others or {}
     _replace(tensors, values)
 
 

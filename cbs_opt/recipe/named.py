@@ -33,6 +33,9 @@ class Named:
         `samples`. Such a run is another one each time, so that it cannot be resumed.
     recalibrate : bool, default True
         Estimate batch-norm statistics anew where that lowers the loss on training samples set aside.
+    vectors : bool, default True
+        Where there is fine-tuning, let biases and the scales and shifts of norms move with the kept weights;
+        those stay that are frozen or that ``weights.ignore`` names.
     weights : Weights
         Which weights may go, and how they form blocks.
     changes : tuple of str
@@ -43,6 +46,7 @@ class Named:
     samples: int | None = None
     seconds: float | None = None
     recalibrate: bool = True
+    vectors: bool = True
     weights: Weights = ALL
     changes: tuple[str, ...] = ()
 
@@ -50,7 +54,7 @@ class Named:
         one_of("recipe", self.name, NAMES)
         check_fields(self, "recipe.", whole_number, "samples")
         check_fields(self, "recipe.", finite_number, "seconds", above=True)
-        check_fields(self, "recipe.", flag, "recalibrate")
+        check_fields(self, "recipe.", flag, "recalibrate", "vectors")
         if self.samples is not None and self.seconds is not None:
             found = f"{self.seconds:g} beside samples={self.samples}"
             raise ArgumentError("recipe.seconds", found, "give one of them")
@@ -80,7 +84,7 @@ def balanced(**fields: Any) -> Named:
     Parameters
     ----------
     **fields
-        ``samples``, ``seconds``, ``recalibrate``, ``weights`` and ``changes`` of `Named`.
+        ``samples``, ``seconds``, ``recalibrate``, ``vectors``, ``weights`` and ``changes`` of `Named`.
     """
     return _named("balanced", fields)
 
@@ -91,7 +95,7 @@ def best(**fields: Any) -> Named:
     Parameters
     ----------
     **fields
-        ``samples``, ``seconds``, ``recalibrate``, ``weights`` and ``changes`` of `Named`.
+        ``samples``, ``seconds``, ``recalibrate``, ``vectors``, ``weights`` and ``changes`` of `Named`.
     """
     return _named("best", fields)
 

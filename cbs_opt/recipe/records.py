@@ -288,6 +288,10 @@ class FineTuning:
         without any weights above it. Where that is below .15 the network keeps its statistics, and rates are
         times .07. Of no consequence where no layer has running statistics, or the recipe may not change them
         (`recalibrate`).
+    vectors: bool, default False
+        Whether biases, and scales and shifts of norms, move as well: all parameters of one axis that require
+        gradients and are not ignored by the recipe. They make good part of what a missing weight did at no
+        cost of their own. The first momentum rate is theirs too; not beside `newton_dampings`.
     """
 
     samples: int
@@ -299,15 +303,19 @@ class FineTuning:
     decay: float = 5e-5
     rest: bool = False
     batch_statistics: bool = False
+    vectors: bool = False
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."
         check_fields(self, prefix, whole_number, "samples", "final_samples", "batch_size")
         check_fields(self, prefix, finite_number, "decay")
-        check_fields(self, prefix, flag, "rest", "batch_statistics")
+        check_fields(self, prefix, flag, "rest", "batch_statistics", "vectors")
         check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
         if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
             raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")
+        if self.vectors and self.newton_dampings:
+            found = "True beside newton_dampings, which know the curvature of weights alone"
+            raise ArgumentError(f"{prefix}vectors", found, "leave one of them out")
 
     def shares(self, stages: int) -> tuple[int, ...]:
         """Return the samples of each of so many stages."""

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from torch import Tensor
 
 from cbs_opt.errors import RunInUseError, RunMismatchError
 from formulations.errors import InstanceFormatError
@@ -226,6 +229,12 @@ class Latest:
         self._store.keep(self._name, header, arrays, compress=False)
         self._saved_at = time.monotonic()
         self._writing = self._saved_at - began
+
+
+def in_numpy(tensor: Tensor) -> NDArray[Any]:
+    """Return floating values as an array of float32, or of float64, which hold those of every parameter."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return wide.detach().cpu().contiguous().numpy()
 
 
 def _differences(stored: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from cbs_opt.network.partition import Partition
 from cbs_opt.report.files import REPORT_JSON, read_json
 from cbs_opt.report.record import PruneReport
 from cbs_opt.runs.fingerprint import absorb_batch
-from cbs_opt.runs.folder import Latest, Piece, Pieces, RunStore, Series
+from cbs_opt.runs.folder import Latest, Piece, Pieces, RunStore, Series, in_numpy
 from cbs_opt.select.choice import Choice, Ledger, SearchJournal
 from cbs_opt.system.progress import SILENT, Progress
 from formulations.errors import InstanceFormatError
@@ -36,7 +36,7 @@ from formulations.solution import Limit
 
 PathLike = str | os.PathLike[str]
 RESULT = "result"
-STATISTICS = "statistics."
+OTHERS = "others."
 """Before the names of batch-norm buffers in the result."""
 STEPS = ("rows_*", "moments*", "selection_*", "certificate_*")
 """Names of pieces that a finished run no longer needs."""
@@ -271,7 +271,7 @@ class RunProgress:
         self,
         weights: Tensor,
         keep: Tensor,
-        statistics: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
         report: PruneReport,
         *,
         steps_stay: bool,
@@ -285,7 +285,7 @@ class RunProgress:
         write_atomically(directory / REPORT_JSON, sealed_json(report.to_dict()))
         # Last: where it is, the rest is complete.
         arrays = {"weights": weights.double().cpu().numpy(), "keep": keep.cpu().numpy()}
-        arrays |= {f"{STATISTICS}{name}": value.cpu().numpy() for name, value in statistics.items()}
+        arrays |= {f"{OTHERS}{name}": in_numpy(value) for name, value in others.items()}
         self._store.keep(RESULT, {}, arrays)
         if not steps_stay:
             self.forget_steps()
@@ -293,7 +293,7 @@ class RunProgress:
     def finished(
         self, partition: Partition, block_dir: PathLike | None
     ) -> tuple[Tensor, dict[str, Tensor], PruneReport] | None:
-        """Return weights, statistics and report of a finished run; None if it is not, or a file is damaged.
+        """Return weights, other tensors and report of a finished run; None if it is none, or damaged.
 
         With `block_dir` it is finished only if the data of all blocks are there.
         """
@@ -315,9 +315,7 @@ class RunProgress:
         if len(report.certificates) < wanted or (block_dir is not None and files < wanted):
             return None
         tensors = {name: torch.from_numpy(array).to(self._device) for name, array in piece[1].items()}
-        statistics = {
-            name.removeprefix(STATISTICS): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(STATISTICS)
+        others = {
+            name.removeprefix(OTHERS): tensor for name, tensor in tensors.items() if name.startswith(OTHERS)
         }
-        return tensors["weights"], statistics, report
+        return tensors["weights"], others, report

@@ -244,7 +244,8 @@ class FineTuned:
 class FineTuner:
     """Stochastic steps of one network on the weights of `keep` (n,), over the samples of `batches`.
 
-    `normalized` if batch normalisation normalises every batch by itself.
+    The last `beside` of the n are vectors that move with the weights and are not pruned. `normalized` if
+    batch normalisation normalises every batch by itself.
     """
 
     model: nn.Module
@@ -255,6 +256,7 @@ class FineTuner:
     batches: Iterator[Batch]
     span: Span = WHOLE
     normalized: bool = False
+    beside: int = 0
 
     def best(
         self,
@@ -282,7 +284,8 @@ class FineTuner:
         if rate is None:
             curvature = largest_curvature(model.rows if rows is None else rows)
             # Without any curvature nothing that the rows see depends on the weights.
-            tries = rates(self.plan, curvature or 1.0, weights[self.keep], stretch=stretch)
+            own = self._own(weights)[self._own(self.keep)]
+            tries = rates(self.plan, curvature or 1.0, own, stretch=stretch)
             samples = samples if curvature > 0.0 else 0
         share = self._trial(samples, len(tries))
         tries = tries if share else tries[:1]
@@ -309,7 +312,7 @@ class FineTuner:
                 chosen = chosen.shorter()
         last, following = chosen, chosen
         # Where the network can be anything but run away, this says what that is.
-        without = 0.0 if self.span.end == 1.0 else _ordered(loss(torch.zeros_like(weights)))
+        without = 0.0 if self.span.end == 1.0 else _ordered(loss(self._emptied(weights)))
         while used < samples:
             last = following
             moved, after, count = self._moved(best, last, model, samples - used, self.span, advance, loss)
@@ -328,6 +331,16 @@ class FineTuner:
             samples=used,
             tried=len(tries),
         )
+
+    def _own(self, flat: Tensor) -> Tensor:
+        """Return the part of a flat vector that belongs to weights that may be pruned, a view."""
+        return flat[: len(flat) - self.beside]
+
+    def _emptied(self, flat: Tensor) -> Tensor:
+        """Return a flat vector without any weight."""
+        none = flat.clone()
+        self._own(none).zero_()
+        return none
 
     def _trial(self, samples: int, tries: int) -> int:
         """Return the samples of each rate that is tried, 0 if none is."""

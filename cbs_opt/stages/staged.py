@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.batchnorm import has_statistics
 from cbs_opt.network.drawing import Drawing
+from cbs_opt.network.eligible import trainable_vectors
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
@@ -90,11 +90,16 @@ class StagedRun:
     def __init__(self, task: Task, passes: Passes) -> None:
         assert task.request.stages is not None
         self.plan: Stages = task.request.stages
-        # Statistics are those of this run: the caller's network keeps its own until the end.
+        # Statistics and vectors are those of this run: the caller's network keeps its own until the end.
         tuning = self.plan.fine_tuning
         settles = tuning is not None and (tuning.rest or tuning.batch_statistics) and task.recipe.recalibrate
-        own = _own_statistics(task.model) if settles else None
-        self._settles = own is not None
+        settles = settles and has_statistics(task.model)
+        vectors: tuple[str, ...] = ()
+        if tuning is not None and tuning.vectors:
+            vectors = trainable_vectors(task.model, task.partition.left_out)
+        own = _own_network(task.model, vectors) if settles or vectors else None
+        self._settles = settles and own is not None
+        self._vectors = vectors if own is not None else ()
         self._normalized = self._settles and tuning is not None and tuning.batch_statistics
         self._before = task
         self.task = task if own is None else replace(task, model=own)
@@ -115,8 +120,11 @@ class StagedRun:
         """Take over the stages on disk and announce them, each once; return whether all are there."""
         for state in stored_stages(self.task.done.pieces, self.task.weights.device):
             if state.stages > self.state.stages:
-                self.state = state
-                self._take_statistics(state.statistics)
+                self._take(state.others)
+                # On disk half precision is float32.
+                own = self.task.model.state_dict()
+                others = {name: value.to(own[name].dtype) for name, value in state.others.items()}
+                self.state = replace(state, others=others)
                 self._announce()
         return self.state.stages == len(self.plan.steps)
 
@@ -141,7 +149,7 @@ class StagedRun:
             damping=last.damping,
             scale=last.update_scale,
             loss=self.state.records[-1].loss,
-            statistics=self.state.statistics or None,
+            others=self.state.others or None,
         )
 
     def _next_stage(self, state: StageState) -> StageState:
@@ -169,13 +177,15 @@ class StagedRun:
             if refused == PATIENCE and stage == len(self.sparsities):
                 break
         rate = Rate(kind=state.rate_kind, value=state.rate, decay=state.decay) if state.rate_kind else None
-        statistics = state.statistics
+        others = dict(state.others)
         if self.plan.fine_tuning is not None and stage < len(self.sparsities):
-            statistics = self._settled(weights, statistics)
-            weights, rate, record = self._fine_tuned(weights, model, rate, len(records))
+            others |= self._settled(weights)
+            weights, vectors, rate, record = self._fine_tuned(weights, model, rate, len(records))
+            self._take(vectors)
+            others |= vectors
             if self._normalized and stage + 1 < len(self.plan.steps):
                 # After the last one the run as a whole does this.
-                statistics = self._settled(weights, statistics)
+                others |= self._settled(weights)
             records.append(record)
         return StageState(
             stages=stage + 1,
@@ -189,23 +199,24 @@ class StagedRun:
             passes=self.passes.count,
             samples=self.passes.samples,
             records=(*state.records, *records),
-            statistics=statistics,
+            others=others,
         )
 
-    def _settled(self, weights: Tensor, statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Give the network of this run the statistics that fit `weights`, if it is to; return all of them."""
+    def _settled(self, weights: Tensor) -> Mapping[str, Tensor]:
+        """Give the network of this run the statistics that fit `weights`, if it is to; return them."""
         if not self._settles:
-            return statistics
+            return {}
         found, _ = fitting(self.task, weights, self.sample())
-        self._take_statistics(found)
-        return {**statistics, **found}
+        self._take(found)
+        return found
 
-    def _take_statistics(self, statistics: Mapping[str, Tensor]) -> None:
-        """Give the network of this run batch-norm buffers, by name."""
-        buffers = dict(self.task.model.named_buffers())
+    def _take(self, others: Mapping[str, Tensor]) -> None:
+        """Give the network of this run tensors beside the weights, by name."""
+        own: dict[str, Tensor] = dict(self.task.model.named_parameters())
+        own |= dict(self.task.model.named_buffers())
         with torch.no_grad():
-            for name, value in statistics.items():
-                buffers[name].copy_(value)
+            for name, value in others.items():
+                own[name].copy_(value)
 
     def _sparsity(self, stage: int) -> float:
         """Sparsity of a stage, the final updates included."""
@@ -276,8 +287,8 @@ class StagedRun:
 
     def _fine_tuned(
         self, weights: Tensor, model: StageModel, rate: Rate | None, update: int
-    ) -> tuple[Tensor, Rate, StageRecord]:
-        """Return the weights after stochastic steps, the rate for the next time, and the record."""
+    ) -> tuple[Tensor, dict[str, Tensor], Rate, StageRecord]:
+        """Return weights and vectors after stochastic steps, the rate for the next time, and the record."""
         plan, task, stage = self.plan.fine_tuning, self.task, self.state.stages
         assert plan is not None
         assert self._drawing is not None
@@ -293,30 +304,41 @@ class StagedRun:
             harm = self._harm(weights, sample)
             normalized = harm >= FAR
             stretch = harm if normalized else NEAR
-        measured = partial(settled_loss, task) if normalized else self._loss_at
+        wide = replace(task, partition=task.partition.widened(task.model, self._vectors))
+        flat = wide.partition.flatten(task.model).double()
+        beside = len(flat) - len(weights)
+        flat[: len(weights)] = weights
+        free = torch.ones(beside, dtype=torch.bool, device=weights.device)
+
+        def measured(flat: Tensor) -> float:
+            if normalized:
+                return settled_loss(wide, flat, sample)
+            return evaluate(wide.trial(flat), sample, task.loss_fn).loss
+
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         tuner = FineTuner(
             model=task.model,
-            partition=task.partition,
+            partition=wide.partition,
             objective=task.loss_fn,
             plan=plan,
-            keep=model.keep,
+            keep=torch.cat([model.keep, free]),
             batches=self._drawing.batches(
                 task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
             ),
             span=WHOLE if plan.rest else span,
             normalized=normalized,
+            beside=beside,
         )
         with (
             task.clock.phase("fine-tuning"),
             task.progress.phase("fine-tuning", samples, unit="sample") as advance,
         ):
             tuned = tuner.best(
-                weights,
+                flat,
                 model=model,
                 rate=None if plan.rest else rate,
                 samples=samples,
-                loss=lambda weights: measured(weights, sample),
+                loss=measured,
                 advance=advance,
                 rows=rows,
                 stretch=stretch,
@@ -341,7 +363,9 @@ class StagedRun:
             rate_kind=tuned.rate.kind,
             rate=tuned.rate.value,
         )
-        return tuned.weights, tuned.next_rate, record
+        moved = as_parameters(task.model, wide.partition, tuned.weights)
+        vectors = {name: moved[name].clone() for name in self._vectors if tuned.moved}
+        return tuned.weights[: len(weights)].clone(), vectors, tuned.next_rate, record
 
     def _harm(self, weights: Tensor, sample: Sample) -> float:
         """Return where the loss is between that with none pruned and that with none left, in [0, 1]."""
@@ -458,12 +482,17 @@ class StagedRun:
         )
 
 
-def _own_statistics(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a network with running statistics; None of others, and where none can be made."""
-    if not has_statistics(model):
-        return None
+def _own_network(model: nn.Module, vectors: Sequence[str]) -> nn.Module | None:
+    """Return a copy of a network with buffers and `vectors` of its own; None where it cannot be copied.
+
+    It has its other parameters in common with the network: they are lent other values, and not written to.
+    """
+    common = {id(tensor): tensor for name, tensor in model.named_parameters() if name not in vectors}
     try:
-        return deepcopy(model)
+        return deepcopy(model, common)
     except Exception as error:  # what modules hold is the caller's
-        log.warning("the network cannot be copied (%s): its statistics are estimated at the end alone", error)
+        log.warning(
+            "the network cannot be copied (%s): its biases stay, statistics are estimated at the end alone",
+            error,
+        )
         return None

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.report.parts import StageRecord
-from cbs_opt.runs.folder import Pieces
+from cbs_opt.runs.folder import Pieces, in_numpy
 from cbs_opt.system.plain import plain, rebuilt
 
 log = logging.getLogger(__name__)
 
-STATISTICS = "statistics."
-"""What the names of batch-norm buffers begin with on disk."""
+OTHERS = "others."
+"""What the names of tensors beside the weights begin with on disk."""
 FIELDS = ("stages", "damping", "update_damping", "rate_kind", "rate", "decay", "passes", "samples")
 
 
@@ -28,7 +28,8 @@ class StageState:
     of the next grids, for steps that prune and for updates alone, in the units of the run's options; None
     before the first step. `rate_kind`, `rate` and `decay` are the `Rate` of the next fine-tuning, empty and 0
     before the first one. `passes` counts how often the data were read, `samples` those
-    differentiated. `statistics` are the batch-norm buffers, by name, that were estimated anew on the way.
+    differentiated. `others` are new tensors beside the weights, by name: batch-norm buffers that were
+    estimated on the way, biases and norms that moved.
     """
 
     stages: int
@@ -42,7 +43,7 @@ class StageState:
     passes: int = 0
     samples: int = 0
     records: tuple[StageRecord, ...] = ()
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,11 +65,11 @@ class StageResult:
 
 
 def keep_stage(pieces: Pieces, state: StageState) -> None:
-    """Put the state after a stage on disk."""
+    """Put the state after a stage on disk; tensors in half precision as float32, which holds them."""
     records = [plain(asdict(record)) for record in state.records]
     header = {**{name: getattr(state, name) for name in FIELDS}, "records": records}
     arrays = {"weights": state.weights.cpu().numpy(), "keep": state.keep.cpu().numpy()}
-    arrays |= {f"{STATISTICS}{name}": value.cpu().numpy() for name, value in state.statistics.items()}
+    arrays |= {f"{OTHERS}{name}": in_numpy(value) for name, value in state.others.items()}
     pieces.keep(_name(state.stages), header, arrays)
 
 
@@ -82,10 +83,10 @@ def stored_stages(pieces: Pieces, device: torch.device) -> Iterator[StageState]:
                 weights=torch.tensor(arrays["weights"], device=device),
                 keep=torch.tensor(arrays["keep"], device=device),
                 records=tuple(rebuilt(StageRecord, entry) for entry in header["records"]),
-                statistics={
-                    name.removeprefix(STATISTICS): torch.tensor(value, device=device)
+                others={
+                    name.removeprefix(OTHERS): torch.tensor(value, device=device)
                     for name, value in arrays.items()
-                    if name.startswith(STATISTICS)
+                    if name.startswith(OTHERS)
                 },
                 **{name: header[name] for name in FIELDS},
             )

@@ -148,8 +148,10 @@ def test_a_loss_that_falls_as_weights_explode_takes_none_that_did() -> None:
         FineTuning(samples=2_400, batch_size=4, rest=True),
         FineTuning(samples=2_400, batch_size=16, rest=True, batch_statistics=True),
         FineTuning(samples=200, batch_size=16, batch_statistics=True),
+        FineTuning(samples=200, batch_size=16, vectors=True),
+        FineTuning(samples=2_400, batch_size=16, rest=True, batch_statistics=True, vectors=True),
     ],
-    ids=["one rate", "by curvature", "by probes", "by the way to go", "in batches"],
+    ids=["one rate", "by curvature", "by probes", "by the way to go", "in batches", "vectors", "all of it"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(plan: FineTuning, tmp_path: Any) -> None:
     whole, resumed = network(), network()
@@ -364,6 +366,8 @@ def test_records_are_checked_and_travel() -> None:
         {"samples": 10, "decay": -1e-4},
         {"samples": 10, "rest": 1},
         {"samples": 10, "batch_statistics": "yes"},
+        {"samples": 10, "vectors": 1},
+        {"samples": 10, "vectors": True, "newton_dampings": (0.1,)},
         {"samples": 10, "momentum_rates": (-1.0,)},
         {"samples": 10, "adam_rates": "fast"},
         {"samples": 10, "momentum_rates": (), "newton_dampings": (), "adam_rates": ()},
