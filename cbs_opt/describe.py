@@ -124,6 +124,7 @@ def describe(
         seed=request.seed,
         masks=keep,
         recalibrated=any(name in buffers for name in others),
+        moved=tuple(name for name in others if name not in buffers),
         request=request,
         versions=library_versions(),
         stages=() if state is None else state.records,
@@ -132,7 +133,6 @@ def describe(
             *task.notes,
             *_unseen(rows),
             *_without_gradient(rows, partition),
-            *_moved([name for name in others if name not in buffers]),
         ),
         choices=task.choices,
         warnings=tuple(warnings),
@@ -155,12 +155,6 @@ def _without_gradient(rows: Rows | None, partition: Partition) -> Iterator[str]:
     names = [name for name, piece in pieces if not bool(piece[0].any()) and not bool(piece.any())]
     if names:
         yield f"the loss does not depend on {_listed(names)}, as far as the samples say"
-
-
-def _moved(names: Sequence[str]) -> Iterator[str]:
-    """Yield which parameters moved besides the weights that might be pruned."""
-    if names:
-        yield f"{len(names)} biases, scales and shifts moved with the kept weights: {_listed(names)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def _divergence(argument: str, value: object) -> Divergence:
 NAMED = {
     "fast": LayerRecipe(),
     "balanced": LayerRecipe(budget="network"),
-    "best": LayerRecipe(method="sparsegpt", budget="network", divergence=Divergence()),
+    "best": LayerRecipe(budget="network", divergence=Divergence()),
 }
 
 

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "cbs-opt report"
-VERSION = 4
-READ = (2, 3, VERSION)
-"""Versions that are read: 2 has no `left_out`, `notes` and `warnings`, 3 no `recalibrated`."""
+VERSION = 5
+READ = (2, 3, 4, VERSION)
+"""Versions that are read: 2 has no `left_out`, `notes` and `warnings`, 3 no `recalibrated`, 4 no `moved`."""
 GIVEN_ROWS = {"kind": "given"}
 """Curvature of a recipe whose rows were computed before the run."""
 FRAME = ("layer", "shape", "dtype", "n", "n_prune", "sparsity", "left_out")
 """What `to_frame` has of every parameter."""
+SHOWN = 5
+"""Names that the summary lists at most."""
 SHOWN_LAYERS = 20
 """Layers that a notebook shows at most."""
 APART = ("masks", "certificates", "request")
@@ -63,6 +65,9 @@ class PruneReport:
         What was asked for.
     recalibrated : bool
         Whether batch-norm statistics of the network were estimated anew on the way, and taken.
+    moved : tuple of str
+        Names of the parameters that moved with the kept weights and could not be pruned: biases, scales and
+        shifts of norms.
     pattern : str
         Such as "2:4", where so many of every m consecutive inputs of an output were to stay; else empty.
     n, n_prune : int
@@ -138,6 +143,7 @@ class PruneReport:
     warnings: tuple[str, ...] = ()
     pattern: str = ""
     recalibrated: bool = False
+    moved: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -262,6 +268,9 @@ class PruneReport:
             if self.actual_loss_increase is not None:
                 line += f", actual {self.actual_loss_increase:.4g}"
             lines.append(line)
+        if self.moved:
+            more = f" and {len(self.moved) - SHOWN} more" if len(self.moved) > SHOWN else ""
+            lines.append(f"moved with the kept weights: {', '.join(self.moved[:SHOWN])}{more}")
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.certified is not None:

@@ -48,7 +48,7 @@ def test_the_page_has_every_case_once() -> None:
 
 
 def is_pruned(outcome: Outcome, report: PruneReport) -> None:
-    """As many zeros as asked, where the forward pass looks; all else as it was; the losses are true."""
+    """As many zeros as asked, where the forward pass looks; all else as it was or named; true losses."""
     trial = outcome.trial
     assert report.n_prune == round(SPARSITY * report.n)
     losses = measured(trial)
@@ -63,6 +63,9 @@ def is_pruned(outcome: Outcome, report: PruneReport) -> None:
     kept = {name for name in outcome.before if now[name].data_ptr() not in pruned}
     if report.recalibrated:
         kept -= {name for name in kept if name.endswith(("running_mean", "running_var"))}
+    moved = {stored(trial.model, name).data_ptr() for name in report.moved}
+    assert all(stored(trial.model, name).ndim < 2 for name in report.moved)
+    kept = {name for name in kept if now[name].data_ptr() not in moved}
     assert len(kept) < len(outcome.before)
     after = tensors(trial)
     assert all(torch.isfinite(tensor).all() for tensor in after.values() if tensor.is_floating_point())

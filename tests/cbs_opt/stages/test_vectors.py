@@ -69,7 +69,9 @@ def test_vectors_move_in_the_end_and_the_report_says_so(batches: bool) -> None:
     assert all(not after[name].equal(before[name]) for name in VECTORS)
     assert seen[-1].equal(after["3.bias"])
     assert after["0.weight"].count_nonzero() + after["3.weight"].count_nonzero() == report.n - report.n_prune
-    assert any(note.startswith("4 biases, scales and shifts moved") for note in report.notes)
+    assert report.moved == VECTORS
+    assert "moved with the kept weights: 0.bias, 1.weight, 1.bias, 3.bias" in report.summary()
+    assert PruneReport.from_dict(report.to_dict()).moved == VECTORS
     assert report.recalibrated is (not after["1.running_mean"].equal(before["1.running_mean"]))
     loss = evaluate(model, data(), nn.functional.cross_entropy).loss
     assert loss == pytest.approx(report.train_after.loss, rel=1e-5)
@@ -82,7 +84,7 @@ def test_ignored_and_frozen_vectors_stay() -> None:
     report = tuned(model, ignore=("1.*",))
     after = model.state_dict()
     assert [name for name in VECTORS if not after[name].equal(before[name])] == ["0.bias"]
-    assert any(note.endswith("moved with the kept weights: 0.bias") for note in report.notes)
+    assert report.moved == ("0.bias",)
 
 
 def test_half_precision_goes_on_where_it_was_stopped(tmp_path: Any) -> None:
@@ -113,7 +115,7 @@ def test_a_recipe_by_name_moves_them_unless_told_not_to() -> None:
         recipe = cbs.best(samples=6_000, vectors=vectors)
         report = cbs.prune(model, data(2_000), sparsity=0.9, recipe=recipe, progress=False)
         moved = [name for name in VECTORS if not model.state_dict()[name].equal(before[name])]
-        assert moved == (list(VECTORS) if vectors else [])
+        assert tuple(moved) == report.moved == (VECTORS if vectors else ())
         said[vectors] = " ".join(report.choices)
     assert "biases and norms with the weights" in said[True]
     assert "biases" not in said[False]
