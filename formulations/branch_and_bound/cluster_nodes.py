@@ -19,7 +19,7 @@ from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, FAILED, LEAF
 from formulations.dense_forms import error_factor
 from formulations.problem import BoolArray, FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint
-from formulations.relaxations.cluster_path import ClusterPath
+from formulations.relaxations.cluster_path import ClusterPath, Split
 from formulations.relaxations.cluster_split import CLUSTER, forced_rises, held_above, support_ceilings
 from formulations.relaxations.clusters import Clusters
 from formulations.relaxations.perspective import SPLIT_MARGIN
@@ -224,22 +224,29 @@ class ClusterNode:
             local.gathered(self.point[free]) * scale,
             WEIGHT * gap / free.size,
         )
-        for step in range(ROUNDS + 1):
-            path.relax()
-            proof = proved(path, margin)
-            gained = constant + proof.bound - self.bound
-            if gained > 0.0 or step == 0:
-                self.bound = max(self.bound, constant + proof.bound)
-                self.point = self.point.copy()
-                self.point[free] = local.scattered(path.point / scale)
-                self.clusters = NodeClusters(self.clusters.order, path.split.blocks * both)
-            gap = self.cutoff - self.bound
-            if not gap > 0.0:
-                return CLOSED, -1, False
-            if self.fixing and self._fixed(proof, local, free, constant) >= max(1.0, REDUCED_AGAIN * free.size):
-                return None
-            if step == ROUNDS or (step > 0 and gained < WORTH_A_ROUND * gap) or not path.improve():
+        path.relax()
+        reached = path.bound()
+        best = path.split, path.point
+        for _ in range(ROUNDS):
+            if constant + reached >= self.cutoff or not path.improve():
                 break
+            path.relax()
+            value = path.bound()
+            gained, worth = value - reached, WORTH_A_ROUND * (self.cutoff - constant - value)
+            if gained > 0.0:
+                reached, best = value, (path.split, path.point)
+            if gained < worth:
+                break
+        proof = proved(path, *best, margin)
+        self.bound = max(self.bound, constant + proof.bound)
+        self.point = self.point.copy()
+        self.point[free] = local.scattered(best[1] / scale)
+        self.clusters = NodeClusters(self.clusters.order, best[0].blocks * both)
+        gap = self.cutoff - self.bound
+        if not gap > 0.0:
+            return CLOSED, -1, False
+        if self.fixing and self._fixed(proof, local, free, constant) >= max(1.0, REDUCED_AGAIN * free.size):
+            return None
         undecided = self.status[free] == FREE
         if not undecided.any():
             return None
@@ -281,14 +288,14 @@ def definite_margin(order: int) -> float:
     return 2.0 * order * error_factor(order + 8)
 
 
-def proved(path: ClusterPath, margin: float) -> Proof:
-    """Return what a path's point and blocks prove of the form whose diagonal `margin` was taken from.
+def proved(path: ClusterPath, split: Split, point: FloatArray, margin: float) -> Proof:
+    """Return what a point and blocks prove of the form of a path, whose diagonal `margin` was taken from.
 
     That has made sure that what the blocks leave is semidefinite, although a factorisation rounds.
     """
-    u, blocks = path.point, path.split.blocks
-    rest = np.diagonal(path.split.rest) + margin
-    product = path.split.rest @ u + margin * u
+    u, blocks = point, split.blocks
+    rest = np.diagonal(split.rest) + margin
+    product = split.rest @ u + margin * u
     # An inner product of Q with u errs by gamma a_i (a . |u|), a_i^2 = Q_ii.
     own, gamma = np.sqrt(np.maximum(rest, 0.0)), error_factor(u.size + 16)
     reach = float(own @ np.abs(u))
