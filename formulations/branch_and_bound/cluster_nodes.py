@@ -10,14 +10,14 @@ tree is larger than one of diagonal splits that adapt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import LinAlgError, solve
 
 from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, FAILED, LEAF
 from formulations.dense_forms import error_factor
-from formulations.problem import BoolArray, FloatArray, IntArray
+from formulations.problem import FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint
 from formulations.relaxations.cluster_path import ClusterPath, Split
 from formulations.relaxations.cluster_split import CLUSTER, forced_rises, held_above, support_ceilings
@@ -284,7 +284,10 @@ class Proof:
 
 
 def definite_margin(order: int) -> float:
-    """What a Cholesky factorisation of a matrix with a diagonal of at most 1 may lose: Higham, theorem 10.3."""
+    """Return what a Cholesky factorisation may lose of a matrix with a diagonal of at most 1.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms (2002), theorem 10.3.
+    """
     return 2.0 * order * error_factor(order + 8)
 
 

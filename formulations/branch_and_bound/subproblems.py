@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,7 +155,9 @@ class Subproblems:
             for value in (PRUNED, KEPT) if keep_first else (KEPT, PRUNED):
                 status = node.status.copy()
                 status[index if self.tied is None else self.tied.unit == self.tied.unit[index]] = value
-                children.append(Node(node.bound, status, node.split, node.warm, node.depth + 1, node.clusters))
+                children.append(
+                    Node(node.bound, status, node.split, node.warm, node.depth + 1, node.clusters)
+                )
         return outcome, children
 
     def in_clusters(self, node: Node, cutoff: float, stopped: Stopped) -> None:
@@ -183,11 +186,9 @@ class Subproblems:
         climb = Climb(
             scaled, self.count, split, point, best=bound - self.constant, enough=cutoff - self.constant
         )
-        try:
+        # Where single precision ends, what was found until then is a split.
+        with suppress(LinAlgError):
             climb.first(stopped)
-        except LinAlgError:
-            # What was found until then is a split.
-            pass
         if climb.found is not None:
             clusters, places, blocks, _ = climb.found
             node.clusters = NodeClusters.of(clusters, blocks, root)
