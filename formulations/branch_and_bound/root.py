@@ -27,8 +27,8 @@ from formulations.relaxations.split_relaxation import (
 from formulations.solution import Certificate, Limit
 from formulations.support import kept_size, pruned_size
 
-CLUSTERS_FROM = 64
-"""Weights left at the root from which nodes are bounded by clusters."""
+CLUSTERS_FROM = 160
+"""Weights left at the root from which nodes are bounded by clusters: below, cheaper nodes end sooner."""
 LARGEST_SHARE_LEFT = 0.9
 """A pass at the root is the last if it leaves more than this share of the indices free and brings no
 better set."""

@@ -16,7 +16,6 @@ from formulations.dense_forms import joint_form
 from formulations.enumeration import enumerate_optimum
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint
 from formulations.relaxations.cluster_path import ClusterPath
-from formulations.solution import Limits
 from tests.formulations.blocks import slack
 
 
@@ -159,14 +158,27 @@ def test_trees_of_clusters_are_exact(share, monkeypatch):
             assert not verify(problem, found).wrong
 
 
-def test_clusters_take_a_fraction_of_the_nodes(monkeypatch):
-    problem = correlated(70, 0.6, seed=3)
-    found = branch_and_bound(problem, "joint", limits=Limits(node_limit=400))
-    monkeypatch.setattr(root, "CLUSTERS_FROM", 1000)
-    plain = branch_and_bound(problem, "joint", limits=Limits(node_limit=400))
-    assert found.termination.value == "optimal"
-    assert found.objective <= plain.objective * (1.0 + 1e-6)
-    assert found.stats.nodes < 0.5 * plain.stats.nodes
+def test_clusters_begin_at_a_number_of_weights_and_end_at_another(monkeypatch):
+    """Nodes of either kind in one tree, as many as there are."""
+    sizes = []
+
+    class Counted(ClusterNode):
+        def evaluate(self):
+            sizes.append(int((self.status == FREE).sum()))
+            return super().evaluate()
+
+    problem = correlated(20, 0.6, seed=3)
+    monkeypatch.setattr(subproblems, "ClusterNode", Counted)
+    plain = branch_and_bound(problem, "joint")
+    assert sizes == []
+    monkeypatch.setattr(root, "CLUSTERS_FROM", 20)
+    monkeypatch.setattr(subproblems, "SMALLEST", 12)
+    found = branch_and_bound(problem, "joint")
+    assert max(sizes) <= 20
+    assert min(sizes) >= 12
+    assert len(sizes) < found.stats.nodes
+    assert found.termination.value == plain.termination.value == "optimal"
+    assert found.objective == pytest.approx(plain.objective, rel=1e-6)
 
 
 def test_where_the_path_fails_the_parents_bound_holds(monkeypatch):
