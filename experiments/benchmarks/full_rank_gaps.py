@@ -1,15 +1,18 @@
 """Certified gaps where the Hessian has full rank: rows of layers over the second moments of their inputs.
 
     python -m experiments.benchmarks.full_rank_gaps --out runs/full_rank
+    python -m experiments.benchmarks.full_rank_gaps --cache ~/smollm2 --layers "SmolLM2 layer 10 o_proj"
 
 A row is the joint program of the weights of one output channel, ``H`` the second moments of what the layer is
-fed, 1 % of the mean diagonal added. The first table bounds up to 64 rows of a layer at once by
-`formulations.relaxations.lower_bounds`, against the sets of `swap_search`: the row of median norm, by the
-damping as its split, by the best diagonal split and by one in clusters, alone and among the others. The
-second has rows that are small enough to be proved optimal, of the first inputs of a layer: how far apart
-bound and set are, and how far the set is from the optimum. Processor seconds are of one thread. Each cell is
-appended to ``OUT/results.jsonl`` as it is done: the same command goes on where it was stopped. Prints two
-Markdown tables and draws ``OUT/full_rank.svg``.
+fed, 1 % of the mean diagonal added; those of SmolLM2, whose folder `experiments.language_model` prepares, are
+of the first 16 times 512 tokens of the validation text. The first table bounds up to ``--rows`` rows of a
+layer at once by `formulations.relaxations.lower_bounds`, against the sets of `swap_search`: the row of median
+norm, by the damping as its split, by the best diagonal split and by one in clusters, alone and among the
+others. The second has rows that are small enough to be proved optimal, of the first inputs of a layer: how
+far apart bound and set are, and how far the set is from the optimum. With ``--patterns`` a third one bounds
+the first row where two of every four weights stay. Processor seconds are of one thread. Each cell is appended
+to ``OUT/results.jsonl`` as it is done: the same command goes on where it was stopped. Prints the tables as
+Markdown and draws ``OUT/full_rank.svg``.
 
 Exit codes: 0 all bounds verified, 1 an error or a bound that does not verify, 2 a usage error.
 """
@@ -19,13 +22,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import cbs_opt
 from cbs_opt.curvature.layer_inputs import input_moments
@@ -35,9 +42,10 @@ from cbs_opt.system.threads import thread_limit
 from experiments.command_line import add_no_verify, add_run_options, experiment_parser
 from experiments.data_files import DATA_FILES
 from experiments.datasets import load_dataset
+from experiments.language_model import CALIBRATION_LENGTH, load_model
 from experiments.ledger import Ledger, commit, settings_key
 from experiments.networks import load_network
-from formulations import BlockProblem, BlockSolution, Limits
+from formulations import BlockProblem, BlockSolution, Limits, NofM
 from formulations.branch_and_bound import branch_and_bound
 from formulations.errors import CbsError
 from formulations.incumbents import swap_search
@@ -51,6 +59,11 @@ LAYERS = {
     "ResNet20 layer3.1.conv1": ("resnet20_cifar10", "layer3.1.conv1.weight"),
     "MLPNet fc1": ("mlpnet_mnist", "fc1.weight"),
 }
+MODULES = {
+    "SmolLM2 layer 10 gate_proj": "model.layers.10.mlp.gate_proj",
+    "SmolLM2 layer 10 o_proj": "model.layers.10.self_attn.o_proj",
+}
+SEQUENCES = 16
 SHARES = (0.5, 0.7, 0.9)
 DAMPING = 0.01
 BATCH = 64
@@ -74,9 +87,36 @@ def layer_rows(layer: str, data_dir: Path | None, verify: bool) -> Rows:
     hessian = moments[parameter].double().cpu().numpy()
     hessian = 0.5 * (hessian + hessian.T) / float(np.diagonal(hessian).mean())
     weights = dict(network.model.named_parameters())[parameter].detach().double().flatten(1).cpu().numpy()
+    return hessian, median_first(weights)
+
+
+def model_rows(layer: str, cache: Path) -> Rows:
+    """Return the same of a layer of SmolLM2, from the folder that `experiments.language_model` prepares."""
+    model, name = load_model(cache), MODULES[layer]
+    module = model.get_submodule(name)
+    tokens = load_file(cache / "tokens.safetensors")["valid"][: SEQUENCES * CALIBRATION_LENGTH]
+    weights = module.get_parameter("weight").detach().double().numpy()
+    moments = torch.zeros(weights.shape[1], weights.shape[1], dtype=torch.float64)
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        fed = inputs[0].detach().flatten(0, -2).double()
+        moments.add_(fed.T @ fed)
+
+    handle = module.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for sequence in tokens.view(-1, 1, CALIBRATION_LENGTH):
+            model(sequence, use_cache=False)
+    handle.remove()
+    hessian = moments.numpy()
+    hessian = 0.5 * (hessian + hessian.T) / float(np.diagonal(hessian).mean())
+    return hessian, median_first(weights)
+
+
+def median_first(weights: FloatArray) -> FloatArray:
+    """Return rows of weights with the one of median norm in front."""
     order = np.argsort(np.linalg.norm(weights, axis=1), kind="stable")
     middle = order.size // 2
-    return hessian, weights[np.concatenate(([order[middle]], np.delete(order, middle)))]
+    return weights[np.concatenate(([order[middle]], np.delete(order, middle)))]
 
 
 def programs(rows: Rows, share: float, count: int) -> list[BlockProblem]:
@@ -91,13 +131,13 @@ def programs(rows: Rows, share: float, count: int) -> list[BlockProblem]:
     ]
 
 
-def bounded(rows: Rows, share: float) -> dict[str, Any]:
-    """Bound the rows of a layer together and the first one alone, with what that takes."""
-    problems = programs(rows, share, BATCH)
+def bounded(rows: Rows, share: float, batch: int = BATCH) -> dict[str, Any]:
+    """Bound up to `batch` rows of a layer together and the first one alone, with what that takes."""
+    problems = programs(rows, share, batch)
     sets = [swap_search(problem, "joint") for problem in problems]
     first, known = problems[0], sets[0]
     plain = lower_bound(first, "joint", incumbent=known, diagonal_split=False)
-    diagonal = lower_bound(first, "joint", incumbent=known, relaxation="perspective")
+    diagonal = lower_bound(first, "joint", incumbent=known, relaxation="perspective", diagonal_split=True)
     alone, seconds = timed(partial(lower_bound, first, "joint", incumbent=known))
     together, of_all = timed(partial(lower_bounds, problems, incumbents=sets))
     checked = [
@@ -115,6 +155,21 @@ def bounded(rows: Rows, share: float) -> dict[str, Any]:
         "seconds_alone": seconds,
         "seconds_a_row": of_all / len(problems),
         "verified": all(checked),
+    }
+
+
+def patterned(rows: Rows) -> dict[str, Any]:
+    """Bound the first row of a layer where two of every four weights stay, by a diagonal split and blocks."""
+    first = replace(programs(rows, 0.5, 1)[0], n_prune=None, support=NofM(2, 4))
+    known = swap_search(first, "joint")
+    diagonal = lower_bound(first, "joint", incumbent=known, relaxation="perspective", diagonal_split=True)
+    found, seconds = timed(partial(lower_bound, first, "joint", incumbent=known))
+    return {
+        "n": first.n,
+        "gap_diagonal": diagonal.gap,
+        "gap_blocks": found.gap,
+        "seconds": seconds,
+        "verified": cbs_opt.verify(first, found).ok,
     }
 
 
@@ -185,6 +240,15 @@ def _head(names: Sequence[str]) -> list[str]:
     return ["| " + " | ".join(names) + " |", "| " + " | ".join(rule) + " |"]
 
 
+def pattern_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the bounds of rows with two of every four weights as Markdown."""
+    lines = _head(("layer", "n", "diagonal, %", "blocks, %", "s"))
+    for found in results:
+        gaps = f"{_percent(found['gap_diagonal'])} | {_percent(found['gap_blocks'])}"
+        lines.append(f"| {found['layer']} | {found['n']} | {gaps} | {found['seconds']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def _percent(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{100.0 * value:.{digits}f}"
 
@@ -208,6 +272,14 @@ def draw(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 def settings(layer: str, **what: Any) -> dict[str, Any]:
     """Return everything that decides a cell, as plain values."""
+    if layer in MODULES:
+        return {
+            "layer": layer,
+            "parameter": MODULES[layer],
+            "sequences": SEQUENCES,
+            "damping": DAMPING,
+            **what,
+        }
     name, parameter = LAYERS[layer]
     checksum = DATA_FILES[f"{name}.safetensors"].sha256
     return {"layer": layer, "parameter": parameter, "weights_sha256": checksum, "damping": DAMPING, **what}
@@ -216,11 +288,16 @@ def settings(layer: str, **what: Any) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure what the ledger does not have, print the tables and draw the picture."""
     root = experiment_parser("benchmarks.full_rank_gaps", __doc__)
-    root.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS))
+    root.add_argument("--layers", nargs="+", choices=[*LAYERS, *MODULES], default=list(LAYERS))
     root.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    root.add_argument("--rows", type=int, default=BATCH, help=f"rows bounded together (default {BATCH})")
+    root.add_argument("--cache", type=Path, help="folder of SmolLM2, for its layers")
+    root.add_argument("--patterns", action="store_true", help="also two of every four weights")
     add_run_options(root, seeds=1, out=DEFAULT_OUT)
     add_no_verify(root)
     given = root.parse_args(arguments)
+    if given.cache is None and not set(given.layers).isdisjoint(MODULES):
+        root.error("--cache: name the folder of SmolLM2")
     ledger = Ledger(given.out / "results.jsonl")
     loaded: dict[str, Rows] = {}
 
@@ -228,16 +305,26 @@ def main(arguments: list[str] | None = None) -> int:
         key, layer = settings_key(what), what["layer"]
         if key not in ledger:
             if layer not in loaded:
-                loaded[layer] = layer_rows(layer, given.data, not given.no_verify)
+                loaded[layer] = (
+                    model_rows(layer, given.cache)
+                    if layer in MODULES
+                    else layer_rows(layer, given.data, not given.no_verify)
+                )
             ledger.add(key, {**what, **measure(loaded[layer]), "commit": commit()})
         return ledger[key]
 
     try:
         with thread_limit(1):
             tables = [
-                cell(settings(layer, share=share, batch=BATCH), partial(bounded, share=share))
+                cell(
+                    settings(layer, share=share, batch=given.rows),
+                    partial(bounded, share=share, batch=given.rows),
+                )
                 for layer in given.layers
                 for share in given.shares
+            ]
+            patterns = [
+                cell(settings(layer, pattern="2:4"), patterned) for layer in given.layers if given.patterns
             ]
             small = [
                 cell(
@@ -251,8 +338,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(f"{bounds_table(tables)}\n{proved_table(small)}")
+    if patterns:
+        sys.stdout.write(f"\n{pattern_table(patterns)}")
     draw(small).savefig(given.out / "full_rank.svg", metadata={"Date": None})
-    return 0 if all(found["verified"] for found in (*tables, *small)) else 1
+    return 0 if all(found["verified"] for found in (*tables, *small, *patterns)) else 1
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def branch_and_bound(
     Schur complement, bounds what is left by the perspective relaxation (joint) or the capped simplex
     (selection) under a diagonal split that barrier Newton steps improve, fixes every weight whose other
     value would lift the bound to the incumbent, and branches where the relaxation is estimated to rise most
-    in both children.
+    in both children. Where a count of 160 to 600 weights with an ``H`` of full rank is kept and more than 2 %
+    is open after the root, the split has a block for every four weights instead, down to nodes of 32.
 
     Parameters
     ----------

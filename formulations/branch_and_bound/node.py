@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from formulations.branch_and_bound.cluster_nodes import NodeClusters
 from formulations.problem import FloatArray
 
 
@@ -24,6 +25,8 @@ class Node:
         Diagonal split and starting point of the relaxation; shared with the sibling, so never written
         to in place.
     depth : int
+    clusters : NodeClusters or None
+        Where the node is bounded by a split in clusters, that split.
     """
 
     bound: float
@@ -31,3 +34,4 @@ class Node:
     split: FloatArray
     warm: FloatArray
     depth: int = 0
+    clusters: NodeClusters | None = None

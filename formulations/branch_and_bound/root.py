@@ -16,6 +16,7 @@ from formulations.branch_and_bound.outcomes import BRANCH
 from formulations.branch_and_bound.tree import Search
 from formulations.problem import BlockProblem
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection
+from formulations.relaxations.cluster_split import takes_clusters, worth_clusters
 from formulations.relaxations.perspective import PerspectiveCertificate, relax_joint
 from formulations.relaxations.split_relaxation import (
     joint_certificate,
@@ -26,6 +27,8 @@ from formulations.relaxations.split_relaxation import (
 from formulations.solution import Certificate, Limit
 from formulations.support import kept_size, pruned_size
 
+CLUSTERS_FROM = 160
+"""Weights left at the root from which nodes are bounded by clusters: below, cheaper nodes end sooner."""
 LARGEST_SHARE_LEFT = 0.9
 """A pass at the root is the last if it leaves more than this share of the indices free and brings no
 better set."""
@@ -55,10 +58,23 @@ def solve_from_root(tree: Search, problem: BlockProblem, *, reduction: bool, swa
             shrunk = tree.current.status.size <= LARGEST_SHARE_LEFT * size
             if not shrunk and tree.incumbent >= value:
                 break
+        if tree.current is not None and _bounded_in_clusters(tree, tree.current, problem):
+            stopped = partial(tree.limits.out_of_time, tree.started)
+            tree.subproblems.in_clusters(tree.current, tree.cutoff, stopped)
     except KeyboardInterrupt:
         return Limit.INTERRUPTED
     tree.open_after_root = 0 if tree.current is None else tree.current.status.size
     return tree.run()
+
+
+def _bounded_in_clusters(tree: Search, node: Node, problem: BlockProblem) -> bool:
+    """Whether nodes are bounded by clusters: of counts, where there are enough weights and much is open."""
+    subproblems = tree.subproblems
+    if subproblems.program != "joint" or not subproblems.diagonal_split or not takes_clusters(problem):
+        return False
+    by_rows = problem.rows is not None and problem.channels is None
+    enough = node.status.size >= CLUSTERS_FROM and not by_rows
+    return enough and worth_clusters(node.bound, tree.incumbent)
 
 
 def _relax_whole_block(tree: Search, node: Node, problem: BlockProblem) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
+from formulations.branch_and_bound.cluster_nodes import SMALLEST, ClusterNode, NodeClusters
 from formulations.branch_and_bound.groups import evaluate_groups
 from formulations.branch_and_bound.joint import evaluate_joint, improve_joint
 from formulations.branch_and_bound.node import Node
@@ -20,7 +22,10 @@ from formulations.errors import NotPositiveDefiniteError
 from formulations.incumbents import descend
 from formulations.problem import SPLIT_LARGEST, BoolArray, FloatArray, IntArray
 from formulations.reduction import FREE, KEPT, PRUNED, reduce_joint, reduce_selection
-from formulations.solution import Limits
+from formulations.relaxations.cluster_split import Climb
+from formulations.relaxations.perspective import relax_joint
+from formulations.relaxations.tightening import SPLIT_ROUNDS
+from formulations.solution import Limits, Stopped
 from formulations.support import Groups, Size, Support, largest_in
 
 NODE_SPLIT_ROUNDS = 1
@@ -75,6 +80,8 @@ class Subproblems:
 
     def evaluate(self, node: Node, cutoff: float, rounds: int, patience: int) -> tuple[int, int, bool]:
         """Raise ``node.bound``; the outcome, the index to branch on, whether to keep it first."""
+        if node.clusters is not None:
+            return self._evaluated_in_clusters(node, node.clusters, cutoff, rounds, patience)
         kernel: Any = evaluate_joint if self.program == "joint" else evaluate_selection
         kernel = kernel if self.tied is None else evaluate_groups
         status = node.status.astype(np.int64)
@@ -112,6 +119,34 @@ class Subproblems:
         reach[3] -= self.constant
         return (reach,)
 
+    def _evaluated_in_clusters(
+        self, node: Node, clusters: NodeClusters, cutoff: float, rounds: int, patience: int
+    ) -> tuple[int, int, bool]:
+        """Raise the bound of a node by its clusters; one that is small goes on with a diagonal split."""
+        status = node.status.astype(np.int64)
+        if np.count_nonzero(status == FREE) < SMALLEST:
+            left = clusters.without(status)
+            node.split, node.clusters = left.diagonal(node.split), None
+            return self.evaluate(node, cutoff, rounds, patience)
+        assert isinstance(self.count, int)
+        here = ClusterNode(
+            matrix=self.matrix,
+            linear=self.linear,
+            count=self.count,
+            status=status,
+            point=node.warm,
+            clusters=clusters,
+            bound=node.bound - self.constant,
+            cutoff=cutoff - self.constant,
+            fixing=self.fixing,
+        )
+        outcome, index, keep_first = here.evaluate()
+        if outcome == FAILED:
+            raise NotPositiveDefiniteError("damping", "a kept block of H is singular", "use a larger damping")
+        node.status, node.warm, node.clusters = status.astype(np.int8), here.point, here.clusters
+        node.bound = max(node.bound, here.bound + self.constant)
+        return outcome, index, keep_first
+
     def expand(self, node: Node, cutoff: float, rounds: int = NODE_SPLIT_ROUNDS) -> tuple[int, list[Node]]:
         """Evaluate `node`; the outcome and its children, the one to dive into last."""
         outcome, index, keep_first = self.evaluate(node, cutoff, rounds, 0)
@@ -120,8 +155,44 @@ class Subproblems:
             for value in (PRUNED, KEPT) if keep_first else (KEPT, PRUNED):
                 status = node.status.copy()
                 status[index if self.tied is None else self.tied.unit == self.tied.unit[index]] = value
-                children.append(Node(node.bound, status, node.split, node.warm, node.depth + 1))
+                children.append(
+                    Node(node.bound, status, node.split, node.warm, node.depth + 1, node.clusters)
+                )
         return outcome, children
+
+    def in_clusters(self, node: Node, cutoff: float, stopped: Stopped) -> None:
+        """Give the root of a count's joint program a split in clusters, and the bound that it comes to.
+
+        From the diagonal split that is best for the root. As it was where that closes the root or the time
+        ends, or nothing is gained.
+        """
+        assert isinstance(self.count, int)
+        root = np.sqrt(np.diagonal(self.matrix))
+        scaled = replace(
+            self.form,
+            matrix=self.matrix / root[:, None] / root,
+            linear=self.linear / root,
+            constant=self.constant,
+        )
+        bound, point, _, split = relax_joint(
+            scaled,
+            self.count,
+            node.split / root**2,
+            cutoff=cutoff,
+            split_rounds=SPLIT_ROUNDS,
+            stopped=stopped,
+            start=node.warm * root,
+        )
+        climb = Climb(
+            scaled, self.count, split, point, best=bound - self.constant, enough=cutoff - self.constant
+        )
+        # Where single precision ends, what was found until then is a split.
+        with suppress(LinAlgError):
+            climb.first(stopped)
+        if climb.found is not None:
+            clusters, places, blocks, _ = climb.found
+            node.clusters = NodeClusters.of(clusters, blocks, root)
+            node.warm = clusters.scattered(places) / root
 
     def compacted(self, node: Node) -> tuple[Subproblems, Node]:
         """Return the same search on the indices that `node` leaves free, and its root."""

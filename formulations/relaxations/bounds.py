@@ -24,6 +24,7 @@ from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.channel_relaxation import relax_by_channels
 from formulations.relaxations.cluster_split import (
     LARGEST_CLUSTER,
+    ClusterSplitCertificate,
     relax_in_clusters,
     takes_clusters,
     worth_clusters,
@@ -155,11 +156,14 @@ def root_bounds(
 
     First `lower_bound` as a caller who knows no set would have it, so that no search ends below its own
     relaxation: with a set the steps on rows end sooner and those on the split go elsewhere, for better or
-    worse. On blocks of at most `SPLIT_LARGEST` weights then the one that knows `incumbent`.
+    worse. On blocks of at most `SPLIT_LARGEST` weights then the one that knows `incumbent`, unless the first
+    one went to clusters: their path takes most of the time, and the nodes go on with it by themselves.
     """
     started = time.perf_counter()
-    yield lower_bound(problem, program, limits=limits)
-    if problem.n <= SPLIT_LARGEST and not limits.out_of_time(started):
+    first = lower_bound(problem, program, limits=limits)
+    yield first
+    clustered = isinstance(first.certificate, ClusterSplitCertificate)
+    if problem.n <= SPLIT_LARGEST and not clustered and not limits.out_of_time(started):
         yield lower_bound(problem, program, limits=limits.left(started), incumbent=incumbent)
 
 

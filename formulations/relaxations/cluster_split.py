@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.linalg import LinAlgError
 
-from formulations.dense_forms import UNDERFLOW, error_factor, joint_form
+from formulations.dense_forms import UNDERFLOW, DenseForm, error_factor, joint_form
 from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, FloatArray, IntArray, frozen_array
 from formulations.relaxations.block_split import set_hulls
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
@@ -117,18 +117,10 @@ class ClusterSplitCertificate(RelaxationCertificate):
         if found is None or given is None or not cutoff <= given.cutoff:
             return None
         base, above = found
-        held, price = _held(above, problem.n_keep, 2.0)
-        inside = support_rows(self.order.shape[1])
-        net = above - price * inside.sum(axis=1)
-        best = net.max(axis=1, keepdims=True)
-        rises = []
-        for members in (inside, ~inside):
-            forced = np.where(members.T[None], net[:, None, :], -np.inf).max(axis=2)
-            size = np.abs(best) + np.where(np.isfinite(forced), np.abs(forced), 0.0)
-            slack = error_factor(16) * (abs(base) + abs(held) + size + price * problem.n)
-            rises.append((base - held) + (best - forced) - slack)
+        held, price = held_above(above, problem.n_keep, 2.0)
+        rises = forced_rises(above, price, abs(base) + abs(held), problem.n)
         clusters = Clusters(self.order, problem.n)
-        keeping, pruning = (clusters.scattered(rise.reshape(-1)) for rise in rises)
+        keeping, pruning = (base - held + clusters.scattered(rise.reshape(-1)) for rise in rises)
         return Fixing(keep=pruning > cutoff, prune=keeping > cutoff, cutoff=cutoff)
 
     def _proved(self, problem: BlockProblem, caution: float) -> float:
@@ -136,7 +128,7 @@ class ClusterSplitCertificate(RelaxationCertificate):
         found = None if given is None else self._evaluated(problem, given, caution)
         if found is None or given is None:
             return -math.inf
-        return min(found[0] - _held(found[1], problem.n_keep, caution)[0], given.cutoff)
+        return min(found[0] - held_above(found[1], problem.n_keep, caution)[0], given.cutoff)
 
     def _evaluated(
         self, problem: BlockProblem, given: Fixing, caution: float
@@ -160,13 +152,7 @@ class ClusterSplitCertificate(RelaxationCertificate):
         form = split_form(problem, u, own, size, norms, m)
         residual = clusters.gathered(form.residual).reshape(self.order.shape)
         blur = clusters.gathered(form.error).reshape(self.order.shape)
-        values = np.zeros((len(self.order), 2**m))
-        ceilings = np.zeros_like(values)
-        place = 1
-        for sets in subsets_of(m)[1:]:
-            these = slice(place, place + len(sets))
-            values[:, these], ceilings[:, these] = set_hulls(self.blocks, residual, blur, sets)
-            place += len(sets)
+        values, ceilings = support_ceilings(self.blocks, residual, blur)
         if not bool(np.isfinite(ceilings).all()):
             return None
         above = 0.5 * (values + caution * (ceilings - values))
@@ -195,7 +181,49 @@ class ClusterSplitCertificate(RelaxationCertificate):
         return square and bool((self.blocks == self.blocks.transpose(0, 2, 1)).all())
 
 
-def _held(above: FloatArray, n_keep: int, caution: float) -> tuple[float, float]:
+def support_ceilings(blocks: FloatArray, h: FloatArray, error: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return ``h_S.[B_SS]^-1 h_S`` of all supports of each cluster, and what its exact value is at most.
+
+    `h`, which errs by `error` at most, is (clusters, m), results are (clusters, 2^m) in the order of
+    `support_rows`. Infinite where a block is not proved definite.
+    """
+    count, m, _ = blocks.shape
+    values = np.zeros((count, 2**m))
+    ceilings = np.zeros_like(values)
+    place = 1
+    for sets in subsets_of(m)[1:]:
+        these = slice(place, place + len(sets))
+        values[:, these], ceilings[:, these] = set_hulls(blocks, h, error, sets)
+        place += len(sets)
+    return values, ceilings
+
+
+def forced_rises(above: FloatArray, price: float, size: float, n: int) -> tuple[FloatArray, FloatArray]:
+    """Return what a bound rises by at least where a weight is kept, and where it is pruned, (clusters, m).
+
+    Parameters
+    ----------
+    above : (clusters, 2^m) float64 array
+        What a support of a cluster holds at most, -inf for those ruled out.
+    price : float
+        Of a member.
+    size : float
+        Magnitude of the bound's own terms.
+    n : int
+        Weights of the block.
+    """
+    inside = support_rows(above.shape[1].bit_length() - 1)
+    net = above - price * inside.sum(axis=1)
+    best = net.max(axis=1, keepdims=True)
+    rises = []
+    for members in (inside, ~inside):
+        forced = np.where(members.T[None], net[:, None, :], -np.inf).max(axis=2)
+        sizes = np.abs(best) + np.where(np.isfinite(forced), np.abs(forced), 0.0)
+        rises.append(best - forced - error_factor(16) * (size + sizes + price * n))
+    return rises[0], rises[1]
+
+
+def held_above(above: FloatArray, n_keep: int, caution: float) -> tuple[float, float]:
     """Return what all clusters together hold at most at the best price, rounded up, and that price.
 
     Any price from 0 proves something; the rounding of the sums is added `caution` times.
@@ -259,7 +287,15 @@ def relax_in_clusters(
     proved = plain.lower_bound(problem)
     if not math.isfinite(proved) or not math.isfinite(cutoff):
         return None
-    climb = _Climb(problem, plain, proved, cutoff)
+    form, root = joint_form(problem), np.sqrt(problem.hessian_diagonal())
+    climb = Climb(
+        form,
+        problem.n_keep,
+        plain.split / root**2,
+        plain.point * root / math.sqrt(form.scale),
+        best=proved / form.scale - form.constant,
+        enough=cutoff / form.scale - form.constant,
+    )
     try:
         climb.first(stopped)
         if climb.open and size > CLUSTER and not stopped():
@@ -272,9 +308,9 @@ def relax_in_clusters(
     clusters, point, blocks, shares = climb.found
     certificate = ClusterSplitCertificate(
         subject=plain.subject,
-        point=clusters.scattered(point) * math.sqrt(climb.form.scale) / climb.root,
+        point=clusters.scattered(point) * math.sqrt(form.scale) / root,
         order=clusters.order,
-        blocks=_provable(problem, clusters, blocks, climb.root),
+        blocks=_provable(problem, clusters, blocks, root),
         rho=plain.rho,
         effective_rank=plain.effective_rank,
     )
@@ -285,24 +321,39 @@ def relax_in_clusters(
     return certificate, keep
 
 
-class _Climb:
+class Climb:
     """The paths of smaller and then of larger clusters, and the best that was found on them.
+
+    Parameters
+    ----------
+    form : DenseForm
+        Of a joint program, its matrix with a unit diagonal.
+    n_keep : int
+    split, point : (n,) float64 arrays
+        A diagonal split of the form's matrix, and a point near the solution of its relaxation.
+    best, enough : float
+        What they prove, and a bound that is good enough, without the constant of the form.
 
     Attributes
     ----------
+    best : float
+        The best bound so far.
     found : tuple or None
-        Clusters, point, blocks and shares kept, in units of the joint form and by place.
+        Its clusters, point, blocks and shares kept, in units of the joint form and by place.
     """
 
     def __init__(
-        self, problem: BlockProblem, plain: PerspectiveCertificate, proved: float, cutoff: float
+        self,
+        form: DenseForm,
+        n_keep: int,
+        split: FloatArray,
+        point: FloatArray,
+        *,
+        best: float,
+        enough: float,
     ) -> None:
-        self.form = joint_form(problem)
-        self.root = np.sqrt(problem.hessian_diagonal())
-        self.n_keep = problem.n_keep
-        self.split = plain.split / self.root**2
-        self.point = plain.point * self.root / math.sqrt(self.form.scale)
-        self.enough, self.best = (x / self.form.scale - self.form.constant for x in (cutoff, proved))
+        self.form, self.n_keep, self.split, self.point = form, n_keep, split, point
+        self.best, self.enough = best, enough
         self.found: tuple[Clusters, FloatArray, FloatArray, FloatArray] | None = None
         self.clusters: Clusters | None = None
         self.path: ClusterPath | None = None
