@@ -267,7 +267,8 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     if gradual and plan is not None:
         plan = replace(plan, update_above=UPDATE_ABOVE)
     if stages is None and plan is not None and plan.fine_tuning is not None:
-        plan = replace(plan, fine_tuning=replace(plan.fine_tuning, vectors=named.vectors))
+        free = plan.fine_tuning.batch_statistics or not has_statistics(scene.model)
+        plan = replace(plan, fine_tuning=replace(plan.fine_tuning, vectors=named.vectors and free))
     if staged and stages is None and fits < LEAST_SHARE * min(tier.rows, samples):
         # Rows of a stage stay in memory; those of a single one may go to disk.
         plan = None

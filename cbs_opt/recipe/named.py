@@ -35,7 +35,8 @@ class Named:
         Estimate batch-norm statistics anew where that lowers the loss on training samples set aside.
     vectors : bool, default True
         Where there is fine-tuning, let biases and the scales and shifts of norms move with the kept weights;
-        those stay that are frozen or that ``weights.ignore`` names.
+        those stay that are frozen or that ``weights.ignore`` names, and all where batch normalisation keeps
+        its statistics.
     weights : Weights
         Which weights may go, and how they form blocks.
     changes : tuple of str

@@ -288,10 +288,11 @@ class FineTuning:
         without any weights above it. Where that is below .15 the network keeps its statistics, and rates are
         times .07. Of no consequence where no layer has running statistics, or the recipe may not change them
         (`recalibrate`).
-    vectors: bool, default False
+    vectors : bool, default False
         Whether biases, and scales and shifts of norms, move as well: all parameters of one axis that require
-        gradients and are not ignored by the recipe. They make good part of what a missing weight did at no
-        cost of their own. The first momentum rate is theirs too; not beside `newton_dampings`.
+        gradients and are not ignored by the recipe, at the rate of the weights. Where batch normalisation
+        keeps its statistics meanwhile they stay: it is too sensitive to them then. Not beside
+        `newton_dampings`.
     """
 
     samples: int

@@ -304,7 +304,9 @@ class StagedRun:
             harm = self._harm(weights, sample)
             normalized = harm >= FAR
             stretch = harm if normalized else NEAR
-        wide = replace(task, partition=task.partition.widened(task.model, self._vectors))
+        # What batch normalisation does by its own statistics is too sensitive to scales and shifts.
+        names = self._vectors if normalized or not has_statistics(task.model) else ()
+        wide = replace(task, partition=task.partition.widened(task.model, names))
         flat = wide.partition.flatten(task.model).double()
         beside = len(flat) - len(weights)
         flat[: len(weights)] = weights
@@ -364,7 +366,7 @@ class StagedRun:
             rate=tuned.rate.value,
         )
         moved = as_parameters(task.model, wide.partition, tuned.weights)
-        vectors = {name: moved[name].clone() for name in self._vectors if tuned.moved}
+        vectors = {name: moved[name].clone() for name in names if tuned.moved}
         return tuned.weights[: len(weights)].clone(), vectors, tuned.next_rate, record
 
     def _harm(self, weights: Tensor, sample: Sample) -> float:

@@ -17,6 +17,13 @@ from cbs_opt.report.record import PruneReport
 from tests.cbs_opt.small_network import data, network, snapshot
 
 VECTORS = ("0.bias", "1.weight", "1.bias", "3.bias")
+BIASES = ("0.bias", "2.bias")
+
+
+def without_norm(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The small network without its batch normalisation."""
+    first, _, *others = network(dtype=dtype)
+    return nn.Sequential(first, *others).eval()
 
 
 def tuned(model: nn.Module, *, ignore: tuple[str, ...] = (), **options: Any) -> PruneReport:
@@ -56,32 +63,42 @@ def test_a_wider_partition_has_the_weights_first_and_vectors_as_they_are() -> No
 
 @pytest.mark.parametrize("batches", [False, True])
 def test_vectors_move_in_the_end_and_the_report_says_so(batches: bool) -> None:
-    model = network()
+    model, vectors = (network(), VECTORS) if batches else (without_norm(), BIASES)
     before = snapshot(model)
     seen = []
 
     def look(result: Any) -> None:
-        seen.append(result.network.model.state_dict()["3.bias"].clone())
+        seen.append(result.network.model.state_dict()[vectors[-1]].clone())
         assert all(before[name].equal(value) for name, value in model.state_dict().items())
 
     report = tuned(model, batch_statistics=batches, on_stage=look)
     after = model.state_dict()
-    assert all(not after[name].equal(before[name]) for name in VECTORS)
-    assert seen[-1].equal(after["3.bias"])
-    assert after["0.weight"].count_nonzero() + after["3.weight"].count_nonzero() == report.n - report.n_prune
-    assert report.moved == VECTORS
-    assert "moved with the kept weights: 0.bias, 1.weight, 1.bias, 3.bias" in report.summary()
-    assert PruneReport.from_dict(report.to_dict()).moved == VECTORS
-    assert report.recalibrated is (not after["1.running_mean"].equal(before["1.running_mean"]))
+    assert all(not after[name].equal(before[name]) for name in vectors)
+    assert seen[-1].equal(after[vectors[-1]])
+    zeros = sum(int((after[name] == 0.0).sum()) for name in report.masks)
+    assert zeros == report.n_prune
+    assert report.moved == vectors
+    assert f"moved with the kept weights: {', '.join(vectors)}" in report.summary()
+    assert PruneReport.from_dict(report.to_dict()).moved == vectors
+    assert report.recalibrated is batches
     loss = evaluate(model, data(), nn.functional.cross_entropy).loss
     assert loss == pytest.approx(report.train_after.loss, rel=1e-5)
+
+
+def test_vectors_stay_where_batch_normalisation_keeps_its_statistics() -> None:
+    model = network()
+    before = snapshot(model)
+    report = tuned(model)
+    assert report.moved == ()
+    assert all(model.state_dict()[name].equal(before[name]) for name in VECTORS)
+    assert any(record.rate_kind and record.accepted for record in report.stages)
 
 
 def test_ignored_and_frozen_vectors_stay() -> None:
     model = network()
     model.get_parameter("3.bias").requires_grad_(False)
     before = snapshot(model)
-    report = tuned(model, ignore=("1.*",))
+    report = tuned(model, ignore=("1.*",), batch_statistics=True)
     after = model.state_dict()
     assert [name for name in VECTORS if not after[name].equal(before[name])] == ["0.bias"]
     assert report.moved == ("0.bias",)
@@ -98,7 +115,7 @@ def test_half_precision_goes_on_where_it_was_stopped(tmp_path: Any) -> None:
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
 
-    model, again = network(dtype=torch.bfloat16), network(dtype=torch.bfloat16)
+    model, again = without_norm(torch.bfloat16), without_norm(torch.bfloat16)
     with pytest.raises(KeyboardInterrupt):
         prune(model, on_stage=stop)
     prune(model)
