@@ -34,6 +34,8 @@ WORTH_A_ROUND = 0.1
 """Share of a node's gap that a step has to close to be followed by another."""
 REDUCED_AGAIN = 0.08
 """Share of a node's free weights that must be fixed before it is reduced once more."""
+FARTHER = 0.9
+"""What becomes of the blocks where no step is found from them."""
 LOOSE = 0.7
 """Share of filled places below which clusters are merged."""
 LEAST_SCORE = 1e-4
@@ -192,7 +194,8 @@ class ClusterNode:
             try:
                 found = self._bounded(reduced, linear, size, free, constant)
             except LinAlgError:
-                # The parent's bound holds; the children begin from other blocks.
+                # The parent's bound holds; the children begin further off the boundary.
+                self.clusters = NodeClusters(self.clusters.order, FARTHER * self.clusters.blocks)
                 return BRANCH, int(free[np.abs(self.point[free]).argmax()]), True
             if found is not None:
                 return found

@@ -200,6 +200,8 @@ def test_where_the_path_fails_the_parents_bound_holds(monkeypatch):
     )
     assert node.evaluate() == (BRANCH, 12, True)
     assert node.bound == -9.0
+    given = clusters_of(problem, np.random.default_rng(0))
+    assert (node.clusters.blocks < given.blocks)[given.blocks > 0.0].all()
 
 
 def test_rises_are_those_of_the_relaxation_held_at_either_end():
