@@ -221,7 +221,10 @@ def _who_is_ahead(own: pd.DataFrame, budgets: Sequence[int]) -> Iterator[str]:
         return
     ahead = [_count(budget) for budget, lead in known.items() if lead > 0.0]
     behind = [_count(budget) for budget, lead in known.items() if lead <= 0.0]
-    yield f"Pruning alone is ahead of both rivals at {_and(ahead)}, and not at {_and(behind)}."
+    if not behind:
+        yield f"Pruning alone is ahead of both rivals at every budget that was run: {_and(ahead)}."
+    else:
+        yield f"Pruning alone is ahead of both rivals at {_and(ahead)}, and not at {_and(behind)}."
 
 
 def _lead(own: pd.DataFrame, ours: str, theirs: str, budget: int) -> float | None:
