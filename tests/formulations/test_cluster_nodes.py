@@ -147,7 +147,7 @@ def test_trees_of_clusters_are_exact(share, monkeypatch):
     """From the root down to nodes of four weights; with fixing and without."""
     monkeypatch.setattr(root, "CLUSTERS_FROM", 4)
     monkeypatch.setattr(subproblems, "SMALLEST", 4)
-    for seed in range(3):
+    for seed in range(2):
         problem = correlated(14, share, seed)
         best = enumerate_optimum(problem, "joint")
         for fixing in (True, False):
