@@ -123,7 +123,7 @@ GRADUAL_SHARE = 0.5
 """Of the weights that a stage has to keep, if the selections are to be gradual."""
 SHARP_SHARE = 0.08
 """Of the weights that a stage keeps at least where they are not."""
-SHARP_PASSES = 3.0
+SHARP_PASSES = 6.0
 """Passes over the data of fine-tuning below which there is one of those."""
 GRADUAL_ROWS = (100, 8)
 """Rows of a stage, and the most samples of each, where there are several stages with fine-tuning."""
