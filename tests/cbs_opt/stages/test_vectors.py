@@ -129,8 +129,8 @@ def test_a_recipe_by_name_moves_them_unless_told_not_to() -> None:
     for vectors in (True, False):
         model = network()
         before = snapshot(model)
-        recipe = cbs.best(samples=6_000, vectors=vectors)
-        report = cbs.prune(model, data(2_000), sparsity=0.9, recipe=recipe, progress=False)
+        recipe = cbs.best(samples=2_500, vectors=vectors)
+        report = cbs.prune(model, data(800), sparsity=0.9, recipe=recipe, progress=False)
         moved = [name for name in VECTORS if not model.state_dict()[name].equal(before[name])]
         assert tuple(moved) == report.moved == (VECTORS if vectors else ())
         said[vectors] = " ".join(report.choices)
