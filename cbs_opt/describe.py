@@ -21,7 +21,7 @@ from cbs_opt.oneshot import Candidate, LossModel, Task, method_of, select_of, se
 from cbs_opt.recipe.records import in_units
 from cbs_opt.report.health import label_share, warnings_of
 from cbs_opt.report.parts import BlockSummary, CertifiedSum, LayerSummary
-from cbs_opt.report.record import PruneReport
+from cbs_opt.report.record import PruneReport, listed
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages.state import StageState
 from cbs_opt.system.checks import within
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 SEARCHED = ("iterations", "locally_optimal", "seconds", "bound", "status")
 """Fields of a `Choice` that a block summary has as they are."""
-SHOWN = 5
-"""Names that a note lists at most."""
 PROVED = ("rho", "effective_rank", "n_fixed")
 """Fields of a certificate that a block summary has as they are."""
 
@@ -129,11 +127,7 @@ def describe(
         versions=library_versions(),
         stages=() if state is None else state.records,
         left_out=partition.left_out,
-        notes=(
-            *task.notes,
-            *_unseen(rows),
-            *_without_gradient(rows, partition),
-        ),
+        notes=(*task.notes, *_unseen(rows), *_without_gradient(rows, partition)),
         choices=task.choices,
         warnings=tuple(warnings),
     )
@@ -143,7 +137,7 @@ def _unseen(rows: Rows | None) -> Iterator[str]:
     """Yield which parameters have no layer-input term beside others that have."""
     names = () if rows is None or rows.channels is None else rows.channels.unseen
     if names:
-        yield f"no layer inputs, rows alone, for {_listed(names)}"
+        yield f"no layer inputs, rows alone, for {listed(names)}"
 
 
 def _without_gradient(rows: Rows | None, partition: Partition) -> Iterator[str]:
@@ -154,12 +148,7 @@ def _without_gradient(rows: Rows | None, partition: Partition) -> Iterator[str]:
     pieces = ((span.name, rows.block(span.start, span.stop)) for span in partition.parameters)
     names = [name for name, piece in pieces if not bool(piece[0].any()) and not bool(piece.any())]
     if names:
-        yield f"the loss does not depend on {_listed(names)}, as far as the samples say"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+        yield f"the loss does not depend on {listed(names)}, as far as the samples say"
 
 
 def _evaluations(task: Task, after: nn.Module, held_out: Data | None) -> Iterator[Evaluation | None]:

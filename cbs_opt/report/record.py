@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ GIVEN_ROWS = {"kind": "given"}
 FRAME = ("layer", "shape", "dtype", "n", "n_prune", "sparsity", "left_out")
 """What `to_frame` has of every parameter."""
 SHOWN = 5
-"""Names that the summary lists at most."""
+"""Names that a summary or a note lists at most."""
 SHOWN_LAYERS = 20
 """Layers that a notebook shows at most."""
 APART = ("masks", "certificates", "request")
@@ -269,8 +269,7 @@ class PruneReport:
                 line += f", actual {self.actual_loss_increase:.4g}"
             lines.append(line)
         if self.moved:
-            more = f" and {len(self.moved) - SHOWN} more" if len(self.moved) > SHOWN else ""
-            lines.append(f"moved with the kept weights: {', '.join(self.moved[:SHOWN])}{more}")
+            lines.append(f"moved with the kept weights: {listed(self.moved)}")
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.certified is not None:
@@ -338,6 +337,12 @@ class PruneReport:
         """Return the sum over the blocks that lie within a layer, None if there is none."""
         blocks = [b for b in self.blocks if b.name == layer or b.name.startswith(f"{layer}[")]
         return CertifiedSum.of(self.program, blocks) if blocks else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a line, the first ones and how many more where they are many."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _request(document: Mapping[str, Any] | None) -> Request | None:

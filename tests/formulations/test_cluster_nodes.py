@@ -51,12 +51,23 @@ def best_inside(problem: BlockProblem, status: np.ndarray) -> float:
     return best
 
 
+def node_of(problem: BlockProblem, *, bound: float, cutoff: float, **given) -> ClusterNode:
+    """A node with nothing decided, at random clusters, but for what is given."""
+    form = joint_form(problem)
+    fields = {
+        "status": np.zeros(problem.n, dtype=np.int64),
+        "point": np.zeros(problem.n),
+        "clusters": clusters_of(problem, np.random.default_rng(0)),
+    } | given
+    sizes = {"matrix": form.matrix, "linear": form.linear, "count": problem.n_keep}
+    return ClusterNode(**sizes, **fields, bound=bound, cutoff=cutoff)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_bounds_and_fixings_hold_in_any_node(seed):
     """With a cutoff at what the node holds, just above it, and out of reach."""
     rng = np.random.default_rng(seed)
     problem = correlated(13, (0.4, 0.6, 0.8)[seed % 3], seed)
-    form = joint_form(problem)
     given = np.zeros(13, dtype=np.int64)
     decided = rng.permutation(13)[: seed % 5]
     given[decided] = np.where(np.arange(decided.size) % 2, PRUNED, KEPT)
@@ -64,10 +75,8 @@ def test_bounds_and_fixings_hold_in_any_node(seed):
     best = best_inside(problem, given)
     for above in (0.0, 1e-6, 0.3, 30.0):
         status = given.copy()
-        node = ClusterNode(
-            matrix=form.matrix,
-            linear=form.linear,
-            count=problem.n_keep,
+        node = node_of(
+            problem,
             status=status,
             point=rng.normal(size=13),
             clusters=clusters,
@@ -92,18 +101,8 @@ def test_bounds_and_fixings_hold_in_any_node(seed):
 
 def test_a_good_cutoff_closes_a_node():
     problem = correlated(16, 0.5, seed=1)
-    form, rng = joint_form(problem), np.random.default_rng(0)
     best = best_inside(problem, np.zeros(16, dtype=np.int64))
-    node = ClusterNode(
-        matrix=form.matrix,
-        linear=form.linear,
-        count=problem.n_keep,
-        status=np.zeros(16, dtype=np.int64),
-        point=np.zeros(16),
-        clusters=clusters_of(problem, rng),
-        bound=1.5 * best,
-        cutoff=1.3 * best,
-    )
+    node = node_of(problem, bound=1.5 * best, cutoff=1.3 * best)
     outcome, _, _ = node.evaluate()
     assert outcome == CLOSED
     assert 1.3 * best <= node.bound <= best
@@ -186,18 +185,8 @@ def test_where_the_path_fails_the_parents_bound_holds(monkeypatch):
         raise LinAlgError("no factor")
 
     problem = correlated(13, 0.5, seed=2)
-    form = joint_form(problem)
     monkeypatch.setattr(cluster_nodes, "ClusterPath", fail)
-    node = ClusterNode(
-        matrix=form.matrix,
-        linear=form.linear,
-        count=problem.n_keep,
-        status=np.zeros(13, dtype=np.int64),
-        point=np.arange(13.0),
-        clusters=clusters_of(problem, np.random.default_rng(0)),
-        bound=-9.0,
-        cutoff=0.0,
-    )
+    node = node_of(problem, point=np.arange(13.0), bound=-9.0, cutoff=0.0)
     assert node.evaluate() == (BRANCH, 12, True)
     assert node.bound == -9.0
     given = clusters_of(problem, np.random.default_rng(0))
