@@ -26,7 +26,8 @@ Contenders
 - ``magnitude_moved``: the same, and then moved as ours are.
 
 Timing is that of one core, in processor seconds: the median of passes over a prompt of 512 tokens, and of
-single tokens that are generated one after the other behind a prompt of 128, with keys and values cached.
+tokens that are generated one after the other behind a prompt of 128, with keys and values cached, of one text
+and of eight texts together.
 
 Exit codes: 0 done, 1 an error, 2 a usage error.
 """
@@ -86,29 +87,40 @@ TRACED = 23
 """Tokens of the sequences with which the network is traced."""
 PROMPT, BEHIND, GENERATED, PASSES = 512, 128, 24, 7
 """Tokens of the prompt that is timed; of that behind which tokens are generated, how many; passes."""
+SIDE_BY_SIDE = {"generated": 1, "together": 8}
+"""Texts that are generated at the same time."""
+TIMINGS = ("prompt", *SIDE_BY_SIDE)
 
 
 def seconds_a_token(models: Sequence[Any], tokens: Tensor) -> dict[str, list[float]]:
-    """Return the median processor time a token of every network, in turns: of a prompt, and one by one."""
-    spent = {"prompt": np.zeros((PASSES, len(models))), "generated": np.zeros((GENERATED, len(models)))}
-    last: dict[str, Any] = {"logits_to_keep": 1}
+    """Return the median processor time a token of every network, in turns: of `TIMINGS`, by their names."""
     with torch.inference_mode():
-        prompt, behind = tokens[None, :PROMPT], tokens[None, :BEHIND]
-        for model in models:
-            model(prompt, **last)
-        for turn, number in np.ndindex(spent["prompt"].shape):
-            start = time.process_time()
-            models[number](prompt, **last)
-            spent["prompt"][turn, number] = (time.process_time() - start) / PROMPT
-        states = [model(behind, use_cache=True, **last) for model in models]
-        for turn, number in np.ndindex(spent["generated"].shape):
-            token = states[number].logits[:, -1:].argmax(-1)
-            start = time.process_time()
-            states[number] = models[number](
-                token, past_key_values=states[number].past_key_values, use_cache=True
-            )
-            spent["generated"][turn, number] = time.process_time() - start
-    return {name: np.median(entries, axis=0).tolist() for name, entries in spent.items()}
+        found = {"prompt": _reading(models, tokens[None, :PROMPT])}
+        for name, texts in SIDE_BY_SIDE.items():
+            found[name] = _generating(models, tokens[: texts * BEHIND].view(texts, BEHIND))
+    return found
+
+
+def _reading(models: Sequence[Any], prompt: Tensor) -> list[float]:
+    for model in models:
+        model(prompt, logits_to_keep=1)
+    spent = np.zeros((PASSES, len(models)))
+    for turn, number in np.ndindex(spent.shape):
+        start = time.process_time()
+        models[number](prompt, logits_to_keep=1)
+        spent[turn, number] = (time.process_time() - start) / prompt.numel()
+    return np.median(spent, axis=0).tolist()  # type: ignore[no-any-return]
+
+
+def _generating(models: Sequence[Any], behind: Tensor) -> list[float]:
+    states = [model(behind, use_cache=True, logits_to_keep=1) for model in models]
+    spent = np.zeros((GENERATED, len(models)))
+    for turn, number in np.ndindex(spent.shape):
+        token, before = states[number].logits[:, -1:].argmax(-1), states[number].past_key_values
+        start = time.process_time()
+        states[number] = models[number](token, past_key_values=before, use_cache=True)
+        spent[turn, number] = (time.process_time() - start) / len(behind)
+    return np.median(spent, axis=0).tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +217,7 @@ TITLES = (
     "",
     "perplexity",
     "parameters",
-    "prompt, dense",
-    "prompt",
-    "times",
-    "generated, dense",
-    "generated",
-    "times",
+    *(title for name in TIMINGS for title in (f"{name}, dense", name, "times")),
     "seconds",
 )
 
@@ -232,9 +239,12 @@ def section(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(entry: Mapping[str, Any]) -> list[str]:
     rates = []
-    for name in ("prompt", "generated"):
-        dense, small = (1.0 / seconds for seconds in entry["seconds_a_token"][name])
-        rates += [f"{dense:.1f}", f"{small:.1f}", f"{small / dense:.2f}"]
+    for name in TIMINGS:
+        if name in entry["seconds_a_token"]:
+            dense, small = (1.0 / seconds for seconds in entry["seconds_a_token"][name])
+            rates += [f"{dense:.1f}", f"{small:.1f}", f"{small / dense:.2f}"]
+        else:
+            rates += ["", "", ""]
     return [
         LABELS[entry["contender"]],
         f"{entry['perplexity']:.1f}",
