@@ -78,7 +78,7 @@ TIERS = {
         kept=0.0,
         drop=0.8,
         selection_work=1.5e10,
-        compared_work=0.025e12,
+        compared_work=0.015e12,
     ),
     "balanced": Tier(
         row_work=0.7e12,

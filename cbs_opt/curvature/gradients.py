@@ -353,10 +353,11 @@ def _add(total: Gradients, leaves: Gradients, seeds: Seeds, *, retain: bool) -> 
     """Add the gradient of a target to `total`."""
     value, cotangent, factor = seeds
     _require_graph(value)
+    if cotangent is not None:
+        # A scalar has the same gradients; to check the shape of a cotangent, torch would import sympy: 1.5 s.
+        value = (value * cotangent).sum()
     try:
-        gradients = torch.autograd.grad(
-            value, list(leaves.values()), cotangent, retain_graph=retain, allow_unused=True
-        )
+        gradients = torch.autograd.grad(value, list(leaves.values()), retain_graph=retain, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -236,9 +236,13 @@ class _Windows:
 
         (groups, K, fan-in), the entries of a patch in another order than the weights': see `by_channels`.
         """
-        samples, *shape, channels = x.shape
-        sample, *corner = torch.unravel_index(places, (samples, *self.places(shape)))
-        corners, offsets = sample, torch.zeros(1, dtype=torch.int64, device=x.device)
+        _, *shape, channels = x.shape
+        corners, offsets = places, torch.zeros(1, dtype=torch.int64, device=x.device)
+        corner: list[Tensor] = []
+        for count in reversed(self.places(shape)):
+            # What `unravel_index` does, which would import sympy first: 1.5 s.
+            corner.insert(0, corners % count)
+            corners = corners // count
         axes = zip(shape, corner, self.kernel, self.dilation, self.stride, strict=True)
         for n, at, size, dilation, stride in axes:
             steps = torch.arange(size, device=x.device) * dilation
