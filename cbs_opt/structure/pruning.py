@@ -50,7 +50,14 @@ from cbs_opt.structure.reading import (
     watching,
     write_affine,
 )
-from cbs_opt.structure.refinement import FEWEST_ROWS, Refined, follow, refine, rows_that_fit
+from cbs_opt.structure.refinement import (
+    FEWEST_ROWS,
+    Refined,
+    follow,
+    refine,
+    rows_that_fit,
+    settled_loss,
+)
 from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
 from cbs_opt.structure.tracing import run
@@ -66,6 +73,9 @@ from cbs_opt.system.checks import (
 )
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
+METRICS = ("loss", "outputs")
+JUDGED = 512
+"""Samples on which the networks of two metrics are compared."""
 CHOICES = 16
 """Widths of a set that a budget of operations chooses among."""
 ENUMERATED = 1000
@@ -88,9 +98,11 @@ class GroupRecipe:
 
     Parameters
     ----------
-    metric : {"loss", "outputs"}
+    metric : {"loss", "outputs"}, optional
         What a change of a layer's outputs costs: by the second moments of the gradients of the loss, or all
-        the same, as in layer-wise reconstruction.
+        the same, as in layer-wise reconstruction. By default both are tried, widths by the first, and the
+        network of the lower loss on samples set aside stays; with language models, and where no samples are
+        left to set aside, the first alone.
     swaps : int
         Rounds of exchanges after the greedy choice.
     samples : int
@@ -117,7 +129,7 @@ class GroupRecipe:
         that judge them are in no choice or fit. ``steps=0`` leaves the passes out as well.
     """
 
-    metric: str = "loss"
+    metric: str | None = None
     swaps: int = 3
     samples: int = 1024
     damping: float = 0.01
@@ -128,7 +140,8 @@ class GroupRecipe:
     divergence: Divergence = field(default_factory=Divergence)
 
     def __post_init__(self) -> None:
-        check_fields(self, "recipe.", one_of, "metric", choices=("loss", "outputs"))
+        if self.metric is not None:
+            one_of("recipe.metric", self.metric, METRICS)
         if self.spread is not None:
             one_of("recipe.spread", self.spread, ("set", "network"))
         check_fields(self, "recipe.", whole_number, "swaps", "steps", least=0)
@@ -158,6 +171,10 @@ class GroupReport:
     ----------
     choices : mapping of str to SetChoice
         By the names of `groups`. Losses are those of the quadratic model of each set by itself.
+    metric : str
+        By which groups were chosen and layers fitted, see `GroupRecipe`.
+    judged : mapping of str to float
+        Loss on samples set aside by metric, before weights move further, where both were tried.
     shrinkage : Shrinkage
     widths : Widths or None
         The knapsack's answer, where a budget of operations was asked for.
@@ -170,7 +187,9 @@ class GroupReport:
     """
 
     choices: Mapping[str, SetChoice]
+    metric: str
     shrinkage: Shrinkage
+    judged: Mapping[str, float] = field(default_factory=dict)
     widths: Widths | None = None
     refined: Refined | None = None
     moved: DivergenceRecord | None = None
@@ -182,6 +201,9 @@ class GroupReport:
         for name, entry in self.choices.items():
             bound = "" if entry.bound is None else f", bound {entry.bound:.6g}"
             lines.append(f"{name}: {entry.n_keep} of {entry.n_groups} kept, loss {entry.loss:.6g}{bound}")
+        if self.judged:
+            found = ", ".join(f"{value:.4g} by {name}" for name, value in self.judged.items())
+            lines.append(f"loss on samples set aside {found}: {self.metric} taken")
         lines += self.shrinkage.summary().splitlines()[-2:]
         lines += [str(entry) for entry in (self.refined, self.moved) if entry is not None]
         return "\n".join([*lines, *self.notes])
@@ -286,7 +308,8 @@ def prune_groups(
     seed_number("seed", seed, below=RUN_SEEDS)
     model = unwrapped(model)
     objective = Objective.of(loss_fn)
-    most = max(recipe.samples, recipe.step_samples if recipe.steps else 0)
+    seen = recipe.samples + (JUDGED if recipe.metric is None else 0)
+    most = max(seen, recipe.step_samples if recipe.steps else 0)
     source = iterate(data, batch_size=BATCH, max_samples=most, seed=seed, device=device_of(model))
     every = _at_a_time(source)
     with kept(model), evaluation_mode(model):
@@ -313,17 +336,39 @@ def prune_groups(
         counts = _spread_counts(sets, shares, curves)
     else:
         counts = _counts(sets, shares)
-    work = deepcopy(dense)
     free = fitted_layers(dense, structure, ignore)
-    sweep = _Sweep(dense=dense, work=work, outputs=outputs, counts=counts, recipe=recipe)
-    sweep.choose(sets, free, batches)
-    small, shrinkage = shrink(_closed(model, work, free), example, keep=sweep.masks)
-    choices = {part.name: sweep.choices[part.name] for part in sets}
-    report = GroupReport(choices=choices, shrinkage=shrinkage, widths=widths, notes=tuple(notes))
+    judges = [] if recipe.metric or _is_tokens(batches[0]) else _first(every[len(batches) :], JUDGED)
+
+    def made(metric: str) -> tuple[nn.Module, GroupReport]:
+        matter = outputs if metric == "loss" else {}
+        sweep = _Sweep(dense=dense, work=deepcopy(dense), outputs=matter, counts=counts, recipe=recipe)
+        sweep.choose(sets, free, batches)
+        found, shrinkage = shrink(_closed(model, sweep.work, free), example, keep=sweep.masks)
+        choices = {part.name: sweep.choices[part.name] for part in sets}
+        return found, GroupReport(choices=choices, metric=metric, shrinkage=shrinkage)
+
+    tried = METRICS if judges else (recipe.metric or "loss",)
+    small, report = _best(tried, made, lambda found: settled_loss(found, batches, judges, objective))
+    report = replace(report, widths=widths, notes=tuple(notes))
     if not recipe.steps:
         return small, report
+    every = _first(every, max(recipe.samples, recipe.step_samples))
     moved = _stepped(model, small, every, objective, recipe, names("ignore", ignore), seed)
     return small, replace(report, **moved | {"notes": (*report.notes, *moved.get("notes", ()))})
+
+
+def _best(
+    metrics: Sequence[str],
+    made: Callable[[str], tuple[nn.Module, GroupReport]],
+    loss: Callable[[nn.Module], float],
+) -> tuple[nn.Module, GroupReport]:
+    """Return what is made by the metric of the lowest loss, which is taken where there are several."""
+    if len(metrics) == 1:
+        return made(metrics[0])
+    found = {metric: made(metric) for metric in metrics}
+    judged = {metric: loss(small) for metric, (small, _) in found.items()}
+    small, report = found[min(judged, key=judged.__getitem__)]
+    return small, replace(report, judged=judged)
 
 
 def _unseen(batches: Sequence[Batch], recipe: GroupRecipe) -> int:
@@ -354,7 +399,7 @@ def _models(
         return outputs, {}
     seen = _within(batches, MOMENT_TOKENS)
     measured = moments(dense, layers, seen, lambda output, batch: objective.loss(output, batch))
-    if recipe.metric == "loss":
+    if recipe.metric != "outputs":
         # Gradients of a softmax add up to zero: without damping their moments are singular.
         outputs = {name: _damped(entry.outputs, recipe.damping) for name, entry in measured.items()}
     if not chosen:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -147,6 +149,19 @@ def follow(
             for context in (kept(network), evaluation_mode(network), without_cache(network)):
                 stack.enter_context(context)
         return move(aim, parameters, {}, replace(options, stages=1), 0, lambda _: None)
+
+
+def settled_loss(
+    model: nn.Module, own: Sequence[Batch], judges: Sequence[Batch], objective: Objective
+) -> float:
+    """Return the loss on `judges`, with batch-norm statistics of `own` where they lower it; infinity for NaN.
+
+    The network is not changed.
+    """
+    trial = deepcopy(model)
+    loss = evaluate(trial, judges, objective).loss
+    loss = math.inf if math.isnan(loss) else loss
+    return min([loss, *_recalibrated(trial, own, judges, objective, loss)])
 
 
 def _recalibrated(

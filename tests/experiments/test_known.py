@@ -68,9 +68,9 @@ def test_a_new_cell_joins_a_page_and_takes_the_place_of_one_of_the_same_settings
 ) -> None:
     known = folder / structured.KNOWN
     before = with_known(known)
-    old = next(entry for entry in before if entry["contender"] == "ours")
+    old = next(entry for entry in before if (entry["contender"], entry["budget"]) == ("ours", "flops"))
     ledger = Ledger(tmp_path / "run" / "structured.jsonl")
-    fresh = {**old, "share": 0.125, "accuracy": 12.5, "commit": "newest"}
+    fresh = {**old, "budget": "keep", "share": 0.125, "accuracy": 12.5, "commit": "newest"}
     ledger.add(settings_key(fresh), fresh)
     ledger.add(old["key"], {**old, "accuracy": 11.5})
     assert of_structured(folder, tmp_path / "run") == 0

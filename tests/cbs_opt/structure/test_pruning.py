@@ -18,6 +18,7 @@ from cbs_opt.errors import UnmatchedPatternError
 from cbs_opt.network.data import Batch
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.structure import pruning, reading
+from cbs_opt.structure.pruning import METRICS
 from cbs_opt.structure.reading import moments, regression
 from cbs_opt.structure.refinement import Refined
 from formulations.errors import ArgumentError, NonFiniteError, UnsupportedProblemError
@@ -199,6 +200,30 @@ def test_heads_that_read_more_than_their_inputs_stay_whole(option: str) -> None:
     assert list(report.choices) == ["layers.0.linear1"]
     assert small.layers[0].linear2.weight.shape == (24, 20)
     assert type(small.layers[0].self_attn) is nn.MultiheadAttention
+
+
+def test_of_two_metrics_the_network_of_the_lower_loss_on_samples_set_aside_stays() -> None:
+    model, _ = built("mlp")
+    x = torch.randn(400, 7)
+    recipes = {metric: cbs.GroupRecipe(samples=256, steps=0, metric=metric) for metric in (None, *METRICS)}
+    found = {
+        metric: cbs.prune_groups(model, data(x), keep=0.4, recipe=recipe)
+        for metric, recipe in recipes.items()
+    }
+    small, report = found[None]
+    assert report.judged.keys() == set(METRICS)
+    assert report.metric == min(METRICS, key=report.judged.__getitem__)
+    assert f"{report.metric} taken" in report.summary()
+    wanted, alone = found[report.metric]
+    assert alone.judged == {}
+    assert torch.equal(small(x), wanted(x))
+
+
+def test_without_samples_to_set_aside_one_metric_is_tried() -> None:
+    model, _ = built("mlp")
+    recipe = cbs.GroupRecipe(samples=256, steps=0)
+    _, report = cbs.prune_groups(model, data(torch.randn(200, 7)), keep=0.4, recipe=recipe)
+    assert (report.metric, report.judged) == ("loss", {})
 
 
 def test_layers_are_chosen_on_inputs_of_the_network_as_pruned_so_far() -> None:
