@@ -74,7 +74,7 @@ from cbs_opt.system.checks import (
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
 METRICS = ("loss", "outputs")
-JUDGED = 512
+JUDGED = 2_048
 """Samples on which the networks of two metrics are compared."""
 CHOICES = 16
 """Widths of a set that a budget of operations chooses among."""
