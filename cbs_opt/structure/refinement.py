@@ -41,8 +41,12 @@ COPIES = 3
 """Of the rows, that a step holds at most."""
 JUDGES = 8
 """One sample of so many is set aside, and says which step is taken."""
-DAMPINGS = (0.01, 0.1, 1.0, 10.0)
-"""Dampings that are tried, in multiples of the mean diagonal of the Fisher matrix."""
+DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+"""Dampings that are tried, in multiples of the mean diagonal of the Fisher matrix.
+
+Rows are far fewer than weights: beside the directions that they span, a step is the gradient over the
+damping, and convolutions of ResNet20 that are far from rest need the largest ones.
+"""
 SCALES = (1.0, 0.5)
 """Shares of a step that are tried."""
 
