@@ -429,8 +429,9 @@ def _stepped(
     if rows < FEWEST_ROWS:
         note = f"no Newton steps of what is left: free memory holds {rows} gradient rows of it"
         return {"notes": (note,)}
-    steps = recipe.steps
-    return {"refined": refine(small, batches, objective, steps=steps, ignore=ignore, rows=rows, seed=seed)}
+    found = refine(small, batches, objective, steps=recipe.steps, ignore=ignore, rows=rows, seed=seed)
+    note = f"no Newton steps of what is left: there are no more than {BATCH} samples, or no weight may move"
+    return {"refined": found} if found is not None else {"notes": (note,)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -226,6 +226,13 @@ def test_without_samples_to_set_aside_one_metric_is_tried() -> None:
     assert (report.metric, report.judged) == ("loss", {})
 
 
+def test_one_batch_of_samples_is_too_few_to_move_and_a_note_says_so() -> None:
+    model, _ = built("mlp")
+    _, report = cbs.prune_groups(model, data(torch.randn(100, 7)), keep=0.4)
+    assert report.refined is None
+    assert any("no more than 128 samples" in note for note in report.notes)
+
+
 def test_layers_are_chosen_on_inputs_of_the_network_as_pruned_so_far() -> None:
     """The second set is chosen by what the first one left: the same by a program written out here."""
     model, _ = built("mlp")
