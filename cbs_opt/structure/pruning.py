@@ -54,9 +54,9 @@ from cbs_opt.structure.refinement import (
     FEWEST_ROWS,
     Refined,
     follow,
+    judged_loss,
     refine,
     rows_that_fit,
-    settled_loss,
 )
 from cbs_opt.structure.removal import Shrinkage, shrink
 from cbs_opt.structure.selection import FloatArray, GroupProgram, Reader
@@ -74,6 +74,7 @@ from cbs_opt.system.checks import (
 from formulations.errors import ArgumentError, NotPositiveDefiniteError
 
 METRICS = ("loss", "outputs")
+"""What a change of outputs may cost by; see `GroupRecipe`."""
 JUDGED = 2_048
 """Samples on which the networks of two metrics are compared."""
 CHOICES = 16
@@ -348,7 +349,7 @@ def prune_groups(
         return found, GroupReport(choices=choices, metric=metric, shrinkage=shrinkage)
 
     tried = METRICS if judges else (recipe.metric or "loss",)
-    small, report = _best(tried, made, lambda found: settled_loss(found, batches, judges, objective))
+    small, report = _best(tried, made, lambda found: judged_loss(found, batches, judges, objective))
     report = replace(report, widths=widths, notes=tuple(notes))
     if not recipe.steps:
         return small, report

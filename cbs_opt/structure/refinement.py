@@ -155,7 +155,7 @@ def follow(
         return move(aim, parameters, {}, replace(options, stages=1), 0, lambda _: None)
 
 
-def settled_loss(
+def judged_loss(
     model: nn.Module, own: Sequence[Batch], judges: Sequence[Batch], objective: Objective
 ) -> float:
     """Return the loss on `judges`, with batch-norm statistics of `own` where they lower it; infinity for NaN.
