@@ -19,8 +19,11 @@ Protocol
 - With ``--passes`` kept weights then move by masked AdamW on the divergence from the dense network's
   predictions, over so many passes of the calibration text less an eighth, which is set aside; ``--stages``
   of pruning share the passes. "differentiated" counts tokens, those for the budget of the network included.
-- With ``--blocks`` single blocks are pruned, each fed by the dense network: all methods see the same inputs,
-  and their losses compare. Perplexity is left out.
+- Our method makes up in each layer for what the layers before have lost (``asymmetric``), the others are as
+  in their papers; ``--asymmetric`` lets them do so as well.
+- With ``--blocks`` single blocks are pruned, each fed by the dense network, and no method makes up for
+  anything: all see the same inputs and aim at the same outputs, and their losses compare. Perplexity is left
+  out.
 - Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
 - A cell with passes begins as the one without them, which is measured on the way.
 - Processor seconds are those of `prune_layers`, forward passes included, with one thread. Memory is the
@@ -54,7 +57,7 @@ from tqdm import tqdm
 
 import cbs_opt
 from cbs_opt.layers.divergence import Divergence
-from cbs_opt.layers.recipe import ALL_BUDGETS, LayerRecipe
+from cbs_opt.layers.recipe import ALL_BUDGETS, OWN, LayerRecipe
 from cbs_opt.select.layer_program.methods import METHODS
 from cbs_opt.select.layer_program.support import checked_sparsity
 from cbs_opt.system.memory import peak, resident
@@ -80,7 +83,7 @@ SPARSITIES = ("0.5", "0.7", "2:4")
 SHARING = {"layer": ("magnitude", "wanda", "alps", "exchanges"), "network": SHOWN[1:]}
 """Methods that are measured with zeros shared by the rows of a layer, or by all layers, as well."""
 PASSES = (0, 1, 2, 3)
-SETTINGS = ("method", "sparsity", "sequences", "budget", "passes", "stages", "block")
+SETTINGS = ("method", "sparsity", "sequences", "budget", "asymmetric", "passes", "stages", "block")
 """What a cell is known by, as far as it has it."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARK = "language model"
@@ -244,7 +247,12 @@ def _recipe(cell: Cell) -> LayerRecipe:
     divergence = None
     if "passes" in cell:
         divergence = Divergence(passes=cell["passes"], stages=cell.get("stages", 1))
-    return LayerRecipe(method=cell["method"], budget=cell.get("budget", "rows"), divergence=divergence)
+    return LayerRecipe(
+        method=cell["method"],
+        budget=cell.get("budget", "rows"),
+        asymmetric=cell.get("asymmetric", False),
+        divergence=divergence,
+    )
 
 
 def cells(
@@ -255,6 +263,8 @@ def cells(
     blocks: Sequence[int] = (),
     passes: Sequence[int] = (0,),
     stages: int = 1,
+    *,
+    asymmetric: bool = False,
 ) -> list[Cell]:
     """Return what is measured: single blocks, or the dense network first and then all of it pruned.
 
@@ -274,7 +284,8 @@ def cells(
             sharing = not shared or (":" not in sparsity and method in SHARING[budget])
             if method != DENSE and sharing:
                 cell = {"method": method, "sparsity": sparsity, "sequences": count}
-                wanted.append(cell | shared | moved | place)
+                extra: Cell = {"asymmetric": True} if not blocks and (asymmetric or method in OWN) else {}
+                wanted.append(cell | shared | extra | moved | place)
     return wanted
 
 
@@ -307,13 +318,22 @@ def table(results: Mapping[str, Cell]) -> str:
     blocks = sorted({entry["block"] for entry in others if "block" in entry})
     places += [(f"Block {block} alone", (block,)) for block in blocks]
     for count, (title, place), sparsity in itertools.product(sequences, places, sparsities):
-        wanted = [cells(SHOWN, [sparsity], [count], blocks=place, passes=PASSES, stages=n) for n in (1, 2, 3)]
-        keys = list(dict.fromkeys(settings_key(cell) for cell in itertools.chain(*wanted)))
+        wanted = [
+            cells(SHOWN, [sparsity], [count], blocks=place, passes=PASSES, stages=n, asymmetric=not place)
+            for n in (1, 2, 3)
+        ]
+        keys = list(dict.fromkeys(itertools.chain(*map(_either, itertools.chain(*wanted)))))
         found = [results[key] for key in keys if key in results and key != dense]
         if found:
             lines += [f"### {title}, {sparsity}, {count} x {CALIBRATION_LENGTH} tokens", "", *HEAD]
             lines += [*map(_line, found), ""]
     return "\n".join(lines) + "\n"
+
+
+def _either(cell: Cell) -> tuple[str, str]:
+    """Return the keys of a cell, each layer pruned for itself and not."""
+    alone = {name: value for name, value in cell.items() if name != "asymmetric"}
+    return settings_key(alone), settings_key(cell)
 
 
 def _place(sparsity: str) -> tuple[bool, float, str]:
@@ -341,6 +361,8 @@ def _line(result: Cell) -> str:
 def _label(result: Cell) -> str:
     """Return what a line is about: the method, who shares its zeros, and how its weights moved."""
     label: str = result["method"] + (f", {result['budget']}" if "budget" in result else "")
+    if ("asymmetric" in result) is not (result["method"] in OWN) and "block" not in result:
+        label += ", asymmetric" if "asymmetric" in result else ", each layer for itself"
     if "passes" in result:
         label += f", {result['passes']} passes" if result["passes"] > 1 else ", 1 pass"
     return label + (f" in {result['stages']} stages" if "stages" in result else "")
@@ -362,6 +384,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--budgets", nargs="+", choices=ALL_BUDGETS, default=ALL_BUDGETS, help="default all")
     root.add_argument("--passes", nargs="+", type=int, default=[0], help="on the divergence (default 0)")
     root.add_argument("--stages", type=int, default=1, help="of prunings between the passes (default 1)")
+    root.add_argument(
+        "--asymmetric", action="store_true", help="let all methods make up for what layers before have lost"
+    )
     root.add_argument(
         "--page",
         type=Path,
@@ -398,6 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.blocks,
             options.passes,
             options.stages,
+            asymmetric=options.asymmetric,
         )
         with thread_limit(1):
             for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 from cbs_opt.errors import BatchFormatError, BlockListError, ForwardError
 from cbs_opt.layers.blocks import Block
 from cbs_opt.layers.gram import FEW, GramSum
+from cbs_opt.layers.levels import Level, levels
 from cbs_opt.network.data import Batch, Data, device_of, forward, map_tensors, parts, read, tensors_of
+from cbs_opt.network.trial import lent
 from formulations.errors import ArgumentError
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -33,19 +37,22 @@ class Fed:
     """What one batch brings to the present block: hidden states, and the arguments that come with them.
 
     `calls` are the other arguments of every block, one entry if they all take the same. `positions` says
-    which tokens are no padding, where the data say so.
+    which tokens are no padding, where the data say so. `reference` are the hidden states of the network as it
+    was before any block was pruned, where they are followed and are others.
     """
 
     hidden: Tensor
     calls: list[Call]
     positions: Tensor | None = None
+    reference: Tensor | None = None
 
-    def run(self, number: int, block: nn.Module) -> Tensor:
-        """Return what block `number` makes of the hidden states."""
+    def run(self, number: int, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        """Return what block `number` makes of the hidden states, or of others."""
         args, kwargs = self.calls[min(number, len(self.calls) - 1)]
+        hidden = self.hidden if hidden is None else hidden
         if HIDDEN in kwargs:
-            return _hidden_of(block(*args, **{**kwargs, HIDDEN: self.hidden}))
-        return _hidden_of(block(self.hidden, *args, **kwargs))
+            return _hidden_of(block(*args, **{**kwargs, HIDDEN: hidden}))
+        return _hidden_of(block(hidden, *args, **kwargs))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,26 +74,59 @@ class Calibration:
         for fed in self.batches:
             fed.hidden = fed.run(number, block)
 
-    def grams(self, number: int, block: Block, *, hold: bool = False) -> dict[str, GramSum]:
-        """Return the sums of what each layer of block `number` is fed, by name.
+    def advance_reference(self, number: int, block: nn.Module) -> None:
+        """Carry those of the network as it was through block `number`, which is not pruned yet.
+
+        From the first block on they are followed beside the hidden states of the pruned network.
+        """
+        for fed in self.batches:
+            fed.reference = fed.run(number, block, fed.reference)
+
+    def levels(self, number: int, block: Block) -> list[Level]:
+        """Return the levels of the layers of block `number`, found out by the first batch."""
+        return levels(block, lambda: self.batches[0].run(number, block.module))
+
+    def grams(
+        self,
+        number: int,
+        block: Block,
+        *,
+        hold: bool = False,
+        pruned: Mapping[str, Tensor] | None = None,
+        once: bool = False,
+    ) -> dict[str, GramSum]:
+        """Return the sums of what each layer of `block`, all of block `number` or some, is fed, by name.
 
         Layers that are handed the very same tensor, in all batches, share one sum. With `hold` some tokens
-        are set aside in sums of layers that have few tokens for their inputs.
+        are set aside in sums of layers that have few tokens for their inputs. `pruned` are new weights of
+        others of the block's layers, by name: layers are then fed by these, and sums are paired with what
+        the network as it was feeds them. With `once` each runs once, and nothing after the last of them has
+        to.
         """
         few = self.tokens / FEW if hold else 0.0
         try:
-            return self._recorded(number, block, _Recorder(few, share=True))
+            return self._recorded(number, block, _Recorder(few, share=True), pruned, once=once)
         except _Differs:
-            return self._recorded(number, block, _Recorder(few, share=False))
+            return self._recorded(number, block, _Recorder(few, share=False), pruned, once=once)
 
-    def _recorded(self, number: int, block: Block, recorder: _Recorder) -> dict[str, GramSum]:
-        with ExitStack() as stack:
-            for layer in block.layers:
-                hook = layer.module.register_forward_pre_hook(recorder.hook(layer.name), with_kwargs=True)
-                stack.callback(hook.remove)
-            for batch, fed in enumerate(self.batches):
-                recorder.begin(batch, fed.positions)
-                fed.run(number, block.module)
+    def _recorded(
+        self,
+        number: int,
+        block: Block,
+        recorder: _Recorder,
+        pruned: Mapping[str, Tensor] | None,
+        *,
+        once: bool,
+    ) -> dict[str, GramSum]:
+        own = {name.removeprefix(f"{block.name}."): tensor for name, tensor in (pruned or {}).items()}
+        for batch, fed in enumerate(self.batches):
+            wanted: dict[str, list[Tensor]] | None = None if pruned is None else {}
+            if wanted is not None and (own or fed.reference is not None):
+                with _looked_at(block, partial(_note, wanted), once=once):
+                    fed.run(number, block.module, fed.reference)
+            recorder.begin(batch, fed.positions, wanted)
+            with _looked_at(block, recorder.look, once=once):
+                lent(block.module, own, partial(fed.run, number, block.module))
         return recorder.sums
 
 
@@ -94,8 +134,36 @@ class _Differs(Exception):
     """Layers that shared their inputs in one batch do not in another."""
 
 
+@contextmanager
+def _looked_at(block: Block, look: Callable[[str, Tensor], None], *, once: bool) -> Iterator[None]:
+    """Tell `look` the name of each layer of a block that runs within, and what it is fed.
+
+    With `once` what runs within ends when all of them were.
+    """
+    left = len(block.layers)
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal left
+        look(name, args[0] if args else next(iter(kwargs.values())))
+        left -= 1
+        if once and not left:
+            raise _Caught
+
+    with ExitStack() as stack:
+        for layer in block.layers:
+            handle = layer.module.register_forward_pre_hook(partial(hook, layer.name), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(suppress(_Caught))
+        yield
+
+
+def _note(noted: dict[str, list[Tensor]], name: str, x: Tensor) -> None:
+    """Note what a layer is fed."""
+    noted.setdefault(name, []).append(x)
+
+
 class _Recorder:
-    """Adds up what layers are fed, by hooks before them; more inputs than `few` are many for the tokens."""
+    """Adds up what layers are fed; more inputs than `few` are many for the tokens."""
 
     def __init__(self, few: float, *, share: bool) -> None:
         self._few = few
@@ -104,6 +172,8 @@ class _Recorder:
         self._owners: dict[str, str] = {}
         self._batch = 0
         self._positions: Tensor | None = None
+        self._wanted: Mapping[str, list[Tensor]] | None = None
+        self._calls = Counter[str]()
         self._last: Tensor | None = None
         self._last_name = ""
 
@@ -112,26 +182,46 @@ class _Recorder:
         """The sums by the name of every layer that ran."""
         return {name: self._sums[owner] for name, owner in self._owners.items()}
 
-    def begin(self, batch: int, positions: Tensor | None) -> None:
-        """Take note that a batch begins, and of which of its tokens count."""
+    def begin(
+        self, batch: int, positions: Tensor | None, wanted: Mapping[str, list[Tensor]] | None = None
+    ) -> None:
+        """Take note that a batch begins, of which of its tokens count, and of the inputs that are wanted.
+
+        These are the inputs of every layer in the order of its calls; without any, none is missing.
+        """
         self._batch, self._positions, self._last = batch, positions, None
+        self._wanted = wanted
+        self._calls.clear()
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """Return the hook of a layer."""
+    def look(self, name: str, x: Tensor) -> None:
+        """Add what a layer is fed."""
+        owner = self._last_name if self._share and x is self._last else name
+        if self._owners.setdefault(name, owner) != owner:
+            raise _Differs
+        if owner != name:
+            return
+        if name not in self._sums:
+            hold = 0.0 < self._few < x.shape[-1]
+            paired = self._wanted is not None
+            self._sums[name] = GramSum(x.shape[-1], x.device, hold=hold, paired=paired)
+        wanted = self._paired(name, x)
+        self._calls[name] += 1
+        counting = counted(x, self._positions)
+        self._sums[name].add(
+            counting, name, self._batch, None if wanted is None else counted(wanted, self._positions)
+        )
+        self._last, self._last_name = x, name
 
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            owner = self._last_name if self._share and x is self._last else name
-            if self._owners.setdefault(name, owner) != owner:
-                raise _Differs
-            if owner == name:
-                if name not in self._sums:
-                    hold = 0.0 < self._few < x.shape[-1]
-                    self._sums[name] = GramSum(x.shape[-1], x.device, hold=hold)
-                self._sums[name].add(counted(x, self._positions), name, self._batch)
-                self._last, self._last_name = x, name
+    def _paired(self, name: str, x: Tensor) -> Tensor | None:
+        """Return the input that is wanted in the place of this one; None if nothing is missing, or known.
 
-        return look
+        Where tokens choose their layers, as among experts, these may be fed others than before.
+        """
+        calls = (self._wanted or {}).get(name, [])
+        number = self._calls[name]
+        if number >= len(calls) or calls[number].shape != x.shape:
+            return None
+        return calls[number]
 
 
 def counted(x: Tensor, positions: Tensor | None) -> Tensor:

@@ -10,10 +10,20 @@ from cbs_opt.select.layer_program.exchanges import Exchanges
 from cbs_opt.select.layer_program.methods import layer_method
 from cbs_opt.select.layer_program.program import DAMPING
 from cbs_opt.select.layer_program.support import BUDGETS, Sparsity
-from cbs_opt.system.checks import RUN_SEEDS, check_fields, finite_number, one_of, seed_number, whole_number
+from cbs_opt.system.checks import (
+    RUN_SEEDS,
+    check_fields,
+    finite_number,
+    flag,
+    one_of,
+    seed_number,
+    whole_number,
+)
 from formulations.errors import ArgumentError
 
 ALL_BUDGETS = (*BUDGETS, "network")
+OWN = ("exchanges", "greedy_obs")
+"""Methods that are no comparison with a paper on pruning layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +43,10 @@ class LayerRecipe:
         by a zero have fewer; or all layers together, by what their outputs matter to the network's
         predictions, see `cbs_opt.layers.shares`: this takes gradients of the whole network. Only "rows" with
         n:m and with "greedy_obs". "sparsegpt" goes over the whole layer in any case, as in its paper.
+    asymmetric : bool, optional
+        Make up in each layer for what those before it have lost, as far as what it is fed tells it, see
+        `cbs_opt.layers.asymmetry`. By default with "exchanges" and "greedy_obs"; the other methods are as in
+        their papers.
     damping : float, default 0.01
         Of the mean diagonal of each Gram matrix.
     shrinkage : float in [0, 1], optional
@@ -51,6 +65,7 @@ class LayerRecipe:
     method: str = "exchanges"
     options: Exchanges | Alternating | None = None
     budget: str = "rows"
+    asymmetric: bool | None = None
     damping: float = DAMPING
     shrinkage: float | None = None
     chunk_tokens: int = 2_048
@@ -63,6 +78,9 @@ class LayerRecipe:
         if self.budget != "rows" and self.method == "greedy_obs":
             found = f'"{self.budget}" with greedy_obs, which goes row by row'
             raise ArgumentError("recipe.budget", found, 'use "rows", or another method')
+        if self.asymmetric is None:
+            object.__setattr__(self, "asymmetric", self.method in OWN)
+        check_fields(self, "recipe.", flag, "asymmetric")
         check_fields(self, "recipe.", finite_number, "damping")
         check_fields(self, "recipe.", finite_number, "shrinkage", most=1.0)
         check_fields(self, "recipe.", whole_number, "chunk_tokens")

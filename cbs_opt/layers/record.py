@@ -54,7 +54,11 @@ class LayerRecord:
     loss : float
         Of the layer program, ``1/2 sum (w - u) H (w - u)`` over rows, relative to that of pruning everything.
     output_error : float
-        Mean squared change of the outputs on the calibration tokens, relative to their mean square.
+        Mean squared distance of the outputs on the calibration tokens from those that are aimed at, relative
+        to their mean square.
+    distance : float
+        Between the weights that were pruned and those of the layer, relative: what makes up for the losses
+        of the layers before, where the recipe is asymmetric.
     proved : int
         Rows in which no swap of a kept against a pruned weight lowers the loss. The others were not examined.
     tokens : int
@@ -76,6 +80,7 @@ class LayerRecord:
     pruned: int
     loss: float
     output_error: float
+    distance: float
     proved: int
     tokens: int
     shrinkage: float

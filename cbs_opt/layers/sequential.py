@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.layers.blocks import Block, find_blocks
+from cbs_opt.layers.asymmetry import Asymmetry
+from cbs_opt.layers.blocks import Block, Layer, find_blocks
 from cbs_opt.layers.calibration import Calibration, calibrate, copied, first_tokens, limited, without_cache
 from cbs_opt.layers.certificates import RowSample, bound_rows
 from cbs_opt.layers.divergence import (
@@ -24,6 +25,7 @@ from cbs_opt.layers.divergence import (
     stage_passes,
     stage_sparsity,
 )
+from cbs_opt.layers.gram import GramSum
 from cbs_opt.layers.recipe import LayerRecipe, layer_recipe
 from cbs_opt.layers.record import LayerRecord, LayersReport, PackedMask, packed, unpacked
 from cbs_opt.layers.shares import SCALE_TOKENS, Scales, kept_counts, measure_scales, row_factors
@@ -292,11 +294,14 @@ class _Run:
                 else:
                     done = _pruned(calibration, number, block, plan, self.recipe)
                     _remember(self.store, name, done)
+                last = number + 1 == len(self.blocks)
+                if self.recipe.asymmetric and not last:
+                    calibration.advance_reference(number, block.module)
                 layers = {layer.name: layer for layer in block.layers}
                 write_layers({layer: (layers[layer].parameter, new) for layer, new in done.weights.items()})
                 self.packs.update((layer, packed(keep)) for layer, keep in done.masks.items())
                 self.records += done.records
-                if number + 1 < len(self.blocks):
+                if not last:
                     calibration.advance(number, block.module)
                 advance(1)
 
@@ -361,54 +366,85 @@ def _check_supports(blocks: Sequence[Block], sparsity: Sparsity, budget: str) ->
 def _pruned(calibration: Calibration, number: int, block: Block, plan: _Plan, recipe: LayerRecipe) -> _Done:
     """Return what becomes of the layers of a block, which is not changed."""
     start = time.process_time()
-    sums = calibration.grams(number, block, hold=recipe.shrinkage is None)
-    method = layer_method(recipe.method, recipe.options)
-    hessians: dict[int, tuple[LayerHessian, float]] = {}
     weights: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
-    records = []
-    for index, layer in enumerate(block.layers):
-        if layer.name not in sums:
-            continue
-        began = time.process_time()
-        total = sums[layer.name]
-        rows = layer.rows(layer.parameter.detach())
-        support = plan.support(layer.name, (rows.shape[0], rows.shape[1]))
-        if id(total) not in hessians:
-            wanted = recipe.shrinkage
-            if wanted is None and total.held:
-                wanted = chosen_shrinkage(total, rows, support, recipe.damping)
-            gram, shrinkage = total.mean(wanted)
-            hessians[id(total)] = LayerHessian(gram, recipe.damping, name=layer.name), shrinkage
-        hessian, shrinkage = hessians[id(total)]
-        program = LayerProgram(weights=rows, hessian=hessian, support=support)
-        solution = plan.solution(layer.name, program, method)
-        new = solution.weights.to(rows.dtype)
-        weights[layer.name], masks[layer.name] = layer.rows(new), layer.rows(solution.keep)
-        loss, error = program.relative(new)
-        spent = time.process_time() - began
-        bounds = None
-        if plan.certify is not None:
-            bounds = bound_rows(program, solution.keep, new, plan.certify, (number, index), layer.name)
-        records.append(
-            LayerRecord(
+    records: dict[str, LayerRecord] = {}
+    places = {layer.name: index for index, layer in enumerate(block.layers)}
+    for layers, sums in _fed(calibration, number, block, weights, recipe):
+        shared: dict[int, _Shared] = {}
+        for layer in (layer for layer in layers if layer.name in sums):
+            began = time.process_time()
+            total = sums[layer.name]
+            fed = shared.setdefault(id(total), _Shared(total))
+            program, shrinkage, distance = fed.program(layer, plan, recipe)
+            solution = plan.solution(layer.name, program, layer_method(recipe.method, recipe.options))
+            new = solution.weights.to(layer.parameter.dtype)
+            weights[layer.name], masks[layer.name] = layer.rows(new), layer.rows(solution.keep)
+            loss, error = program.relative(new)
+            spent = time.process_time() - began
+            bounds = None
+            if plan.certify is not None:
+                place = number, places[layer.name]
+                bounds = bound_rows(program, solution.keep, new, plan.certify, place, layer.name)
+            records[layer.name] = LayerRecord(
                 name=layer.name,
                 block=number,
                 rows=program.rows,
-                inputs=hessian.n,
+                inputs=program.hessian.n,
                 pruned=int((~solution.keep).sum()),
                 loss=loss,
                 output_error=error,
+                distance=distance,
                 proved=solution.proved,
                 tokens=total.tokens,
                 shrinkage=shrinkage,
-                dead=hessian.dead,
+                dead=program.hessian.dead,
                 seconds=spent,
                 bounds=bounds,
             )
-        )
-    seconds = time.process_time() - start
-    return _Done(weights=weights, masks=masks, records=records, seconds=seconds)
+    found = [records[name] for name in places if name in records]
+    return _Done(weights=weights, masks=masks, records=found, seconds=time.process_time() - start)
+
+
+def _fed(
+    calibration: Calibration, number: int, block: Block, pruned: Mapping[str, Tensor], recipe: LayerRecipe
+) -> Iterator[tuple[Sequence[Layer], dict[str, GramSum]]]:
+    """Yield the layers of a block with the sums of what they are fed: all, or a level at a time.
+
+    `pruned` are the new weights of those that were yielded before.
+    """
+    hold = recipe.shrinkage is None
+    if not recipe.asymmetric:
+        yield block.layers, calibration.grams(number, block, hold=hold)
+        return
+    for level in calibration.levels(number, block):
+        sums = calibration.grams(number, level.block, hold=hold, pruned=pruned, once=level.once)
+        yield level.block.layers, sums
+
+
+class _Shared:
+    """What layers that are fed the same have in common."""
+
+    def __init__(self, sums: GramSum) -> None:
+        self._sums = sums
+        self._asymmetry = Asymmetry(sums) if sums.paired else None
+        self._hessian: LayerHessian | None = None
+        self._shrinkage = 0.0
+
+    def program(self, layer: Layer, plan: _Plan, recipe: LayerRecipe) -> tuple[LayerProgram, float, float]:
+        """Return the program of a layer, its shrinkage, and how far what it prunes is from the weights."""
+        rows, distance = layer.rows(layer.parameter.detach()), 0.0
+        support = plan.support(layer.name, (rows.shape[0], rows.shape[1]))
+        if self._asymmetry is not None:
+            rows, distance = self._asymmetry.target(rows)
+        if self._hessian is None:
+            wanted = recipe.shrinkage
+            if wanted is None and self._sums.hold:
+                wanted = chosen_shrinkage(self._sums, rows, support, recipe.damping)
+            gram, self._shrinkage = self._sums.mean(wanted)
+            self._hessian = LayerHessian(gram, recipe.damping, name=layer.name)
+        program = LayerProgram(weights=rows, hessian=self._hessian, support=support)
+        return program, self._shrinkage, distance
 
 
 def _remember(store: Pieces, piece: str, done: _Done) -> None:

@@ -64,7 +64,8 @@ def test_hidden_states_are_carried_as_the_network_carries_them() -> None:
 def test_a_block_is_fed_by_the_pruned_ones_before_it() -> None:
     network = Network(2)
     seen: list[Tensor] = []
-    report = prune_layers(network, tokens(), sparsity=0.5, recipe=cbs.LayerRecipe(damping=0.02))
+    recipe = cbs.LayerRecipe(damping=0.02, asymmetric=False)
+    report = prune_layers(network, tokens(), sparsity=0.5, recipe=recipe)
     hook = network.layers[1].left.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         network(tokens())
