@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from cbs_opt.layers.gram import GramSum
+from cbs_opt.select.layer_program.exchanges import spread
 
 RIDGES = (0.1, 0.3, 1.0, 3.0)
 """In units of the mean diagonal of the Gram matrix."""
+ROWS = 128
+"""Rows of a layer by which ridge and share are chosen."""
 
 
 class Asymmetry:
@@ -41,14 +44,15 @@ class Asymmetry:
     def target(self, weights: Tensor) -> tuple[Tensor, float]:
         """Return the weights to prune in the place of a layer's own (r, n), and how far they are from these.
 
-        The distance is relative, by the Frobenius norm. At most five Cholesky factors for all layers that
-        are fed the same, O(n^3) each, and two products O(r n^2) for each ridge.
+        The distance is relative, by the Frobenius norm. At most eight Cholesky factors for all layers that
+        are fed the same, O(n^3) each; two products O(r n^2), and as many for each ridge with `ROWS` rows.
         """
         own = weights.double()
+        some = own[spread(len(own), ROWS, own.device)]
         most, share, ridge = 0.0, 0.0, RIDGES[0]
         if not self._unit > 0.0 or not bool(self._all.any()):
             return weights, 0.0
-        fitted, held = own @ self._fitted, own @ self._held
+        fitted, held = some @ self._fitted, some @ self._held
         for entry in RIDGES:
             change = self._solved(fitted, self._fitted_gram, entry, held_out=True)
             along = float((change * held).sum())

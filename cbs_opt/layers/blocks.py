@@ -102,7 +102,7 @@ def _longest(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
             continue
-        if len({_kind(part) for part in module}) > 1:
+        if len({kind_of(part) for part in module}) > 1:
             kinds = ", ".join(sorted({type(part).__name__ for part in module}))
             unlike.append(f"{name or 'the network itself'} ({kinds})")
         elif next(module.parameters(), None) is not None and (best is None or len(module) > len(best[1])):  # type: ignore[arg-type]
@@ -117,7 +117,8 @@ def _longest(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield f"{prefix}{name}", part
 
 
-def _kind(module: nn.Module) -> tuple[object, ...]:
+def kind_of(module: nn.Module) -> tuple[object, ...]:
+    """Return what modules that are alike have in common: the class, names and shapes of parameters."""
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     return type(module), shapes
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import BatchFormatError, BlockListError, ForwardError
-from cbs_opt.layers.blocks import Block
+from cbs_opt.layers.blocks import Block, kind_of
 from cbs_opt.layers.gram import FEW, GramSum
 from cbs_opt.layers.levels import Level, levels
 from cbs_opt.network.data import Batch, Data, device_of, forward, map_tensors, parts, read, tensors_of
@@ -60,6 +60,7 @@ class Calibration:
     """All batches before the present block."""
 
     batches: list[Fed] = field(default_factory=list)
+    _levels: dict[object, list[tuple[list[int], bool]]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -83,8 +84,22 @@ class Calibration:
             fed.reference = fed.run(number, block, fed.reference)
 
     def levels(self, number: int, block: Block) -> list[Level]:
-        """Return the levels of the layers of block `number`, found out by the first batch."""
-        return levels(block, lambda: self.batches[0].run(number, block.module))
+        """Return the levels of the layers of block `number`, found out by the first batch.
+
+        Blocks that are alike, and have like layers, are found out about once.
+        """
+        own = [layer.name.removeprefix(block.name) for layer in block.layers]
+        kind = kind_of(block.module), tuple(own)
+        if kind not in self._levels:
+            found = levels(block, lambda: self.batches[0].run(number, block.module))
+            places = {layer.name: place for place, layer in enumerate(block.layers)}
+            self._levels[kind] = [
+                ([places[layer.name] for layer in level.block.layers], level.once) for level in found
+            ]
+        return [
+            Level(block=replace(block, layers=tuple(block.layers[place] for place in layers)), once=once)
+            for layers, once in self._levels[kind]
+        ]
 
     def grams(
         self,
