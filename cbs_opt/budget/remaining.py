@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 
 import torch
@@ -42,14 +43,51 @@ def counts_left(
     last one; sparsities of a `budget` by parameter are those of the last stage and grow towards it in
     proportion. The saliency of `scoring` spends a global budget.
     """
+
+    def scores() -> Tensor:
+        return torch.cat([scoring.score(block) for block in blocks]).double()
+
+    more = _more_gone(partition, keep, sparsity, target, budget=budget, scores=scores)
+    left = [bool(keep[span.start : span.stop].any()) for span in partition.blocks]
+    return list(compress(more, left))
+
+
+def narrowed(
+    partition: Partition, keep: Tensor, saliency: Tensor, sparsity: float, target: float, *, budget: Budget
+) -> Tensor:
+    """Return which weights of `keep` (n,) are still kept at a sparsity: those of largest `saliency` (n,).
+
+    Counts are those of `counts_left`.
+    """
+    more = _more_gone(
+        partition, keep, sparsity, target, budget=budget, scores=lambda: saliency[keep].double()
+    )
+    result = keep.clone()
+    for span, count in zip(partition.blocks, more, strict=True):
+        part = slice(span.start, span.stop)
+        standing = torch.where(keep[part], saliency[part].double(), math.inf)
+        result[part][standing.argsort(stable=True)[:count]] = False
+    return result
+
+
+def _more_gone(
+    partition: Partition,
+    keep: Tensor,
+    sparsity: float,
+    target: float,
+    *,
+    budget: Budget,
+    scores: Callable[[], Tensor],
+) -> list[int]:
+    """Return the weights that every block loses now; `scores` are of those still there."""
     spans = partition.blocks
     if isinstance(budget, Mapping):
         budget = {name: value * sparsity / target for name, value in budget.items()}
-    scores = None
+    known = None
     if budget != "uniform" and len(spans) > 1:
-        scores = torch.full((partition.n,), -torch.inf, dtype=torch.float64, device=keep.device)
-        scores[keep] = torch.cat([scoring.score(block) for block in blocks]).double()
-    wanted = allocate(partition, sparsity, budget=budget, scores=scores)
+        known = torch.full((partition.n,), -torch.inf, dtype=torch.float64, device=keep.device)
+        known[keep] = scores()
+    wanted = allocate(partition, sparsity, budget=budget, scores=known)
     gone = [int((~keep[span.start : span.stop]).sum()) for span in spans]
     more = [max(0, want - lost) for want, lost in zip(wanted, gone, strict=True)]
     excess = sum(more) - max(0, sum(wanted) - sum(gone))
@@ -57,5 +95,4 @@ def counts_left(
         cut = min(excess, more[index])
         more[index] -= cut
         excess -= cut
-    left = [bool(keep[span.start : span.stop].any()) for span in spans]
-    return list(compress(more, left))
+    return more

@@ -293,6 +293,12 @@ class FineTuning:
         gradients and are not ignored by the recipe, at the rate of the weights. Where batch normalisation
         keeps its statistics meanwhile they stay: it is too sensitive to them then. Not beside
         `newton_dampings`.
+    surplus : float, default 1
+        How many times as many weights as asked for the last selection keeps, at most all that are left. The
+        others go while steps are taken after it, over the first two thirds of the samples, those of the
+        smallest squares times the root mean squares of their gradients first. The result is then taken
+        whatever its loss, as it alone is as sparse as asked for. One rate, not of `newton_dampings`; of no
+        consequence for n of m.
     """
 
     samples: int
@@ -305,6 +311,7 @@ class FineTuning:
     rest: bool = False
     batch_statistics: bool = False
     vectors: bool = False
+    surplus: float = 1.0
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."
@@ -317,6 +324,17 @@ class FineTuning:
         if self.vectors and self.newton_dampings:
             found = "True beside newton_dampings, which know the curvature of weights alone"
             raise ArgumentError(f"{prefix}vectors", found, "leave one of them out")
+        check_fields(self, prefix, finite_number, "surplus")
+        if self.surplus < 1.0:
+            found = f"{self.surplus:g}"
+            raise ArgumentError(
+                f"{prefix}surplus", found, "keep at least as many weights as asked for: 1 or more"
+            )
+        if self.surplus > 1.0 and (
+            self.newton_dampings or len(self.momentum_rates) + len(self.adam_rates) > 1
+        ):
+            found = f"{self.surplus:g} beside several rates, or newton_dampings"
+            raise ArgumentError(f"{prefix}surplus", found, "give one momentum rate or one of Adam")
 
     def shares(self, stages: int) -> tuple[int, ...]:
         """Return the samples of each of so many stages."""

@@ -46,6 +46,12 @@ RUN_AWAY = 0.25
 """Share of the way to the loss without any weight from which on a network counts as run away."""
 FEWEST_NORMALIZED = 8
 """Samples of a batch below which batch normalisation does not go by their statistics."""
+NARROWING = 2 / 3
+"""Share of the steps over which a set narrows."""
+NARROWINGS = 50
+"""Times that it does."""
+FORGETTING = 0.99
+"""Share of the mean squares of gradients that stays at each step."""
 LARGEST = 100.0
 """Norm of the weights over that at the start beyond which steps have run away, whatever the loss is."""
 
@@ -73,6 +79,8 @@ class Span:
 
 
 WHOLE = Span()
+BEGUN = Span(end=0.5)
+"""What is not at rest yet at its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +129,26 @@ def probe_samples(plan: FineTuning, samples: int) -> int:
     return probe if plan.rest and probe >= PROBE_STEPS * plan.batch_size else 0
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Narrowing:
+    """A set that narrows while steps are taken, from one sparsity to another.
+
+    `narrow` returns what is still kept at a sparsity of what is kept, (n,) bool, by a saliency (n,).
+    """
+
+    begin: float
+    end: float
+    narrow: Callable[[Tensor, Tensor, float], Tensor]
+
+    def sparsity(self, time: float) -> float:
+        """Return the sparsity at `time` in [0, 1].
+
+        The cubic of Zhu and Gupta, "To prune, or not to prune" (2017), over the first `NARROWING` of it.
+        """
+        left = 1.0 - min(1.0, math.floor(NARROWINGS * time / NARROWING) / NARROWINGS)
+        return self.end + (self.begin - self.end) * left**3
+
+
 class Descent:
     """The kept weights of a network on their way down.
 
@@ -142,6 +170,9 @@ class Descent:
     ) -> None:
         self._network = model, partition, objective
         self._normalized = normalized
+        self._narrowing: Narrowing | None = None
+        self._sparsity = 0.0
+        self._squares: Tensor | None = None
         self._keep = keep
         self._flat = weights.to(self._function(weights).dtype, copy=True)
         self._theta = self._flat[keep].requires_grad_()
@@ -163,10 +194,20 @@ class Descent:
         return result
 
     @property
+    def keep(self) -> Tensor:
+        """Which weights are kept, (n,) bool."""
+        return self._keep
+
+    @property
     def sound(self) -> bool:
         """Whether the weights are finite and have not grown out of all proportion."""
         norm = float(torch.linalg.vector_norm(self._theta.detach()))
         return math.isfinite(norm) and norm <= self._largest
+
+    def narrow_by(self, narrowing: Narrowing) -> None:
+        """Let the set narrow in `run`: by squares of weights times root mean square gradients."""
+        self._narrowing, self._sparsity = narrowing, narrowing.begin
+        self._squares = torch.zeros_like(self._flat, dtype=torch.float64)
 
     def run(
         self,
@@ -183,9 +224,30 @@ class Descent:
         """
         used = 0
         while used < samples and self.sound:
+            self._narrow(used / samples)
             size = min(batch_size, samples - used)
             used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
+        if self.sound:
+            # A few long steps may have passed by the last times.
+            self._narrow(1.0)
         return used
+
+    def _narrow(self, time: float) -> None:
+        """Let go of the weights that are no longer kept at `time` in [0, 1) of the steps."""
+        plan, squares = self._narrowing, self._squares
+        if plan is None or squares is None or plan.sparsity(time) <= self._sparsity:
+            return
+        self._sparsity = plan.sparsity(time)
+        keep = plan.narrow(self._keep, self.weights.square() * squares.sqrt(), self._sparsity)
+        staying, before = keep[self._keep], self._theta
+        self._keep, self._flat = keep, torch.zeros_like(self._flat)
+        self._theta = before.detach()[staying].requires_grad_()
+        state = self._optimizer.state.pop(before, {})
+        self._optimizer.param_groups[0]["params"] = [self._theta]
+        self._optimizer.state[self._theta] = {
+            name: value[staying] if isinstance(value, Tensor) and value.shape == before.shape else value
+            for name, value in state.items()
+        }
 
     def _function(self, weights: Tensor) -> NetworkFunction:
         model, partition, objective = self._network
@@ -214,6 +276,10 @@ class Descent:
                 break
         if mass > 0.0:
             gradient = total[self._keep].div_(mass).add_(self._theta.detach(), alpha=self._rate.decay)
+            if self._squares is not None:
+                self._squares[self._keep] = torch.lerp(
+                    gradient.double().square(), self._squares[self._keep], FORGETTING
+                )
             self._theta.grad = gradient if self._precondition is None else self._precondition(gradient)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
@@ -225,12 +291,14 @@ class Descent:
 class FineTuned:
     """What stochastic steps came to.
 
-    `weights` (n,) float64 are the last that were taken, `loss` theirs on the samples set aside and
-    `loss_before` that of the start; `moved` where they are others. `rate` is what the last steps were taken
-    at, `next_rate` the one to go on with. `samples` were differentiated, for `tried` rates.
+    `weights` (n,) float64 are the last that were taken, `keep` (n,) which of them are kept, `loss` theirs on
+    the samples set aside and `loss_before` that of the start; `moved` where they are others. `rate` is what
+    the last steps were taken at, `next_rate` the one to go on with. `samples` were differentiated, for
+    `tried` rates.
     """
 
     weights: Tensor
+    keep: Tensor
     loss: float
     loss_before: float
     moved: bool
@@ -282,11 +350,7 @@ class FineTuner:
         best, used = weights, 0
         tries = [] if rate is None else [rate]
         if rate is None:
-            curvature = largest_curvature(model.rows if rows is None else rows)
-            # Without any curvature nothing that the rows see depends on the weights.
-            own = self._own(weights)[self._own(self.keep)]
-            tries = rates(self.plan, curvature or 1.0, own, stretch=stretch)
-            samples = samples if curvature > 0.0 else 0
+            tries, samples = self._tries(weights, model.rows if rows is None else rows, samples, stretch)
         share = self._trial(samples, len(tries))
         tries = tries if share else tries[:1]
         chosen = tries[0]
@@ -323,6 +387,7 @@ class FineTuner:
                 following = last.shorter()
         return FineTuned(
             weights=best,
+            keep=self.keep,
             loss=value,
             loss_before=before,
             moved=best is not weights,
@@ -331,6 +396,66 @@ class FineTuner:
             samples=used,
             tried=len(tries),
         )
+
+    def narrowed(
+        self,
+        weights: Tensor,
+        narrowing: Narrowing,
+        *,
+        model: StageModel,
+        samples: int,
+        loss: Callable[[Tensor], float],
+        advance: Callable[[int], object],
+        rows: Tensor | None = None,
+        stretch: float = 1.0,
+    ) -> FineTuned:
+        """Go down from `weights` (n,) float64 while the set narrows, at the first rate that is not too large.
+
+        As `best`, which could not compare the result with a start that keeps more. Where no steps are taken
+        what is too much goes by its size.
+        """
+        tries, samples = self._tries(weights, model.rows if rows is None else rows, samples, stretch)
+        chosen, before, used, tried = tries[0], _ordered(loss(weights)), 0, 0
+        without = _ordered(loss(self._emptied(weights)))
+        probe = probe_samples(self.plan, samples)
+        for _ in range(PROBES if probe else 0):
+            tried += 1
+            _, after, count = self._moved(weights, chosen, model, probe, BEGUN, advance, loss)
+            used += count
+            if BEGUN.takes(after, before, without):
+                break
+            chosen = chosen.shorter()
+        keep = narrowing.narrow(self.keep, weights.square(), narrowing.end)
+        moved, after = torch.where(keep, weights, 0.0), math.inf
+        while used < samples:
+            tried += 1
+            descent = self._descent(weights, chosen, model)
+            descent.narrow_by(narrowing)
+            size, left = self.plan.batch_size, samples - used
+            used += descent.run(self.batches, samples=left, batch_size=size, span=self.span, advance=advance)
+            if descent.sound:
+                moved, keep = descent.weights, descent.keep
+                after = _ordered(loss(moved))
+                break
+            chosen = chosen.shorter()
+        return FineTuned(
+            weights=moved,
+            keep=keep,
+            loss=after if math.isfinite(after) else _ordered(loss(moved)),
+            loss_before=before,
+            moved=True,
+            rate=chosen,
+            next_rate=chosen,
+            samples=used,
+            tried=max(1, tried),
+        )
+
+    def _tries(self, weights: Tensor, rows: Tensor, samples: int, stretch: float) -> tuple[list[Rate], int]:
+        """Return the rates to try by the curvature that rows see, and for how many samples."""
+        curvature = largest_curvature(rows)
+        # Without any curvature nothing that the rows see depends on the weights.
+        own = self._own(weights)[self._own(self.keep)]
+        return rates(self.plan, curvature or 1.0, own, stretch=stretch), samples if curvature > 0.0 else 0
 
     def _own(self, flat: Tensor) -> Tensor:
         """Return the part of a flat vector that belongs to weights that may be pruned, a view."""
@@ -362,7 +487,13 @@ class FineTuner:
 
         The loss is infinite where steps ran away: a dead network can have a low one.
         """
-        descent = Descent(
+        descent = self._descent(weights, rate, model)
+        size = self.plan.batch_size
+        used = descent.run(self.batches, samples=samples, batch_size=size, span=span, advance=advance)
+        return descent.weights, _ordered(loss(descent.weights)) if descent.sound else math.inf, used
+
+    def _descent(self, weights: Tensor, rate: Rate, model: StageModel) -> Descent:
+        return Descent(
             self.model,
             self.partition,
             self.objective,
@@ -372,9 +503,6 @@ class FineTuner:
             precondition=model.solver(rate.value) if rate.kind == "newton" else None,
             normalized=self.normalized,
         )
-        size = self.plan.batch_size
-        used = descent.run(self.batches, samples=samples, batch_size=size, span=span, advance=advance)
-        return descent.weights, _ordered(loss(descent.weights)) if descent.sound else math.inf, used
 
 
 def _ordered(loss: float) -> float:

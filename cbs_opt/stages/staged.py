@@ -13,10 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cbs_opt.budget.remaining import narrowed
 from cbs_opt.curvature.fisher import mean_gradient
 from cbs_opt.curvature.kinds import Fisher, SketchedFisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
@@ -33,7 +35,7 @@ from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages import trials
-from cbs_opt.stages.fine_tuning import WHOLE, FineTuner, Rate, Span, probe_samples
+from cbs_opt.stages.fine_tuning import WHOLE, FineTuner, Narrowing, Rate, Span, probe_samples
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
 
@@ -49,6 +51,8 @@ FAR = 0.15
 """Share of the way to no weights from which on a network is so far from rest that long steps pay."""
 NEAR = 0.07
 """What the rate is times where it is nearer, and keeps its statistics."""
+NARROWED = 0.6
+"""What the rate is times where the set narrows meanwhile: as far from rest as it will be on the way."""
 FEWEST_PER_CURVATURE = 8
 """Times so many samples of fine-tuning below which the rows of the stage serve for that."""
 PASS_SEED_STEP = 1_000_003
@@ -180,7 +184,8 @@ class StagedRun:
         others = dict(state.others)
         if self.plan.fine_tuning is not None and stage < len(self.sparsities):
             others |= self._settled(weights)
-            weights, vectors, rate, record = self._fine_tuned(weights, model, rate, len(records))
+            weights, keep, vectors, rate, record = self._fine_tuned(weights, model, rate, len(records))
+            model = model if keep.equal(model.keep) else model.restricted(keep)
             self._take(vectors)
             others |= vectors
             if self._normalized and stage + 1 < len(self.plan.steps):
@@ -219,8 +224,37 @@ class StagedRun:
                 own[name].copy_(value)
 
     def _sparsity(self, stage: int) -> float:
-        """Sparsity of a stage, the final updates included."""
-        return self.sparsities[min(stage, len(self.sparsities) - 1)]
+        """Sparsity of the selection of a stage, the final updates included."""
+        last = len(self.sparsities) - 1
+        asked = self.sparsities[min(stage, last)]
+        return self._wide(asked) if stage == last else asked
+
+    def _wide(self, sparsity: float) -> float:
+        """Return the sparsity from which the set of the last selection narrows while steps are taken."""
+        tuning = self.plan.fine_tuning
+        surplus = 1.0 if tuning is None or self.task.request.pattern is not None else tuning.surplus
+        before = self.sparsities[-2] if len(self.sparsities) > 1 else 0.0
+        return sparsity if surplus == 1.0 else max(before, 1.0 - surplus * (1.0 - sparsity))
+
+    def _narrowing(self, stage: int) -> Narrowing | None:
+        """Return how the set of a stage narrows, None if it stays."""
+        begin, end = self._sparsity(stage), self.sparsities[stage]
+        if begin == end:
+            return None
+        partition, request, budget = self.task.partition, self.task.request, self.task.recipe.weights.budget
+
+        def narrow(keep: Tensor, saliency: Tensor, sparsity: float) -> Tensor:
+            own = narrowed(
+                partition,
+                keep[: partition.n],
+                saliency[: partition.n],
+                sparsity,
+                request.sparsity,
+                budget=budget,
+            )
+            return torch.cat([own, keep[partition.n :]])
+
+        return Narrowing(begin=begin, end=end, narrow=narrow)
 
     def _step(
         self, model: StageModel, weights: Tensor, search: trials.DampingSearch, update: int, prunes: bool
@@ -287,8 +321,8 @@ class StagedRun:
 
     def _fine_tuned(
         self, weights: Tensor, model: StageModel, rate: Rate | None, update: int
-    ) -> tuple[Tensor, dict[str, Tensor], Rate, StageRecord]:
-        """Return weights and vectors after stochastic steps, the rate for the next time, and the record."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Rate, StageRecord]:
+        """Return weights, kept ones and vectors after stochastic steps, the next rate, and the record."""
         plan, task, stage = self.plan.fine_tuning, self.task, self.state.stages
         assert plan is not None
         assert self._drawing is not None
@@ -300,7 +334,10 @@ class StagedRun:
             few = self._rows_at(weights, model.keep)
             rows, samples = few.rows, samples - few.samples
         sample, normalized, stretch = self.sample(), self._normalized, 1.0
-        if normalized and plan.rest:
+        narrowing = self._narrowing(stage)
+        if normalized and narrowing is not None:
+            stretch = NARROWED
+        elif normalized and plan.rest:
             harm = self._harm(weights, sample)
             normalized = harm >= FAR
             stretch = harm if normalized else NEAR
@@ -335,18 +372,21 @@ class StagedRun:
             task.clock.phase("fine-tuning"),
             task.progress.phase("fine-tuning", samples, unit="sample") as advance,
         ):
-            tuned = tuner.best(
-                flat,
-                model=model,
-                rate=None if plan.rest else rate,
-                samples=samples,
-                loss=measured,
-                advance=advance,
-                rows=rows,
-                stretch=stretch,
-            )
+            common: dict[str, Any] = {
+                "model": model,
+                "samples": samples,
+                "loss": measured,
+                "advance": advance,
+                "rows": rows,
+                "stretch": stretch,
+            }
+            if narrowing is not None:
+                tuned = tuner.narrowed(flat, narrowing, **common)
+            else:
+                tuned = tuner.best(flat, rate=None if plan.rest else rate, **common)
         self.passes.samples += tuned.samples
-        kept = int(model.keep.sum())
+        keep = tuned.keep[: len(weights)]
+        kept = int(keep.sum())
         record = StageRecord(
             stage=stage,
             update=update,
@@ -367,7 +407,7 @@ class StagedRun:
         )
         moved = as_parameters(task.model, wide.partition, tuned.weights)
         vectors = {name: moved[name].clone() for name in names if tuned.moved}
-        return tuned.weights[: len(weights)].clone(), vectors, tuned.next_rate, record
+        return tuned.weights[: len(weights)].clone(), keep, vectors, tuned.next_rate, record
 
     def _harm(self, weights: Tensor, sample: Sample) -> float:
         """Return where the loss is between that with none pruned and that with none left, in [0, 1]."""
