@@ -411,8 +411,8 @@ class FineTuner:
     ) -> FineTuned:
         """Go down from `weights` (n,) float64 while the set narrows, at the first rate that is not too large.
 
-        As `best`, which could not compare the result with a start that keeps more. Where no steps are taken
-        what is too much goes by its size.
+        As `best`, but for what the result is compared with, as the start keeps more: with the start when what
+        is too much goes by its size.
         """
         tries, samples = self._tries(weights, model.rows if rows is None else rows, samples, stretch)
         chosen, before, used, tried = tries[0], _ordered(loss(weights)), 0, 0
@@ -426,22 +426,22 @@ class FineTuner:
                 break
             chosen = chosen.shorter()
         keep = narrowing.narrow(self.keep, weights.square(), narrowing.end)
-        moved, after = torch.where(keep, weights, 0.0), math.inf
+        best = torch.where(keep, weights, 0.0)
+        value = _ordered(loss(best))
         while used < samples:
             tried += 1
             descent = self._descent(weights, chosen, model)
             descent.narrow_by(narrowing)
             size, left = self.plan.batch_size, samples - used
             used += descent.run(self.batches, samples=left, batch_size=size, span=self.span, advance=advance)
-            if descent.sound:
-                moved, keep = descent.weights, descent.keep
-                after = _ordered(loss(moved))
-                break
-            chosen = chosen.shorter()
+            after = _ordered(loss(descent.weights)) if descent.sound else math.inf
+            if after < value:
+                value, best, keep = after, descent.weights, descent.keep
+            chosen = chosen if descent.sound else chosen.shorter()
         return FineTuned(
-            weights=moved,
+            weights=best,
             keep=keep,
-            loss=after if math.isfinite(after) else _ordered(loss(moved)),
+            loss=value,
             loss_before=before,
             moved=True,
             rate=chosen,
