@@ -19,8 +19,8 @@ Protocol
 - With ``--passes`` kept weights then move by masked AdamW on the divergence from the dense network's
   predictions, over so many passes of the calibration text less an eighth, which is set aside; ``--stages``
   of pruning share the passes. "differentiated" counts tokens, those for the budget of the network included.
-- Our method makes up in each layer for what the layers before have lost (``asymmetric``), the others are as
-  in their papers; ``--asymmetric`` lets them do so as well.
+- Our method makes up in each layer for what the layers before have lost (``asymmetric``), unless weights move
+  afterwards; the others are as in their papers. ``--asymmetric`` lets all do so.
 - With ``--blocks`` single blocks are pruned, each fed by the dense network, and no method makes up for
   anything: all see the same inputs and aim at the same outputs, and their losses compare. Perplexity is left
   out.
@@ -284,7 +284,8 @@ def cells(
             sharing = not shared or (":" not in sparsity and method in SHARING[budget])
             if method != DENSE and sharing:
                 cell = {"method": method, "sparsity": sparsity, "sequences": count}
-                extra: Cell = {"asymmetric": True} if not blocks and (asymmetric or method in OWN) else {}
+                own = method in OWN and not times
+                extra: Cell = {"asymmetric": True} if not blocks and (asymmetric or own) else {}
                 wanted.append(cell | shared | extra | moved | place)
     return wanted
 
@@ -361,7 +362,8 @@ def _line(result: Cell) -> str:
 def _label(result: Cell) -> str:
     """Return what a line is about: the method, who shares its zeros, and how its weights moved."""
     label: str = result["method"] + (f", {result['budget']}" if "budget" in result else "")
-    if ("asymmetric" in result) is not (result["method"] in OWN) and "block" not in result:
+    own = result["method"] in OWN and "passes" not in result and "block" not in result
+    if ("asymmetric" in result) is not own:
         label += ", asymmetric" if "asymmetric" in result else ", each layer for itself"
     if "passes" in result:
         label += f", {result['passes']} passes" if result["passes"] > 1 else ", 1 pass"

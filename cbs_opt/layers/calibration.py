@@ -38,15 +38,13 @@ class Fed:
 
     `calls` are the other arguments of every block, one entry if they all take the same. `positions` says
     which tokens are no padding, where the data say so. `reference` are the hidden states of the network as it
-    was before any block was pruned, where they are followed and are others. `aside` (B,) bool says which
-    samples are set aside, where some are.
+    was before any block was pruned, where they are followed and are others.
     """
 
     hidden: Tensor
     calls: list[Call]
     positions: Tensor | None = None
     reference: Tensor | None = None
-    aside: Tensor | None = None
 
     def run(self, number: int, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
         """Return what block `number` makes of the hidden states, or of others."""
@@ -71,14 +69,6 @@ class Calibration:
             int(fed.hidden[..., 0].numel()) if fed.positions is None else int(fed.positions.sum())
             for fed in self.batches
         )
-
-    def set_aside(self, share: float) -> None:
-        """Set the last samples aside, a share and at least one, where there are several."""
-        samples = sum(len(fed.hidden) for fed in self.batches)
-        left = samples - max(1, round(share * samples))
-        for fed in self.batches if left > 0 else ():
-            fed.aside = torch.arange(len(fed.hidden), device=fed.hidden.device) >= left
-            left -= len(fed.hidden)
 
     def advance(self, number: int, block: nn.Module) -> None:
         """Carry the hidden states of all batches through block `number`."""
@@ -149,7 +139,7 @@ class Calibration:
             if wanted is not None and (own or fed.reference is not None):
                 with _looked_at(block, partial(_note, wanted), once=once):
                     fed.run(number, block.module, fed.reference)
-            recorder.begin(batch, fed, wanted)
+            recorder.begin(batch, fed.positions, wanted)
             with _looked_at(block, recorder.look, once=once):
                 lent(block.module, own, partial(fed.run, number, block.module))
         return recorder.sums
@@ -196,7 +186,7 @@ class _Recorder:
         self._sums: dict[str, GramSum] = {}
         self._owners: dict[str, str] = {}
         self._batch = 0
-        self._fed: Fed | None = None
+        self._positions: Tensor | None = None
         self._wanted: Mapping[str, list[Tensor]] | None = None
         self._calls = Counter[str]()
         self._last: Tensor | None = None
@@ -207,12 +197,14 @@ class _Recorder:
         """The sums by the name of every layer that ran."""
         return {name: self._sums[owner] for name, owner in self._owners.items()}
 
-    def begin(self, batch: int, fed: Fed, wanted: Mapping[str, list[Tensor]] | None = None) -> None:
-        """Take note that a batch begins, and of the inputs that are wanted.
+    def begin(
+        self, batch: int, positions: Tensor | None, wanted: Mapping[str, list[Tensor]] | None = None
+    ) -> None:
+        """Take note that a batch begins, of which of its tokens count, and of the inputs that are wanted.
 
         These are the inputs of every layer in the order of its calls; without any, none is missing.
         """
-        self._batch, self._fed, self._last = batch, fed, None
+        self._batch, self._positions, self._last = batch, positions, None
         self._wanted = wanted
         self._calls.clear()
 
@@ -229,32 +221,11 @@ class _Recorder:
             self._sums[name] = GramSum(x.shape[-1], x.device, hold=hold, paired=paired)
         wanted = self._paired(name, x)
         self._calls[name] += 1
-        assert self._fed is not None
-        positions = self._fed.positions
+        counting = counted(x, self._positions)
         self._sums[name].add(
-            counted(x, positions),
-            name,
-            self._batch,
-            wanted=None if wanted is None else counted(wanted, positions),
-            aside=self._aside(x),
+            counting, name, self._batch, None if wanted is None else counted(wanted, self._positions)
         )
         self._last, self._last_name = x, name
-
-    def _aside(self, x: Tensor) -> Tensor | None:
-        """Return which of the inputs that count are of samples set aside; None where that is not known.
-
-        Where layers are fed some tokens only, as experts are, all of them count.
-        """
-        fed = self._fed
-        if fed is None or fed.aside is None:
-            return None
-        tokens = fed.hidden.shape[:-1]
-        aside = fed.aside.view(-1, *[1] * (len(tokens) - 1)).expand(tokens).unsqueeze(-1)
-        if x.shape[:-1] == tokens:
-            return counted(aside, fed.positions).squeeze(-1)
-        if x.ndim == 2 and len(x) == tokens.numel():
-            return aside.reshape(-1)
-        return None
 
     def _paired(self, name: str, x: Tensor) -> Tensor | None:
         """Return the input that is wanted in the place of this one; None if nothing is missing, or known.

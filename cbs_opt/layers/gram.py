@@ -17,8 +17,9 @@ class GramSum:
     """The sum of ``x x^T`` over inputs x (n,) of one layer, and what its shrinkage is told from.
 
     Products are in float32, or in float64 where those overflow; sums are in float64. With `hold` the sum over
-    some of the tokens, `HELD` of them, is kept apart as well, for the shrinkage. With `paired` inputs come
-    with those that are wanted in their place, and sums of ``(wanted - x) x^T`` are kept.
+    some of the tokens, `HELD` of them, is kept apart as well, for the shrinkage. With `paired` every input
+    comes with the one that is `wanted` in its place, and the sum of ``(wanted - x) x^T`` is kept, of the same
+    tokens apart as well.
     """
 
     def __init__(
@@ -28,31 +29,21 @@ class GramSum:
         """Number of inputs so far."""
         self.held = 0
         """How many of them are set aside."""
-        self._held_sum = torch.zeros(inputs, inputs, dtype=torch.float64, device=device) if hold else None
-        self._sum = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.hold = hold
+        self.paired = paired
+        shape = (inputs, inputs)
+        self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._held_sum = torch.zeros_like(self._sum) if hold or paired else None
+        self._cross = torch.zeros_like(self._sum) if paired else None
+        self._held_cross = torch.zeros_like(self._sum) if paired else None
         self._fourth = 0.0
-        self.pairs = Pairs(inputs, device) if paired else None
-        """What the inputs miss, if that is asked for."""
 
-    def add(
-        self,
-        inputs: Tensor,
-        layer: str,
-        batch: int,
-        *,
-        wanted: Tensor | None = None,
-        aside: Tensor | None = None,
-    ) -> None:
-        """Add inputs (tokens, n), of any floating dtype.
+    def add(self, inputs: Tensor, layer: str, batch: int, wanted: Tensor | None = None) -> None:
+        """Add inputs (tokens, n), of any floating dtype, and those that are wanted in their place.
 
-        `wanted` (tokens, n) belong in their place; nothing is missing without. Those of tokens that are
-        `aside` (tokens,) bool count in `pairs` alone. Raises `NonFiniteError`, which names the layer and the
-        batch, if an input is NaN or infinite.
+        Without `wanted`, of a sum that is paired, nothing is missing of these inputs. Raises
+        `NonFiniteError`, which names the layer and the batch, if an input is NaN or infinite.
         """
-        if self.pairs is not None and wanted is not None:
-            self.pairs.add(inputs, wanted, aside)
-        if aside is not None:
-            inputs = inputs[~aside]
         x = inputs if inputs.dtype == torch.float64 else inputs.float()
         product = x.T @ x
         # The diagonal bounds every entry, and NaN comes through to it.
@@ -69,10 +60,20 @@ class GramSum:
         self._sum += product
         self._fourth += float(x.double().square().sum(1).square().sum())
         self.tokens += len(x)
+        held = slice(len(x) - int(HELD * len(x)), None)
         if self._held_sum is not None:
-            last = x[len(x) - int(HELD * len(x)) :]
+            last = x[held]
             self._held_sum += last.T @ last
             self.held += len(last)
+        if wanted is not None and self._cross is not None and self._held_cross is not None:
+            missing = wanted.to(x.dtype) - x
+            cross = missing.T @ x
+            if not bool(torch.isfinite(cross).all()):
+                x = x.double()
+                missing = wanted.double() - x
+                cross = missing.T @ x
+            self._cross += cross
+            self._held_cross += missing[held].T @ x[held]
 
     def mean(self, shrinkage: float | None = None) -> tuple[Tensor, float]:
         """Return the Gram matrix ``E[x x^T]``, (n, n) float64, and the share of it that was shrunk.
@@ -104,37 +105,12 @@ class GramSum:
         fitted = (self._sum - self._held_sum) / max(1, self.tokens - self.held)
         return fitted, self._held_sum / max(1, self.held)
 
-
-class Pairs:
-    """Sums over inputs x (n,) and what they miss, y - x, of tokens that count and of those set aside."""
-
-    def __init__(self, inputs: int, device: torch.device) -> None:
-        self.aside = 0
-        """Number of inputs that are set aside."""
-        shape = (inputs, inputs)
-        self.missing = torch.zeros(shape, dtype=torch.float64, device=device)
-        """Sum of ``(y - x) x^T`` over tokens that count, (n, n)."""
-        self.aside_missing = torch.zeros_like(self.missing)
-        """The same over those set aside."""
-        self.aside_gram = torch.zeros_like(self.missing)
-        """Sum of ``x x^T`` over those set aside."""
-
-    def add(self, inputs: Tensor, wanted: Tensor, aside: Tensor | None) -> None:
-        """Add inputs x (tokens, n), those wanted in their place, and which are set aside, (tokens,) bool."""
-        double = inputs.dtype == torch.float64
-        x, y = (inputs, wanted.double()) if double else (inputs.float(), wanted.float())
-        for part in (slice(None),) if aside is None else (~aside, aside):
-            fed, missing = x[part], y[part] - x[part]
-            cross = missing.T @ fed
-            if not bool(torch.isfinite(cross).all()):
-                fed, missing = fed.double(), y[part].double() - fed.double()
-                cross = missing.T @ fed
-            if part is aside:
-                self.aside += len(fed)
-                self.aside_missing += cross
-                self.aside_gram += fed.T @ fed
-            else:
-                self.missing += cross
+    def missing(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return means of ``(wanted - x) x^T``: over all tokens, those not set aside, and those that are."""
+        assert self._cross is not None
+        assert self._held_cross is not None
+        fitted = (self._cross - self._held_cross) / max(1, self.tokens - self.held)
+        return self._cross / max(1, self.tokens), fitted, self._held_cross / max(1, self.held)
 
 
 def shrunk(gram: Tensor, share: float) -> Tensor:

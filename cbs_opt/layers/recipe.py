@@ -45,8 +45,8 @@ class LayerRecipe:
         n:m and with "greedy_obs". "sparsegpt" goes over the whole layer in any case, as in its paper.
     asymmetric : bool, optional
         Make up in each layer for what those before it have lost, as far as what it is fed tells it, see
-        `cbs_opt.layers.asymmetry`. By default with "exchanges" and "greedy_obs"; the other methods are as in
-        their papers.
+        `cbs_opt.layers.asymmetry`. By default with "exchanges" and "greedy_obs" where no weights move on the
+        divergence, which would learn the same from the same tokens; other methods are as in their papers.
     damping : float, default 0.01
         Of the mean diagonal of each Gram matrix.
     shrinkage : float in [0, 1], optional
@@ -79,7 +79,7 @@ class LayerRecipe:
             found = f'"{self.budget}" with greedy_obs, which goes row by row'
             raise ArgumentError("recipe.budget", found, 'use "rows", or another method')
         if self.asymmetric is None:
-            object.__setattr__(self, "asymmetric", self.method in OWN)
+            object.__setattr__(self, "asymmetric", self.method in OWN and self.divergence is None)
         check_fields(self, "recipe.", flag, "asymmetric")
         check_fields(self, "recipe.", finite_number, "damping")
         check_fields(self, "recipe.", finite_number, "shrinkage", most=1.0)
@@ -120,4 +120,5 @@ def layer_recipe(recipe: str | LayerRecipe, sparsity: Sparsity) -> LayerRecipe:
     named = NAMED[one_of("recipe", recipe, NAMED)]
     if not isinstance(sparsity, str) or not named.differentiates:
         return named
-    return replace(named, budget="rows", divergence=named.divergence or Divergence(passes=1))
+    moving = named.divergence or Divergence(passes=1)
+    return replace(named, budget="rows", asymmetric=None, divergence=moving)

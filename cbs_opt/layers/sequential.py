@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.layers.asymmetry import ASIDE, Asymmetry
+from cbs_opt.layers.asymmetry import Asymmetry
 from cbs_opt.layers.blocks import Block, Layer, find_blocks
 from cbs_opt.layers.calibration import Calibration, calibrate, copied, first_tokens, limited, without_cache
 from cbs_opt.layers.certificates import RowSample, bound_rows
@@ -166,8 +166,6 @@ def prune_layers(
             batches = [copied(batch) for batch in limited(read(data, max_samples=samples), samples)]
             data = batches
         calibration = calibrate(network, found, data, samples=samples, chunk_tokens=chosen.chunk_tokens)
-        if chosen.asymmetric:
-            calibration.set_aside(ASIDE)
         store: Pieces = Pieces()
         if run_dir is not None:
             wanted = _fingerprint(network, found, calibration, sparsity, chosen) | {
@@ -321,8 +319,6 @@ class _Run:
             if stage:
                 tokens = self.recipe.chunk_tokens
                 calibration = calibrate(self.network, self.blocks, batches, samples=None, chunk_tokens=tokens)
-                if self.recipe.asymmetric:
-                    calibration.set_aside(ASIDE)
             self.sweep(calibration, plan, stage)
             name = f"stage_{stage:02d}_moved"
             piece = self.store.recall(name)
@@ -431,7 +427,7 @@ class _Shared:
 
     def __init__(self, sums: GramSum) -> None:
         self._sums = sums
-        self._asymmetry = Asymmetry(sums) if sums.pairs is not None else None
+        self._asymmetry = Asymmetry(sums) if sums.paired else None
         self._hessian: LayerHessian | None = None
         self._shrinkage = 0.0
 
@@ -443,7 +439,7 @@ class _Shared:
             rows, distance = self._asymmetry.target(rows)
         if self._hessian is None:
             wanted = recipe.shrinkage
-            if wanted is None and self._sums.held:
+            if wanted is None and self._sums.hold:
                 wanted = chosen_shrinkage(self._sums, rows, support, recipe.damping)
             gram, self._shrinkage = self._sums.mean(wanted)
             self._hessian = LayerHessian(gram, recipe.damping, name=layer.name)

@@ -13,6 +13,7 @@ from cbs_opt.layers.asymmetry import Asymmetry
 from cbs_opt.layers.blocks import find_blocks
 from cbs_opt.layers.calibration import Calibration, calibrate
 from cbs_opt.layers.gram import GramSum
+from cbs_opt.layers.recipe import layer_recipe
 from cbs_opt.layers.sequential import prune_layers
 from formulations.errors import ArgumentError
 from tests.cbs_opt.layers.networks import LENGTH, WIDTH, Network, tokens
@@ -21,37 +22,23 @@ CPU = torch.device("cpu")
 
 
 def paired(x: Tensor, y: Tensor) -> GramSum:
-    """Sums in four batches, of each of which the last fifth is set aside."""
     sums = GramSum(x.shape[1], CPU, paired=True)
     for number, (fed, wanted) in enumerate(zip(x.tensor_split(4), y.tensor_split(4), strict=True)):
-        aside = torch.arange(len(fed)) >= 0.8 * len(fed)
-        sums.add(fed, "layer", number, wanted=wanted, aside=aside)
+        sums.add(fed, "layer", number, wanted)
     return sums
 
 
-def test_sums_are_of_the_tokens_that_count_and_others_of_those_set_aside() -> None:
+def test_sums_of_pairs_are_those_of_all_tokens_and_of_those_set_aside() -> None:
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randn(40, 5, generator=draw) for _ in range(2))
     sums = paired(x, y)
-    last = torch.zeros(40, dtype=torch.bool)
-    last.view(4, 10)[:, 8:] = True
-    assert sums.pairs is not None
-    assert (sums.tokens, sums.pairs.aside) == (32, 8)
-    missing, x = (y - x).double(), x.double()
-    close = {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(sums.mean()[0], x[~last].T @ x[~last] / 32, **close)
-    torch.testing.assert_close(sums.pairs.missing, missing[~last].T @ x[~last], **close)
-    torch.testing.assert_close(sums.pairs.aside_missing, missing[last].T @ x[last], **close)
-    torch.testing.assert_close(sums.pairs.aside_gram, x[last].T @ x[last], **close)
-
-
-def test_pairs_that_overflow_single_precision_are_summed_in_double() -> None:
-    x, y = torch.full((4, 2), 3e19), torch.full((4, 2), -3e19)
-    sums = GramSum(2, CPU, paired=True)
-    sums.add(x, "layer", 0, wanted=y, aside=torch.tensor([False, False, False, True]))
-    assert sums.pairs is not None
-    torch.testing.assert_close(sums.pairs.missing, torch.full((2, 2), 3 * -18e38, dtype=torch.float64))
-    assert bool(torch.isfinite(sums.pairs.aside_missing).all())
+    every, fitted, held = sums.missing()
+    last = torch.cat([torch.arange(10 * part + 8, 10 * part + 10) for part in range(4)])
+    assert sums.held == len(last)
+    missing = (y - x).double()
+    assert torch.allclose(every, missing.T @ x.double() / 40, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(held, missing[last].T @ x[last].double() / 8, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(fitted * 32 + held * 8, every * 40, rtol=1e-5, atol=1e-6)
 
 
 def test_what_inputs_still_tell_is_made_up_for_and_chance_is_not() -> None:
@@ -121,7 +108,7 @@ def test_a_layer_that_runs_twice_has_all_its_inputs_in_its_sum() -> None:
     network = Network(2, Twice)
     report = prune_layers(network, tokens(), sparsity=0.5)
     counts = {layer.name.split(".")[2]: layer.tokens for layer in report.layers}
-    assert counts == {"first": 2 * 21 * LENGTH, "last": 21 * LENGTH}
+    assert counts == {"first": 2 * 24 * LENGTH, "last": 24 * LENGTH}
     assert [left.name for left in report.left_out if "second" in left.name]
 
 
@@ -149,6 +136,12 @@ def test_the_last_hidden_states_of_unseen_tokens_come_nearer_to_the_dense_ones()
 def test_methods_of_papers_compare_a_layer_with_itself_unless_asked() -> None:
     assert cbs.LayerRecipe().asymmetric
     assert cbs.LayerRecipe(method="greedy_obs").asymmetric
+    moving = cbs.Divergence(passes=1)
+    assert cbs.LayerRecipe(divergence=moving).asymmetric is False
+    assert cbs.LayerRecipe(divergence=moving, asymmetric=True).asymmetric
+    assert not layer_recipe("balanced", "2:4").asymmetric
+    assert not layer_recipe("best", 0.5).asymmetric
+    assert layer_recipe("balanced", 0.5).asymmetric
     for method in ("magnitude", "wanda", "sparsegpt", "alps"):
         assert cbs.LayerRecipe(method=method).asymmetric is False
         assert cbs.LayerRecipe(method=method, asymmetric=True).asymmetric
@@ -176,5 +169,5 @@ def test_each_level_is_fed_by_the_pruned_ones_before_it(monkeypatch: pytest.Monk
     with torch.no_grad():
         network(x)
     for name, found in inputs.items():
-        flat = found[:21].reshape(-1, found.shape[-1]).double()
+        flat = found.reshape(-1, found.shape[-1]).double()
         assert torch.allclose(fed[f"{name}.weight"], flat.T @ flat / len(flat), rtol=1e-4, atol=1e-6)
