@@ -24,6 +24,8 @@ from formulations.errors import ArgumentError
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 """Keywords by which blocks are handed what earlier tokens left; not wanted here."""
 HIDDEN = "hidden_states"
+NOTED = 500_000_000
+"""Bytes of what the network as it was feeds the layers of a block that are kept until it is pruned."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is handed besides hidden states: further positions, and keywords."""
 
@@ -38,13 +40,16 @@ class Fed:
 
     `calls` are the other arguments of every block, one entry if they all take the same. `positions` says
     which tokens are no padding, where the data say so. `reference` are the hidden states of the network as it
-    was before any block was pruned, where they are followed and are others.
+    was before any block was pruned, where they are followed and are others; `ahead` are those after the
+    present block, and `noted` is what the block feeds its layers then, by name, in the order of their calls.
     """
 
     hidden: Tensor
     calls: list[Call]
     positions: Tensor | None = None
     reference: Tensor | None = None
+    ahead: Tensor | None = None
+    noted: dict[str, list[Tensor]] | None = None
 
     def run(self, number: int, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
         """Return what block `number` makes of the hidden states, or of others."""
@@ -74,14 +79,22 @@ class Calibration:
         """Carry the hidden states of all batches through block `number`."""
         for fed in self.batches:
             fed.hidden = fed.run(number, block)
+            if fed.ahead is not None:
+                fed.reference, fed.ahead, fed.noted = fed.ahead, None, None
 
-    def advance_reference(self, number: int, block: nn.Module) -> None:
-        """Carry those of the network as it was through block `number`, which is not pruned yet.
+    def follow(self, number: int, block: Block) -> None:
+        """Carry the hidden states of the network as it was through block `number`, which is not pruned yet.
 
-        From the first block on they are followed beside the hidden states of the pruned network.
+        From the first block on they are followed beside those of the pruned network. What each layer is fed
+        is kept until the block is done, up to `NOTED` bytes of it; beyond, `grams` has the block run again.
         """
+        noted = 0
         for fed in self.batches:
-            fed.reference = fed.run(number, block, fed.reference)
+            notes = _Notes()
+            with _looked_at(block, notes.look, once=False):
+                fed.ahead = fed.run(number, block.module, fed.reference)
+            noted += notes.size
+            fed.noted = notes.inputs if noted <= NOTED else None
 
     def levels(self, number: int, block: Block) -> list[Level]:
         """Return the levels of the layers of block `number`, found out by the first batch.
@@ -135,10 +148,14 @@ class Calibration:
     ) -> dict[str, GramSum]:
         own = {name.removeprefix(f"{block.name}."): tensor for name, tensor in (pruned or {}).items()}
         for batch, fed in enumerate(self.batches):
-            wanted: dict[str, list[Tensor]] | None = None if pruned is None else {}
+            wanted: Mapping[str, list[Tensor]] | None = None if pruned is None else {}
             if wanted is not None and (own or fed.reference is not None):
-                with _looked_at(block, partial(_note, wanted), once=once):
-                    fed.run(number, block.module, fed.reference)
+                wanted = fed.noted
+                if wanted is None:
+                    notes = _Notes()
+                    with _looked_at(block, notes.look, once=once):
+                        fed.run(number, block.module, fed.reference)
+                    wanted = notes.inputs
             recorder.begin(batch, fed.positions, wanted)
             with _looked_at(block, recorder.look, once=once):
                 lent(block.module, own, partial(fed.run, number, block.module))
@@ -172,9 +189,22 @@ def _looked_at(block: Block, look: Callable[[str, Tensor], None], *, once: bool)
         yield
 
 
-def _note(noted: dict[str, list[Tensor]], name: str, x: Tensor) -> None:
-    """Note what a layer is fed."""
-    noted.setdefault(name, []).append(x)
+class _Notes:
+    """What layers are fed, by name, in the order of their calls."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.size = 0
+        """Bytes of them."""
+        self._last: tuple[Tensor, int] | None = None
+        self._copy = torch.empty(0)
+
+    def look(self, name: str, x: Tensor) -> None:
+        """Note what a layer is fed: a copy, as what follows may change it in place."""
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            self._last, self._copy = (x, x._version), x.clone()
+            self.size += x.nbytes
+        self.inputs.setdefault(name, []).append(self._copy)
 
 
 class _Recorder:
@@ -190,6 +220,7 @@ class _Recorder:
         self._wanted: Mapping[str, list[Tensor]] | None = None
         self._calls = Counter[str]()
         self._last: Tensor | None = None
+        self._version = 0
         self._last_name = ""
 
     @property
@@ -210,7 +241,8 @@ class _Recorder:
 
     def look(self, name: str, x: Tensor) -> None:
         """Add what a layer is fed."""
-        owner = self._last_name if self._share and x is self._last else name
+        same = self._share and x is self._last and x._version == self._version
+        owner = self._last_name if same else name
         if self._owners.setdefault(name, owner) != owner:
             raise _Differs
         if owner != name:
@@ -225,7 +257,7 @@ class _Recorder:
         self._sums[name].add(
             counting, name, self._batch, None if wanted is None else counted(wanted, self._positions)
         )
-        self._last, self._last_name = x, name
+        self._last, self._version, self._last_name = x, x._version, name
 
     def _paired(self, name: str, x: Tensor) -> Tensor | None:
         """Return the input that is wanted in the place of this one; None if nothing is missing, or known.

@@ -27,8 +27,9 @@ def levels(block: Block, run: Callable[[], object]) -> list[Level]:
 
     `run` runs the block on a few tokens. Gradients of what each layer is fed, in what others make, tell
     which depend on which: one forward pass, and one backward pass for every layer. A dependence that has no
-    gradient is not seen; where going back fails, a layer counts as fed by all that ran before it. Layers that
-    these tokens do not reach are in the last level.
+    gradient is not seen; where going back fails, a layer counts as fed by all that ran before it, and where
+    the block cannot run with gradients each is a level. Layers that these tokens do not reach are in the last
+    level.
     """
     if len(block.layers) < 2:
         return [Level(block=block, once=False)]
@@ -42,7 +43,11 @@ def levels(block: Block, run: Callable[[], object]) -> list[Level]:
             after = layer.module.register_forward_hook(_made(layer.name, made))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        run()
+        try:
+            run()
+        except RuntimeError:
+            # What runs without gradients need not run with them.
+            return [Level(block=replace(block, layers=(layer,)), once=False) for layer in block.layers]
         depth = _depths(fed, made)
     last = max(depth.values(), default=0)
     found: list[list[Layer]] = [[] for _ in range(last + 1)]

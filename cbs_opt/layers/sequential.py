@@ -289,14 +289,14 @@ class _Run:
             for number, block in enumerate(self.blocks):
                 name = f"stage_{stage:02d}_block_{number:04d}"
                 done = _recalled(self.store, name, device_of(self.network))
+                last = number + 1 == len(self.blocks)
+                if self.recipe.asymmetric and not (last and done is not None):
+                    calibration.follow(number, block)
                 if done is not None:
                     self.earlier += done.seconds
                 else:
                     done = _pruned(calibration, number, block, plan, self.recipe)
                     _remember(self.store, name, done)
-                last = number + 1 == len(self.blocks)
-                if self.recipe.asymmetric and not last:
-                    calibration.advance_reference(number, block.module)
                 layers = {layer.name: layer for layer in block.layers}
                 write_layers({layer: (layers[layer].parameter, new) for layer, new in done.weights.items()})
                 self.packs.update((layer, packed(keep)) for layer, keep in done.masks.items())

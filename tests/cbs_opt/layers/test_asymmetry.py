@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt as cbs
+from cbs_opt.layers import calibration
 from cbs_opt.layers.asymmetry import Asymmetry
 from cbs_opt.layers.blocks import find_blocks
 from cbs_opt.layers.calibration import Calibration, calibrate
@@ -88,8 +89,8 @@ def test_levels_are_found_by_what_feeds_what(frozen: bool) -> None:
     blocks, _ = find_blocks(network)
     network.requires_grad_(not frozen)
     with torch.no_grad():
-        calibration = calibrate(network, blocks, tokens(), samples=None, chunk_tokens=64)
-        levels = calibration.levels(0, blocks[0])
+        fed = calibrate(network, blocks, tokens(), samples=None, chunk_tokens=64)
+        levels = fed.levels(0, blocks[0])
     names = [[layer.name.split(".")[2] for layer in level.block.layers] for level in levels]
     assert names == [["first", "second", "side"], ["third"], ["last"]]
     assert all(level.once for level in levels)
@@ -171,3 +172,59 @@ def test_each_level_is_fed_by_the_pruned_ones_before_it(monkeypatch: pytest.Monk
     for name, found in inputs.items():
         flat = found.reshape(-1, found.shape[-1]).double()
         assert torch.allclose(fed[f"{name}.weight"], flat.T @ flat / len(flat), rtol=1e-4, atol=1e-6)
+
+
+def test_a_small_memory_for_inputs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for most in (0, calibration.NOTED):
+        monkeypatch.setattr(calibration, "NOTED", most)
+        network = Network(4)
+        prune_layers(network, tokens(), sparsity=0.5, recipe=cbs.LayerRecipe(chunk_tokens=6 * LENGTH))
+        states.append(network.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class Ungraded(Chain):
+    """Cannot run with gradients."""
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> tuple[Tensor]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradients here")
+        return super().forward(hidden_states, scale)
+
+
+def test_each_layer_is_a_level_where_a_block_cannot_run_with_gradients() -> None:
+    network = Network(2, Ungraded)
+    blocks, _ = find_blocks(network)
+    with torch.no_grad():
+        fed = calibrate(network, blocks, tokens(), samples=None, chunk_tokens=64)
+        levels = fed.levels(0, blocks[0])
+    assert [len(level.block.layers) for level in levels] == [1] * 5
+    assert prune_layers(network, tokens(), sparsity=0.5).zeros == 0.5
+
+
+class InPlace(Chain):
+    """Changes in place what layers were fed."""
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> tuple[Tensor]:
+        x = 1.0 * hidden_states
+        one = self.get_submodule("first")(x)
+        x.add_(1.0)
+        two = self.get_submodule("second")(x)
+        x.mul_(2.0)
+        return (hidden_states + scale * self.get_submodule("last")(one * two + x),)
+
+
+def test_inputs_are_those_at_the_time_of_the_call() -> None:
+    network = Network(2, InPlace)
+    blocks, _ = find_blocks(network)
+    with torch.no_grad():
+        fed = calibrate(network, blocks, tokens(), samples=None, chunk_tokens=10_000)
+        fed.follow(0, blocks[0])
+        noted = fed.batches[0].noted
+        assert noted is not None
+        hidden = fed.batches[0].hidden
+        assert torch.equal(noted["layers.0.first.weight"][0], hidden)
+        assert torch.equal(noted["layers.0.second.weight"][0], hidden + 1.0)
+        sums = fed.grams(0, blocks[0])
+    assert sums["layers.0.first.weight"] is not sums["layers.0.second.weight"]
