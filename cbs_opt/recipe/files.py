@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ FORMAT = 1
 """Version of the files."""
 HEAD = "# cbs-opt prune --recipe THIS-FILE does the same again on the same network and data.\n"
 TOP = ("format", "sparsity", "seed", "recipe", "stages", "certify")
+REQUEST_FIELDS = ("stages", "certify", "sparsity", "seed")
+"""First parts of dotted names that are not those of a recipe."""
 
 
 def request_to_plain(request: Request) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def with_fields(request: Request, assignments: Iterable[str]) -> Request:
             remedy = "write field=value, such as curvature.samples=8000"
             raise ArgumentError("set", f"{assignment!r}", remedy)
         path = name.strip().split(".")
-        roots = [document] if path[0] in ("stages", "certify", "sparsity", "seed") else document["recipe"]
+        roots = [document] if path[0] in REQUEST_FIELDS else document["recipe"]
         for root in roots:
             _assign(root, path, _value(text.strip()))
     changed = request_from_plain(document)
@@ -242,7 +244,12 @@ def _chosen(argument: str, field: str, default: str, kinds: Mapping[str, type[An
 
 
 def _record(argument: str, kind: type[Any], value: Any) -> Any:
-    return kind(**known_names(argument, value, [entry.name for entry in fields(kind)]))
+    """Return a record from its table; the first field that has no default and is missing is named."""
+    table = known_names(argument, value, [entry.name for entry in fields(kind)])
+    for entry in fields(kind):
+        if entry.name not in table and entry.default is MISSING and entry.default_factory is MISSING:
+            raise ArgumentError(f"{argument}.{entry.name}", "missing", "give it: it has no default")
+    return kind(**table)
 
 
 def _optional(argument: str, kind: type[Any], value: Any) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cbs_opt.recipe.files import with_fields
+from cbs_opt.recipe.files import REQUEST_FIELDS, with_fields
 from cbs_opt.recipe.records import Recipe, Request, Weights
 from cbs_opt.system.checks import check_fields, finite_number, flag, one_of, whole_number
 from formulations.errors import ArgumentError
@@ -63,8 +63,9 @@ class Named:
             raise ArgumentError("recipe.weights", f"a {type(self.weights).__name__}", "pass a Weights record")
 
     def with_changes(self, recipe: Recipe) -> Recipe:
-        """Return a recipe with the fields that are set afterwards."""
-        return self.changed(Request(sparsity=0.0, recipes=(recipe,))).recipes[0]
+        """Return a recipe with those of its own fields that are set afterwards."""
+        own = tuple(change for change in self.changes if change.split(".")[0].strip() not in REQUEST_FIELDS)
+        return replace(self, changes=own).changed(Request(sparsity=0.0, recipes=(recipe,))).recipes[0]
 
     def changed(self, request: Request) -> Request:
         """Return a request with the fields that are set afterwards."""

@@ -172,6 +172,23 @@ def test_best_narrows_where_fine_tuning_is_long_and_little_is_kept(
     assert steps(report)[-1].sparsity == pytest.approx(sparsity, abs=0.5 / report.n)
 
 
+def test_fields_of_fine_tuning_are_set_afterwards_and_missing_ones_named() -> None:
+    recipe = cbs.best(samples=4_000, changes=("stages.fine_tuning.surplus=1",))
+    report = prune(network(), data(500), sparsity=0.9, recipe=recipe, progress=False)
+    assert report.request.stages is not None
+    assert report.request.stages.fine_tuning is not None
+    assert report.request.stages.fine_tuning.surplus == 1.0
+    none = cbs.fast(weights=Weights())
+    with pytest.raises(ArgumentError, match=r"stages\.fine_tuning\.samples: missing"):
+        prune(
+            network(),
+            data(500),
+            sparsity=0.9,
+            recipe=replace(none, changes=("stages.fine_tuning.surplus=2",)),
+            progress=False,
+        )
+
+
 def test_a_recipe_that_narrows_needs_no_statistics() -> None:
     report = tuned(network(), replace(PLAN, batch_statistics=False), count=1, sparsity=0.8, recipe=RECIPE)
     assert report.n_prune == round(0.8 * report.n)
