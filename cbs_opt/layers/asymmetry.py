@@ -68,7 +68,8 @@ class Asymmetry:
         change = share * self._solved(own @ self._all, self._gram, ridge, held_out=False)
         size = float(torch.linalg.vector_norm(own))
         distance = float(torch.linalg.vector_norm(change)) / size if size else 0.0
-        return (own + change).to(weights.dtype), distance
+        # Half precision would round the change away.
+        return (own + change).to(torch.promote_types(weights.dtype, torch.float32)), distance
 
     def _solved(self, right: Tensor, gram: Tensor, ridge: float, *, held_out: bool) -> Tensor:
         """Return ``right (G + ridge I)^-1``."""

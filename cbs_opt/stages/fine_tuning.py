@@ -312,6 +312,8 @@ class FineTuned:
 class FineTuner:
     """Stochastic steps of one network on the weights of `keep` (n,), over the samples of `batches`.
 
+    `stage` is the model of the stage, `loss` that on samples set aside, and `advance` is told of samples. The
+    largest curvature is that of `rows` (m, n_kept); `stretch` is that of `rates`.
     The last `beside` of the n are vectors that move with the weights and are not pruned. `normalized` if
     batch normalisation normalises every batch by itself.
     """
@@ -322,42 +324,35 @@ class FineTuner:
     plan: FineTuning
     keep: Tensor
     batches: Iterator[Batch]
+    stage: StageModel
+    rows: Tensor
+    loss: Callable[[Tensor], float]
+    advance: Callable[[int], object]
+    stretch: float = 1.0
     span: Span = WHOLE
     normalized: bool = False
     beside: int = 0
 
-    def best(
-        self,
-        weights: Tensor,
-        *,
-        model: StageModel,
-        rate: Rate | None,
-        samples: int,
-        loss: Callable[[Tensor], float],
-        advance: Callable[[int], object],
-        rows: Tensor | None = None,
-        stretch: float = 1.0,
-    ) -> FineTuned:
+    def best(self, weights: Tensor, *, rate: Rate | None, samples: int) -> FineTuned:
         """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
 
-        `model` is that of the stage, `loss` that on samples set aside. The largest curvature is that of
-        `rows` (m, n_kept), by default those of the model; `stretch` is that of `rates`. Rates that are tried
-        come to rest on a few samples each. Where the plan rests after every stage, shorter steps are tried in
-        that way until some gain: the model was made before the stage took its weights. What `Span.takes`
-        refuses is not taken: the rest of the samples is then spent on shorter steps.
+        Rates that are tried come to rest on a few samples each. Where the plan rests after every stage,
+        shorter steps are tried in that way until some gain: the model was made before the stage took its
+        weights. What `Span.takes` refuses is not taken: the rest of the samples is then spent on shorter
+        steps.
         """
-        before = value = _ordered(loss(weights))
+        before = value = _ordered(self.loss(weights))
         best, used = weights, 0
         tries = [] if rate is None else [rate]
         if rate is None:
-            tries, samples = self._tries(weights, model.rows if rows is None else rows, samples, stretch)
+            tries, samples = self._tries(weights, samples)
         share = self._trial(samples, len(tries))
         tries = tries if share else tries[:1]
         chosen = tries[0]
         if share:
             losses = []
             for entry in tries:
-                moved, after, count = self._moved(weights, entry, model, share, WHOLE, advance, loss)
+                moved, after, count = self._moved(weights, entry, share, WHOLE)
                 used += count
                 losses.append(after)
                 if losses[-1] < value:
@@ -368,7 +363,7 @@ class FineTuner:
             tries = []
             for _ in range(PROBES):
                 tries.append(chosen)
-                moved, after, count = self._moved(best, chosen, model, probe, WHOLE, advance, loss)
+                moved, after, count = self._moved(best, chosen, probe, WHOLE)
                 used += count
                 if after < value:
                     value, best = after, moved
@@ -376,10 +371,10 @@ class FineTuner:
                 chosen = chosen.shorter()
         last, following = chosen, chosen
         # Where the network can be anything but run away, this says what that is.
-        without = 0.0 if self.span.end == 1.0 else _ordered(loss(self._emptied(weights)))
+        without = 0.0 if self.span.end == 1.0 else _ordered(self.loss(self._emptied(weights)))
         while used < samples:
             last = following
-            moved, after, count = self._moved(best, last, model, samples - used, self.span, advance, loss)
+            moved, after, count = self._moved(best, last, samples - used, self.span)
             used += count
             if self.span.takes(after, value, without):
                 value, best = after, moved
@@ -397,44 +392,32 @@ class FineTuner:
             tried=len(tries),
         )
 
-    def narrowed(
-        self,
-        weights: Tensor,
-        narrowing: Narrowing,
-        *,
-        model: StageModel,
-        samples: int,
-        loss: Callable[[Tensor], float],
-        advance: Callable[[int], object],
-        rows: Tensor | None = None,
-        stretch: float = 1.0,
-    ) -> FineTuned:
+    def narrowed(self, weights: Tensor, narrowing: Narrowing, *, samples: int) -> FineTuned:
         """Go down from `weights` (n,) float64 while the set narrows, at the first rate that is not too large.
 
         As `best`, but for what the result is compared with, as the start keeps more: with the start when what
         is too much goes by its size.
         """
-        tries, samples = self._tries(weights, model.rows if rows is None else rows, samples, stretch)
-        chosen, before, used, tried = tries[0], _ordered(loss(weights)), 0, 0
-        without = _ordered(loss(self._emptied(weights)))
+        tries, samples = self._tries(weights, samples)
+        chosen, before, used, tried = tries[0], _ordered(self.loss(weights)), 0, 0
+        without = _ordered(self.loss(self._emptied(weights)))
         probe = probe_samples(self.plan, samples)
         for _ in range(PROBES if probe else 0):
             tried += 1
-            _, after, count = self._moved(weights, chosen, model, probe, BEGUN, advance, loss)
+            _, after, count = self._moved(weights, chosen, probe, BEGUN)
             used += count
             if BEGUN.takes(after, before, without):
                 break
             chosen = chosen.shorter()
         keep = narrowing.narrow(self.keep, weights.square(), narrowing.end)
         best = torch.where(keep, weights, 0.0)
-        value = _ordered(loss(best))
+        value = _ordered(self.loss(best))
         while used < samples:
             tried += 1
-            descent = self._descent(weights, chosen, model)
+            descent = self._descent(weights, chosen)
             descent.narrow_by(narrowing)
-            size, left = self.plan.batch_size, samples - used
-            used += descent.run(self.batches, samples=left, batch_size=size, span=self.span, advance=advance)
-            after = _ordered(loss(descent.weights)) if descent.sound else math.inf
+            after, count = self._run(descent, samples - used, self.span)
+            used += count
             if after < value:
                 value, best, keep = after, descent.weights, descent.keep
             chosen = chosen if descent.sound else chosen.shorter()
@@ -450,12 +433,13 @@ class FineTuner:
             tried=max(1, tried),
         )
 
-    def _tries(self, weights: Tensor, rows: Tensor, samples: int, stretch: float) -> tuple[list[Rate], int]:
-        """Return the rates to try by the curvature that rows see, and for how many samples."""
-        curvature = largest_curvature(rows)
+    def _tries(self, weights: Tensor, samples: int) -> tuple[list[Rate], int]:
+        """Return the rates to try by the curvature that the rows see, and for how many samples."""
+        curvature = largest_curvature(self.rows)
         # Without any curvature nothing that the rows see depends on the weights.
         own = self._own(weights)[self._own(self.keep)]
-        return rates(self.plan, curvature or 1.0, own, stretch=stretch), samples if curvature > 0.0 else 0
+        found = rates(self.plan, curvature or 1.0, own, stretch=self.stretch)
+        return found, samples if curvature > 0.0 else 0
 
     def _own(self, flat: Tensor) -> Tensor:
         """Return the part of a flat vector that belongs to weights that may be pruned, a view."""
@@ -473,26 +457,27 @@ class FineTuner:
         share = int(min(TRIAL_SHARE * whole, TRIAL_MOST * samples) / tries)
         return share if tries > 1 and share >= TRIAL_STEPS * self.plan.batch_size else 0
 
-    def _moved(
-        self,
-        weights: Tensor,
-        rate: Rate,
-        model: StageModel,
-        samples: int,
-        span: Span,
-        advance: Callable[[int], object],
-        loss: Callable[[Tensor], float],
-    ) -> tuple[Tensor, float, int]:
-        """Return where steps over so many samples lead to, its loss, and how many were differentiated.
+    def _moved(self, weights: Tensor, rate: Rate, samples: int, span: Span) -> tuple[Tensor, float, int]:
+        """Return where steps over so many samples lead to, its loss, and how many were differentiated."""
+        descent = self._descent(weights, rate)
+        loss, used = self._run(descent, samples, span)
+        return descent.weights, loss, used
+
+    def _run(self, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
+        """Take steps over so many samples; return the loss then, and how many were differentiated.
 
         The loss is infinite where steps ran away: a dead network can have a low one.
         """
-        descent = self._descent(weights, rate, model)
-        size = self.plan.batch_size
-        used = descent.run(self.batches, samples=samples, batch_size=size, span=span, advance=advance)
-        return descent.weights, _ordered(loss(descent.weights)) if descent.sound else math.inf, used
+        used = descent.run(
+            self.batches,
+            samples=samples,
+            batch_size=self.plan.batch_size,
+            span=span,
+            advance=self.advance,
+        )
+        return _ordered(self.loss(descent.weights)) if descent.sound else math.inf, used
 
-    def _descent(self, weights: Tensor, rate: Rate, model: StageModel) -> Descent:
+    def _descent(self, weights: Tensor, rate: Rate) -> Descent:
         return Descent(
             self.model,
             self.partition,
@@ -500,7 +485,7 @@ class FineTuner:
             weights=weights,
             keep=self.keep,
             rate=rate,
-            precondition=model.solver(rate.value) if rate.kind == "newton" else None,
+            precondition=self.stage.solver(rate.value) if rate.kind == "newton" else None,
             normalized=self.normalized,
         )
 

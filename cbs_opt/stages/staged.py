@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -355,35 +354,32 @@ class StagedRun:
             return evaluate(wide.trial(flat), sample, task.loss_fn).loss
 
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
-        tuner = FineTuner(
-            model=task.model,
-            partition=wide.partition,
-            objective=task.loss_fn,
-            plan=plan,
-            keep=torch.cat([model.keep, free]),
-            batches=self._drawing.batches(
-                task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
-            ),
-            span=WHOLE if plan.rest else span,
-            normalized=normalized,
-            beside=beside,
-        )
         with (
             task.clock.phase("fine-tuning"),
             task.progress.phase("fine-tuning", samples, unit="sample") as advance,
         ):
-            common: dict[str, Any] = {
-                "model": model,
-                "samples": samples,
-                "loss": measured,
-                "advance": advance,
-                "rows": rows,
-                "stretch": stretch,
-            }
+            tuner = FineTuner(
+                model=task.model,
+                partition=wide.partition,
+                objective=task.loss_fn,
+                plan=plan,
+                keep=torch.cat([model.keep, free]),
+                batches=self._drawing.batches(
+                    task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
+                ),
+                stage=model,
+                rows=model.rows if rows is None else rows,
+                loss=measured,
+                advance=advance,
+                stretch=stretch,
+                span=WHOLE if plan.rest else span,
+                normalized=normalized,
+                beside=beside,
+            )
             if narrowing is not None:
-                tuned = tuner.narrowed(flat, narrowing, **common)
+                tuned = tuner.narrowed(flat, narrowing, samples=samples)
             else:
-                tuned = tuner.best(flat, rate=None if plan.rest else rate, **common)
+                tuned = tuner.best(flat, rate=None if plan.rest else rate, samples=samples)
         self.passes.samples += tuned.samples
         keep = tuned.keep[: len(weights)]
         kept = int(keep.sum())
