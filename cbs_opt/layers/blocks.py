@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -115,6 +116,12 @@ def _longest(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     prefix = f"{best[0]}." if best[0] else ""
     for name, part in best[1].named_children():
         yield f"{prefix}{name}", part
+
+
+def handed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what a layer is fed, of the arguments of a call."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 def kind_of(module: nn.Module) -> tuple[object, ...]:

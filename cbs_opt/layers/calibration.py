@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.errors import BatchFormatError, BlockListError, ForwardError
-from cbs_opt.layers.blocks import Block, kind_of
+from cbs_opt.layers.blocks import Block, handed, kind_of
 from cbs_opt.layers.gram import FEW, GramSum
 from cbs_opt.layers.levels import Level, levels
 from cbs_opt.network.data import Batch, Data, device_of, forward, map_tensors, parts, read, tensors_of
@@ -176,7 +176,7 @@ def _looked_at(block: Block, look: Callable[[str, Tensor], None], *, once: bool)
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal left
-        look(name, args[0] if args else next(iter(kwargs.values())))
+        look(name, handed(args, kwargs))
         left -= 1
         if once and not left:
             raise _Caught

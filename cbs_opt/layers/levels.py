@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.layers.blocks import Block, Layer
+from cbs_opt.layers.blocks import Block, Layer, handed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +87,7 @@ def _fed(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[name] += 1
-        fed.setdefault(name, args[0] if args else next(iter(kwargs.values())))
+        fed.setdefault(name, handed(args, kwargs))
 
     return look
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.layers.blocks import Block
+from cbs_opt.layers.blocks import Block, handed
 from cbs_opt.layers.calibration import HIDDEN, counted, token_positions
 from cbs_opt.layers.divergence import token_scores
 from cbs_opt.network.data import Batch, device_of, forward
@@ -174,7 +174,7 @@ class _Sums:
         """Return the hook of a layer."""
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            x = handed(args, kwargs)
             fed = counted(x.detach(), self._positions)
             _add(self._inputs, name, fed.double().square().sum(0))
             self._counts[name] = self._counts.get(name, 0) + len(fed)

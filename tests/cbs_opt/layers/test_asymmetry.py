@@ -58,6 +58,18 @@ def test_what_inputs_still_tell_is_made_up_for_and_chance_is_not() -> None:
     assert (found @ x.T - fresh).square().mean() < 1.05 * (weights @ x.T - fresh).square().mean()
 
 
+def test_half_precision_keeps_what_is_made_up_for() -> None:
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 8, generator=draw)
+    weights = torch.randn(4, 8, generator=draw).bfloat16()
+    found, distance = Asymmetry(paired(x, 1.001 * x)).target(weights)
+    assert found.dtype == torch.float32
+    assert 0.0 < distance < 1e-3
+    assert float((found - weights.float()).norm() / weights.float().norm()) == pytest.approx(
+        distance, rel=1e-2
+    )
+
+
 def test_nothing_is_made_up_for_where_nothing_is_missing() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
     weights = torch.randn(3, 6)
