@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.first_picture import LINES, PANELS, RESULTS, THEMES, draw, drawn, main, spread
+from experiments.first_picture import FIGURES, LINES, PANELS, RESULTS, THEMES, draw, drawn, main, spread
 from experiments.published import published_accuracy
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +44,14 @@ def test_lines_have_the_points_of_the_table_and_names_do_not_overlap(theme: str)
         boxes += [label.get_window_extent() for label in axes.get_xticklabels()]
         for number, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_the_picture_that_is_kept_states_the_figures_of_the_table(theme: str) -> None:
+    kept = (ROOT / FIGURES / f"accuracy_{theme}.svg").read_text()
+    names = [text.get_text() for axes in draw(TABLE, THEMES[theme]).axes for text in axes.texts]
+    assert len(names) >= len(PANELS)
+    assert [name for name in names if f"<!-- {name} -->" not in kept] == []
 
 
 def test_the_picture_shows_what_there_is_a_published_figure_beside() -> None:
