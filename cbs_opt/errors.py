@@ -10,7 +10,7 @@ class NoEligibleWeightsError(ArgumentError):
 
 
 class BlockListError(ArgumentError):
-    """The network has no list of like blocks that follow one another, or they share a weight."""
+    """The network has no list of blocks of one class that follow one another, or they share a weight."""
 
 
 class UnmatchedPatternError(ArgumentError):

@@ -21,7 +21,9 @@ from cbs_opt.network.eligible import (
 
 OUTSIDE = "outside of the blocks"
 NOT_LINEAR = "no linear layer"
-REMEDY = 'name the blocks by a glob of modules: blocks="model.layers.*"'
+NOT_REACHED = "no calibration token reached it"
+REMEDY = 'name the blocks by a glob of modules: blocks="{}.*"'
+EXAMPLE = "model.layers"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,15 +60,16 @@ def find_blocks(
 ) -> tuple[tuple[Block, ...], tuple[LeftOut, ...]]:
     """Return the blocks of a network in order, and the parameters that are not pruned with the reason.
 
-    Without a `pattern` the blocks are the longest `ModuleList` or `Sequential` of modules that are alike, of
-    one class and with parameters of the same names and shapes. A pattern is a glob of module names; of those
-    that match, modules within another one do not count, and the others need not be alike. Weights of linear
-    layers in the blocks are pruned that `eligible_parameters` lets be; `ignore` as there.
+    Without a `pattern` the blocks are the `ModuleList` or `Sequential` of modules of one class that has the
+    most weights of linear layers; so of lists within lists, as experts are, it is the outer one. A pattern is
+    a glob of module names; of those that match, modules within another one do not count, and the others may
+    be of any class. Weights of linear layers in the blocks are pruned that `eligible_parameters` lets be;
+    `ignore` as there.
 
     Raises `BlockListError` if there is no such list, or a weight is used in two blocks;
     `UnmatchedPatternError` if the pattern matches nothing; `NoEligibleWeightsError` if no layer is left.
     """
-    modules = list(_longest(model) if pattern is None else _matching(model, pattern))
+    modules = list(_largest_list(model) if pattern is None else _matching(model, pattern))
     names = names_by_parameter(model)
     chosen, left_out = eligible_parameters(model, names, None, ignore)
     wanted, more = set(chosen), list(left_out)
@@ -87,7 +90,7 @@ def find_blocks(
         blocks.append(Block(name=name, module=module, layers=tuple(layers)))
     if not found:
         where = f"no linear layer in {len(blocks)} blocks, from {blocks[0].name} on"
-        raise NoEligibleWeightsError("model", where, f"leave fewer layers out, or {REMEDY}")
+        raise NoEligibleWeightsError("model", where, f"leave fewer layers out, or {REMEDY.format(EXAMPLE)}")
     inside = {parameter for block in blocks for parameter in block.module.parameters()}
     for parameter in chosen:
         if parameter not in found:
@@ -96,26 +99,34 @@ def find_blocks(
     return tuple(blocks), tuple(more)
 
 
-def _longest(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield names and modules of the longest list of like modules."""
-    best: tuple[str, nn.Module] | None = None
-    unlike: list[str] = []
+def _largest_list(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield names and modules of the list of modules of one class with the most weights of linear layers."""
+    best, most = "", 0
+    unlike: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
             continue
-        if len({kind_of(part) for part in module}) > 1:
-            kinds = ", ".join(sorted({type(part).__name__ for part in module}))
-            unlike.append(f"{name or 'the network itself'} ({kinds})")
-        elif next(module.parameters(), None) is not None and (best is None or len(module) > len(best[1])):  # type: ignore[arg-type]
-            best = name, module
-    if best is None:
-        found = "no list of like blocks"
+        kinds = sorted({type(part).__name__ for part in module})
+        if len({type(part) for part in module}) > 1:
+            unlike.append((name, ", ".join(kinds)))
+        elif (count := _linear_weights(module)) > most:
+            best, most = name, count
+    if not most:
+        found, remedy = "no list of blocks of one class", REMEDY.format(EXAMPLE)
         if unlike:
-            found += f"; the modules of {unlike[0]} are not alike"
-        raise BlockListError("model", found, REMEDY)
-    prefix = f"{best[0]}." if best[0] else ""
-    for name, part in best[1].named_children():
+            name, classes = unlike[0]
+            found += f"; the modules of {name or 'the network itself'} are of several ({classes})"
+            remedy = REMEDY.format(name).replace('".', '"')
+        raise BlockListError("model", found, f"{remedy}, or use `prune`, which needs none")
+    prefix = f"{best}." if best else ""
+    for name, part in model.get_submodule(best).named_children():
         yield f"{prefix}{name}", part
+
+
+def _linear_weights(module: nn.Module) -> int:
+    """Return how many weights the linear layers in a module have."""
+    layers = (part for part in module.modules() if isinstance(part, nn.Linear) or by_columns(part))
+    return sum(weight.numel() for part in layers if isinstance(weight := part.weight, Tensor))
 
 
 def handed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cbs_opt.layers.blocks import NOT_LINEAR, NOT_REACHED
 from cbs_opt.layers.certificates import LayerBounds
 from cbs_opt.layers.divergence import DivergenceRecord
 from cbs_opt.layers.recipe import LayerRecipe
@@ -180,8 +182,21 @@ class LayersReport:
             f"mean relative loss {loss:.4f}; {proved} of {rows} rows proved 1-swap optimal, the others not "
             f"examined; {self.tokens} tokens, {self.differentiated} differentiated, "
             f"{self.seconds:.1f} s of processor time{memory}.\n"
-            f"{sampled}{moved}{ZEROS}"
+            f"{self._kept_whole()}{sampled}{moved}{ZEROS}"
         )
+
+    def _kept_whole(self) -> str:
+        """Return a line for each reason for which matrices in the blocks are as they were."""
+        lines = []
+        for reason in (NOT_LINEAR, NOT_REACHED):
+            left = [entry for entry in self.left_out if entry.reason == reason and len(entry.shape) > 1]
+            if left:
+                count = sum(math.prod(entry.shape) for entry in left)
+                lines.append(
+                    f"{count:,} weights of {len(left)} parameters in the blocks, {left[0].name} the first, "
+                    f"are as they were: {reason}.\n"
+                )
+        return "".join(lines)
 
     def save(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
         """Write the network as plain dense tensors with zeros, the masks beside them, and this report.

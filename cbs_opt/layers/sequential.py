@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.layers.asymmetry import Asymmetry
-from cbs_opt.layers.blocks import Block, Layer, find_blocks
+from cbs_opt.layers.blocks import NOT_REACHED, Block, Layer, find_blocks
 from cbs_opt.layers.calibration import Calibration, calibrate, copied, first_tokens, limited, without_cache
 from cbs_opt.layers.certificates import RowSample, bound_rows
 from cbs_opt.layers.divergence import (
@@ -53,7 +53,6 @@ from cbs_opt.system.versions import LIBRARIES, versions
 from formulations.errors import ShapeError
 
 FORMAT = "cbs-opt layers run"
-NOT_REACHED = "no calibration token reached it"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,9 +93,9 @@ def prune_layers(
     Parameters
     ----------
     model : nn.Module
-        With a list of like blocks, as transformers have. Changed in place, each block when it is done: what
-        ends the call early leaves the blocks before pruned, the others as they were. It runs in evaluation
-        mode, and is given its modes back.
+        With a list of blocks of one class, as transformers have. Changed in place, each block when it is
+        done: what ends the call early leaves the blocks before pruned, the others as they were. It runs in
+        evaluation mode, and is given its modes back.
     data : tensor of token ids (N, T), DataLoader, or anything that `prune` takes as data
         Labels are not looked at; of batches with an ``attention_mask`` padded tokens do not count. Read once,
         in order.
@@ -106,7 +105,8 @@ def prune_layers(
         With n:m, where every row has the pattern and there is nothing to share, "balanced" moves the kept
         weights in one pass, "best" in two.
     blocks : str, optional
-        Glob of module names, such as "model.layers.*". By default the longest list of like modules.
+        Glob of module names, such as "model.layers.*". By default the list of modules of one class that has
+        the most weights of linear layers.
     ignore : str or sequence of str, optional
         Globs of parameters that are left as they are, such as "*.v_proj.weight". Embeddings, heads and all
         else outside of the blocks are left out in any case; the report lists them.
@@ -127,7 +127,7 @@ def prune_layers(
     Raises
     ------
     BlockListError
-        If no list of like blocks is found, blocks do not follow one another, or share a weight.
+        If no list of blocks of one class is found, blocks do not follow one another, or share a weight.
     ShapeError
         If m does not divide the inputs of a layer; nothing is changed.
     NonFiniteError

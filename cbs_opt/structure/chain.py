@@ -43,7 +43,7 @@ class Chain:
 
     @classmethod
     def of(cls, model: nn.Module, layers: Sequence[str], batches: Sequence[Batch]) -> Chain | None:
-        """Return a network as a chain; None if it has no list of like blocks, or a layer is in none of them.
+        """Return a network as a chain; None if it has no list of blocks, or a layer is in none of them.
 
         No more batches are taken than give `enough_rows` for the widest of the layers.
         """

@@ -11,9 +11,9 @@ from cbs_opt.layers.blocks import NOT_LINEAR, OUTSIDE, find_blocks
 from tests.cbs_opt.layers.networks import WIDTH, Mixer, Network
 
 
-def test_the_longest_list_of_like_modules_is_found_and_all_else_is_left_out_with_the_reason() -> None:
+def test_the_list_with_most_linear_weights_is_found_and_all_else_is_left_out_with_the_reason() -> None:
     network = Network()
-    network.small = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    network.small = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
     blocks, left_out = find_blocks(network)
     assert [block.name for block in blocks] == ["layers.0", "layers.1", "layers.2"]
     names = [layer.name for layer in blocks[1].layers]
@@ -28,7 +28,9 @@ def test_the_longest_list_of_like_modules_is_found_and_all_else_is_left_out_with
 def test_a_glob_names_blocks_that_need_not_be_alike() -> None:
     network = Network()
     network.layers[1] = nn.Linear(WIDTH, WIDTH)
-    with pytest.raises(BlockListError, match=r"layers \(Linear, Mixer\) are not alike"):
+    with pytest.raises(
+        BlockListError, match=r'layers are of several \(Linear, Mixer\); .*blocks="layers\.\*"'
+    ):
         find_blocks(network)
     blocks, _ = find_blocks(network, "layers.*")
     assert [block.name for block in blocks] == ["layers.0", "layers.1", "layers.2"]
@@ -37,8 +39,27 @@ def test_a_glob_names_blocks_that_need_not_be_alike() -> None:
         find_blocks(network, "layer.*")
 
 
+def test_blocks_of_one_class_are_found_though_their_layers_differ() -> None:
+    network = Network()
+    network.layers[0].right = nn.Linear(WIDTH, 2 * WIDTH)
+    network.layers[2].left = nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(4, 2 * WIDTH))
+    blocks, _ = find_blocks(network)
+    assert [len(block.layers) for block in blocks] == [3, 3, 4]
+
+
+def test_experts_in_a_block_are_part_of_it_however_many_there_are() -> None:
+    class Experts(Mixer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(8))
+
+    blocks, _ = find_blocks(Network(block=Experts))
+    assert [block.name for block in blocks] == ["layers.0", "layers.1", "layers.2"]
+    assert len(blocks[0].layers) == 11
+
+
 def test_a_network_without_a_list_is_refused() -> None:
-    with pytest.raises(BlockListError, match="no list of like blocks; name the blocks by a glob"):
+    with pytest.raises(BlockListError, match="no list of blocks of one class; name the blocks by a glob"):
         find_blocks(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}))
 
 
@@ -67,5 +88,7 @@ def test_weights_in_blocks_that_are_no_linear_layer_are_listed() -> None:
 
 
 def test_a_network_that_is_a_list_itself_is_named_in_words() -> None:
-    with pytest.raises(BlockListError, match=r"the modules of the network itself \(Linear, ReLU\)"):
+    with pytest.raises(
+        BlockListError, match=r'the network itself are of several \(Linear, ReLU\); .*blocks="\*"'
+    ):
         find_blocks(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))

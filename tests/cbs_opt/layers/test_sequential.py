@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import cbs_opt as cbs
 from cbs_opt.errors import BatchFormatError, BlockListError, ForwardError, RunMismatchError
 from cbs_opt.layers import sequential
-from cbs_opt.layers.blocks import find_blocks
+from cbs_opt.layers.blocks import NOT_REACHED, find_blocks
 from cbs_opt.layers.calibration import calibrate
 from cbs_opt.layers.record import ZEROS
-from cbs_opt.layers.sequential import NOT_REACHED, prune_layers
+from cbs_opt.layers.sequential import prune_layers
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 from tests.cbs_opt.layers.networks import LENGTH, WIDTH, WORDS, Masked, Mixer, Network, padded_tokens, tokens
 
@@ -188,6 +188,7 @@ def test_a_layer_that_no_token_reaches_is_left_and_listed() -> None:
     assert [e.name for e in report.left_out if e.reason == NOT_REACHED] == [
         f"layers.{number}.right.weight" for number in range(3)
     ]
+    assert "1,536 weights of 3 parameters in the blocks, layers.0.right.weight the first" in str(report)
 
 
 def test_transformers_are_pruned_with_their_own_masks_and_without_a_cache() -> None:
