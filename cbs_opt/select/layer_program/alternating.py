@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbs_opt.select.layer_program.program import LayerProgram, LayerSolution
+from cbs_opt.select.layer_program.program import LayerProgram, LayerSolution, Spectrum
 from cbs_opt.select.layer_program.update import updated
 from cbs_opt.system.checks import check_fields, finite_number, whole_number
 
@@ -73,9 +73,11 @@ def alternating_sets(program: LayerProgram, scale: Tensor, options: Alternating)
     `scale`: (n,) positive. O(r n^2) an iteration and O(n^3) now and then.
     """
     dtype = program.weights.dtype
-    solver = _Shifted(program.hessian.values / scale.outer(scale), dtype)
+    # In the precision of the weights: rounding is small beside rho.
+    spectrum = program.hessian.spectrum(scale, dtype)
+    solver = _Shifted(spectrum)
     scale = scale.to(dtype)
-    target = (program.weights * scale) @ solver.matrix
+    target = (program.weights * scale) @ spectrum.matrix
     sparse, multiplier = program.weights * scale, torch.zeros_like(program.weights)
     rho, total = options.penalty, 0
     before: Tensor | None = None
@@ -100,10 +102,8 @@ def alternating_sets(program: LayerProgram, scale: Tensor, options: Alternating)
 class _Shifted:
     """Solves ``X (H + rho I) = Y`` for one symmetric H and a few values of rho."""
 
-    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
-        # In the precision of the weights: rounding is small beside rho.
-        self.matrix = matrix.to(dtype)
-        self._values, self._vectors = torch.linalg.eigh(self.matrix)
+    def __init__(self, spectrum: Spectrum) -> None:
+        _, self._values, self._vectors = spectrum
         self._rho: float | None = None
         self._inverse: Tensor | None = None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class LayerHessian:
             found = f"{name}: H is not positive definite at damping {damping:g}, {self.dead} dead inputs"
             raise NotPositiveDefiniteError("damping", found, f"use a larger damping, such as {DAMPING:g}")
         self._factor = factor
+        self._spectrum: tuple[Tensor, Spectrum] | None = None
 
     @property
     def n(self) -> int:
@@ -98,6 +100,26 @@ class LayerHessian:
         """
         factor: Tensor = torch.linalg.cholesky(self.inverse, upper=True)
         return factor
+
+    def spectrum(self, scale: Tensor, dtype: torch.dtype) -> Spectrum:
+        """Return H in coordinates of a scale, (n,) positive, with its eigenvalues and eigenvectors.
+
+        The last one is kept, for layers that are fed the same. O(n^3).
+        """
+        known = self._spectrum
+        if known is None or known[1].matrix.dtype != dtype or not torch.equal(known[0], scale):
+            matrix = (self.values / scale.outer(scale)).to(dtype)
+            known = scale, Spectrum(matrix, *torch.linalg.eigh(matrix))
+            self._spectrum = known
+        return known[1]
+
+
+class Spectrum(NamedTuple):
+    """A symmetric matrix (n, n), its eigenvalues (n,), and its eigenvectors as columns (n, n)."""
+
+    matrix: Tensor
+    values: Tensor
+    vectors: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

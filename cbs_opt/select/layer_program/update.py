@@ -10,6 +10,8 @@ from torch import Tensor
 from cbs_opt.select.layer_program.program import LayerProgram, LayerSolution
 
 FINAL_STEPS = 40
+LEAST_STEP = 100.0
+"""Times rounding of the loss of a row that a step has to lower it by: 1e-5 of it in single precision."""
 BATCH_BYTES = 128 * 2**20
 """Memory of one matrix a row, for all rows that are taken together."""
 
@@ -19,7 +21,7 @@ def descend(program: LayerProgram, keep: Tensor, weights: Tensor, steps: int) ->
 
     Every row is a system of its own, preconditioned by the diagonal; all share each product with H. `weights`
     (r, n) are where to begin; what is not kept counts as 0. A row stops where a step along its gradient would
-    lower the loss by no more than rounding. O(steps r n^2).
+    lower the loss by little more than rounding. O(steps r n^2).
     Source: ALPS (Meng, Behdin, Wang, Mazumder, NeurIPS 2024), where it is the step after the set is found.
     """
     matrix, mask = program.matrix, keep.to(weights.dtype)
@@ -27,7 +29,7 @@ def descend(program: LayerProgram, keep: Tensor, weights: Tensor, steps: int) ->
     weights = weights * mask
     error = program.weights - weights
     residual = error @ matrix
-    least = torch.finfo(weights.dtype).eps * (error * residual).sum(1, keepdim=True)
+    least = LEAST_STEP * torch.finfo(weights.dtype).eps * (error * residual).sum(1, keepdim=True)
     inside = residual * mask
     scaled = inside / diagonal
     direction = scaled.clone()
@@ -40,12 +42,12 @@ def descend(program: LayerProgram, keep: Tensor, weights: Tensor, steps: int) ->
         image = direction @ matrix
         curvature = (direction * image).sum(1, keepdim=True)
         length = going * decrease / curvature.clamp_min(tiny)
-        weights = weights.addcmul(length, direction)
-        residual = residual.addcmul(length, image, value=-1.0)
-        inside = residual * mask
-        scaled = inside / diagonal
+        weights.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1.0)
+        torch.mul(residual, mask, out=inside)
+        torch.div(inside, diagonal, out=scaled)
         before, decrease = decrease, (inside * scaled).sum(1, keepdim=True)
-        direction = scaled.addcmul(decrease / before.clamp_min(tiny), direction)
+        direction.mul_(decrease / before.clamp_min(tiny)).add_(scaled)
     return weights, residual
 
 
