@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
@@ -64,16 +65,26 @@ def _symmetric(matrix: np.ndarray) -> np.ndarray:
     return 0.5 * (matrix + matrix.T)
 
 
+@lru_cache(maxsize=16)
 def exact_optimum(problem: BlockProblem, program: str) -> Fraction:
-    """The least exact value among the best sets by float64: no lower than the optimum."""
+    """The least exact value among the best sets by float64: no lower than the optimum.
+
+    Kept for the blocks that were asked about last: every bound on a block is compared with it.
+    """
     values = []
     for pruned in itertools.combinations(range(problem.n), problem.n_prune):
         keep = np.ones(problem.n, dtype=np.bool_)
         keep[list(pruned)] = False
         values.append((objective(problem, keep, program), pruned))
     values.sort()
-    model = ExactModel(problem)
+    model = exact_model(problem)
     return min(model.value(pruned, program) for _, pruned in values[:CANDIDATES])
+
+
+@lru_cache(maxsize=16)
+def exact_model(problem: BlockProblem) -> ExactModel:
+    """The model of a block, made once for all that is asked about it."""
+    return ExactModel(problem)
 
 
 class ExactModel:
@@ -85,10 +96,11 @@ class ExactModel:
         self.gradient = [Fraction(x) for x in problem.gradient_or_zero.tolist()]
         if problem.rows is not None:
             rows = [[Fraction(x) for x in row] for row in problem.rows.tolist()]
-            self.hessian = [
-                [sum((row[i] * row[j] for row in rows), Fraction(0)) for j in range(self.n)]
+            below = [
+                [sum((row[i] * row[j] for row in rows), Fraction(0)) for j in range(i + 1)]
                 for i in range(self.n)
             ]
+            self.hessian = [[below[max(i, j)][min(i, j)] for j in range(self.n)] for i in range(self.n)]
         else:
             self.hessian = [[Fraction(x) for x in row] for row in problem.hessian.tolist()]
         for i in range(self.n):

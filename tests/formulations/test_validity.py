@@ -12,7 +12,7 @@ from formulations.enumeration import enumerate_optimum
 from formulations.errors import NotPositiveDefiniteError
 from formulations.relaxations import LinearCertificate, lower_bound, reduce_block
 from formulations.relaxations.certified import value_ceiling
-from tests.formulations.exact_oracle import ExactModel, any_block, exact_optimum
+from tests.formulations.exact_oracle import any_block, exact_model, exact_optimum
 
 PROGRAMS = ("selection", "joint")
 FAST = 120
@@ -40,7 +40,7 @@ def check(problem: BlockProblem, program: str, **options: object) -> None:
 def check_fixing(problem: BlockProblem, program: str, fixing, optimum: Fraction) -> None:
     """The best set has every fixed weight as it is fixed, whenever its value is within the cutoff."""
     best = enumerate_optimum(problem, program)
-    if ExactModel(problem).value(tuple(best.pruned.tolist()), program) <= Fraction(fixing.cutoff):
+    if exact_model(problem).value(tuple(best.pruned.tolist()), program) <= Fraction(fixing.cutoff):
         assert best.keep[fixing.keep].all()
         assert not best.keep[fixing.prune].any()
     assert optimum <= Fraction(fixing.cutoff)
@@ -67,7 +67,7 @@ def check_seed(seed: int, program: str, monkeypatch: pytest.MonkeyPatch) -> None
         best = enumerate_optimum(problem, program)
     except NotPositiveDefiniteError:
         return
-    assert Fraction(value_ceiling(problem, best.weights)) >= ExactModel(problem).value(
+    assert Fraction(value_ceiling(problem, best.weights)) >= exact_model(problem).value(
         tuple(best.pruned.tolist()), program
     )
     check(problem, program, incumbent=best, fix=True)
