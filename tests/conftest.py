@@ -1,9 +1,10 @@
-"""Settings that must stand before any library starts its threads, and signals as tests expect them."""
+"""Settings that must stand before anything else is loaded, and signals as tests expect them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,11 @@ settings.load_profile("tests")
 # Small cases start many short parallel regions. Threads that wait for the next one in a busy loop
 # take several times the processor time of the tests themselves where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Each worker of a run reads every module of the tests, and dozens of tests start a process that reads the
+# packages: what one has compiled the others find, where the environment forbids to keep it too.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(autouse=True)
