@@ -42,7 +42,7 @@ def random_block(n: int, n_prune: int, damping: float, seed: int = 0) -> BlockPr
 def block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlockProblem:
     """A block in block.npz of the working directory."""
     monkeypatch.chdir(tmp_path)
-    problem = random_block(10, 5, 0.1)
+    problem = random_block(8, 4, 0.1)
     write_instance("block.npz", problem)
     return problem
 
@@ -93,7 +93,7 @@ def test_solve_prints_text_for_people(block: BlockProblem) -> None:
     result = invoke("solve", "block.npz", "--program", "joint", "--method", "branch_and_bound")
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert lines["status"] == "optimal"
-    assert lines["block"] == "random: 10 weights, 5 pruned"
+    assert lines["block"] == "random: 8 weights, 4 pruned"
     assert float(lines["objective"]) == pytest.approx(enumerate_optimum(block, "joint").objective)
     assert lines["verified"].startswith("unchecked")
 
@@ -162,7 +162,7 @@ def test_verify_fails_on_a_false_claim(block: BlockProblem) -> None:
     result = invoke("verify", "block.npz", "false.npz")
     assert result.exit_code == 1
     assert "recomputed" in result.stdout
-    write_instance("another.npz", random_block(10, 5, 0.1, seed=1))
+    write_instance("another.npz", random_block(8, 4, 0.1, seed=1))
     foreign = invoke("verify", "another.npz", "false.npz")
     assert foreign.exit_code == 1
     assert "another block" in foreign.stderr
