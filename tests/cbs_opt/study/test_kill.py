@@ -20,15 +20,15 @@ from tests.cbs_opt.study.conftest import record_keys
 
 STUDY = """
 name = "killed"
-limits = { time_limit = 20, warm_up = 0 }
-seeds = [0, 1, 2, 3, 4]
+limits = {{ time_limit = 20, warm_up = 0 }}
+seeds = {seeds}
 [[instances]]
 library = ["digits_12_s*", "digits_16_s*", "digits_24_s*"]
 [[methods]]
 program = "joint"
 methods = ["magnitude", "greedy_obs", "randomized_magnitude", "obs"]
 """
-RUNS = 9 * 4 * 5
+RUNS_A_SEED = 9 * 4
 SAME = ["run", "instance", "program", "method", "seed", "status", "objective", "nodes", "note"]
 
 
@@ -57,44 +57,49 @@ def kill_after_rows(study: Path, out: Path, rows: int, pause: float, jobs: int) 
     return len(record_keys(out))
 
 
-def finish_and_compare(study: Path, out: Path, whole: Path) -> None:
+def finish_and_compare(study: Path, out: Path, whole: Path, runs: int) -> None:
     """Go on to the end; the result must be that of an uninterrupted study."""
     described = read_study(study)
     run_study(described, out)
-    assert len(record_keys(out)) == RUNS, "a run was lost or done twice"
+    assert len(record_keys(out)) == runs, "a run was lost or done twice"
     run_study(described, whole)
     found, expected = read_results(out).table[SAME], read_results(whole).table[SAME]
-    assert len(found) == RUNS
+    assert len(found) == runs
     assert found.equals(expected)
 
 
-def kill_often(folder: Path, times: int, seed: int, jobs: int) -> None:
-    """Kill one study at random moments, before its first row too, and compare it with another."""
+def written(folder: Path, seeds: int) -> tuple[Path, int]:
+    """Write the study with so many seeds; its file, and how many runs it has."""
     study = folder / "killed.toml"
-    study.write_text(STUDY)
+    study.write_text(STUDY.format(seeds=list(range(seeds))))
+    return study, RUNS_A_SEED * seeds
+
+
+def kill_often(folder: Path, times: int, seed: int, jobs: int, *, seeds: int) -> None:
+    """Kill one study at random moments, before its first row too, and compare it with another."""
+    study, runs = written(folder, seeds)
     generator = random.Random(seed)
     rows = 0
     for number in range(times):
         more = 0 if number % 5 == 4 else generator.randint(1, 8)
         rows = kill_after_rows(study, folder / "out", rows + more, generator.random() / 50, jobs)
-    assert rows > 0
-    finish_and_compare(study, folder / "out", folder / "whole")
+    assert 0 < rows < runs
+    finish_and_compare(study, folder / "out", folder / "whole", runs)
 
 
 @pytest.mark.usefixtures("in_process")
 def test_a_study_killed_twice_is_the_study(tmp_path: Path) -> None:
-    kill_often(tmp_path, times=2, seed=3, jobs=1)
+    kill_often(tmp_path, times=2, seed=3, jobs=1, seeds=2)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_study_killed_twenty_times_is_the_study(tmp_path: Path) -> None:
-    kill_often(tmp_path, times=20, seed=0, jobs=2)
+    kill_often(tmp_path, times=20, seed=0, jobs=2, seeds=5)
 
 
 def test_ctrl_c_ends_it_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
-    study = tmp_path / "killed.toml"
-    study.write_text(STUDY)
+    study, runs = written(tmp_path, seeds=5)
     process = subprocess.Popen(
         command(study, tmp_path / "out", 1),
         stdout=subprocess.PIPE,
@@ -113,5 +118,5 @@ def test_ctrl_c_ends_it_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert b"goes on" in errors
     assert b"Traceback" not in errors
     rows = len(record_keys(tmp_path / "out"))
-    assert f"{rows} of {RUNS} runs done".encode() in said
-    assert rows < RUNS
+    assert f"{rows} of {runs} runs done".encode() in said
+    assert rows < runs
