@@ -85,21 +85,21 @@ def test_samples_are_counted_and_never_more_than_asked_for() -> None:
 
 
 def test_rates_are_tried_once_where_there_are_steps_for_it() -> None:
-    plan = FineTuning(samples=2_000, batch_size=2, momentum_rates=(0.5, 0.05))
+    plan = FineTuning(samples=700, batch_size=2, momentum_rates=(0.5, 0.05))
     report = tuned(network(), plan)
     assert [record.tried for record in steps(report)] == [2, 1]
-    assert report.samples == 2 * 40 + 4_000
+    assert report.samples == 2 * 40 + 1_400
 
 
 def test_a_network_that_rests_finds_its_rate_anew_and_gains_in_every_stage() -> None:
-    plan = FineTuning(samples=2_000, batch_size=2, momentum_rates=(0.5, 0.05), rest=True)
+    plan = FineTuning(samples=1_400, batch_size=2, momentum_rates=(0.5, 0.05), rest=True)
     found = steps(tuned(network(), plan))
     assert [record.tried for record in found] == [2, 2]
     assert all(record.loss <= record.loss_before for record in found)
 
 
 def test_steps_that_are_too_long_after_a_sharp_stage_are_shortened_by_probes() -> None:
-    plan = FineTuning(samples=2_400, batch_size=4, momentum_rates=(100.0,), rest=True)
+    plan = FineTuning(samples=1_600, batch_size=4, momentum_rates=(100.0,), rest=True)
     (found,) = steps(tuned(network(), plan, count=1))
     assert found.accepted
     assert 1 < found.tried <= PROBES
@@ -144,12 +144,12 @@ def test_a_loss_that_falls_as_weights_explode_takes_none_that_did() -> None:
     "plan",
     [
         FineTuning(samples=200, batch_size=16),
-        FineTuning(samples=2_400, batch_size=16, rest=True),
-        FineTuning(samples=2_400, batch_size=4, rest=True),
-        FineTuning(samples=2_400, batch_size=16, rest=True, batch_statistics=True),
+        FineTuning(samples=800, batch_size=16, rest=True),
+        FineTuning(samples=1_600, batch_size=4, rest=True),
+        FineTuning(samples=800, batch_size=16, rest=True, batch_statistics=True),
         FineTuning(samples=200, batch_size=16, batch_statistics=True),
-        FineTuning(samples=2_400, batch_size=16, rest=True, batch_statistics=True, vectors=True),
-        FineTuning(samples=1_600, batch_size=16, rest=True, batch_statistics=True, surplus=2.0),
+        FineTuning(samples=800, batch_size=16, rest=True, batch_statistics=True, vectors=True),
+        FineTuning(samples=800, batch_size=16, rest=True, batch_statistics=True, surplus=2.0),
     ],
     ids=["one rate", "by curvature", "by probes", "by the way to go", "in batches", "vectors", "narrowing"],
 )

@@ -23,7 +23,7 @@ from tests.cbs_opt.budget.test_counts import partition_of
 from tests.cbs_opt.small_network import data, network
 from tests.cbs_opt.stages.test_fine_tuning import RECIPE, SETTLING, steps, tuned
 
-PLAN = FineTuning(samples=1_600, batch_size=16, rest=True, batch_statistics=True, surplus=3.0)
+PLAN = FineTuning(samples=800, batch_size=16, rest=True, batch_statistics=True, surplus=3.0)
 
 
 @pytest.mark.parametrize("budget", ["uniform", "global"])
