@@ -32,9 +32,16 @@ OVERHEAD = 0.5
 
 def loaded_by(code: str, libraries: set[str]) -> set[str]:
     """Libraries among `libraries` that a fresh process has loaded after `code`."""
-    script = f"import sys\n{code}\nprint(*({libraries!r} & set(sys.modules)), file=sys.__stdout__)"
+    (loaded,) = loaded_after([code], libraries)
+    return loaded
+
+
+def loaded_after(steps: list[str], libraries: set[str]) -> list[set[str]]:
+    """Libraries among `libraries` that one fresh process has loaded after each of `steps`."""
+    report = f"print(*({libraries!r} & set(sys.modules)), file=sys.__stdout__)"
+    script = "\n".join(["import sys", *(f"{step}\n{report}" for step in steps)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split())
+    return [set(line.split()) for line in done.stdout.splitlines()[-len(steps) :]]
 
 
 def command(*words: str) -> str:
@@ -51,20 +58,30 @@ def test_the_front_loads_nothing_heavy(package):
     assert not loaded_by(f"import {package}", HEAVY)
 
 
-def test_names_of_the_front_load_no_solver():
-    unused = SOLVERS | {"sklearn", "matplotlib"}
-    names = ("prune", "Partition", "solve", "available_methods", "PruneReport")
-    assert not loaded_by("\n".join(["import cbs_opt", *(f"cbs_opt.{name}" for name in names)]), unused)
-
-
-def test_solving_loads_no_library_of_tables():
-    code = """
+@pytest.fixture(scope="module")
+def loaded_step_by_step() -> list[set[str]]:
+    """Heavy libraries that one fresh process has loaded: after solving, and after using names of the front."""
+    solving = """
 import numpy as np
 from cbs_opt import BlockProblem, solve
 block = BlockProblem(weights=np.ones(4), n_prune=2, rows=np.eye(4), damping=0.1)
 solve(block, "branch_and_bound", program="joint")
 """
-    assert not loaded_by(code, SOLVERS | {"pandas", "matplotlib", "sklearn"})
+    names = ("prune", "Partition", "solve", "available_methods", "PruneReport")
+    using = "\n".join(["import cbs_opt", *(f"cbs_opt.{name}" for name in names)])
+    return loaded_after([solving, using], HEAVY)
+
+
+def test_solving_loads_no_library_of_tables(loaded_step_by_step):
+    solving, _ = loaded_step_by_step
+    assert "numba" in solving
+    assert not solving & (SOLVERS | {"pandas", "matplotlib", "sklearn"})
+
+
+def test_names_of_the_front_load_no_solver(loaded_step_by_step):
+    _, using = loaded_step_by_step
+    assert "torch" in using
+    assert not using & (SOLVERS | {"sklearn", "matplotlib"})
 
 
 @pytest.mark.parametrize("package", [cbs_opt, formulations])

@@ -37,9 +37,9 @@ def test_labels_name_rows() -> None:
 
 @pytest.fixture
 def few_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ablation.SAMPLES, "digits", (80, 4))
     cheap = [row for row in ablation.variants("digits", 0.8) if row.label in ("magnitude", "4 stages")]
     monkeypatch.setattr(ablation, "variants", lambda network, sparsity: iter(cheap))
-    monkeypatch.setitem(ablation.SAMPLES, "digits", (80, 4))
 
 
 @pytest.mark.usefixtures("few_variants")

@@ -265,10 +265,10 @@ def test_layers_are_chosen_on_inputs_of_the_network_as_pruned_so_far() -> None:
 
 def test_steps_lower_the_loss_on_samples_set_aside_and_leave_ignored_layers() -> None:
     model, _ = built("mlp")
-    x = torch.randn(600, 7)
+    x = torch.randn(300, 7)
     with torch.no_grad():
         y = model(x).argmax(1)
-    recipe = cbs.GroupRecipe(samples=300, step_samples=600, steps=2)
+    recipe = cbs.GroupRecipe(samples=200, step_samples=300, steps=2)
     fitted, _ = cbs.prune_groups(model, (x, y), keep=0.5, recipe=replace(recipe, steps=0))
     small, report = cbs.prune_groups(model, (x, y), keep=0.5, recipe=recipe)
     assert report.refined is not None
@@ -292,7 +292,7 @@ def test_statistics_that_overflow_leave_the_old_ones(monkeypatch: pytest.MonkeyP
 
     model, x = built("residual")
     assert isinstance(x, Tensor)
-    count = 600
+    count = 200
     images = x[:1].repeat(count, *[1] * (x.ndim - 1))
     images = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("cbs_opt.structure.refinement.recalibrate_batchnorm", overflowing)
