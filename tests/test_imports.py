@@ -60,7 +60,7 @@ def test_the_front_loads_nothing_heavy(package):
 
 @pytest.fixture(scope="module")
 def loaded_step_by_step() -> list[set[str]]:
-    """Heavy libraries that one fresh process has loaded: after solving, and after using names of the front."""
+    """What one fresh process has loaded of `HEAVY`: after solving, and after using names of the front."""
     solving = """
 import numpy as np
 from cbs_opt import BlockProblem, solve

@@ -121,7 +121,7 @@ def test_the_relaxation_by_rows_leads_the_dense_one_to_the_same_bound(program):
 def test_branch_and_bound_is_no_weaker_than_its_relaxation(seed, kind, program):
     problem = full_rank(40, seed) if kind == "full_rank" else block(kind, 40, 20, seed)
     relaxed = lower_bound(problem, program)
-    for nodes, incumbent in itertools.product((0, 1, 30), (None, greedy(problem, program), relaxed)):
+    for nodes, incumbent in itertools.product((0, 1, 10), (None, greedy(problem, program), relaxed)):
         limits = Limits(node_limit=nodes)
         solution = branch_and_bound(problem, program, limits=limits, incumbent=incumbent)
         assert solution.proved or solution.bound >= relaxed.bound

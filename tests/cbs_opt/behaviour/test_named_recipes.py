@@ -104,17 +104,30 @@ def test_budgets_are_kept() -> None:
     assert any("gradients" in choice for choice in prune(network(), recipe=cbs.best(seconds=0.01)).choices)
 
 
+def scene(model: nn.Module, train: Any, sparsity: float) -> Scene:
+    """What `prune` makes a recipe concrete for, where memory is no matter."""
+    return Scene(
+        model=model,
+        data=train,
+        objective=Objective(None),
+        partition=Partition.from_model(model),
+        sparsity=sparsity,
+        stages=None,
+        certify=False,
+        free=10**9,
+    )
+
+
 def test_a_budget_goes_to_fine_tuning_as_without_one() -> None:
-    free = prune(network(), data(600), recipe="best", sparsity=0.5).request
-    assert free is not None
+    given = scene(network(), data(600), 0.5)
+    free = resolution.resolved(Named(name="best"), given)
     assert free.stages is not None
     assert free.stages.fine_tuning is not None
     # Rows as large as the work allows would leave next to nothing, and then one sharp stage.
     spent = (
         sum(free.stages.fine_tuning.shares(free.stages.count)) + free.recipes[0].samples * free.stages.count
     )
-    bound = prune(network(), data(600), recipe=cbs.best(samples=spent), sparsity=0.5).request
-    assert bound is not None
+    bound = resolution.resolved(cbs.best(samples=spent), given)
     assert bound.stages is not None
     assert bound.stages.count == free.stages.count
     assert bound.recipes[0].update is None
@@ -123,11 +136,10 @@ def test_a_budget_goes_to_fine_tuning_as_without_one() -> None:
 def stage_counts(samples: int) -> dict[str, int]:
     counts = {}
     for name in NAMES:
-        request = prune(network(), data(samples), recipe=name, sparsity=0.5).request
-        assert request is not None
-        counts[name] = 1 if request.stages is None else request.stages.count
+        found = resolution.resolved(Named(name=name), scene(network(), data(samples), 0.5))
+        counts[name] = 1 if found.stages is None else found.stages.count
         gradual = counts[name] > 1
-        assert (request.recipes[0].update is None) == gradual
+        assert (found.recipes[0].update is None) == gradual
     return counts
 
 
@@ -321,17 +333,7 @@ def test_where_little_is_to_repair_rows_take_the_place_of_a_short_fine_tuning(
     model, (x, _) = network(), data(300)
     with torch.no_grad():
         labels = model(x).argmax(1)
-    scene = Scene(
-        model=model,
-        data=(x, labels),
-        objective=Objective(None),
-        partition=Partition.from_model(model),
-        sparsity=sparsity,
-        stages=None,
-        certify=False,
-        free=10**9,
-    )
-    found = resolution.resolved(Named(name="balanced"), scene)
+    found = resolution.resolved(Named(name="balanced"), scene(model, (x, labels), sparsity))
     assert (found.stages is not None) == repaired
     assert any("little to repair" in choice for choice in found.choices) != repaired
     samples = [recipe.curvature.samples for recipe in found.recipes]
