@@ -45,26 +45,26 @@ def study_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def drawings(rows: list[dict[str, Any]]) -> list[Drawing]:
-    """Return the pictures of the only program."""
-    (section,) = sections(labelled(rows))
+@pytest.fixture(scope="module")
+def drawings() -> list[Drawing]:
+    """The pictures of the only program, drawn once for the tests that look at them."""
+    (section,) = sections(labelled(study_rows()))
     return section.drawings()
 
 
-def test_the_page_holds_every_picture_and_fetches_nothing() -> None:
+def test_the_page_holds_every_picture_and_fetches_nothing(drawings: list[Drawing]) -> None:
     page = render_html(results(study_rows()))
-    assert page.count("<figure>") == len(drawings(study_rows()))
+    assert page.count("<figure>") == len(drawings)
     assert page.count('src="data:image/svg+xml;base64,') == page.count("<img")
     assert not re.findall(r"<script|<link|https?://(?!www\.w3\.org)", page)
     assert "died &lt;here&gt;" in page
     assert "{{" not in page
 
 
-def test_every_kind_of_picture_is_there() -> None:
-    drawn = drawings(study_rows())
-    names = {drawing.name for drawing in drawn}
+def test_every_kind_of_picture_is_there(drawings: list[Drawing]) -> None:
+    names = {drawing.name for drawing in drawings}
     assert names == {"profile", "gap", "traces", "excess", "effects", "excess_n", "excess_damping"}
-    for drawing in drawn:
+    for drawing in drawings:
         drawing.figure.canvas.draw()
         axes = drawing.figure.axes[0]
         assert axes.get_xlabel() or drawing.name == "traces"
