@@ -55,7 +55,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheme = sysconfig.get_preferred_scheme("prefix")
     paths = sysconfig.get_paths(scheme, vars={"base": str(folder), "platbase": str(folder)})
     pip = [sys.executable, "-m", "pip", "--python", paths["scripts"] + "/python"]
-    run([*pip, "install", "--no-deps", "--no-index", "--quiet", "--disable-pip-version-check", wheel])
+    options = ["--no-deps", "--no-index", "--no-compile", "--quiet", "--disable-pip-version-check"]
+    run([*pip, "install", *options, wheel])
     (Path(paths["purelib"]) / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return Path(paths["scripts"])
 

@@ -15,7 +15,7 @@ from formulations.relaxations.certified import value_ceiling
 from tests.formulations.exact_oracle import any_block, exact_model, exact_optimum
 
 PROGRAMS = ("selection", "joint")
-FAST = 120
+FAST = 80
 MANY = 5000
 
 
