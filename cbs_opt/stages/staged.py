@@ -50,6 +50,8 @@ FAR = 0.15
 """Share of the way to no weights from which on a network is so far from rest that long steps pay."""
 NEAR = 0.07
 """What the rate is times where it is nearer, and keeps its statistics."""
+MOST_PER_STEP = 0.0015
+"""What it is times at most, for every step, where steps are too few for a rate to be tried."""
 NARROWED = 0.6
 """What the rate is times where the set narrows meanwhile: as far from rest as it will be on the way."""
 FEWEST_PER_CURVATURE = 8
@@ -339,7 +341,8 @@ class StagedRun:
         elif normalized and plan.rest:
             harm = self._harm(weights, sample)
             normalized = harm >= FAR
-            stretch = harm if normalized else NEAR
+            most = 1.0 if probe_samples(plan, samples) else MOST_PER_STEP * samples / plan.batch_size
+            stretch = min(harm, most) if normalized else NEAR
         # What batch normalisation does by its own statistics is too sensitive to scales and shifts.
         names = self._vectors if normalized or not has_statistics(task.model) else ()
         wide = replace(task, partition=task.partition.widened(task.model, names))

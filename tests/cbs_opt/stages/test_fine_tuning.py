@@ -291,6 +291,15 @@ def test_steps_are_the_longer_the_further_there_is_to_go() -> None:
     assert longer == pytest.approx(3.0 * one)
 
 
+def test_few_steps_from_far_off_are_the_shorter_the_fewer_they_are() -> None:
+    plan = FineTuning(samples=160, batch_size=16, rest=True, batch_statistics=True, momentum_rates=(0.01,))
+    few, more = (
+        tuned(network(), replace(plan, samples=count), count=1, sparsity=0.9, recipe=SETTLING)
+        for count in (160, 320)
+    )
+    assert steps(more)[0].rate == pytest.approx(2.0 * steps(few)[0].rate)
+
+
 def test_shorter_steps_have_a_lower_rate_or_a_larger_damping() -> None:
     before = {kind: Rate(kind=kind, value=0.5, decay=0.1) for kind in ("momentum", "newton", "adam")}
     after = {kind: rate.shorter().value for kind, rate in before.items()}
