@@ -52,6 +52,11 @@ NARROWINGS = 50
 """Times that it does."""
 FORGETTING = 0.99
 """Share of the mean squares of gradients that stays at each step."""
+PASSED = (0.5, 0.75, 0.9)
+"""Shares of the steps after which weights are kept where every batch is normalised by itself.
+
+Channels of next to no variance make the loss jump at single steps, by their statistics.
+"""
 LARGEST = 100.0
 """Norm of the weights over that at the start beyond which steps have run away, whatever the loss is."""
 
@@ -171,6 +176,7 @@ class Descent:
         self._network = model, partition, objective
         self._normalized = normalized
         self._narrowing: Narrowing | None = None
+        self._passed: list[Tensor] = []
         self._sparsity = 0.0
         self._squares: Tensor | None = None
         self._keep = keep
@@ -197,6 +203,15 @@ class Descent:
     def keep(self) -> Tensor:
         """Which weights are kept, (n,) bool."""
         return self._keep
+
+    @property
+    def passed(self) -> list[Tensor]:
+        """Where steps over the same set passed at `PASSED`, the last first, (n,) float64 each."""
+        found = []
+        for theta in reversed(self._passed):
+            found.append(torch.zeros_like(self._flat, dtype=torch.float64))
+            found[-1][self._keep] = theta.double()
+        return found
 
     @property
     def sound(self) -> bool:
@@ -227,6 +242,9 @@ class Descent:
             self._narrow(used / samples)
             size = min(batch_size, samples - used)
             used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
+            due = self._normalized and self._narrowing is None and len(self._passed) < len(PASSED)
+            if due and used >= PASSED[len(self._passed)] * samples:
+                self._passed.append(self._theta.detach().clone())
         if self.sound:
             # A few long steps may have passed by the last times.
             self._narrow(1.0)
@@ -352,7 +370,7 @@ class FineTuner:
         if share:
             losses = []
             for entry in tries:
-                moved, after, count = self._moved(weights, entry, share, WHOLE)
+                moved, after, count = self._moved(weights, entry, share, WHOLE, before)
                 used += count
                 losses.append(after)
                 if losses[-1] < value:
@@ -363,7 +381,7 @@ class FineTuner:
             tries = []
             for _ in range(PROBES):
                 tries.append(chosen)
-                moved, after, count = self._moved(best, chosen, probe, WHOLE)
+                moved, after, count = self._moved(best, chosen, probe, WHOLE, value)
                 used += count
                 if after < value:
                     value, best = after, moved
@@ -374,7 +392,7 @@ class FineTuner:
         without = 0.0 if self.span.end == 1.0 else _ordered(self.loss(self._emptied(weights)))
         while used < samples:
             last = following
-            moved, after, count = self._moved(best, last, samples - used, self.span)
+            moved, after, count = self._moved(best, last, samples - used, self.span, value)
             used += count
             if self.span.takes(after, value, without):
                 value, best = after, moved
@@ -404,7 +422,7 @@ class FineTuner:
         probe = probe_samples(self.plan, samples)
         for _ in range(PROBES if probe else 0):
             tried += 1
-            _, after, count = self._moved(weights, chosen, probe, BEGUN)
+            _, after, count = self._moved(weights, chosen, probe, BEGUN, before)
             used += count
             if BEGUN.takes(after, before, without):
                 break
@@ -457,11 +475,21 @@ class FineTuner:
         share = int(min(TRIAL_SHARE * whole, TRIAL_MOST * samples) / tries)
         return share if tries > 1 and share >= TRIAL_STEPS * self.plan.batch_size else 0
 
-    def _moved(self, weights: Tensor, rate: Rate, samples: int, span: Span) -> tuple[Tensor, float, int]:
-        """Return where steps over so many samples lead to, its loss, and how many were differentiated."""
+    def _moved(
+        self, weights: Tensor, rate: Rate, samples: int, span: Span, before: float
+    ) -> tuple[Tensor, float, int]:
+        """Return where steps over so many samples lead to, its loss, and how many were differentiated.
+
+        Where that is no lower than `before`, the best of what they passed stands for it.
+        """
         descent = self._descent(weights, rate)
         loss, used = self._run(descent, samples, span)
-        return descent.weights, loss, used
+        reached = descent.weights
+        for passed in descent.passed if not loss < before else []:
+            value = _ordered(self.loss(passed))
+            if value < loss:
+                reached, loss = passed, value
+        return reached, loss, used
 
     def _run(self, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
         """Take steps over so many samples; return the loss then, and how many were differentiated.

@@ -50,7 +50,7 @@ FAR = 0.15
 """Share of the way to no weights from which on a network is so far from rest that long steps pay."""
 NEAR = 0.07
 """What the rate is times where it is nearer, and keeps its statistics."""
-MOST_PER_STEP = 0.0015
+MOST_PER_STEP = 0.001
 """What it is times at most, for every step, where steps are too few for a rate to be tried."""
 NARROWED = 0.6
 """What the rate is times where the set narrows meanwhile: as far from rest as it will be on the way."""

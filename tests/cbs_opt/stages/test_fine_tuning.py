@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -19,7 +20,7 @@ from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.report.record import PruneReport
-from cbs_opt.stages.fine_tuning import PROBES, Descent, Rate, Span, largest_curvature, rates
+from cbs_opt.stages.fine_tuning import PROBES, Descent, FineTuner, Rate, Span, largest_curvature, rates
 from cbs_opt.stages.model import StageModel
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
@@ -298,6 +299,47 @@ def test_few_steps_from_far_off_are_the_shorter_the_fewer_they_are() -> None:
         for count in (160, 320)
     )
     assert steps(more)[0].rate == pytest.approx(2.0 * steps(few)[0].rate)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_what_steps_passed_stands_for_an_end_that_is_no_gain(
+    normalized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FineTuner._run
+
+    def jumping(tuner: FineTuner, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
+        return math.inf, run(tuner, descent, samples, span)[1]
+
+    monkeypatch.setattr(FineTuner, "_run", jumping)
+    plan = FineTuning(samples=400, batch_size=16, rest=True, batch_statistics=normalized)
+    (record,) = steps(tuned(network(), plan, count=1, sparsity=0.9, recipe=SETTLING))
+    assert record.accepted == normalized
+    assert (record.loss < record.loss_before) == normalized
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_steps_are_looked_at_on_their_way_where_batches_are_normalised(normalized: bool) -> None:
+    model = network()
+    x, y = data(16)
+    partition = Partition.from_model(model, target=["0.weight"])
+    start = partition.flatten(model).double()
+    keep = torch.arange(partition.n) % 3 > 0
+    descent = Descent(
+        model,
+        partition,
+        Objective(nn.CrossEntropyLoss()),
+        weights=torch.where(keep, start, 0.0),
+        keep=keep,
+        rate=Rate(kind="momentum", value=0.01),
+        normalized=normalized,
+    )
+    batch = repeat(Batch(inputs=x, labels=y))
+    descent.run(batch, samples=320, batch_size=16, span=Span(), advance=lambda _: None)
+    way = [float((passed - start)[keep].norm()) for passed in [descent.weights, *descent.passed]]
+    assert len(way) == (4 if normalized else 1)
+    assert way == sorted(way, reverse=True)
+    assert way[-1] > 0.0
+    assert all(not passed[~keep].any() for passed in descent.passed)
 
 
 def test_shorter_steps_have_a_lower_rate_or_a_larger_damping() -> None:
