@@ -22,8 +22,8 @@ from cbs_opt.network.eligible import (
 OUTSIDE = "outside of the blocks"
 NOT_LINEAR = "no linear layer"
 NOT_REACHED = "no calibration token reached it"
-REMEDY = 'name the blocks by a glob of modules: blocks="{}.*"'
-EXAMPLE = "model.layers"
+REMEDY = 'name the blocks by a glob of modules: blocks="{}*"'
+EXAMPLE = "model.layers."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,7 +116,7 @@ def _largest_list(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if unlike:
             name, classes = unlike[0]
             found += f"; the modules of {name or 'the network itself'} are of several ({classes})"
-            remedy = REMEDY.format(name).replace('".', '"')
+            remedy = REMEDY.format(f"{name}." if name else "")
         raise BlockListError("model", found, f"{remedy}, or use `prune`, which needs none")
     prefix = f"{best}." if best else ""
     for name, part in model.get_submodule(best).named_children():

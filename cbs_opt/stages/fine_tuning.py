@@ -356,8 +356,8 @@ class FineTuner:
 
         Rates that are tried come to rest on a few samples each. Where the plan rests after every stage,
         shorter steps are tried in that way until some gain: the model was made before the stage took its
-        weights. What `Span.takes` refuses is not taken: the rest of the samples is then spent on shorter
-        steps.
+        weights. What `Span.takes` refuses is not taken, but for the best of what its steps have passed: the
+        rest of the samples is then spent on shorter steps.
         """
         before = value = _ordered(self.loss(weights))
         best, used = weights, 0
@@ -370,7 +370,7 @@ class FineTuner:
         if share:
             losses = []
             for entry in tries:
-                moved, after, count = self._moved(weights, entry, share, WHOLE, before)
+                moved, after, count = self._moved(weights, entry, share, WHOLE)
                 used += count
                 losses.append(after)
                 if losses[-1] < value:
@@ -381,23 +381,13 @@ class FineTuner:
             tries = []
             for _ in range(PROBES):
                 tries.append(chosen)
-                moved, after, count = self._moved(best, chosen, probe, WHOLE, value)
+                moved, after, count = self._moved(best, chosen, probe, WHOLE)
                 used += count
                 if after < value:
                     value, best = after, moved
                     break
                 chosen = chosen.shorter()
-        last, following = chosen, chosen
-        # Where the network can be anything but run away, this says what that is.
-        without = 0.0 if self.span.end == 1.0 else _ordered(self.loss(self._emptied(weights)))
-        while used < samples:
-            last = following
-            moved, after, count = self._moved(best, last, samples - used, self.span, value)
-            used += count
-            if self.span.takes(after, value, without):
-                value, best = after, moved
-            else:
-                following = last.shorter()
+        best, value, last, following, count = self._descended(best, value, chosen, samples - used)
         return FineTuned(
             weights=best,
             keep=self.keep,
@@ -406,9 +396,32 @@ class FineTuner:
             moved=best is not weights,
             rate=last,
             next_rate=following,
-            samples=used,
+            samples=used + count,
             tried=len(tries),
         )
+
+    def _descended(
+        self, weights: Tensor, value: float, rate: Rate, samples: int
+    ) -> tuple[Tensor, float, Rate, Rate, int]:
+        """Spend samples on steps from `weights`, whose loss is `value`, shorter ones where an end is refused.
+
+        Returns the weights that were taken, their loss, the last rate and the next one, and what was spent.
+        """
+        last, following, used = rate, rate, 0
+        # Where the network can be anything but run away, this says what that is.
+        without = 0.0 if self.span.end == 1.0 else _ordered(self.loss(self._emptied(weights)))
+        while used < samples:
+            last = following
+            descent = self._descent(weights, last)
+            after, count = self._run(descent, samples - used, self.span)
+            reached = descent.weights
+            used += count
+            if not self.span.takes(after, value, without):
+                following = last.shorter()
+                reached, after = self._passed(descent)
+            if self.span.takes(after, value, without):
+                value, weights = after, reached
+        return weights, value, last, following, used
 
     def narrowed(self, weights: Tensor, narrowing: Narrowing, *, samples: int) -> FineTuned:
         """Go down from `weights` (n,) float64 while the set narrows, at the first rate that is not too large.
@@ -422,7 +435,7 @@ class FineTuner:
         probe = probe_samples(self.plan, samples)
         for _ in range(PROBES if probe else 0):
             tried += 1
-            _, after, count = self._moved(weights, chosen, probe, BEGUN, before)
+            _, after, count = self._moved(weights, chosen, probe, BEGUN)
             used += count
             if BEGUN.takes(after, before, without):
                 break
@@ -475,21 +488,20 @@ class FineTuner:
         share = int(min(TRIAL_SHARE * whole, TRIAL_MOST * samples) / tries)
         return share if tries > 1 and share >= TRIAL_STEPS * self.plan.batch_size else 0
 
-    def _moved(
-        self, weights: Tensor, rate: Rate, samples: int, span: Span, before: float
-    ) -> tuple[Tensor, float, int]:
-        """Return where steps over so many samples lead to, its loss, and how many were differentiated.
-
-        Where that is no lower than `before`, the best of what they passed stands for it.
-        """
+    def _moved(self, weights: Tensor, rate: Rate, samples: int, span: Span) -> tuple[Tensor, float, int]:
+        """Return where steps over so many samples lead to, its loss, and how many were differentiated."""
         descent = self._descent(weights, rate)
         loss, used = self._run(descent, samples, span)
-        reached = descent.weights
-        for passed in descent.passed if not loss < before else []:
-            value = _ordered(self.loss(passed))
+        return descent.weights, loss, used
+
+    def _passed(self, descent: Descent) -> tuple[Tensor, float]:
+        """Return the best of what steps have passed, and its loss; infinite if nothing was kept."""
+        reached, loss = descent.weights, math.inf
+        for weights in descent.passed:
+            value = _ordered(self.loss(weights))
             if value < loss:
-                reached, loss = passed, value
-        return reached, loss, used
+                reached, loss = weights, value
+        return reached, loss
 
     def _run(self, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
         """Take steps over so many samples; return the loss then, and how many were differentiated.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from itertools import repeat
@@ -315,6 +316,25 @@ def test_what_steps_passed_stands_for_an_end_that_is_no_gain(
     (record,) = steps(tuned(network(), plan, count=1, sparsity=0.9, recipe=SETTLING))
     assert record.accepted == normalized
     assert (record.loss < record.loss_before) == normalized
+
+
+def test_a_rate_is_tried_by_where_it_ends_and_shorter_after_an_end_that_is_no_gain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = FineTuner._run
+    rates_taken: list[float] = []
+
+    def jumping(tuner: FineTuner, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
+        rates_taken.append(descent._rate.value)
+        loss, used = run(tuner, descent, samples, span)
+        return (math.inf if len(rates_taken) < 3 else loss), used
+
+    monkeypatch.setattr(FineTuner, "_run", jumping)
+    plan = FineTuning(samples=1_600, batch_size=4, rest=True, batch_statistics=True)
+    (record,) = steps(tuned(network(), plan, count=1, sparsity=0.9, recipe=SETTLING))
+    assert record.accepted
+    ratios = [before / after for before, after in itertools.pairwise(rates_taken[:3])]
+    assert ratios == pytest.approx([3.0, 3.0])
 
 
 @pytest.mark.parametrize("normalized", [True, False])

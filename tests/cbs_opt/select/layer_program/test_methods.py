@@ -187,6 +187,18 @@ def test_the_mean_schur_complement_is_what_single_moves_cost() -> None:
         )
 
 
+def test_a_spectrum_is_that_of_its_scale_and_precision_and_shared_by_layers_fed_the_same() -> None:
+    hessian = layer_program(4, 12).hessian
+    one, two = hessian.values.diagonal().sqrt(), hessian.least_scale.sqrt()
+    first = hessian.spectrum(one, torch.float64)
+    assert hessian.spectrum(one.clone(), torch.float64) is first
+    for scale, dtype in ((one, torch.float64), (two, torch.float64), (two, torch.float32)):
+        matrix, values, vectors = hessian.spectrum(scale, dtype)
+        assert matrix.dtype == values.dtype == vectors.dtype == dtype
+        torch.testing.assert_close(matrix, (hessian.values / scale.outer(scale)).to(dtype))
+        torch.testing.assert_close((vectors * values) @ vectors.T, matrix)
+
+
 def test_rows_do_not_depend_on_the_rows_around_them() -> None:
     program = layer_program(6, 16, seed=2)
     alone = by_exchanges(program, Exchanges(rounds=0))
