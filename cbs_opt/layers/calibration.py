@@ -457,13 +457,16 @@ def _equal_calls(left: Any, right: Any) -> bool:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Run a network of transformers without a cache of keys and values, where it has one by default."""
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "use_cache", None):
-        yield
-        return
-    config.use_cache = False
+    """Run a network of transformers without a cache of keys and values, where it has one by default.
+
+    Parts such as a decoder may have a configuration of their own.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    cached = [config for config in configs if getattr(config, "use_cache", None) is True]
+    for config in cached:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = True
+        for config in cached:
+            config.use_cache = True

@@ -191,6 +191,18 @@ def test_a_layer_that_no_token_reaches_is_left_and_listed() -> None:
     assert "1,536 weights of 3 parameters in the blocks, layers.0.right.weight the first" in str(report)
 
 
+def test_keys_of_a_decoder_are_reached_though_it_has_a_cache_of_its_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": WIDTH, "d_ff": WIDTH, "d_kv": 8, "num_layers": 2, "num_heads": 2}
+    network = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=WORDS, **sizes)).eval()
+    pairs = [{"input_ids": tokens(4, seed), "decoder_input_ids": tokens(4, seed + 1)} for seed in (0, 2)]
+    report = prune_layers(network, pairs, sparsity=0.5, blocks="decoder.block.*")
+    assert not [entry for entry in report.left_out if entry.reason == NOT_REACHED]
+    assert sum(".EncDecAttention." in layer.name for layer in report.layers) == 8
+    assert network.config.use_cache
+    assert network.decoder.config.use_cache
+
+
 def test_transformers_are_pruned_with_their_own_masks_and_without_a_cache() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": WORDS, "num_hidden_layers": 2, "num_attention_heads": 2}
