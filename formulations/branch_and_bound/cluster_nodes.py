@@ -26,10 +26,12 @@ from formulations.relaxations.perspective import SPLIT_MARGIN
 
 SMALLEST = 32
 """Free weights below which a node goes on with a diagonal split: its kernels are faster there."""
-WEIGHT = 5.0
+WEIGHT = 2.0
 """Weight of the barrier in a node, times the free weights, relative to its gap."""
 ROUNDS = 2
 """Steps on the blocks of a node at most."""
+POINT_STEPS = 20
+"""Steps on the point before each at most: away from its best a node has no bound above its parent's."""
 WORTH_A_ROUND = 0.1
 """Share of a node's gap that a step has to close to be followed by another."""
 REDUCED_AGAIN = 0.08
@@ -227,13 +229,13 @@ class ClusterNode:
             local.gathered(self.point[free]) * scale,
             WEIGHT * gap / free.size,
         )
-        path.relax()
+        path.relax(POINT_STEPS)
         reached = path.bound()
         best = path.split, path.point
         for _ in range(ROUNDS):
             if constant + reached >= self.cutoff or not path.improve():
                 break
-            path.relax()
+            path.relax(POINT_STEPS)
             value = path.bound()
             gained, worth = value - reached, WORTH_A_ROUND * (self.cutoff - constant - value)
             if gained > 0.0:

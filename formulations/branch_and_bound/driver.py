@@ -134,7 +134,7 @@ def branch_and_bound(
         tree.floored = True
     tree.record()
     if math.isfinite(tree.allowance):
-        limit = solve_from_root(tree, problem, reduction=reduction, swaps=swaps)
+        tree, limit = solve_from_root(tree, problem, reduction=reduction, swaps=swaps)
     else:
         # No factorisation can be relied upon, and no bound of a node: there is none to search from.
         limit = tree.run()
@@ -263,7 +263,7 @@ def _account(tree: Search, limit: Limit | None) -> BlockSolution:
         certificate=tree.certificate,
         stats=SolveStats(
             seconds=time.perf_counter() - tree.started,
-            nodes=tree.nodes,
+            nodes=tree.all_nodes,
             message=message,
             extra={"open_after_root": tree.open_after_root},
         ),

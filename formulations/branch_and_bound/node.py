@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,3 +35,7 @@ class Node:
     warm: FloatArray
     depth: int = 0
     clusters: NodeClusters | None = None
+
+    def copy(self) -> Node:
+        """Return one whose decisions are its own."""
+        return replace(self, status=self.status.copy())

@@ -1,4 +1,4 @@
-"""The root: relax, certify, fix, reduce, repeat; then hand over to the tree.
+"""The root: relax, certify, fix, reduce, repeat; then hand over to the tree, or to two that take turns.
 
 The split of ``H`` is left to the nodes, which take a barrier step each. Optimised for the root it serves
 the tree badly: on real blocks that doubled the time, and some were not solved at all.
@@ -13,6 +13,7 @@ import numpy as np
 
 from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import BRANCH
+from formulations.branch_and_bound.race import race
 from formulations.branch_and_bound.tree import Search
 from formulations.problem import BlockProblem
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection
@@ -28,18 +29,21 @@ from formulations.solution import Certificate, Limit
 from formulations.support import kept_size, pruned_size
 
 CLUSTERS_FROM = 160
-"""Weights left at the root from which nodes are bounded by clusters: below, cheaper nodes end sooner."""
+"""Weights left at the root from which a tree of nodes in clusters is tried as well: below, cheaper nodes end
+sooner."""
 LARGEST_SHARE_LEFT = 0.9
 """A pass at the root is the last if it leaves more than this share of the indices free and brings no
 better set."""
 
 
-def solve_from_root(tree: Search, problem: BlockProblem, *, reduction: bool, swaps: bool) -> Limit | None:
-    """Process the root and then the tree; the limit that came."""
+def solve_from_root(
+    tree: Search, problem: BlockProblem, *, reduction: bool, swaps: bool
+) -> tuple[Search, Limit | None]:
+    """Process the root and then the tree; the search that has proved most, and the limit that came."""
     status = np.zeros(tree.subproblems.index.size, dtype=np.int8)
     tree.current = Node(-math.inf, status, np.empty(0), np.empty(0))
     if tree.certificate is not None and (limit := tree.reached()) is not None:
-        return limit
+        return tree, limit
     try:
         _relax_whole_block(tree, tree.current, problem)
         tree.rooted = True
@@ -47,7 +51,7 @@ def solve_from_root(tree: Search, problem: BlockProblem, *, reduction: bool, swa
             limit = tree.reached()
             if limit is not None:
                 tree.lift_floor()
-                return limit
+                return tree, limit
             size, value = tree.current.status.size, tree.incumbent
             _evaluate(tree, tree.current, 0)
             if tree.current is None or not reduction:
@@ -58,17 +62,23 @@ def solve_from_root(tree: Search, problem: BlockProblem, *, reduction: bool, swa
             shrunk = tree.current.status.size <= LARGEST_SHARE_LEFT * size
             if not shrunk and tree.incumbent >= value:
                 break
-        if tree.current is not None and _bounded_in_clusters(tree, tree.current, problem):
-            stopped = partial(tree.limits.out_of_time, tree.started)
-            tree.subproblems.in_clusters(tree.current, tree.cutoff, stopped)
     except KeyboardInterrupt:
-        return Limit.INTERRUPTED
+        return tree, Limit.INTERRUPTED
     tree.open_after_root = 0 if tree.current is None else tree.current.status.size
-    return tree.run()
+    if tree.current is None or not _bounded_in_clusters(tree, tree.current, problem):
+        return tree, tree.run()
+    return race(tree, partial(_in_clusters, tree, tree.current.copy()))
+
+
+def _in_clusters(tree: Search, root: Node) -> Search | None:
+    """Return a search from the root whose nodes are bounded by clusters; None where they gain nothing."""
+    stopped = partial(tree.limits.out_of_time, tree.started)
+    tree.subproblems.in_clusters(root, tree.cutoff, stopped)
+    return None if root.clusters is None else tree.twin(root)
 
 
 def _bounded_in_clusters(tree: Search, node: Node, problem: BlockProblem) -> bool:
-    """Whether nodes are bounded by clusters: of counts, where there are enough weights and much is open."""
+    """Whether clusters may bound nodes better: of counts, where there are enough weights and much is open."""
     subproblems = tree.subproblems
     if subproblems.program != "joint" or not subproblems.diagonal_split or not takes_clusters(problem):
         return False

@@ -8,12 +8,15 @@ import math
 import time
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import CLOSED, LEAF
 from formulations.branch_and_bound.subproblems import NODE_SPLIT_ROUNDS, Subproblems
 from formulations.dense_forms import Rounding
 from formulations.incumbents import IncumbentPool
 from formulations.problem import SPLIT_LARGEST, BoolArray
+from formulations.reduction import FREE
 from formulations.relaxations.bounds import root_bounds
 from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.solution import Certificate, Limit, Limits, Termination, TracePoint, status_of
@@ -30,6 +33,16 @@ LONG_NODE = 0.25
 """Share of the time limit from which a node is named as what delays the return."""
 SPLIT_COST = 30.0
 """Time that is left, in plain evaluations of a node, from which large nodes take a step on their split."""
+CLUSTER_COST = 10.0
+"""Work of a node that is bounded by clusters, in nodes of a diagonal split that are as large."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What another search of the same block has proved, in units of the loss, and its nodes."""
+
+    bound: float = -math.inf
+    nodes: int = 0
 
 
 @dataclass
@@ -50,6 +63,13 @@ class Search:
     depth_first : bool
     improve_period : int
         Nodes between two roundings; 0 for none.
+
+    Attributes
+    ----------
+    work : float
+        Cubes of the free weights of its nodes, those in clusters counted `CLUSTER_COST` times.
+    closed : float
+        Share of the tree that is closed, each child taken for half of its parent.
     """
 
     subproblems: Subproblems
@@ -61,6 +81,8 @@ class Search:
     depth_first: bool = False
     improve_period: int = 25
     nodes: int = 0
+    work: float = 0.0
+    closed: float = 0.0
     closed_bound: float = float("inf")
     trace: list[TracePoint] = field(default_factory=list)
     rooted: bool = False
@@ -74,6 +96,7 @@ class Search:
     _traced: float = 0.0
     floored: bool = False
     message: str = ""
+    elsewhere: Elsewhere = Elsewhere()
     _plain_seconds: float = math.inf
 
     @property
@@ -105,9 +128,15 @@ class Search:
 
     @property
     def bound(self) -> float:
-        """Lower bound on the optimum that the search or a certificate has proved, in units of the loss."""
+        """Lower bound on the optimum that a search or a certificate has proved, in units of the loss."""
         searched = self._searched
-        return searched * self.scale if searched > self.floor else self.proved
+        own = searched * self.scale if searched > self.floor else self.proved
+        return max(own, self.elsewhere.bound)
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes of this search and of the other one."""
+        return self.nodes + self.elsewhere.nodes
 
     @property
     def _searched(self) -> float:
@@ -153,17 +182,39 @@ class Search:
             self.offer(found.keep)
         self.record()
 
-    def run(self) -> Limit | None:
-        """Search from the current node until the tree is closed or a limit comes."""
+    def twin(self, node: Node) -> Search:
+        """Return a search of its own from a node that stands for all that is left, for the same sets."""
+        return replace(
+            self,
+            current=node,
+            nodes=0,
+            work=0.0,
+            closed=0.0,
+            closed_bound=math.inf,
+            elsewhere=Elsewhere(),
+            _heap=[],
+            _stack=[],
+            _ticket=itertools.count(),
+        )
+
+    def learn(self, other: Search) -> None:
+        """Take over what another search of the block has proved."""
+        self.prove(other.certificate)
+        self.floored = self.floored or other.floored
+        self.elsewhere = Elsewhere(other.bound, other.nodes)
+
+    def run(self, until: float = math.inf) -> Limit | None:
+        """Search from the current node until the tree is closed, that much work is done, or a limit comes."""
         try:
-            while self.current is not None and not self.met:
+            while self.current is not None and not self.met and self.work < until:
                 limit = self.reached()
                 if limit is Limit.NODE or self._floor_is_due():
                     self.lift_floor()
                 if limit is not None:
                     return limit
                 self._process(self.current)
-            if status_of(self.pool.objective, self.bound, self.limits.rel_gap) is not Termination.OPTIMAL:
+            reached = status_of(self.pool.objective, self.bound, self.limits.rel_gap)
+            if self.current is None and reached is not Termination.OPTIMAL:
                 # Nothing is left to search, and rounding takes more off its bound than was asked for.
                 self.lift_floor()
         except KeyboardInterrupt:
@@ -193,7 +244,7 @@ class Search:
         self.trace.append(
             TracePoint(
                 seconds=self._traced - self.started,
-                nodes=self.nodes,
+                nodes=self.all_nodes,
                 objective=self.pool.objective,
                 bound=bound if math.isfinite(bound) else None,
             )
@@ -206,7 +257,7 @@ class Search:
             self.record()
         if self.limits.out_of_time(self.started):
             return Limit.TIME
-        if self.limits.node_limit is not None and self.nodes >= self.limits.node_limit:
+        if self.limits.node_limit is not None and self.all_nodes >= self.limits.node_limit:
             return Limit.NODE
         return None
 
@@ -217,6 +268,8 @@ class Search:
             self.finish(node, CLOSED)
         else:
             began = time.perf_counter()
+            cost = CLUSTER_COST if node.clusters is not None else 1.0
+            self.work += cost * float(np.count_nonzero(node.status == FREE)) ** 3
             rounds = NODE_SPLIT_ROUNDS if self._split_is_affordable(node) else 0
             outcome, children = self.subproblems.expand(node, cutoff, rounds)
             self.nodes += 1
@@ -245,6 +298,7 @@ class Search:
     def finish(self, node: Node, outcome: int) -> None:
         """Account for a node that needs no children."""
         bound = node.bound
+        self.closed += 0.5**node.depth
         if outcome == LEAF:
             keep = self.subproblems.keep(node)
             bound = max(bound, self.subproblems.value(keep))

@@ -43,7 +43,7 @@ MOST_BENT = 40
 LIFTS = (1e-6, 1e-4, 1e-2)
 """What the diagonal of a Newton system is lifted by, relatively, where single precision finds no factor."""
 POINT_STEPS = 3
-"""Newton steps on the point before each on the blocks at most."""
+"""Newton steps on the point before each on the blocks at most, on a path."""
 CENTRED = 1.0
 """Newton decrement, relative to weight and clusters, below which the point is left as it is."""
 
@@ -215,10 +215,10 @@ class ClusterPath:
         shares = mixture.shares @ inside
         return (shares**2 / (2.0 * rate)).reshape(-1), ((1.0 - shares) ** 2 / (2.0 * rate)).reshape(-1)
 
-    def relax(self) -> None:
+    def relax(self, steps: int = POINT_STEPS) -> None:
         """Move point and price to where the smoothed bound of the blocks is largest, by Newton's method."""
         mixture = self._mixed(self.point, self.split)
-        for _ in range(POINT_STEPS):
+        for _ in range(steps):
             answer = self._answer(mixture)
             change = answer.mean.reshape(-1) - self.point
             cross = answer.cross.reshape(-1)

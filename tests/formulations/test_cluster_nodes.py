@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.linalg import LinAlgError
 
-from formulations import BlockProblem, verify
-from formulations.branch_and_bound import branch_and_bound, cluster_nodes, root, subproblems
+from formulations import BlockProblem, Limit, Limits, verify
+from formulations.branch_and_bound import branch_and_bound, cluster_nodes, race, root, subproblems
 from formulations.branch_and_bound.cluster_nodes import CLUSTER, ClusterNode, NodeClusters
 from formulations.branch_and_bound.outcomes import BRANCH, CLOSED, LEAF
 from formulations.dense_forms import joint_form
@@ -141,11 +141,19 @@ def test_what_is_left_of_a_split_is_a_split_of_what_is_left(seed):
         assert np.linalg.eigvalsh(split - np.diag(diagonal[free]))[0] > -1e-12
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.85])
-def test_trees_of_clusters_are_exact(share, monkeypatch):
-    """From the root down to nodes of four weights; with fixing and without."""
+@pytest.fixture
+def clusters_at_once(monkeypatch):
+    """Have trees of clusters from four weights down to four, after one plain node."""
     monkeypatch.setattr(root, "CLUSTERS_FROM", 4)
     monkeypatch.setattr(subproblems, "SMALLEST", 4)
+    monkeypatch.setattr(race, "TURN", 0.1)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.85])
+@pytest.mark.parametrize("rest", [0.1, np.inf])
+def test_trees_of_clusters_are_exact(share, rest, monkeypatch, clusters_at_once):
+    """From the root down to nodes of four weights; with fixing and without, in turns and alone."""
+    monkeypatch.setattr(race, "REST", rest)
     for seed in range(2):
         problem = correlated(14, share, seed)
         best = enumerate_optimum(problem, "joint")
@@ -155,6 +163,43 @@ def test_trees_of_clusters_are_exact(share, monkeypatch):
             assert found.objective == pytest.approx(best.objective, rel=1e-6)
             assert found.bound <= best.objective + slack(problem)
             assert not verify(problem, found).wrong
+
+
+def test_two_searches_in_turn_end_as_one_whenever_they_are_stopped(clusters_at_once):
+    """Nodes of both count for a limit, bounds never fall, and no run differs from another."""
+    problem = correlated(20, 0.6, seed=4)
+    whole = branch_and_bound(problem, "joint")
+    assert whole.termination.value == "optimal"
+    bounds = []
+    for limit in range(0, whole.stats.nodes, max(whole.stats.nodes // 6, 1)):
+        found = branch_and_bound(problem, "joint", limits=Limits(node_limit=limit))
+        again = branch_and_bound(problem, "joint", limits=Limits(node_limit=limit))
+        assert (found.stats.nodes, found.bound) == (again.stats.nodes, again.bound)
+        assert found.stats.nodes <= limit
+        assert found.bound <= whole.objective + slack(problem)
+        traced = [point.bound for point in found.trace if point.bound is not None]
+        assert all(earlier <= later for earlier, later in itertools.pairwise(traced))
+        bounds.append(found.bound)
+    assert len(bounds) > 3
+    assert (np.diff(bounds) >= -1e-9 * whole.objective).all()
+
+
+@pytest.mark.parametrize("when", ["root", "node"])
+def test_an_interrupt_in_a_turn_of_clusters_keeps_set_and_bound(when, monkeypatch, clusters_at_once):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    problem = correlated(26, 0.6, seed=4)
+    before = branch_and_bound(problem, "joint", limits=Limits(node_limit=1))
+    if when == "root":
+        monkeypatch.setattr(subproblems.Subproblems, "in_clusters", interrupt)
+    else:
+        monkeypatch.setattr(ClusterNode, "evaluate", interrupt)
+    found = branch_and_bound(problem, "joint")
+    assert found.limit is Limit.INTERRUPTED
+    assert np.array_equal(found.keep, before.keep)
+    assert found.bound > 0.0
+    assert not verify(problem, found).wrong
 
 
 def test_clusters_begin_at_a_number_of_weights_and_end_at_another(monkeypatch):
@@ -171,6 +216,7 @@ def test_clusters_begin_at_a_number_of_weights_and_end_at_another(monkeypatch):
     plain = branch_and_bound(problem, "joint")
     assert sizes == []
     monkeypatch.setattr(root, "CLUSTERS_FROM", 20)
+    monkeypatch.setattr(race, "TURN", 0.1)
     monkeypatch.setattr(subproblems, "SMALLEST", 12)
     found = branch_and_bound(problem, "joint")
     assert max(sizes) <= 20
