@@ -15,7 +15,7 @@ from formulations.branch_and_bound.node import Node
 from formulations.branch_and_bound.outcomes import BRANCH
 from formulations.branch_and_bound.race import race
 from formulations.branch_and_bound.tree import Search
-from formulations.problem import BlockProblem
+from formulations.problem import SPLIT_LARGEST, BlockProblem
 from formulations.relaxations.capped_simplex import CappedSimplexCertificate, relax_selection
 from formulations.relaxations.cluster_split import takes_clusters, worth_clusters
 from formulations.relaxations.perspective import PerspectiveCertificate, relax_joint
@@ -83,7 +83,7 @@ def _bounded_in_clusters(tree: Search, node: Node, problem: BlockProblem) -> boo
     if subproblems.program != "joint" or not subproblems.diagonal_split or not takes_clusters(problem):
         return False
     by_rows = problem.rows is not None and problem.channels is None
-    enough = node.status.size >= CLUSTERS_FROM and not by_rows
+    enough = CLUSTERS_FROM <= node.status.size <= SPLIT_LARGEST and not by_rows
     return enough and worth_clusters(node.bound, tree.incumbent)
 
 

@@ -23,6 +23,7 @@ from formulations.relaxations.capped_simplex import CappedSimplexCertificate, ro
 from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.channel_relaxation import relax_by_channels
 from formulations.relaxations.cluster_split import (
+    CLUSTERED_LARGEST,
     LARGEST_CLUSTER,
     ClusterSplitCertificate,
     relax_in_clusters,
@@ -33,6 +34,7 @@ from formulations.relaxations.first_order import StopRule
 from formulations.relaxations.fisher_shape import fisher_shape
 from formulations.relaxations.linear import LINEAR_RELAXATIONS, relax_linear
 from formulations.relaxations.matrix_free import GRAM_LARGEST, JointRows, SelectionRows, solve_rows
+from formulations.relaxations.one_hessian import fits_one_hessian, relax_over_hessian
 from formulations.relaxations.only_set import has_one_set, only_set_certificate
 from formulations.relaxations.perspective import SPLIT_MARGIN, PerspectiveCertificate, round_joint
 from formulations.relaxations.split_relaxation import relax_with_split
@@ -43,6 +45,8 @@ from formulations.support import counts_of
 DENSE_LARGEST = 2000
 """Largest block for which ``H`` is formed although rows are given; from `SPLIT_LARGEST` on it is the second
 step, from the point that the rows alone have led to."""
+ONE_HESSIAN_LARGEST = 2048
+"""Largest block with a Hessian matrix whose split is optimised, above `SPLIT_LARGEST` as of a channel."""
 RowCertificate = PerspectiveCertificate | CappedSimplexCertificate
 OWN_RELAXATION = {"joint": "perspective", "selection": "capped_simplex"}
 IN_BLOCKS = "block_perspective"
@@ -80,8 +84,9 @@ def lower_bound(
         its certificate is where a matrix-free solve starts.
     diagonal_split : bool, optional
         Optimise the split of ``H`` (O(n^3) a step, much tighter where damping is small). Default: for
-        blocks of at most 600 weights, also those that fixing leaves, and channel by channel, O(k^3) a step
-        for k weights, where the block has a term over channels.
+        blocks of at most 600 weights, also those that fixing leaves, for joint programs with a Hessian matrix
+        and a count of at most 2048, and channel by channel, O(k^3) a step for k weights, where the block has
+        a term over channels.
     fix : bool, default False
         Fix weights by the bound and the incumbent (``certificate.fixing``), relax what is left with a
         better split where it is small enough, and repeat. Sharper the better the incumbent is. Only counts
@@ -90,7 +95,7 @@ def lower_bound(
         "perspective" (joint), "capped_simplex" (selection) or, for comparison on small selection
         blocks, the linear programs "mccormick" and "rlt". Where n of every m weights are kept, also
         "block_perspective" (joint), whose split has a block for every cell and begins at the diagonal one.
-        Where a count of at most 600 weights is kept and ``H`` has full rank, also "cluster_perspective"
+        Where a count of at most 1024 weights is kept and ``H`` has full rank, also "cluster_perspective"
         (joint), whose split has a block for every four correlated weights, or eight up to 333 weights.
         Default: the first that fits, or the tighter of two: of the blocks on cells up to 600 weights, of the
         clusters where ``H`` is given or has channels and the diagonal split leaves more than 2 % open.
@@ -189,9 +194,8 @@ def _check_relaxation(problem: BlockProblem, program: str, relaxation: str | Non
     if relaxation == IN_CLUSTERS and not takes_clusters(problem):
         asked = "a count" if problem.support is None else f"{problem.support}"
         found = f"{relaxation!r} for {asked} of {problem.n} weights"
-        remedy = (
-            f"use {own!r}: this one takes a count of 2 to {SPLIT_LARGEST} weights, and as many rows or more"
-        )
+        limits = f"a count of 2 to {CLUSTERED_LARGEST} weights, and as many rows or more"
+        remedy = f"use {own!r}: this one takes {limits}"
         raise UnsupportedProblemError("relaxation", found, remedy)
 
 
@@ -247,6 +251,9 @@ def _relaxed(
     split_here = problem.n <= SPLIT_LARGEST if diagonal_split is None else diagonal_split
     rounds = SPLIT_ROUNDS if split_here else 0
     certificate: RelaxationCertificate
+    large = SPLIT_LARGEST < problem.n <= ONE_HESSIAN_LARGEST and pool.program == "joint"
+    if large and diagonal_split is not False and fits_one_hessian(problem):
+        return relax_over_hessian([problem], [pool], stop, stop.limits.rel_gap)[0]
     by_rows = problem.rows is not None and problem.channels is None
     by_rows = by_rows and problem.damping > 0.0 and not rounds
     if problem.channels is not None and problem.n > SPLIT_LARGEST:

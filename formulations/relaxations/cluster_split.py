@@ -22,7 +22,7 @@ import numpy as np
 from scipy.linalg import LinAlgError
 
 from formulations.dense_forms import UNDERFLOW, DenseForm, error_factor, joint_form
-from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, FloatArray, IntArray, frozen_array
+from formulations.problem import BlockProblem, BoolArray, FloatArray, IntArray, frozen_array
 from formulations.relaxations.block_split import set_hulls
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import (
@@ -48,6 +48,8 @@ CLUSTER = 4
 """Weights of a cluster at first."""
 LARGEST_CLUSTER = 8
 """Weights of a cluster at last; a certificate has all its supports enumerated."""
+CLUSTERED_LARGEST = 1024
+"""Weights of a block up to which a split in clusters is tried: the system of its entries has order 2.5 n."""
 WORTH_CLUSTERS = 0.02
 """Gap of the diagonal split, relative to the best set, from which clusters are tried."""
 MOST_ENTRIES = 1_500
@@ -245,7 +247,7 @@ def held_above(above: FloatArray, n_keep: int, caution: float) -> tuple[float, f
 def takes_clusters(problem: BlockProblem) -> bool:
     """Whether a block keeps a count of weights, has full rank and is small enough for a dense split."""
     full = problem.rows is None or problem.channels is not None or len(problem.rows) >= problem.n
-    return problem.support is None and full and 1 < problem.n <= SPLIT_LARGEST
+    return problem.support is None and full and 1 < problem.n <= CLUSTERED_LARGEST
 
 
 def worth_clusters(bound: float, objective: float) -> bool:

@@ -1,8 +1,7 @@
 """Bounds of many joint programs over one Hessian matrix, as those of the rows of a layer, all at once.
 
-Their split cannot be shared: the best one of a row is poor for the next. Everything else can. Together the
-rows are one block whose channels all have the same matrix, so that one eigendecomposition and products of
-matrices serve all steps of ADMM, and each row has its own split, count and certificate.
+Their split cannot be shared: the best one of a row is poor for the next. Everything else can
+(`formulations.relaxations.one_hessian`).
 """
 
 from __future__ import annotations
@@ -10,26 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 
-from formulations.channels import ChannelTerm
 from formulations.errors import ArgumentError, ShapeError
 from formulations.incumbents import IncumbentPool
 from formulations.preparation import prepare_for
-from formulations.problem import BlockProblem, FloatArray
+from formulations.problem import SPLIT_LARGEST, BlockProblem
 from formulations.relaxations.bounds import in_clusters, lower_bound
 from formulations.relaxations.certificate import RelaxationCertificate
-from formulations.relaxations.certified import provable_split
-from formulations.relaxations.channel_relaxation import JointChannels, search_by_channels
 from formulations.relaxations.cluster_split import CLUSTER
 from formulations.relaxations.first_order import StopRule
-from formulations.relaxations.fisher_shape import fisher_shape
-from formulations.relaxations.only_set import has_one_set
-from formulations.relaxations.perspective import PerspectiveCertificate, round_joint
-from formulations.solution import BlockSolution, Limits, SolveStats, Subject
-from formulations.support import Cells
+from formulations.relaxations.one_hessian import fits_one_hessian, relax_over_hessian
+from formulations.relaxations.perspective import PerspectiveCertificate
+from formulations.solution import BlockSolution, Limits, SolveStats
 
 PROGRAM = "joint"
 METHOD = "lower_bound"
@@ -81,11 +74,7 @@ def lower_bounds(
         IncumbentPool(problem, PROGRAM, None if incumbents is None else incumbents[number])
         for number, problem in enumerate(problems)
     ]
-    together = [
-        number
-        for number, problem in enumerate(problems)
-        if problem.support is None and not has_one_set(problem) and bool(problem.weights.any())
-    ]
+    together = [number for number, problem in enumerate(problems) if fits_one_hessian(problem)]
     found: dict[int, BlockSolution] = {}
     if together:
         rows = [problems[number] for number in together]
@@ -118,58 +107,25 @@ def _together(
     problems: list[BlockProblem], pools: list[IncumbentPool], limits: Limits, started: float
 ) -> list[BlockSolution]:
     """Bound blocks that keep a count of their weights, neither none nor all."""
-    first, many, n = problems[0], len(problems), problems[0].n
-    assert first.hessian is not None
-    prepare_for(first, METHOD, PROGRAM)
-    term = ChannelTerm(
-        moments=(first.hessian,),
-        start=np.arange(many + 1) * n,
-        moment=np.zeros(many, dtype=np.int64),
-        scale=np.ones(many),
-        inputs=np.tile(np.arange(n), many),
-    )
-    block = BlockProblem(
-        weights=np.concatenate([problem.weights for problem in problems]),
-        rows=np.zeros((0, many * n)),
-        channels=term,
-        damping=first.damping,
-        gradient=np.concatenate([problem.gradient_or_zero for problem in problems]),
-        n_prune=sum(problem.n_prune for problem in problems),
-    )
-    counts = np.array([problem.n_keep for problem in problems])
-    program = JointChannels(block, Cells(term.start, counts))
-    start = np.concatenate([np.zeros(n) if pool.weights is None else pool.weights for pool in pools])
-    values = [pool.objective for pool in pools]
-    enough = np.array(
-        [value - limits.rel_gap * abs(value) if value < math.inf else value for value in values]
-    )
+    prepare_for(problems[0], METHOD, PROGRAM)
     stop = StopRule(limits, started, math.inf)
-    search = search_by_channels(block, program, start, stop, cutoffs=enough)
-    points, splits = search.point.reshape(many, n), search.split.reshape(many, n)
-    each = zip(problems, pools, points, splits, strict=True)
+    found = relax_over_hessian(problems, pools, stop, limits.rel_gap)
+    each = zip(problems, pools, found, strict=True)
     return [_certified(*row, limits, stop, started) for row in each]
 
 
 def _certified(
     problem: BlockProblem,
     pool: IncumbentPool,
-    point: FloatArray,
-    split: FloatArray,
+    plain: PerspectiveCertificate,
     limits: Limits,
     stop: StopRule,
     started: float,
 ) -> BlockSolution:
-    """Return the better of the incumbent and the set that a point rounds to, with what the point proves."""
-    split = provable_split(problem, split)
-    residual = problem.linear_term() - (problem.hessian_product(point) - split * point)
-    pool.offer(round_joint(residual / np.sqrt(np.maximum(split, np.finfo(np.float64).tiny)), problem.n_keep))
-    certificate: RelaxationCertificate = PerspectiveCertificate(
-        subject=Subject.of(problem, PROGRAM),
-        point=point,
-        split=split,
-        **asdict(fisher_shape(problem, rank=False)),
-    )
-    certificate = in_clusters(problem, pool, stop, certificate, size=CLUSTER)
+    """Return the best set that is known and what is proved, in clusters where that pays."""
+    certificate: RelaxationCertificate = plain
+    if problem.n <= SPLIT_LARGEST:
+        certificate = in_clusters(problem, pool, stop, plain, size=CLUSTER)
     bound = certificate.lower_bound(problem)
     return pool.solution(
         method=METHOD,

@@ -30,7 +30,7 @@ def rows_block(m: int, n: int, n_prune: int, *, damping: float = 0.1, seed: int 
 def rows_only(monkeypatch):
     monkeypatch.setattr("formulations.relaxations.bounds.DENSE_LARGEST", 0)
     monkeypatch.setattr("formulations.relaxations.bounds.SPLIT_LARGEST", 0)
-    monkeypatch.setattr("formulations.relaxations.cluster_split.SPLIT_LARGEST", 0)
+    monkeypatch.setattr("formulations.relaxations.cluster_split.CLUSTERED_LARGEST", 0)
 
 
 @pytest.mark.parametrize("shape", [(30, 90), (200, 60)])

@@ -49,6 +49,33 @@ def test_each_row_has_the_bound_of_its_own_diagonal_split_or_a_better_one() -> N
         assert verify(problem, found).ok
 
 
+@pytest.mark.parametrize("clusters", [N, 0])
+def test_one_large_block_is_bounded_like_a_row(clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks above `SPLIT_LARGEST` have the bound of their own split too, in clusters and without."""
+    problems = rows(5, seed=2)
+    small = [lower_bound(problem, "joint", relaxation="perspective").bound for problem in problems]
+    weak = [lower_bound(problem, "joint", diagonal_split=False).bound for problem in problems]
+    monkeypatch.setattr("formulations.relaxations.bounds.SPLIT_LARGEST", N - 1)
+    monkeypatch.setattr("formulations.relaxations.cluster_split.CLUSTERED_LARGEST", clusters)
+    gained = 0
+    for problem, dense, damped in zip(problems, small, weak, strict=True):
+        best = enumerate_optimum(problem, "joint").objective
+        found = lower_bound(problem, "joint")
+        assert best is not None
+        assert found.bound is not None
+        assert dense is not None
+        assert damped is not None
+        assert dense - 0.03 * abs(best) <= found.bound <= best
+        assert verify(problem, found).ok
+        plain = lower_bound(problem, "joint", diagonal_split=False).bound
+        assert plain == pytest.approx(damped, rel=1e-6)
+        gained += found.bound > damped + 0.1 * abs(best)
+    assert gained > 2
+    over = lower_bound(problems[0], "joint", limits=Limits(time_limit=0.0))
+    assert over.limit is Limit.TIME
+    assert verify(problems[0], over).ok
+
+
 def test_an_incumbent_is_never_lost_and_helps() -> None:
     problems = rows(4, seed=1)
     best = [enumerate_optimum(problem, "joint") for problem in problems]
