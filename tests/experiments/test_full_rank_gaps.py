@@ -16,6 +16,8 @@ from experiments.benchmarks.full_rank_gaps import (
     patterned,
     proved,
     proved_table,
+    solved,
+    solved_table,
 )
 from tests.experiments.small_llama import WIDTH, small_cache
 
@@ -36,6 +38,15 @@ def test_cells_and_tables_say_what_was_found() -> None:
     assert f"| made | 12 | 0.5 | {100 * found['gap_damping']:.1f} |" in table
     assert "| 8 | 0.5 | 4 of 4 |" in proved_table([{"share": 0.5, **cell}])
     assert len(draw([{"share": 0.5, **cell}]).axes[0].lines) == 2
+    exact = solved(rows, 0.5, 8)
+    assert exact["verified"]
+    assert exact["proved"]
+    assert f"| made | 8 | 0.5 | {exact['nodes']} |" in solved_table(
+        [{"layer": "made", "share": 0.5, **exact}]
+    )
+    assert "| 12.5 |" in solved_table(
+        [{"layer": "made", "share": 0.5, **exact, "proved": False, "gap": 0.125}]
+    )
 
 
 def test_patterns_are_bounded_by_blocks() -> None:
