@@ -21,6 +21,8 @@ TURN = 200.0
 """Work of a turn, in plain nodes as large as the root."""
 REST = 4.0
 """Work of one search, in that of the other, from which it gives way whatever it has closed."""
+LEAST_OPEN = 2.0**-50
+"""Share of a tree that is taken to be open at least, as the sum of what is closed rounds."""
 
 
 @dataclass
@@ -28,14 +30,21 @@ class Runner:
     """A search, and the share of what it has open that it closes in a turn, of late."""
 
     search: Search
-    pace: float = 0.0
+    pace: float | None = None
 
     def run(self, turn: float) -> Limit | None:
         """Search for a turn, or until the tree is closed or a limit comes."""
-        before = 1.0 - self.search.closed
+        before = self.search.closed
         limit = self.search.run(self.search.work + turn)
-        self.pace = 0.5 * (self.pace + (before - (1.0 - self.search.closed)) / before)
+        gain = (self.search.closed - before) / max(1.0 - before, LEAST_OPEN)
+        self.pace = gain if self.pace is None else 0.5 * (self.pace + gain)
         return limit
+
+    def gives_way_to(self, other: Runner) -> bool:
+        """Whether the next turn is of the other one: as fast of late, or long without one."""
+        assert self.pace is not None
+        faster = other.pace is None or other.pace >= self.pace
+        return faster or self.search.work > REST * other.search.work
 
 
 def race(plain: Search, clustered: Callable[[], Search | None]) -> tuple[Search, Limit | None]:
@@ -57,20 +66,23 @@ def race(plain: Search, clustered: Callable[[], Search | None]) -> tuple[Search,
     """
     assert plain.current is not None
     turn = TURN * float(plain.current.status.size) ** 3
-    limit = plain.run(turn)
-    if limit is not None or plain.current is None or plain.met:
-        return plain, limit
+    on_turn = plain
+    ahead = Runner(plain)
     try:
-        other = clustered()
-    except KeyboardInterrupt:
-        return plain, Limit.INTERRUPTED
-    if other is None:
-        return plain, plain.run()
-    behind, ahead = Runner(plain, plain.closed), Runner(other)
-    while True:
-        ahead.search.learn(behind.search)
         limit = ahead.run(turn)
-        if limit is not None or ahead.search.current is None or ahead.search.met:
-            return ahead.search, limit
-        if ahead.pace <= behind.pace or ahead.search.work > REST * behind.search.work:
-            behind, ahead = ahead, behind
+        if limit is not None or plain.current is None or plain.met:
+            return plain, limit
+        other = clustered()
+        if other is None:
+            return plain, plain.run()
+        behind, ahead = ahead, Runner(other)
+        while True:
+            ahead.search.learn(behind.search)
+            on_turn = ahead.search
+            limit = ahead.run(turn)
+            if limit is not None or on_turn.current is None or on_turn.met:
+                return on_turn, limit
+            if ahead.gives_way_to(behind):
+                behind, ahead = ahead, behind
+    except KeyboardInterrupt:
+        return on_turn, Limit.INTERRUPTED
