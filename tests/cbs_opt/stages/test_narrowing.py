@@ -151,7 +151,7 @@ def test_a_surplus_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("samples", "sparsity", "surplus"), [(4_000, 0.9, 4), (4_000, 0.8, 1), (1_000, 0.9, 1)]
+    ("samples", "sparsity", "surplus"), [(4_000, 0.9, 4), (4_000, 0.8, 1), (1_600, 0.95, 4), (1_600, 0.9, 1)]
 )
 def test_best_narrows_where_fine_tuning_is_long_and_little_is_kept(
     samples: int, sparsity: float, surplus: int
@@ -167,6 +167,7 @@ def test_best_narrows_where_fine_tuning_is_long_and_little_is_kept(
     assert stages is not None
     assert stages.fine_tuning is not None
     assert stages.fine_tuning.surplus == surplus
+    assert (stages.fine_tuning.final_samples or 0) >= 500 * (6 if samples == 4_000 else 1.5)
     assert report.n_prune == round(sparsity * report.n)
     assert any("times as many weights" in line for line in report.choices) is (surplus > 1)
     assert steps(report)[-1].sparsity == pytest.approx(sparsity, abs=0.5 / report.n)
