@@ -24,6 +24,9 @@ from formulations.relaxations.perspective import PerspectiveCertificate, round_j
 from formulations.solution import Subject
 from formulations.support import Cells
 
+WIDEST_SPREAD = 1e5
+"""Largest over smallest entry of the diagonal from which the weights are scaled to a diagonal of 1."""
+
 
 def fits_one_hessian(problem: BlockProblem) -> bool:
     """Whether a block has a Hessian matrix and weights to lose, and keeps a count, neither none nor all."""
@@ -53,29 +56,38 @@ def relax_over_hessian(
     """
     first, many, n = problems[0], len(problems), problems[0].n
     assert first.hessian is not None
+    # Inputs of very different sizes would leave the search far from its end; those of most layers would not,
+    # whose own scale serves them a little better.
+    diagonal = first.hessian_diagonal()
+    spread = float(diagonal.max()) > WIDEST_SPREAD * float(diagonal.min())
+    root = np.sqrt(diagonal) if spread else np.ones(n)
+    matrix = first.hessian / np.outer(root, root) if spread else first.hessian
+    if spread:
+        matrix[np.diag_indices(n)] = 1.0
     term = ChannelTerm(
-        moments=(first.hessian,),
+        moments=(matrix,),
         start=np.arange(many + 1) * n,
         moment=np.zeros(many, dtype=np.int64),
         scale=np.ones(many),
         inputs=np.tile(np.arange(n), many),
     )
     block = BlockProblem(
-        weights=np.concatenate([problem.weights for problem in problems]),
+        weights=np.concatenate([problem.weights * root for problem in problems]),
         rows=np.zeros((0, many * n)),
         channels=term,
-        damping=first.damping,
-        gradient=np.concatenate([problem.gradient_or_zero for problem in problems]),
+        damping=0.0 if spread else first.damping,
+        gradient=np.concatenate([problem.gradient_or_zero / root for problem in problems]),
         n_prune=sum(problem.n_prune for problem in problems),
     )
     counts = np.array([problem.n_keep for problem in problems])
     program = JointChannels(block, Cells(term.start, counts))
-    start = np.concatenate([np.zeros(n) if pool.weights is None else pool.weights for pool in pools])
+    start = np.concatenate([np.zeros(n) if pool.weights is None else pool.weights * root for pool in pools])
     values = np.array([pool.objective for pool in pools])
     finite = np.isfinite(values)
     enough = np.where(finite, values - rel_gap * np.abs(np.where(finite, values, 0.0)), values)
     search = search_by_channels(block, program, start, stop, cutoffs=enough)
-    found = zip(problems, pools, search.point.reshape(many, n), search.split.reshape(many, n), strict=True)
+    points, splits = search.point.reshape(many, n) / root, search.split.reshape(many, n) * root**2
+    found = zip(problems, pools, points, splits, strict=True)
     certificates = []
     for problem, pool, point, split in found:
         provable = provable_split(problem, split)

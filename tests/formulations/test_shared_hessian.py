@@ -49,6 +49,29 @@ def test_each_row_has_the_bound_of_its_own_diagonal_split_or_a_better_one() -> N
         assert verify(problem, found).ok
 
 
+def test_inputs_of_very_different_sizes_cost_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows in other units: what is proved does not depend on them."""
+    monkeypatch.setattr("formulations.relaxations.one_hessian.WIDEST_SPREAD", 1e3)
+    rng = np.random.default_rng(3)
+    sizes = np.exp(2.0 * rng.normal(size=N))
+    assert np.ptp(np.log10(sizes**2)) > 4.0
+    for plain in rows(4, seed=4, damping=0.0):
+        assert plain.hessian is not None
+        problem = BlockProblem(
+            weights=plain.weights / sizes,
+            hessian=plain.hessian * np.outer(sizes, sizes),
+            gradient=plain.gradient_or_zero * sizes,
+            n_prune=plain.n_prune,
+        )
+        best = enumerate_optimum(plain, "joint").objective
+        (found,), (scaled,) = lower_bounds([plain]), lower_bounds([problem])
+        assert best is not None
+        assert found.bound is not None
+        assert scaled.bound is not None
+        assert found.bound - 0.01 * abs(best) <= scaled.bound <= best + 1e-6 * abs(best)
+        assert verify(problem, scaled).ok
+
+
 @pytest.mark.parametrize("clusters", [N, 0])
 def test_one_large_block_is_bounded_like_a_row(clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks above `SPLIT_LARGEST` have the bound of their own split too, in clusters and without."""
