@@ -313,9 +313,10 @@ def _division(tier: Tier, scene: Scene, facts: Facts, budget: int | None, choice
         count, gradual = _counted(scene.sparsity, tier.kept, most, scene.pattern)
     a_pass = UNKNOWN if facts.samples is None else facts.samples
     short = tuning < a_pass
-    if scene.stages is None and tuning < SHARP_PASSES * a_pass and not gradual:
-        # What is little is not to be shared with a stage in between.
-        count = 1
+    if scene.stages is None and tuning < SHARP_PASSES * a_pass and (not gradual or _may_narrow(scene)):
+        # What is little is not to be shared with a stage in between, nor where a set can narrow instead:
+        # ResNet20 at .9, four stages with 300 000 samples ended at 88.2, one with 200 000 at 88.9.
+        count, gradual = 1, False
     found = Division(
         row_samples=row_samples / count,
         tuning=tuning,
@@ -480,9 +481,14 @@ def _freed(plan: Stages, named: Named, scene: Scene, facts: Facts) -> Stages:
     a_pass = UNKNOWN if facts.samples is None else facts.samples
     passes = max(NARROWING_PASSES, NARROWING_A_SHARE * (1.0 - scene.sparsity))
     long = (tuning.final_samples or 0) >= passes * a_pass
-    wide = tuning.batch_statistics and long and SURPLUS * (1.0 - scene.sparsity) <= WIDEST
-    surplus = SURPLUS if wide and scene.pattern is None else 1.0
+    surplus = SURPLUS if tuning.batch_statistics and long and _may_narrow(scene) else 1.0
     return replace(plan, fine_tuning=replace(tuning, vectors=named.vectors and free, surplus=surplus))
+
+
+def _may_narrow(scene: Scene) -> bool:
+    """Whether a set may narrow by name while steps are taken, if there are enough of them."""
+    little = SURPLUS * (1.0 - scene.sparsity) <= WIDEST
+    return little and scene.pattern is None and has_statistics(scene.model)
 
 
 def _said(plan: Stages) -> str:
