@@ -245,7 +245,9 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         f"work: {facts.work:.2g} operations a gradient",
     ]
     budget = _budget(named, facts, choices)
-    division = _division(tier, scene, facts, budget, choices)
+    normalized = named.recalibrate and has_statistics(scene.model)
+    narrows = normalized and _may_narrow(scene)
+    division = _division(tier, scene, facts, budget, choices, narrows=narrows)
     count, gradual, staged, tuning = division.count, division.gradual, division.staged, division.tuning
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)
@@ -271,7 +273,6 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         selection_damping=1.0 if staged else None if certify else ONE_SHOT_DAMPING,
         damping=1.0 if staged else BOUND_DAMPING if certify else ONE_SHOT_DAMPING,
     )
-    normalized = named.recalibrate and has_statistics(scene.model)
     plan = stages or (_stages(count, tuning, available, gradual, normalized) if staged else None)
     if gradual and plan is not None:
         plan = replace(plan, update_above=UPDATE_ABOVE)
@@ -299,7 +300,9 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     return _changed(Resolved(recipes=recipes, stages=plan, choices=tuple(choices)), named, scene)
 
 
-def _division(tier: Tier, scene: Scene, facts: Facts, budget: int | None, choices: list[str]) -> Division:
+def _division(
+    tier: Tier, scene: Scene, facts: Facts, budget: int | None, choices: list[str], *, narrows: bool
+) -> Division:
     """Divide the gradients of a run among rows and fine-tuning, and those among stages; tell `choices`."""
     staged = not scene.certify and (tier.tuning_work > 0.0 or scene.stages is not None)
     row_samples, tuning = _samples(tier, facts, budget)
@@ -313,7 +316,7 @@ def _division(tier: Tier, scene: Scene, facts: Facts, budget: int | None, choice
         count, gradual = _counted(scene.sparsity, tier.kept, most, scene.pattern)
     a_pass = UNKNOWN if facts.samples is None else facts.samples
     short = tuning < a_pass
-    if scene.stages is None and tuning < SHARP_PASSES * a_pass and (not gradual or _may_narrow(scene)):
+    if scene.stages is None and tuning < SHARP_PASSES * a_pass and (not gradual or narrows):
         # What is little is not to be shared with a stage in between, nor where a set can narrow instead:
         # ResNet20 at .9, four stages with 300 000 samples ended at 88.2, one with 200 000 at 88.9.
         count, gradual = 1, False
@@ -486,9 +489,8 @@ def _freed(plan: Stages, named: Named, scene: Scene, facts: Facts) -> Stages:
 
 
 def _may_narrow(scene: Scene) -> bool:
-    """Whether a set may narrow by name while steps are taken, if there are enough of them."""
-    little = SURPLUS * (1.0 - scene.sparsity) <= WIDEST
-    return little and scene.pattern is None and has_statistics(scene.model)
+    """Whether so little is kept, of a count, that a set may narrow by name where there are steps enough."""
+    return scene.pattern is None and SURPLUS * (1.0 - scene.sparsity) <= WIDEST
 
 
 def _said(plan: Stages) -> str:

@@ -242,8 +242,11 @@ class Descent:
             self._narrow(used / samples)
             size = min(batch_size, samples - used)
             used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
-            due = self._normalized and self._narrowing is None and len(self._passed) < len(PASSED)
-            if due and used >= PASSED[len(self._passed)] * samples:
+            # While a set narrows what is passed is of another one.
+            settled = 0.0 if self._narrowing is None else NARROWING
+            points = [point for point in PASSED if self._normalized and point > settled]
+            due = len(self._passed) < len(points)
+            if due and used >= points[len(self._passed)] * samples:
                 self._passed.append(self._theta.detach().clone())
         if self.sound:
             # A few long steps may have passed by the last times.
@@ -449,8 +452,9 @@ class FineTuner:
             descent.narrow_by(narrowing)
             after, count = self._run(descent, samples - used, self.span)
             used += count
-            if after < value:
-                value, best, keep = after, descent.weights, descent.keep
+            for reached, loss in ((descent.weights, after), self._passed(descent)):
+                if loss < value:
+                    value, best, keep = loss, reached, descent.keep
             chosen = chosen if descent.sound else chosen.shorter()
         return FineTuned(
             weights=best,

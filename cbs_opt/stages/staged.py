@@ -336,12 +336,12 @@ class StagedRun:
             rows, samples = few.rows, samples - few.samples
         sample, normalized, stretch = self.sample(), self._normalized, 1.0
         narrowing = self._narrowing(stage)
+        most = 1.0 if probe_samples(plan, samples) else MOST_PER_STEP * samples / plan.batch_size
         if normalized and narrowing is not None:
-            stretch = NARROWED
+            stretch = min(NARROWED, most)
         elif normalized and plan.rest:
             harm = self._harm(weights, sample)
             normalized = harm >= FAR
-            most = 1.0 if probe_samples(plan, samples) else MOST_PER_STEP * samples / plan.batch_size
             stretch = min(harm, most) if normalized else NEAR
         # What batch normalisation does by its own statistics is too sensitive to scales and shifts.
         names = self._vectors if normalized or not has_statistics(task.model) else ()
