@@ -316,7 +316,9 @@ def _division(
         count, gradual = _counted(scene.sparsity, tier.kept, most, scene.pattern)
     a_pass = UNKNOWN if facts.samples is None else facts.samples
     short = tuning < a_pass
-    if scene.stages is None and tuning < SHARP_PASSES * a_pass and (not gradual or narrows):
+    whole = tuning if budget is None else max(tuning, budget)
+    few = whole <= SHARP_PASSES * a_pass if gradual else tuning < SHARP_PASSES * a_pass
+    if scene.stages is None and few and (narrows or not gradual):
         # What is little is not to be shared with a stage in between, nor where a set can narrow instead:
         # ResNet20 at .9, four stages with 300 000 samples ended at 88.2, one with 200 000 at 88.9.
         count, gradual = 1, False

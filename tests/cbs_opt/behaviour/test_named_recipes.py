@@ -133,6 +133,19 @@ def test_a_budget_goes_to_fine_tuning_as_without_one() -> None:
     assert bound.recipes[0].update is None
 
 
+@pytest.mark.parametrize(
+    ("samples", "recalibrate", "stages"), [(30_000, True, 1), (30_000, False, 9), (60_000, True, 15)]
+)
+def test_one_stage_in_which_the_set_narrows_takes_the_place_of_several_short_ones(
+    samples: int, recalibrate: bool, stages: int
+) -> None:
+    """Five passes over the data, with batch-norm statistics and without, and ten."""
+    recipe = Named(name="best", samples=samples, recalibrate=recalibrate)
+    found = resolution.resolved(recipe, scene(network(), data(6_000), 0.9))
+    assert found.stages is not None
+    assert found.stages.count == stages
+
+
 def stage_counts(samples: int) -> dict[str, int]:
     counts = {}
     for name in NAMES:

@@ -17,6 +17,7 @@ from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
 from cbs_opt.recipe.records import FineTuning, Stages, Weights
+from cbs_opt.stages import staged
 from cbs_opt.stages.fine_tuning import NARROWING, NARROWINGS, Descent, Narrowing, Rate, Span
 from formulations.errors import ArgumentError
 from tests.cbs_opt.budget.test_counts import partition_of
@@ -45,6 +46,18 @@ def test_counts_are_exact_at_the_end(budget: Any, vectors: bool, count: int) -> 
     assert last.rate_kind == "momentum"
     assert last.accepted
     assert last.sparsity == pytest.approx(0.8, abs=0.5 / report.n)
+
+
+def test_few_steps_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some seventy steps, too few for a rate to be tried."""
+    rates = []
+    for most in (staged.MOST_PER_STEP, 1.0):
+        monkeypatch.setattr(staged, "MOST_PER_STEP", most)
+        recipe = cbs.best(samples=1_600)
+        report = prune(network(), data(500), sparsity=0.95, recipe=recipe, progress=False)
+        assert any("times as many weights" in line for line in report.choices)
+        rates.append(report.stages[-1].rate)
+    assert 0.0 < rates[0] < 0.5 * rates[1]
 
 
 def test_it_narrows_by_the_cubic_and_then_stays() -> None:
