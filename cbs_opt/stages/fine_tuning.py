@@ -243,9 +243,9 @@ class Descent:
             size = min(batch_size, samples - used)
             used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
             # While a set narrows what is passed is of another one.
-            settled = 0.0 if self._narrowing is None else NARROWING
-            points = [point for point in PASSED if self._normalized and point > settled]
-            due = len(self._passed) < len(points)
+            settled = self._narrowing is None or self._sparsity >= self._narrowing.end
+            points = PASSED if self._narrowing is None else PASSED[1:]
+            due = self._normalized and settled and len(self._passed) < len(points)
             if due and used >= points[len(self._passed)] * samples:
                 self._passed.append(self._theta.detach().clone())
         if self.sound:

@@ -95,8 +95,9 @@ def lower_bound(
         "perspective" (joint), "capped_simplex" (selection) or, for comparison on small selection
         blocks, the linear programs "mccormick" and "rlt". Where n of every m weights are kept, also
         "block_perspective" (joint), whose split has a block for every cell and begins at the diagonal one.
-        Where a count of at most 1024 weights is kept and ``H`` has full rank, also "cluster_perspective"
-        (joint), whose split has a block for every four correlated weights, or eight up to 333 weights.
+        Where a count of at most 600 weights is kept, or of 1024 with a Hessian matrix, and ``H`` has full
+        rank, also "cluster_perspective" (joint), whose split has a block for every four correlated weights,
+        or eight up to 333 weights.
         Default: the first that fits, or the tighter of two: of the blocks on cells up to 600 weights, of the
         clusters where ``H`` is given or has channels and the diagonal split leaves more than 2 % open.
 
@@ -194,7 +195,8 @@ def _check_relaxation(problem: BlockProblem, program: str, relaxation: str | Non
     if relaxation == IN_CLUSTERS and not takes_clusters(problem):
         asked = "a count" if problem.support is None else f"{problem.support}"
         found = f"{relaxation!r} for {asked} of {problem.n} weights"
-        limits = f"a count of 2 to {CLUSTERED_LARGEST} weights, and as many rows or more"
+        largest = CLUSTERED_LARGEST if problem.hessian is not None else SPLIT_LARGEST
+        limits = f"a count of 2 to {largest} weights, and as many rows or more"
         remedy = f"use {own!r}: this one takes {limits}"
         raise UnsupportedProblemError("relaxation", found, remedy)
 

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.linalg import LinAlgError
 
 from formulations.dense_forms import UNDERFLOW, DenseForm, error_factor, joint_form
-from formulations.problem import BlockProblem, BoolArray, FloatArray, IntArray, frozen_array
+from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, FloatArray, IntArray, frozen_array
 from formulations.relaxations.block_split import set_hulls
 from formulations.relaxations.certificate import Fixing, Linearisation, RelaxationCertificate
 from formulations.relaxations.certified import (
@@ -247,7 +247,9 @@ def held_above(above: FloatArray, n_keep: int, caution: float) -> tuple[float, f
 def takes_clusters(problem: BlockProblem) -> bool:
     """Whether a block keeps a count of weights, has full rank and is small enough for a dense split."""
     full = problem.rows is None or problem.channels is not None or len(problem.rows) >= problem.n
-    return problem.support is None and full and 1 < problem.n <= CLUSTERED_LARGEST
+    # Of rows and channels above that no Hessian is formed.
+    largest = CLUSTERED_LARGEST if problem.hessian is not None else min(SPLIT_LARGEST, CLUSTERED_LARGEST)
+    return problem.support is None and full and 1 < problem.n <= largest
 
 
 def worth_clusters(bound: float, objective: float) -> bool:
