@@ -244,9 +244,8 @@ class Descent:
             used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
             # While a set narrows what is passed is of another one.
             settled = self._narrowing is None or self._sparsity >= self._narrowing.end
-            points = PASSED if self._narrowing is None else PASSED[1:]
-            due = self._normalized and settled and len(self._passed) < len(points)
-            if due and used >= points[len(self._passed)] * samples:
+            due = self._normalized and settled and len(self._passed) < len(PASSED)
+            if due and used >= PASSED[len(self._passed)] * samples:
                 self._passed.append(self._theta.detach().clone())
         if self.sound:
             # A few long steps may have passed by the last times.
