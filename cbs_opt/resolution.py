@@ -167,6 +167,12 @@ BLIND_RATE = 0.35
 """Learning rate over the largest curvature, where the network is far from rest and no rate can be tried."""
 FAR_RATE = 5.0
 """The same where batch normalisation goes by batches: times how far from rest the network is."""
+LEARNT = 0.05
+"""Loss on the training data, over that without any weight, up to which a network has learnt their labels."""
+MATCHED_RATE = 2.0
+"""`FAR_RATE` where outputs are matched: the curvature of their distance stays."""
+MATCHED_BLIND_RATE = 0.2
+"""`BLIND_RATE` where outputs are matched."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""
 
@@ -201,7 +207,8 @@ class Division:
 
     `row_samples`: those of the rows of one stage, `most_per_row` how many a row sums up at most. `tuning`:
     those of all fine-tuning. `count`: stages, `gradual` if they take few weights each. `staged`: whether
-    there are stages at all, if only one, and not rows, a set and an update once.
+    there are stages at all, if only one, and not rows, a set and an update once. `matching`: whether
+    fine-tuning goes by outputs in place of labels.
     """
 
     row_samples: float
@@ -210,6 +217,7 @@ class Division:
     gradual: bool
     staged: bool
     most_per_row: int
+    matching: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -273,7 +281,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
         selection_damping=1.0 if staged else None if certify else ONE_SHOT_DAMPING,
         damping=1.0 if staged else BOUND_DAMPING if certify else ONE_SHOT_DAMPING,
     )
-    plan = stages or (_stages(count, tuning, available, gradual, normalized) if staged else None)
+    plan = stages or (_stages(division, tuning, available, normalized) if staged else None)
     if gradual and plan is not None:
         plan = replace(plan, update_above=UPDATE_ABOVE)
     if stages is None and plan is not None:
@@ -330,7 +338,11 @@ def _division(
         staged=staged,
         most_per_row=tier.most_per_row,
     )
-    if not staged or scene.stages is not None or gradual or not short or (harm := _harm(scene)) > LITTLE:
+    if not staged or scene.stages is not None or gradual:
+        return found
+    if _learnt(scene):
+        return replace(found, matching=True)
+    if not short or (harm := _harm(scene)) > LITTLE:
         return found
     # Less than a pass over the data repairs damage, if there is some.
     choices.append(
@@ -379,6 +391,25 @@ def _harm(scene: Scene) -> float:
     )
     share = (pruned - dense) / (none - dense) if none > dense else math.inf
     return math.inf if math.isnan(share) else share
+
+
+def _learnt(scene: Scene) -> bool:
+    """Whether a network has learnt the labels of its data, so that its outputs say more than they do.
+
+    Of losses that count every sample alike, by outputs that are a tensor, in a form that is known.
+    """
+    model, partition, objective = scene.model, scene.partition, scene.objective
+    if objective.output_hessian is None:
+        return False
+    weights = partition.flatten(model).double()
+    sample = draw_sample(model, scene.data, PROBED, seed=0)
+    if any(objective.weights(batch, partial(forward, model)) is not None for batch in sample):
+        return False
+    dense, none = (
+        evaluate(TrialNetwork(model, partition, tried), sample, objective).loss
+        for tried in (weights, 0.0 * weights)
+    )
+    return dense <= LEARNT * none
 
 
 def _facts(scene: Scene, *, timed: bool) -> Facts:
@@ -454,8 +485,9 @@ def _drops(sparsity: float, stages: int, share: float) -> int:
     return max(1, math.ceil(math.log1p(-sparsity) / stages / math.log(share) - 1e-9))
 
 
-def _stages(count: int, tuning: float, available: float, gradual: bool, batch_statistics: bool) -> Stages:
-    """Return `count` stages with so many samples of fine-tuning, by `batch_statistics` after a single one."""
+def _stages(division: Division, tuning: float, available: float, batch_statistics: bool) -> Stages:
+    """Return stages with so many samples of fine-tuning, by `batch_statistics` after a single one."""
+    count, gradual, matching = division.count, division.gradual, division.matching
     share = 1.0 if count == 1 else FINAL_SHARE if gradual else SHARP_FINAL_SHARE
     each = int(tuning if count == 1 else (1.0 - share) * tuning / (count - 1))
     final = int(share * tuning)
@@ -469,11 +501,12 @@ def _stages(count: int, tuning: float, available: float, gradual: bool, batch_st
         batch_size=size,
         rest=not gradual,
         batch_statistics=batch_statistics and count == 1,
+        matching=matching,
     )
     if record.batch_statistics:
-        record = replace(record, momentum_rates=(FAR_RATE,))
+        record = replace(record, momentum_rates=(MATCHED_RATE if matching else FAR_RATE,))
     elif record.rest and not probe_samples(record, final):
-        record = replace(record, momentum_rates=(BLIND_RATE,))
+        record = replace(record, momentum_rates=(MATCHED_BLIND_RATE if matching else BLIND_RATE,))
     return Stages(count=count, updates=1, final_updates=0, fine_tuning=record if enough else None)
 
 
@@ -502,6 +535,7 @@ def _said(plan: Stages) -> str:
     record = plan.fine_tuning
     between = f"{record.samples} after each and " if plan.count > 1 else ""
     found = f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
+    found += " to the outputs before pruning, whose labels it has learnt" if record.matching else ""
     found += ", biases and norms with the weights" if record.vectors else ""
     if record.surplus > 1.0:
         found += f", from {record.surplus:g} times as many weights on"

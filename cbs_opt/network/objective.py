@@ -142,6 +142,23 @@ class Objective:
         """Return `loss_fn` as an objective; one that is settled stays so."""
         return loss_fn if isinstance(loss_fn, Objective) else cls(loss_fn)
 
+    @classmethod
+    def matching(cls, run: Run) -> Objective:
+        """Return half the squared distance of outputs from those of `run`; labels are of no consequence.
+
+        Its Hessian in the outputs is the identity. `run` is called once for every batch that is prepared.
+        """
+        objective = cls(_half_squared_distance)
+
+        def wanted(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                outputs = logits_of(objective.output(run, batch))
+            assert outputs is not None
+            return outputs.detach()
+
+        objective._labels_of = wanted
+        return objective
+
     @property
     def in_batches(self) -> bool:
         """Whether only whole batches, as the caller cut them, have a loss."""
@@ -695,6 +712,12 @@ def _next_token_loss(output: Any, labels: Tensor) -> Tensor:
     logits = logits_of(output)
     assert logits is not None
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _half_squared_distance(output: Any, wanted: Tensor) -> Tensor:
+    found = logits_of(output)
+    assert found is not None
+    return 0.5 * (found - wanted).square().sum() / len(found)
 
 
 def _squared_loss(output: Any, labels: Tensor) -> Tensor:

@@ -299,6 +299,12 @@ class FineTuning:
         smallest squares times the root mean squares of their gradients first. The result is then taken
         whatever its loss, as it alone is as sparse as asked for. One rate, not of `newton_dampings`; of no
         consequence for n of m.
+    matching : bool, default False
+        Whether steps go down half the squared distance of outputs from those of the network before pruning,
+        in place of the loss: for networks that have learnt the labels of their training data by heart, so
+        that these say nothing that is not in the outputs, and less. What is taken is decided by that
+        distance too, on samples set aside. Not beside `newton_dampings`; the loss has to be one of
+        single samples, by outputs that are a tensor.
     """
 
     samples: int
@@ -312,18 +318,22 @@ class FineTuning:
     batch_statistics: bool = False
     vectors: bool = False
     surplus: float = 1.0
+    matching: bool = False
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."
         check_fields(self, prefix, whole_number, "samples", "final_samples", "batch_size")
         check_fields(self, prefix, finite_number, "decay")
-        check_fields(self, prefix, flag, "rest", "batch_statistics", "vectors")
+        check_fields(self, prefix, flag, "rest", "batch_statistics", "vectors", "matching")
         check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
         if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
             raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")
         if self.vectors and self.newton_dampings:
             found = "True beside newton_dampings, which know the curvature of weights alone"
             raise ArgumentError(f"{prefix}vectors", found, "leave one of them out")
+        if self.matching and self.newton_dampings:
+            found = "True beside newton_dampings, which know the curvature of the loss alone"
+            raise ArgumentError(f"{prefix}matching", found, "leave one of them out")
         check_fields(self, prefix, finite_number, "surplus")
         if self.surplus < 1.0:
             found = f"{self.surplus:g}"

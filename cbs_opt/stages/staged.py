@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from cbs_opt.curvature.kinds import Fisher, SketchedFisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.batchnorm import has_statistics
+from cbs_opt.network.data import forward
 from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.eligible import trainable_vectors
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
 from cbs_opt.recalibration import fitting, settled_loss
@@ -50,8 +53,12 @@ FAR = 0.15
 """Share of the way to no weights from which on a network is so far from rest that long steps pay."""
 NEAR = 0.07
 """What the rate is times where it is nearer, and keeps its statistics."""
+MATCHED_NEAR = 0.1
+"""The same where outputs are matched."""
 MOST_PER_STEP = 0.001
 """What it is times at most, for every step, where steps are too few for a rate to be tried."""
+MATCHED_PER_STEP = 0.012
+"""The same where outputs are matched, whose curvature does not change with what they are."""
 NARROWED = 0.6
 """What the rate is times where the set narrows meanwhile: as far from rest as it will be on the way."""
 FEWEST_PER_CURVATURE = 8
@@ -328,33 +335,31 @@ class StagedRun:
         assert plan is not None
         assert self._drawing is not None
         began = time.perf_counter()
+        aim = self._aim()
         shares = plan.shares(len(self.sparsities))
         samples, rows = shares[stage], None
         anew = plan.rest and (self._normalized or not probe_samples(plan, samples))
-        if anew and samples >= FEWEST_PER_CURVATURE * CURVATURE[0]:
-            few = self._rows_at(weights, model.keep)
+        if plan.matching or (anew and samples >= FEWEST_PER_CURVATURE * CURVATURE[0]):
+            few = self._rows_at(weights, model.keep, aim, samples // FEWEST_PER_CURVATURE)
             rows, samples = few.rows, samples - few.samples
         sample, normalized, stretch = self.sample(), self._normalized, 1.0
         narrowing = self._narrowing(stage)
-        most = 1.0 if probe_samples(plan, samples) else MOST_PER_STEP * samples / plan.batch_size
+        most_per_step = MATCHED_PER_STEP if plan.matching else MOST_PER_STEP
+        most = 1.0 if probe_samples(plan, samples) else most_per_step * samples / plan.batch_size
         if normalized and narrowing is not None:
             stretch = min(NARROWED, most)
         elif normalized and plan.rest:
             harm = self._harm(weights, sample)
             normalized = harm >= FAR
-            stretch = min(harm, most) if normalized else NEAR
+            near = MATCHED_NEAR if plan.matching else NEAR
+            stretch = min(1.0 if plan.matching else harm, most) if normalized else near
         # What batch normalisation does by its own statistics is too sensitive to scales and shifts.
         names = self._vectors if normalized or not has_statistics(task.model) else ()
-        wide = replace(task, partition=task.partition.widened(task.model, names))
+        wide = replace(task, partition=task.partition.widened(task.model, names), loss_fn=aim)
         flat = wide.partition.flatten(task.model).double()
         beside = len(flat) - len(weights)
         flat[: len(weights)] = weights
         free = torch.ones(beside, dtype=torch.bool, device=weights.device)
-
-        def measured(flat: Tensor) -> float:
-            if normalized:
-                return settled_loss(wide, flat, sample)
-            return evaluate(wide.trial(flat), sample, task.loss_fn).loss
 
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         with (
@@ -364,15 +369,15 @@ class StagedRun:
             tuner = FineTuner(
                 model=task.model,
                 partition=wide.partition,
-                objective=task.loss_fn,
+                objective=aim,
                 plan=plan,
                 keep=torch.cat([model.keep, free]),
                 batches=self._drawing.batches(
-                    task.loss_fn, size=plan.batch_size, device=weights.device, begin=self.passes.seed
+                    aim, size=plan.batch_size, device=weights.device, begin=self.passes.seed
                 ),
                 stage=model,
                 rows=model.rows if rows is None else rows,
-                loss=measured,
+                loss=partial(self._measured, wide, sample=sample, normalized=normalized),
                 advance=advance,
                 stretch=stretch,
                 span=WHOLE if plan.rest else span,
@@ -386,13 +391,19 @@ class StagedRun:
         self.passes.samples += tuned.samples
         keep = tuned.keep[: len(weights)]
         kept = int(keep.sum())
+        before, after = tuned.loss_before, tuned.loss
+        if plan.matching:
+            # The report tells the loss.
+            own = replace(wide, loss_fn=task.loss_fn)
+            before = self._measured(own, flat, sample, normalized)
+            after = self._measured(own, tuned.weights, sample, normalized)
         record = StageRecord(
             stage=stage,
             update=update,
             sparsity=1.0 - kept / task.partition.n,
             n_prune=task.partition.n - kept,
-            loss_before=tuned.loss_before,
-            loss=tuned.loss,
+            loss_before=before,
+            loss=after,
             damping=0.0,
             update_scale=0.0,
             accepted=tuned.moved,
@@ -408,6 +419,20 @@ class StagedRun:
         vectors = {name: moved[name].clone() for name in names if tuned.moved}
         return tuned.weights[: len(weights)].clone(), keep, vectors, tuned.next_rate, record
 
+    def _aim(self) -> Objective:
+        """Return what steps go down: the loss, or the distance from the outputs before pruning."""
+        assert self.plan.fine_tuning is not None
+        if not self.plan.fine_tuning.matching:
+            return self.task.loss_fn
+        return Objective.matching(partial(forward, self._before.trial(self._before.weights)))
+
+    @staticmethod
+    def _measured(task: Task, flat: Tensor, sample: Sample, normalized: bool) -> float:
+        """Return the loss of a task at flat weights, where `normalized` with statistics of their own."""
+        if normalized:
+            return settled_loss(task, flat, sample)
+        return evaluate(task.trial(flat), sample, task.loss_fn).loss
+
     def _harm(self, weights: Tensor, sample: Sample) -> float:
         """Return where the loss is between that with none pruned and that with none left, in [0, 1]."""
         task = self._before
@@ -416,18 +441,23 @@ class StagedRun:
         share = (self._loss_at(weights, sample) - dense) / (none - dense) if none > dense else 1.0
         return min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0
 
-    def _rows_at(self, weights: Tensor, keep: Tensor) -> Rows:
-        """Return a few rows at `weights` of those kept, (m, n_kept), for the largest curvature there."""
+    def _rows_at(self, weights: Tensor, keep: Tensor, aim: Objective, most: int) -> Rows:
+        """Return a few rows at `weights` of those kept, (m, n_kept), for the largest curvature there.
+
+        Of what steps go down, and of at most `most` samples, if that is enough for two rows.
+        """
         kind, (samples, per_row) = self.task.recipe.curvature, CURVATURE
+        samples = min(samples, max(2 * per_row, most - most % per_row))
         assert isinstance(kind, Fisher)
-        few = (
-            replace(kind, samples=samples, per_row=per_row)
-            if isinstance(kind, SketchedFisher)
-            else replace(kind, samples=samples // per_row)
-        )
-        step, seed = f"{self._name}_rate", self.passes.seed()
+        if aim is not self.task.loss_fn:
+            few: Fisher = SketchedFisher(samples=samples, per_row=per_row)
+        elif isinstance(kind, SketchedFisher):
+            few = replace(kind, samples=samples, per_row=per_row)
+        else:
+            few = replace(kind, samples=samples // per_row)
+        step, seed, task = f"{self._name}_rate", self.passes.seed(), replace(self.task, loss_fn=aim)
         rows = sampled_rows(
-            self.task, seed=seed, step=step, curvature=few, weights=weights, keep=keep, gradient=False
+            task, seed=seed, step=step, curvature=few, weights=weights, keep=keep, gradient=False
         )
         self.passes.samples += rows.samples
         return rows

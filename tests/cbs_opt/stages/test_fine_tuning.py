@@ -152,8 +152,18 @@ def test_a_loss_that_falls_as_weights_explode_takes_none_that_did() -> None:
         FineTuning(samples=200, batch_size=16, batch_statistics=True),
         FineTuning(samples=800, batch_size=16, rest=True, batch_statistics=True, vectors=True),
         FineTuning(samples=800, batch_size=16, rest=True, batch_statistics=True, surplus=2.0),
+        FineTuning(samples=800, batch_size=16, rest=True, batch_statistics=True, matching=True),
     ],
-    ids=["one rate", "by curvature", "by probes", "by the way to go", "in batches", "vectors", "narrowing"],
+    ids=[
+        "one rate",
+        "by curvature",
+        "by probes",
+        "by the way to go",
+        "in batches",
+        "vectors",
+        "narrowing",
+        "matching",
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(plan: FineTuning, tmp_path: Any) -> None:
     whole, resumed = network(), network()

@@ -1,0 +1,143 @@
+"""Fine-tuning that goes by the outputs before pruning in place of labels."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import cbs_opt as cbs
+from cbs_opt.network.data import Batch, forward
+from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.objective import Objective
+from cbs_opt.pruning import prune
+from cbs_opt.recipe.records import FineTuning
+from formulations.errors import ArgumentError
+from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
+from tests.cbs_opt.stages.test_fine_tuning import RECIPE, SETTLING, steps, tuned
+
+PLAN = FineTuning(samples=1_600, batch_size=16, rest=True, momentum_rates=(0.2,), matching=True)
+
+
+def distance(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return 0.5 * float((model(x) - dense(x)).double().square().sum()) / len(x)
+
+
+def learnt(classes: int = 3) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Return a network and data whose labels it predicts, and is sure of."""
+    model = network()
+    with torch.no_grad():
+        model.get_submodule("3").weight.mul_(40.0)  # type: ignore[operator]
+        x, _ = data(600)
+        return model, (x, model(x).argmax(1).clamp(max=classes - 1))
+
+
+def test_the_distance_is_that_of_outputs_whatever_the_labels() -> None:
+    model, dense = network(1), network(0)
+    x, y = data(40)
+    aim = Objective.matching(partial(forward, dense))
+    found = evaluate(model, (x, y), aim)
+    assert found.loss == pytest.approx(distance(model, dense, x), rel=1e-6)
+    assert found.accuracy is None
+    other = evaluate(model, (x, y.flip(0)), Objective.matching(partial(forward, dense)))
+    assert other.loss == found.loss
+    assert aim.output_hessian == "squared"
+    assert evaluate(dense, (x, y), aim).loss == 0.0
+
+
+def test_its_gradient_is_that_of_the_distance() -> None:
+    model, dense = network(1).double(), network(0).double()
+    x, y = data(8, torch.float64)
+    aim = Objective.matching(partial(forward, dense))
+    batch = Batch(inputs=x, labels=y)
+    aim.settle(model, partial(forward, model), batch)
+    loss = aim.loss(model(x), aim.prepared(batch))
+    parameters = list(model.parameters())
+    expected = 0.5 * (model(x) - dense(x).detach()).square().sum() / 8
+    for one, other in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
+    assert all(parameter.grad is None for parameter in dense.parameters())
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("surplus", [1.0, 2.0])
+def test_outputs_come_closer_to_those_before(normalized: bool, surplus: float) -> None:
+    dense, found = network(), []
+    for plan in (replace(PLAN, batch_statistics=normalized, surplus=surplus), None):
+        model = network()
+        recipe = SETTLING if normalized else RECIPE
+        report = tuned(model, plan, count=1, recipe=recipe, train=data(400))
+        assert report.n_prune == round(0.6 * report.n)
+        found.append(distance(model, dense, data(400)[0]))
+        if plan is not None:
+            (record,) = steps(report)
+            assert record.accepted
+            assert record.samples > 1_600
+            # The report tells the loss that was asked for.
+            assert record.loss == pytest.approx(report.train_after.loss, rel=0.3)  # type: ignore[union-attr]
+    assert found[0] < 0.8 * found[1]
+
+
+def test_the_network_itself_is_not_touched_meanwhile() -> None:
+    model = network()
+    before = snapshot(model)
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    stages = cbs.Stages(count=1, updates=1, final_updates=0, fine_tuning=PLAN, on_stage=stop)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, PLAN, stages=stages)
+    assert_untouched(model, before)
+
+
+def test_data_of_another_precision_are_converted() -> None:
+    x, y = data(200)
+    models = [network(), network()]
+    for model, inputs in zip(models, (x, x.double()), strict=True):
+        tuned(model, PLAN, count=1, train=(inputs, y))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_beside_steps_that_know_the_curvature_of_the_loss_it_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"stages\.fine_tuning\.matching"):
+        FineTuning(samples=10, momentum_rates=(), newton_dampings=(0.1,), matching=True)
+
+
+@pytest.mark.parametrize("name", ["balanced", "best"])
+def test_a_recipe_by_name_matches_where_labels_are_learnt(name: str) -> None:
+    model, train = learnt()
+    recipe = cbs.recipe.named.Named(name=name, samples=2_000)
+    report = prune(copy.deepcopy(model), train, sparsity=0.8, recipe=recipe, progress=False)
+    assert report.request.stages is not None
+    assert report.request.stages.fine_tuning is not None
+    assert report.request.stages.fine_tuning.matching
+    assert any("outputs before pruning" in line for line in report.choices)
+
+
+def test_a_recipe_by_name_goes_by_labels_where_there_is_something_to_learn() -> None:
+    model, (x, y) = learnt()
+    wrong = y.roll(1)
+    weighted = partial(cross_entropy, weight=torch.tensor([1.0, 2.0, 5.0]))
+    for train, loss_fn in (((x, wrong), None), ((x, y), weighted)):
+        report = prune(
+            copy.deepcopy(model),
+            train,
+            sparsity=0.8,
+            loss_fn=loss_fn,
+            recipe=cbs.best(samples=2_000),
+            progress=False,
+        )
+        assert report.request.stages is not None
+        assert report.request.stages.fine_tuning is not None
+        assert not report.request.stages.fine_tuning.matching
