@@ -403,7 +403,8 @@ def _learnt(scene: Scene) -> bool:
         return False
     weights = partition.flatten(model).double()
     sample = draw_sample(model, scene.data, PROBED, seed=0)
-    if any(objective.weights(batch, partial(forward, model)) is not None for batch in sample):
+    run = partial(forward, model)
+    if any(objective.weights(objective.prepared(batch), run) is not None for batch in sample):
         return False
     dense, none = (
         evaluate(TrialNetwork(model, partition, tried), sample, objective).loss
