@@ -410,7 +410,7 @@ def _learnt(scene: Scene) -> bool:
         evaluate(TrialNetwork(model, partition, tried), sample, objective).loss
         for tried in (weights, 0.0 * weights)
     )
-    return dense <= LEARNT * none
+    return math.isfinite(none) and dense <= LEARNT * none
 
 
 def _facts(scene: Scene, *, timed: bool) -> Facts:
@@ -536,7 +536,7 @@ def _said(plan: Stages) -> str:
     record = plan.fine_tuning
     between = f"{record.samples} after each and " if plan.count > 1 else ""
     found = f"{stages}, fine-tuned on {between}{record.final_samples} samples at the end"
-    found += " to the outputs before pruning, whose labels it has learnt" if record.matching else ""
+    found += ", by its outputs before pruning, as it has learnt the labels" if record.matching else ""
     found += ", biases and norms with the weights" if record.vectors else ""
     if record.surplus > 1.0:
         found += f", from {record.surplus:g} times as many weights on"

@@ -147,14 +147,20 @@ class Objective:
         """Return half the squared distance of outputs from those of `run`; labels are of no consequence.
 
         Its Hessian in the outputs is the identity. `run` is called once for every batch that is prepared.
+        A batch raises `ForwardError` for what `run` raises, and `ArgumentError` if it returns no tensor of
+        numbers.
         """
         objective = cls(_half_squared_distance)
 
         def wanted(batch: Batch) -> Tensor:
             with torch.no_grad():
-                outputs = logits_of(objective.output(run, batch))
-            assert outputs is not None
-            return outputs.detach()
+                output = objective.output(run, batch)
+            rows = logits_of(output)
+            if rows is None or not rows.is_floating_point():
+                found = f"True, and the network returns {structure(output)}"
+                remedy = "leave it out, or let the network return its outputs as a tensor of numbers"
+                raise ArgumentError("stages.fine_tuning.matching", found, remedy)
+            return rows.detach()
 
         objective._labels_of = wanted
         return objective

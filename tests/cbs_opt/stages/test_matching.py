@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import cbs_opt as cbs
+from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import Objective
@@ -112,6 +113,31 @@ def test_data_of_another_precision_are_converted() -> None:
 def test_beside_steps_that_know_the_curvature_of_the_loss_it_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"stages\.fine_tuning\.matching"):
         FineTuning(samples=10, momentum_rates=(), newton_dampings=(0.1,), matching=True)
+
+
+class Summed(nn.Module):
+    """Returns its outputs where no tensor is looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.inner(x)}
+
+
+def test_outputs_that_are_not_found_are_an_error_by_name() -> None:
+    model = Summed().eval()
+    before = snapshot(model)
+    with pytest.raises(ArgumentError, match=r"stages\.fine_tuning\.matching"):
+        tuned(
+            model,
+            PLAN,
+            count=1,
+            loss_fn=lambda output, y: cross_entropy(output["scores"], y),
+            recipe=replace(RECIPE, curvature=EmpiricalFisher(samples=40)),
+        )
+    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("name", ["balanced", "best"])
