@@ -171,6 +171,8 @@ LEARNT = 0.05
 """Loss on the training data, over that without any weight, up to which a network has learnt their labels."""
 MATCHED_RATE = 2.0
 """`FAR_RATE` where outputs are matched: the curvature of their distance stays."""
+MATCHED_WORK = (BACKWARD + 1) / BACKWARD
+"""Operations of a step where outputs are matched over those of its gradient."""
 MATCHED_BLIND_RATE = 0.2
 """`BLIND_RATE` where outputs are matched."""
 STEPS = 100
@@ -256,15 +258,14 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     normalized = named.recalibrate and has_statistics(scene.model)
     narrows = normalized and _may_narrow(scene)
     division = _division(tier, scene, facts, budget, choices, narrows=narrows)
-    count, gradual, staged, tuning = division.count, division.gradual, division.staged, division.tuning
+    count, gradual, staged = division.count, division.gradual, division.staged
     fits = int(0.5 * scene.free / (COPIES * 4 * partition.n))
     drops = _drops(sparsity, count, tier.drop)
     most_rows = max(tier.rows, int(math.sqrt(tier.selection_work / (partition.n * drops))))
     most_rows, most_per_row = GRADUAL_ROWS if gradual else (most_rows, division.most_per_row)
     samples = int(max(1, min(division.row_samples, available, most_rows * most_per_row)))
     rows = max(1, min(most_rows, samples, max(1, fits)))
-    if budget is not None and staged:
-        tuning = max(tuning, budget - samples * count)
+    tuning = _tuning(named, division, budget, samples)
     if samples < FEWEST_SAMPLES and samples == available:
         choices.append(f"all {samples} samples are differentiated, as there are no more")
     compared = int(min(max(COMPARED[0], tier.compared_work * BACKWARD / facts.work), COMPARED[1]))
@@ -341,7 +342,9 @@ def _division(
     if not staged or scene.stages is not None or gradual:
         return found
     if _learnt(scene):
-        return replace(found, matching=True)
+        # Each sample then takes a forward pass of the network before pruning as well.
+        least = min(tuning, FEWEST_SAMPLES)
+        return replace(found, matching=True, tuning=max(least, tuning / MATCHED_WORK))
     if not short or (harm := _harm(scene)) > LITTLE:
         return found
     # Less than a pass over the data repairs damage, if there is some.
@@ -377,6 +380,16 @@ def _samples(tier: Tier, facts: Facts, budget: int | None) -> tuple[float, float
     tuning = min(max(FEWEST_SAMPLES, tier.tuning_work / (facts.work + OVERHEAD)), tier.passes * a_pass)
     share = 1.0 if budget is None else budget / (rows + tuning)
     return rows * share, tuning * share
+
+
+def _tuning(named: Named, division: Division, budget: int | None, samples: int) -> float:
+    """Return the samples of all fine-tuning: at least what a budget leaves beside `samples` for rows."""
+    if budget is None or not division.staged:
+        return division.tuning
+    left = float(budget - samples * division.count)
+    if named.seconds is not None and division.matching:
+        left /= MATCHED_WORK
+    return max(division.tuning, left)
 
 
 def _harm(scene: Scene) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import cbs_opt as cbs
+from cbs_opt import resolution
 from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.evaluation import evaluate
@@ -167,3 +168,21 @@ def test_a_recipe_by_name_goes_by_labels_where_there_is_something_to_learn() -> 
         assert report.request.stages is not None
         assert report.request.stages.fine_tuning is not None
         assert not report.request.stages.fine_tuning.matching
+
+
+def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of the fine-tuning by name are fewer, those of a budget of samples are not."""
+    model, train = learnt()
+    found: dict[str, list[int]] = {}
+    for share in (resolution.LEARNT, 0.0):
+        monkeypatch.setattr(resolution, "LEARNT", share)
+        for recipe in (cbs.balanced(), cbs.best(samples=3_000)):
+            report = prune(copy.deepcopy(model), train, sparsity=0.97, recipe=recipe, progress=False)
+            assert report.request.stages is not None
+            tuning = report.request.stages.fine_tuning
+            assert tuning is not None
+            assert tuning.matching is (share > 0.0)
+            found.setdefault(str(recipe.samples), []).append(tuning.final_samples or 0)
+    matched, labels = found["None"]
+    assert matched == pytest.approx(0.75 * labels, abs=1.0)
+    assert found["3000"][0] == found["3000"][1]
