@@ -341,9 +341,11 @@ def _division(
     )
     if not staged or scene.stages is not None or gradual:
         return found
-    if _learnt(scene):
-        # Each sample then takes a forward pass of the network before pruning as well.
-        least = min(tuning, FEWEST_SAMPLES)
+    left = tuning if budget is None else max(tuning, budget - min(row_samples, a_pass))
+    if left >= LEAST_STEPS * BATCHES[0] and _learnt(scene):
+        # Each sample then takes a forward pass of the network before pruning as well. Few steps stay as many:
+        # ResNet20 at .9 ends at 81.9 % with 57 of them, at 84.5 with 77.
+        least = min(tuning, STEPS * BATCHES[1])
         return replace(found, matching=True, tuning=max(least, tuning / MATCHED_WORK))
     if not short or (harm := _harm(scene)) > LITTLE:
         return found

@@ -186,3 +186,11 @@ def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.M
     matched, labels = found["None"]
     assert matched == pytest.approx(0.75 * labels, abs=1.0)
     assert found["3000"][0] == found["3000"][1]
+
+
+def test_where_there_are_no_steps_rows_take_their_place() -> None:
+    """A budget that rows use up, of a network that loses little."""
+    model, train = learnt()
+    report = prune(model, train, sparsity=0.02, recipe=cbs.best(samples=100), progress=False)
+    assert report.request.stages is None
+    assert any("rows take the place" in line for line in report.choices)
