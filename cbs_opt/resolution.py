@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cbs_opt.curvature.fisher import add_gradient
 from cbs_opt.curvature.gradients import NetworkFunction, require_evaluation_mode
@@ -29,7 +29,7 @@ from cbs_opt.network.operations import OperationCounter
 from cbs_opt.network.partition import Partition
 from cbs_opt.network.state import kept
 from cbs_opt.network.trial import TrialNetwork, plain_attention
-from cbs_opt.oneshot import draw_sample
+from cbs_opt.oneshot import Sample, draw_sample
 from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages, Update
 from cbs_opt.recipe.select import GreedyOBS
@@ -396,14 +396,9 @@ def _tuning(named: Named, division: Division, budget: int | None, samples: int) 
 
 def _harm(scene: Scene) -> float:
     """Return what pruning by magnitude costs, as a share of the way to the loss without weights."""
-    model, partition = scene.model, scene.partition
-    weights = partition.flatten(model).double()
-    keep = without_lowest(weights.abs(), round(scene.sparsity * partition.n))
-    sample = draw_sample(model, scene.data, PROBED, seed=0)
-    dense, pruned, none = (
-        evaluate(TrialNetwork(model, partition, tried), sample, scene.objective).loss
-        for tried in (weights, weights * keep, 0.0 * weights)
-    )
+    weights = scene.partition.flatten(scene.model).double()
+    keep = without_lowest(weights.abs(), round(scene.sparsity * scene.partition.n))
+    dense, pruned, none = _losses(scene, _probe(scene), (weights, weights * keep, 0.0 * weights))
     share = (pruned - dense) / (none - dense) if none > dense else math.inf
     return math.inf if math.isnan(share) else share
 
@@ -413,19 +408,26 @@ def _learnt(scene: Scene) -> bool:
 
     Of losses that count every sample alike, by outputs that are a tensor, in a form that is known.
     """
-    model, partition, objective = scene.model, scene.partition, scene.objective
+    objective = scene.objective
     if objective.output_hessian is None:
         return False
-    weights = partition.flatten(model).double()
-    sample = draw_sample(model, scene.data, PROBED, seed=0)
-    run = partial(forward, model)
+    sample, run = _probe(scene), partial(forward, scene.model)
     if any(objective.weights(objective.prepared(batch), run) is not None for batch in sample):
         return False
-    dense, none = (
-        evaluate(TrialNetwork(model, partition, tried), sample, objective).loss
-        for tried in (weights, 0.0 * weights)
-    )
+    weights = scene.partition.flatten(scene.model).double()
+    dense, none = _losses(scene, sample, (weights, 0.0 * weights))
     return math.isfinite(none) and dense <= LEARNT * none
+
+
+def _probe(scene: Scene) -> Sample:
+    """Return a few samples of the data."""
+    return draw_sample(scene.model, scene.data, PROBED, seed=0)
+
+
+def _losses(scene: Scene, sample: Sample, tries: Iterable[Tensor]) -> list[float]:
+    """Return the loss on a sample of each of several flat weights (n,)."""
+    networks = (TrialNetwork(scene.model, scene.partition, weights) for weights in tries)
+    return [evaluate(network, sample, scene.objective).loss for network in networks]
 
 
 def _facts(scene: Scene, *, timed: bool) -> Facts:

@@ -302,7 +302,8 @@ class FineTuning:
     matching : bool, default False
         Whether steps go down half the squared distance of outputs from those of the network before pruning,
         in place of the loss: for networks that have learnt the labels of their training data by heart, so
-        that these say nothing that is not in the outputs, and less. What is taken is decided by that
+        that these say nothing that is not in the outputs, and less. Rates are over the largest eigenvalue
+        of the curvature of that distance at the pruned weights. What is taken is decided by that
         distance too, on samples set aside. Not beside `newton_dampings`; the loss has to be one of
         single samples, by outputs that are a tensor.
     """

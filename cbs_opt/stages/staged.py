@@ -51,14 +51,11 @@ CURVATURE = (256, 4)
 """Samples of the largest curvature after a sharp stage, and how many a sketched row sums up."""
 FAR = 0.15
 """Share of the way to no weights from which on a network is so far from rest that long steps pay."""
-NEAR = 0.07
-"""What the rate is times where it is nearer, and keeps its statistics."""
-MATCHED_NEAR = 0.1
-"""The same where outputs are matched."""
-MOST_PER_STEP = 0.001
-"""What it is times at most, for every step, where steps are too few for a rate to be tried."""
-MATCHED_PER_STEP = 0.012
-"""The same where outputs are matched, whose curvature does not change with what they are."""
+NEAR, MATCHED_NEAR = 0.07, 0.1
+"""What the rate is times where it is nearer, and keeps its statistics; the latter where outputs match."""
+MOST_PER_STEP, MATCHED_PER_STEP = 0.001, 0.012
+"""What it is times at most, for every step, where steps are too few for a rate to be tried; the latter where
+outputs are matched, whose curvature does not change with what they are."""
 NARROWED = 0.6
 """What the rate is times where the set narrows meanwhile: as far from rest as it will be on the way."""
 FEWEST_PER_CURVATURE = 8

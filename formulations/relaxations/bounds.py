@@ -23,9 +23,9 @@ from formulations.relaxations.capped_simplex import CappedSimplexCertificate, ro
 from formulations.relaxations.certificate import RelaxationCertificate
 from formulations.relaxations.channel_relaxation import relax_by_channels
 from formulations.relaxations.cluster_split import (
-    CLUSTERED_LARGEST,
     LARGEST_CLUSTER,
     ClusterSplitCertificate,
+    most_clustered,
     relax_in_clusters,
     takes_clusters,
     worth_clusters,
@@ -195,8 +195,7 @@ def _check_relaxation(problem: BlockProblem, program: str, relaxation: str | Non
     if relaxation == IN_CLUSTERS and not takes_clusters(problem):
         asked = "a count" if problem.support is None else f"{problem.support}"
         found = f"{relaxation!r} for {asked} of {problem.n} weights"
-        largest = CLUSTERED_LARGEST if problem.hessian is not None else SPLIT_LARGEST
-        limits = f"a count of 2 to {largest} weights, and as many rows or more"
+        limits = f"a count of 2 to {most_clustered(problem)} weights, and as many rows or more"
         remedy = f"use {own!r}: this one takes {limits}"
         raise UnsupportedProblemError("relaxation", found, remedy)
 

@@ -247,9 +247,12 @@ def held_above(above: FloatArray, n_keep: int, caution: float) -> tuple[float, f
 def takes_clusters(problem: BlockProblem) -> bool:
     """Whether a block keeps a count of weights, has full rank and is small enough for a dense split."""
     full = problem.rows is None or problem.channels is not None or len(problem.rows) >= problem.n
-    # Of rows and channels above that no Hessian is formed.
-    largest = CLUSTERED_LARGEST if problem.hessian is not None else min(SPLIT_LARGEST, CLUSTERED_LARGEST)
-    return problem.support is None and full and 1 < problem.n <= largest
+    return problem.support is None and full and 1 < problem.n <= most_clustered(problem)
+
+
+def most_clustered(problem: BlockProblem) -> int:
+    """Return up to how many weights a block may be split in clusters; without a Hessian fewer."""
+    return CLUSTERED_LARGEST if problem.hessian is not None else SPLIT_LARGEST
 
 
 def worth_clusters(bound: float, objective: float) -> bool:
