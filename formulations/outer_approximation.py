@@ -29,7 +29,7 @@ from formulations.preparation import prepare_for
 from formulations.problem import SPLIT_LARGEST, BlockProblem, BoolArray, FloatArray, check_program
 from formulations.relaxations.bounds import root_bounds
 from formulations.solution import BlockSolution, Limit, Limits, TracePoint
-from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
+from formulations.solvers.conclusion import CONSTANT_ERROR, Outcome, conclude, known_set, only_set
 from formulations.support import counts_of
 
 METHOD = "outer_approximation"
@@ -155,7 +155,7 @@ class _Search:
         if key in self.visited:
             return False
         self.visited.add(key)
-        proposed = conclude(self.problem, self.best, self.limits, self.began, candidates=[keep])
+        proposed = conclude(self.problem, self.best, self.limits, self.began, Outcome(candidates=[keep]))
         if proposed.objective < self.best.objective:  # type: ignore[operator]
             self.best = proposed
         ones = keep if self.one_means_kept else ~keep
@@ -218,17 +218,19 @@ def outer_approximation(
     if problem.n_prune in (0, problem.n):
         return only_set(problem, known, limits, began)
     if limits.out_of_time(began):
-        return conclude(problem, known, limits, began, limit=Limit.TIME)
+        return conclude(problem, known, limits, began, Outcome(limit=Limit.TIME))
     try:
         known, roots = _root(problem, known, limits, began, heuristic, incumbent)
     except KeyboardInterrupt:
-        return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)
+        return conclude(problem, known, limits, began, Outcome(limit=Limit.INTERRUPTED))
     floor = max(roots, key=lambda root: -math.inf if root.bound is None else root.bound)
     # The planes of a large block take longer than its first bound.
     ahead = roots[0].stats.seconds if problem.n > SPLIT_LARGEST else 0.0
     if limits.out_of_time(began, ahead):
         bound, evidence = floor.bound, floor.certificate
-        return conclude(problem, known, limits, began, bound=bound, certificate=evidence, limit=Limit.TIME)
+        return conclude(
+            problem, known, limits, began, Outcome(bound=bound, certificate=evidence, limit=Limit.TIME)
+        )
     search = _prepared(problem, known, roots, limits, began)
     remark = ""
     try:
@@ -247,18 +249,20 @@ def outer_approximation(
         search.best,
         limits,
         began,
-        bound=proved,
-        slack=search.error * search.scale,
-        finished=limit is None,
-        limit=limit,
-        stats={
-            "nodes": search.nodes,
-            "iterations": search.rounds,
-            "message": remark,
-            "extra": {"cuts": len(search.cuts)},
-        },
-        trace=tuple(search.trace),
-        certificate=floor.certificate,
+        Outcome(
+            bound=proved,
+            slack=search.error * search.scale,
+            finished=limit is None,
+            limit=limit,
+            stats={
+                "nodes": search.nodes,
+                "iterations": search.rounds,
+                "message": remark,
+                "extra": {"cuts": len(search.cuts)},
+            },
+            trace=tuple(search.trace),
+            certificate=floor.certificate,
+        ),
     )
 
 

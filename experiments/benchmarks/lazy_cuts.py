@@ -24,7 +24,7 @@ from formulations.models.scaling import ScaledBlock, scale_block
 from formulations.problem import BoolArray, FloatArray
 from formulations.relaxations import lower_bound
 from formulations.solution import Limit
-from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set
+from formulations.solvers.conclusion import CONSTANT_ERROR, Outcome, conclude, known_set
 
 METHOD = "gurobi_lazy_cuts"
 ROOT_ROUNDS = 100
@@ -158,11 +158,13 @@ def _concluded(
         known,
         limits,
         began,
-        candidates=candidates,
-        bound=bound * block.objective_scale,
-        slack=error * block.objective_scale,
-        finished=model.Status == codes.OPTIMAL,
-        limit=Limit.TIME if model.Status == codes.TIME_LIMIT else None,
-        failure="" if model.Status in (codes.OPTIMAL, codes.TIME_LIMIT) else f"status {model.Status}",
-        stats={"nodes": int(model.NodeCount), "iterations": planes.root_rounds},
+        Outcome(
+            candidates=candidates,
+            bound=bound * block.objective_scale,
+            slack=error * block.objective_scale,
+            finished=model.Status == codes.OPTIMAL,
+            limit=Limit.TIME if model.Status == codes.TIME_LIMIT else None,
+            failure="" if model.Status in (codes.OPTIMAL, codes.TIME_LIMIT) else f"status {model.Status}",
+            stats={"nodes": int(model.NodeCount), "iterations": planes.root_rounds},
+        ),
     )

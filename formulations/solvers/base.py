@@ -27,7 +27,7 @@ from formulations.models.standard_form import StandardForm
 from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, BoolArray, FloatArray, check_program
 from formulations.solution import BlockSolution, Limit, Limits
-from formulations.solvers.conclusion import CONSTANT_ERROR, conclude, known_set, only_set
+from formulations.solvers.conclusion import CONSTANT_ERROR, Outcome, conclude, known_set, only_set
 
 Item = TypeVar("Item")
 
@@ -267,7 +267,7 @@ class Solver:
         if problem.n_prune in (0, problem.n):
             return only_set(problem, known, limits, began)
         if limits.time_limit == 0.0:
-            return conclude(problem, known, limits, began, limit=Limit.TIME)
+            return conclude(problem, known, limits, began, Outcome(limit=Limit.TIME))
         deadline = None if limits.time_limit is None else began + limits.time_limit
         assert known.keep is not None
         try:
@@ -284,10 +284,10 @@ class Solver:
         except BuildingStopped as stop:
             why = f": {stop}" if str(stop) else ""
             said = f"the time limit passed while {spec.name} was built, and {self.name} was not started{why}"
-            return conclude(problem, known, limits, began, limit=Limit.TIME, stats={"message": said})
+            return conclude(problem, known, limits, began, Outcome(limit=Limit.TIME, stats={"message": said}))
         except KeyboardInterrupt:
             # Before the backend runs, or one that has no answer to Ctrl-C: the known set is still one.
-            return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED)
+            return conclude(problem, known, limits, began, Outcome(limit=Limit.INTERRUPTED))
         ignored = {
             name: getattr(limits, name)
             for name in self.ignores
@@ -298,18 +298,20 @@ class Solver:
             known,
             limits,
             began,
-            candidates=[] if raw.point is None else [form.keep(raw.point)],
-            bound=_lowered(raw, form),
-            slack=(raw.bound_error + raw.shortfall) * form.objective_scale,
-            finished=raw.finished,
-            limit=raw.limit,
-            failure=raw.failure,
-            stats={
-                "nodes": raw.nodes,
-                "iterations": raw.iterations,
-                "message": raw.message,
-                "extra": {**raw.extra, **({"ignored_limits": ignored} if ignored else {})},
-            },
+            Outcome(
+                candidates=[] if raw.point is None else [form.keep(raw.point)],
+                bound=_lowered(raw, form),
+                slack=(raw.bound_error + raw.shortfall) * form.objective_scale,
+                finished=raw.finished,
+                limit=raw.limit,
+                failure=raw.failure,
+                stats={
+                    "nodes": raw.nodes,
+                    "iterations": raw.iterations,
+                    "message": raw.message,
+                    "extra": {**raw.extra, **({"ignored_limits": ignored} if ignored else {})},
+                },
+            ),
         )
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,43 @@ INCONSISTENCY = 1e-6
 """A bound above the objective of a known set by more than this, relative, is numerical trouble."""
 CONSTANT_ERROR = 1e-13
 """Rounding of a bound, relative to the largest term that cancels in it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What a solver has to say at its end.
+
+    Attributes
+    ----------
+    candidates : iterable of (n,) bool arrays
+        Kept sets of the right size.
+    bound : float, optional
+        Proved bound in units of the problem, tolerances already taken off.
+    slack : float
+        Size of the solver's tolerances: a bound may exceed the objective by as much.
+    finished : bool
+        The solver claims optimality; a gap that its tolerances leave is stated as `Limit.GAP`.
+    limit : Limit, optional
+        What stopped it.
+    failure : str
+        Message of a backend that failed.
+    stats : mapping
+        Fields of `SolveStats`, and the message.
+    trace : tuple of TracePoint
+        Its progress before the end.
+    certificate : Certificate, optional
+        Evidence for a root bound.
+    """
+
+    candidates: Iterable[BoolArray] = ()
+    bound: float | None = None
+    slack: float = 0.0
+    finished: bool = False
+    limit: Limit | None = None
+    failure: str = ""
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    trace: tuple[TracePoint, ...] = ()
+    certificate: Certificate | None = None
 
 
 def known_set(
@@ -79,30 +117,19 @@ def only_set(problem: BlockProblem, known: BlockSolution, limits: Limits, began:
         known,
         limits,
         began,
-        bound=bound if np.isfinite(bound) else None,
-        finished=True,
-        stats={"message": "only one set has this size"},
-        certificate=certificate,
+        Outcome(
+            bound=bound if np.isfinite(bound) else None,
+            finished=True,
+            stats={"message": "only one set has this size"},
+            certificate=certificate,
+        ),
     )
 
 
 def conclude(
-    problem: BlockProblem,
-    known: BlockSolution,
-    limits: Limits,
-    began: float,
-    *,
-    candidates: Iterable[BoolArray] = (),
-    bound: float | None = None,
-    slack: float = 0.0,
-    finished: bool = False,
-    limit: Limit | None = None,
-    failure: str = "",
-    stats: Mapping[str, Any] | None = None,
-    trace: tuple[TracePoint, ...] = (),
-    certificate: Certificate | None = None,
+    problem: BlockProblem, known: BlockSolution, limits: Limits, began: float, outcome: Outcome
 ) -> BlockSolution:
-    """Return the best of the known set and `candidates` with the status that the facts allow.
+    """Return the best of the known set and those of a solver with the status that the facts allow.
 
     Parameters
     ----------
@@ -112,28 +139,16 @@ def conclude(
     limits : Limits
     began : float
         ``time.perf_counter()`` at the start.
-    candidates : iterable of (n,) bool arrays
-        Kept sets of the right size.
-    bound : float, optional
-        Proved bound in units of the problem, tolerances already taken off.
-    slack : float
-        Size of the solver's tolerances: a bound may exceed the objective by as much.
-    finished : bool
-        The solver claims optimality; a gap that its tolerances leave is stated as `Limit.GAP`.
-    limit : Limit, optional
-    failure : str
-        Message of a backend that failed.
-    certificate : Certificate, optional
-        Evidence for a root bound.
+    outcome : Outcome
     """
-    best = known
-    for keep in candidates:
+    best, bound, limit, failure = known, outcome.bound, outcome.limit, outcome.failure
+    for keep in outcome.candidates:
         found = _solution(problem, known.program, known.method, keep)
         if found.objective < best.objective:  # type: ignore[operator]
             best = found
     value = best.objective
     assert value is not None
-    if bound is not None and bound > value + INCONSISTENCY * abs(value) + slack:
+    if bound is not None and bound > value + INCONSISTENCY * abs(value) + outcome.slack:
         failure = f"bound {bound!r} exceeds the objective {value!r} of a known set: numerical trouble"
     trivial = trivial_bound(problem)
     proved = [b for b in (None if failure else bound, trivial) if b is not None]
@@ -141,9 +156,9 @@ def conclude(
     termination = Termination.ERROR if failure else status_of(value, lower, limits.rel_gap)
     if termination is not Termination.FEASIBLE:
         limit = None
-    elif limit is None and finished:
+    elif limit is None and outcome.finished:
         limit = Limit.GAP
-    details = dict(stats or {})
+    details = dict(outcome.stats)
     if failure:
         details["message"] = failure
     seconds = time.perf_counter() - began
@@ -159,7 +174,7 @@ def conclude(
         method=known.method,
         support=known.support,
         rel_gap=limits.rel_gap if termination is Termination.OPTIMAL else None,
-        certificate=certificate,
+        certificate=outcome.certificate,
         stats=SolveStats(seconds=seconds, **details),
-        trace=(*trace, point),
+        trace=(*outcome.trace, point),
     )

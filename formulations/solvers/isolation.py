@@ -14,7 +14,7 @@ from typing import Any
 from formulations.preparation import prepare_for
 from formulations.problem import BlockProblem, check_program
 from formulations.solution import BlockSolution, Limit, Limits
-from formulations.solvers.conclusion import conclude, known_set
+from formulations.solvers.conclusion import Outcome, conclude, known_set
 
 GRACE = 20.0
 """Seconds past the time limit (starting a process and importing solvers included) before a kill."""
@@ -64,15 +64,17 @@ def solve_isolated(
         patience = None if limits.time_limit is None else limits.time_limit + GRACE
         if not receiver.poll(patience):
             return conclude(
-                problem, known, limits, began, limit=Limit.TIME, stats=_said("killed: time limit")
+                problem, known, limits, began, Outcome(limit=Limit.TIME, stats=_said("killed: time limit"))
             )
         answer = receiver.recv()
     except (EOFError, OSError):
         process.join()
         failure = f"the solver's process died with exit code {process.exitcode}"
-        return conclude(problem, known, limits, began, failure=failure)
+        return conclude(problem, known, limits, began, Outcome(failure=failure))
     except KeyboardInterrupt:
-        return conclude(problem, known, limits, began, limit=Limit.INTERRUPTED, stats=_said("interrupted"))
+        return conclude(
+            problem, known, limits, began, Outcome(limit=Limit.INTERRUPTED, stats=_said("interrupted"))
+        )
     finally:
         process.kill()
         process.join()

@@ -37,7 +37,7 @@ from formulations.relaxations.certified import (
 from formulations.relaxations.only_set import only_set_certificate
 from formulations.relaxations.perspective import PerspectiveCertificate
 from formulations.relaxations.reduced_block import reduced_block
-from formulations.solvers.conclusion import conclude
+from formulations.solvers.conclusion import Outcome, conclude
 from tests.formulations.test_allowances import Line
 from tests.stress.exact import ExactBlock
 
@@ -578,7 +578,7 @@ def test_a_bound_above_the_value_of_the_set_is_lowered_to_it(program):
     above = math.nextafter(best.objective, math.inf)
     pool = IncumbentPool(problem, program, best)
     assert pool.solution(method="m", rel_gap=0.0, bound=above).bound == best.objective
-    concluded = conclude(problem, best, limits, time.perf_counter(), bound=above)
+    concluded = conclude(problem, best, limits, time.perf_counter(), Outcome(bound=above))
     assert concluded.bound == best.objective
     assert concluded.proved
 
