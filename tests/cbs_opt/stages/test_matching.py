@@ -32,13 +32,13 @@ def distance(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
         return 0.5 * float((model(x) - dense(x)).double().square().sum()) / len(x)
 
 
-def learnt(classes: int = 3) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def learnt(samples: int = 600) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """Return a network and data whose labels it predicts, and is sure of."""
     model = network()
     with torch.no_grad():
         model.get_submodule("3").weight.mul_(40.0)  # type: ignore[operator]
-        x, _ = data(600)
-        return model, (x, model(x).argmax(1).clamp(max=classes - 1))
+        x, _ = data(samples)
+        return model, (x, model(x).argmax(1))
 
 
 def test_the_distance_is_that_of_outputs_whatever_the_labels() -> None:
@@ -168,6 +168,19 @@ def test_a_recipe_by_name_goes_by_labels_where_there_is_something_to_learn() -> 
         assert report.request.stages is not None
         assert report.request.stages.fine_tuning is not None
         assert not report.request.stages.fine_tuning.matching
+
+
+def test_stages_that_few_passes_would_be_shared_among_are_one_by_outputs() -> None:
+    model, (x, y) = learnt(2_000)
+    counts = []
+    for labels in (y, y.roll(1)):
+        report = prune(
+            copy.deepcopy(model), (x, labels), sparsity=0.5, recipe=cbs.best(samples=10_000), progress=False
+        )
+        assert report.request.stages is not None
+        assert report.request.stages.fine_tuning is not None
+        counts.append((report.request.stages.count, report.request.stages.fine_tuning.matching))
+    assert counts == [(1, True), (3, False)]
 
 
 def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
