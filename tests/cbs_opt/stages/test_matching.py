@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,8 +17,11 @@ from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import Objective
+from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
-from cbs_opt.recipe.records import FineTuning
+from cbs_opt.recipe.named import Named
+from cbs_opt.recipe.records import FineTuning, Stages
+from cbs_opt.resolution import Scene
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
 from tests.cbs_opt.stages.test_fine_tuning import RECIPE, SETTLING, steps, tuned
@@ -141,46 +143,52 @@ def test_outputs_that_are_not_found_are_an_error_by_name() -> None:
     assert_untouched(model, before)
 
 
+def named(recipe: Named, model: nn.Module, train: Any, sparsity: float, loss_fn: Any = None) -> Stages:
+    """Return the stages that a recipe's name stands for; nothing is pruned."""
+    given = Scene(
+        model=model,
+        data=train,
+        objective=Objective(loss_fn),
+        partition=Partition.from_model(model),
+        sparsity=sparsity,
+        stages=None,
+        certify=False,
+        free=10**9,
+    )
+    found = resolution.resolved(recipe, given)
+    assert found.stages is not None
+    assert found.stages.fine_tuning is not None
+    by_outputs = any("outputs before pruning" in line for line in found.choices)
+    assert by_outputs is found.stages.fine_tuning.matching
+    return found.stages
+
+
+def matching(stages: Stages) -> bool:
+    assert stages.fine_tuning is not None
+    return stages.fine_tuning.matching
+
+
 @pytest.mark.parametrize("name", ["balanced", "best"])
 def test_a_recipe_by_name_matches_where_labels_are_learnt(name: str) -> None:
-    model, train = learnt()
-    recipe = cbs.recipe.named.Named(name=name, samples=2_000)
-    report = prune(copy.deepcopy(model), train, sparsity=0.8, recipe=recipe, progress=False)
-    assert report.request.stages is not None
-    assert report.request.stages.fine_tuning is not None
-    assert report.request.stages.fine_tuning.matching
-    assert any("outputs before pruning" in line for line in report.choices)
+    assert matching(named(Named(name=name, samples=2_000), *learnt(), 0.8))
 
 
 def test_a_recipe_by_name_goes_by_labels_where_there_is_something_to_learn() -> None:
     model, (x, y) = learnt()
-    wrong = y.roll(1)
     weighted = partial(cross_entropy, weight=torch.tensor([1.0, 2.0, 5.0]))
-    for train, loss_fn in (((x, wrong), None), ((x, y), weighted)):
-        report = prune(
-            copy.deepcopy(model),
-            train,
-            sparsity=0.8,
-            loss_fn=loss_fn,
-            recipe=cbs.best(samples=2_000),
-            progress=False,
-        )
-        assert report.request.stages is not None
-        assert report.request.stages.fine_tuning is not None
-        assert not report.request.stages.fine_tuning.matching
+    for train, loss_fn in (((x, y.roll(1)), None), ((x, y), weighted)):
+        assert not matching(named(cbs.best(samples=2_000), model, train, 0.8, loss_fn))
 
 
 def test_stages_that_few_passes_would_be_shared_among_are_one_by_outputs() -> None:
     model, (x, y) = learnt(2_000)
-    counts = []
-    for labels in (y, y.roll(1)):
-        report = prune(
-            copy.deepcopy(model), (x, labels), sparsity=0.5, recipe=cbs.best(samples=10_000), progress=False
-        )
-        assert report.request.stages is not None
-        assert report.request.stages.fine_tuning is not None
-        counts.append((report.request.stages.count, report.request.stages.fine_tuning.matching))
-    assert counts == [(1, True), (3, False)]
+    by_outputs, by_labels = (
+        named(cbs.best(samples=10_000), model, (x, labels), 0.5) for labels in (y, y.roll(1))
+    )
+    assert matching(by_outputs)
+    assert by_outputs.count == 1
+    assert not matching(by_labels)
+    assert by_labels.count == 3
 
 
 def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +198,7 @@ def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.M
     for share in (resolution.LEARNT, 0.0):
         monkeypatch.setattr(resolution, "LEARNT", share)
         for recipe in (cbs.balanced(), cbs.best(samples=3_000)):
-            report = prune(copy.deepcopy(model), train, sparsity=0.97, recipe=recipe, progress=False)
-            assert report.request.stages is not None
-            tuning = report.request.stages.fine_tuning
+            tuning = named(recipe, model, train, 0.97).fine_tuning
             assert tuning is not None
             assert tuning.matching is (share > 0.0)
             found.setdefault(str(recipe.samples), []).append(tuning.final_samples or 0)
