@@ -38,6 +38,8 @@ PROBES = 5
 """Rates of which that is found out at most."""
 PROBE_STEPS = 20
 """Steps of a probe below which there is none."""
+WATCHED = 0.15
+"""Share of the steps after which a rate that could not be tried is given up, if the network has run away."""
 NEWTON_STEP = 0.1
 """Of a Newton step at each step: with momentum they add up to a whole one."""
 STEP = 3.0
@@ -232,13 +234,19 @@ class Descent:
         batch_size: int,
         span: Span,
         advance: Callable[[int], object],
+        stop: Callable[[Tensor], bool] | None = None,
     ) -> int:
         """Take steps over so many samples, less if weights run away; return how many were differentiated.
 
-        `advance` is told of the samples of every batch.
+        `advance` is told of the samples of every batch. After `WATCHED` of them `stop` is asked whether to
+        end with the weights that it is given, (n,) float64.
         """
         used = 0
         while used < samples and self.sound:
+            if stop is not None and used >= WATCHED * samples:
+                if stop(self.weights):
+                    break
+                stop = None
             self._narrow(used / samples)
             size = min(batch_size, samples - used)
             used += self._step(batches, size, self._rate.learning_rate * span.rate(used / samples), advance)
@@ -389,7 +397,10 @@ class FineTuner:
                     value, best = after, moved
                     break
                 chosen = chosen.shorter()
-        best, value, last, following, count = self._descended(best, value, chosen, samples - used)
+        untried = self.plan.rest and not share and not probe
+        best, value, last, following, count = self._descended(
+            best, value, chosen, samples - used, watched=untried
+        )
         return FineTuned(
             weights=best,
             keep=self.keep,
@@ -403,19 +414,22 @@ class FineTuner:
         )
 
     def _descended(
-        self, weights: Tensor, value: float, rate: Rate, samples: int
+        self, weights: Tensor, value: float, rate: Rate, samples: int, *, watched: bool
     ) -> tuple[Tensor, float, Rate, Rate, int]:
         """Spend samples on steps from `weights`, whose loss is `value`, shorter ones where an end is refused.
 
-        Returns the weights that were taken, their loss, the last rate and the next one, and what was spent.
+        Where they are `watched`, those after which the network has run away early on go no further. Returns
+        the weights that were taken, their loss, the last rate and the next one, and what was spent.
         """
         last, following, used = rate, rate, 0
         # Where the network can be anything but run away, this says what that is.
-        without = 0.0 if self.span.end == 1.0 else _ordered(self.loss(self._emptied(weights)))
+        told = watched or self.span.end < 1.0
+        without = _ordered(self.loss(self._emptied(weights))) if told else 0.0
         while used < samples:
             last = following
             descent = self._descent(weights, last)
-            after, count = self._run(descent, samples - used, self.span)
+            limit = (value, without) if watched else None
+            after, count = self._run(descent, samples - used, self.span, limit)
             reached = descent.weights
             used += count
             if not self.span.takes(after, value, without):
@@ -506,17 +520,25 @@ class FineTuner:
                 reached, loss = weights, value
         return reached, loss
 
-    def _run(self, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
+    def _run(
+        self, descent: Descent, samples: int, span: Span, limit: tuple[float, float] | None = None
+    ) -> tuple[float, int]:
         """Take steps over so many samples; return the loss then, and how many were differentiated.
 
-        The loss is infinite where steps ran away: a dead network can have a low one.
+        The loss is infinite where steps ran away: a dead network can have a low one. With a `limit`, the
+        losses of the start and without any weight, they end early if they do.
         """
+
+        def away(weights: Tensor) -> bool:
+            return limit is not None and not BEGUN.takes(_ordered(self.loss(weights)), *limit)
+
         used = descent.run(
             self.batches,
             samples=samples,
             batch_size=self.plan.batch_size,
             span=span,
             advance=self.advance,
+            stop=None if limit is None else away,
         )
         return _ordered(self.loss(descent.weights)) if descent.sound else math.inf, used
 

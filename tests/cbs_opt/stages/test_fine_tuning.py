@@ -54,6 +54,17 @@ def steps(report: PruneReport) -> list[Any]:
     return [record for record in report.stages if record.rate_kind]
 
 
+@pytest.mark.parametrize("rate", [2.0, 4.0, 8.0])
+def test_a_rate_that_runs_away_early_is_given_up_early(rate: float) -> None:
+    """Steps too few for rates to be tried: what a rate that is too long leaves of them must do."""
+    plan = FineTuning(samples=1_600, batch_size=16, rest=True, momentum_rates=(rate,))
+    report = tuned(network(), plan, count=1, train=data(400))
+    (record,) = steps(report)
+    assert record.accepted
+    # Taken to their end such steps are refused, or stop at .59 to .92; one of .2 ends at .46.
+    assert record.loss < 0.55 < record.loss_before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_lowers_the_loss_and_leaves_zeros(kind: str) -> None:
     model, plain = network(), network()
@@ -318,8 +329,8 @@ def test_what_steps_passed_stands_for_an_end_that_is_no_gain(
 ) -> None:
     run = FineTuner._run
 
-    def jumping(tuner: FineTuner, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
-        return math.inf, run(tuner, descent, samples, span)[1]
+    def jumping(*given: Any) -> tuple[float, int]:
+        return math.inf, run(*given)[1]
 
     monkeypatch.setattr(FineTuner, "_run", jumping)
     plan = FineTuning(samples=400, batch_size=16, rest=True, batch_statistics=normalized)
@@ -334,9 +345,9 @@ def test_a_rate_is_tried_by_where_it_ends_and_shorter_after_an_end_that_is_no_ga
     run = FineTuner._run
     rates_taken: list[float] = []
 
-    def jumping(tuner: FineTuner, descent: Descent, samples: int, span: Span) -> tuple[float, int]:
+    def jumping(tuner: FineTuner, descent: Descent, *given: Any) -> tuple[float, int]:
         rates_taken.append(descent._rate.value)
-        loss, used = run(tuner, descent, samples, span)
+        loss, used = run(tuner, descent, *given)
         return (math.inf if len(rates_taken) < 3 else loss), used
 
     monkeypatch.setattr(FineTuner, "_run", jumping)
