@@ -22,8 +22,8 @@ from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.records import FineTuning
 from cbs_opt.stages.model import StageModel
+from cbs_opt.stages.optimizers import Adam, Nesterov, Optimizer
 
-MOMENTUM = 0.9
 WARM_UP = 0.05
 """Share of the steps of a stage over which the rate rises."""
 TRIAL_SHARE = 0.15
@@ -183,22 +183,18 @@ class Descent:
         self._squares: Tensor | None = None
         self._keep = keep
         self._flat = weights.to(self._function(weights).dtype, copy=True)
-        self._theta = self._flat[keep].requires_grad_()
-        norm = float(torch.linalg.vector_norm(self._theta.detach()))
+        self._theta = self._flat[keep]
+        norm = float(torch.linalg.vector_norm(self._theta))
         self._largest = LARGEST * norm if norm > 0.0 else math.inf
         self._rate = rate
         self._precondition = precondition
-        self._optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam([self._theta], lr=rate.learning_rate)
-            if rate.kind == "adam"
-            else torch.optim.SGD([self._theta], lr=rate.learning_rate, momentum=MOMENTUM, nesterov=True)
-        )
+        self._optimizer: Optimizer = Adam() if rate.kind == "adam" else Nesterov()
 
     @property
     def weights(self) -> Tensor:
         """All weights, (n,) float64."""
         result = torch.zeros_like(self._flat, dtype=torch.float64)
-        result[self._keep] = self._theta.detach().double()
+        result[self._keep] = self._theta.double()
         return result
 
     @property
@@ -218,7 +214,7 @@ class Descent:
     @property
     def sound(self) -> bool:
         """Whether the weights are finite and have not grown out of all proportion."""
-        norm = float(torch.linalg.vector_norm(self._theta.detach()))
+        norm = float(torch.linalg.vector_norm(self._theta))
         return math.isfinite(norm) and norm <= self._largest
 
     def narrow_by(self, narrowing: Narrowing) -> None:
@@ -254,7 +250,7 @@ class Descent:
             settled = self._narrowing is None or self._sparsity >= self._narrowing.end
             due = self._normalized and settled and len(self._passed) < len(PASSED)
             if due and used >= PASSED[len(self._passed)] * samples:
-                self._passed.append(self._theta.detach().clone())
+                self._passed.append(self._theta.clone())
         if self.sound:
             # A few long steps may have passed by the last times.
             self._narrow(1.0)
@@ -267,15 +263,10 @@ class Descent:
             return
         self._sparsity = plan.sparsity(time)
         keep = plan.narrow(self._keep, self.weights.square() * squares.sqrt(), self._sparsity)
-        staying, before = keep[self._keep], self._theta
+        staying = keep[self._keep]
         self._keep, self._flat = keep, torch.zeros_like(self._flat)
-        self._theta = before.detach()[staying].requires_grad_()
-        state = self._optimizer.state.pop(before, {})
-        self._optimizer.param_groups[0]["params"] = [self._theta]
-        self._optimizer.state[self._theta] = {
-            name: value[staying] if isinstance(value, Tensor) and value.shape == before.shape else value
-            for name, value in state.items()
-        }
+        self._theta = self._theta[staying]
+        self._optimizer.restrict(staying)
 
     def _function(self, weights: Tensor) -> NetworkFunction:
         model, partition, objective = self._network
@@ -286,7 +277,7 @@ class Descent:
     ) -> int:
         """Take one step by the gradient over `size` samples at least; return how many they were."""
         model, partition, objective = self._network
-        self._flat[self._keep] = self._theta.detach()
+        self._flat[self._keep] = self._theta
         function = self._function(self._flat)
         total = torch.zeros_like(self._flat)
         used, mass = 0, 0.0
@@ -303,15 +294,13 @@ class Descent:
             if objective.in_batches:
                 break
         if mass > 0.0:
-            gradient = total[self._keep].div_(mass).add_(self._theta.detach(), alpha=self._rate.decay)
+            gradient = total[self._keep].div_(mass).add_(self._theta, alpha=self._rate.decay)
             if self._squares is not None:
                 self._squares[self._keep] = torch.lerp(
                     gradient.double().square(), self._squares[self._keep], FORGETTING
                 )
-            self._theta.grad = gradient if self._precondition is None else self._precondition(gradient)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
+            step = gradient if self._precondition is None else self._precondition(gradient)
+            self._optimizer.step(self._theta, step, rate)
         return used
 
 
