@@ -180,6 +180,12 @@ def test_a_recipe_by_name_goes_by_labels_where_there_is_something_to_learn() -> 
         assert not matching(named(cbs.best(samples=2_000), model, train, 0.8, loss_fn))
 
 
+def test_where_too_little_is_kept_for_outputs_it_goes_by_labels() -> None:
+    model, train = learnt()
+    found = [matching(named(cbs.best(samples=2_000), model, train, sparsity)) for sparsity in (0.96, 0.98)]
+    assert found == [True, False]
+
+
 def test_stages_that_few_passes_would_be_shared_among_are_one_by_outputs() -> None:
     model, (x, y) = learnt(2_000)
     by_outputs, by_labels = (
@@ -198,7 +204,7 @@ def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.M
     for share in (resolution.LEARNT, 0.0):
         monkeypatch.setattr(resolution, "LEARNT", share)
         for recipe in (cbs.balanced(), cbs.best(samples=3_000)):
-            tuning = named(recipe, model, train, 0.97).fine_tuning
+            tuning = named(recipe, model, train, 0.95).fine_tuning
             assert tuning is not None
             assert tuning.matching is (share > 0.0)
             found.setdefault(str(recipe.samples), []).append(tuning.final_samples or 0)
