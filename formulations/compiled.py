@@ -32,7 +32,7 @@ FLAG_ROWS = numba.boolean[:, ::1]
 REAL = numba.float64
 INTEGER = numba.int64
 SWITCH = numba.boolean
-CELLS = types.NamedTuple((INDICES, INDICES), Cells)  # type: ignore[no-untyped-call]
+CELLS = types.NamedUniTuple(INDICES, 2, Cells)  # type: ignore[no-untyped-call]
 
 
 class BySize(NamedTuple):

@@ -116,7 +116,8 @@ def ascend(
     while state.counts[PHASE] != ENDED and not stopped(SHARE_AHEAD * longest):
         began = time.perf_counter()
         if state.counts[PHASE] == SPLITTING and inverse.size == 0:
-            inverse = invert(state)
+            # In the layout that `advance` is compiled for: LAPACK returns the other.
+            inverse = np.ascontiguousarray(invert(state))
         else:
             advance(state, inverse, work)
         longest = max(longest, time.perf_counter() - began)

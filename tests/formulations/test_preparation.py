@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from formulations.compiled import REAL, compiled, entry, make_ready
 from formulations.enumeration import enumerate_optimum
 from formulations.incumbents import greedy, swap_search
 from formulations.outer_approximation import outer_approximation
-from formulations.preparation import KERNELS, prepare
+from formulations.preparation import KERNELS, kernel_names, prepare
 from formulations.problem import PROGRAMS
 from formulations.relaxations import lower_bound
+from formulations.support import NofM
 from tests.formulations.blocks import KINDS, block
 
 METHODS = {
@@ -75,6 +78,25 @@ def test_nothing_is_compiled_after_preparation(method, program):
         for kind in KINDS:
             METHODS[method](block(kind, 8, 4, seed=1), program, limits=Limits(time_limit=60.0))
     assert not names
+
+
+def named(method, program):
+    return [name.split(":") for name in kernel_names(method, program)]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_compiled_for_cells_after_preparation(method, program):
+    prepare(method, program, cells=True)
+    kernels = [getattr(import_module(module), name) for module, name in named(method, program)]
+    ready = [len(kernel.overloads) for kernel in kernels]
+    with compilations() as names:
+        for kind in KINDS:
+            problem = replace(block(kind, 8, 4, seed=1), support=NofM(2, 4))
+            METHODS[method](problem, program, limits=Limits(time_limit=60.0))
+    assert not names
+    # Nor are there kernels of other types, which an earlier run of this installation may have left on disk.
+    assert [len(kernel.overloads) for kernel in kernels] == ready
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
