@@ -180,6 +180,7 @@ class Descent:
         self._narrowing: Narrowing | None = None
         self._passed: list[Tensor] = []
         self._sparsity = 0.0
+        self._given_up = False
         self._squares: Tensor | None = None
         self._keep = keep
         self._flat = weights.to(self._function(weights).dtype, copy=True)
@@ -213,9 +214,9 @@ class Descent:
 
     @property
     def sound(self) -> bool:
-        """Whether the weights are finite and have not grown out of all proportion."""
+        """Whether the weights are finite, have not grown out of all proportion, and were not given up."""
         norm = float(torch.linalg.vector_norm(self._theta))
-        return math.isfinite(norm) and norm <= self._largest
+        return math.isfinite(norm) and norm <= self._largest and not self._given_up
 
     def narrow_by(self, narrowing: Narrowing) -> None:
         """Let the set narrow in `run`: by squares of weights times root mean square gradients."""
@@ -235,12 +236,13 @@ class Descent:
         """Take steps over so many samples, less if weights run away; return how many were differentiated.
 
         `advance` is told of the samples of every batch. After `WATCHED` of them `stop` is asked whether to
-        end with the weights that it is given, (n,) float64.
+        give up, by the weights then, (n,) float64.
         """
         used = 0
         while used < samples and self.sound:
             if stop is not None and used >= WATCHED * samples:
-                if stop(self.weights):
+                self._given_up = stop(self.weights)
+                if self._given_up:
                     break
                 stop = None
             self._narrow(used / samples)

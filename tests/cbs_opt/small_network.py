@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cbs_opt.network.objective import LossFunction, Objective
+from cbs_opt.network.partition import Partition
+from cbs_opt.resolution import Scene
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -39,3 +44,17 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
         assert tensor.dtype == after[name].dtype
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
+
+
+def scene(model: nn.Module, train: Any, sparsity: float, loss_fn: LossFunction | None = None) -> Scene:
+    """What `prune` makes a recipe concrete for, where memory is no matter."""
+    return Scene(
+        model=model,
+        data=train,
+        objective=Objective(loss_fn),
+        partition=Partition.from_model(model),
+        sparsity=sparsity,
+        stages=None,
+        certify=False,
+        free=10**9,
+    )

@@ -17,16 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import cbs_opt as cbs
 import cbs_opt.pruning
 from cbs_opt import resolution
-from cbs_opt.network.objective import Objective
-from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.named import NAMES, Named
 from cbs_opt.recipe.records import Recipe, Stages
 from cbs_opt.recipe.select import OBS, GreedyOBS
-from cbs_opt.resolution import TIERS, UNKNOWN, Facts, Scene
+from cbs_opt.resolution import TIERS, UNKNOWN, Facts
 from cbs_opt.stages.state import StageResult
 from formulations.errors import ArgumentError, CbsError
-from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
+from tests.cbs_opt.small_network import assert_untouched, data, network, scene, snapshot
 
 
 def prune(model: nn.Module, train: Any = None, **options: Any) -> cbs.PruneReport:
@@ -102,20 +100,6 @@ def test_budgets_are_kept() -> None:
         assert any("poor model" in choice for choice in report.choices) == (samples < 1_000)
     assert prune(network(), recipe=cbs.balanced(seconds=0.5)).n_prune
     assert any("gradients" in choice for choice in prune(network(), recipe=cbs.best(seconds=0.01)).choices)
-
-
-def scene(model: nn.Module, train: Any, sparsity: float) -> Scene:
-    """What `prune` makes a recipe concrete for, where memory is no matter."""
-    return Scene(
-        model=model,
-        data=train,
-        objective=Objective(None),
-        partition=Partition.from_model(model),
-        sparsity=sparsity,
-        stages=None,
-        certify=False,
-        free=10**9,
-    )
 
 
 def test_a_budget_goes_to_fine_tuning_as_without_one() -> None:

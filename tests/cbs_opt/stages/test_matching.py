@@ -17,13 +17,11 @@ from cbs_opt.curvature.kinds import EmpiricalFisher
 from cbs_opt.network.data import Batch, forward
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import Objective
-from cbs_opt.network.partition import Partition
 from cbs_opt.pruning import prune
 from cbs_opt.recipe.named import Named
 from cbs_opt.recipe.records import FineTuning, Stages
-from cbs_opt.resolution import Scene
 from formulations.errors import ArgumentError
-from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
+from tests.cbs_opt.small_network import assert_untouched, data, network, scene, snapshot
 from tests.cbs_opt.stages.test_fine_tuning import RECIPE, SETTLING, steps, tuned
 
 PLAN = FineTuning(samples=1_600, batch_size=16, rest=True, momentum_rates=(0.2,), matching=True)
@@ -145,17 +143,7 @@ def test_outputs_that_are_not_found_are_an_error_by_name() -> None:
 
 def named(recipe: Named, model: nn.Module, train: Any, sparsity: float, loss_fn: Any = None) -> Stages:
     """Return the stages that a recipe's name stands for; nothing is pruned."""
-    given = Scene(
-        model=model,
-        data=train,
-        objective=Objective(loss_fn),
-        partition=Partition.from_model(model),
-        sparsity=sparsity,
-        stages=None,
-        certify=False,
-        free=10**9,
-    )
-    found = resolution.resolved(recipe, given)
+    found = resolution.resolved(recipe, scene(model, train, sparsity, loss_fn))
     assert found.stages is not None
     assert found.stages.fine_tuning is not None
     by_outputs = any("outputs before pruning" in line for line in found.choices)
