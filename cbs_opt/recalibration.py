@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cbs_opt.errors import EmptyDataError, NoBatchNormError
 from cbs_opt.network.batchnorm import holds_statistics, recalibrate_batchnorm
 from cbs_opt.network.data import Data, device_of, iterate
 from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.objective import Objective
 from cbs_opt.network.state import kept
 from cbs_opt.oneshot import Candidate, Sample, Task
 from formulations.errors import NonFiniteError
@@ -75,19 +77,42 @@ def fitting(
     return tried[losses.index(after)], f"{found}: taken"
 
 
-def settled_loss(task: Task, weights: Tensor, sample: Sample) -> float:
-    """Return the loss on `sample` for `weights` (n,) with statistics of as many samples, if there can be any.
+class Comparison:
+    """Losses of networks on the samples of a task that are set aside.
 
-    Infinity if they overflow.
+    Where `estimated`, each has batch-norm statistics of its own, of as many samples, if there can be any.
+    They are estimated once for a tensor of weights, as long as it lives.
     """
-    assert task.data is not None
-    try:
-        found, _ = _estimated(task, task.data, weights, sum(batch.size for batch in sample))
-    except (EmptyDataError, NoBatchNormError):
-        found = {}
-    except NonFiniteError:
-        return math.inf
-    return evaluate(task.trial(weights, found), sample, task.loss_fn).loss
+
+    def __init__(self, task: Task, sample: Sample, *, estimated: bool = True) -> None:
+        self._task, self._sample, self._estimated = task, sample, estimated
+        self._statistics: MutableMapping[Tensor, Mapping[str, Tensor] | None] = WeakIdKeyDictionary()
+
+    def loss(
+        self, weights: Tensor, objective: Objective | None = None, sample: Sample | None = None
+    ) -> float:
+        """Return the loss for `weights` (n,), infinity if their statistics overflow.
+
+        It is that of the task, or `objective` at `sample`, the same samples with the labels of that.
+        """
+        if weights not in self._statistics:
+            self._statistics[weights] = self._found(weights) if self._estimated else {}
+        found = self._statistics[weights]
+        if found is None:
+            return math.inf
+        task, known = self._task, self._sample if sample is None else sample
+        return evaluate(task.trial(weights, found), known, objective or task.loss_fn).loss
+
+    def _found(self, weights: Tensor) -> Mapping[str, Tensor] | None:
+        """Return the statistics of a network; none where there can be none, None if they overflow."""
+        data = self._task.data
+        assert data is not None
+        try:
+            return _estimated(self._task, data, weights, sum(batch.size for batch in self._sample))[0]
+        except (EmptyDataError, NoBatchNormError):
+            return {}
+        except NonFiniteError:
+            return None
 
 
 def _estimated(
@@ -111,7 +136,7 @@ def _estimated(
     parameters = {name for name, _ in task.model.named_parameters()}
     network = task.trial(weights, {name: value for name, value in others.items() if name in parameters})
     with kept(task.model):
-        used = recalibrate_batchnorm(network, list(batches))
+        used = recalibrate_batchnorm(network, [task.loss_fn.fitted(batch) for batch in batches])
         values = {
             f"{path}.{name}" if path else name: buffer.detach().clone()
             for path, module in task.model.named_modules()

@@ -408,7 +408,8 @@ def _is_unsettled(module: nn.Module) -> bool:
 
 
 def _flat(batch: Batch) -> list[Tensor]:
-    return list(tensors_of((batch.inputs, batch.labels)))
+    """Return the tensors of a batch as vmap is to have them, which takes a fifth longer by channels last."""
+    return [tensor.contiguous() for tensor in tensors_of((batch.inputs, batch.labels))]
 
 
 def _alone(batch: Batch, tensors: Sequence[Tensor]) -> Batch:

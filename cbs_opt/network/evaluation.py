@@ -13,6 +13,9 @@ from cbs_opt.network.objective import PEEKED, Objective, check_labels, class_cou
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
 from cbs_opt.system.checks import whole_number
 
+BATCH_SIZE = 512
+"""Samples that run through a network at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -31,7 +34,7 @@ def evaluate(
     data: Data,
     loss_fn: LossFunction | Objective | None = None,
     *,
-    batch_size: int = 512,
+    batch_size: int = BATCH_SIZE,
     max_samples: int | None = None,
     argument: str = "data",
 ) -> Evaluation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -129,6 +129,7 @@ class Objective:
         self._own = False
         self._wrap: Callable[[Tensor], Any] = _unchanged
         self._dtype: torch.dtype | None = None
+        self._channels = False
         self._row_shape: tuple[int, ...] | None = None
         self._labels_of: Callable[[Batch], Labels] | None = None
         self._count: LabelCount | None = None
@@ -188,15 +189,32 @@ class Objective:
             self.notes[what] = text % values
             log.warning(self.notes[what])
 
-    def prepared(self, batch: Batch) -> Batch:
-        """Return a batch in the dtype that the network takes, with the labels that the loss is taken at."""
+    def fitted(self, batch: Batch) -> Batch:
+        """Return a batch in the dtype and the memory format that the network takes."""
         dtype = self._dtype
         if dtype is not None:
             inputs, labels = map_tensors(
                 lambda x: x.to(dtype) if x.is_floating_point() else x, (batch.inputs, batch.labels)
             )
             batch = replace(batch, inputs=inputs, labels=labels)
+        return replace(batch, inputs=map_tensors(_channels_last, batch.inputs)) if self._channels else batch
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Return a batch as the network takes it, with the labels that the loss is taken at."""
+        batch = self.fitted(batch)
         return batch if self._labels_of is None else replace(batch, labels=self._labels_of(batch))
+
+    def labelled(
+        self, batches: Iterable[Batch], *, size: int, device: torch.device
+    ) -> tuple[Objective, list[Batch]]:
+        """Return batches of at most `size` samples with the labels that this makes, and the loss at these.
+
+        For samples that many networks are compared on. The objective is settled, if it makes labels.
+        """
+        if self._labels_of is None:
+            return self, list(batches)
+        known = [self.prepared(batch) for batch in cut(batches, size=size, device=device)]
+        return Objective(self._loss), known
 
     def output(self, run: Run, batch: Batch) -> Any:
         """Return what the network returns for a batch; raise `ForwardError` for what it raises."""
@@ -248,6 +266,7 @@ class Objective:
         few = _few(batch)
         with torch.no_grad():
             few, output = self._fitting(model, run, few, argument)
+            self._channels = _takes_channels_last(model, few) and self._ordered_alike(run, few, output)
             if not _alike(output, self.output(run, few), NEAR):
                 found = "the same samples give another output when the network is run again"
                 remedy = "call model.eval(), and leave out in evaluation mode what is random"
@@ -292,6 +311,15 @@ class Objective:
                 self.say("dtype", "data: numbers are converted to %s, as the network has", own)
                 return fitting
             raise
+
+    def _ordered_alike(self, run: Run, few: Batch, output: Any) -> bool:
+        """Return whether the network gives the same for images whose channels lie next to one another."""
+        try:
+            found = self.output(run, replace(few, inputs=map_tensors(_channels_last, few.inputs)))
+        except ForwardError:
+            # It reads what it is given as it lies in memory.
+            return False
+        return _alike(output, found, NEAR)
 
     def _tried(self, run: Run, few: Batch, argument: str) -> tuple[Batch, Any]:
         """Run the network and the loss, there and back; return the samples as they are and the output."""
@@ -631,6 +659,23 @@ def _whole_numbers(labels: Tensor) -> bool:
 def _tolerance(tree: Any, least: float) -> float:
     kinds = [tensor.dtype for tensor in tensors_of(tree) if tensor.is_floating_point()]
     return max([least, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in kinds)])
+
+
+def _takes_channels_last(model: nn.Module, few: Batch) -> bool:
+    """Return whether a network convolves images on a processor, where that order of their channels is faster.
+
+    A gradient of ResNet20 with batch normalisation by batches takes .63 of the time, in evaluation mode .85.
+    """
+    images = any(_is_images(x) and x.device.type == "cpu" for x in tensors_of(few.inputs))
+    return images and any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def _is_images(x: Tensor) -> bool:
+    return x.ndim == 4 and x.dtype == torch.float32
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if _is_images(x) else x
 
 
 def _alike(one: Any, other: Any, least: float) -> bool:

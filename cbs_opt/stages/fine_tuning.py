@@ -420,8 +420,7 @@ class FineTuner:
             last = following
             descent = self._descent(weights, last)
             limit = (value, without) if watched else None
-            after, count = self._run(descent, samples - used, self.span, limit)
-            reached = descent.weights
+            reached, after, count = self._run(descent, samples - used, self.span, limit)
             used += count
             if not self.span.takes(after, value, without):
                 following = last.shorter()
@@ -454,11 +453,11 @@ class FineTuner:
             tried += 1
             descent = self._descent(weights, chosen)
             descent.narrow_by(narrowing)
-            after, count = self._run(descent, samples - used, self.span)
+            reached, after, count = self._run(descent, samples - used, self.span)
             used += count
-            for reached, loss in ((descent.weights, after), self._passed(descent)):
+            for point, loss in ((reached, after), self._passed(descent)):
                 if loss < value:
-                    value, best, keep = loss, reached, descent.keep
+                    value, best, keep = loss, point, descent.keep
             chosen = chosen if descent.sound else chosen.shorter()
         return FineTuned(
             weights=best,
@@ -498,9 +497,7 @@ class FineTuner:
 
     def _moved(self, weights: Tensor, rate: Rate, samples: int, span: Span) -> tuple[Tensor, float, int]:
         """Return where steps over so many samples lead to, its loss, and how many were differentiated."""
-        descent = self._descent(weights, rate)
-        loss, used = self._run(descent, samples, span)
-        return descent.weights, loss, used
+        return self._run(self._descent(weights, rate), samples, span)
 
     def _passed(self, descent: Descent) -> tuple[Tensor, float]:
         """Return the best of what steps have passed, and its loss; infinite if nothing was kept."""
@@ -513,8 +510,8 @@ class FineTuner:
 
     def _run(
         self, descent: Descent, samples: int, span: Span, limit: tuple[float, float] | None = None
-    ) -> tuple[float, int]:
-        """Take steps over so many samples; return the loss then, and how many were differentiated.
+    ) -> tuple[Tensor, float, int]:
+        """Take steps over so many samples; return the weights then, their loss, and how many they were.
 
         The loss is infinite where steps ran away: a dead network can have a low one. With a `limit`, the
         losses of the start and without any weight, they end early if they do.
@@ -531,7 +528,8 @@ class FineTuner:
             advance=self.advance,
             stop=None if limit is None else away,
         )
-        return _ordered(self.loss(descent.weights)) if descent.sound else math.inf, used
+        reached = descent.weights
+        return reached, _ordered(self.loss(reached)) if descent.sound else math.inf, used
 
     def _descent(self, weights: Tensor, rate: Rate) -> Descent:
         return Descent(

@@ -27,11 +27,11 @@ from cbs_opt.network.batchnorm import has_statistics
 from cbs_opt.network.data import forward
 from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.eligible import trainable_vectors
-from cbs_opt.network.evaluation import evaluate
+from cbs_opt.network.evaluation import BATCH_SIZE, evaluate
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.trial import as_parameters
 from cbs_opt.oneshot import Candidate, Sample, Task, draw_sample, sampled_rows
-from cbs_opt.recalibration import fitting, settled_loss
+from cbs_opt.recalibration import Comparison, fitting
 from cbs_opt.recipe.records import Absolute, Stages
 from cbs_opt.report.parts import StageRecord
 from cbs_opt.runs.progress import ChoiceLedger
@@ -352,12 +352,14 @@ class StagedRun:
             stretch = min(1.0 if plan.matching else harm, most) if normalized else near
         # What batch normalisation does by its own statistics is too sensitive to scales and shifts.
         names = self._vectors if normalized or not has_statistics(task.model) else ()
-        wide = replace(task, partition=task.partition.widened(task.model, names), loss_fn=aim)
+        wide = replace(task, partition=task.partition.widened(task.model, names))
         flat = wide.partition.flatten(task.model).double()
         beside = len(flat) - len(weights)
         flat[: len(weights)] = weights
         free = torch.ones(beside, dtype=torch.bool, device=weights.device)
 
+        comparison = Comparison(wide, sample, estimated=normalized)
+        measuring, known = aim.labelled(sample, size=BATCH_SIZE, device=weights.device)
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         with (
             task.clock.phase("fine-tuning"),
@@ -374,7 +376,7 @@ class StagedRun:
                 ),
                 stage=model,
                 rows=model.rows if rows is None else rows,
-                loss=partial(self._measured, wide, sample=sample, normalized=normalized),
+                loss=partial(comparison.loss, objective=measuring, sample=known),
                 advance=advance,
                 stretch=stretch,
                 span=WHOLE if plan.rest else span,
@@ -391,9 +393,7 @@ class StagedRun:
         before, after = tuned.loss_before, tuned.loss
         if plan.matching:
             # The report tells the loss.
-            own = replace(wide, loss_fn=task.loss_fn)
-            before = self._measured(own, flat, sample, normalized)
-            after = self._measured(own, tuned.weights, sample, normalized)
+            before, after = comparison.loss(flat), comparison.loss(tuned.weights)
         record = StageRecord(
             stage=stage,
             update=update,
@@ -423,18 +423,11 @@ class StagedRun:
             return self.task.loss_fn
         return Objective.matching(partial(forward, self._before.trial(self._before.weights)))
 
-    @staticmethod
-    def _measured(task: Task, flat: Tensor, sample: Sample, normalized: bool) -> float:
-        """Return the loss of a task at flat weights, where `normalized` with statistics of their own."""
-        if normalized:
-            return settled_loss(task, flat, sample)
-        return evaluate(task.trial(flat), sample, task.loss_fn).loss
-
     def _harm(self, weights: Tensor, sample: Sample) -> float:
         """Return where the loss is between that with none pruned and that with none left, in [0, 1]."""
         task = self._before
         dense = evaluate(task.trial(task.weights), sample, task.loss_fn).loss
-        none = settled_loss(self.task, torch.zeros_like(weights), sample)
+        none = Comparison(self.task, sample).loss(torch.zeros_like(weights))
         share = (self._loss_at(weights, sample) - dense) / (none - dense) if none > dense else 1.0
         return min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0
 

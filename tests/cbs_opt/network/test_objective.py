@@ -548,3 +548,40 @@ def test_numbers_are_converted_where_the_network_needs_it() -> None:
         found = evaluate(model, (x.numpy(), labels.numpy()), loss)
         right = labels if labels.dtype == torch.int64 else labels.float()
         assert found.loss == pytest.approx(float(loss(model(x.float()), right).detach()), rel=1e-6)
+
+
+class Convolutions(nn.Module):
+    """Reads what its convolution returns as it lies in memory, if `view`."""
+
+    def __init__(self, *, view: bool) -> None:
+        super().__init__()
+        self.convolution, self.head, self.view = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, CLASSES), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolution(x).relu()
+        head: Tensor = self.head(y.view(len(y), -1) if self.view else y.flatten(1))
+        return head
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "reordered"),
+    [
+        (Convolutions(view=False), torch.float32, True),
+        (Convolutions(view=True), torch.float32, False),
+        (Convolutions(view=False).double(), torch.float64, False),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES)), torch.float32, False),
+    ],
+)
+def test_images_have_their_channels_last_where_the_network_convolves_them_so(
+    model: nn.Module, dtype: torch.dtype, reordered: bool
+) -> None:
+    x, (_, y) = torch.randn(SAMPLES, 3, 8, 8, dtype=dtype), plain_data()
+    objective = Objective(cross_entropy)
+    loss = evaluate(model, (x, y), objective).loss
+    found = objective.prepared(Batch(inputs=x, labels=y)).inputs
+    assert isinstance(found, Tensor)
+    assert found.equal(x)
+    assert found.is_contiguous(memory_format=torch.channels_last) == reordered
+    assert loss == pytest.approx(float(cross_entropy(model(x), y).detach()), rel=1e-6)
+    rows = gradient_rows(model, (x, y), cross_entropy, Partition.from_model(model), progress=False)
+    assert torch.isfinite(rows.rows).all()

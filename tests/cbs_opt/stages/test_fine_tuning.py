@@ -329,8 +329,9 @@ def test_what_steps_passed_stands_for_an_end_that_is_no_gain(
 ) -> None:
     run = FineTuner._run
 
-    def jumping(*given: Any) -> tuple[float, int]:
-        return math.inf, run(*given)[1]
+    def jumping(*given: Any) -> tuple[Tensor, float, int]:
+        reached, _, used = run(*given)
+        return reached, math.inf, used
 
     monkeypatch.setattr(FineTuner, "_run", jumping)
     plan = FineTuning(samples=400, batch_size=16, rest=True, batch_statistics=normalized)
@@ -345,10 +346,10 @@ def test_a_rate_is_tried_by_where_it_ends_and_shorter_after_an_end_that_is_no_ga
     run = FineTuner._run
     rates_taken: list[float] = []
 
-    def jumping(tuner: FineTuner, descent: Descent, *given: Any) -> tuple[float, int]:
+    def jumping(tuner: FineTuner, descent: Descent, *given: Any) -> tuple[Tensor, float, int]:
         rates_taken.append(descent._rate.value)
-        loss, used = run(tuner, descent, *given)
-        return (math.inf if len(rates_taken) < 3 else loss), used
+        reached, loss, used = run(tuner, descent, *given)
+        return reached, (math.inf if len(rates_taken) < 3 else loss), used
 
     monkeypatch.setattr(FineTuner, "_run", jumping)
     plan = FineTuning(samples=1_600, batch_size=4, rest=True, batch_statistics=True)

@@ -54,6 +54,20 @@ def test_the_distance_is_that_of_outputs_whatever_the_labels() -> None:
     assert evaluate(dense, (x, y), aim).loss == 0.0
 
 
+def test_labels_that_are_made_once_have_the_same_loss() -> None:
+    model, dense = network(1), network(0)
+    x, y = data(40)
+    aim = Objective.matching(partial(forward, dense))
+    found = evaluate(model, (x, y), aim)
+    fixed, sample = aim.labelled([Batch(inputs=x, labels=y)], size=16, device=x.device)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.zero_()
+    assert evaluate(model, sample, fixed).loss == pytest.approx(found.loss, rel=1e-6)
+    own = Objective(cross_entropy)
+    assert own.labelled([Batch(inputs=x, labels=y)], size=16, device=x.device)[0] is own
+
+
 def test_its_gradient_is_that_of_the_distance() -> None:
     model, dense = network(1).double(), network(0).double()
     x, y = data(8, torch.float64)
@@ -109,6 +123,15 @@ def test_data_of_another_precision_are_converted() -> None:
         tuned(model, PLAN, count=1, train=(inputs, y))
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_statistics_are_estimated_from_data_of_another_precision() -> None:
+    x, y = data(200)
+    models = [network(), network()]
+    for model, inputs in zip(models, (x, x.double()), strict=True):
+        prune(model, (inputs, y), sparsity=0.5, recipe=cbs.fast(), progress=False)
+    for one, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        assert torch.allclose(one, other)
 
 
 def test_beside_steps_that_know_the_curvature_of_the_loss_it_is_refused() -> None:
