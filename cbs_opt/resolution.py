@@ -84,7 +84,7 @@ TIERS = {
         row_work=0.7e12,
         rows=280,
         most_per_row=12,
-        tuning_work=1.3e12,
+        tuning_work=1.7e12,
         passes=20.0,
         kept=0.7,
         drop=0.85,
@@ -103,7 +103,7 @@ TIERS = {
         compared_work=0.05e12,
     ),
 }
-OVERHEAD = 4e6
+OVERHEAD = 5.3e6
 """Operations that the time of a step would do beside those of its gradient, for each of its samples."""
 FEWEST_SAMPLES = 1_000
 """Samples for rows, and for fine-tuning, however large the network is; fewer if there are fewer."""
@@ -183,6 +183,8 @@ MATCHED_BLIND_RATE = 0.2
 """`BLIND_RATE` where outputs are matched."""
 STEPS = 100
 """Steps that a fine-tuning aims at before batches grow."""
+MATCHED_STEPS = 110
+"""Steps up to which a fine-tuning by outputs makes as many as one by labels, though they take longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +355,7 @@ def _division(
     if left >= LEAST_STEPS * BATCHES[0] and learnt():
         # Each sample then takes a forward pass of the network before pruning as well. Few steps stay as many:
         # ResNet20 at .9 ends at 81.9 % with 57 of them, at 84.5 with 77.
-        least = min(tuning, STEPS * BATCHES[1])
+        least = min(tuning, MATCHED_STEPS * BATCHES[1])
         return replace(found, matching=True, tuning=max(least, tuning / MATCHED_WORK))
     if not short or (harm := _harm(scene)) > LITTLE:
         return found

@@ -20,7 +20,9 @@ Protocol
   predictions, over so many passes of the calibration text less an eighth, which is set aside; ``--stages``
   of pruning share the passes. "differentiated" counts tokens, those for the budget of the network included.
 - Our method makes up in each layer for what the layers before have lost (``asymmetric``), unless weights move
-  afterwards; the others are as in their papers. ``--asymmetric`` lets all do so.
+  afterwards and the network writes no text of its own (``--written`` tokens) beside the calibration tokens,
+  which layers are fed and no pass is made over; the others are as in their papers. ``--asymmetric`` lets all
+  do so.
 - With ``--blocks`` single blocks are pruned, each fed by the dense network, and no method makes up for
   anything: all see the same inputs and aim at the same outputs, and their losses compare. Perplexity is left
   out.
@@ -46,6 +48,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +86,10 @@ SPARSITIES = ("0.5", "0.7", "2:4")
 SHARING = {"layer": ("magnitude", "wanda", "alps", "exchanges"), "network": SHOWN[1:]}
 """Methods that are measured with zeros shared by the rows of a layer, or by all layers, as well."""
 PASSES = (0, 1, 2, 3)
-SETTINGS = ("method", "sparsity", "sequences", "budget", "asymmetric", "passes", "stages", "block")
+SETTINGS = ("method", "sparsity", "sequences", "budget", "written", "asymmetric", "passes", "stages", "block")
 """What a cell is known by, as far as it has it."""
+CONTEST = ("methods", "sequences", "budgets", "blocks", "passes", "stages", "written", "asymmetric")
+"""Options of the command line that are handed on as they are."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARK = "language model"
 MOVES = "divergence"
@@ -250,44 +255,56 @@ def _recipe(cell: Cell) -> LayerRecipe:
     return LayerRecipe(
         method=cell["method"],
         budget=cell.get("budget", "rows"),
+        written=cell.get("written", 0),
         asymmetric=cell.get("asymmetric", False),
         divergence=divergence,
     )
 
 
-def cells(
-    methods: Sequence[str],
-    sparsities: Sequence[str],
-    sequences: Sequence[int],
-    budgets: Sequence[str] = ALL_BUDGETS,
-    blocks: Sequence[int] = (),
-    passes: Sequence[int] = (0,),
-    stages: int = 1,
-    *,
-    asymmetric: bool = False,
-) -> list[Cell]:
-    """Return what is measured: single blocks, or the dense network first and then all of it pruned.
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """What is to be compared: the options of the command line, each by its name there."""
 
-    The budget of a layer where a method knows one.
-    """
-    wanted: list[Cell] = [] if blocks else [{"method": DENSE}]
-    places: list[Cell] = [{"block": block} for block in blocks] or [{}]
-    budgets = [budget for budget in budgets if not (blocks and budget == "network")]
-    for place, count, sparsity, times, budget in itertools.product(
-        places, sequences, sparsities, passes, budgets
-    ):
-        if times and (blocks or times < stages):
-            continue
-        shared: Cell = {} if budget == "rows" else {"budget": budget}
-        moved: Cell = {"passes": times} | ({"stages": stages} if stages > 1 else {}) if times else {}
-        for method in methods:
-            sharing = not shared or (":" not in sparsity and method in SHARING[budget])
-            if method != DENSE and sharing:
-                cell = {"method": method, "sparsity": sparsity, "sequences": count}
-                own = method in OWN and not times
-                extra: Cell = {"asymmetric": True} if not blocks and (asymmetric or own) else {}
-                wanted.append(cell | shared | extra | moved | place)
-    return wanted
+    methods: Sequence[str]
+    sparsities: Sequence[str]
+    sequences: Sequence[int] = (16,)
+    budgets: Sequence[str] = ALL_BUDGETS
+    blocks: Sequence[int] = ()
+    passes: Sequence[int] = (0,)
+    stages: int = 1
+    written: int = 0
+    asymmetric: bool = False
+
+    def cells(self) -> list[Cell]:
+        """Return what is measured: single blocks, or the dense network first and then all of it pruned.
+
+        The budget of a layer where a method knows one.
+        """
+        wanted: list[Cell] = [] if self.blocks else [{"method": DENSE}]
+        places: list[Cell] = [{"block": block} for block in self.blocks] or [{}]
+        budgets = [budget for budget in self.budgets if not (self.blocks and budget == "network")]
+        for place, count, sparsity, times, budget in itertools.product(
+            places, self.sequences, self.sparsities, self.passes, budgets
+        ):
+            if times and (self.blocks or times < self.stages):
+                continue
+            shared: Cell = {} if budget == "rows" else {"budget": budget}
+            stages: Cell = {"stages": self.stages} if self.stages > 1 else {}
+            moved: Cell = {"passes": times} | stages if times else {}
+            for method in self.methods:
+                sharing = not shared or (":" not in sparsity and method in SHARING[budget])
+                if method != DENSE and sharing:
+                    cell = {"method": method, "sparsity": sparsity, "sequences": count}
+                    wanted.append(cell | shared | self._fed(method, times) | moved | place)
+        return wanted
+
+    def _fed(self, method: str, times: int) -> Cell:
+        """Return what layers are fed, and whether they make up for those before them."""
+        if self.blocks:
+            return {}
+        text: Cell = {"written": self.written} if self.written and method in OWN else {}
+        own = method in OWN and (text or not times)
+        return text | ({"asymmetric": True} if self.asymmetric or own else {})
 
 
 def _sparsity(text: str) -> float | str:
@@ -319,22 +336,28 @@ def table(results: Mapping[str, Cell]) -> str:
     blocks = sorted({entry["block"] for entry in others if "block" in entry})
     places += [(f"Block {block} alone", (block,)) for block in blocks]
     for count, (title, place), sparsity in itertools.product(sequences, places, sparsities):
-        wanted = [
-            cells(SHOWN, [sparsity], [count], blocks=place, passes=PASSES, stages=n, asymmetric=not place)
-            for n in (1, 2, 3)
+        found = [
+            entry
+            for entry in sorted(others, key=_order)
+            if (entry["sequences"], entry["sparsity"]) == (count, sparsity)
+            and ([entry["block"]] if "block" in entry else []) == list(place)
         ]
-        keys = list(dict.fromkeys(itertools.chain(*map(_either, itertools.chain(*wanted)))))
-        found = [results[key] for key in keys if key in results and key != dense]
         if found:
             lines += [f"### {title}, {sparsity}, {count} x {CALIBRATION_LENGTH} tokens", "", *HEAD]
             lines += [*map(_line, found), ""]
     return "\n".join(lines) + "\n"
 
 
-def _either(cell: Cell) -> tuple[str, str]:
-    """Return the keys of a cell, each layer pruned for itself and not."""
-    alone = {name: value for name, value in cell.items() if name != "asymmetric"}
-    return settings_key(alone), settings_key(cell)
+def _order(cell: Cell) -> tuple[int, ...]:
+    """Return where a cell is in its table."""
+    return (
+        cell.get("passes", 0),
+        ALL_BUDGETS.index(cell.get("budget", "rows")),
+        [*SHOWN, *METHODS].index(cell["method"]),
+        cell.get("asymmetric", False),
+        cell.get("written", 0),
+        cell.get("stages", 1),
+    )
 
 
 def _place(sparsity: str) -> tuple[bool, float, str]:
@@ -362,7 +385,10 @@ def _line(result: Cell) -> str:
 def _label(result: Cell) -> str:
     """Return what a line is about: the method, who shares its zeros, and how its weights moved."""
     label: str = result["method"] + (f", {result['budget']}" if "budget" in result else "")
-    own = result["method"] in OWN and "passes" not in result and "block" not in result
+    if "written" in result:
+        label += f", {result['written']} tokens written"
+    text = "passes" not in result or "written" in result
+    own = result["method"] in OWN and text and "block" not in result
     if ("asymmetric" in result) is not own:
         label += ", asymmetric" if "asymmetric" in result else ", each layer for itself"
     if "passes" in result:
@@ -386,6 +412,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--budgets", nargs="+", choices=ALL_BUDGETS, default=ALL_BUDGETS, help="default all")
     root.add_argument("--passes", nargs="+", type=int, default=[0], help="on the divergence (default 0)")
     root.add_argument("--stages", type=int, default=1, help="of prunings between the passes (default 1)")
+    root.add_argument(
+        "--written", type=int, default=0, help="tokens that the network writes for our method (default 0)"
+    )
     root.add_argument(
         "--asymmetric", action="store_true", help="let all methods make up for what layers before have lost"
     )
@@ -417,18 +446,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: data_file(file, options.data, verify=not options.no_verify) for name, file in TEXTS.items()
         }
         prepare(options.cache, options.gguf, texts)
-        wanted = cells(
-            options.methods,
-            sparsities,
-            options.sequences,
-            options.budgets,
-            options.blocks,
-            options.passes,
-            options.stages,
-            asymmetric=options.asymmetric,
+        contest = Contest(
+            sparsities=sparsities,
+            **{name: getattr(options, name) for name in CONTEST},
         )
         with thread_limit(1):
-            for cell in tqdm([cell for cell in wanted if settings_key(cell) not in ledger], disable=None):
+            missing = [cell for cell in contest.cells() if settings_key(cell) not in ledger]
+            for cell in tqdm(missing, disable=None):
                 run_dir = options.out / settings_key(cell)
                 for result in measure(options.cache, cell, run_dir):
                     settings = {name: result[name] for name in SETTINGS if name in result}

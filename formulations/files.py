@@ -38,6 +38,7 @@ NPY_HEADER_ROOM = 4096
 DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "float32": np.dtype("<f4"),
+    "int64": np.dtype("<i8"),
     "bool": np.dtype(np.bool_),
 }
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError)
@@ -120,10 +121,13 @@ def write_container(
     *,
     compress: bool = True,
 ) -> None:
-    """Write `header` and `arrays` (float64, float32 or bool) as one file, atomically.
+    """Write `header` and `arrays`, of the types of `DTYPES`, as one file, atomically.
 
     `compress` False is for what does not shrink, such as gradients, and saves the time.
     """
+    for name, array in arrays.items():
+        if str(array.dtype) not in DTYPES:
+            raise TypeError(f"{name} has {array.dtype}, which could not be read again")
     packing = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     described = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()

@@ -26,6 +26,10 @@ OWN = ("exchanges", "greedy_obs")
 """Methods that are no comparison with a paper on pruning layers."""
 
 
+WRITTEN = 8_192
+"""Tokens that a language model writes itself where a recipe by name looks at its predictions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerRecipe:
     """How `prune_layers` prunes.
@@ -43,10 +47,14 @@ class LayerRecipe:
         by a zero have fewer; or all layers together, by what their outputs matter to the network's
         predictions, see `cbs_opt.layers.shares`: this takes gradients of the whole network. Only "rows" with
         n:m and with "greedy_obs". "sparsegpt" goes over the whole layer in any case, as in its paper.
+    written : int, default 0
+        Tokens of text that a language model writes itself, beside the calibration data, for its layers to be
+        fed, see `cbs_opt.layers.writing`. They are not differentiated.
     asymmetric : bool, optional
         Make up in each layer for what those before it have lost, as far as what it is fed tells it, see
-        `cbs_opt.layers.asymmetry`. By default with "exchanges" and "greedy_obs" where no weights move on the
-        divergence, which would learn the same from the same tokens; other methods are as in their papers.
+        `cbs_opt.layers.asymmetry`. By default with "exchanges" and "greedy_obs", but where weights move on
+        the divergence and no text is written: they would learn the same from the same tokens. Other methods
+        are as in their papers.
     damping : float, default 0.01
         Of the mean diagonal of each Gram matrix.
     shrinkage : float in [0, 1], optional
@@ -65,6 +73,7 @@ class LayerRecipe:
     method: str = "exchanges"
     options: Exchanges | Alternating | None = None
     budget: str = "rows"
+    written: int = 0
     asymmetric: bool | None = None
     damping: float = DAMPING
     shrinkage: float | None = None
@@ -78,8 +87,10 @@ class LayerRecipe:
         if self.budget != "rows" and self.method == "greedy_obs":
             found = f'"{self.budget}" with greedy_obs, which goes row by row'
             raise ArgumentError("recipe.budget", found, 'use "rows", or another method')
+        check_fields(self, "recipe.", whole_number, "written", least=0)
         if self.asymmetric is None:
-            object.__setattr__(self, "asymmetric", self.method in OWN and self.divergence is None)
+            other = self.divergence is None or self.written > 0
+            object.__setattr__(self, "asymmetric", self.method in OWN and other)
         check_fields(self, "recipe.", flag, "asymmetric")
         check_fields(self, "recipe.", finite_number, "damping")
         check_fields(self, "recipe.", finite_number, "shrinkage", most=1.0)
@@ -102,8 +113,8 @@ def _divergence(argument: str, value: object) -> Divergence:
 
 NAMED = {
     "fast": LayerRecipe(),
-    "balanced": LayerRecipe(budget="network"),
-    "best": LayerRecipe(budget="network", divergence=Divergence()),
+    "balanced": LayerRecipe(budget="network", written=WRITTEN),
+    "best": LayerRecipe(budget="network", written=WRITTEN, divergence=Divergence()),
 }
 
 

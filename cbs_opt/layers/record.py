@@ -106,6 +106,10 @@ class LayersReport:
         Parameters that were not pruned, each with the reason.
     tokens : int
         Calibration tokens.
+    written : int
+        Tokens that the network wrote itself, which its layers were fed beside those.
+    unwritten : str
+        Why there are none though the recipe of the name has some; empty if there are.
     seconds : float
         Processor time of all of it, forward passes included; of blocks that an earlier call did, what these
         took then.
@@ -123,6 +127,8 @@ class LayersReport:
     layers: tuple[LayerRecord, ...]
     left_out: tuple[LeftOut, ...]
     tokens: int
+    written: int
+    unwritten: str
     seconds: float
     peak_memory: int | None
     moved: tuple[DivergenceRecord, ...]
@@ -177,12 +183,14 @@ class LayersReport:
                 f"{gaps.max():.1%} in one row; for all rows of a layer see layers[i].bounds.interval.\n"
             )
         moved = "".join(f"{step}\n" for step in self.moved)
+        written = f" and {self.written} that the network wrote" if self.written else ""
+        silent = f"No text was written beside the data: {self.unwritten}.\n" if self.unwritten else ""
         return (
             f"{len(self.layers)} layers at {self.sparsity} by {self.recipe.method}: {self.zeros:.4f} zeros, "
             f"mean relative loss {loss:.4f}; {proved} of {rows} rows proved 1-swap optimal, the others not "
-            f"examined; {self.tokens} tokens, {self.differentiated} differentiated, "
+            f"examined; {self.tokens} tokens{written}, {self.differentiated} differentiated, "
             f"{self.seconds:.1f} s of processor time{memory}.\n"
-            f"{self._kept_whole()}{sampled}{moved}{ZEROS}"
+            f"{self._kept_whole()}{silent}{sampled}{moved}{ZEROS}"
         )
 
     def _kept_whole(self) -> str:
@@ -223,6 +231,8 @@ class LayersReport:
             "layers": plain(self.layers),
             "left_out": plain(self.left_out),
             "tokens": self.tokens,
+            "written": self.written,
+            "unwritten": self.unwritten,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "moved": plain(self.moved),

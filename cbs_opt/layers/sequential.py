@@ -30,6 +30,7 @@ from cbs_opt.layers.recipe import LayerRecipe, layer_recipe
 from cbs_opt.layers.record import LayerRecord, LayersReport, PackedMask, packed, unpacked
 from cbs_opt.layers.shares import SCALE_TOKENS, Scales, kept_counts, measure_scales, row_factors
 from cbs_opt.layers.shrinkage import chosen_shrinkage
+from cbs_opt.layers.writing import batch_of, why_not, write
 from cbs_opt.network.data import Batch, Data, device_of, read
 from cbs_opt.network.eligible import Globs, LeftOut, unwrapped
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
@@ -50,9 +51,11 @@ from cbs_opt.system.memory import peak, reset_peak
 from cbs_opt.system.plain import plain, rebuilt
 from cbs_opt.system.progress import Progress, reporting
 from cbs_opt.system.versions import LIBRARIES, versions
-from formulations.errors import ShapeError
+from formulations.errors import ArgumentError, ShapeError
 
 FORMAT = "cbs-opt layers run"
+WRITTEN = "written"
+"""What the text is kept by that the network wrote."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,10 +164,11 @@ def prune_layers(
         for context in (evaluation_mode(network), plain_attention(), without_cache(network), torch.no_grad()):
             stack.enter_context(context)
         batches: list[Batch] = []
-        if chosen.differentiates:
+        if chosen.differentiates or chosen.written:
             # A loader may fill one and the same tensor again and again.
             batches = [copied(batch) for batch in limited(read(data, max_samples=samples), samples)]
             data = batches
+        chosen, unwritten = _able(chosen, network, batches, named=isinstance(recipe, str))
         calibration = calibrate(network, found, data, samples=samples, chunk_tokens=chosen.chunk_tokens)
         store: Pieces = Pieces()
         if run_dir is not None:
@@ -173,6 +177,8 @@ def prune_layers(
             }
             store = stack.enter_context(RunStore(run_dir, wanted))
         run = _Run(network=network, blocks=found, recipe=chosen, store=store, progress=report_to)
+        tokens, text = calibration.tokens, run.text(batches)
+        calibration.batches += run.fed(text).batches
         scales = run.scales(batches) if chosen.budget == "network" else None
         plans = run.plans(sparsity, scales)
         plans[-1] = replace(plans[-1], certify=certify)
@@ -180,7 +186,7 @@ def prune_layers(
             run.sweep(calibration, plans[0])
             moved: tuple[DivergenceRecord, ...] = ()
         else:
-            moved = run.moved(batches, calibration, plans)
+            moved = run.moved(batches, text, calibration, plans)
     reached = {layer.name for layer in run.records}
     left_out += tuple(
         LeftOut(name=layer.name, shape=tuple(layer.parameter.shape), reason=NOT_REACHED)
@@ -193,7 +199,9 @@ def prune_layers(
         recipe=chosen,
         layers=tuple(run.records),
         left_out=left_out,
-        tokens=calibration.tokens,
+        tokens=tokens,
+        written=calibration.tokens - tokens,
+        unwritten=unwritten,
         seconds=run.earlier + time.process_time() - began,
         peak_memory=peak(),
         moved=moved,
@@ -255,6 +263,30 @@ class _Run:
         """Present weights of all layers by name, not copied."""
         return {layer.name: layer.parameter.detach() for block in self.blocks for layer in block.layers}
 
+    def text(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return the text that the dense network writes in the form of the data, none if it is not to."""
+        if not self.recipe.written:
+            return []
+        piece = self.store.recall(WRITTEN)
+        if piece is not None:
+            self.earlier += piece[0]["seconds"]
+            ids = torch.from_numpy(piece[1]["ids"])
+        else:
+            began = time.process_time()
+            with self.progress.phase("writing", self.recipe.written, unit="token") as advance:
+                ids = write(
+                    self.network, batches, self.recipe.written, seed=self.recipe.seed, advance=advance
+                )
+            self.store.keep(WRITTEN, {"seconds": time.process_time() - began}, {"ids": ids.numpy()})
+        return [batch_of(ids, batches[0], device_of(self.network))]
+
+    def fed(self, batches: Sequence[Batch]) -> Calibration:
+        """Return what the first block is fed of some batches by the network as it is."""
+        if not batches:
+            return Calibration()
+        tokens = self.recipe.chunk_tokens
+        return calibrate(self.network, self.blocks, batches, samples=None, chunk_tokens=tokens)
+
     def scales(self, batches: Sequence[Batch]) -> Scales:
         """Return what the outputs of every layer matter to the predictions of the network as it is."""
         few = first_tokens(batches, SCALE_TOKENS)
@@ -306,9 +338,13 @@ class _Run:
                 advance(1)
 
     def moved(
-        self, batches: Sequence[Batch], calibration: Calibration, plans: Sequence[_Plan]
+        self,
+        batches: Sequence[Batch],
+        text: Sequence[Batch],
+        calibration: Calibration,
+        plans: Sequence[_Plan],
     ) -> tuple[DivergenceRecord, ...]:
-        """Prune in stages, after each of which the kept weights of all blocks move."""
+        """Prune in stages, after each of which the kept weights of all blocks move by the data alone."""
         options = self.recipe.divergence
         assert options is not None
         parameters = {layer.name: layer.parameter for block in self.blocks for layer in block.layers}
@@ -317,8 +353,7 @@ class _Run:
         records = []
         for stage, plan in enumerate(plans):
             if stage:
-                tokens = self.recipe.chunk_tokens
-                calibration = calibrate(self.network, self.blocks, batches, samples=None, chunk_tokens=tokens)
+                calibration = self.fed([*batches, *text])
             self.sweep(calibration, plan, stage)
             name = f"stage_{stage:02d}_moved"
             piece = self.store.recall(name)
@@ -348,6 +383,19 @@ class _Run:
             arrays = {layer: in_numpy(parameter) for layer, parameter in moving.items()}
             self.store.keep(name, header, arrays, compress=False)
         return record
+
+
+def _able(
+    recipe: LayerRecipe, network: nn.Module, batches: Sequence[Batch], *, named: bool
+) -> tuple[LayerRecipe, str]:
+    """Return a recipe that a network can follow, and why it writes no text if the recipe of a name has some.
+
+    Raises `ArgumentError` if the caller asked for the text.
+    """
+    reason = why_not(network, batches) if recipe.written else ""
+    if reason and not named:
+        raise ArgumentError("recipe.written", reason, "use 0, and pass more data in the place of the text")
+    return (replace(recipe, written=0, asymmetric=None) if reason else recipe), reason
 
 
 def _check_supports(blocks: Sequence[Block], sparsity: Sparsity, budget: str) -> None:

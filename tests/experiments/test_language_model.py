@@ -9,7 +9,7 @@ import pytest
 
 from experiments import language_model
 from experiments.data_files import DATA_FILES
-from experiments.language_model import CALIBRATION_LENGTH, DENSE, main
+from experiments.language_model import CALIBRATION_LENGTH, DENSE, Contest, main
 from tests.experiments.small_llama import WORDS, small_cache
 
 
@@ -96,9 +96,9 @@ def test_cells_move_and_share_and_say_so(cache: Path, tmp_path: Path) -> None:
 
 
 def test_patterns_and_single_blocks_have_no_budgets_to_share() -> None:
-    some = language_model.cells(["wanda", "sparsegpt"], ["0.5", "2:4"], [16], passes=(0, 1))
+    some = Contest(methods=["wanda", "sparsegpt"], sparsities=["0.5", "2:4"], passes=(0, 1)).cells()
     assert [cell["sparsity"] for cell in some if cell.get("budget")] == ["0.5"] * 6
-    blocks = language_model.cells(["wanda"], ["0.5"], [16], blocks=(4,), passes=(0, 1))
+    blocks = Contest(methods=["wanda"], sparsities=["0.5"], blocks=(4,), passes=(0, 1)).cells()
     assert [cell.get("budget") for cell in blocks] == [None, "layer"]
 
 

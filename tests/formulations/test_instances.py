@@ -15,7 +15,7 @@ from formulations import BlockProblem, BlockSolution, Limits, Termination, verif
 from formulations import instances as inst
 from formulations.enumeration import enumerate_optimum
 from formulations.errors import ArgumentError, InstanceFormatError, UnsupportedProblemError
-from formulations.files import CHECKSUM, checksum, write_container
+from formulations.files import CHECKSUM, checksum, read_container, write_container
 from formulations.incumbents import greedy
 from formulations.models import MODELS
 from formulations.models.translation import standard_form
@@ -409,3 +409,14 @@ def test_what_interrupts_the_writing_of_a_file_is_what_is_raised(reason, tmp_pat
     with pytest.raises(reason):
         write_container(tmp_path / "file", {"format": "any"}, {"values": np.zeros(3)})
     assert not list(tmp_path.iterdir())
+
+
+def test_arrays_that_could_not_be_read_again_are_not_written(tmp_path):
+    path = tmp_path / "file"
+    whole = {"places": np.arange(3), "kept": np.array([True, False])}
+    write_container(path, {"format": "any", "version": 1}, whole)
+    _, found = read_container(path, "any", 1, 10**6)
+    assert all(np.array_equal(found[name], array) for name, array in whole.items())
+    with pytest.raises(TypeError, match="places has int32"):
+        write_container(path, {"format": "any"}, {"places": np.arange(3, dtype=np.int32)})
+    assert read_container(path, "any", 1, 10**6)[1].keys() == whole.keys()

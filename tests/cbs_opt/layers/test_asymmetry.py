@@ -152,9 +152,10 @@ def test_methods_of_papers_compare_a_layer_with_itself_unless_asked() -> None:
     moving = cbs.Divergence(passes=1)
     assert cbs.LayerRecipe(divergence=moving).asymmetric is False
     assert cbs.LayerRecipe(divergence=moving, asymmetric=True).asymmetric
-    assert not layer_recipe("balanced", "2:4").asymmetric
-    assert not layer_recipe("best", 0.5).asymmetric
-    assert layer_recipe("balanced", 0.5).asymmetric
+    assert cbs.LayerRecipe(divergence=moving, written=100).asymmetric
+    assert not cbs.LayerRecipe(method="alps", written=100).asymmetric
+    for name, sparsity in (("fast", 0.5), ("balanced", "2:4"), ("balanced", 0.5), ("best", 0.5)):
+        assert layer_recipe(name, sparsity).asymmetric
     for method in ("magnitude", "wanda", "sparsegpt", "alps"):
         assert cbs.LayerRecipe(method=method).asymmetric is False
         assert cbs.LayerRecipe(method=method, asymmetric=True).asymmetric
