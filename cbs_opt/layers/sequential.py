@@ -56,6 +56,7 @@ from formulations.errors import ArgumentError, ShapeError
 FORMAT = "cbs-opt layers run"
 WRITTEN = "written"
 """What the text is kept by that the network wrote."""
+NO_TEXT = "use 0, and pass more data in the place of the text"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +138,8 @@ def prune_layers(
         If a layer is fed NaN or infinity; the layer and the batch are named.
     ArgumentError
         For tokens that the network does not know, and arguments out of their range; for a network that
-        returns no scores of classes, or fewer than two samples, where the recipe needs them.
+        returns no scores of classes, or fewer than two samples, where the recipe needs them; for text that
+        the caller asks a network for that writes none.
     DataLoaderError, BatchFormatError, EmptyDataError, ForwardError
         If the data cannot be read, or the network cannot run on them.
     RunMismatchError, RunInUseError
@@ -168,7 +170,6 @@ def prune_layers(
             # A loader may fill one and the same tensor again and again.
             batches = [copied(batch) for batch in limited(read(data, max_samples=samples), samples)]
             data = batches
-        chosen, unwritten = _able(chosen, network, batches, named=isinstance(recipe, str))
         calibration = calibrate(network, found, data, samples=samples, chunk_tokens=chosen.chunk_tokens)
         store: Pieces = Pieces()
         if run_dir is not None:
@@ -177,7 +178,14 @@ def prune_layers(
             }
             store = stack.enter_context(RunStore(run_dir, wanted))
         run = _Run(network=network, blocks=found, recipe=chosen, store=store, progress=report_to)
-        tokens, text = calibration.tokens, run.text(batches)
+        tokens, text, unwritten = calibration.tokens, [], ""
+        try:
+            text = run.text(batches)
+        except ArgumentError as error:
+            if isinstance(recipe, LayerRecipe):
+                raise
+            unwritten = error.found
+            run.recipe = replace(chosen, written=0, asymmetric=None)
         calibration.batches += run.fed(text).batches
         scales = run.scales(batches) if chosen.budget == "network" else None
         plans = run.plans(sparsity, scales)
@@ -196,7 +204,7 @@ def prune_layers(
     )
     return LayersReport(
         sparsity=sparsity,
-        recipe=chosen,
+        recipe=run.recipe,
         layers=tuple(run.records),
         left_out=left_out,
         tokens=tokens,
@@ -264,9 +272,14 @@ class _Run:
         return {layer.name: layer.parameter.detach() for block in self.blocks for layer in block.layers}
 
     def text(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Return the text that the dense network writes in the form of the data, none if it is not to."""
+        """Return the text that the dense network writes in the form of the data, none if it is not to.
+
+        Raises `ArgumentError` if it cannot.
+        """
         if not self.recipe.written:
             return []
+        if reason := why_not(self.network, batches):
+            raise ArgumentError("recipe.written", reason, NO_TEXT)
         piece = self.store.recall(WRITTEN)
         if piece is not None:
             self.earlier += piece[0]["seconds"]
@@ -383,19 +396,6 @@ class _Run:
             arrays = {layer: in_numpy(parameter) for layer, parameter in moving.items()}
             self.store.keep(name, header, arrays, compress=False)
         return record
-
-
-def _able(
-    recipe: LayerRecipe, network: nn.Module, batches: Sequence[Batch], *, named: bool
-) -> tuple[LayerRecipe, str]:
-    """Return a recipe that a network can follow, and why it writes no text if the recipe of a name has some.
-
-    Raises `ArgumentError` if the caller asked for the text.
-    """
-    reason = why_not(network, batches) if recipe.written else ""
-    if reason and not named:
-        raise ArgumentError("recipe.written", reason, "use 0, and pass more data in the place of the text")
-    return (replace(recipe, written=0, asymmetric=None) if reason else recipe), reason
 
 
 def _check_supports(blocks: Sequence[Block], sparsity: Sparsity, budget: str) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cbs_opt.errors import ForwardError
 from cbs_opt.layers.calibration import token_positions
-from cbs_opt.network.data import Batch, device_of
+from cbs_opt.network.data import Batch, device_of, structure
 
 PROMPT, PROMPT_SHARE = 32, 0.25
 """Tokens that a piece of the data has from which the network goes on, and their share of a sample at most."""
@@ -32,9 +33,9 @@ def why_not(network: nn.Module, batches: Sequence[Batch]) -> str:
 
     It can as language models of transformers do, by their `generate`, from token ids alone.
     """
-    can = getattr(network, "can_generate", None)
-    if not callable(getattr(network, "generate", None)) or (callable(can) and not can()):
-        return "the network cannot write text: it has no method generate() as language models of transformers"
+    can, writes = (getattr(network, name, None) for name in ("can_generate", "generate"))
+    if not callable(can) or not callable(writes) or not can():
+        return "the network cannot write text as language models of transformers do, by generate()"
     if getattr(getattr(network, "config", None), "is_encoder_decoder", False):
         return "the network reads one text and writes another"
     if not batches or _ids(batches[0]) is None:
@@ -54,7 +55,8 @@ def write(
 
     Each sequence goes on from a piece of one of the samples, in order and at random places that are no
     padding, with tokens drawn from the predictions. One token of all `AT_ONCE` sequences a step, by the cache
-    of keys and values of the network.
+    of keys and values of the network. Raises `ForwardError` for what that raises, or where it returns
+    something else.
     """
     first = _ids(batches[0])
     assert first is not None
@@ -114,21 +116,30 @@ def _prompts(batches: Sequence[Batch], count: int, length: int, generator: torch
 def _continued(network: Any, prompts: Tensor, length: int) -> Tensor:
     """Return sequences of `length` tokens that begin with `prompts`, the rest drawn from the predictions."""
     new = length - prompts.shape[1]
-    written: Tensor = network.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        min_new_tokens=new,
-        max_new_tokens=new,
-        do_sample=True,
-        num_beams=1,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        use_cache=True,
-        pad_token_id=0,
-        return_dict_in_generate=False,
-    )
+    remedy = "use recipe.written 0, and pass more data in the place of the text"
+    try:
+        written = network.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            min_new_tokens=new,
+            max_new_tokens=new,
+            do_sample=True,
+            num_beams=1,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            use_cache=True,
+            pad_token_id=0,
+            return_dict_in_generate=False,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what networks do is the caller's
+        found = f"generate() raised {type(error).__name__}: {error}"
+        raise ForwardError("model", found, remedy) from error
+    if not isinstance(written, Tensor) or written.shape != (len(prompts), length):
+        raise ForwardError("model", f"generate() returned {structure(written)}", remedy)
     return written.detach().long()
 
 

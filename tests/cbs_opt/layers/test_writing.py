@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import cbs_opt as cbs
+from cbs_opt.errors import ForwardError
 from cbs_opt.layers import sequential, writing
 from cbs_opt.layers.divergence import Divergence
 from cbs_opt.layers.sequential import prune_layers
@@ -24,6 +25,9 @@ MOVING = Divergence(passes=1, rate=1e-3, step_tokens=4 * LENGTH)
 class Writer(Masked):
     """A network that goes on as language models of transformers do, without a cache."""
 
+    def can_generate(self) -> bool:
+        return True
+
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         assert options["do_sample"]
         assert options["min_new_tokens"] == max_new_tokens
@@ -31,6 +35,13 @@ class Writer(Masked):
             chances = self(input_ids)[:, -1].softmax(-1)
             input_ids = torch.cat([input_ids, torch.multinomial(chances, 1)], 1)
         return input_ids
+
+
+class Other(Network):
+    """A network that writes in a way of its own."""
+
+    def generate(self, ids: Tensor, count: int) -> Tensor:
+        raise AssertionError
 
 
 def written(network: nn.Module, batch: Batch, count: int, seed: int = 0) -> Tensor:
@@ -86,7 +97,8 @@ def test_padding_is_no_piece_to_go_on_from() -> None:
 @pytest.mark.parametrize(
     ("network", "inputs", "reason"),
     [
-        (Network(), tokens(), "no method generate"),
+        (Network(), tokens(), "cannot write text"),
+        (Other(), tokens(), "cannot write text"),
         (Writer(), torch.randn(4, LENGTH), "no token ids"),
         (Writer(), {"input_ids": tokens(), "attention_mask": torch.zeros(24, LENGTH)}, "no padding"),
         (Writer(), tokens(), ""),
@@ -120,6 +132,25 @@ def test_a_recipe_by_name_goes_without_where_a_network_cannot_write_and_says_so(
     assert able.recipe.asymmetric
     with pytest.raises(ArgumentError, match=r"recipe\.written: the network cannot write"):
         prune_layers(Network(), tokens(), sparsity=0.5, recipe=cbs.LayerRecipe(written=9), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("generate", "found"),
+    [
+        (lambda self, **_: self.no_such_thing, "raised AttributeError"),
+        (lambda self, input_ids, **_: input_ids, "returned int64"),
+    ],
+)
+def test_what_is_no_text_is_named_or_done_without(
+    generate: Any, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "generate", generate)
+    report = prune_layers(Writer(), tokens(), sparsity=0.5, recipe="balanced", progress=False)
+    assert (report.written, report.recipe.asymmetric) == (0, True)
+    assert found in report.unwritten
+    recipe = cbs.LayerRecipe(written=9)
+    with pytest.raises(ForwardError, match=f"{found}.*pass more data"):
+        prune_layers(Writer(), tokens(), sparsity=0.5, recipe=recipe, progress=False)
 
 
 def test_a_run_that_goes_on_does_not_write_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
