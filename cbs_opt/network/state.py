@@ -30,29 +30,39 @@ def kept(model: nn.Module) -> Iterator[None]:
 
     Running statistics and counters get their old values, in place; a tensor that was put in the place of
     another, or where there was none, goes, in lists and dictionaries too. Copies of all buffers are held.
+    Whether gradients are recorded is as before as well: a signal may come while `torch.no_grad` ends.
     """
+    grad = torch.is_grad_enabled()
     buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
     modules = (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
     before = [(module, dict(module._buffers), _attributes(module)) for module in modules]
     try:
         yield
     finally:
-        for module, owned, attributes in before:
-            _restore(module._buffers, owned)
-            for name, value in list(module.__dict__.items()):
-                old, copy = attributes.get(name, (None, None))
-                if isinstance(value, Tensor) and value is not old:
-                    module.__dict__[name] = old
-                elif isinstance(value, list) and value is old and _holds_new(value, copy):
-                    value[:] = copy
-                elif isinstance(value, dict) and value is old and _holds_new(value.values(), copy.values()):
-                    _restore(value, copy)
-                if name not in attributes and isinstance(value, Tensor):
-                    del module.__dict__[name]
-        with torch.no_grad():
-            for buffer, value, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
+        try:
+            for module, owned, attributes in before:
+                _restore_module(module, owned, attributes)
+            with torch.no_grad():
+                for buffer, value, version in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(value)
+        finally:
+            torch.set_grad_enabled(grad)
+
+
+def _restore_module(module: nn.Module, owned: dict[str, Any], attributes: dict[str, tuple[Any, Any]]) -> None:
+    """Give a module its buffers and plain tensors back, in lists and dictionaries too."""
+    _restore(module._buffers, owned)
+    for name, value in list(module.__dict__.items()):
+        old, copy = attributes.get(name, (None, None))
+        if isinstance(value, Tensor) and value is not old:
+            module.__dict__[name] = old
+        elif isinstance(value, list) and value is old and _holds_new(value, copy):
+            value[:] = copy
+        elif isinstance(value, dict) and value is old and _holds_new(value.values(), copy.values()):
+            _restore(value, copy)
+        if name not in attributes and isinstance(value, Tensor):
+            del module.__dict__[name]
 
 
 def require_usable(model: nn.Module) -> None:

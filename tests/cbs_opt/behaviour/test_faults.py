@@ -264,9 +264,29 @@ def test_ctrl_c_at_any_moment_leaves_the_network_whole(moment):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, handler)
+    assert torch.is_grad_enabled()
     if any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()):
         before = snapshot(finished)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 8])
+def test_gradients_are_recorded_though_a_signal_comes_while_no_grad_ends(count, monkeypatch):
+    model, train = network(), data()
+    ends, times = torch.no_grad.__exit__, itertools.count()
+
+    def interrupted(self: torch.no_grad, *given: Any) -> None:
+        if next(times) == count:
+            raise KeyboardInterrupt
+        ends(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.no_grad, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, train, sparsity=0.5, recipe="fast", progress=False)
+    recorded = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert recorded
 
 
 class Saboteur:

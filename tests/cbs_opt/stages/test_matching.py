@@ -209,8 +209,10 @@ def test_stages_that_few_passes_would_be_shared_among_are_one_by_outputs() -> No
 
 
 def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of the fine-tuning by name are fewer, those of a budget of samples are not."""
+    """Samples of the fine-tuning by name are fewer, those of a budget are not, nor those of few steps."""
     model, train = learnt()
+    few = named(cbs.balanced(), model, train, 0.95).fine_tuning
+    monkeypatch.setattr(resolution, "MATCHED_STEPS", 100)
     found: dict[str, list[int]] = {}
     for share in (resolution.LEARNT, 0.0):
         monkeypatch.setattr(resolution, "LEARNT", share)
@@ -221,6 +223,8 @@ def test_the_work_of_the_network_before_pruning_is_counted(monkeypatch: pytest.M
             found.setdefault(str(recipe.samples), []).append(tuning.final_samples or 0)
     matched, labels = found["None"]
     assert matched == pytest.approx(0.75 * labels, abs=1.0)
+    assert few is not None
+    assert matched < (few.final_samples or 0) < labels
     assert found["3000"][0] == found["3000"][1]
 
 
