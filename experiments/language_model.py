@@ -85,7 +85,6 @@ SHOWN = (DENSE, "magnitude", "wanda", "sparsegpt", "alps", "exchanges")
 SPARSITIES = ("0.5", "0.7", "2:4")
 SHARING = {"layer": ("magnitude", "wanda", "alps", "exchanges"), "network": SHOWN[1:]}
 """Methods that are measured with zeros shared by the rows of a layer, or by all layers, as well."""
-PASSES = (0, 1, 2, 3)
 SETTINGS = ("method", "sparsity", "sequences", "budget", "written", "asymmetric", "passes", "stages", "block")
 """What a cell is known by, as far as it has it."""
 CONTEST = ("methods", "sequences", "budgets", "blocks", "passes", "stages", "written", "asymmetric")

@@ -30,7 +30,7 @@ from cbs_opt.layers.recipe import LayerRecipe, layer_recipe
 from cbs_opt.layers.record import LayerRecord, LayersReport, PackedMask, packed, unpacked
 from cbs_opt.layers.shares import SCALE_TOKENS, Scales, kept_counts, measure_scales, row_factors
 from cbs_opt.layers.shrinkage import chosen_shrinkage
-from cbs_opt.layers.writing import batch_of, why_not, write
+from cbs_opt.layers.writing import NO_TEXT, batch_of, why_not, write
 from cbs_opt.network.data import Batch, Data, device_of, read
 from cbs_opt.network.eligible import Globs, LeftOut, unwrapped
 from cbs_opt.network.state import evaluation_mode, kept, require_usable
@@ -54,9 +54,8 @@ from cbs_opt.system.versions import LIBRARIES, versions
 from formulations.errors import ArgumentError, ShapeError
 
 FORMAT = "cbs-opt layers run"
-WRITTEN = "written"
+TEXT = "written"
 """What the text is kept by that the network wrote."""
-NO_TEXT = "use 0, and pass more data in the place of the text"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -280,7 +279,7 @@ class _Run:
             return []
         if reason := why_not(self.network, batches):
             raise ArgumentError("recipe.written", reason, NO_TEXT)
-        piece = self.store.recall(WRITTEN)
+        piece = self.store.recall(TEXT)
         if piece is not None:
             self.earlier += piece[0]["seconds"]
             ids = torch.from_numpy(piece[1]["ids"])
@@ -290,7 +289,7 @@ class _Run:
                 ids = write(
                     self.network, batches, self.recipe.written, seed=self.recipe.seed, advance=advance
                 )
-            self.store.keep(WRITTEN, {"seconds": time.process_time() - began}, {"ids": ids.numpy()})
+            self.store.keep(TEXT, {"seconds": time.process_time() - began}, {"ids": ids.numpy()})
         return [batch_of(ids, batches[0], device_of(self.network))]
 
     def fed(self, batches: Sequence[Batch]) -> Calibration:

@@ -26,6 +26,8 @@ PROMPT, PROMPT_SHARE = 32, 0.25
 """Tokens that a piece of the data has from which the network goes on, and their share of a sample at most."""
 AT_ONCE = 16
 """Sequences that are written at a time."""
+NO_TEXT = "use written=0, and pass more data in the place of the text"
+"""What to do where there can be none."""
 
 
 def why_not(network: nn.Module, batches: Sequence[Batch]) -> str:
@@ -116,7 +118,6 @@ def _prompts(batches: Sequence[Batch], count: int, length: int, generator: torch
 def _continued(network: Any, prompts: Tensor, length: int) -> Tensor:
     """Return sequences of `length` tokens that begin with `prompts`, the rest drawn from the predictions."""
     new = length - prompts.shape[1]
-    remedy = "use recipe.written 0, and pass more data in the place of the text"
     try:
         written = network.generate(
             input_ids=prompts,
@@ -137,9 +138,9 @@ def _continued(network: Any, prompts: Tensor, length: int) -> Tensor:
         raise
     except Exception as error:  # what networks do is the caller's
         found = f"generate() raised {type(error).__name__}: {error}"
-        raise ForwardError("model", found, remedy) from error
+        raise ForwardError("model", found, NO_TEXT) from error
     if not isinstance(written, Tensor) or written.shape != (len(prompts), length):
-        raise ForwardError("model", f"generate() returned {structure(written)}", remedy)
+        raise ForwardError("model", f"generate() returned {structure(written)}", NO_TEXT)
     return written.detach().long()
 
 
