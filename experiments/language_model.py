@@ -2,7 +2,7 @@
 
     python -m experiments.language_model --cache ~/smollm2
     python -m experiments.language_model --cache ~/smollm2 --methods sparsegpt exchanges --sparsities .5 2:4
-    python -m experiments.language_model --cache ~/smollm2 --methods wanda --passes 0 1 2
+    python -m experiments.language_model --cache ~/smollm2 --methods wanda --passes 1 2 --rates 2e-4 4e-4
     python -m experiments.language_model --cache ~/smollm2 --blocks 4 20
     python -m experiments.language_model --cache ~/smollm2 --page docs/results/language_model.md
 
@@ -27,7 +27,8 @@ Protocol
   anything: all see the same inputs and aim at the same outputs, and their losses compare. Perplexity is left
   out.
 - Perplexity: over the first 8 x 1 024 tokens of the test text, each sequence by itself, read once a cell.
-- A cell with passes begins as the one without them, which is measured on the way.
+- Cells that differ in their passes and the rate of these begin alike: layers are pruned once for all of
+  them, and measured before weights move. Weights move by the function that `prune_layers` calls.
 - Processor seconds are those of `prune_layers`, forward passes included, with one thread. Memory is the
   peak over them beyond what the process held before, network and calibration tokens included.
 - Every cell is appended to ``results.jsonl`` as it is done, every block of the present one is kept beside
@@ -59,8 +60,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cbs_opt
-from cbs_opt.layers.divergence import Divergence
+from cbs_opt.layers.calibration import without_cache
+from cbs_opt.layers.divergence import Divergence, DivergenceRecord, move, predictions
 from cbs_opt.layers.recipe import ALL_BUDGETS, OWN, LayerRecipe
+from cbs_opt.network.data import read
+from cbs_opt.network.trial import plain_attention
 from cbs_opt.select.layer_program.methods import METHODS
 from cbs_opt.select.layer_program.support import checked_sparsity
 from cbs_opt.system.memory import peak, resident
@@ -85,9 +89,11 @@ SHOWN = (DENSE, "magnitude", "wanda", "sparsegpt", "alps", "exchanges")
 SPARSITIES = ("0.5", "0.7", "2:4")
 SHARING = {"layer": ("magnitude", "wanda", "alps", "exchanges"), "network": SHOWN[1:]}
 """Methods that are measured with zeros shared by the rows of a layer, or by all layers, as well."""
-SETTINGS = ("method", "sparsity", "sequences", "budget", "written", "asymmetric", "passes", "stages", "block")
+MOVED = ("passes", "rate")
+"""What cells that begin alike may differ in."""
+SETTINGS = ("method", "sparsity", "sequences", "budget", "written", "asymmetric", *MOVED, "stages", "block")
 """What a cell is known by, as far as it has it."""
-CONTEST = ("methods", "sequences", "budgets", "blocks", "passes", "stages", "written", "asymmetric")
+CONTEST = ("methods", "sequences", "budgets", "blocks", "passes", "rates", "stages", "written", "asymmetric")
 """Options of the command line that are handed on as they are."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARK = "language model"
@@ -165,19 +171,24 @@ def perplexity(model: Any, tokens: Tensor) -> float:
     return math.exp(total / TEST_SEQUENCES)
 
 
-def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> list[Cell]:
-    """Return what a cell comes to: perplexity, relative losses of every layer, seconds and bytes.
+def measure(cache: Path, cells: Sequence[Cell], run_dir: Path | None = None) -> Iterator[Cell]:
+    """Yield what cells that begin alike come to: perplexity, losses of every layer, seconds and bytes.
 
     Before weights move the network is that of the same cell without passes, whose results come first.
-    `run_dir` keeps its blocks, so that it goes on where it was stopped.
+    `run_dir` keeps the blocks of the first cell, so that it goes on where it was stopped.
     """
+    cell = cells[0]
     tokens = load_file(cache / "tokens.safetensors")
     model = load_model(cache)
     if cell["method"] == DENSE:
-        return [{**cell, "perplexity": perplexity(model, tokens["test"])}]
-    sequences = cell["sequences"]
-    calibration = tokens["valid"][: sequences * CALIBRATION_LENGTH].view(sequences, CALIBRATION_LENGTH)
-    watch = _Watch(model, tokens["test"])
+        yield {**cell, "perplexity": perplexity(model, tokens["test"])}
+        return
+    sequences, text = cell["sequences"], tokens["valid"]
+    if len(text) < sequences * CALIBRATION_LENGTH:
+        found = f"{sequences} of {CALIBRATION_LENGTH} tokens, and a text of {len(text)}"
+        raise ArgumentError("sequences", found, f"ask for at most {len(text) // CALIBRATION_LENGTH}")
+    calibration = text[: sequences * CALIBRATION_LENGTH].view(sequences, CALIBRATION_LENGTH)
+    watch = _Watch(model, tokens["test"], keep=len(cells) > 1)
     before = resident()
     report = cbs_opt.prune_layers(
         model,
@@ -206,8 +217,9 @@ def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> list[Cell]:
     if "block" not in cell:
         result["perplexity"] = perplexity(model, tokens["test"])
     if watch.perplexity is None or cell.get("stages", 1) > 1:
-        return [result]
-    still = {name: value for name, value in cell.items() if name != "passes"} | {
+        yield result
+        return
+    still = {name: value for name, value in cell.items() if name not in MOVED} | {
         **shared,
         "processor_seconds": seconds - watch.moves,
         "extra_bytes": None if watch.peak is None else watch.peak - before,
@@ -215,22 +227,57 @@ def measure(cache: Path, cell: Cell, run_dir: Path | None = None) -> list[Cell]:
         "moved": [],
         "perplexity": watch.perplexity,
     }
-    return [still, result]
+    yield still
+    yield result
+    dense = load_model(cache)
+    for other in cells[1:]:
+        began = time.process_time()
+        record = _moved(model, dense, watch.start, report.masks, calibration, other)
+        yield other | {
+            **shared,
+            "processor_seconds": still["processor_seconds"] + time.process_time() - began,
+            "extra_bytes": None,
+            "differentiated": still["differentiated"] + record.tokens,
+            "moved": plain((record,)),
+            "perplexity": perplexity(model, tokens["test"]),
+        }
+
+
+def _moved(
+    model: nn.Module,
+    dense: nn.Module,
+    start: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    calibration: Tensor,
+    cell: Cell,
+) -> DivergenceRecord:
+    """Move the weights of a pruned network from where they were before any of them moved."""
+    options = _recipe(cell).divergence
+    assert options is not None
+    with torch.no_grad():
+        for name, tensor in start.items():
+            model.get_parameter(name).copy_(tensor)
+    weights = {name: dense.get_parameter(name) for name in masks}
+    aim = predictions(model, weights, list(read(calibration)), options)
+    moving = {name: model.get_parameter(name) for name in masks}
+    with plain_attention(), without_cache(model):
+        return move(aim, moving, dict(masks), options, 0, lambda _: None)
 
 
 class _Watch(Progress):
     """Measures a network once its layers are pruned, before its weights move.
 
-    `perplexity` and `peak` are what was found then, `spent` the processor seconds of finding out, and `moves`
-    those of the moves.
+    `perplexity` and `peak` are what was found then, `start` its weights, if they are to be kept, `spent` the
+    processor seconds of finding out, and `moves` those of the moves.
     """
 
-    def __init__(self, model: nn.Module, text: Tensor) -> None:
+    def __init__(self, model: nn.Module, text: Tensor, *, keep: bool) -> None:
         self.perplexity: float | None = None
+        self.start: dict[str, Tensor] = {}
         self.peak: int | None = None
         self.spent = 0.0
         self.moves = 0.0
-        self._model, self._text = model, text
+        self._model, self._text, self._keep = model, text, keep
 
     @contextmanager
     def phase(self, name: str, total: int | None = None, *, unit: str, done: int = 0) -> Iterator[Advance]:
@@ -239,6 +286,8 @@ class _Watch(Progress):
             began = time.process_time()
             self.peak = peak()
             self.perplexity = perplexity(self._model, self._text)
+            if self._keep:
+                self.start = {name: tensor.clone() for name, tensor in self._model.named_parameters()}
             self.spent = time.process_time() - began
         began = time.process_time()
         with super().phase(name, total, unit=unit, done=done) as advance:
@@ -250,7 +299,8 @@ class _Watch(Progress):
 def _recipe(cell: Cell) -> LayerRecipe:
     divergence = None
     if "passes" in cell:
-        divergence = Divergence(passes=cell["passes"], stages=cell.get("stages", 1))
+        options: Cell = {"rate": cell["rate"]} if "rate" in cell else {}
+        divergence = Divergence(passes=cell["passes"], stages=cell.get("stages", 1), **options)
     return LayerRecipe(
         method=cell["method"],
         budget=cell.get("budget", "rows"),
@@ -270,6 +320,7 @@ class Contest:
     budgets: Sequence[str] = ALL_BUDGETS
     blocks: Sequence[int] = ()
     passes: Sequence[int] = (0,)
+    rates: Sequence[float] = (Divergence.rate,)
     stages: int = 1
     written: int = 0
     asymmetric: bool = False
@@ -282,20 +333,32 @@ class Contest:
         wanted: list[Cell] = [] if self.blocks else [{"method": DENSE}]
         places: list[Cell] = [{"block": block} for block in self.blocks] or [{}]
         budgets = [budget for budget in self.budgets if not (self.blocks and budget == "network")]
-        for place, count, sparsity, times, budget in itertools.product(
-            places, self.sequences, self.sparsities, self.passes, budgets
+        for place, count, sparsity, times, rate, budget in itertools.product(
+            places, self.sequences, self.sparsities, self.passes, self.rates, budgets
         ):
-            if times and (self.blocks or times < self.stages):
+            apart = self.blocks or times < self.stages
+            if (times and apart) or (not times and rate != self.rates[0]):
                 continue
             shared: Cell = {} if budget == "rows" else {"budget": budget}
             stages: Cell = {"stages": self.stages} if self.stages > 1 else {}
-            moved: Cell = {"passes": times} | stages if times else {}
+            own: Cell = {} if rate == Divergence.rate else {"rate": rate}
+            moved: Cell = {"passes": times} | own | stages if times else {}
             for method in self.methods:
                 sharing = not shared or (":" not in sparsity and method in SHARING[budget])
                 if method != DENSE and sharing:
                     cell = {"method": method, "sparsity": sparsity, "sequences": count}
                     wanted.append(cell | shared | self._fed(method, times) | moved | place)
         return wanted
+
+    def groups(self, known: Ledger) -> list[list[Cell]]:
+        """Return the cells that are not known, those together that begin alike."""
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells():
+            if settings_key(cell) not in known:
+                begins = {name: value for name, value in cell.items() if name not in MOVED}
+                apart = "passes" not in cell or "stages" in cell
+                found.setdefault(settings_key(cell if apart else begins | {"moves": True}), []).append(cell)
+        return [*found.values()]
 
     def _fed(self, method: str, times: int) -> Cell:
         """Return what layers are fed, and whether they make up for those before them."""
@@ -351,6 +414,7 @@ def _order(cell: Cell) -> tuple[int, ...]:
     """Return where a cell is in its table."""
     return (
         cell.get("passes", 0),
+        cell.get("rate", Divergence.rate) != Divergence.rate,
         ALL_BUDGETS.index(cell.get("budget", "rows")),
         [*SHOWN, *METHODS].index(cell["method"]),
         cell.get("asymmetric", False),
@@ -392,6 +456,8 @@ def _label(result: Cell) -> str:
         label += ", asymmetric" if "asymmetric" in result else ", each layer for itself"
     if "passes" in result:
         label += f", {result['passes']} passes" if result["passes"] > 1 else ", 1 pass"
+    if "rate" in result:
+        label += f" at {result['rate']:.0e}".replace("e-0", "e-")
     return label + (f" in {result['stages']} stages" if "stages" in result else "")
 
 
@@ -410,6 +476,13 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--blocks", nargs="+", type=int, default=[], help="single blocks, by number")
     root.add_argument("--budgets", nargs="+", choices=ALL_BUDGETS, default=ALL_BUDGETS, help="default all")
     root.add_argument("--passes", nargs="+", type=int, default=[0], help="on the divergence (default 0)")
+    root.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[Divergence.rate],
+        help=f"of these (default {Divergence.rate})",
+    )
     root.add_argument("--stages", type=int, default=1, help="of prunings between the passes (default 1)")
     root.add_argument(
         "--written", type=int, default=0, help="tokens that the network writes for our method (default 0)"
@@ -450,10 +523,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **{name: getattr(options, name) for name in CONTEST},
         )
         with thread_limit(1):
-            missing = [cell for cell in contest.cells() if settings_key(cell) not in ledger]
-            for cell in tqdm(missing, disable=None):
-                run_dir = options.out / settings_key(cell)
-                for result in measure(options.cache, cell, run_dir):
+            for cells in tqdm(contest.groups(ledger), disable=None):
+                run_dir = options.out / settings_key(cells[0])
+                for result in measure(options.cache, cells, run_dir):
                     settings = {name: result[name] for name in SETTINGS if name in result}
                     if settings_key(settings) not in ledger:
                         ledger.add(settings_key(settings), {**result, "commit": commit()})

@@ -10,6 +10,7 @@ import pytest
 from experiments import language_model
 from experiments.data_files import DATA_FILES
 from experiments.language_model import CALIBRATION_LENGTH, DENSE, Contest, main
+from experiments.ledger import Ledger, settings_key
 from tests.experiments.small_llama import WORDS, small_cache
 
 
@@ -52,9 +53,9 @@ def test_cells_are_measured_once_and_the_page_shows_them(cache: Path, tmp_path: 
 
 
 def test_a_cell_has_perplexity_losses_and_costs(cache: Path) -> None:
-    (dense,) = language_model.measure(cache, {"method": DENSE})
+    (dense,) = language_model.measure(cache, [{"method": DENSE}])
     assert dense["perplexity"] == pytest.approx(WORDS, rel=0.2)
-    (found,) = language_model.measure(cache, {"method": "sparsegpt", "sparsity": "2:4", "sequences": 1})
+    (found,) = language_model.measure(cache, [{"method": "sparsegpt", "sparsity": "2:4", "sequences": 1}])
     assert math.isfinite(found["perplexity"])
     assert found["perplexity"] != dense["perplexity"]
     assert len(found["loss"]) == 14
@@ -64,13 +65,44 @@ def test_a_cell_has_perplexity_losses_and_costs(cache: Path) -> None:
 
 def test_a_cell_with_passes_measures_the_one_without_on_its_way(cache: Path) -> None:
     cell = {"method": "wanda", "sparsity": "0.5", "sequences": 2, "budget": "network"}
-    (alone,) = language_model.measure(cache, cell)
-    still, moved = language_model.measure(cache, cell | {"passes": 1})
+    (alone,) = language_model.measure(cache, [cell])
+    still, moved = language_model.measure(cache, [cell | {"passes": 1}])
     for same in ("perplexity", "loss", "zeros", "differentiated", "moved"):
         assert still[same] == alone[same]
     assert moved["passes"] == 1
     assert moved["differentiated"] > still["differentiated"] > 0
     assert 0.0 < still["processor_seconds"] < moved["processor_seconds"]
+
+
+def test_cells_that_begin_alike_are_pruned_once_and_end_as_they_do_alone(cache: Path) -> None:
+    cell = {"method": "wanda", "sparsity": "0.5", "sequences": 2}
+    moves = [{"passes": 1}, {"passes": 2}, {"passes": 1, "rate": 1e-3}]
+    together = list(language_model.measure(cache, [cell | move for move in moves]))
+    assert [found.get("passes") for found in together] == [None, 1, 2, 1]
+    for move, found in zip(moves, together[1:], strict=True):
+        _, alone = language_model.measure(cache, [cell | move])
+        for same in ("perplexity", "loss", "differentiated", "moved"):
+            assert found[same] == alone[same]
+    assert len({found["perplexity"] for found in together}) == 4
+
+
+def test_more_sequences_than_there_are_is_refused(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--cache", str(cache), "--out", str(tmp_path / "out"), "--methods", "wanda"]
+    assert main([*options, "--sequences", "9"]) == 1
+    assert "ask for at most 2" in capsys.readouterr().err
+
+
+def test_groups_hold_what_begins_alike_and_is_not_known(tmp_path: Path) -> None:
+    contest = Contest(
+        methods=["alps"], sparsities=["2:4"], budgets=["rows"], passes=(0, 1, 2), rates=(2e-4, 4e-4)
+    )
+    ledger = Ledger(tmp_path / "results.jsonl")
+    assert [len(group) for group in contest.groups(ledger)] == [1, 1, 4]
+    ledger.add(settings_key({"method": DENSE}), {})
+    assert [len(group) for group in contest.groups(ledger)] == [1, 4]
+    assert [cell.get("rate") for cell in contest.groups(ledger)[1]] == [None, 4e-4, None, 4e-4]
 
 
 def test_cells_move_and_share_and_say_so(cache: Path, tmp_path: Path) -> None:
