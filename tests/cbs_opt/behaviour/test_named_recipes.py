@@ -336,3 +336,27 @@ def test_where_little_is_to_repair_rows_take_the_place_of_a_short_fine_tuning(
     samples = [recipe.curvature.samples for recipe in found.recipes]
     assert samples == [samples[0]] * len(found.recipes)
     assert samples[0] <= TIERS["balanced"].rows * TIERS["balanced"].most_per_row * (1 if repaired else 2)
+
+
+def test_best_has_the_passes_for_which_the_set_of_a_residual_network_on_cifar_narrows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # ResNet20 on 50 000 images, whose labels it knows: at .9 three passes are asked for, and worth a point.
+    facts = Facts(form="softmax", work=2.45e8, samples=50_000)
+    monkeypatch.setattr(resolution, "_facts", lambda *_, **__: facts)
+    monkeypatch.setattr(resolution, "_learnt", lambda _: True)
+    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    found = resolution.resolved(Named(name="best"), scene(model, (x, torch.arange(300) % 4), 0.9))
+    assert found.stages is not None
+    assert found.stages.fine_tuning is not None
+    assert found.stages.fine_tuning.matching
+    assert found.stages.fine_tuning.surplus == resolution.SURPLUS
+
+
+def test_the_guide_tells_what_the_names_stand_for() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "recipes.md").read_text()
+    for name, tier in TIERS.items():
+        (line,) = (line for line in guide.splitlines() if line.startswith(f'| `"{name}"` |'))
+        work = float(line.split("|")[-2].split()[0])
+        assert work == pytest.approx(tier.tuned_row_work + tier.tuning_work, rel=0.1)
