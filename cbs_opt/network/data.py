@@ -270,6 +270,11 @@ def picker(data: Data) -> Callable[[Tensor], Batch] | None:
     return pick
 
 
+def fixed_samples(data: Data) -> int:
+    """Return how many samples tensors have; 0 of data that may give others each time they are read."""
+    return 0 if _whole(data) is None else sample_count(data) or 0
+
+
 def regroup(batches: Iterable[Batch], size: int, *, argument: str = "data") -> Iterator[Batch]:
     """Join and cut batches so that each holds exactly `size` samples; the last may hold fewer."""
     waiting: list[Batch] = []

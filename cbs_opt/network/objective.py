@@ -30,6 +30,7 @@ from cbs_opt.network.data import (
     structure,
     tensors_of,
 )
+from cbs_opt.network.known_outputs import KnownOutputs
 from cbs_opt.network.output_hessian import Form, OutputHessian, form_of, on_cpu, slope_of
 from formulations.errors import ArgumentError, CbsError
 
@@ -144,16 +145,20 @@ class Objective:
         return loss_fn if isinstance(loss_fn, Objective) else cls(loss_fn)
 
     @classmethod
-    def matching(cls, run: Run) -> Objective:
+    def matching(cls, run: Run, *, samples: int = 0) -> Objective:
         """Return half the squared distance of outputs from those of `run`; labels are of no consequence.
 
-        Its Hessian in the outputs is the identity. `run` is called once for every batch that is prepared.
+        Its Hessian in the outputs is the identity. `run` is called once for every batch that is prepared; of
+        data that are the same whenever they are read, whose number of `samples` is given, once for a sample.
         A batch raises `ForwardError` for what `run` raises, and `ArgumentError` if it returns no tensor of
         numbers.
         """
-        objective = cls(_half_squared_distance)
+        objective, outputs = cls(_half_squared_distance), KnownOutputs(samples)
 
         def wanted(batch: Batch) -> Tensor:
+            known = outputs.at(batch.index)
+            if known is not None:
+                return known
             with torch.no_grad():
                 output = objective.output(run, batch)
             rows = logits_of(output)
@@ -161,6 +166,7 @@ class Objective:
                 found = f"True, and the network returns {structure(output)}"
                 remedy = "leave it out, or let the network return its outputs as a tensor of numbers"
                 raise ArgumentError("stages.fine_tuning.matching", found, remedy)
+            outputs.keep(batch.index, rows.detach())
             return rows.detach()
 
         objective._labels_of = wanted

@@ -24,7 +24,7 @@ from cbs_opt.curvature.kinds import Fisher, SketchedFisher
 from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.batchnorm import has_statistics
-from cbs_opt.network.data import forward
+from cbs_opt.network.data import fixed_samples, forward
 from cbs_opt.network.drawing import Drawing
 from cbs_opt.network.eligible import trainable_vectors
 from cbs_opt.network.evaluation import BATCH_SIZE, evaluate
@@ -421,7 +421,9 @@ class StagedRun:
         assert self.plan.fine_tuning is not None
         if not self.plan.fine_tuning.matching:
             return self.task.loss_fn
-        return Objective.matching(partial(forward, self._before.trial(self._before.weights)))
+        assert self.task.data is not None
+        before = partial(forward, self._before.trial(self._before.weights))
+        return Objective.matching(before, samples=fixed_samples(self.task.data))
 
     def _harm(self, weights: Tensor, sample: Sample) -> float:
         """Return where the loss is between that with none pruned and that with none left, in [0, 1]."""

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import cbs_opt as cbs
 from cbs_opt import resolution
 from cbs_opt.curvature.kinds import EmpiricalFisher
-from cbs_opt.network.data import Batch, forward
+from cbs_opt.network import known_outputs
+from cbs_opt.network.data import Batch, fixed_samples, forward
 from cbs_opt.network.evaluation import evaluate
 from cbs_opt.network.objective import Objective
 from cbs_opt.pruning import prune
@@ -66,6 +68,61 @@ def test_labels_that_are_made_once_have_the_same_loss() -> None:
     assert evaluate(model, sample, fixed).loss == pytest.approx(found.loss, rel=1e-6)
     own = Objective(cross_entropy)
     assert own.labelled([Batch(inputs=x, labels=y)], size=16, device=x.device)[0] is own
+
+
+class Counting(nn.Module):
+    """A network that counts the samples that it is run for."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.samples = inner, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.samples += len(x)
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_sample_of_tensors_runs_through_the_network_before_once(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_outputs, "MOST_KEPT", 40 * 3 * 4 if kept else 40 * 3 * 4 - 1)
+    dense, (x, _) = Counting(network(0)), data(40)
+    aim = Objective.matching(partial(forward, dense), samples=40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    for number, index in enumerate((order[:20], order[20:], order.flip(0), order[:7])):
+        found = aim.prepared(Batch(inputs=x[index], index=index)).labels
+        assert isinstance(found, Tensor)
+        assert torch.allclose(found, network(0)(x[index]), rtol=1e-6)
+        assert dense.samples == ((20, 40, 40, 40) if kept else (20, 40, 80, 87))[number]
+    # Samples that are not known by their place.
+    aim.prepared(Batch(inputs=x))
+    assert dense.samples == (80 if kept else 127)
+
+
+def test_outputs_as_long_as_their_samples_are_made_anew() -> None:
+    dense = Counting(nn.Identity())
+    aim = Objective.matching(partial(forward, dense), samples=4)
+    short, long = torch.randn(2, 3), torch.randn(2, 5)
+    for x, index in ((short, torch.tensor([0, 1])), (long, torch.tensor([2, 3]))) * 2:
+        assert torch.equal(aim.prepared(Batch(inputs=x, index=index)).labels, x)  # type: ignore[arg-type]
+    assert dense.samples == 8
+
+
+def test_data_that_may_change_are_always_new() -> None:
+    x, y = data(10)
+    assert fixed_samples((x, y)) == fixed_samples(x) == fixed_samples({"x": x, "labels": y}) == 10
+    for changing in (TensorDataset(x, y), DataLoader(TensorDataset(x, y)), [(x, y), (x, y)], iter([(x, y)])):
+        assert fixed_samples(changing) == 0
+
+
+def test_passes_over_tensors_end_as_those_over_a_dataset_of_them() -> None:
+    ends = []
+    for train in (data(400), TensorDataset(*data(400))):
+        model = network()
+        tuned(model, PLAN, count=1, recipe=RECIPE, train=train)
+        ends.append(model(data(400)[0]))
+    assert torch.allclose(*ends, rtol=1e-3, atol=1e-4)
 
 
 def test_its_gradient_is_that_of_the_distance() -> None:
