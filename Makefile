@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
-PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+MOST_WORKERS = 4
+
 COLLECTED_EVERY = 20_000, 20, 20
 """Objects that a collection of garbage waits for, and how many of a generation one of the next."""
 
@@ -26,6 +28,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # packages: what one has compiled the others find, where the environment forbids to keep it too.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes run the tests: one more than there are cores, as some wait for others."""
+    return min(MOST_WORKERS, 1 + (os.cpu_count() or 1))
 
 
 def pytest_collection_finish() -> None:

@@ -183,7 +183,7 @@ def test_exercises_pass_their_tests(test: str, tmp_path: Path) -> None:
 def test_the_commands_by_hand_are_those_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
     setup = (DOCS / "develop/setup.md").read_text()
-    options = "-n logical --maxprocesses 4 --dist worksteal"
+    options = "-n auto --dist worksteal"
     for by_hand, in_make in (
         ("-c constraints.txt -e .\n", "$(INSTALL) -e .\n"),
         ('-c constraints.txt -e ".[dev]"', '$(INSTALL) -e ".[dev]"'),
