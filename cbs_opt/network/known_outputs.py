@@ -33,10 +33,10 @@ class KnownOutputs:
         if index is None or not len(self._known):
             return
         size = rows.numel() * rows.element_size() * len(self._known)
-        if self._rows is None and size <= MOST_KEPT * len(rows):
+        if self._rows is None and size <= MOST_KEPT * len(index):
             self._rows = rows.new_zeros(len(self._known), *rows.shape[1:])
-        if self._rows is None or self._rows.shape[1:] != rows.shape[1:]:
-            # No room, or outputs as long as their samples.
+        if self._rows is None or rows.shape != (len(index), *self._rows.shape[1:]):
+            # No room, outputs as long as their samples, or several rows of a sample.
             self._known, self._rows = self._known[:0], None
             return
         self._rows[index] = rows

@@ -170,16 +170,12 @@ class PairProgram:
         if not count:
             return
         order = int((np.sqrt(8.0 * len(entries) + 1.0) - 1.0) / 2.0)
-        on = [column * (column + 3) // 2 for column in range(order)]
-        scaled = [(matrix, constant) if q in on else (ROOT2 * matrix, ROOT2 * constant)
-                  for q, (matrix, constant) in enumerate(entries)]  # fmt: skip
+        factors = np.full(len(entries), ROOT2)
+        factors[[column * (column + 3) // 2 for column in range(order)]] = 1.0
+        scaled = [(f * matrix, f * constant) for f, (matrix, constant) in zip(factors, entries, strict=True)]
         by_matrix = np.arange(count * len(entries)).reshape(len(entries), count).T.reshape(-1)
-        self._parts.append(
-            (
-                csc_matrix(vstack([matrix for matrix, _ in scaled]))[by_matrix],
-                np.concatenate([constant for _, constant in scaled])[by_matrix],
-            )
-        )
+        matrices = csc_matrix(vstack([matrix for matrix, _ in scaled]))[by_matrix]
+        self._parts.append((matrices, np.concatenate([constant for _, constant in scaled])[by_matrix]))
         self._cones += [clarabel.PSDTriangleConeT(order)] * count
 
 
@@ -244,7 +240,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for cell in results:
         name = cell["block"] if cell["proved"] else f"{cell['block']}, not proved"
-        gaps = [f"{100.0 * cell[label]:.2f} ({cell[f'{label} s']:.1f})" for label in columns]
+        gaps = [f"{round(100.0 * cell[label], 2) + 0.0:.2f} ({cell[f'{label} s']:.1f})" for label in columns]
         lines.append("| " + " | ".join([name, str(cell["n"]), f"{cell['share']:g}", *gaps]) + " |")
     return "\n".join(lines) + "\n"
 

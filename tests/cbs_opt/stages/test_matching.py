@@ -109,6 +109,16 @@ def test_outputs_as_long_as_their_samples_are_made_anew() -> None:
     assert dense.samples == 8
 
 
+def test_several_rows_of_a_sample_are_made_anew() -> None:
+    dense = Counting(nn.Flatten(0, 1))
+    aim = Objective.matching(partial(forward, dense), samples=4)
+    x = torch.randn(4, 3, 2)
+    for index in (torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([1, 2])):
+        labels = aim.prepared(Batch(inputs=x[index], index=index)).labels
+        assert torch.equal(labels, x[index].flatten(0, 1))  # type: ignore[arg-type]
+    assert dense.samples == 6
+
+
 def test_data_that_may_change_are_always_new() -> None:
     x, y = data(10)
     assert fixed_samples((x, y)) == fixed_samples(x) == fixed_samples({"x": x, "labels": y}) == 10
