@@ -229,6 +229,8 @@ def measure(cache: Path, cells: Sequence[Cell], run_dir: Path | None = None) -> 
     }
     yield still
     yield result
+    if len(cells) == 1:
+        return
     dense = load_model(cache)
     for other in cells[1:]:
         began = time.process_time()

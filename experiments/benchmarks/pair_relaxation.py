@@ -51,8 +51,8 @@ ORDERS, SHARES = (24, 32, 48), (0.5, 0.9)
 PER_WEIGHT = (1, 4)
 SECONDS = 60.0
 ROOT2 = np.sqrt(2.0)
-Term = tuple[IntArray | int, float]
-"""Places of variables, one for each of some expressions or the same for all, and their coefficient."""
+Term = tuple[IntArray, float]
+"""Places of variables, one for each of some expressions, and their coefficient."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ class PairProgram:
         self, count: int, terms: Sequence[Term], constant: float = 0.0, *, summed: bool = False
     ) -> tuple[csc_matrix, FloatArray]:
         """Return so many linear expressions; of all places of a term in one if they are `summed`."""
-        rows = [np.zeros(np.size(at), int) if summed else np.arange(count) for at, _ in terms]
-        columns = [np.asarray(at) for at, _ in terms]
-        values = [np.full(np.size(at), factor) for at, factor in terms]
+        rows = [np.zeros(at.size, int) if summed else np.arange(count) for at, _ in terms]
+        columns = [at for at, _ in terms]
+        values = [np.full(at.size, factor) for at, factor in terms]
         entries = [np.concatenate(parts) if parts else np.empty(0, int) for parts in (values, rows, columns)]
         matrix = csc_matrix((entries[0], (entries[1], entries[2])), shape=(count, self._many))
         return matrix, np.full(count, constant)
