@@ -338,20 +338,21 @@ def test_where_little_is_to_repair_rows_take_the_place_of_a_short_fine_tuning(
     assert samples[0] <= TIERS["balanced"].rows * TIERS["balanced"].most_per_row * (1 if repaired else 2)
 
 
-def test_best_has_the_passes_for_which_the_set_of_a_residual_network_on_cifar_narrows(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("name", "least", "most"), [("balanced", 1.2, 1.5), ("best", 2.5, 3.5)])
+def test_the_set_of_a_residual_network_on_cifar_narrows(
+    name: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # ResNet20 on 50 000 images, whose labels it knows: at .9 three passes are asked for, and worth a point.
+    # ResNet20 on 50 000 images, whose labels it knows: what it narrows from is worth a point at .9.
     facts = Facts(form="softmax", work=2.45e8, samples=50_000)
     monkeypatch.setattr(resolution, "_facts", lambda *_, **__: facts)
     monkeypatch.setattr(resolution, "_learnt", lambda _: True)
     model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4)).eval()
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
-    found = resolution.resolved(Named(name="best"), scene(model, (x, torch.arange(300) % 4), 0.9))
+    found = resolution.resolved(Named(name=name), scene(model, (x, torch.arange(300) % 4), 0.9))
     assert found.stages is not None
     assert found.stages.fine_tuning is not None
     assert found.stages.fine_tuning.matching
-    assert found.stages.fine_tuning.surplus == resolution.SURPLUS
+    assert least < found.stages.fine_tuning.surplus < most
 
 
 def test_the_guide_tells_what_the_names_stand_for() -> None:
