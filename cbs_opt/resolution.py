@@ -562,7 +562,7 @@ def _stages(division: Division, tuning: float, available: float, batch_statistic
 
 
 def _freed(plan: Stages, named: Named, scene: Scene) -> Stages:
-    """Return stages in whose fine-tuning vectors move, and a set narrows where there is time for it."""
+    """Return stages in whose fine-tuning vectors move, and a set narrows where little is kept."""
     tuning = plan.fine_tuning
     if tuning is None:
         return plan
