@@ -152,6 +152,8 @@ NARROWING_SHARE = 0.125
 Where more is to stay there is little to gain: a residual network on digits at .8 ended at 98.7 % for each of
 three seeds, and at 98.0 to 98.3 with a set that narrowed.
 """
+METRIC_SHARE = 0.25
+"""Of the operations of a step those of its gradient in the metric of what layers are fed may be."""
 GRADUAL_ROWS = (100, 8)
 """Rows of a stage, and the most samples of each, where there are several stages with fine-tuning."""
 GRADUAL_DAMPING = 10.0
@@ -314,7 +316,7 @@ def resolved(named: Named, scene: Scene) -> Resolved:
     if gradual and plan is not None:
         plan = replace(plan, update_above=UPDATE_ABOVE)
     if stages is None and plan is not None:
-        plan = _freed(plan, named, scene)
+        plan = _freed(plan, named, scene, facts.work)
     if staged and stages is None and fits < LEAST_SHARE * min(division.rows, samples):
         # Rows of a stage stay in memory; those of a single one may go to disk.
         plan = None
@@ -563,15 +565,22 @@ def _stages(division: Division, tuning: float, available: float, batch_statistic
     return Stages(count=count, updates=1, final_updates=0, fine_tuning=record if enough else None)
 
 
-def _freed(plan: Stages, named: Named, scene: Scene) -> Stages:
-    """Return stages in whose fine-tuning vectors move, and a set narrows where little is kept."""
+def _freed(plan: Stages, named: Named, scene: Scene, work: float) -> Stages:
+    """Return stages in whose fine-tuning vectors move, and a set narrows where little is kept.
+
+    Where each batch is normalised by itself, and the products with it are little beside the `work` of
+    gradients, its steps have the metric of what layers are fed.
+    """
     tuning = plan.fine_tuning
     if tuning is None:
         return plan
     free = tuning.batch_statistics or not has_statistics(scene.model)
     steps = (tuning.final_samples or 0) / tuning.batch_size
     surplus = _surplus(scene, steps) if tuning.batch_statistics else 1.0
-    return replace(plan, fine_tuning=replace(tuning, vectors=named.vectors and free, surplus=surplus))
+    products = 2.0 * sum((span.stop - span.start) * span.fan_in for span in scene.partition.parameters)
+    metric = tuning.batch_statistics and products <= METRIC_SHARE * work * tuning.batch_size
+    record = replace(tuning, vectors=named.vectors and free, surplus=surplus, input_metric=metric)
+    return replace(plan, fine_tuning=record)
 
 
 def _surplus(scene: Scene, steps: float) -> float:

@@ -50,14 +50,20 @@ class InputRecorder(OperationMode):
     Of a batch of `samples` samples out of `total`, a layer looks at so many positions that there are
     `VECTORS` times its fan-in in all, and at one a sample at least. They are drawn by `seed`; their sum is
     scaled to an unbiased estimate of that over all positions. Layers with no more positions see them all.
+    `centred` if the mean of the inputs of every batch, or of every few samples of a convolution, is taken
+    from them.
     """
 
     positions: Tensor | None = None
     samples: int = 1
     total: int = 1
 
-    def __init__(self, partition: Partition, tensors: Mapping[str, Tensor], seed: int) -> None:
+    def __init__(
+        self, partition: Partition, tensors: Mapping[str, Tensor], seed: int, *, centred: bool = False
+    ) -> None:
         super().__init__()
+        self.seed = seed
+        self._centred = centred
         self._generator = torch.Generator().manual_seed(seed)
         self._spans = partition.parameters
         self._weights: dict[int, list[_Weight]] = {}
@@ -129,10 +135,14 @@ class InputRecorder(OperationMode):
         """Return ``sum x x^T`` over rows x (N, f) in float64, or an estimate of it from enough of them."""
         count, enough = len(rows), self._enough(rows.shape[1])
         if count <= enough:
-            rows = rows.double()
+            rows = self._less_mean(rows.double(), 0)
             return rows.T @ rows
-        chosen = _for_estimate(rows[self._drawn(enough, count, rows.device)])
+        chosen = self._less_mean(_for_estimate(rows[self._drawn(enough, count, rows.device)]), 0)
         return (chosen.T @ chosen).double() * (count / enough) + _zero(rows)
+
+    def _less_mean(self, vectors: Tensor, axis: int) -> Tensor:
+        """Return vectors, of which there is one at each place of an axis, without their mean if asked to."""
+        return vectors - vectors.mean(dim=axis, keepdim=True) if self._centred else vectors
 
     def _product(self, left: Tensor, right: Tensor) -> None:
         """Look at ``left @ right``, either of which may be the weight."""
@@ -195,12 +205,12 @@ class InputRecorder(OperationMode):
         numbers = max(x[0].numel(), groups * fan_in * min(enough, x[0, 0].numel()))
         for part in torch.split(x, max(1, PATCH_NUMBERS // numbers)):
             if positions <= enough:
-                patches = windows.all(F.pad(part.double(), pads), groups)
+                patches = self._less_mean(windows.all(F.pad(part.double(), pads), groups), -1)
                 total += patches @ patches.mT
                 continue
             places = self._drawn(enough * len(part), positions * len(part), x.device)
             padded = F.pad(part.movedim(1, -1), [0, 0, *pads])
-            patches = _for_estimate(windows.some(padded, groups, places))
+            patches = self._less_mean(_for_estimate(windows.some(padded, groups, places)), -2)
             total += _squared(patches).double() * (positions / enough) + _zero(part)
         if positions > enough:
             total = windows.by_channels(total)

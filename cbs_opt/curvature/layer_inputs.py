@@ -21,7 +21,7 @@ from cbs_opt.network.partition import ParameterSpan, Partition
 from cbs_opt.network.state import kept
 from cbs_opt.network.trial import TrialNetwork, plain_attention
 from cbs_opt.system.checks import seed_number, whole_number
-from cbs_opt.system.progress import SILENT, Progress
+from cbs_opt.system.progress import SILENT, Advance, Progress
 from formulations.errors import ArgumentError, NonFiniteError, ShapeError
 
 INPUT_SAMPLES = 1_000
@@ -156,20 +156,63 @@ def input_moments(
     """
     whole_number("samples", samples)
     seed_number("seed", seed)
-    require_evaluation_mode(model)
-    network, tensors = model, dict[str, Tensor](partition.tensors(model))
-    if weights is not None:
-        network = trial = TrialNetwork(model, partition, weights)
-        tensors = trial.weights
+    network, tensors = _placed(model, partition, weights)
     recorder = InputRecorder(partition, tensors, seed)
+    objective = Objective() if objective is None else objective
+    counting = progress.phase("layer inputs", samples, unit="sample")
+    with kept(model), counting as advance:
+        return _recorded(recorder, network, partition, data, samples, objective, advance)
+
+
+def input_covariances(
+    model: nn.Module,
+    data: Data,
+    partition: Partition,
+    *,
+    samples: int,
+    seed: int,
+    weights: Tensor,
+    objective: Objective,
+) -> dict[str, Tensor]:
+    """Return `input_moments` of inputs less their mean, over a batch or a few samples of a convolution."""
+    network, tensors = _placed(model, partition, weights)
+    recorder = InputRecorder(partition, tensors, seed, centred=True)
+    with kept(model):
+        return _recorded(recorder, network, partition, data, samples, objective, lambda _: None)
+
+
+def _placed(
+    model: nn.Module, partition: Partition, weights: Tensor | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a network that is run at `weights`, its own without any, and the tensors it multiplies with."""
+    require_evaluation_mode(model)
+    if weights is None:
+        return model, dict[str, Tensor](partition.tensors(model))
+    trial = TrialNetwork(model, partition, weights)
+    return trial, trial.weights
+
+
+def _recorded(
+    recorder: InputRecorder,
+    network: nn.Module,
+    partition: Partition,
+    data: Data,
+    samples: int,
+    objective: Objective,
+    advance: Advance,
+) -> dict[str, Tensor]:
+    """Return the moments that a recorder finds in a pass over so many samples."""
     expected = min(samples, _expected(data))
     batches = iterate(
-        data, batch_size=BATCH_SIZE, max_samples=samples, seed=seed, device=device_of(model), argument="data"
+        data,
+        batch_size=BATCH_SIZE,
+        max_samples=samples,
+        seed=recorder.seed,
+        device=device_of(network),
+        argument="data",
     )
     seen = 0
-    counting = progress.phase("layer inputs", samples, unit="sample")
-    objective = Objective() if objective is None else objective
-    with kept(model), plain_attention(), torch.no_grad(), counting as advance:
+    with plain_attention(), torch.no_grad():
         for batch in batches:
             batch = objective.prepared(batch)
             recorder.positions, recorder.samples = _positions(batch.inputs), batch.size

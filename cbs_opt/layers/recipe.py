@@ -26,8 +26,13 @@ OWN = ("exchanges", "greedy_obs")
 """Methods that are no comparison with a paper on pruning layers."""
 
 
-WRITTEN = 8_192
-"""Tokens that a language model writes itself where a recipe by name looks at its predictions."""
+WRITTEN = 8_192, 32_768
+"""Fewest and most tokens that a language model writes itself where a recipe by name looks at its predictions;
+between these as many as it is given.
+
+SmolLM2-135M at 2:4 and 64 x 512 tokens of data, after a pass: with 8 192 a perplexity of 56.2, with 32 768
+of 54.2.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +118,13 @@ def _divergence(argument: str, value: object) -> Divergence:
 
 NAMED = {
     "fast": LayerRecipe(),
-    "balanced": LayerRecipe(budget="network", written=WRITTEN),
-    "best": LayerRecipe(budget="network", written=WRITTEN, divergence=Divergence()),
+    "balanced": LayerRecipe(budget="network", written=WRITTEN[0]),
+    "best": LayerRecipe(budget="network", written=WRITTEN[0], divergence=Divergence()),
 }
 
 
-def layer_recipe(recipe: str | LayerRecipe, sparsity: Sparsity) -> LayerRecipe:
-    """Return a recipe as it is, or the one of a name for a sparsity.
+def layer_recipe(recipe: str | LayerRecipe, sparsity: Sparsity, tokens: int = 0) -> LayerRecipe:
+    """Return a recipe as it is, or the one of a name for a sparsity and so many tokens of data.
 
     With n:m there is no budget to share: what looks at the network's predictions moves the weights on them.
     """
@@ -129,6 +134,8 @@ def layer_recipe(recipe: str | LayerRecipe, sparsity: Sparsity) -> LayerRecipe:
         remedy = f"pass a LayerRecipe, or one of {', '.join(NAMED)}"
         raise ArgumentError("recipe", f"a {type(recipe).__name__}", remedy)
     named = NAMED[one_of("recipe", recipe, NAMED)]
+    if named.written:
+        named = replace(named, written=min(max(WRITTEN[0], tokens), WRITTEN[1]))
     if not isinstance(sparsity, str) or not named.differentiates:
         return named
     moving = named.divergence or Divergence(passes=1)

@@ -170,6 +170,7 @@ def prune_layers(
             batches = [copied(batch) for batch in limited(read(data, max_samples=samples), samples)]
             data = batches
         calibration = calibrate(network, found, data, samples=samples, chunk_tokens=chosen.chunk_tokens)
+        chosen = layer_recipe(recipe, sparsity, calibration.tokens)
         store: Pieces = Pieces()
         if run_dir is not None:
             wanted = _fingerprint(network, found, calibration, sparsity, chosen) | {

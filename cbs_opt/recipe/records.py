@@ -306,6 +306,12 @@ class FineTuning:
         of the curvature of that distance at the pruned weights. What is taken is decided by that
         distance too, on samples set aside. Not beside `newton_dampings`; the loss has to be one of
         single samples, by outputs that are a tensor.
+    input_metric : bool, default False
+        Whether gradients are multiplied by the inverse of the covariance of what each layer is fed, a tenth
+        of its mean diagonal added to it, while every batch is normalised by itself: steps then go about as
+        far along inputs that vary little as along those that vary most. Momentum rates are over the largest
+        eigenvalue in this metric. Not beside `newton_dampings` or `adam_rates`, which have their own; of no
+        consequence where `batch_statistics` is of none, and in a recipe without layer inputs.
     """
 
     samples: int
@@ -320,12 +326,13 @@ class FineTuning:
     vectors: bool = False
     surplus: float = 1.0
     matching: bool = False
+    input_metric: bool = False
 
     def __post_init__(self) -> None:
         prefix = "stages.fine_tuning."
         check_fields(self, prefix, whole_number, "samples", "final_samples", "batch_size")
         check_fields(self, prefix, finite_number, "decay")
-        check_fields(self, prefix, flag, "rest", "batch_statistics", "vectors", "matching")
+        check_fields(self, prefix, flag, "rest", "batch_statistics", "vectors", "matching", "input_metric")
         check_fields(self, prefix, _rates, "momentum_rates", "newton_dampings", "adam_rates")
         if not (self.momentum_rates or self.newton_dampings or self.adam_rates):
             raise ArgumentError(f"{prefix}momentum_rates", "no rate of any kind", "give at least one")
@@ -335,6 +342,9 @@ class FineTuning:
         if self.matching and self.newton_dampings:
             found = "True beside newton_dampings, which know the curvature of the loss alone"
             raise ArgumentError(f"{prefix}matching", found, "leave one of them out")
+        if self.input_metric and (self.newton_dampings or self.adam_rates):
+            found = "True beside newton_dampings or adam_rates, whose steps have a metric of their own"
+            raise ArgumentError(f"{prefix}input_metric", found, "leave one of them out")
         check_fields(self, prefix, finite_number, "surplus")
         if self.surplus < 1.0:
             found = f"{self.surplus:g}"

@@ -21,6 +21,8 @@ from cbs_opt.network.data import Batch
 from cbs_opt.network.objective import Objective
 from cbs_opt.network.partition import Partition
 from cbs_opt.recipe.records import FineTuning
+from cbs_opt.stages.input_metric import InputMetric
+from cbs_opt.stages.largest_curvature import largest_curvature
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.optimizers import Adam, Nesterov, Optimizer
 
@@ -176,6 +178,7 @@ class Descent:
         normalized: bool = False,
     ) -> None:
         self._network = model, partition, objective
+        self._metric: InputMetric | None = None
         self._normalized = normalized
         self._narrowing: Narrowing | None = None
         self._passed: list[Tensor] = []
@@ -217,6 +220,10 @@ class Descent:
         """Whether the weights are finite, have not grown out of all proportion, and were not given up."""
         norm = float(torch.linalg.vector_norm(self._theta))
         return math.isfinite(norm) and norm <= self._largest and not self._given_up
+
+    def in_metric(self, metric: InputMetric) -> None:
+        """Multiply gradients of the loss, the decay of weights left as it is, by the matrix of a metric."""
+        self._metric = metric
 
     def narrow_by(self, narrowing: Narrowing) -> None:
         """Let the set narrow in `run`: by squares of weights times root mean square gradients."""
@@ -296,12 +303,15 @@ class Descent:
             if objective.in_batches:
                 break
         if mass > 0.0:
-            gradient = total[self._keep].div_(mass).add_(self._theta, alpha=self._rate.decay)
+            slope = total[self._keep].div_(mass)
+            gradient = slope.add(self._theta, alpha=self._rate.decay)
             if self._squares is not None:
                 self._squares[self._keep] = torch.lerp(
                     gradient.double().square(), self._squares[self._keep], FORGETTING
                 )
             step = gradient if self._precondition is None else self._precondition(gradient)
+            if self._metric is not None:
+                step = self._metric(slope, self._keep).add_(self._theta, alpha=self._rate.decay)
             self._optimizer.step(self._theta, step, rate)
         return used
 
@@ -334,7 +344,7 @@ class FineTuner:
     `stage` is the model of the stage, `loss` that on samples set aside, and `advance` is told of samples. The
     largest curvature is that of `rows` (m, n_kept); `stretch` is that of `rates`.
     The last `beside` of the n are vectors that move with the weights and are not pruned. `normalized` if
-    batch normalisation normalises every batch by itself.
+    batch normalisation normalises every batch by itself. With a `metric` steps and curvature are of that.
     """
 
     model: nn.Module
@@ -351,6 +361,7 @@ class FineTuner:
     span: Span = WHOLE
     normalized: bool = False
     beside: int = 0
+    metric: InputMetric | None = None
 
     def best(self, weights: Tensor, *, rate: Rate | None, samples: int) -> FineTuned:
         """Go down from `weights` (n,) float64 at `rate`; without one, at the best of those of the plan.
@@ -473,7 +484,7 @@ class FineTuner:
 
     def _tries(self, weights: Tensor, samples: int) -> tuple[list[Rate], int]:
         """Return the rates to try by the curvature that the rows see, and for how many samples."""
-        curvature = largest_curvature(self.rows)
+        curvature = largest_curvature(self.rows) if self.metric is None else self.metric.curvature
         # Without any curvature nothing that the rows see depends on the weights.
         own = self._own(weights)[self._own(self.keep)]
         found = rates(self.plan, curvature or 1.0, own, stretch=self.stretch)
@@ -532,7 +543,7 @@ class FineTuner:
         return reached, _ordered(self.loss(reached)) if descent.sound else math.inf, used
 
     def _descent(self, weights: Tensor, rate: Rate) -> Descent:
-        return Descent(
+        descent = Descent(
             self.model,
             self.partition,
             self.objective,
@@ -542,32 +553,11 @@ class FineTuner:
             precondition=self.stage.solver(rate.value) if rate.kind == "newton" else None,
             normalized=self.normalized,
         )
+        if self.metric is not None:
+            descent.in_metric(self.metric)
+        return descent
 
 
 def _ordered(loss: float) -> float:
     """Return a loss, NaN as worse than anything."""
     return math.inf if math.isnan(loss) else loss
-
-
-def largest_curvature(rows: Tensor) -> float:
-    """Return the largest eigenvalue of the matrix that ``rows^T rows`` samples, of independent rows (m, n).
-
-    That of ``rows^T rows`` itself is above it by about the trace over m, several times it where rows are few.
-    Here one half of the rows says in which direction, and the other half how much: the mean of both ways.
-    O(m^2 n).
-    """
-    if len(rows) < 2:
-        return float(rows.double().square().sum())
-    halves = rows[::2], rows[1::2]
-    found = [_along_first(first, other) for first, other in (halves, halves[::-1])]
-    return sum(len(rows) / len(other) * value for value, other in zip(found, halves[::-1], strict=True)) / 2
-
-
-def _along_first(rows: Tensor, others: Tensor) -> float:
-    """Return ``|others v|^2`` for the unit vector v that `rows` see most of; 0 if they see nothing."""
-    gram = (rows @ rows.mT).double()
-    values, vectors = torch.linalg.eigh(gram)
-    if not float(values[-1]) > 0.0:
-        return 0.0
-    mixed = (others @ rows.mT).double() @ vectors[:, -1]
-    return float(mixed.square().sum() / values[-1])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cbs_opt.budget.remaining import narrowed
 from cbs_opt.curvature.fisher import mean_gradient
 from cbs_opt.curvature.kinds import Fisher, SketchedFisher
-from cbs_opt.curvature.layer_inputs import input_moments, with_layer_inputs
+from cbs_opt.curvature.layer_inputs import input_covariances, input_moments, with_layer_inputs
 from cbs_opt.curvature.rows import Rows
 from cbs_opt.network.batchnorm import has_statistics
 from cbs_opt.network.data import fixed_samples, forward
@@ -38,6 +38,7 @@ from cbs_opt.runs.progress import ChoiceLedger
 from cbs_opt.select.choice import Choice
 from cbs_opt.stages import trials
 from cbs_opt.stages.fine_tuning import WHOLE, FineTuner, Narrowing, Rate, Span, probe_samples
+from cbs_opt.stages.input_metric import InputMetric
 from cbs_opt.stages.model import StageModel
 from cbs_opt.stages.state import StageResult, StageState, keep_stage, stored_stages
 
@@ -360,6 +361,8 @@ class StagedRun:
 
         comparison = Comparison(wide, sample, estimated=normalized)
         measuring, known = aim.labelled(sample, size=BATCH_SIZE, device=weights.device)
+        rows = model.rows if rows is None else rows
+        metric = self._metric(weights, model.keep, rows) if normalized and plan.input_metric else None
         span = Span(begin=sum(shares[:stage]) / sum(shares), end=sum(shares[: stage + 1]) / sum(shares))
         with (
             task.clock.phase("fine-tuning"),
@@ -375,13 +378,14 @@ class StagedRun:
                     aim, size=plan.batch_size, device=weights.device, begin=self.passes.seed
                 ),
                 stage=model,
-                rows=model.rows if rows is None else rows,
+                rows=rows,
                 loss=partial(comparison.loss, objective=measuring, sample=known),
                 advance=advance,
                 stretch=stretch,
                 span=WHOLE if plan.rest else span,
                 normalized=normalized,
                 beside=beside,
+                metric=metric,
             )
             if narrowing is not None:
                 tuned = tuner.narrowed(flat, narrowing, samples=samples)
@@ -453,6 +457,24 @@ class StagedRun:
         )
         self.passes.samples += rows.samples
         return rows
+
+    def _metric(self, weights: Tensor, keep: Tensor, rows: Tensor) -> InputMetric | None:
+        """Return the metric of what layers are fed at `weights`; None where the run has no layer inputs."""
+        task, data = self.task, self.task.data
+        assert data is not None
+        if not task.recipe.layer_inputs:
+            return None
+        with task.clock.phase("layer inputs"):
+            covariances = input_covariances(
+                task.model,
+                data,
+                task.partition,
+                samples=INPUT_SAMPLES,
+                seed=self.passes.seed(),
+                weights=weights,
+                objective=task.loss_fn,
+            )
+            return InputMetric(task.partition, covariances, keep, rows)
 
     def sample(self) -> Sample:
         """Return the samples on which networks are compared: those set aside, or fresh ones."""

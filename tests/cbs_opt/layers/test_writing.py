@@ -13,6 +13,7 @@ import cbs_opt as cbs
 from cbs_opt.errors import ForwardError
 from cbs_opt.layers import sequential, writing
 from cbs_opt.layers.divergence import Divergence
+from cbs_opt.layers.recipe import WRITTEN, layer_recipe
 from cbs_opt.layers.sequential import prune_layers
 from cbs_opt.layers.writing import batch_of, why_not, write
 from cbs_opt.network.data import Batch
@@ -120,6 +121,16 @@ def test_layers_are_fed_the_text_and_no_pass_is_made_over_it() -> None:
     assert max(layer.distance for layer in report.layers) > 0.0
     assert f"{24 * LENGTH} tokens and {16 * LENGTH} that the network wrote" in str(report)
     assert report.zeros == 0.5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count"), [(0, WRITTEN[0]), (20_000, 20_000), (10 * WRITTEN[1], WRITTEN[1])]
+)
+def test_a_recipe_by_name_has_as_much_written_as_it_is_given_within_limits(tokens: int, count: int) -> None:
+    for name in ("balanced", "best"):
+        assert layer_recipe(name, 0.5, tokens).written == layer_recipe(name, "2:4", tokens).written == count
+    assert layer_recipe("fast", 0.5, tokens).written == 0
+    assert layer_recipe(cbs.LayerRecipe(written=7), 0.5, tokens).written == 7
 
 
 def test_a_recipe_by_name_goes_without_where_a_network_cannot_write_and_says_so() -> None:

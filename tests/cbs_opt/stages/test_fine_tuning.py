@@ -21,7 +21,8 @@ from cbs_opt.recipe.files import request_from_plain, request_to_plain
 from cbs_opt.recipe.records import FineTuning, Recipe, Request, Stages
 from cbs_opt.recipe.select import GreedyOBS
 from cbs_opt.report.record import PruneReport
-from cbs_opt.stages.fine_tuning import PROBES, Descent, FineTuner, Rate, Span, largest_curvature, rates
+from cbs_opt.stages.fine_tuning import PROBES, Descent, FineTuner, Rate, Span, rates
+from cbs_opt.stages.largest_curvature import largest_curvature
 from cbs_opt.stages.model import StageModel
 from formulations.errors import ArgumentError
 from tests.cbs_opt.small_network import assert_untouched, data, network, snapshot
