@@ -88,17 +88,21 @@ class InputMetric:
 
 
 def _inverse(span: ParameterSpan, covariance: Tensor | None, like: Tensor) -> Tensor:
-    """Return the damped inverse of a covariance, (f, f) or (groups, f, f) float64, up to a factor.
+    """Return the damped inverse of a covariance, (f, f) or (groups, f, f) float64.
 
-    The identity without one, and for groups whose inputs do not vary.
+    Of the identity without one; groups whose inputs do not vary have one of the size of the others.
     """
     identity = torch.eye(span.fan_in, dtype=torch.float64, device=like.device)
     if covariance is None:
         return identity
     covariance = covariance.double()
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-    safe = torch.where(mean > 0.0, covariance / mean, identity)
-    return torch.cholesky_inverse(torch.linalg.cholesky(safe + DAMPING * identity))
+    varies = mean > 0.0
+    if not bool(varies.any()):
+        return identity.expand_as(covariance)
+    mean = torch.where(varies, mean, mean[varies].mean())
+    damped = torch.where(varies, covariance / mean, identity) + DAMPING * identity
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)) / mean
 
 
 def _diagonal(span: ParameterSpan, inverse: Tensor) -> Tensor:
