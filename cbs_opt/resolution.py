@@ -153,7 +153,7 @@ Where more is to stay there is little to gain: a residual network on digits at .
 three seeds, and at 98.0 to 98.3 with a set that narrowed.
 """
 METRIC_SHARE = 0.25
-"""Of the operations of a step those of its gradient in the metric of what layers are fed may be."""
+"""Of the operations of a step, what those of the metric of what layers are fed may be at most."""
 GRADUAL_ROWS = (100, 8)
 """Rows of a stage, and the most samples of each, where there are several stages with fine-tuning."""
 GRADUAL_DAMPING = 10.0
@@ -609,7 +609,10 @@ def _said(plan: Stages) -> str:
     found += ", biases and norms with the weights" if record.vectors else ""
     if record.surplus > 1.0:
         found += f", from {record.surplus:g} times as many weights on"
-    return f"{found}, each batch normalised by itself if far from rest" if record.batch_statistics else found
+    if not record.batch_statistics:
+        return found
+    metric = " in the metric of what layers are fed" if record.input_metric else ""
+    return f"{found},{metric} with each batch normalised by itself if far from rest"
 
 
 def _changed(found: Resolved, named: Named, scene: Scene) -> Resolved:
