@@ -32,6 +32,8 @@ BY_PAPER = {
     "chita": "chita",
     "chita_staged": "chita",
 }
+RUN = ("network", "recipe", "recalibrate", "sparsity", "seed")
+"""What tells a run from others: of those that several ledgers have the last one counts."""
 COLUMNS = (
     "network",
     "method",
@@ -196,7 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [str(path) for path in options.ledger if not path.is_file()]
     if missing:
         parser.error(f"--ledger: no file {', '.join(missing)}; python -m experiments.recipes writes one")
-    entries = [entry for path in options.ledger for entry in Ledger(path).results()]
+    cells = {
+        tuple(str(entry.get(field)) for field in RUN): entry
+        for path in options.ledger
+        for entry in Ledger(path).results()
+    }
+    entries = list(cells.values())
     patterns = [entry for entry in entries if isinstance(entry["sparsity"], str)]
     shares = [entry for entry in entries if not isinstance(entry["sparsity"], str)]
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,19 @@ def test_cells_of_earlier_ledgers_stay_until_they_are_measured_again(tmp_path: P
     assert published["accuracy"].equals(frame([])["accuracy"])
 
 
+def test_a_run_that_two_ledgers_have_counts_once_as_the_last_one_has_it(tmp_path: Path) -> None:
+    out, paths = tmp_path / "accuracy.csv", []
+    for name, entries in (("old", [cell(90.0, 0), cell(93.0, 1)]), ("new", [cell(92.0, 0)])):
+        ledger = Ledger(tmp_path / f"{name}.jsonl")
+        for number, entry in enumerate(entries):
+            ledger.add(str(number), entry)
+        paths.append(str(ledger.path))
+    assert main(["--ledger", *paths, "--out", str(out)]) == 0
+    figures = pd.read_csv(out)
+    ours = figures[figures["seeds"] != "published"]
+    assert list(zip(ours["accuracy"], ours["seeds"].astype(int), strict=True)) == [(92.5, 2)]
+
+
 def test_patterns_have_a_file_and_a_table_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
