@@ -54,6 +54,8 @@ def never(ahead: float = 0.0) -> bool:
 
 
 LARGEST_SEED = 2**63
+MOST_THREADS = 1_024
+"""No machine has more for one solve, and libraries start as many as they are told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class Limits:
     iteration_limit : int, optional
         Iterations of a local search or of an outer loop.
     threads : int, default 1
-        Threads a solver may use.
+        Threads a solver may use, at most 1024.
     seed : int, default 0
         Seed of every random choice.
     """
@@ -91,6 +93,8 @@ class Limits:
         self._take("iteration_limit", 0, whole=True)
         self._take("threads", 1, whole=True, optional=False)
         self._take("seed", 0, whole=True, optional=False)
+        if self.threads > MOST_THREADS:
+            raise ArgumentError("threads", f"{self.threads}", f"pass one of at most {MOST_THREADS}")
         if self.seed >= LARGEST_SEED:
             raise ArgumentError("seed", f"{self.seed}", "pass one that fits in 63 bits")
         for limit in fields(self):

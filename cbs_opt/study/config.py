@@ -14,6 +14,7 @@ from cbs_opt.system.checks import finite_number, one_of, whole_number
 from cbs_opt.system.documents import known_names, read_document
 from formulations.errors import ArgumentError
 from formulations.problem import PROGRAMS
+from formulations.solution import MOST_THREADS
 
 VARY = ("all", "one")
 SOURCES = ("library", "files", "factory")
@@ -45,7 +46,8 @@ class RunLimits:
         for name in ("node_limit", "iteration_limit"):
             if getattr(self, name) is not None:
                 whole_number(f"limits.{name}", getattr(self, name), least=0)
-        whole_number("limits.threads", self.threads)
+        if whole_number("limits.threads", self.threads) > MOST_THREADS:
+            raise ArgumentError("limits.threads", f"{self.threads}", f"pass at most {MOST_THREADS}")
 
     @property
     def longest(self) -> float:

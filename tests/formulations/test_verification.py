@@ -17,6 +17,7 @@ from formulations.loss import step_loss
 from formulations.outer_approximation import outer_approximation
 from formulations.relaxations import Fixing, lower_bound
 from formulations.relaxations.certified import value_ceiling
+from formulations.solution import MOST_THREADS
 from tests.stress.exact import ExactBlock
 
 PROGRAMS = ("selection", "joint")
@@ -282,6 +283,13 @@ def test_arrays_that_hold_no_numbers_are_refused(name, spoil):
     data[name] = spoil(data[name])
     with pytest.raises(ArgumentError, match=name):
         BlockProblem(**data, n_prune=1)
+
+
+def test_more_threads_than_libraries_can_be_told_of_are_refused():
+    assert Limits(threads=MOST_THREADS).threads == MOST_THREADS
+    for threads in (MOST_THREADS + 1, 2**31, 2**70):
+        with pytest.raises(ArgumentError, match=r"threads: .*at most 1024"):
+            Limits(threads=threads)
 
 
 def test_numpy_scalars_are_numbers():

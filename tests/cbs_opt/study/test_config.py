@@ -54,6 +54,7 @@ def test_limits_are_inherited_and_overridden() -> None:
         ({"methods": [{**METHOD, "seeds": [-1]}]}, "seeds"),
         ({"limits": {"time_limit": -1}}, "limits.time_limit"),
         ({"limits": {"threads": 1.5}}, "limits.threads"),
+        ({"limits": {"threads": 2**31}}, "limits.threads"),
         ({"limits": {"time": 1}}, "limits.time: unknown"),
         ({"limits": 3}, "limits"),
         ({"instances": [{"library": "digits_12_s50", "files": "a"}]}, "exactly one"),
